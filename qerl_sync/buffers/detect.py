@@ -1,0 +1,104 @@
+"""Which tensors count as buffered, how many bytes they are, and which storages they keep alive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qerl_sync.errors import CoverageError
+from qerl_sync.meta import Storage
+
+if TYPE_CHECKING:
+    from inspect import BoundArguments
+
+
+class DeviceRule:
+    """Decides whether a tensor occupies memory of the worker.
+
+    Meta tensors never do. vLLM's rule (`has_device_tensors` in its reload/utils.py) leaves out host
+    memory too, so that a CPU worker, whose own memory that is, always accounts zero bytes. Ours
+    counts the worker's own device, whatever it is.
+
+    Args:
+        worker_device: the device that the model lives on; None gives vLLM's rule.
+    """
+
+    def __init__(self, worker_device: torch.device | None = None) -> None:
+        self._not_counted = {"meta", "cpu"}
+        if worker_device is not None:
+            self._not_counted.discard(worker_device.type)
+
+    def counts(self, value: object) -> bool:
+        return isinstance(value, torch.Tensor) and value.device.type not in self._not_counted
+
+    def held_tensors(self, arguments: Iterable[object]) -> Iterator[torch.Tensor]:
+        """The tensors among a weight loader's arguments that occupy memory of the worker."""
+        return (value for value in arguments if self.counts(value))  # type: ignore[misc]
+
+    def has_device_tensors(self, bound: BoundArguments) -> bool:
+        """Same question and answer as vLLM's function of this name under vLLM's rule."""
+        return any(self.counts(value) for value in bound.arguments.values())
+
+    def get_info_size(self, loaded_weights: Iterable[tuple[str, BoundArguments]]) -> int:
+        """Bytes of the views held for a layer; `loaded_weights` as vLLM keeps them."""
+        return sum(
+            tensor.nbytes
+            for _, bound in loaded_weights
+            for tensor in self.held_tensors(bound.arguments.values())
+        )
+
+
+def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
+    """The unique storages that a tensor keeps alive.
+
+    A DTensor keeps its local shard, a wrapper subclass (quantised weights) its inner tensors. A
+    plain tensor keeps the whole storage that it is a view of, however small the view.
+    """
+    found: dict[int | str, Storage] = {}
+    for plain in _plain_tensors(tensor):
+        storage = plain.untyped_storage()
+        # The address of the StorageImpl: unique among storages that are alive, meta ones included.
+        found[storage._cdata] = Storage(storage._cdata, storage.nbytes())
+    return tuple(found.values())
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    to_local: Any = getattr(tensor, "to_local", None)
+    if callable(to_local):
+        yield from _plain_tensors(to_local())
+        return
+    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
+    if callable(flatten):
+        for attribute in flatten()[0]:
+            yield from _plain_tensors(getattr(tensor, attribute))
+        return
+    yield tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Are all values finite? One pass without a temporary: a sum takes over any NaN or infinity.
+
+    A sum may also overflow; only then the values are looked at one by one.
+    """
+    if not tensor.is_floating_point():
+        return True
+    total = tensor.sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+    return math.isfinite(total.item()) or bool(torch.isfinite(tensor).all())
+
+
+def require_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raises CoverageError, with the number of bad values, if there is any in `tensor`."""
+    if not is_finite(tensor):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CoverageError(
+            f"{name!r} has {bad:,} NaN or infinite values of {tensor.numel():,}; the training step "
+            "before this sync went wrong (look at the loss and the gradient norm). "
+            "sync.check_finite: false sends it all the same"
+        )

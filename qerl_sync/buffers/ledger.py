@@ -1,0 +1,96 @@
+"""The ledger: what the receiver holds for layers that are not whole yet. O(1) per tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qerl_sync.buffers.trace import Trace, TraceStep
+from qerl_sync.meta import Storage
+
+
+class BufferLedger:
+    """Counts buffered bytes by view and pinned bytes by unique storage, and keeps the trace.
+
+    It is told of events and never looks at a tensor, so that the same code accounts for a predicted
+    sync (`plan.replay`) and for a measured one (`worker.monitor`):
+
+        begin(name)      the stream hands over its next tensor
+        hold(layer, ..)  a view of it is kept for a parent layer
+        release(layer)   the layer was processed; all that was held for it is free again
+
+    Not thread-safe: one sync, one ledger.
+    """
+
+    def __init__(self) -> None:
+        self.buffered_bytes = 0
+        self.pinned_bytes = 0
+        self._held: dict[str, list[tuple[int, Storage]]] = {}
+        self._deferred: set[str] = set()
+        self._holders: dict[int | str, int] = {}
+        self._steps: list[TraceStep] = []
+        self._name: str | None = None
+        self._high = (0, 0, 0)
+
+    @property
+    def open_layers(self) -> int:
+        return len(self._held) - len(self._deferred)
+
+    def begin(self, name: str) -> None:
+        """The next tensor of the stream is `name`; what it causes belongs to its step."""
+        self._end_step()
+        self._name = name
+        self._high = (self.buffered_bytes, self.pinned_bytes, self.open_layers)
+
+    def hold(
+        self,
+        layer: str,
+        view_bytes: int,
+        storages: Iterable[Storage],
+        *,
+        deferred: bool = False,
+    ) -> None:
+        """A view of `view_bytes` is kept for `layer` and keeps `storages` alive.
+
+        A deferred layer is processed at the end of the sync whatever arrives, so it is not
+        counted among the open ones.
+        """
+        held = self._held.setdefault(layer, [])
+        if deferred:
+            self._deferred.add(layer)
+        self.buffered_bytes += view_bytes
+        for i, storage in enumerate(storages):
+            held.append((0 if i else view_bytes, storage))
+            holders = self._holders.get(storage.key, 0)
+            self._holders[storage.key] = holders + 1
+            if holders == 0:
+                self.pinned_bytes += storage.nbytes
+        buffered, pinned, opened = self._high
+        self._high = (
+            max(buffered, self.buffered_bytes),
+            max(pinned, self.pinned_bytes),
+            max(opened, self.open_layers),
+        )
+
+    def release(self, layer: str) -> None:
+        """`layer` was processed. Releasing a layer that holds nothing is no error."""
+        for view_bytes, storage in self._held.pop(layer, ()):
+            self.buffered_bytes -= view_bytes
+            self._holders[storage.key] -= 1
+            if self._holders[storage.key] == 0:
+                del self._holders[storage.key]
+                self.pinned_bytes -= storage.nbytes
+        self._deferred.discard(layer)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Buffered bytes of each layer that holds any, in the order in which they opened."""
+        return {layer: sum(n for n, _ in held) for layer, held in self._held.items()}
+
+    def trace(self) -> Trace:
+        """All steps so far, the current one included."""
+        self._end_step()
+        return Trace(tuple(self._steps))
+
+    def _end_step(self) -> None:
+        if self._name is not None:
+            self._steps.append(TraceStep(self._name, *self._high))
+            self._name = None

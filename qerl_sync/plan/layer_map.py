@@ -1,0 +1,96 @@
+"""The layer map: which parent layers each checkpoint tensor lands in, and with how much."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+
+class Contribution(NamedTuple):
+    """What one checkpoint tensor gives to one parameter of one parent layer.
+
+    Attributes:
+        parent_layer: the vLLM module's path (`model.layers.0.self_attn.qkv_proj`).
+        parameter: the parameter's name in it (`weight`).
+        loaded_numel: elements that vLLM counts towards the layer, after any sharding.
+        held_bytes: bytes of the views that vLLM keeps until the layer is whole, before sharding.
+        aliases_source: the views share the checkpoint tensor's storage; otherwise the model's
+            loader made a copy, which has a storage of its own.
+    """
+
+    parent_layer: str
+    parameter: str
+    loaded_numel: int
+    held_bytes: int
+    aliases_source: bool
+
+
+@dataclass(frozen=True)
+class ParentLayer:
+    """A vLLM module that owns parameters.
+
+    Attributes:
+        name: the module's path.
+        kind: its class name (`QKVParallelLinear`).
+        total_numel: elements that must arrive before vLLM processes the layer by itself.
+        expected_numel: elements that the stream brings. Fewer than `total_numel` where the
+            layer is padded; the receiver then closes it when these have arrived.
+        deferred: processed at the end of the sync, whatever arrives (attention layers).
+    """
+
+    name: str
+    kind: str
+    total_numel: int
+    expected_numel: int
+    deferred: bool = False
+
+    @property
+    def closes_at_numel(self) -> int:
+        return min(self.total_numel, self.expected_numel)
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """Checkpoint names -> contributions, and the parent layers that they refer to.
+
+    It holds for one stream (names, dtypes, shapes) and one model layout (architecture,
+    quantisation, tensor-parallel rank). A name with no contribution is written by vLLM on arrival
+    or known to be ignored, and costs no buffer.
+    """
+
+    layers: Mapping[str, ParentLayer]
+    contributions: Mapping[str, tuple[Contribution, ...]]
+
+    @cached_property
+    def digest(self) -> str:
+        text = json.dumps(self.to_json(), separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def parents(self, name: str) -> tuple[str, ...]:
+        """The parent layers that `name` lands in, deferred ones left out."""
+        return tuple(
+            c.parent_layer
+            for c in self.contributions[name]
+            if not self.layers[c.parent_layer].deferred
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layers": [asdict(layer) for layer in self.layers.values()],
+            "contributions": {n: [list(c) for c in cs] for n, cs in self.contributions.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> LayerMap:
+        layers = (ParentLayer(**fields) for fields in data["layers"])
+        return cls(
+            layers={layer.name: layer for layer in layers},
+            contributions={
+                name: tuple(Contribution(*c) for c in contributions)
+                for name, contributions in data["contributions"].items()
+            },
+        )
