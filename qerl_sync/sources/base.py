@@ -1,0 +1,50 @@
+"""What a session needs of the trainer's side."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from qerl_sync.meta import ParamMeta, Storage
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Source(ABC):
+    """The trainer's weights, under Hugging Face checkpoint names.
+
+    All methods are called on every trainer rank, in the same order: materialising may be a
+    collective.
+    """
+
+    @abstractmethod
+    def metadata(self) -> list[ParamMeta]:
+        """Name, dtype and full shape of everything there is to send, in the source's own order.
+
+        Transfers nothing. Called before every sync, so that a changed model is noticed.
+        """
+
+    def storages(self) -> Mapping[str, Storage]:
+        """The memory behind each tensor that `materialize` will yield, where it is known already."""
+        return {}
+
+    def check_finite(self) -> bool:
+        """Look for NaN and infinite values before a sync, where that needs no gathering.
+
+        Returns:
+            False if this source can tell only when it materialises.
+
+        Raises:
+            CoverageError: naming the first bad tensor.
+        """
+        return False
+
+    @abstractmethod
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield exactly `names`, in that order, as late as possible.
+
+        The tensors are read-only and valid until the next one is asked for or, where the receiver
+        keeps them by reference, until the end of the chunk.
+        """

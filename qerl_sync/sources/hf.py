@@ -1,0 +1,159 @@
+"""A Hugging Face model that lives in this process, whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qerl_sync.buffers.detect import dtype_name, require_finite
+from qerl_sync.errors import ConfigError
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.sources.base import Source
+
+# Added to parameter names by wrappers that leave the parameters whole.
+WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that are converted together, and the checkpoint tensors that they become."""
+
+    parameters: tuple[str, ...]
+    outputs: tuple[ParamMeta, ...]
+    # For each output, the parameter whose storage it shares; None where conversion copies.
+    aliases: tuple[str | None, ...]
+
+
+class HFSource(Source):
+    """Yields what `save_pretrained` would write, tensor by tensor and without a second copy.
+
+    transformers keeps some architectures in memory under other names and shapes than in their
+    checkpoints (fused experts, renamed modules), and vLLM's loaders expect the latter. The
+    conversion is transformers' own (`revert_weight_conversion`), applied parameter by parameter.
+
+    Args:
+        model: an unsharded `PreTrainedModel`. Its weights are read, never changed.
+        convert: False yields the names and shapes as they are in memory.
+
+    Raises:
+        ConfigError: the model is sharded or carries adapters.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
+        _refuse_unsupported(model)
+        self._model = model
+        self._convert = convert
+        self._layout: tuple[tuple[str, str, torch.Size], ...] = ()
+        self._groups: dict[str, _Group] = {}
+
+    def metadata(self) -> list[ParamMeta]:
+        parameters = self._parameters()
+        layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
+        if layout != self._layout:
+            groups = _groups(self._model, parameters, convert=self._convert)
+            self._groups = {meta.name: group for group in groups for meta in group.outputs}
+            self._layout = layout
+        return [
+            meta for group in dict.fromkeys(self._groups.values()) for meta in group.outputs
+        ]
+
+    def storages(self) -> Mapping[str, Storage]:
+        parameters = self._parameters()
+        found = {}
+        for group in dict.fromkeys(self._groups.values()):
+            for meta, alias in zip(group.outputs, group.aliases, strict=True):
+                if alias is not None:
+                    storage = parameters[alias].untyped_storage()
+                    found[meta.name] = Storage(storage._cdata, storage.nbytes())
+        return found
+
+    def check_finite(self) -> bool:
+        for name, parameter in self._parameters().items():
+            require_finite(name, parameter)
+        return True
+
+    @torch.no_grad()
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        parameters = self._parameters()
+        waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
+        for name in names:
+            if name not in waiting:
+                group = self._groups[name]
+                chosen = {p: parameters[p] for p in group.parameters}
+                waiting |= _converted(self._model, chosen) if self._convert else chosen
+            yield name, waiting.pop(name)
+
+    def _parameters(self) -> dict[str, torch.Tensor]:
+        """Under clean names, tied ones once, in the model's order."""
+        return {_clean(name): p.detach() for name, p in self._model.named_parameters()}
+
+
+def _clean(name: str) -> str:
+    for prefix in WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def _groups(
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], *, convert: bool
+) -> list[_Group]:
+    """Find out, on meta tensors, what each parameter becomes in a checkpoint.
+
+    Most parameters convert alone. Those whose conversion needs others (several parameters that
+    the checkpoint keeps as one) are converted together.
+    """
+    twins = {name: p.to("meta") for name, p in parameters.items()}
+    if not convert:
+        return [_group((name,), {name: twin}, twins) for name, twin in twins.items()]
+    whole = _converted(model, twins)
+    groups, together = [], []
+    for name, twin in twins.items():
+        alone = _converted(model, {name: twin})
+        if all(out in whole and whole[out].shape == t.shape for out, t in alone.items()):
+            groups.append(_group((name,), alone, twins))
+        else:
+            together.append(name)
+    done = {meta.name for group in groups for meta in group.outputs}
+    rest = {out: t for out, t in whole.items() if out not in done}
+    return groups + ([_group(tuple(together), rest, twins)] if rest else [])
+
+
+def _group(
+    names: tuple[str, ...], outputs: Mapping[str, torch.Tensor], twins: Mapping[str, torch.Tensor]
+) -> _Group:
+    owner = {twins[name].untyped_storage()._cdata: name for name in names}
+    return _Group(
+        parameters=names,
+        outputs=tuple(
+            ParamMeta(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in outputs.items()
+        ),
+        aliases=tuple(owner.get(t.untyped_storage()._cdata) for t in outputs.values()),
+    )
+
+
+def _converted(
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # transformers 4 keeps parameters as they are in checkpoints
+        return dict(parameters)
+    return dict(revert_weight_conversion(model, dict(parameters)))  # type: ignore[arg-type]
+
+
+def _refuse_unsupported(model: Any) -> None:
+    if hasattr(model, "peft_config"):
+        raise ConfigError(
+            "the model carries PEFT adapters, which this source does not merge; train full "
+            "parameters (no peft_config), or keep TRL's own weight sync for this run"
+        )
+    for name, parameter in model.named_parameters():
+        sharded = hasattr(parameter, "to_local") or hasattr(parameter, "ds_id")
+        if sharded or "_fsdp_wrapped_module" in name:
+            raise ConfigError(
+                f"{name!r} is sharded over several processes (FSDP or ZeRO-3), which this source "
+                "does not gather; train in one process, or keep TRL's own weight sync for this run"
+            )

@@ -1,0 +1,1 @@
+"""What runs beside the vLLM model: probe, monitor, receiver. `compat` alone touches vLLM's insides."""

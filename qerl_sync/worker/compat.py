@@ -1,0 +1,281 @@
+"""The only file that touches vLLM's internals. It probes by feature, not by version.
+
+Coupling points, all in vLLM's `model_executor/model_loader/reload`:
+
+    layerwise.LAYERWISE_INFO              per-layer state: held tensors, elements loaded, total
+    layerwise.initialize_layerwise_reload, finalize_layerwise_reload
+    layerwise.get_numel_loaded            called for each tensor that is held, counts its elements
+    layerwise.is_deferred_attention_layer asked next, with the layer that the tensor is held for
+    layerwise._layerwise_process          processes a layer that is whole
+    layerwise._place_kernel_tensors       puts a layer's live tensors back
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from qerl_sync.errors import CompatError
+
+# "bias" and a few more stay real during a reload: vLLM writes them on arrival. See meta.SKIP_TENSORS.
+_REQUIRED = (
+    "LAYERWISE_INFO",
+    "LOADING_LAYERS",
+    "initialize_layerwise_reload",
+    "finalize_layerwise_reload",
+    "get_numel_loaded",
+    "is_deferred_attention_layer",
+    "get_layer_tensors",
+    "_get_weight_loader",
+    "_get_original_loader",
+    "_layerwise_process",
+    "_place_kernel_tensors",
+)
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version. Raises CompatError without vLLM."""
+    try:
+        import vllm
+    except ImportError as exc:
+        raise CompatError(
+            f"vLLM cannot be imported ({exc}); install it (GPU: `pip install vllm`; this project's "
+            "CPU set-up: ./scripts/setup)"
+        ) from exc
+    return str(vllm.__version__)
+
+
+def _layerwise() -> Any:
+    """vLLM's layerwise module. Raises CompatError naming what the installed vLLM lacks."""
+    version = vllm_version()
+    try:
+        from vllm.model_executor.model_loader.reload import layerwise
+    except ImportError as exc:
+        raise CompatError(
+            f"vLLM {version} has no layerwise reload ({exc}); install vLLM 0.31, with which "
+            "qerl-sync is tested"
+        ) from exc
+    missing = [name for name in _REQUIRED if not hasattr(layerwise, name)]
+    if missing:
+        raise CompatError(
+            f"vLLM {version}'s layerwise reload has no {', '.join(missing)}; install vLLM 0.31, "
+            "with which qerl-sync is tested"
+        )
+    return layerwise
+
+
+class EngineParts(NamedTuple):
+    """What a sync needs of an engine that runs in this process."""
+
+    model: torch.nn.Module
+    vllm_config: Any
+    device: torch.device
+
+
+def in_process_parts(llm: Any) -> EngineParts:
+    """The model of a vLLM `LLM` whose worker runs in this process (colocate mode).
+
+    Raises:
+        CompatError: the worker lives in another process.
+    """
+    executor = getattr(llm.llm_engine, "model_executor", None)
+    worker = getattr(executor, "driver_worker", None)
+    runner = getattr(worker, "model_runner", None)
+    model = getattr(runner, "model", None)
+    if not isinstance(model, torch.nn.Module):
+        raise CompatError(
+            "the engine's model is not in this process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before "
+            "vLLM is imported"
+        )
+    return EngineParts(model, runner.vllm_config, torch.device(runner.device))
+
+
+def kv_caches(llm: Any) -> list[torch.Tensor]:
+    """The KV cache tensors of an in-process engine."""
+    return list(llm.llm_engine.model_executor.driver_worker.model_runner.kv_caches)
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """A layer's progress. `total_numel` is None when it awaits nothing."""
+
+    loaded_numel: int
+    total_numel: int | None
+
+
+def layer_state(layer: torch.nn.Module) -> LayerState:
+    info = _layerwise().LAYERWISE_INFO[layer]
+    return LayerState(info.load_numel, info.load_numel_total)
+
+
+def is_deferred(layer: torch.nn.Module) -> bool:
+    """Attention layers: vLLM processes their scales at the end of the reload, whatever arrives."""
+    return bool(_layerwise().is_deferred_attention_layer(layer))
+
+
+def loadable_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a layer that vLLM counts as to be loaded (see its `get_layer_size`)."""
+    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+
+    tensors: dict[str, torch.Tensor] = _layerwise().get_layer_tensors(layer)
+    return {name: t for name, t in tensors.items() if name not in SKIP_LOAD_TENSORS}
+
+
+def load_numel_of(tensor: torch.Tensor) -> int:
+    """Elements of a parameter that a checkpoint brings: its own, less declared padding."""
+    return int(getattr(tensor, "weight_loader_numel", tensor.numel()))
+
+
+def is_padded_embedding(layer: torch.nn.Module) -> bool:
+    """Vocabulary embeddings and heads are padded to a multiple of 64 rows; the loader zeroes the rest."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return isinstance(layer, VocabParallelEmbedding)
+
+
+class LoadObserver(Protocol):
+    """Told of each tensor that vLLM holds for a layer, and when it processes the layer."""
+
+    def held(
+        self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
+    ) -> None: ...
+
+    def processing(self, layer: torch.nn.Module) -> None: ...
+
+    def processed(self, layer: torch.nn.Module) -> None: ...
+
+
+@contextlib.contextmanager
+def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[None]:
+    """Report vLLM's layerwise loading to `observer` while the context is open.
+
+    vLLM's loading wrapper calls `get_numel_loaded` for a tensor that it has just put into the
+    layer's list, then asks `is_deferred_attention_layer`, then `_layerwise_process` if the layer
+    is whole. These three names of its module are wrapped: the loading wrappers themselves outlive a
+    reload (vLLM leaves them on its meta tensors), so wrapping their factory would see the first
+    reload only.
+
+    Args:
+        process: False keeps vLLM from processing a layer that is whole (dry runs).
+    """
+    layerwise = _layerwise()
+    count, is_deferred_layer, process_layer = (
+        layerwise.get_numel_loaded,
+        layerwise.is_deferred_attention_layer,
+        layerwise._layerwise_process,
+    )
+    counted: list[int] = []
+
+    def get_numel_loaded(loader: Callable[..., Any], bound: Any) -> tuple[int, Any]:
+        numel, result = count(loader, bound)
+        counted.append(numel)
+        return numel, result
+
+    def is_deferred_attention_layer(layer: torch.nn.Module) -> bool:
+        if counted:
+            parameter, bound = layerwise.LAYERWISE_INFO[layer].loaded_weights[-1]
+            observer.held(layer, parameter, bound.arguments, counted.pop())
+        return bool(is_deferred_layer(layer))
+
+    def _layerwise_process(layer: torch.nn.Module, info: Any) -> None:
+        if process:
+            observer.processing(layer)
+            process_layer(layer, info)
+            observer.processed(layer)
+
+    layerwise.get_numel_loaded = get_numel_loaded
+    layerwise.is_deferred_attention_layer = is_deferred_attention_layer
+    layerwise._layerwise_process = _layerwise_process
+    try:
+        yield
+    finally:
+        layerwise.get_numel_loaded = count
+        layerwise.is_deferred_attention_layer = is_deferred_layer
+        layerwise._layerwise_process = process_layer
+
+
+def credit_padding(layer: torch.nn.Module) -> None:
+    """Count a layer's padding as loaded, so that vLLM processes it with the tensor at hand.
+
+    vLLM would process it at the end of the reload and hold its tensors until then.
+    """
+    info = _layerwise().LAYERWISE_INFO[layer]
+    info.load_numel = info.load_numel_total
+
+
+def begin_reload(model: torch.nn.Module) -> None:
+    """Save the live tensors, put the model's parameters on meta, wrap their loaders."""
+    _layerwise().initialize_layerwise_reload(model)
+
+
+def finish_reload(model: torch.nn.Module, vllm_config: Any) -> None:
+    """Process what is left: deferred attention layers, layers that got nothing."""
+    _layerwise().finalize_layerwise_reload(model, vllm_config.model_config)
+
+
+@contextlib.contextmanager
+def loading_context(vllm_config: Any) -> Iterator[None]:
+    """No gradients, and vLLM's current config set, as its loaders and quantisers expect."""
+    from vllm.config import set_current_vllm_config
+
+    with torch.no_grad(), set_current_vllm_config(vllm_config):
+        yield
+
+
+def restore(model: torch.nn.Module) -> int:
+    """Bring a model back from the middle of a reload. Returns the number of layers put back.
+
+    Every layer gets its live tensors again, what was held for it is dropped, loading wrappers are
+    taken off. Layers that were already processed keep their new weights: the model is usable,
+    but a mix of old and new, until a full sync has succeeded.
+    """
+    layerwise = _layerwise()
+    restored = 0
+    for layer in model.modules():
+        info = layerwise.LAYERWISE_INFO.get(layer)
+        if info is None:
+            continue
+        if info.can_load():
+            if info.kernel_tensors is not None:
+                layerwise._place_kernel_tensors(layer, info)
+                restored += 1
+            info.reset()
+        for tensor in layerwise.get_layer_tensors(layer).values():
+            if layerwise._get_weight_loader(tensor).__name__ == "online_process_loader":
+                tensor.weight_loader = layerwise._get_original_loader(tensor)
+    if hasattr(model, "_original_do_torchao_reload"):
+        model._do_torchao_reload = model._original_do_torchao_reload
+    layerwise.LOADING_LAYERS.clear()
+    return restored
+
+
+@contextlib.contextmanager
+def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
+    """A reload whose every tensor is on meta, undone at the end: weights and pointers unchanged.
+
+    Yields the storage keys of the meta twins of those tensors that vLLM keeps real during a reload,
+    and writes on arrival (`bias`, router corrections).
+    """
+    from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+
+    twins: set[int] = set()
+    stash: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    begin_reload(model)
+    try:
+        for layer in model.modules():
+            for tensors in (layer._parameters, layer._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and not tensor.is_meta:
+                        stash.append((tensors, name, tensor))
+                        twin = to_meta_tensor(tensor)
+                        twins.add(twin.untyped_storage()._cdata)
+                        tensors[name] = twin
+        yield twins
+    finally:
+        for tensors, name, tensor in stash:
+            tensors[name] = tensor
+        restore(model)

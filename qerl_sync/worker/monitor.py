@@ -1,0 +1,52 @@
+"""Watches a sync on the worker: a ledger fed by what vLLM really holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from qerl_sync.buffers.detect import DeviceRule, storages_of
+from qerl_sync.buffers.ledger import BufferLedger
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.worker import compat, refresh
+
+
+class SyncMonitor:
+    """Accounts for one sync of one model. Implements `compat.LoadObserver`.
+
+    It also closes, with the last tensor that they will get, the layers that the stream cannot
+    fill (padded vocabularies), which vLLM would keep open until the end.
+    """
+
+    def __init__(self, model: torch.nn.Module, layer_map: LayerMap, device: torch.device) -> None:
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._layers = layer_map.layers
+        self._rule = DeviceRule(device)
+        self._ledger = BufferLedger()
+
+    def begin(self, name: str) -> None:
+        """The next tensor that vLLM gets is `name`."""
+        self._ledger.begin(name)
+
+    def held(
+        self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
+    ) -> None:
+        path = self._paths[id(layer)]
+        planned = self._layers[path]
+        for key, value in arguments.items():
+            if key != "param" and self._rule.counts(value):
+                self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
+        if planned.expected_numel < planned.total_numel and not planned.deferred:
+            if compat.layer_state(layer).loaded_numel >= planned.expected_numel:
+                compat.credit_padding(layer)
+
+    def processing(self, layer: torch.nn.Module) -> None:
+        refresh.before_processing(layer)
+
+    def processed(self, layer: torch.nn.Module) -> None:
+        self._ledger.release(self._paths[id(layer)])
+
+    def trace(self) -> Trace:
+        return self._ledger.trace()
