@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qerl_sync.buffers.detect import dtype_name, require_finite
+from qerl_sync.buffers.detect import dtype_name, require_finite, storages_of
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.sources.base import Source
@@ -19,12 +19,15 @@ WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 @dataclass(frozen=True)
 class _Group:
-    """Parameters that are converted together, and the checkpoint tensors that they become."""
+    """Parameters that are converted together, and the checkpoint tensors that they become.
+
+    `memory` has, for each output, the parameter whose storage it shares or, where the conversion
+    copies, the storage of the copy (which several outputs may share).
+    """
 
     parameters: tuple[str, ...]
     outputs: tuple[ParamMeta, ...]
-    # For each output, the parameter whose storage it shares; None where conversion copies.
-    aliases: tuple[str | None, ...]
+    memory: tuple[str | Storage, ...]
 
 
 class HFSource(Source):
@@ -64,10 +67,10 @@ class HFSource(Source):
         parameters = self._parameters()
         found = {}
         for group in dict.fromkeys(self._groups.values()):
-            for meta, alias in zip(group.outputs, group.aliases, strict=True):
-                if alias is not None:
-                    storage = parameters[alias].untyped_storage()
-                    found[meta.name] = Storage(storage._cdata, storage.nbytes())
+            for meta, memory in zip(group.outputs, group.memory, strict=True):
+                if isinstance(memory, str):
+                    (memory,) = storages_of(parameters[memory])
+                found[meta.name] = memory
         return found
 
     def check_finite(self) -> bool:
@@ -124,13 +127,19 @@ def _groups(
 def _group(
     names: tuple[str, ...], outputs: Mapping[str, torch.Tensor], twins: Mapping[str, torch.Tensor]
 ) -> _Group:
-    owner = {twins[name].untyped_storage()._cdata: name for name in names}
+    memory: dict[int | str, str | Storage] = {
+        storage.key: name for name in names for storage in storages_of(twins[name])
+    }
+    for tensor in outputs.values():
+        for storage in storages_of(tensor):
+            copy = Storage(f"copy {len(memory)} of {names[0]}", storage.nbytes)
+            memory.setdefault(storage.key, copy)
     return _Group(
         parameters=names,
         outputs=tuple(
             ParamMeta(name, dtype_name(t.dtype), tuple(t.shape)) for name, t in outputs.items()
         ),
-        aliases=tuple(owner.get(t.untyped_storage()._cdata) for t in outputs.values()),
+        memory=tuple(memory[t.untyped_storage()._cdata] for t in outputs.values()),
     )
 
 

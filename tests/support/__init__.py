@@ -1,0 +1,1 @@
+"""Shared by the tests: tiny models with real architectures, real engines, fingerprints."""
