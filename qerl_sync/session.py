@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
@@ -130,12 +131,10 @@ class SyncSession:
 
     def _agree(self) -> tuple[SyncPlan, LayerMap]:
         """The plan for what the source has now: the last one, unless names or shapes changed."""
-        metas = self._order(self._source.metadata())
+        metas = self._order([m for m in self._source.metadata() if not self._is_ignored(m.name)])
         if self.plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(
-                metas,
-                ignore_names=self._config.ignore_names,
-                allow_incomplete=self._config.allow_incomplete,
+                metas, allow_incomplete=self._config.allow_incomplete
             )
             self.plan = build_plan(
                 metas,
@@ -147,6 +146,9 @@ class SyncSession:
             self.layer_map, self._metas = layer_map, metas
             self._judge(self.plan, layer_map)
         return self.plan, self.layer_map
+
+    def _is_ignored(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._config.ignore_names)
 
     def _judge(self, plan: SyncPlan, layer_map: LayerMap) -> None:
         """Warn of a plan that opens several layers, once for each distinct one, or refuse it."""

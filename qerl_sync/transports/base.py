@@ -27,10 +27,12 @@ class Transport(ABC):
         self,
         metas: Sequence[ParamMeta],
         *,
-        ignore_names: Sequence[str] = (),
         allow_incomplete: Sequence[str] = (),
     ) -> LayerMap:
         """Ask the workers where each tensor lands. Leaves their weights untouched.
+
+        Args:
+            allow_incomplete: fnmatch patterns of parent layers that may miss elements.
 
         Raises:
             LayerMapError, CoverageError: the workers cannot take this stream.

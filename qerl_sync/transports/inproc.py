@@ -37,12 +37,9 @@ class InProcessTransport(Transport):
         self,
         metas: Sequence[ParamMeta],
         *,
-        ignore_names: Sequence[str] = (),
         allow_incomplete: Sequence[str] = (),
     ) -> LayerMap:
-        return self._receiver.layer_map(
-            metas, ignore_names=ignore_names, allow_incomplete=allow_incomplete
-        )
+        return self._receiver.layer_map(metas, allow_incomplete=allow_incomplete)
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool) -> None:
         self._receiver.start(plan, layer_map, check_finite=check_finite)

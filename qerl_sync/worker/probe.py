@@ -26,7 +26,6 @@ def observe_layer_map(
     vllm_config: Any,
     metas: Sequence[ParamMeta],
     *,
-    ignore_names: Sequence[str] = (),
     allow_incomplete: Sequence[str] = (),
 ) -> LayerMap:
     """Feed `model` a stream of meta tensors and record what its own loaders do with them.
@@ -37,7 +36,6 @@ def observe_layer_map(
     Args:
         model: the worker's live vLLM model, or one built on the meta device.
         metas: the stream, in source order.
-        ignore_names: fnmatch patterns of checkpoint names that vLLM may ignore.
         allow_incomplete: fnmatch patterns of parent layers that may miss elements.
 
     Raises:
@@ -51,7 +49,7 @@ def observe_layer_map(
         with compat.observe_loads(run, process=False), run:
             run.load(metas)
         layers = run.parent_layers()
-        _check_fates(run, metas, tied, ignore_names)
+        _check_fates(run, metas, tied)
         _check_coverage(run, layers, tied, allow_incomplete)
     return LayerMap(
         layers=layers,
@@ -183,9 +181,7 @@ def _merge(contributions: list[Contribution], new: Contribution) -> None:
         contributions.append(new)
 
 
-def _check_fates(
-    run: _DryRun, metas: Sequence[ParamMeta], tied: set[str], ignore_names: Sequence[str]
-) -> None:
+def _check_fates(run: _DryRun, metas: Sequence[ParamMeta], tied: set[str]) -> None:
     """Every tensor must have been held, written live, or be known to be of no use to vLLM."""
     family = type(run.model).__name__
     if run.miscast:
@@ -196,7 +192,6 @@ def _check_fates(
             "by value and the weights would be silently wrong. Send it as "
             f"{wanted if wanted in CASTABLE_FLOATS else 'the dtype that vLLM was started with'}"
         )
-    harmless = (*DERIVED_NAMES, *ignore_names)
     for meta in metas:
         name = meta.name
         if name in run.lost and not run.contributions[name]:
@@ -206,7 +201,7 @@ def _check_fates(
                 "cannot be synced with this vLLM"
             )
         owner = name.rpartition(".")[0]
-        useless = any(fnmatchcase(name, pattern) for pattern in harmless) or owner in tied
+        useless = any(fnmatchcase(name, pattern) for pattern in DERIVED_NAMES) or owner in tied
         if not run.contributions[name] and name not in run.live and not useless:
             raise LayerMapError(
                 f"vLLM's {family} accepts {name!r} and does nothing with it; its weights would stay "

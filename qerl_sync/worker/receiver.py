@@ -42,16 +42,11 @@ class Receiver:
         self,
         metas: Sequence[ParamMeta],
         *,
-        ignore_names: Sequence[str] = (),
         allow_incomplete: Sequence[str] = (),
     ) -> LayerMap:
         """See `probe.observe_layer_map`, whose errors it raises."""
         return observe_layer_map(
-            self.model,
-            self._config,
-            metas,
-            ignore_names=ignore_names,
-            allow_incomplete=allow_incomplete,
+            self.model, self._config, metas, allow_incomplete=allow_incomplete
         )
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool = True) -> None:
