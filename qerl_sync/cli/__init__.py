@@ -1,0 +1,1 @@
+"""The command `qerl-sync`: one file for each of its commands."""

@@ -1,0 +1,60 @@
+"""How warnings look, and how errors end a command: a text, an exit code, no traceback unasked."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from qerl_sync.errors import SyncError
+
+# Exit codes. A command that was interrupted ends like any program that SIGINT kills.
+UNEXPECTED, REFUSED, INTERRUPTED = 1, 2, 130
+
+
+@contextmanager
+def errors_as_text(*, debug: bool) -> Iterator[None]:
+    """Turn exceptions into a message on stderr and an exit code, or let them pass if `debug`."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("[yellow]interrupted[/]")
+        raise typer.Exit(INTERRUPTED) from None
+    except SyncError as exc:
+        if debug:
+            raise
+        console.print(f"[bold red]error:[/] {escape(str(exc))}", soft_wrap=True)
+        raise typer.Exit(REFUSED) from exc
+    except Exception as exc:
+        if debug or isinstance(exc, typer.Exit):
+            raise
+        console.print(
+            f"[bold red]unexpected {type(exc).__name__}:[/] {escape(str(exc))}", soft_wrap=True
+        )
+        console.print("run it again with --debug to see where it happened")
+        raise typer.Exit(UNEXPECTED) from exc
+
+
+class _ToConsole(logging.Handler):
+    """Prints records as they are, so that their own line breaks and indents survive."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        label = f"[yellow]{record.levelname.lower()}:[/]"
+        text = escape(self.format(record))
+        self._console.print(f"{label} {text}", highlight=False, soft_wrap=True)
+
+
+def show_warnings(console: Console) -> None:
+    """Show what qerl-sync itself logs on `console`, above a progress bar if there is one."""
+    logger = logging.getLogger("qerl_sync")
+    logger.handlers = [_ToConsole(console)]
+    logger.propagate = False

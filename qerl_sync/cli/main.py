@@ -1,0 +1,40 @@
+"""The command line. Commands import what is heavy when they run, so that help is fast."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from qerl_sync import __version__
+from qerl_sync.cli.train import train
+
+app = typer.Typer(
+    name="qerl-sync",
+    help="Weight sync from trainers to vLLM, planned, ordered by parent layer and measured.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qerl-sync {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Options before a command. With it, one command alone keeps its name too."""
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    app()

@@ -1,0 +1,56 @@
+"""`qerl-sync train`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qerl_sync.cli.errors import INTERRUPTED, errors_as_text, show_warnings
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML file, see configs/ for examples.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Changes to it: sync.policy=reorder trainer.max_steps=20"),
+    ] = None,
+    output_dir: Annotated[
+        str | None, typer.Option(help="Where checkpoints, reports and plots go.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in it.")
+    ] = False,
+    seed: Annotated[int | None, typer.Option(help="Seeds everything.")] = None,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what vLLM, TRL and transformers log.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Train a policy with TRL's GRPO and vLLM, its weights synced by plan."""
+    started = time.perf_counter()
+    console = Console()
+    options = {"output_dir": output_dir, "seed": seed}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    with errors_as_text(debug=debug):
+        # The order counts: vLLM reads its environment when it is first imported, by `load_config`.
+        from qerl_sync.training.environment import prepare_environment
+
+        prepare_environment(verbose=verbose)
+        show_warnings(console)
+        from qerl_sync.config import load_config
+        from qerl_sync.report.tables import summary_table
+        from qerl_sync.training.display import Display
+        from qerl_sync.training.run import train as run
+
+        display = Display(console)
+        with display.phase("reading the configuration", f"read {config}"):
+            loaded = load_config(config, [*(overrides or []), *given])
+        outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
+        console.print(summary_table(outcome.summary))
+        if outcome.stopped:
+            console.print("[yellow]stopped before the end[/]; --resume goes on from here")
+            raise typer.Exit(INTERRUPTED)

@@ -1,0 +1,55 @@
+"""A YAML file and overrides into a `TrainConfig`, or one error with everything that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from qerl_sync.config.foreign import foreign_violations
+from qerl_sync.config.models import TrainConfig
+from qerl_sync.config.violations import Violation, config_error, schema_violations
+from qerl_sync.config.yaml_tree import Tree, apply_overrides, read_tree
+from qerl_sync.errors import ConfigError
+
+
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), *, check_foreign: bool = True
+) -> TrainConfig:
+    """The configuration in the file at `path` with `overrides` ("section.key=value") put on top.
+
+    Args:
+        check_foreign: also check the keys of the sections that are handed on to TRL, vLLM and
+            transformers as they are, which imports those packages (some seconds).
+
+    Raises:
+        ConfigError: lists every violation with its place, its line and the nearest valid key.
+    """
+    tree, origins, violations = read_tree(_read(Path(path)), str(path))
+    violations += apply_overrides(tree, overrides, origins)
+    config, found = _validate(tree)
+    violations += found
+    if check_foreign:
+        violations += foreign_violations(tree)
+    if violations or config is None:
+        raise config_error(str(path), violations, origins)
+    return config
+
+
+def _validate(tree: Tree) -> tuple[TrainConfig | None, list[Violation]]:
+    try:
+        return TrainConfig.model_validate(tree), []
+    except ValidationError as exc:
+        return None, schema_violations(exc, TrainConfig)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as exc:
+        beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        there = f"; {path.parent} has {', '.join(beside)}" if beside else ""
+        raise ConfigError(f"no configuration file {path}{there}") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} cannot be read as a text file: {exc}") from exc

@@ -1,0 +1,120 @@
+"""What is wrong with a configuration, in words: the place, the value and the nearest valid key."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from qerl_sync.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One thing that is wrong. `place` is a dotted path into the configuration."""
+
+    place: str
+    message: str
+
+
+def config_error(
+    source: str, violations: Sequence[Violation], origins: Mapping[str, str] | None = None
+) -> ConfigError:
+    """One error that lists them all.
+
+    Args:
+        source: the file or class that is wrong.
+        origins: where each dotted path was written ("line 7"), as far as known.
+    """
+    count = len(violations)
+    lines = [f"{source}: {count} problem{'s' if count != 1 else ''}"]
+    for violation in violations:
+        origin = _origin(violation.place, origins or {})
+        where = f"{violation.place} ({origin})" if origin else violation.place
+        lines.append(f"  {where}: {violation.message}")
+    return ConfigError("\n".join(lines))
+
+
+def _origin(place: str, origins: Mapping[str, str]) -> str:
+    """Where `place` was written, or else the nearest section around it."""
+    while place and place not in origins:
+        place = place.rpartition(".")[0]
+    return origins.get(place, "")
+
+
+def nearest(word: str, valid: Iterable[str]) -> str:
+    """A hint to the valid word that was probably meant; else the list of them, if it is short."""
+    known = sorted(valid)
+    close = get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    if len(known) <= 12:
+        return f"valid: {', '.join(known)}"
+    return "nothing valid is spelled like it"
+
+
+def schema_violations(error: ValidationError, model: type[BaseModel]) -> list[Violation]:
+    """Pydantic's findings in our words."""
+    return [Violation(_dotted(found["loc"]), _in_words(found, model)) for found in error.errors()]
+
+
+def _dotted(loc: Sequence[int | str]) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _in_words(found: Mapping[str, Any], model: type[BaseModel]) -> str:
+    loc, kind, value = found["loc"], found["type"], found["input"]
+    if kind == "extra_forbidden":
+        return f"no such key; {_nearest_key(loc, model)}"
+    if kind == "missing":
+        return "is required and missing"
+    if kind == "literal_error":
+        choices = found["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{value!r} is not valid; {nearest(str(value), choices)}"
+    if kind in ("value_error", "assertion_error"):
+        return str(found["ctx"]["error"])
+    if kind == "model_type":
+        return f"is a section and needs keys below it, not {value!r}"
+    return f"{found['msg'][0].lower()}{found['msg'][1:]}, not {value!r}"
+
+
+def _nearest_key(loc: Sequence[int | str], model: type[BaseModel]) -> str:
+    """The key probably meant: one like it in this section, or the same one in another section."""
+    key = str(loc[-1])
+    siblings = _section(model, loc[:-1]).model_fields
+    if not get_close_matches(key, siblings):
+        elsewhere = [path for path in _paths(model) if path.rpartition(".")[2] == key]
+        if elsewhere:
+            return f"did you mean {elsewhere[0]!r}?"
+    return nearest(key, siblings)
+
+
+def _section(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
+    """The model of the section at `loc`."""
+    for part in loc:
+        model = _as_section(model.model_fields[str(part)].annotation) or model
+    return model
+
+
+def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Dotted paths of all fields."""
+    paths = []
+    for name, field in model.model_fields.items():
+        paths.append(prefix + name)
+        section = _as_section(field.annotation)
+        if section is not None:
+            paths += _paths(section, f"{prefix}{name}.")
+    return paths
+
+
+def _as_section(annotation: Any) -> type[BaseModel] | None:
+    """The model in `Model` or `Model | None`, if there is one."""
+    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    for option in options:
+        if isinstance(option, type) and issubclass(option, BaseModel):
+            return option
+    return None

@@ -1,0 +1,115 @@
+"""The numbers of a run, computed from TRL's log and the sync reports alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+# Rewards are averaged over this many logged steps at both ends of a run.
+WINDOW = 5
+LOGPROB_GAP = "sampling/sampling_logp_difference/max"
+
+Log = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a person wants to know of a run.
+
+    Attributes:
+        reward_first: mean reward of the first five logged steps; `reward_last`: of the last five.
+        sync_time_share: seconds spent in syncs over seconds spent in training steps.
+        logprob_gap_max: the largest |log p(trainer) - log p(vLLM)| of a sampled token in any log.
+            TRL averages the maxima of the steps between two logs. None: TRL did not measure it.
+        prediction_exact: on every sync the predicted trace was the measured one.
+        wall_seconds: from the start of the program, engine start and warm-up included.
+    """
+
+    num_steps: int
+    reward_first: float | None
+    reward_last: float | None
+    num_syncs: int
+    sync_seconds: float
+    sync_time_share: float | None
+    sent_bytes: int
+    peak_buffered_bytes_predicted: int
+    peak_buffered_bytes_measured: int
+    peak_pinned_bytes_predicted: int
+    peak_pinned_bytes_measured: int
+    max_open_layers_predicted: int
+    max_open_layers: int
+    prediction_exact: bool
+    logprob_gap_max: float | None
+    wall_seconds: float
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarize(
+    log: Log,
+    syncs: Sequence[Mapping[str, Any]],
+    *,
+    wall_seconds: float,
+    versions: Mapping[str, str],
+) -> Summary:
+    """The summary of a run with this TRL log (`trainer.state.log_history`) and these reports."""
+    rewards = reward_curve(log)
+    gaps = [float(entry[LOGPROB_GAP]) for entry in log if LOGPROB_GAP in entry]
+    sync_seconds = sum(report["seconds"]["total"] for report in syncs)
+    step_seconds = _step_seconds(log)
+
+    def largest(name: str) -> int:
+        return max((int(report[name]) for report in syncs), default=0)
+
+    return Summary(
+        num_steps=max((int(entry["step"]) for entry in log), default=0),
+        reward_first=fmean(r for _, r in rewards[:WINDOW]) if rewards else None,
+        reward_last=fmean(r for _, r in rewards[-WINDOW:]) if rewards else None,
+        num_syncs=len(syncs),
+        sync_seconds=sync_seconds,
+        sync_time_share=sync_seconds / step_seconds if step_seconds else None,
+        sent_bytes=sum(int(report["sent_bytes"]) for report in syncs),
+        peak_buffered_bytes_predicted=largest("peak_buffered_bytes_predicted"),
+        peak_buffered_bytes_measured=largest("peak_buffered_bytes_measured"),
+        peak_pinned_bytes_predicted=largest("peak_pinned_bytes_predicted"),
+        peak_pinned_bytes_measured=largest("peak_pinned_bytes_measured"),
+        max_open_layers_predicted=largest("max_open_layers_predicted"),
+        max_open_layers=largest("max_open_layers_measured"),
+        prediction_exact=all(report["prediction_exact"] for report in syncs),
+        logprob_gap_max=max(gaps, default=None),
+        wall_seconds=wall_seconds,
+        versions=versions,
+    )
+
+
+def reward_curve(log: Log) -> list[tuple[int, float]]:
+    """(step, mean reward) of every logged training step."""
+    return [(int(entry["step"]), float(entry["reward"])) for entry in log if "reward" in entry]
+
+
+def _step_seconds(log: Log) -> float:
+    """Seconds in training steps: TRL logs their mean over the steps since the last log."""
+    seconds, last_step = 0.0, 0
+    for entry in log:
+        if "step_time" in entry:
+            seconds += float(entry["step_time"]) * (int(entry["step"]) - last_step)
+            last_step = int(entry["step"])
+    return seconds
+
+
+def versions() -> dict[str, str]:
+    """Versions of what took part. Imports all of it."""
+    import torch
+    import transformers
+    import trl
+    import vllm
+
+    from qerl_sync import __version__
+
+    packages = {"torch": torch, "transformers": transformers, "trl": trl, "vllm": vllm}
+    found = {name: str(package.__version__) for name, package in packages.items()}
+    return {**found, "qerl_sync": __version__}

@@ -1,0 +1,61 @@
+"""Tables for the terminal, at most 80 columns wide."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from qerl_sync.meta import format_bytes
+from qerl_sync.report.summary import WINDOW, Summary
+
+NOT_MEASURED = "not measured"
+
+
+def summary_table(summary: Summary) -> Table:
+    """The end of a run: how it learned, what its syncs cost, predicted and measured."""
+    table = Table(box=box.SIMPLE_HEAD, title="Run", title_justify="left", title_style="bold")
+    table.add_column("")
+    table.add_column("predicted", justify="right")
+    table.add_column("measured", justify="right")
+    for row in (
+        (f"reward, first {WINDOW} logged steps", "", _number(summary.reward_first, ".3f")),
+        (f"reward, last {WINDOW} logged steps", "", _number(summary.reward_last, ".3f")),
+        ("largest logprob gap, trainer to vLLM", "", _number(summary.logprob_gap_max, ".1e")),
+        ("steps", "", str(summary.num_steps)),
+        ("wall time", "", f"{summary.wall_seconds:.0f} s"),
+    ):
+        table.add_row(*row)
+    table.add_section()
+    for row in (
+        ("syncs", "", str(summary.num_syncs)),
+        ("bytes sent", "", format_bytes(summary.sent_bytes)),
+        ("sync share of the step time", "", _number(summary.sync_time_share, ".1%")),
+        (
+            "peak buffered",
+            format_bytes(summary.peak_buffered_bytes_predicted),
+            format_bytes(summary.peak_buffered_bytes_measured),
+        ),
+        (
+            "peak pinned",
+            format_bytes(summary.peak_pinned_bytes_predicted),
+            format_bytes(summary.peak_pinned_bytes_measured),
+        ),
+        (
+            "open layers, at most",
+            str(summary.max_open_layers_predicted),
+            str(summary.max_open_layers),
+        ),
+        ("prediction, tensor by tensor", "", _verdict(summary)),
+    ):
+        table.add_row(*row)
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return NOT_MEASURED if value is None else format(value, form)
+
+
+def _verdict(summary: Summary) -> str:
+    if not summary.num_syncs:
+        return NOT_MEASURED
+    return "[green]exact[/]" if summary.prediction_exact else "[red]differs (see syncs.jsonl)[/]"

@@ -1,0 +1,59 @@
+"""The sections that are handed to TRL's configuration classes as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.config import TrainConfig
+from qerl_sync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from trl import GRPOConfig, SFTConfig
+
+
+def grpo_arguments(config: TrainConfig) -> GRPOConfig:
+    """TRL's arguments from the section `trainer`, and what is ours to set.
+
+    Raises:
+        ConfigError: TRL refuses a value or a combination of values.
+    """
+    from trl import GRPOConfig
+
+    weights = {"dtype": config.model.dtype, **config.trainer.get("model_init_kwargs", {})}
+    ours = {
+        "output_dir": config.output_dir,
+        "seed": config.seed,
+        "use_vllm": True,
+        "vllm_mode": config.rollout.mode,
+        "model_init_kwargs": weights,
+    }
+    return _make(GRPOConfig, "trainer", {**config.trainer, **ours})
+
+
+def sft_arguments(config: TrainConfig) -> SFTConfig | None:
+    """TRL's arguments from the section `warmup.trainer`; None if there is no warm-up.
+
+    Raises:
+        ConfigError: TRL refuses a value or a combination of values.
+    """
+    from trl import SFTConfig
+
+    if config.warmup is None:
+        return None
+    given = {"save_strategy": "no", **config.warmup.trainer}
+    ours = {"output_dir": config.output_dir, "seed": config.seed}
+    return _make(SFTConfig, "warmup.trainer", {**given, **ours})
+
+
+def engine_options(config: TrainConfig) -> dict[str, Any]:
+    """vLLM's engine arguments from the section `rollout.engine`, over our defaults."""
+    defaults = {"dtype": config.model.dtype, "seed": config.seed, "use_tqdm_on_load": False}
+    return {**defaults, **config.rollout.engine}
+
+
+def _make(kind: Any, section: str, arguments: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**{"disable_tqdm": True, **arguments})
+    except (TypeError, ValueError, ImportError) as exc:
+        raise ConfigError(f"{section}: TRL's {kind.__name__} refuses it: {exc}") from exc

@@ -1,0 +1,73 @@
+"""Callbacks of the trainers: the progress bar, and stopping cleanly on Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qerl_sync.training.display import Steps
+
+
+class ShowProgress(TrainerCallback):
+    """Moves the bar at each step; the note is made from the last log."""
+
+    def __init__(self, steps: Steps, note: Callable[[dict[str, Any]], str]) -> None:
+        self._steps = steps
+        self._note = note
+        self._last_log: dict[str, Any] = {}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self._last_log |= logs or {}
+        self._steps.note(state.global_step, state.max_steps, self._note(self._last_log))
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._steps.advance(state.global_step, state.max_steps)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._steps.advance(state.global_step, state.max_steps)
+
+
+class StopCleanly(TrainerCallback):
+    """On the first Ctrl-C finishes the step, writes a checkpoint and stops; the second kills."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.stopped = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle Ctrl-C while open. Must be used in the main thread."""
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        self._steps.say("[yellow]stopping after this step[/] (Ctrl-C again: at once)")
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.stopped:
+            control.should_save = True
+            control.should_training_stop = True

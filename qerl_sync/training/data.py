@@ -1,0 +1,83 @@
+"""Prompts for a run: the toy task made in memory, or a data set from a file or the hub."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qerl_sync.config import DataConfig
+from qerl_sync.config.violations import nearest
+from qerl_sync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The name by which `datasets` reads each kind of local file.
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+def addition_rows(size: int, seed: int) -> list[dict[str, str]]:
+    """`size` sums of one-digit numbers whose sum has one digit, drawn at random."""
+    problems = [(a, b) for a in range(10) for b in range(10 - a)]
+    rng = random.Random(seed)
+    drawn = (rng.choice(problems) for _ in range(size))
+    return [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in drawn]
+
+
+def load_data(config: DataConfig, seed: int, *, needs_answers: bool) -> tuple[Dataset, Dataset]:
+    """The training rows and the held-out rows, with columns `prompt` and, if there, `answer`.
+
+    Raises:
+        ConfigError: there is no such data set, split or column.
+    """
+    rows = _addition(config, seed) if config.task == "addition" else _read(config)
+    rows = _rename(rows, "prompt_column", config.prompt_column, "prompt")
+    if needs_answers or config.answer_column in rows.column_names:
+        rows = _rename(rows, "answer_column", config.answer_column, "answer")
+    if config.eval_size >= len(rows):
+        raise ConfigError(
+            f"data.eval_size {config.eval_size} leaves nothing to train on: the data set has "
+            f"{len(rows)} rows"
+        )
+    train = rows.select(range(config.eval_size, len(rows)))
+    return train, rows.select(range(config.eval_size))
+
+
+def _addition(config: DataConfig, seed: int) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_list(addition_rows(config.size, seed))
+
+
+def _read(config: DataConfig) -> Dataset:
+    from datasets import load_dataset
+
+    assert config.path is not None
+    path = Path(config.path)
+    file_format = FILE_FORMATS.get(path.suffix)
+    if file_format is not None and not path.is_file():
+        raise ConfigError(f"data.path: no file {config.path}")
+    try:
+        if file_format is not None:
+            return load_dataset(file_format, data_files=str(path), split="train")
+        return load_dataset(config.path, config.subset, split=config.split)
+    except Exception as exc:  # `datasets` raises whatever the hub, the file or Arrow raises
+        raise ConfigError(
+            f"data.path: {config.path!r} cannot be read ({type(exc).__name__}: {exc}); give a "
+            f"{', '.join(FILE_FORMATS)} file, a directory or a hub id"
+        ) from exc
+
+
+def _rename(rows: Dataset, option: str, column: str, name: str) -> Dataset:
+    """The rows with `column` called `name`."""
+    if column not in rows.column_names:
+        raise ConfigError(
+            f"data.{option}: the data set has no column {column!r}; "
+            f"{nearest(column, rows.column_names)}"
+        )
+    if column == name:
+        return rows
+    if name in rows.column_names:
+        rows = rows.remove_columns(name)
+    return rows.rename_column(column, name)

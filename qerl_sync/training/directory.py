@@ -1,0 +1,131 @@
+"""The directory of a run: what stands where, earlier runs, checkpoints, the sync records."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qerl_sync.config import TrainConfig
+
+# What a resumed run must have in common with the one it continues.
+FIXED_SECTIONS = ("model", "data", "reward", "warmup", "seed")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Everything that a run writes, under `root`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def model(self) -> Path:
+        """The policy that the reinforcement learning starts from, if it was made here."""
+        return self.root / "model"
+
+    @property
+    def trained(self) -> Path:
+        return self.root / "trained"
+
+    @property
+    def syncs(self) -> Path:
+        return self.root / "syncs.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
+    def reward_plot(self) -> Path:
+        return self.root / "reward.png"
+
+    @property
+    def buffers_plot(self) -> Path:
+        return self.root / "buffers.png"
+
+    def latest_checkpoint(self) -> Path | None:
+        """The checkpoint with the highest step that was written to its end."""
+        steps = {
+            int(path.parent.name.removeprefix("checkpoint-")): path.parent
+            for path in self.root.glob("checkpoint-*/trainer_state.json")
+        }
+        return steps[max(steps)] if steps else None
+
+    def start(self, config: TrainConfig) -> Path | None:
+        """Make it ready for a new run; returns where an earlier run was moved, if there was one."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        moved = self._set_aside() if self.config.exists() else None
+        self._write_config(config)
+        return moved
+
+    def resume(self, config: TrainConfig) -> Path | None:
+        """Make it ready to go on; returns the checkpoint to go on from, None to start over.
+
+        Raises:
+            ConfigError: there is no run here, or it was one of something else.
+        """
+        if not self.config.exists():
+            raise ConfigError(
+                f"nothing to resume: {self.root} holds no run; leave --resume away, or name its "
+                "directory with --output-dir"
+            )
+        self._check_same_run(config)
+        checkpoint = self.latest_checkpoint()
+        self.keep_syncs_before(step_of(checkpoint) if checkpoint else 0)
+        self._write_config(config)
+        return checkpoint
+
+    def _write_config(self, config: TrainConfig) -> None:
+        self.config.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+    def _check_same_run(self, config: TrainConfig) -> None:
+        before = json.loads(self.config.read_text(encoding="utf-8"))
+        now = config.model_dump(mode="json")
+        changed = [name for name in FIXED_SECTIONS if before.get(name) != now[name]]
+        if changed:
+            raise ConfigError(
+                f"cannot resume {self.root}: {', '.join(changed)} changed since it was started "
+                f"(compare {self.config}); change it back, or start a new run without --resume"
+            )
+
+    def _set_aside(self) -> Path:
+        """Move an earlier run into a directory of its own. Nothing else in here is touched."""
+        number = 1 + len(list(self.root.glob("earlier-*")))
+        aside = self.root / f"earlier-{number}"
+        aside.mkdir()
+        ours = [self.config, self.model, self.trained, self.syncs, self.summary]
+        ours += [self.reward_plot, self.buffers_plot, *self.root.glob("checkpoint-*")]
+        for path in ours:
+            if path.exists():
+                path.rename(aside / path.name)
+        return aside
+
+    def append_sync(self, report: dict[str, Any]) -> None:
+        with self.syncs.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(report) + "\n")
+
+    def read_syncs(self) -> list[dict[str, Any]]:
+        """The reports so far. A last line that was cut off when the run died is left out."""
+        if not self.syncs.exists():
+            return []
+        lines = self.syncs.read_text(encoding="utf-8").split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def keep_syncs_before(self, step: int) -> None:
+        """Drop the reports of steps that a resumed run does again, as TRL drops their logs."""
+        kept = [report for report in self.read_syncs() if report["step"] < step]
+        self.syncs.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+
+def step_of(checkpoint: Path) -> int:
+    """The global step at which a checkpoint was written."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])

@@ -1,0 +1,61 @@
+"""What must hold in the process before vLLM is imported, and how quiet everybody is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from importlib.util import find_spec
+
+from qerl_sync.errors import ConfigError
+
+PACKAGES = ("torch", "transformers", "datasets", "trl", "vllm", "matplotlib")
+
+# vLLM reads these when it is imported. What the user has set stays.
+ENGINE_VARIABLES = {
+    # TRL's colocate mode reaches into the model, so the engine must live in this process.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # GiB of KV cache on CPU; vLLM would take half of the machine's memory.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    # vLLM would pin its threads to cores, and with them the trainer that shares its process.
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+QUIET_VARIABLES = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DATASETS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "GLOO_LOG_LEVEL": "ERROR",
+}
+
+
+def prepare_environment(*, verbose: bool) -> None:
+    """Set what vLLM reads at import. Call it before anything imports vLLM or transformers."""
+    variables = ENGINE_VARIABLES if verbose else {**ENGINE_VARIABLES, **QUIET_VARIABLES}
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)
+    if not verbose:
+        warnings.filterwarnings("ignore")
+
+
+def hush() -> None:
+    """Silence what no environment variable silences. Imports the packages."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("trl", "accelerate", "vllm"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def require_packages() -> None:
+    """Raise ConfigError if a package that a run needs is not installed."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"not installed: {', '.join(missing)}; `./scripts/setup` in a checkout installs all "
+            "that a run needs"
+        )

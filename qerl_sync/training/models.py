@@ -1,0 +1,131 @@
+"""The policy that a run starts from: a checkpoint, or a tiny model with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.config import ModelConfig, TinyModelConfig
+from qerl_sync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PAD, EOS = "<pad>", "<eos>"
+
+
+def make_tiny(
+    config: TinyModelConfig, dtype: str, texts: Iterable[str], seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model with random weights, and a tokenizer trained on `texts`.
+
+    Raises:
+        ConfigError: transformers refuses the configuration.
+    """
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM, set_seed
+
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    special = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    set_seed(seed)
+    try:
+        model_config = CONFIG_MAPPING[config.architecture](**special, **config.config)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype))
+    except Exception as exc:  # each architecture checks its own values in its own way
+        raise ConfigError(
+            f"model.tiny: transformers cannot make this {config.architecture} "
+            f"({type(exc).__name__}: {exc})"
+        ) from exc
+    return model, tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer: it can spell any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+
+
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    _check_directory(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as exc:  # OSError, ValueError, hub errors: all mean that there is none
+        raise ConfigError(
+            f"model.path: no tokenizer can be loaded from {path!r} ({_first_line(exc)}); save one "
+            f"there with tokenizer.save_pretrained({path!r})"
+        ) from exc
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(path: str, dtype: str) -> PreTrainedModel:
+    """The checkpoint's weights, in `dtype`."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"model.path: {path!r} cannot be loaded: {_first_line(exc)}") from exc
+
+
+def _check_directory(path: str) -> None:
+    """A local path must hold a model and a tokenizer; anything else is taken for a hub id."""
+    directory = Path(path)
+    if not directory.is_dir():
+        if directory.is_absolute() or path.startswith("."):
+            raise ConfigError(f"model.path: no directory {path}")
+        return
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"model.path: {path} has no config.json, so it is no model directory; give one written "
+            "by save_pretrained"
+        )
+    kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+    if not any((directory / kind).is_file() for kind in kinds):
+        raise ConfigError(
+            f"model.path: {path} has no tokenizer (none of {', '.join(kinds)}); save it there with "
+            f"tokenizer.save_pretrained({path!r})"
+        )
+
+
+def _first_line(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc).strip() else ''}"
+
+
+def texts_of(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
+    """The texts that a tokenizer for these rows should know."""
+    for row in rows:
+        for value in (row["prompt"], row.get("answer", "")):
+            yield value if isinstance(value, str) else str(value)
+
+
+def describe(config: ModelConfig) -> str:
+    """The model in a few words, for people."""
+    return config.path or f"a tiny {config.tiny.architecture if config.tiny else 'model'}"

@@ -1,0 +1,76 @@
+"""Reward functions, with TRL's signature: built in, or anybody's as `package.module:function`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from qerl_sync.config.violations import nearest
+from qerl_sync.errors import ConfigError
+
+Reward = Callable[..., Sequence[float | None]]
+
+
+def exact_match(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any
+) -> list[float]:
+    """1 where the completion, without surrounding space, is the answer; else 0."""
+    pairs = zip(completions, answer, strict=True)
+    return [float(_text(completion).strip() == str(right).strip()) for completion, right in pairs]
+
+
+def _text(completion: Any) -> str:
+    """A completion is a text, or a list of chat messages of which the last one counts."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+
+
+# The built-in rewards; all of them read the column `answer`.
+BUILTIN: dict[str, Reward] = {"exact_match": exact_match}
+
+
+def resolve_reward(name: str) -> Reward:
+    """The reward function called `name` in the configuration.
+
+    Modules are also looked for in the current directory.
+
+    Raises:
+        ConfigError: there is no such built-in, module or function.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not colon:
+        return _builtin(name)
+    module = _import(module_name, name)
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        functions = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        raise ConfigError(
+            f"reward {name!r}: {module_name} has no function {attribute!r}; "
+            f"{nearest(attribute, functions)}"
+        )
+    return function
+
+
+def _builtin(name: str) -> Reward:
+    if name not in BUILTIN:
+        raise ConfigError(
+            f"unknown reward {name!r}; {nearest(name, BUILTIN)} For your own, write "
+            "package.module:function"
+        )
+    return BUILTIN[name]
+
+
+def _import(module_name: str, name: str) -> Any:
+    # A console script has its own directory on the path and not the one it is called from.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return import_module(module_name)
+    except (ImportError, ValueError) as exc:
+        raise ConfigError(
+            f"reward {name!r}: the module {module_name!r} cannot be imported ({exc}); install it "
+            "or call the program from the directory that holds it"
+        ) from exc

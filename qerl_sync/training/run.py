@@ -1,0 +1,215 @@
+"""A run: model, warm-up, engine, reinforcement learning, report."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.config import TrainConfig
+from qerl_sync.errors import ConfigError
+from qerl_sync.report.plots import plot_buffers, plot_rewards
+from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
+from qerl_sync.training.arguments import engine_options, grpo_arguments, sft_arguments
+from qerl_sync.training.data import load_data
+from qerl_sync.training.directory import RunDirectory, step_of
+from qerl_sync.training.display import Display
+from qerl_sync.training.environment import hush, require_packages
+from qerl_sync.training.models import describe, load_model, load_tokenizer, make_tiny, texts_of
+from qerl_sync.training.rewards import BUILTIN, Reward, resolve_reward
+from qerl_sync.training.warmup import warm_up
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import GRPOConfig, SFTConfig
+
+    from qerl_sync.integrations.trl import WeightSyncCallback
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended. `stopped`: by Ctrl-C, before its last step."""
+
+    summary: Summary
+    directory: RunDirectory
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a run is made of, checked before anything heavy starts."""
+
+    grpo: GRPOConfig
+    sft: SFTConfig | None
+    rewards: list[Reward]
+    rows: Dataset
+    held_out: Dataset
+
+
+def train(
+    config: TrainConfig,
+    display: Display,
+    *,
+    resume: bool = False,
+    verbose: bool = False,
+    started: float | None = None,
+) -> Outcome:
+    """Train as `config` says and write everything into its output directory.
+
+    Call `prepare_environment` before anything imports vLLM, then this, once in a process.
+
+    Args:
+        resume: go on from the last checkpoint of the run in the output directory.
+        started: `time.perf_counter()` when the program started, for the wall time.
+
+    Raises:
+        SyncError: the configuration cannot be right, or a sync failed.
+    """
+    started = time.perf_counter() if started is None else started
+    directory = RunDirectory(Path(config.output_dir))
+    with display.phase("checking", "configuration checked"):
+        parts = _check(config, verbose)
+        checkpoint = _open(directory, config, display, resume)
+    path = _policy(config, parts, directory, display)
+    with display.phase("starting vLLM", "vLLM engine started"):
+        trainer, callback = _build(config, parts, path, directory)
+    stopped = _learn(trainer, checkpoint, display)
+    with display.phase("writing the report", f"report written to {directory.root}"):
+        if not stopped:
+            trainer.save_model(str(directory.trained))
+        summary = _report(trainer.state.log_history, callback, directory, started)
+    return Outcome(summary, directory, stopped)
+
+
+def _check(config: TrainConfig, verbose: bool) -> _Parts:
+    require_packages()
+    import torch
+
+    if not verbose:
+        hush()
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    needs_answers = config.warmup is not None or any(name in BUILTIN for name in config.reward)
+    rewards = [resolve_reward(name) for name in config.reward]
+    grpo, sft = grpo_arguments(config), sft_arguments(config)
+    if config.model.path is not None:
+        load_tokenizer(config.model.path)
+    rows, held_out = load_data(config.data, config.seed, needs_answers=needs_answers)
+    return _Parts(grpo, sft, rewards, rows, held_out)
+
+
+def _open(
+    directory: RunDirectory, config: TrainConfig, display: Display, resume: bool
+) -> Path | None:
+    """Make the directory ready; returns the checkpoint to go on from."""
+    if not resume:
+        moved = directory.start(config)
+        if moved is not None:
+            display.console.print(f"  the earlier run was moved to {moved}", highlight=False)
+        return None
+    checkpoint = directory.resume(config)
+    done = step_of(checkpoint) if checkpoint else 0
+    last = config.trainer.get("max_steps", -1)
+    if 0 < last <= done:
+        raise ConfigError(
+            f"nothing left to do: the run in {directory.root} is at step {done} of {last}; raise "
+            "trainer.max_steps to train it further"
+        )
+    display.console.print(f"  going on from step {done}", highlight=False)
+    return checkpoint
+
+
+def _policy(config: TrainConfig, parts: _Parts, directory: RunDirectory, display: Display) -> str:
+    """The path of the policy to start from. Made, warmed up and saved unless it is there."""
+    if config.model.path is not None and parts.sft is None:
+        return config.model.path
+    if directory.model.is_dir():
+        return str(directory.model)
+    with display.phase("making the model", f"model ready: {describe(config.model)}"):
+        if config.model.path is not None:
+            tokenizer = load_tokenizer(config.model.path)
+            model = load_model(config.model.path, config.model.dtype)
+        else:
+            assert config.model.tiny is not None
+            texts = texts_of(parts.rows)
+            model, tokenizer = make_tiny(config.model.tiny, config.model.dtype, texts, config.seed)
+    if parts.sft is not None:
+        with display.steps("warm-up", "warmed up") as steps:
+            warm_up(model, tokenizer, parts.rows, parts.sft, steps)
+    # Renamed when complete: what an interrupted run left is not taken for a model.
+    unfinished = directory.root / "model.unfinished"
+    model.save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    unfinished.rename(directory.model)
+    return str(directory.model)
+
+
+def _build(
+    config: TrainConfig, parts: _Parts, path: str, directory: RunDirectory
+) -> tuple[Any, WeightSyncCallback]:
+    """TRL's trainer with its engine, and our callback bound to it."""
+    from transformers import PrinterCallback
+    from trl import GRPOTrainer
+
+    from qerl_sync.integrations.trl import WeightSyncCallback, engine_arguments
+
+    callback = WeightSyncCallback(
+        config.sync, recorder=lambda report: directory.append_sync(report.to_json())
+    )
+    with engine_arguments(**engine_options(config)):
+        trainer = GRPOTrainer(
+            model=path,
+            reward_funcs=parts.rewards,
+            args=parts.grpo,
+            train_dataset=parts.rows,
+            eval_dataset=parts.held_out if len(parts.held_out) else None,
+            processing_class=load_tokenizer(path),
+            callbacks=[callback],
+        )
+    trainer.remove_callback(PrinterCallback)
+    callback.bind(trainer)
+    return trainer, callback
+
+
+def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
+    """Train to the end, or until Ctrl-C; returns whether it was stopped."""
+    from qerl_sync.training.callbacks import ShowProgress, StopCleanly
+
+    with display.steps("training", "trained") as steps:
+        stop = StopCleanly(steps)
+        trainer.add_callback(ShowProgress(steps, _note))
+        trainer.add_callback(stop)
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    return stop.stopped and trainer.state.global_step < trainer.state.max_steps
+
+
+def _note(log: dict[str, Any]) -> str:
+    if "reward" not in log:
+        return ""
+    sync = f" · sync {1000 * log['sync/seconds/total']:.0f} ms" if "sync/bytes" in log else ""
+    return f"reward {float(log['reward']):.2f}{sync}"
+
+
+def _report(
+    log: list[dict[str, Any]],
+    callback: WeightSyncCallback,
+    directory: RunDirectory,
+    started: float,
+) -> Summary:
+    """Write summary.json and the plots."""
+    summary = summarize(
+        log,
+        directory.read_syncs(),
+        wall_seconds=time.perf_counter() - started,
+        versions=versions(),
+    )
+    text = json.dumps(summary.to_json(), indent=2) + "\n"
+    directory.summary.write_text(text, encoding="utf-8")
+    plot_rewards(reward_curve(log), directory.reward_plot)
+    session = callback.session
+    if session is not None and session.plan is not None and session.last_trace is not None:
+        plot_buffers(session.plan, session.last_trace, directory.buffers_plot)
+    return summary

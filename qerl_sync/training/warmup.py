@@ -1,0 +1,48 @@
+"""The supervised warm-up: TRL's `SFTTrainer` on prompts and answers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.training.display import Steps
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    arguments: SFTConfig,
+    steps: Steps,
+) -> None:
+    """Train `model` in place on the columns `prompt` and `answer` of `rows`."""
+    from transformers import PrinterCallback
+    from trl import SFTTrainer
+
+    from qerl_sync.training.callbacks import ShowProgress
+
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows.map(_example, remove_columns=rows.column_names),
+        processing_class=tokenizer,
+        callbacks=[ShowProgress(steps, _note)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+
+
+def _example(row: dict[str, Any]) -> dict[str, Any]:
+    """A row as TRL wants it: text to text, or chat messages to chat messages."""
+    prompt, answer = row["prompt"], str(row["answer"])
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "completion": answer}
+    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+
+
+def _note(log: dict[str, Any]) -> str:
+    return f"loss {float(log['loss']):.2f}" if "loss" in log else ""
