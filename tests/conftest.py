@@ -1,0 +1,45 @@
+"""Shared fixtures: one set of real vLLM engines, started when first needed, kept to the end."""
+
+from __future__ import annotations
+
+import os
+
+# Before vLLM is imported anywhere. In-process engines, a small KV cache, no core pinning.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+from hypothesis import settings  # noqa: E402
+from support.engines import EnginePool, Subject  # noqa: E402
+
+settings.register_profile("default", deadline=None, print_blob=True)
+settings.load_profile("default")
+
+
+@pytest.fixture(scope="session")
+def engine_pool(tmp_path_factory: pytest.TempPathFactory) -> EnginePool:
+    return EnginePool(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def subject(engine_pool: EnginePool) -> Iterator[Callable[..., Subject]]:
+    """`subject(kind, kernels)`: a live engine on version 0 of that model, and version 1 to come.
+
+    Whatever a test does to the engine, the next one finds it on version 0 again, or fails.
+    """
+    used: list[Subject] = []
+
+    def get(kind: str, kernels: str = "stock") -> Subject:
+        used.append(engine_pool.subject(kind, kernels))
+        used[-1].enter()
+        return used[-1]
+
+    yield get
+    for one in reversed(used):
+        one.leave()

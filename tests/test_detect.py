@@ -1,0 +1,128 @@
+"""What counts as buffered: our rule, and vLLM's, held against vLLM's own functions."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qerl_sync.buffers.detect import DeviceRule, is_finite, require_finite, storages_of
+from qerl_sync.errors import CoverageError
+
+MODE = FakeTensorMode()
+DEVICES = ["meta", "cpu", "cuda", "cuda:1", "xpu"]
+
+
+def tensor(device, numel, dtype):
+    """On any device without having it: fake tensors know device, dtype and bytes."""
+    if device in ("meta", "cpu"):
+        return torch.empty(numel, dtype=dtype, device=device)
+    with MODE:
+        return torch.empty(numel, dtype=dtype, device=device)
+
+
+VALUES = st.one_of(
+    st.builds(
+        tensor,
+        st.sampled_from(DEVICES),
+        st.integers(0, 64),
+        st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
+    ),
+    st.sampled_from(["q", 3, None, [1.0]]),
+)
+
+
+def bound(values):
+    def loader(param, loaded_weight, shard_id=None):
+        """Like vLLM's weight loaders."""
+
+    return inspect.signature(loader).bind(*values)
+
+
+@given(st.lists(st.tuples(VALUES, VALUES, VALUES), max_size=4))
+def test_vllms_rule_agrees_with_vllm(calls):
+    utils = pytest.importorskip("vllm.model_executor.model_loader.reload.utils")
+    rule = DeviceRule()
+    loaded = [("weight", bound(values)) for values in calls]
+    for _, arguments in loaded:
+        assert rule.has_device_tensors(arguments) == utils.has_device_tensors(arguments)
+    assert rule.get_info_size(loaded) == utils.get_info_size(SimpleNamespace(loaded_weights=loaded))
+
+
+@pytest.mark.parametrize(
+    ("worker", "counted"),
+    [("cpu", {"cpu", "cuda", "cuda:1", "xpu"}), ("cuda", {"cuda", "cuda:1", "xpu"})],
+)
+def test_the_workers_own_device_counts(worker, counted):
+    rule = DeviceRule(torch.device(worker))
+    assert {d for d in DEVICES if rule.counts(tensor(d, 1, torch.float32))} == counted
+    assert not rule.counts("not a tensor")
+
+
+def test_views_keep_their_whole_storage():
+    chunk = torch.empty(1024)
+    (whole,), (view,) = storages_of(chunk), storages_of(chunk[3:5])
+    assert view == whole
+    assert view.nbytes == 4096
+    assert storages_of(torch.empty(2))[0].key != whole.key
+
+
+def test_dtensor_keeps_its_local_shard(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        local = torch.ones(8)
+        sharded = DTensor.from_local(local, init_device_mesh("cpu", (1,)), [Replicate()])
+        assert storages_of(sharded) == storages_of(local)
+        assert DeviceRule(torch.device("cpu")).counts(sharded)
+        assert not DeviceRule().counts(sharded)
+    finally:
+        dist.destroy_process_group()
+
+
+class TwoTensors(torch.Tensor):
+    """A wrapper subclass, as quantised weights are: values and scales inside."""
+
+    @staticmethod
+    def __new__(cls, values, scales):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values, scales):
+        self.values_, self.scales = values, scales
+
+    def __tensor_flatten__(self):
+        return ["values_", "scales"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise RuntimeError("storages are found without computing")
+
+
+def test_wrapper_subclasses_keep_their_inner_tensors():
+    values, scales = torch.zeros(8, dtype=torch.int8), torch.ones(2)
+    found = storages_of(TwoTensors(values, scales))
+    assert {storage.nbytes for storage in found} == {8}
+    assert len(found) == 2
+
+
+@given(st.lists(st.sampled_from([1.0, -3e38, 3e38, float("inf"), float("nan")]), min_size=1))
+def test_finite_is_told_apart_from_a_sum_that_overflows(values):
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        exact = torch.tensor(values, dtype=dtype)
+        assert is_finite(exact) == bool(torch.isfinite(exact).all())
+
+
+def test_bad_values_are_counted_and_named():
+    with pytest.raises(CoverageError, match=r"'w' has 2 NaN or infinite values of 3"):
+        require_finite("w", torch.tensor([float("nan"), 0.0, float("-inf")]))
+    require_finite("integers", torch.tensor([1]))

@@ -1,0 +1,201 @@
+"""Planning is pure: properties of orders, chunks, predictions and their serialised form."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.streams import storages, streams
+
+from qerl_sync import (
+    LayerMap,
+    ParamMeta,
+    PlanError,
+    SyncPlan,
+    Trace,
+    as_given,
+    build_plan,
+    by_parent_layer,
+    replay,
+)
+from qerl_sync.errors import ConfigError
+from qerl_sync.plan.diagnosis import Cause, diagnose
+from qerl_sync.plan.orders import parse_order
+from qerl_sync.plan.replay import open_layers_at
+from qerl_sync.plan.sync_plan import POLICIES
+
+ORDERS = ["hf", "alphabetical", "size", "optimizer", "random:0", "random:7", "interleaved:3"]
+
+
+@given(streams(), st.sampled_from([as_given, by_parent_layer]))
+def test_every_policy_is_a_permutation(stream, policy):
+    metas, layer_map = stream
+    ordered = policy(metas, layer_map)
+    assert sorted(ordered, key=lambda m: m.name) == sorted(metas, key=lambda m: m.name)
+
+
+@given(streams(), st.sampled_from(ORDERS))
+def test_every_source_order_is_a_permutation(stream, order):
+    metas, _ = stream
+    assert set(parse_order(order)(metas)) == set(metas)
+    assert len(parse_order(order)(metas)) == len(metas)
+
+
+@given(streams(shared=False))
+def test_by_parent_layer_never_has_two_layers_open(stream):
+    metas, layer_map = stream
+    trace = replay(by_parent_layer(metas, layer_map), layer_map)
+    assert trace.max_open_layers <= 1
+
+
+@given(streams())
+def test_by_parent_layer_keeps_connected_layers_together(stream):
+    """Where tensors land in several layers, the group that they connect is the best one can do:
+    no two groups are ever open together."""
+    metas, layer_map = stream
+    groups = _components(metas, layer_map)
+    seen: list[int] = []
+    for meta in by_parent_layer(metas, layer_map):
+        for parent in layer_map.parents(meta.name):
+            if not seen or seen[-1] != groups[parent]:
+                seen.append(groups[parent])
+    assert len(seen) == len(set(seen))
+
+
+@given(streams())
+def test_by_parent_layer_is_stable(stream):
+    """Tensors of a layer stay in source order, and a stream in order is left alone."""
+    metas, layer_map = stream
+    ordered = by_parent_layer(metas, layer_map)
+    assert by_parent_layer(ordered, layer_map) == ordered
+    place = {meta.name: i for i, meta in enumerate(metas)}
+    by_layer = defaultdict(list)
+    for meta in ordered:
+        for parent in layer_map.parents(meta.name):
+            by_layer[parent].append(place[meta.name])
+    assert all(places == sorted(places) for places in by_layer.values())
+
+
+@given(st.data(), streams(), st.sampled_from(sorted(POLICIES)))
+def test_plan_survives_json(data, stream, policy):
+    metas, layer_map = stream
+    plan = build_plan(
+        metas,
+        layer_map,
+        policy,
+        chunk_bytes=data.draw(st.one_of(st.none(), st.integers(1, 64))),
+        storages=data.draw(storages(metas)),
+    )
+    again = SyncPlan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    assert again.digest == plan.digest
+    copied = LayerMap.from_json(json.loads(json.dumps(layer_map.to_json())))
+    assert copied == layer_map
+    assert copied.digest == layer_map.digest
+
+
+@given(streams(shared=False), st.integers(1, 64))
+def test_chunks_hold_whole_layers(stream, chunk_bytes):
+    metas, layer_map = stream
+    plan = build_plan(metas, layer_map, "reorder", chunk_bytes=chunk_bytes)
+    assert [name for chunk in plan.chunks for name in chunk.names] == list(plan.order)
+    homes = defaultdict(set)
+    for i, chunk in enumerate(plan.chunks):
+        assert chunk.oversized == (chunk.nbytes > chunk_bytes)
+        for name in chunk.names:
+            for parent in layer_map.parents(name):
+                homes[parent].add(i)
+        if chunk.oversized:
+            assert len({layer_map.parents(name) for name in chunk.names}) == 1
+    assert all(len(chunks) == 1 for chunks in homes.values())
+
+
+def test_digest_tells_what_is_sent_apart():
+    metas, layer_map = _two_layers()
+    plan = build_plan(metas, layer_map, "reorder")
+    cut = build_plan(metas, layer_map, "reorder", chunk_bytes=1)
+    other = build_plan([*metas[:-1], ParamMeta("b.1", "float32", (4,))], layer_map, "reorder")
+    assert len({plan.digest, cut.digest, other.digest}) == 3
+    assert build_plan(metas, layer_map, "reorder").digest == plan.digest
+
+
+def test_a_changed_plan_is_refused():
+    metas, layer_map = _two_layers()
+    data = build_plan(metas, layer_map, "warn").to_json()
+    data["metas"][0][2] = [5]
+    with pytest.raises(PlanError, match="was changed after it was made"):
+        SyncPlan.from_json(data)
+    with pytest.raises(PlanError, match="plan format 99"):
+        SyncPlan.from_json({**data, "format": 99})
+
+
+def test_doubled_names_are_refused():
+    metas, layer_map = _two_layers()
+    with pytest.raises(PlanError, match=r"yields 'a\.0' 2 times"):
+        build_plan([*metas, metas[0]], layer_map, "reorder")
+
+
+def test_diagnosis_names_layers_elements_cause_and_cure():
+    metas, layer_map = _two_layers()
+    plan = build_plan(metas, layer_map, "warn")
+    found = diagnose(plan.metas, plan.predicted, layer_map)
+    assert found is not None
+    assert found.causes == (Cause.OUT_OF_ORDER,)
+    text = found.text("interleaved:2")
+    assert "2 parent layers at once" in text
+    assert "a (Linear): 8/8 elements" in text
+    assert "b (Linear): 4/8 elements" in text
+    assert "policy: reorder" in text
+    assert "interleaved:2" in text
+    ordered = build_plan(metas, layer_map, "reorder")
+    assert diagnose(ordered.metas, ordered.predicted, layer_map) is None
+
+
+@given(streams(), st.data())
+def test_open_layers_at_adds_up_to_the_trace(stream, data):
+    metas, layer_map = stream
+    trace = replay(metas, layer_map)
+    index = data.draw(st.integers(0, len(metas) - 1))
+    opened = open_layers_at(index, metas, layer_map)
+    assert len(opened) >= trace.steps[index].open_layers
+    if not any(layer.deferred for layer in layer_map.layers.values()):
+        assert sum(layer.buffered_bytes for layer in opened) >= trace.steps[index].buffered_bytes
+
+
+def test_first_difference_names_tensor_field_and_both_values():
+    metas, layer_map = _two_layers()
+    mine, theirs = replay(metas, layer_map), replay(metas[::-1], layer_map)
+    assert mine.first_difference(mine) is None
+    assert mine.first_difference(theirs) == "tensor 0 (a.0): name is a.0 here and b.1 there"
+    shorter = Trace(mine.steps[:-1])
+    assert shorter.first_difference(mine) == "3 tensors here and 4 there"
+
+
+@pytest.mark.parametrize("text", ["", "hf:1", "random", "random:x", "interleaved:0", "sorted"])
+def test_unknown_orders_are_refused(text):
+    with pytest.raises(ConfigError, match="unknown source order"):
+        parse_order(text)
+
+
+def _two_layers():
+    from qerl_sync import Contribution, ParentLayer
+
+    metas = [ParamMeta(f"{layer}.{i}", "bfloat16", (4,)) for i in range(2) for layer in "ab"]
+    contributions = {m.name: (Contribution(m.name[0], "w", 4, 8, True),) for m in metas}
+    layers = {name: ParentLayer(name, "Linear", 8, 8) for name in "ab"}
+    return metas, LayerMap(layers, contributions)
+
+
+def _components(metas, layer_map):
+    """A label for each layer, equal for layers connected by tensors: naive, for comparison."""
+    label = {layer: i for i, layer in enumerate(layer_map.layers)}
+    for _ in label:
+        for meta in metas:
+            parents = layer_map.parents(meta.name)
+            lowest = min((label[p] for p in parents), default=0)
+            for parent in parents:
+                label[parent] = lowest
+    return label

@@ -1,0 +1,100 @@
+"""After a sync the worker is what a fresh engine, loaded from the same checkpoint, would be."""
+
+from __future__ import annotations
+
+import pytest
+from support.engines import NEW, OLD, logprob_gap
+from support.models import CONFIGS
+from support.syncs import push, session
+
+from qerl_sync import HFSource
+
+pytestmark = pytest.mark.vllm
+
+KERNELS = ["stock", "plain"]
+ORDERS = ["hf", "alphabetical", "size", "optimizer", "random:0", "interleaved:3"]
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equals_a_fresh_engine(subject, kind, kernels):
+    one = subject(kind, kernels)
+    assert not one.wrong_weights(OLD)
+    assert one.wrong_weights(NEW), "both versions are the same: the test could not fail"
+
+    report = push(one, NEW)
+
+    assert one.wrong_weights(NEW) == []
+    assert one.generates_as(NEW)
+    assert logprob_gap(one.engine, one.trainers[NEW]) <= 1e-5
+    assert report.prediction_exact, report.first_difference
+    assert report.max_open_layers_measured == 1
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("policy", ["warn", "reorder"])
+@pytest.mark.parametrize("kind", ["dense", "bias", "moe", "moe_renamed", "padded"])
+def test_every_order_is_right_and_costs_what_was_predicted(subject, kind, policy, order):
+    one = subject(kind)
+    report = push(one, NEW, policy=policy, source_order=order)
+    assert one.wrong_weights(NEW) == []
+    assert report.prediction_exact, report.first_difference
+    if policy == "reorder":
+        assert report.max_open_layers_measured == 1
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_chunks_do_not_change_the_result(subject, kind):
+    one = subject(kind)
+    report = push(one, NEW, chunk_bytes="40KiB")
+    assert report.num_chunks > 3
+    assert one.wrong_weights(NEW) == []
+    assert report.prediction_exact, report.first_difference
+
+
+def test_fused_experts_as_they_are_in_memory(subject):
+    """transformers keeps experts fused; vLLM's Qwen3MoE takes them so, and per expert."""
+    one = subject("moe")
+    fused = HFSource(one.trainers[NEW], convert=False)
+    assert any(len(meta.shape) == 3 for meta in fused.metadata())
+    report = session(one, fused).push()
+    assert one.wrong_weights(NEW) == []
+    assert report.prediction_exact, report.first_difference
+
+
+def test_many_syncs_in_one_session(subject):
+    """The second sync meets what the first one left behind in vLLM's reload state."""
+    one = subject("dense")
+    trainer = HFSource(one.trainers[NEW])
+    sync = session(one, trainer)
+    for version in (1, 2, 3):
+        report = sync.push(step=version)
+        assert (report.version, report.step) == (version, version)
+        assert one.wrong_weights(NEW) == []
+        assert report.prediction_exact
+
+
+def test_the_trainers_weights_are_only_read(subject):
+    one = subject("moe_renamed")
+    before = {name: p.clone() for name, p in one.trainers[NEW].state_dict().items()}
+    push(one, NEW)
+    after = one.trainers[NEW].state_dict()
+    assert all(after[name].equal(value) for name, value in before.items())
+
+
+def test_stock_vllm_leaves_tied_heads_and_experts_old(subject):
+    """What `worker/refresh.py` cures. If this fails, vLLM has learned it: drop the cure."""
+    from qerl_sync.worker import compat
+
+    for kind in ("tied", "moe"):
+        one = subject(kind)
+        parts = compat.in_process_parts(one.engine)
+        source = HFSource(one.trainers[NEW])
+        names = [meta.name for meta in source.metadata()]
+        with compat.loading_context(parts.vllm_config):
+            compat.begin_reload(parts.model)
+            parts.model.load_weights(source.materialize(names))
+            compat.finish_reload(parts.model, parts.vllm_config)
+        assert one.wrong_weights(NEW), kind
+        push(one, NEW)
+        assert one.wrong_weights(NEW) == []
