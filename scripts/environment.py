@@ -156,12 +156,15 @@ def missing_packages() -> list[str]:
 
 
 def files_of(folder: Path) -> list[tuple[str, int]]:
-    """Path and size of a package's files; none if pip did not get to its end."""
+    """Path and size of a package's files; none if pip did not get to its end.
+
+    Bytecode is left out: Python rewrites it, with another size, whenever it sees fit.
+    """
     distribution = PathDistribution(folder)
     # pip writes INSTALLER when all files lie there.
     listed = distribution.files if distribution.read_text("INSTALLER") else None
-    base = str(SITE)
-    return [(f"{base}/{file}", file.size) for file in listed or () if file.size is not None]
+    kept = (file for file in listed or () if file.size is not None and file.suffix != ".pyc")
+    return [(f"{SITE}/{file}", file.size) for file in kept]
 
 
 def is_whole(files: list[tuple[str, int]], sizes: dict[str, set[int]]) -> bool:
@@ -188,8 +191,8 @@ def make_ready(steps: Steps) -> None:
         install_packages(steps, missing)
     steps.begin("qerl-sync itself, editable")
     pip(steps, "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
-    steps.begin("first imports (compiles what every run imports)")
     if not packages_known_good:
+        steps.begin("first imports (compiles what every run imports)")
         try:
             steps.run([PYTHON, "-I", "-c", FIRST_IMPORTS])
         except SetupError as error:
