@@ -10,6 +10,7 @@ from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.walk import walk
 
 
 @dataclass(frozen=True)
@@ -24,18 +25,25 @@ class OpenLayer:
 
 
 class Replay:
-    """Walks a stream through a ledger as vLLM's layerwise reload would.
+    """Walks a stream through a ledger, event by event, as vLLM's layerwise reload would.
 
-    vLLM keeps what it is given until the elements loaded into a layer reach its total, then
-    processes the layer and lets go (`online_process_loader` in vLLM's reload/layerwise.py). Layers
-    that the stream cannot fill close when all that is expected has arrived, as our receiver makes
-    them do.
+    The rules are those of `plan.walk`, which does the same in one flat loop; this one can stop in
+    the middle and account for more than layers.
+
+    Args:
+        storages: the memory behind each tensor; a name that is not in it has a storage of its own.
+        ledger: accounts for the stream; one that records more than the trace may be given.
     """
 
-    def __init__(self, layer_map: LayerMap, storages: Mapping[str, Storage]) -> None:
+    def __init__(
+        self,
+        layer_map: LayerMap,
+        storages: Mapping[str, Storage],
+        ledger: BufferLedger | None = None,
+    ) -> None:
         self._map = layer_map
         self._storages = storages
-        self._ledger = BufferLedger()
+        self._ledger = ledger or BufferLedger()
         self._loaded: Counter[str] = Counter()
         self._closed: set[str] = set()
 
@@ -81,10 +89,7 @@ def replay(
         layer_map: where each tensor lands.
         storages: the memory behind each tensor; a name that is not in it has a storage of its own.
     """
-    run = Replay(layer_map, storages or {})
-    for meta in metas:
-        run.feed(meta)
-    return run.trace()
+    return walk(list(metas), layer_map, storages).trace
 
 
 def open_layers_at(
