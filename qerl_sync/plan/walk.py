@@ -7,7 +7,9 @@ One flat loop, since a command walks through models of 20,000 tensors a dozen ti
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 from qerl_sync.buffers.trace import Trace, TraceStep
@@ -26,30 +28,14 @@ class Span:
         held_bytes: what it holds after each of them.
     """
 
-    __slots__ = (
-        "arrivals",
-        "awaited",
-        "closed",
-        "held",
-        "held_bytes",
-        "keys",
-        "layer",
-        "opened",
-        "own",
-    )
+    __slots__ = ("arrivals", "closed", "held_bytes", "layer", "opened")
 
-    def __init__(self, layer: str, opened: int, awaited: int | None) -> None:
+    def __init__(self, layer: str, opened: int) -> None:
         self.layer = layer
         self.opened = opened
         self.closed: int | None = None
         self.arrivals: list[int] = []
         self.held_bytes: list[int] = []
-        # While it is open: the elements that are still to come (None: it is never processed on
-        # arrival), the bytes held, those that nobody else keeps alive, and the shared storages.
-        self.awaited = awaited
-        self.held = 0
-        self.own = 0
-        self.keys: list[int | str] = []
 
     @property
     def peak_bytes(self) -> int:
@@ -70,10 +56,10 @@ class Walk(NamedTuple):
     spans: list[Span]
 
 
-# A contribution, prepared: layer, held bytes, elements, storage key, storage bytes. Key None: the
-# storage belongs to this contribution alone.
-_Landing = tuple[str, int, int, "int | str | None", int]
-Marks = tuple[int, int, int]
+# A contribution, prepared for walks (a plain tuple, since there are as many as tensors): the number
+# of its parent layer, the bytes that are held of it, the elements that the layer counts, the key of
+# the storage that it keeps alive (None: nothing else does), the bytes of that storage.
+Landing = tuple[int, int, int, "int | str | None", int]
 
 
 def walk(
@@ -97,6 +83,11 @@ class Walker:
     processes the layer and lets go (`online_process_loader` in vLLM's reload/layerwise.py), and
     drops what arrives for it later. Layers that the stream cannot fill close when all that is
     expected has arrived, as our receiver makes them do.
+
+    Attributes:
+        layers: names of the parent layers; a `Landing` has the number of its layer.
+        landings: by checkpoint name.
+        closes_at: elements with which each layer closes, by number; infinite if it never closes.
     """
 
     def __init__(
@@ -105,66 +96,92 @@ class Walker:
         layer_map: LayerMap,
         storages: Mapping[str, Storage] | None = None,
     ) -> None:
-        self._landings = _prepare(metas, layer_map, storages or {})
-        self._awaited = {
-            name: None if layer.deferred else layer.closes_at_numel
-            for name, layer in layer_map.layers.items()
-        }
+        self.layers = list(layer_map.layers)
+        self.landings = _prepare(metas, layer_map, storages or {})
+        self.closes_at: list[float] = [
+            inf if layer.deferred else layer.closes_at_numel for layer in layer_map.layers.values()
+        ]
 
-    def walk(self, metas: Iterable[ParamMeta]) -> Walk:
-        landings, awaited = self._landings, self._awaited
-        buffered = pinned = opened = 0
-        spans: list[Span] = []
-        open_spans: dict[str, Span] = {}
-        closed: set[str] = set()
+    def walk(self, metas: Sequence[ParamMeta]) -> Walk:
+        return Walk(self.trace(metas), self.spans(metas))
+
+    def trace(self, metas: Iterable[ParamMeta]) -> Trace:
+        """The high-water marks of each step."""
+        landings = self.landings
+        awaited: list[float | None] = list(self.closes_at)  # elements; None: the layer is closed
+        is_open = [total == inf for total in awaited]  # deferred layers are never counted as open
+        held, own = [0] * len(awaited), [0] * len(awaited)
+        shared: dict[int, list[int | str]] = {}  # keys of the shared storages that a layer holds
         holders: dict[int | str, int] = {}
         sizes: dict[int | str, int] = {}
+        buffered = pinned = opened = 0
         steps: list[TraceStep] = []
-        index = -1
+        step = TraceStep._make
         for meta in metas:
-            index += 1
             name = meta.name
             high = None
-            for layer, held_bytes, numel, key, storage_bytes in landings[name]:
-                span = open_spans.get(layer)
-                if span is None:
-                    if layer in closed:
-                        continue
-                    span = open_spans[layer] = Span(layer, index, awaited[layer])
-                    spans.append(span)
-                    opened += span.awaited is not None
-                buffered += held_bytes
-                span.held += held_bytes
-                span.arrivals.append(index)
-                span.held_bytes.append(span.held)
-                if key is None:
-                    pinned += storage_bytes
-                    span.own += storage_bytes
-                else:
-                    span.keys.append(key)
-                    count = holders[key] = holders.get(key, 0) + 1
-                    if count == 1:
-                        sizes[key] = storage_bytes
-                        pinned += storage_bytes
-                if span.awaited is None:
+            for layer, held_bytes, numel, storage, storage_bytes in landings[name]:
+                left = awaited[layer]
+                if left is None:
                     continue
-                span.awaited -= numel
-                if span.awaited <= 0:
-                    high = _higher(high, buffered, pinned, opened)
-                    span.closed = index
-                    del open_spans[layer]
-                    closed.add(layer)
-                    buffered -= span.held
-                    opened -= 1
-                    pinned -= span.own
-                    for key in span.keys:
-                        holders[key] -= 1
-                        if not holders[key]:
-                            pinned -= sizes[key]
+                if not is_open[layer]:
+                    is_open[layer] = True
+                    opened += 1
+                buffered += held_bytes
+                held[layer] += held_bytes
+                if storage is None:
+                    pinned += storage_bytes
+                    own[layer] += storage_bytes
+                else:
+                    shared.setdefault(layer, []).append(storage)
+                    count = holders[storage] = holders.get(storage, 0) + 1
+                    if count == 1:
+                        sizes[storage] = storage_bytes
+                        pinned += storage_bytes
+                left -= numel
+                if left > 0:
+                    awaited[layer] = left
+                    continue
+                high = _higher(high, buffered, pinned, opened)
+                awaited[layer] = None
+                opened -= 1
+                buffered -= held[layer]
+                pinned -= own[layer]
+                for key in shared.pop(layer, ()):
+                    holders[key] -= 1
+                    if not holders[key]:
+                        pinned -= sizes[key]
             # Between two layers that close, holding only adds up.
             marks = _higher(high, buffered, pinned, opened) if high else (buffered, pinned, opened)
-            steps.append(TraceStep(name, *marks))
-        return Walk(Trace(tuple(steps)), spans)
+            steps.append(step((name, *marks)))
+        return Trace(tuple(steps))
+
+    def spans(self, metas: Iterable[ParamMeta]) -> list[Span]:
+        """When each layer is open, in the order of opening."""
+        landings = self.landings
+        awaited: list[float | None] = list(self.closes_at)
+        spans: dict[int, Span] = {}
+        for index, meta in enumerate(metas):
+            for layer, held_bytes, numel, _, _ in landings[meta.name]:
+                left = awaited[layer]
+                if left is None:
+                    continue
+                span = spans.get(layer)
+                if span is None:
+                    span = spans[layer] = Span(self.layers[layer], index)
+                held_before = span.held_bytes[-1] if span.held_bytes else 0
+                span.arrivals.append(index)
+                span.held_bytes.append(held_before + held_bytes)
+                left -= numel
+                if left > 0:
+                    awaited[layer] = left
+                else:
+                    awaited[layer] = None
+                    span.closed = index
+        return list(spans.values())
+
+
+Marks = tuple[int, int, int]
 
 
 def _higher(high: Marks | None, buffered: int, pinned: int, opened: int) -> Marks:
@@ -175,30 +192,35 @@ def _higher(high: Marks | None, buffered: int, pinned: int, opened: int) -> Mark
 
 
 def _prepare(
-    metas: Sequence[ParamMeta], layer_map: LayerMap, storages: Mapping[str, Storage]
-) -> dict[str, list[_Landing]]:
-    """The contributions of each name, flat."""
-    landings: dict[str, list[_Landing]] = {}
+    metas: Iterable[ParamMeta], layer_map: LayerMap, storages: Mapping[str, Storage]
+) -> dict[str, tuple[Landing, ...]]:
+    """The landings of each name."""
+    numbers = {name: number for number, name in enumerate(layer_map.layers)}
+    holders = Counter(storage.key for storage in storages.values())
+    contributions = layer_map.contributions
+    landings: dict[str, tuple[Landing, ...]] = {}
     for meta in metas:
         name = meta.name
-        contributions = layer_map.contributions[name]
         given = storages.get(name)
-        if given is None and len(contributions) == 1 and name not in landings:
-            c = contributions[0]
-            size = meta.nbytes if c.aliases_source else c.held_bytes
-            landings[name] = [(c.parent_layer, c.held_bytes, c.loaded_numel, None, size)]
+        lands = contributions[name]
+        if len(lands) == 1 and (given is None or holders[given.key] == 1):
+            ((layer, _, numel, held_bytes, aliases),) = lands
+            size = held_bytes
+            if aliases:
+                size = given.nbytes if given else meta.nbytes
+            landings[name] = ((numbers[layer], held_bytes, numel, None, size),)
             continue
         source = given or Storage(name, meta.nbytes)
-        landings[name] = [
+        landings[name] = tuple(
             (
-                c.parent_layer,
+                numbers[c.parent_layer],
                 c.held_bytes,
                 c.loaded_numel,
                 source.key if c.aliases_source else f"{name}#{i}",
                 source.nbytes if c.aliases_source else c.held_bytes,
             )
-            for i, c in enumerate(contributions)
-        ]
+            for i, c in enumerate(lands)
+        )
     return landings
 
 
