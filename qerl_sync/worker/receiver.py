@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,6 +18,17 @@ from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.worker import compat, refresh
 from qerl_sync.worker.monitor import SyncMonitor
 from qerl_sync.worker.probe import observe_layer_map
+
+
+@dataclass
+class _ModelState:
+    """What must outlive a receiver: several may be made for the same model, one after the other."""
+
+    syncing: bool = False
+    poison: torch.utils.hooks.RemovableHandle | None = None
+
+
+_STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
 
 
 class Receiver:
@@ -32,10 +45,10 @@ class Receiver:
         self.model = parts.model
         self._config = parts.vllm_config
         self._device = parts.device
-        self._plan: SyncPlan | None = None
+        self._state = _STATES.setdefault(parts.model, _ModelState())
+        self._open = False
         self._awaited: Iterator[ParamMeta] = iter(())
         self._check_finite = True
-        self._poison: torch.utils.hooks.RemovableHandle | None = None
         self._observing = contextlib.ExitStack()
 
     def layer_map(
@@ -55,10 +68,10 @@ class Receiver:
         Raises:
             SyncError: a sync is already open.
         """
-        if self._plan is not None:
+        if self._state.syncing:
             raise SyncError("a sync is already open on this worker; finish or abort it first")
+        self._open = self._state.syncing = True
         self.poison("a sync is in progress")
-        self._plan = plan
         self._awaited = iter(plan.metas)
         self._check_finite = check_finite
         self._monitor = SyncMonitor(self.model, layer_map, self._device)
@@ -102,7 +115,7 @@ class Receiver:
 
     def abort(self, reason: str) -> None:
         """Give up an open sync: whole modules, a mix of weights, poisoned. Idempotent."""
-        if self._plan is None:
+        if not self._open:
             return
         self._close()
         compat.restore(self.model)
@@ -118,15 +131,15 @@ class Receiver:
                 "versions; run a full sync (`session.push()`) to make them right"
             )
 
-        self._poison = self.model.register_forward_pre_hook(refuse)
+        self._state.poison = self.model.register_forward_pre_hook(refuse)
 
     def _heal(self) -> None:
-        if self._poison is not None:
-            self._poison.remove()
-            self._poison = None
+        if self._state.poison is not None:
+            self._state.poison.remove()
+            self._state.poison = None
 
     def _close(self) -> None:
-        self._plan = None
+        self._open = self._state.syncing = False
         self._observing.close()
 
     @contextlib.contextmanager

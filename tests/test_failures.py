@@ -1,0 +1,271 @@
+"""Break it: whatever goes wrong in a sync, no worker generates from half of it, and the next full
+sync makes it exactly right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.engines import NEW, OLD, generate
+from support.syncs import push, session
+
+from qerl_sync import (
+    CoverageError,
+    HFSource,
+    LoadError,
+    PlanError,
+    PoisonedError,
+    Source,
+    SyncError,
+)
+from qerl_sync.worker import compat
+
+pytestmark = pytest.mark.vllm
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+class BadStream(Source):
+    """Promises what `inner` has, and delivers `spoil(its stream)`."""
+
+    def __init__(self, inner, spoil):
+        self._inner, self._spoil = inner, spoil
+
+    def metadata(self):
+        return self._inner.metadata()
+
+    def storages(self):
+        return self._inner.storages()
+
+    def materialize(self, names):
+        return self._spoil(self._inner.materialize(names))
+
+
+def drop(stream):
+    return ((n, t) for n, t in stream if n != GATE)
+
+
+def stop_early(stream):
+    for n, t in stream:
+        if n == GATE:
+            return
+        yield n, t
+
+
+def double(stream):
+    for n, t in stream:
+        yield n, t
+        if n == GATE:
+            yield n, t
+
+
+def rename(stream):
+    return ((n.replace("gate", "gait"), t) for n, t in stream)
+
+
+def reshape(stream):
+    return ((n, t.T if n == GATE else t) for n, t in stream)
+
+
+def to_bfloat16(stream):
+    return ((n, t.bfloat16() if n == GATE else t) for n, t in stream)
+
+
+def spoil_with(value):
+    def spoil(stream):
+        for n, t in stream:
+            if n == GATE:
+                t = t.clone()
+                t[3, 3] = value
+            yield n, t
+
+    return spoil
+
+
+def append(stream):
+    yield from stream
+    yield "one.more", torch.zeros(1)
+
+
+STREAMS = {
+    "dropped": (drop, r"arrived where the plan has 'model\.layers\.1\.mlp\.gate_proj\.weight'"),
+    "ends early": (stop_early, r"ended where 'model\.layers\.1\.mlp\.gate_proj\.weight' was next"),
+    "doubled": (double, r"gate_proj\.weight' arrived where the plan has"),
+    "renamed": (rename, r"'model\.layers\.0\.mlp\.gait_proj\.weight' arrived where"),
+    "reshaped": (reshape, r"arrived as float32 \[64, 128\], the plan says float32 \[128, 64\]"),
+    "other dtype": (to_bfloat16, r"arrived as bfloat16"),
+    "NaN": (spoil_with(float("nan")), r"1 NaN or infinite values of 8,192"),
+    "infinity": (spoil_with(float("-inf")), r"1 NaN or infinite values"),
+    "surplus": (append, r"'one\.more' arrived after the last tensor"),
+}
+
+
+@pytest.mark.parametrize("case", STREAMS)
+def test_a_bad_stream_poisons_and_the_next_sync_heals(subject, case):
+    spoil, words = STREAMS[case]
+    one = subject("dense")
+    sync = session(one, BadStream(HFSource(one.trainers[NEW]), spoil))
+    with pytest.raises(CoverageError, match=words):
+        sync.push()
+    assert sync.version == 0
+    assert_poisoned(one)
+    assert_heals(one)
+
+
+@pytest.mark.parametrize("kernels", ["stock", "plain"])
+@pytest.mark.parametrize("kind", ["dense", "tied", "moe", "bias"])
+@pytest.mark.parametrize("at", ["first", "open layer", "boundary", "last"])
+def test_an_exception_in_the_middle_poisons_and_the_next_sync_heals(subject, kind, kernels, at):
+    one = subject(kind, kernels)
+    sync = session(one, BadStream(HFSource(one.trainers[NEW]), _raise_at(at, one)))
+    with pytest.raises(LoadError, match="ConnectionResetError: peer gone") as raised:
+        sync.push()
+    assert isinstance(raised.value.__cause__, ConnectionResetError)
+    assert_poisoned(one)
+    assert_heals(one)
+
+
+def _raise_at(at, one):
+    names = [meta.name for meta in HFSource(one.trainers[NEW]).metadata()]
+    index = {
+        "first": 0,
+        "open layer": next(i for i, n in enumerate(names) if "k_proj" in n),
+        "boundary": next(i for i, n in enumerate(names) if "o_proj" in n),
+        "last": len(names) - 1,
+    }[at]
+
+    def spoil(stream):
+        for i, item in enumerate(stream):
+            if i == index:
+                raise ConnectionResetError("peer gone")
+            yield item
+
+    return spoil
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_loader_that_fails_poisons_and_the_next_sync_heals(subject, kind, monkeypatch):
+    """In vLLM's processing of a whole layer, after its tensors were loaded."""
+    one = subject(kind)
+    broken = one.model.model.layers[1]
+    layer = broken.mlp.experts.routed_experts if kind == "moe" else broken.mlp.gate_up_proj
+
+    def fail(module):
+        raise RuntimeError("no kernel for this shape")
+
+    monkeypatch.setattr(layer.quant_method, "process_weights_after_loading", fail)
+    with pytest.raises(LoadError, match="no kernel for this shape"):
+        push(one, NEW)
+    monkeypatch.undo()
+    assert_poisoned(one)
+    assert_heals(one)
+
+
+def test_ctrl_c_in_the_middle_stays_ctrl_c_and_poisons(subject):
+    one = subject("dense")
+
+    def interrupt(stream):
+        yield next(stream)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session(one, BadStream(HFSource(one.trainers[NEW]), interrupt)).push()
+    assert_poisoned(one)
+    assert_heals(one)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_weights_of_a_whole_model_are_refused_before_the_first_byte(subject, value):
+    """The source can look without gathering: the worker keeps its weights and goes on."""
+    one = subject("dense")
+    parameter = one.trainers[NEW].get_parameter(GATE)
+    good = parameter[0, 0].item()
+    try:
+        with torch.no_grad():
+            parameter[0, 0] = value
+        with pytest.raises(CoverageError, match=r"1 NaN or infinite.*loss.*check_finite: false"):
+            push(one, NEW)
+    finally:
+        with torch.no_grad():
+            parameter[0, 0] = good
+    assert one.wrong_weights(OLD) == []
+    assert one.generates_as(OLD)
+
+
+def test_a_doubled_name_is_refused_before_the_first_byte(subject):
+    one = subject("dense")
+
+    class Doubled(BadStream):
+        def metadata(self):
+            return [*self._inner.metadata(), self._inner.metadata()[0]]
+
+    with pytest.raises((PlanError, CoverageError), match="embed_tokens"):
+        session(one, Doubled(HFSource(one.trainers[NEW]), iter)).push()
+    assert one.wrong_weights(OLD) == []
+    assert one.generates_as(OLD)
+
+
+def test_policy_error_refuses_before_the_first_byte(subject):
+    one = subject("dense")
+    with pytest.raises(PlanError, match=r"parent layers at once(.|\n)*nothing was sent"):
+        push(one, NEW, policy="error", source_order="random:0")
+    assert one.wrong_weights(OLD) == []
+    assert one.generates_as(OLD)
+    push(one, NEW, policy="error", source_order="hf")
+    assert one.wrong_weights(NEW) == []
+
+
+def test_a_sync_within_a_sync_is_refused(subject):
+    one = subject("dense")
+    source = HFSource(one.trainers[NEW])
+
+    class Nested(BadStream):
+        def materialize(self, names):
+            push(one, NEW)
+            return self._inner.materialize(names)
+
+    with pytest.raises(SyncError, match="already open"):
+        session(one, Nested(source, iter)).push()
+    assert_heals(one)
+
+
+def test_the_model_refuses_to_run_during_a_sync(subject):
+    one = subject("dense")
+
+    class Curious(BadStream):
+        def materialize(self, names):
+            with pytest.raises(PoisonedError, match="a sync is in progress"):
+                one.model(None)
+            return self._inner.materialize(names)
+
+    session(one, Curious(HFSource(one.trainers[NEW]), iter)).push()
+    assert one.wrong_weights(NEW) == []
+
+
+def test_a_vllm_without_layerwise_reload_is_named(monkeypatch):
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    monkeypatch.delattr(layerwise, "get_numel_loaded")
+    with pytest.raises(compat.CompatError, match=r"vLLM 0\.\d+.*has no get_numel_loaded.*install"):
+        compat.begin_reload(torch.nn.Linear(1, 1))
+
+
+def assert_poisoned(one):
+    """Whole modules, no wrappers, and a model that says why it does not run."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    for module in one.model.modules():
+        assert not layerwise.LAYERWISE_INFO[module].can_load()
+        for name, tensor in layerwise.get_layer_tensors(module).items():
+            assert not tensor.is_meta, name
+            assert layerwise._get_weight_loader(tensor).__name__ != "online_process_loader"
+    assert not layerwise.LOADING_LAYERS
+    with pytest.raises(PoisonedError, match="does not generate: a sync failed"):
+        generate(one.engine)
+
+
+def assert_heals(one):
+    report = push(one, NEW)
+    assert one.wrong_weights(NEW) == []
+    assert one.generates_as(NEW)
+    assert report.prediction_exact
+    assert generate(one.engine)
