@@ -1,0 +1,69 @@
+"""A real GRPOTrainer with a real colocated engine, as small as they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from support.models import make_model
+
+WORDS = ["<pad>", "<eos>", *"0123456789+=", *(f"w{i}" for i in range(242))]
+
+
+def save_policy(directory: Path, kind: str = "tied", seed: int = 0) -> Path:
+    """A tiny model and a tokenizer of one token for each word."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    make_model(kind, seed).save_pretrained(directory)
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<pad>"
+    ).save_pretrained(directory)
+    return directory
+
+
+def share_of_digits(completions: list[str], **kwargs: Any) -> list[float]:
+    return [sum(w.isdigit() for w in text.split()) / 8 for text in completions]
+
+
+def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: Any) -> Any:
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    from qerl_sync import engine_arguments
+
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 32,
+        "per_device_train_batch_size": 4,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    rows = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} =" for i in range(64)]})
+    with engine_arguments(dtype="float32", enforce_eager=True, num_gpu_blocks_override=64):
+        return GRPOTrainer(
+            model=str(path),
+            reward_funcs=share_of_digits,
+            args=GRPOConfig(**{**arguments, **changes}),
+            train_dataset=rows,
+            eval_dataset=rows.select(range(4)),
+            callbacks=list(callbacks),
+        )
+
+
+def gap(log: list[dict[str, Any]]) -> float:
+    """TRL's own measure of trainer against engine, the largest over the run."""
+    return max(entry.get("sampling/sampling_logp_difference/max", 0.0) for entry in log)

@@ -1,0 +1,165 @@
+"""The callback in a real, unmodified GRPOTrainer with a real colocated engine."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from support.fingerprint import difference, fingerprint
+from support.trainers import build_trainer, gap, save_policy
+
+from qerl_sync import ConfigError, SyncConfig, WeightSyncCallback, engine_arguments
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture
+def train(policy, tmp_path):
+    """Build, bind, train; everything about the run."""
+
+    def run(*, options=None, resume=None, **changes):
+        callback = WeightSyncCallback(**(options or {}))
+        trainer = build_trainer(policy, tmp_path / "run", [callback], **changes)
+        callback.bind(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        return SimpleNamespace(trainer=trainer, callback=callback, log=trainer.state.log_history)
+
+    return run
+
+
+def steps_of(callback):
+    return [report.step for report in callback.reports]
+
+
+def assert_engine_has_the_trainers_weights(run):
+    """Sync once more from what the trainer has: nothing may change."""
+    from qerl_sync.worker import compat
+
+    model = compat.in_process_parts(run.trainer.vllm_generation.llm).model
+    before = fingerprint(model)
+    run.callback.session.push()
+    assert difference(fingerprint(model), before) == []
+
+
+def test_syncs_when_trl_says_and_logs_through_trl(train):
+    run = train(max_steps=3)
+    assert steps_of(run.callback) == [0, 1, 2]
+    assert [report.version for report in run.callback.reports] == [1, 2, 3]
+    assert all(report.prediction_exact for report in run.callback.reports)
+    logged = [entry for entry in run.log if "sync/version" in entry]
+    assert [entry["sync/version"] for entry in logged] == [1, 2, 3]
+    assert logged[0]["sync/bytes"] == run.callback.session.plan.nbytes
+    assert logged[0]["sync/open_layers"] == 1
+    assert 0 < logged[0]["sync/seconds/load"] <= logged[0]["sync/seconds/total"]
+    assert logged[0]["sync/peak_buffered_bytes"] == logged[0]["sync/peak_buffered_bytes_predicted"]
+    assert "sampling/sampling_logp_difference/max" in run.log[0]
+    assert gap(run.log) <= 1e-5
+
+    # The engine was last synced before the last optimizer step: evaluation must sync again.
+    run.trainer.evaluate()
+    assert steps_of(run.callback) == [0, 1, 2, 3]
+    assert any("eval_sync/version" in entry or "sync/version" in entry for entry in run.log[-2:])
+    assert_engine_has_the_trainers_weights(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"gradient_accumulation_steps": 2}, [0, 1, 2, 3]),
+        ({"num_iterations": 2}, [0, 2]),
+        ({"steps_per_generation": 2, "gradient_accumulation_steps": 1}, [0, 2]),
+        ({"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}, None),
+    ],
+    ids=["gradient accumulation", "num_iterations", "steps_per_generation", "eval"],
+)
+def test_keeps_trls_schedule(train, changes, expected):
+    run = train(max_steps=4, **changes)
+    assert steps_of(run.callback) == (expected or [0, 1, 2, 3, 4])
+    assert gap(run.log) <= 1e-5
+
+
+def test_resumes_with_versions_moving_forwards(train, tmp_path):
+    first = train(max_steps=2, save_strategy="steps", save_steps=2)
+    assert first.callback.session.version == 2
+    second = train(max_steps=4, resume=str(tmp_path / "run" / "checkpoint-2"))
+    assert steps_of(second.callback) == [2, 3]
+    assert [report.version for report in second.callback.reports] == [3, 4]
+    assert gap(second.log) <= 1e-5
+
+
+def test_a_second_training_syncs_weights_that_changed_in_between(train):
+    """`global_step` starts at 0 again, which TRL would take for weights that it has loaded."""
+    run = train(max_steps=1)
+    for parameter in run.trainer.model.parameters():
+        parameter.data.mul_(1.01)
+    run.trainer.train()
+    assert steps_of(run.callback) == [0, 0]
+    assert gap(run.trainer.state.log_history) <= 1e-5
+
+
+def test_warns_before_the_first_sync_and_only_once(train, caplog):
+    with caplog.at_level("WARNING", logger="qerl_sync"):
+        run = train(max_steps=2, options={"policy": "warn", "source_order": "random:0"})
+    (warning,) = [r.getMessage() for r in caplog.records if "parent layers at once" in r.message]
+    assert "self_attn.qkv_proj (QKVParallelLinear)" in warning
+    assert "policy: reorder" in warning
+    assert run.callback.reports[0].max_open_layers_measured > 1
+    assert gap(run.log) <= 1e-5
+
+
+def test_records_every_report(policy, tmp_path):
+    recorded = []
+    callback = WeightSyncCallback(SyncConfig.of(policy="reorder"), recorder=recorded.append)
+    trainer = build_trainer(policy, tmp_path, [callback], max_steps=1)
+    callback.bind(trainer).config.policy  # bind returns the callback
+    trainer.train()
+    assert recorded == callback.reports
+    assert len(recorded) == 1
+
+
+def test_a_callback_that_was_not_bound_says_so(policy, tmp_path):
+    trainer = build_trainer(policy, tmp_path, [WeightSyncCallback()], max_steps=1)
+    with pytest.raises(ConfigError, match=r"not bound; call `callback\.bind\(trainer\)`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vllm_generation": None}, "does not generate with vLLM; set use_vllm=True"),
+        ({"mode": "server"}, "'server' mode; set vllm_mode"),
+        ({"num_processes": 2}, "in 2 processes"),
+        ({"tensor_parallel_size": 2}, "tensor parallel size 2"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_trainers_that_it_cannot_serve_are_refused(changes, words):
+    generation = SimpleNamespace(mode="colocate", tensor_parallel_size=1)
+    accelerator = SimpleNamespace(num_processes=1)
+    trainer = SimpleNamespace(vllm_generation=generation, accelerator=accelerator)
+    for target in (trainer, generation, accelerator):
+        for name in changes.keys() & vars(target).keys():
+            setattr(target, name, changes[name])
+    with pytest.raises(ConfigError, match=words):
+        WeightSyncCallback().bind(trainer)
+
+
+def test_options_are_the_fields_of_the_sync_section():
+    with pytest.raises(ConfigError, match="polcy"):
+        WeightSyncCallback(polcy="reorder")
+    with pytest.raises(ConfigError, match="not both"):
+        WeightSyncCallback(SyncConfig(), policy="reorder")
+
+
+def test_the_seam_is_put_back_when_building_fails():
+    from trl.generation import vllm_generation
+
+    before = vllm_generation.LLM
+    with pytest.raises(RuntimeError, match="building"), engine_arguments(dtype="float32"):
+        raise RuntimeError("building failed")
+    assert vllm_generation.LLM is before
