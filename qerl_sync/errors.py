@@ -7,10 +7,7 @@
     ├── PlanError           no plan satisfies what was asked (policy, budget, doubled names)
     ├── CoverageError       the stream and the plan differ: missing, doubled, misshapen, non-finite
     ├── LoadError           vLLM's own loader failed in the middle of a sync
-    ├── PoisonedError       the worker holds half of a sync and refuses to generate
-    └── TransportError      the data path failed
-        ├── TransportTimeout    a wait ran out
-        └── PeerLost            the other side died
+    └── PoisonedError       the worker holds half of a sync and refuses to generate
 
 Each message names the thing, the value and the next step. Errors of vLLM, TRL and torch are
 translated once, where they enter, with ``from exc``.
@@ -47,15 +44,3 @@ class LoadError(SyncError):
 
 class PoisonedError(SyncError):
     """The worker holds half of a sync and refuses to generate until a full one has succeeded."""
-
-
-class TransportError(SyncError):
-    """The data path failed."""
-
-
-class TransportTimeout(TransportError):
-    """A wait on the other side ran out."""
-
-
-class PeerLost(TransportError):
-    """The other side died in the middle of a sync."""

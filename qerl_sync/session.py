@@ -112,7 +112,7 @@ class SyncSession:
         Raises:
             PlanError, LayerMapError, CoverageError: before the first byte; the workers keep their
                 weights and go on.
-            CoverageError, LoadError, TransportError: in the middle; the workers are poisoned and
+            CoverageError, LoadError: in the middle; the workers are poisoned and
                 refuse to generate until a later push succeeds. The version has not moved.
         """
         watch = _Stopwatch()

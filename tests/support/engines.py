@@ -123,7 +123,9 @@ class Subject:
             if self.wrong_weights(OLD):
                 push(self, OLD)
                 wrong = self.wrong_weights(OLD)
-                assert not wrong, f"the test left {self.kind}/{self.kernels} unhealable: {wrong[:5]}"
+                assert not wrong, (
+                    f"the test left {self.kind}/{self.kernels} unhealable: {wrong[:5]}"
+                )
         finally:
             self._stack.close()
 

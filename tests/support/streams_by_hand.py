@@ -1,0 +1,93 @@
+"""A source and a transport without vLLM: two layers of three tensors, loaded into nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+
+import torch
+
+from qerl_sync import (
+    BufferLedger,
+    Contribution,
+    LayerMap,
+    ParamMeta,
+    ParentLayer,
+    Source,
+    Storage,
+    Trace,
+    Transport,
+)
+from qerl_sync.buffers.detect import require_finite
+
+QKV = [[ParamMeta(f"{layer}.{part}", "float32", (4,)) for part in "qkv"] for layer in "ab"]
+
+
+def interleave(layers: Sequence[Sequence[ParamMeta]]) -> list[ParamMeta]:
+    return list(chain.from_iterable(zip(*layers, strict=True)))
+
+
+class ListSource(Source):
+    def __init__(self, metas: list[ParamMeta]) -> None:
+        self.metas = metas
+        self.tensors = {meta.name: torch.zeros(meta.shape) for meta in metas}
+
+    def metadata(self) -> list[ParamMeta]:
+        return list(self.metas)
+
+    def check_finite(self) -> bool:
+        for name, tensor in self.tensors.items():
+            require_finite(name, tensor)
+        return True
+
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, self.tensors[name]) for name in names)
+
+
+class HandMadeTransport(Transport):
+    """Closes a layer when all its tensors have come; fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.received: list[str] = []
+        self.probed = 0
+        self.started = self.aborted = self.miscount = False
+        self.fail_at: int | None = None
+        self.refuse: Exception | None = None
+
+    def layer_map(self, metas, *, allow_incomplete=()):
+        self.probed += 1
+        if self.refuse is not None:
+            raise self.refuse
+        contributions = {
+            m.name: (Contribution(m.name[0], "weight", m.numel, m.nbytes, True),) for m in metas
+        }
+        numel = {a: sum(m.numel for m in metas if m.name[0] == a) for a in "ab"}
+        return LayerMap(
+            {a: ParentLayer(a, "Linear", n, n) for a, n in numel.items()}, contributions
+        )
+
+    def free_bytes(self) -> int:
+        return 1 << 30
+
+    def start(self, plan, layer_map, *, check_finite):
+        self.started, self.aborted, self.received = True, False, []
+        self._map, self._ledger, self._loaded = layer_map, BufferLedger(), dict.fromkeys("ab", 0)
+
+    def send(self, chunk, tensors):
+        for i, (name, tensor) in enumerate(tensors):
+            if i == self.fail_at:
+                raise ConnectionError("peer gone")
+            self.received.append(name)
+            layer = self._map.layers[name[0]]
+            nbytes = tensor.nbytes + self.miscount
+            self._ledger.begin(name)
+            self._ledger.hold(layer.name, nbytes, [Storage(name, tensor.nbytes)])
+            self._loaded[layer.name] += tensor.numel()
+            if self._loaded[layer.name] >= layer.total_numel:
+                self._ledger.release(layer.name)
+
+    def finish(self) -> Trace:
+        return self._ledger.trace()
+
+    def abort(self, reason: str) -> None:
+        self.aborted = True

@@ -1,0 +1,124 @@
+"""The session's decisions, over a source and a transport without vLLM."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
+
+from qerl_sync import CoverageError, LayerMapError, PlanError, SyncConfig, SyncSession
+
+
+def make(policy="reorder", metas=None, **options):
+    transport = HandMadeTransport()
+    source = ListSource(metas or interleave(QKV))
+    return SyncSession(source, transport, SyncConfig.of(policy=policy, **options)), transport
+
+
+def test_sends_what_the_plan_says_and_commits_a_version():
+    session, transport = make("reorder")
+    report = session.push(step=7)
+    assert transport.received == list(session.plan.order)
+    assert session.plan.order != tuple(m.name for m in interleave(QKV))
+    assert (report.version, report.step, session.version) == (1, 7, 1)
+    assert report.sent_bytes == sum(m.nbytes for m in interleave(QKV))
+    assert report.prediction_exact
+    assert report.seconds["total"] >= report.seconds["gather"] + report.seconds["load"]
+
+
+def test_plans_once_and_again_only_when_the_stream_changes():
+    session, transport = make("reorder")
+    first = session.push()
+    assert session.push().plan_digest == first.plan_digest
+    assert transport.probed == 1
+    session._source.metas = session._source.metas[:-1]
+    assert session.push().plan_digest != first.plan_digest
+    assert transport.probed == 2
+
+
+def test_warns_once_for_each_situation(caplog):
+    session, _ = make("warn")
+    with caplog.at_level(logging.WARNING, logger="qerl_sync"):
+        session.push()
+        session.push()
+        assert len(caplog.records) == 1
+        session._source.metas = session._source.metas[::-1]
+        session.push()
+        assert len(caplog.records) == 2
+        session._source.metas = session._source.metas[::-1]
+        session.push()
+    assert len(caplog.records) == 2
+    assert "2 parent layers at once" in caplog.records[0].getMessage()
+
+
+def test_reorder_has_nothing_to_warn_of(caplog):
+    with caplog.at_level(logging.WARNING, logger="qerl_sync"):
+        make("reorder")[0].push()
+    assert not caplog.records
+
+
+def test_policy_error_sends_nothing_and_says_it_every_time():
+    session, transport = make("error")
+    for _ in range(2):
+        with pytest.raises(PlanError, match=r"(?s)2 parent layers at once.*nothing was sent"):
+            session.push()
+    assert transport.received == []
+    assert session.version == 0
+
+
+def test_a_failed_sync_is_aborted_and_its_version_not_committed():
+    session, transport = make()
+    session.push()
+    transport.fail_at = 3
+    with pytest.raises(ConnectionError):
+        session.push()
+    assert transport.aborted
+    assert session.version == 1
+    transport.fail_at = None
+    assert session.push().version == 2
+
+
+def test_a_refused_stream_is_asked_about_again():
+    session, transport = make()
+    transport.refuse = LayerMapError("no")
+    with pytest.raises(LayerMapError):
+        session.push()
+    transport.refuse = None
+    assert session.push().version == 1
+
+
+def test_ignored_names_are_not_sent():
+    session, transport = make(ignore_names=["*.k"])
+    session.push()
+    assert transport.received
+    assert not [name for name in transport.received if name.endswith(".k")]
+
+
+def test_the_source_order_is_applied_before_the_policy():
+    session, transport = make("warn", source_order="alphabetical")
+    session.push()
+    assert transport.received == sorted(transport.received)
+
+
+def test_not_finite_is_found_before_the_transport_starts():
+    session, transport = make()
+    session._source.tensors["a.q"] = torch.full((4,), float("nan"))
+    with pytest.raises(CoverageError, match=r"'a\.q' has 4 NaN"):
+        session.push()
+    assert not transport.started
+    sent, transport = make(check_finite=False)
+    sent._source.tensors["a.q"] = torch.full((4,), float("nan"))
+    assert sent.push().version == 1
+
+
+def test_a_difference_between_prediction_and_measurement_is_reported(caplog):
+    session, transport = make()
+    transport.miscount = True
+    with caplog.at_level(logging.WARNING, logger="qerl_sync"):
+        report = session.push()
+    assert not report.prediction_exact
+    assert report.first_difference is not None
+    assert report.first_difference.startswith("tensor 0 (a.q): buffered_bytes is 16 here")
+    assert "differs from the predicted" in caplog.text
