@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM reads when imported
 
-# Before vLLM is imported anywhere. In-process engines, a small KV cache, no core pinning.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+from collections.abc import Callable, Iterator
 
-from collections.abc import Callable, Iterator  # noqa: E402
-
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
-from support.engines import EnginePool, Subject  # noqa: E402
+import pytest
+from hypothesis import settings
+from support.engines import EnginePool, Subject
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
