@@ -1,0 +1,150 @@
+"""What a run records of each distinct plan: the plan and the trace that was measured under it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import ConfigError, PlanError
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.sync_plan import SyncPlan
+
+RECORD_FORMAT = 1
+DIRECTORY = "plans"
+
+
+@dataclass(frozen=True)
+class SyncRecord:
+    """One distinct plan of a run.
+
+    Attributes:
+        plan: as it was agreed on before the sync.
+        measured: the trace of the first sync that ran it.
+        source_order: the name of the source's order (`sync.source_order`).
+        storages: the memory behind each of the source's tensors, where several share one.
+    """
+
+    plan: SyncPlan
+    measured: Trace
+    source_order: str
+    storages: Mapping[str, Storage] = field(default_factory=dict)
+
+    @property
+    def source_names(self) -> list[str]:
+        """The order in which the source yielded, before any policy."""
+        return [step.name for step in self.plan.as_given.steps]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": RECORD_FORMAT,
+            "source_order": self.source_order,
+            "storages": {n: [s.key, s.nbytes] for n, s in self.storages.items()},
+            "plan": self.plan.to_json(),
+            "measured": self.measured.to_json(),
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SyncRecord:
+        return cls(
+            plan=SyncPlan.from_json(data["plan"]),
+            measured=Trace.from_json(data["measured"]),
+            source_order=data["source_order"],
+            storages={name: Storage(*fields) for name, fields in data["storages"].items()},
+        )
+
+
+def write_record(run: Path, record: SyncRecord) -> Path:
+    """Into the directory of a run; a record of the same plan is left as it is."""
+    path = run / DIRECTORY / f"{record.plan.digest[:16]}.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(record.to_json()) + "\n", encoding="utf-8")
+        partial.rename(path)
+    return path
+
+
+def read_records(run: Path) -> list[SyncRecord]:
+    """All records of a run, the oldest first.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
+    paths = sorted((run / DIRECTORY).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    if not paths:
+        raise ConfigError(
+            f"{run} holds no recorded sync (no {DIRECTORY}/*.json in it); give the output "
+            "directory of a `qerl-sync train` run that has synced at least once"
+        )
+    return [_read(path) for path in paths]
+
+
+def read_record(run: Path) -> SyncRecord:
+    """The latest record of a run. Raises ConfigError like `read_records`."""
+    return read_records(run)[-1]
+
+
+def _read(path: Path) -> SyncRecord:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.get("format") != RECORD_FORMAT:
+            raise ConfigError(
+                f"{path}: record format {data.get('format')!r} cannot be read here, only "
+                f"{RECORD_FORMAT}; record the run again with this version of qerl-sync"
+            )
+        return SyncRecord.from_json(data)
+    except PlanError as exc:
+        raise ConfigError(f"{path}: {exc}") from exc
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as exc:
+        raise ConfigError(
+            f"{path} is no record of a sync ({type(exc).__name__}: {exc}); run the training again "
+            "or name another run"
+        ) from exc
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Where a measured trace leaves the planned one.
+
+    Attributes:
+        text: what differs, for a person.
+        index: the tensor at which it does; None if the streams themselves differ.
+    """
+
+    text: str
+    index: int | None
+
+
+def first_difference(planned: SyncPlan, record: SyncRecord) -> Difference | None:
+    """None if what was measured is what `planned` predicts, tensor by tensor."""
+    stream = _stream_difference(planned.metas, record.plan.metas)
+    if stream is not None:
+        return Difference(stream, None)
+    text = planned.predicted.first_difference(record.measured)
+    if text is None:
+        return None
+    pairs = zip(planned.predicted.steps, record.measured.steps, strict=False)
+    index = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), None)
+    return Difference(text, index)
+
+
+def _stream_difference(planned: Sequence[ParamMeta], recorded: Sequence[ParamMeta]) -> str | None:
+    for i, (mine, theirs) in enumerate(zip(planned, recorded, strict=False)):
+        if mine != theirs:
+            return (
+                f"tensor {i} is {mine.name} ({mine.dtype}, {list(mine.shape)}) in the plan and "
+                f"{theirs.name} ({theirs.dtype}, {list(theirs.shape)}) in the run"
+            )
+    if len(planned) != len(recorded):
+        longer = planned if len(planned) > len(recorded) else recorded
+        where = "plan" if len(planned) > len(recorded) else "run"
+        extra = longer[min(len(planned), len(recorded))].name
+        return (
+            f"the plan has {len(planned)} tensors and the run {len(recorded)}: {extra} is only in "
+            f"the {where}"
+        )
+    return None

@@ -1,0 +1,260 @@
+"""Orders and policies side by side: what each would cost, before a byte has moved."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from qerl_sync.buffers.ledger import BufferLedger
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.diagnosis import Cause, Diagnosis, diagnose
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.orders import Reorder
+from qerl_sync.plan.policies import as_given, by_parent_layer
+from qerl_sync.plan.replay import Replay
+from qerl_sync.plan.sync_plan import build_plan
+from qerl_sync.plan.walk import Span, Walker, open_at
+
+Order = Callable[[Sequence[ParamMeta], LayerMap], list[ParamMeta]]
+
+POLICIES: Mapping[str, Order] = {"as_given": as_given, "by_parent_layer": by_parent_layer}
+
+# vLLM's NCCL engine packs tensors into buffers of this many bytes and rotates this many of them
+# (vllm/distributed/weight_transfer/packed_tensor.py).
+VLLM_CHUNK_BYTES = 1024**3
+VLLM_CHUNK_BUFFERS = 2
+
+
+@dataclass(frozen=True)
+class Transport:
+    """How a stream travels, as far as it decides what stays in memory.
+
+    Attributes:
+        chunk_bytes: size of the chunk buffers; None: each tensor has memory of its own.
+        chunk_buffers: how many of them the receiver rotates.
+        packing: where the stream is cut into chunks. `stream`: when one is full, as vLLM's NCCL
+            engine does. `layers`: between parent layers, as our plans do. `auto`: `stream` for the
+            order as given, `layers` for all others.
+    """
+
+    chunk_bytes: int | None = None
+    chunk_buffers: int = VLLM_CHUNK_BUFFERS
+    packing: str = "auto"
+
+    def storages(
+        self, metas: Sequence[ParamMeta], layer_map: LayerMap, *, by_layers: bool
+    ) -> dict[str, Storage]:
+        """The memory behind each tensor of this stream; empty if it is not packed."""
+        if self.chunk_bytes is None:
+            return {}
+        if self.packing == "layers" or (self.packing == "auto" and by_layers):
+            return layered_storages(metas, layer_map, self.chunk_bytes)
+        return packed_storages(metas, self.chunk_bytes)
+
+
+UNPACKED = Transport()
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One tensor of a stream: when it has been buffered and before any layer closes by it.
+
+    Attributes:
+        held: (parent layer, held bytes) of every layer that holds any, largest first.
+    """
+
+    index: int
+    name: str
+    buffered_bytes: int
+    pinned_bytes: int
+    open_layers: int
+    held: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One order under one policy.
+
+    Attributes:
+        order: name of the source's order.
+        policy: name of what was done about it.
+        metas: the stream in the order in which it arrives.
+        trace: its predicted trace.
+        receive: the same with the transport's chunk buffers counted as pinned.
+        walker: what walked through it.
+        storages: the memory behind each tensor; empty: each has its own.
+    """
+
+    order: str
+    policy: str
+    metas: Sequence[ParamMeta]
+    layer_map: LayerMap
+    trace: Trace
+    receive: Trace
+    walker: Walker
+    storages: Mapping[str, Storage] = field(default_factory=dict)
+
+    @property
+    def peak_buffered_bytes(self) -> int:
+        return self.trace.peak_buffered_bytes
+
+    @property
+    def peak_pinned_bytes(self) -> int:
+        return self.trace.peak_pinned_bytes
+
+    @property
+    def peak_receive_bytes(self) -> int:
+        return self.receive.peak_pinned_bytes
+
+    @property
+    def max_open_layers(self) -> int:
+        return self.trace.max_open_layers
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(meta.nbytes for meta in self.metas)
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """When each layer is open, in the order of opening."""
+        return self.walker.spans(self.metas)
+
+    @cached_property
+    def diagnosis(self) -> Diagnosis | None:
+        return diagnose(self.metas, self.trace, self.layer_map, self.storages)
+
+    @cached_property
+    def causes(self) -> tuple[Cause, ...]:
+        """Why more is held than one layer at a time, the most important first."""
+        if self.diagnosis is not None:
+            return self.diagnosis.causes
+        pinned = self.trace.peak_pinned_bytes > self.trace.peak_buffered_bytes
+        return (Cause.PINNED_VIEWS,) if pinned and self.storages else ()
+
+    @cached_property
+    def most_buffered(self) -> Moment:
+        return self.moment(self.trace.peak_index)
+
+    @cached_property
+    def most_pinned(self) -> Moment:
+        steps = self.trace.steps
+        return self.moment(max(range(len(steps)), key=lambda i: (steps[i].pinned_bytes, -i)))
+
+    @cached_property
+    def most_open(self) -> Moment:
+        steps = self.trace.steps
+        return self.moment(max(range(len(steps)), key=lambda i: (steps[i].open_layers, -i)))
+
+    def moment(self, index: int) -> Moment:
+        """What is held when tensor `index` has been buffered."""
+        step = self.trace.steps[index]
+        return Moment(
+            index=index,
+            name=step.name,
+            buffered_bytes=step.buffered_bytes,
+            pinned_bytes=step.pinned_bytes,
+            open_layers=step.open_layers,
+            held=tuple(open_at(self.spans, index)),
+        )
+
+
+def scenarios(
+    metas: Sequence[ParamMeta],
+    layer_map: LayerMap,
+    orders: Mapping[str, Reorder],
+    policies: Mapping[str, Order] = POLICIES,
+    *,
+    transport: Transport = UNPACKED,
+) -> list[Scenario]:
+    """Every order under every policy, in that order. Touches no tensor and no device.
+
+    Args:
+        metas: the stream as the trainer's model yields it.
+        orders, policies: by name.
+
+    Raises:
+        ConfigError: an order does not fit the model.
+        PlanError: a policy cannot do what is asked of it.
+    """
+    walker = Walker(metas, layer_map)
+    result = []
+    for order, reorder in orders.items():
+        given = reorder(metas)
+        for policy, arrange in policies.items():
+            stream = arrange(given, layer_map)
+            storages = transport.storages(stream, layer_map, by_layers=policy != "as_given")
+            packed = Walker(stream, layer_map, storages) if storages else walker
+            trace = packed.trace(stream)
+            receive = trace
+            if storages:
+                receive = _receive(stream, layer_map, storages, transport.chunk_buffers)
+            result.append(
+                Scenario(order, policy, stream, layer_map, trace, receive, packed, storages)
+            )
+    return result
+
+
+def _receive(
+    metas: Sequence[ParamMeta],
+    layer_map: LayerMap,
+    storages: Mapping[str, Storage],
+    chunk_buffers: int,
+) -> Trace:
+    """The trace with the receiver's chunk buffers held beside the layers.
+
+    vLLM's consumer rotates `chunk_buffers` of them. It allocates the next chunk before it lets go
+    of the one that it replaces (`packed_tensors[i] = torch.empty(...)`), so that for a moment there
+    is one more.
+    """
+    ledger = BufferLedger()
+    run = Replay(layer_map, storages, ledger)
+    slots: deque[str] = deque()
+    chunk = None
+    for meta in metas:
+        storage = storages[meta.name]
+        if storage.key != chunk:
+            chunk = storage.key
+            slots.append(f"chunk buffer {chunk}")
+            ledger.hold(slots[-1], 0, (storage,), deferred=True)
+            if len(slots) > chunk_buffers:
+                ledger.release(slots.popleft())
+        run.feed(meta)
+    return run.trace()
+
+
+def packed_storages(metas: Sequence[ParamMeta], chunk_bytes: int) -> dict[str, Storage]:
+    """The memory behind each tensor of a packed stream, cut as vLLM's NCCL engine cuts it.
+
+    A chunk is closed by the tensor with which it exceeds `chunk_bytes`: it is larger than that by
+    up to one tensor, and a tensor larger than a buffer still shares its chunk with what came
+    before. The tensors handed to the model are views of the chunk, so each keeps all of it alive.
+    """
+    runs: list[list[ParamMeta]] = [[]]
+    filled = 0
+    for meta in metas:
+        runs[-1].append(meta)
+        filled += meta.nbytes
+        if filled > chunk_bytes:
+            runs.append([])
+            filled = 0
+    return _shared(runs)
+
+
+def layered_storages(
+    metas: Sequence[ParamMeta], layer_map: LayerMap, chunk_bytes: int
+) -> dict[str, Storage]:
+    """The memory behind each tensor of a stream that is cut between parent layers."""
+    by_name = {meta.name: meta for meta in metas}
+    chunks = build_plan(metas, layer_map, "warn", chunk_bytes=chunk_bytes).chunks
+    return _shared([[by_name[name] for name in chunk.names] for chunk in chunks])
+
+
+def _shared(chunks: Iterable[Sequence[ParamMeta]]) -> dict[str, Storage]:
+    storages: dict[str, Storage] = {}
+    for number, chunk in enumerate(chunks):
+        storage = Storage(f"chunk {number}", sum(meta.nbytes for meta in chunk))
+        storages |= {meta.name: storage for meta in chunk}
+    return storages

@@ -1,0 +1,136 @@
+"""What `qerl-sync plan` shows in a terminal, at most 80 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from qerl_sync.meta import format_bytes
+from qerl_sync.plan.diagnosis import Cause
+from qerl_sync.plan.scenarios import Moment, Scenario
+from qerl_sync.report.plan_series import (
+    POLICY_WORDS,
+    SHORT_WORDS,
+    buckets,
+    by_order,
+    cause_words,
+    shorten,
+)
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+ORDER_WIDTH = 15
+STREAM_WIDTH, STREAM_WIDTH_PACKED = 24, 14
+SHOWN_LAYERS = 5
+OVER, WARN, CALM = "bold red", "yellow", "green"
+
+
+def scenario_table(scenarios: Sequence[Scenario], budget_bytes: int | None = None) -> Table:
+    """One line for each order and policy; figures above the budget stand out.
+
+    The last column is the stream from its first tensor to its last: how many bytes are buffered, on
+    one scale for all lines.
+    """
+    packed = any(scenario.storages for scenario in scenarios)
+    width = STREAM_WIDTH_PACKED if packed else STREAM_WIDTH
+    top = max((scenario.peak_buffered_bytes for scenario in scenarios), default=0)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("order", no_wrap=True)
+    table.add_column("policy", no_wrap=True)
+    for title in ("open", "buffered", "pinned", *(["receiving"] if packed else [])):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column(f"█ = {format_bytes(top)}", no_wrap=True)
+    for order, group in by_order(scenarios).items():
+        for i, scenario in enumerate(group):
+            figures = [scenario.peak_buffered_bytes, scenario.peak_pinned_bytes]
+            figures += [scenario.peak_receive_bytes] if packed else []
+            table.add_row(
+                Text(shorten(order, ORDER_WIDTH)) if i == 0 else "",
+                SHORT_WORDS.get(scenario.policy, scenario.policy),
+                Text(
+                    str(scenario.max_open_layers),
+                    style=CALM if scenario.max_open_layers <= 1 else WARN,
+                ),
+                *(_bytes(figure, budget_bytes) for figure in figures),
+                Text(sparkline(scenario, top, width), style=_height_style(scenario, top)),
+            )
+    return table
+
+
+def causes(scenarios: Sequence[Scenario]) -> RenderableType:
+    """Each cause that applies somewhere, where, and what it means."""
+    found: dict[Cause, list[Scenario]] = {}
+    for scenario in scenarios:
+        for cause in scenario.causes:
+            found.setdefault(cause, []).append(scenario)
+    lines = []
+    for cause, where in found.items():
+        places = ", ".join(
+            f"{order} ({' and '.join(SHORT_WORDS.get(s.policy, s.policy) for s in group)})"
+            for order, group in by_order(where).items()
+        )
+        lines.append(
+            Text.assemble((f"{cause_words(cause)}: ", "bold"), f"{cause.value}. In {places}.")
+        )
+    return Group(*lines)
+
+
+def sparkline(scenario: Scenario, top_bytes: int, width: int = STREAM_WIDTH) -> str:
+    """The most buffered bytes in each stretch of the stream; a space where there are none."""
+    return "".join(
+        " " if not bucket.high_bytes else BLOCKS[_level(bucket.high_bytes, top_bytes)]
+        for bucket in buckets(scenario, width)
+    )
+
+
+def worst_moment(scenario: Scenario) -> RenderableType:
+    """When this scenario holds the most and what it holds then; when most layers are open."""
+    text = moment_lines(scenario, scenario.most_buffered)
+    most = scenario.most_open
+    if most.open_layers > scenario.most_buffered.open_layers:
+        text += (
+            f"\nMost layers are open at tensor {most.index + 1:,} ({most.name}): "
+            f"{most.open_layers}."
+        )
+    return Text(text)
+
+
+def moment_lines(scenario: Scenario, moment: Moment) -> str:
+    """What is held at a moment, the largest layers with their paths."""
+    share = 100 * moment.buffered_bytes / max(scenario.total_bytes, 1)
+    words = POLICY_WORDS.get(scenario.policy, scenario.policy)
+    lines = [
+        f"{scenario.order}, {words}: {format_bytes(moment.buffered_bytes)} buffered "
+        f"({share:.0f}% of the model) at tensor {moment.index + 1:,} of "
+        f"{len(scenario.metas):,} ({moment.name}). Held then:"
+    ]
+    lines += [
+        f"  {shorten(layer, 60):<60} {format_bytes(held):>11}"
+        for layer, held in moment.held[:SHOWN_LAYERS]
+    ]
+    rest = moment.held[SHOWN_LAYERS:]
+    if rest:
+        label = f"and {_plural(len(rest), 'more layer')}"
+        lines.append(f"  {label:<60} {format_bytes(sum(held for _, held in rest)):>11}")
+    return "\n".join(lines)
+
+
+def _bytes(nbytes: int, budget_bytes: int | None) -> Text:
+    over = budget_bytes is not None and nbytes > budget_bytes
+    return Text(format_bytes(nbytes), style=OVER if over else "")
+
+
+def _level(nbytes: int, top_bytes: int) -> int:
+    return min(nbytes * len(BLOCKS) // max(top_bytes, 1), len(BLOCKS) - 1)
+
+
+def _height_style(scenario: Scenario, top_bytes: int) -> str:
+    share = scenario.peak_buffered_bytes / max(top_bytes, 1)
+    return "red" if share > 0.5 else "yellow" if share > 0.1 else CALM
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
