@@ -91,3 +91,27 @@ class HandMadeTransport(Transport):
 
     def abort(self, reason: str) -> None:
         self.aborted = True
+
+
+def stacked_model(num_layers: int, width: int) -> tuple[list[ParamMeta], LayerMap]:
+    """q, k, v in one parent layer, gate and up in one, the rest alone; bf16, in layer order."""
+    parts = {
+        "qkv_proj": {"q": (width, width), "k": (width // 4, width), "v": (width // 4, width)},
+        "o_proj": {"o": (width, width)},
+        "gate_up_proj": {"gate": (3 * width, width), "up": (3 * width, width)},
+        "down_proj": {"down": (width, 3 * width)},
+        "norm": {"norm": (width,)},
+    }
+    metas, contributions, layers = [], {}, {}
+    for i in range(num_layers):
+        for part, tensors in parts.items():
+            layer = f"layers.{i}.{part}"
+            for name, shape in tensors.items():
+                meta = ParamMeta(f"layers.{i}.{name}.weight", "bfloat16", shape)
+                metas.append(meta)
+                contributions[meta.name] = (
+                    Contribution(layer, "weight", meta.numel, meta.nbytes, True),
+                )
+            numel = sum(contributions[f"layers.{i}.{n}.weight"][0].loaded_numel for n in tensors)
+            layers[layer] = ParentLayer(layer, "Linear", numel, numel)
+    return metas, LayerMap(layers, contributions)
