@@ -62,6 +62,16 @@ def test_fused_experts_as_they_are_in_memory(subject):
     assert report.prediction_exact, report.first_difference
 
 
+def test_an_engine_that_quantises_what_it_loads(subject):
+    """fp32 weights arrive, vLLM quantises each layer when it is whole."""
+    one = subject("dense", "fp8")
+    for version in (NEW, OLD, NEW):
+        report = push(one, version, source_order="random:0")
+        assert one.wrong_weights(version) == []
+        assert report.prediction_exact, report.first_difference
+    assert one.generates_as(NEW)
+
+
 def test_many_syncs_in_one_session(subject):
     """The second sync meets what the first one left behind in vLLM's reload state."""
     one = subject("dense")

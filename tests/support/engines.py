@@ -19,8 +19,9 @@ OLD, NEW = 0, 1  # seeds of the two versions of a model
 @contextlib.contextmanager
 def kernels_in_use(kernels: str) -> Iterator[None]:
     """`stock`: CPU kernels pack weights into handles of their own. `plain`: parameters are used as
-    they are, as by unquantised GPU kernels. vLLM decides when it processes a layer."""
-    if kernels == "stock":
+    they are, as by unquantised GPU kernels. vLLM decides when it processes a layer. `fp8`: stock,
+    and the engine quantises what it loads."""
+    if kernels != "plain":
         yield
         return
     from vllm import _custom_ops
@@ -33,6 +34,13 @@ def kernels_in_use(kernels: str) -> Iterator[None]:
         yield
     finally:
         _custom_ops._supports_onednn, utils.check_cpu_sgl_kernel = before
+
+
+ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "stock": {},
+    "plain": {},
+    "fp8": {"quantization": "fp8_per_channel", "dtype": "bfloat16"},
+}
 
 
 def start_engine(path: Path, **arguments: Any) -> Any:
@@ -154,7 +162,10 @@ class EnginePool:
             for seed, model in trainers.items()
         }
         with kernels_in_use(kernels):
-            engines = {seed: start_engine(path) for seed, path in paths.items()}
+            engines = {
+                seed: start_engine(path, **ENGINE_ARGUMENTS[kernels])
+                for seed, path in paths.items()
+            }
             self._kept += engines.values()
             return Subject(
                 kind=kind,
