@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 
@@ -53,6 +54,10 @@ class ParentLayer:
         return min(self.total_numel, self.expected_numel)
 
 
+_LAYER_FIELDS = tuple(field.name for field in fields(ParentLayer))
+_layer_fields = attrgetter(*_LAYER_FIELDS)
+
+
 @dataclass(frozen=True)
 class LayerMap:
     """Checkpoint names -> contributions, and the parent layers that they refer to.
@@ -67,20 +72,27 @@ class LayerMap:
 
     @cached_property
     def digest(self) -> str:
-        text = json.dumps(self.to_json(), separators=(",", ":"))
+        layers = [_layer_fields(layer) for layer in self.layers.values()]
+        text = json.dumps([layers, dict(self.contributions)], separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @cached_property
+    def _deferred(self) -> frozenset[str]:
+        return frozenset(layer.name for layer in self.layers.values() if layer.deferred)
 
     def parents(self, name: str) -> tuple[str, ...]:
         """The parent layers that `name` lands in, deferred ones left out."""
-        return tuple(
-            c.parent_layer
-            for c in self.contributions[name]
-            if not self.layers[c.parent_layer].deferred
-        )
+        layers = tuple([c.parent_layer for c in self.contributions[name]])
+        if self._deferred.isdisjoint(layers):
+            return layers
+        return tuple(layer for layer in layers if layer not in self._deferred)
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "layers": [asdict(layer) for layer in self.layers.values()],
+            "layers": [
+                dict(zip(_LAYER_FIELDS, _layer_fields(layer), strict=True))
+                for layer in self.layers.values()
+            ],
             "contributions": {n: [list(c) for c in cs] for n, cs in self.contributions.items()},
         }
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Generic, TypeVar
 
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
+
+T = TypeVar("T", bound=Hashable)
 
 
 def as_given(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[ParamMeta]:
@@ -20,27 +23,35 @@ def by_parent_layer(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[Par
     source. A tensor that lands in several layers joins them into one group, in which more than one
     layer is open by necessity. Everywhere else at most one is.
     """
-    groups: dict[str, list[ParamMeta]] = {}
-    group_of = _groups(metas, layer_map)
-    for meta in metas:
-        groups.setdefault(group_of[meta.name], []).append(meta)
+    joined = Joined[str]()
+    parents = [layer_map.parents(meta.name) for meta in metas]
+    for layers in parents:
+        joined.join(layers)
+    groups: dict[str | int, list[ParamMeta]] = {}
+    for place, (meta, layers) in enumerate(zip(metas, parents, strict=True)):
+        label = joined.root(layers[0]) if layers else place
+        groups.setdefault(label, []).append(meta)
     return [meta for group in groups.values() for meta in group]
 
 
-def _groups(metas: Sequence[ParamMeta], layer_map: LayerMap) -> dict[str, str]:
-    """A label for each name, equal for names that are connected by shared parent layers."""
-    parent: dict[str, str] = {}
+class Joined(Generic[T]):
+    """Layers that are joined to groups, because tensors are shared among them."""
 
-    def root(label: str) -> str:
-        while parent.setdefault(label, label) != label:
-            parent[label] = parent[parent[label]]
-            label = parent[label]
-        return label
+    def __init__(self) -> None:
+        self._above: dict[T, T] = {}
 
-    labels: dict[str, str] = {}
-    for meta in metas:
-        first, *others = layer_map.parents(meta.name) or (f"alone:{meta.name}",)
-        labels[meta.name] = first
-        for other in others:
-            parent[root(other)] = root(first)
-    return {name: root(label) for name, label in labels.items()}
+    def join(self, layers: Sequence[T]) -> None:
+        for other in layers[1:]:
+            ours, theirs = self.root(layers[0]), self.root(other)
+            if ours != theirs:
+                self._above[theirs] = ours
+
+    def __bool__(self) -> bool:
+        """Are any joined?"""
+        return bool(self._above)
+
+    def root(self, layer: T) -> T:
+        """The same layer for all that are joined."""
+        while layer in self._above:
+            layer = self._above[layer]
+        return layer

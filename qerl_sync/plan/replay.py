@@ -10,7 +10,7 @@ from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.walk import walk
+from qerl_sync.plan.walk import Walker
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def replay(
         layer_map: where each tensor lands.
         storages: the memory behind each tensor; a name that is not in it has a storage of its own.
     """
-    return walk(list(metas), layer_map, storages).trace
+    stream = list(metas)
+    return Walker(stream, layer_map, storages).trace(stream)
 
 
 def open_layers_at(

@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.budget import order_within_budget
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import as_given, by_parent_layer
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.walk import Walker
 
 PLAN_FORMAT = 1
 
@@ -55,6 +57,7 @@ class SyncPlan:
         predicted: the trace of this order.
         as_given: the trace of the source's own order, for comparison.
         layer_map_digest: the layer map that it was planned with.
+        budget_bytes: the budget that it was planned with.
     """
 
     policy: str
@@ -63,6 +66,7 @@ class SyncPlan:
     predicted: Trace
     as_given: Trace
     layer_map_digest: str
+    budget_bytes: int | None = None
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -88,6 +92,7 @@ class SyncPlan:
             "format": PLAN_FORMAT,
             "digest": self.digest,
             "policy": self.policy,
+            "budget_bytes": self.budget_bytes,
             "layer_map_digest": self.layer_map_digest,
             "metas": [[m.name, m.dtype, list(m.shape)] for m in self.metas],
             "chunks": [asdict(chunk) for chunk in self.chunks],
@@ -112,6 +117,7 @@ class SyncPlan:
             predicted=Trace.from_json(data["predicted"]),
             as_given=Trace.from_json(data["as_given"]),
             layer_map_digest=data["layer_map_digest"],
+            budget_bytes=data.get("budget_bytes"),
         )
         if plan.digest != data["digest"]:
             raise PlanError(
@@ -128,6 +134,7 @@ def build_plan(
     *,
     chunk_bytes: int | None = None,
     storages: Mapping[str, Storage] | None = None,
+    budget_bytes: int | None = None,
 ) -> SyncPlan:
     """Plan the stream `metas` (in source order). Touches no tensor and no device.
 
@@ -135,63 +142,80 @@ def build_plan(
         policy: a key of `POLICIES`.
         chunk_bytes: upper bound of a chunk's bytes where layers can be kept whole; None: one chunk.
         storages: the memory behind each tensor, where several share one.
+        budget_bytes: with the policy `reorder` the order is that of `within_budget`; the others
+            leave the order alone, and `diagnose` tells whether it stays within the budget.
 
     Raises:
-        PlanError: the stream names a tensor twice.
+        PlanError: the stream names a tensor twice, or no order can be kept within the budget.
     """
     _refuse_doubled_names(metas)
-    ordered = POLICIES[policy](metas, layer_map)
-    given = replay(metas, layer_map, storages)
-    reordered = ordered != list(metas)
+    walker = Walker(metas, layer_map, storages)
+    given = walker.trace(metas)
+    if policy == "reorder" and budget_bytes is not None:
+        ordered = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
+        chunk_bytes = chunk_bytes and min(chunk_bytes, budget_bytes)
+    else:
+        ordered = POLICIES[policy](metas, layer_map)
+    unchanged = ordered == list(metas)
     return SyncPlan(
         policy=policy,
         metas=tuple(ordered),
         chunks=_cut(ordered, layer_map, chunk_bytes),
-        predicted=replay(ordered, layer_map, storages) if reordered else given,
+        predicted=given if unchanged else walker.trace(ordered),
         as_given=given,
         layer_map_digest=layer_map.digest,
+        budget_bytes=budget_bytes,
     )
 
 
 def _refuse_doubled_names(metas: Sequence[ParamMeta]) -> None:
-    counts = Counter(meta.name for meta in metas)
+    names = [meta.name for meta in metas]
+    if len(set(names)) == len(names):
+        return
+    counts = Counter(names)
     doubled = [name for name, count in counts.items() if count > 1]
-    if doubled:
-        raise PlanError(
-            f"the source yields {doubled[0]!r} {counts[doubled[0]]} times"
-            + (f" ({len(doubled)} names are doubled)" if len(doubled) > 1 else "")
-            + "; vLLM would count it twice and close its layer on memory that was never written. "
-            "Yield each checkpoint name once"
-        )
+    raise PlanError(
+        f"the source yields {doubled[0]!r} {counts[doubled[0]]} times"
+        + (f" ({len(doubled)} names are doubled)" if len(doubled) > 1 else "")
+        + "; vLLM would count it twice and close its layer on memory that was never written. "
+        "Yield each checkpoint name once"
+    )
 
 
 def _cut(
     metas: Sequence[ParamMeta], layer_map: LayerMap, chunk_bytes: int | None
 ) -> tuple[Chunk, ...]:
     """Cut where no parent layer is open, into chunks of up to `chunk_bytes`."""
+    if chunk_bytes is None:
+        return (_chunk(metas, None),) if metas else ()
     chunks: list[Chunk] = []
-    names: list[str] = []
+    waiting: list[ParamMeta] = []
     nbytes = 0
     for segment in _segments(metas, layer_map):
         segment_bytes = sum(meta.nbytes for meta in segment)
-        if names and chunk_bytes is not None and nbytes + segment_bytes > chunk_bytes:
-            chunks.append(Chunk(tuple(names), nbytes, nbytes > chunk_bytes))
-            names, nbytes = [], 0
-        names += [meta.name for meta in segment]
+        if waiting and nbytes + segment_bytes > chunk_bytes:
+            chunks.append(_chunk(waiting, chunk_bytes))
+            waiting, nbytes = [], 0
+        waiting += segment
         nbytes += segment_bytes
-    if names:
-        chunks.append(Chunk(tuple(names), nbytes, chunk_bytes is not None and nbytes > chunk_bytes))
-    return tuple(chunks)
+    return (*chunks, _chunk(waiting, chunk_bytes)) if waiting else tuple(chunks)
+
+
+def _chunk(metas: Sequence[ParamMeta], chunk_bytes: int | None) -> Chunk:
+    nbytes = sum(meta.nbytes for meta in metas)
+    oversized = chunk_bytes is not None and nbytes > chunk_bytes
+    return Chunk(tuple(meta.name for meta in metas), nbytes, oversized)
 
 
 def _segments(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[list[ParamMeta]]:
     """The smallest runs of the stream after which no parent layer is open."""
-    awaited = Counter(layer for meta in metas for layer in layer_map.parents(meta.name))
+    parents = [layer_map.parents(meta.name) for meta in metas]
+    awaited = Counter(chain.from_iterable(parents))
     started: set[str] = set()
     segments: list[list[ParamMeta]] = [[]]
-    for meta in metas:
+    for meta, layers in zip(metas, parents, strict=True):
         segments[-1].append(meta)
-        for layer in layer_map.parents(meta.name):
+        for layer in layers:
             awaited[layer] -= 1
             (started.add if awaited[layer] else started.discard)(layer)
         if not started:
