@@ -1,0 +1,89 @@
+"""The file that touches vLLM's model registry, for model classes that are built without an engine.
+
+Coupling points: `ModelRegistry.models` (architecture -> entry), the entries' `load_model_cls`, and
+`ModelRegistry.register_model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any
+
+# Model files import it to prepare images; no layer map depends on it. vLLM's CPU build does without
+# it, since its usual wheels do not load beside a CPU torch.
+DISPENSABLE = "torchvision"
+
+
+def import_model_classes(architectures: Sequence[str]) -> None:
+    """Let vLLM find these model classes in this process.
+
+    It would look at each in a process of its own, which costs all imports once more, and fails
+    for every multimodal model where torchvision is missing. What cannot be imported even so is left
+    to vLLM, which says why.
+    """
+    from vllm import ModelRegistry
+
+    for architecture in architectures:
+        entry = ModelRegistry.models.get(architecture)
+        if entry is None:
+            continue
+        with contextlib.suppress(ImportError), _stand_in(DISPENSABLE):
+            ModelRegistry.register_model(architecture, entry.load_model_cls())
+
+
+@contextlib.contextmanager
+def _stand_in(package: str) -> Iterator[None]:
+    """If `package` is not installed, anything may be imported from it, and is of no use."""
+    if importlib.util.find_spec(package) is not None:
+        yield
+        return
+    # Who asks whether the package is there must be told the truth, and transformers remembers.
+    import transformers.utils
+
+    transformers.utils.is_torchvision_available()
+    finder = _Finder(package)
+    sys.meta_path.append(finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if finder.serves(name)]:
+            del sys.modules[name]
+
+
+class _Useless(ModuleType):
+    """A module in which every name is a class without content."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"__module__": self.__name__})
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `package` and everything below it, as useless modules."""
+
+    def __init__(self, package: str) -> None:
+        self._package = package
+
+    def serves(self, name: str) -> bool:
+        return name == self._package or name.startswith(f"{self._package}.")
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not self.serves(fullname):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Useless(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """There is nothing in it."""
