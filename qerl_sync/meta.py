@@ -39,7 +39,7 @@ CASTABLE_FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 @dataclass(frozen=True)
 class ParamMeta:
-    """One checkpoint tensor: `name` in the Hugging Face checkpoint format, dtype by torch's name."""
+    """One checkpoint tensor, by its name in the Hugging Face format; dtype by torch's name."""
 
     name: str
     dtype: str

@@ -7,23 +7,28 @@ to the file OUT; standard output and error are vLLM's to write on.
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qerl_sync.errors import ConfigError, SyncError
-from qerl_sync.meta import ParamMeta
-from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
+from qerl_sync.plan.checkpoint import Checkpoint
 from qerl_sync.plan.offline_map import OfflineMap
+
+if TYPE_CHECKING:
+    import torch
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     (out,) = sys.argv[1:] if arguments is None else arguments
+    gc.disable()  # a short life: walking all of vLLM for garbage would be a fifth of it
     request = json.load(sys.stdin)
     try:
         answer = {"map": observe(request).to_json()}
@@ -38,7 +43,7 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
     May be called more than once in a process that has no process group.
 
     Args:
-        request: `path` of what `read_checkpoint` takes; `engine`, vLLM's arguments; `dtype` of the
+        request: `checkpoint`, a `Checkpoint` as JSON; `engine`, vLLM's arguments; `dtype` of the
             trainer's tensors, None for the model's own.
 
     Raises:
@@ -46,19 +51,23 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
     """
     seconds: dict[str, float] = {}
     engine, dtype = request["engine"], request["dtype"]
-    checkpoint = read_checkpoint(request["path"])
+    checkpoint = Checkpoint.from_json(request["checkpoint"])
     with _model_directory(checkpoint) as directory:
+        # First, since vLLM puts configuration classes of its own in transformers' place.
+        with _timed(seconds, "imports"):
+            from qerl_sync.sources.hf import HFSource
+
+            build = trainer_model(directory, dtype, trust=bool(engine.get("trust_remote_code")))
+        with _timed(seconds, "names"):
+            expected = checkpoint.held_against(HFSource(build()).metadata(), dtype)
         with _timed(seconds, "imports"):
             from qerl_sync.worker import compat_offline
             from qerl_sync.worker.probe import observe_layer_map
 
-            version = compat_offline.import_vllm_models()
+            architectures = (checkpoint.config or {}).get("architectures") or []
+            version = compat_offline.import_vllm_models(architectures)
         with _timed(seconds, "config"):
             config = compat_offline.engine_config(directory, engine)
-        with _timed(seconds, "names"):
-            trust = bool(engine.get("trust_remote_code"))
-            named = trainer_metas(directory, dtype, trust_remote_code=trust)
-            expected = checkpoint.held_against(named, dtype)
         with _timed(seconds, "build"), compat_offline.meta_model(config) as parts:
             built = time.perf_counter()
             layer_map = observe_layer_map(parts.model, parts.vllm_config, expected.metas)
@@ -78,37 +87,51 @@ def _model_directory(checkpoint: Checkpoint) -> Iterator[str]:
         yield directory
 
 
-def trainer_metas(
-    directory: str, dtype: str | None, *, trust_remote_code: bool = False
-) -> list[ParamMeta]:
-    """What a trainer that holds this model whole would send."""
+def trainer_model(
+    directory: str, dtype: str | None, *, trust: bool
+) -> Callable[[], torch.nn.Module]:
+    """What builds, on the meta device, the model that a trainer would hold whole.
+
+    Args:
+        trust: may code that comes with the model run?
+    """
     import torch
     import transformers
 
-    from qerl_sync.sources.hf import HFSource
+    with _of_transformers(directory):
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+        family = getattr(transformers, (config.architectures or ("",))[0], None)
+        auto = partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=trust)
+        from_config = family._from_config if family is not None else auto
+
+    def build() -> torch.nn.Module:
+        with _of_transformers(directory), torch.device("meta"):
+            model: torch.nn.Module = from_config(
+                config, dtype=getattr(torch, dtype) if dtype else config.dtype
+            )
+            return model
+
+    return build
+
+
+@contextmanager
+def _of_transformers(directory: str) -> Iterator[None]:
+    import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(
-            directory, trust_remote_code=trust_remote_code
-        )
-        (architecture, *_) = config.architectures or ("",)
-        family = getattr(transformers, architecture, transformers.AutoModelForCausalLM)
-        build = getattr(family, "_from_config", None) or family.from_config
-        with torch.device("meta"):
-            model = build(config, dtype=getattr(torch, dtype) if dtype else config.dtype)
+        yield
     except Exception as exc:
         raise ConfigError(
             f"transformers {transformers.__version__} cannot build the trainer's model of "
             f"{directory}: {exc}"
         ) from exc
-    return HFSource(model).metadata()
 
 
 @contextmanager
 def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
-    seconds[part] = time.perf_counter() - start
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import math
 import os
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +76,27 @@ class Checkpoint:
     shards: list[tuple[str, list[str]]]
     metas: list[ParamMeta] | None
     names_by_offset: list[str] | None
+
+    def to_json(self) -> dict[str, Any]:
+        metas = self.metas
+        return {
+            "path": str(self.path.absolute()),
+            "config": self.config,
+            "shards": self.shards,
+            "metas": None if metas is None else [[m.name, m.dtype, m.shape] for m in metas],
+            "names_by_offset": self.names_by_offset,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Checkpoint:
+        metas = data["metas"]
+        return cls(
+            path=Path(data["path"]),
+            config=data["config"],
+            shards=[(file, names) for file, names in data["shards"]],
+            metas=metas and [ParamMeta(name, dtype, tuple(s)) for name, dtype, s in metas],
+            names_by_offset=data["names_by_offset"],
+        )
 
     @property
     def names(self) -> list[str]:

