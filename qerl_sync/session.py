@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# The share of a worker's free memory that `budget_bytes: auto` takes. vLLM makes a second copy of a
+# layer while it processes it, in which the other half goes.
+AUTO_SHARE = 0.5
+
 PHASES = ("plan", "start", "gather", "load", "finish", "total")
 
 
@@ -40,6 +44,7 @@ class SyncReport:
         seconds: by phase. plan: metadata, layer map, order. start: opening the reload. gather:
             waiting for the source's tensors. load: vLLM's loaders. finish: what is left, derived
             state, caches. total: all of it.
+        budget_bytes: what the plan was allowed to pin (`sync.budget_bytes`), in bytes.
         prediction_exact: predicted and measured traces are equal, tensor by tensor.
         first_difference: if not, where they differ first.
     """
@@ -60,6 +65,7 @@ class SyncReport:
     max_open_layers_measured: int
     prediction_exact: bool
     first_difference: str | None
+    budget_bytes: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -146,13 +152,23 @@ class SyncSession:
             self.layer_map, self._metas = layer_map, metas
             self._judge(self.plan, layer_map)
         return self.plan, self.layer_map
+                budget_bytes=self._budget_bytes(),
 
     def _is_ignored(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self._config.ignore_names)
 
     def _judge(self, plan: SyncPlan, layer_map: LayerMap) -> None:
+    def _budget_bytes(self) -> int | None:
+        asked = self._config.budget_bytes
+        if asked != "auto":
+            return asked
+        free_bytes = int(self._transport.free_bytes() * AUTO_SHARE)
+        return free_bytes + self._source.resident_bytes()
+
         """Warn of a plan that opens several layers, once for each distinct one, or refuse it."""
-        diagnosis = diagnose(plan.metas, plan.predicted, layer_map, self._source.storages())
+        diagnosis = diagnose(
+            plan.metas, plan.predicted, layer_map, self._source.storages(), plan.budget_bytes
+        )
         if diagnosis is None or plan.digest in self._warned:
             return
         text = diagnosis.text(self._config.source_order)
@@ -204,6 +220,7 @@ class SyncSession:
 
 
 def _timed(
+            budget_bytes=plan.budget_bytes,
     tensors: Iterator[tuple[str, torch.Tensor]], watch: _Stopwatch
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same stream; the time spent waiting for it is the phase "gather"."""

@@ -33,6 +33,16 @@ def _bytes(value: object) -> object:
         raise ValueError(str(exc)) from exc
 
 
+def _budget(value: Any) -> Any:
+    """As `_bytes`, and "auto"."""
+    if value is None or value == "auto":
+        return value
+    try:
+        return parse_bytes(value)
+    except ConfigError as exc:
+        raise ValueError(f"{exc}, or auto") from exc
+
+
 def _known_order(value: str) -> str:
     try:
         parse_order(value)
@@ -85,6 +95,17 @@ class SyncConfig(Section):
     chunk_bytes: Annotated[PositiveInt | None, BeforeValidator(_bytes)] = None
     """Upper bound of one chunk, the unit of transfer, as a number or like `64MiB`. A chunk holds
     whole parent layers; a larger layer is a chunk of its own. Null: everything is one chunk."""
+
+    budget_bytes: Annotated[PositiveInt | Literal["auto"] | None, BeforeValidator(_budget)] = None
+    """Upper bound of the memory that tensors may hold on a worker while they wait for the rest of
+    their parent layer: a number, a text like `512MiB`, or `auto`. With `policy: reorder` the
+    source's order is then kept as far as the budget allows, instead of grouping all tensors by
+    parent layer, and a budget smaller than what one parent layer needs is refused before anything
+    is sent. With `warn` and `error` the budget is what the order is judged by, not a second open
+    layer. What counts are pinned bytes: each storage once, in whole, however small the view of it.
+    vLLM needs about as much again while it processes a layer. `auto`: half of the memory that is
+    free on the fullest worker when the sync is planned, plus what the trainer's own weights occupy
+    if they are handed over by reference (colocated), since that costs nothing new."""
 
     check_finite: bool = True
     """Refuse to send NaN or infinite weights. vLLM would accept them, and they stay in its KV cache

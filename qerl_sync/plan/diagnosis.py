@@ -1,4 +1,4 @@
-"""Why a sync would buffer several layers at once, in words a person can act on."""
+"""Why a sync would hold more than it should, in words a person can act on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from enum import Enum
 
 from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.replay import OpenLayer, open_layers_at, replay
+from qerl_sync.plan.walk import Walker
 
 SHOWN_LAYERS = 8
 
@@ -19,9 +22,25 @@ class Cause(Enum):
     """The causes of buffering, of which order cures only the first."""
 
     OUT_OF_ORDER = "the tensors of a parent layer do not arrive next to each other"
+    NEVER_COMPLETES = (
+        "a layer is held to the end of the sync: it is deferred or never gets all its elements"
+    )
     SHARED_TENSOR = "one tensor lands in several parent layers, which are then open together"
     FULL_TENSORS = "full tensors are kept although this rank loads only its shard of them"
     PINNED_VIEWS = "the buffered tensors are views that keep larger storages alive"
+
+    @property
+    def cure(self) -> str:
+        return _CURES[self]
+
+
+_CURES = {
+    Cause.OUT_OF_ORDER: "let `sync.policy: reorder` send them together",
+    Cause.NEVER_COMPLETES: "let the source yield what is missing; deferred layers are small",
+    Cause.SHARED_TENSOR: "none in the order; they are sent next to each other",
+    Cause.FULL_TENSORS: "none in the order; vLLM slices a tensor when its layer is whole",
+    Cause.PINNED_VIEWS: "cut chunks between parent layers, or make them smaller (sync.chunk_bytes)",
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +51,11 @@ class Diagnosis:
         at: the tensor that is handed over at that moment, and its place in the stream.
         open_layers: what is open then, in the order of opening.
         causes: those that apply, the most important first.
-        peak_buffered_bytes, peak_pinned_bytes, max_open_layers: over the whole stream.
-        ordered: the trace that ordering by parent layer would give.
+        total_bytes: of the stream.
+        trace: of the stream.
+        ordered: the trace that `policy: reorder` would give.
+        budget_bytes: the budget that is broken, if there is one.
+        refusal: why no order would keep it.
     """
 
     at: str
@@ -44,37 +66,50 @@ class Diagnosis:
     total_bytes: int
     trace: Trace
     ordered: Trace
+    budget_bytes: int | None = None
+    refusal: str | None = None
 
     def text(self, source_order: str) -> str:
         """The warning: what, where, how much, why, and the line of YAML that cures it."""
-        trace, ordered = self.trace, self.ordered
+        lines = [self._headline(), *self._layers()]
+        lines += [f"Cause: {cause.value}." for cause in self.causes]
+        lines.append(f"Source order: {source_order}.")
+        if self.refusal is not None:
+            lines.append(f"No order cures it: {self.refusal}")
+        elif Cause.OUT_OF_ORDER in self.causes:
+            most = self.ordered.max_open_layers
+            lines.append(
+                f"Cure: `sync: {{policy: reorder}}` makes it {most} open "
+                f"layer{'s' * (most != 1)} and {_mb(self.ordered.peak_buffered_bytes)} buffered."
+            )
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        trace, most = self.trace, self.trace.max_open_layers
         share = 100 * trace.peak_buffered_bytes / max(self.total_bytes, 1)
-        lines = [
-            f"This sync would buffer {trace.max_open_layers} parent layers at once: "
+        what = f"buffer {most} parent layer{'s' * (most != 1)} at once"
+        if self.budget_bytes is not None:
+            what = f"exceed sync.budget_bytes ({_mb(self.budget_bytes)}) and {what}"
+        return (
+            f"This sync would {what}: "
             f"{_mb(trace.peak_buffered_bytes)} buffered ({share:.0f}% of the model) and "
             f"{_mb(trace.peak_pinned_bytes)} pinned, at tensor {self.index + 1} of "
             f"{self.num_tensors} ({self.at}). Open then:"
-        ]
+        )
+
+    def _layers(self) -> list[str]:
         largest = sorted(self.open_layers, key=lambda layer: -layer.buffered_bytes)
-        lines += [
+        lines = [
             f"  {layer.name} ({layer.kind}): {layer.loaded_numel:,}/{layer.total_numel:,} "
             f"elements, {_mb(layer.buffered_bytes)}"
             for layer in largest[:SHOWN_LAYERS]
         ]
-        if len(largest) > SHOWN_LAYERS:
-            rest = largest[SHOWN_LAYERS:]
+        rest = largest[SHOWN_LAYERS:]
+        if rest:
             lines.append(
                 f"  and {len(rest)} more: {_mb(sum(layer.buffered_bytes for layer in rest))}"
             )
-        lines += [f"Cause: {cause.value}." for cause in self.causes]
-        lines.append(f"Source order: {source_order}.")
-        if Cause.OUT_OF_ORDER in self.causes:
-            lines.append(
-                f"Cure: `sync: {{policy: reorder}}` makes it {ordered.max_open_layers} open "
-                f"layer{'s' * (ordered.max_open_layers != 1)} and "
-                f"{_mb(ordered.peak_buffered_bytes)} buffered."
-            )
-        return "\n".join(lines)
+        return lines
 
 
 def diagnose(
@@ -82,36 +117,62 @@ def diagnose(
     trace: Trace,
     layer_map: LayerMap,
     storages: Mapping[str, Storage] | None = None,
+    budget_bytes: int | None = None,
 ) -> Diagnosis | None:
-    """None if at most one parent layer is ever open; else the worst moment of the stream.
+    """The worst moment of a stream that should not run as it is; None if nothing is wrong with it.
+
+    Without a budget, what is wrong is a second open parent layer; with one, more pinned bytes than
+    that, however many layers are open.
 
     Args:
         metas: the stream in the order in which it will arrive.
         trace: its predicted trace.
     """
-    if trace.max_open_layers < 2:
+    if budget_bytes is None and trace.max_open_layers < 2:
+        return None
+    if budget_bytes is not None and trace.peak_pinned_bytes <= budget_bytes:
         return None
     index = trace.peak_index
-    ordered = replay(by_parent_layer(metas, layer_map), layer_map, storages)
+    if budget_bytes is not None:
+        index = max(range(len(metas)), key=lambda i: (trace.steps[i].pinned_bytes, -i))
+    refusal = None
+    ordered = by_parent_layer(metas, layer_map)
+    if budget_bytes is not None:
+        try:
+            ordered = within_budget(metas, layer_map, budget_bytes, storages)
+        except PlanError as exc:
+            refusal = str(exc)
     return Diagnosis(
         at=metas[index].name,
         index=index,
         num_tensors=len(metas),
         open_layers=tuple(open_layers_at(index, metas, layer_map, storages)),
-        causes=_causes(metas, trace, ordered, layer_map),
+        causes=causes_of(metas, trace, layer_map, storages),
         total_bytes=sum(meta.nbytes for meta in metas),
         trace=trace,
-        ordered=ordered,
+        ordered=replay(ordered, layer_map, storages),
+        budget_bytes=budget_bytes,
+        refusal=refusal,
     )
 
 
-def _causes(
-    metas: Sequence[ParamMeta], trace: Trace, ordered: Trace, layer_map: LayerMap
+def causes_of(
+    metas: Sequence[ParamMeta],
+    trace: Trace,
+    layer_map: LayerMap,
+    storages: Mapping[str, Storage] | None = None,
 ) -> tuple[Cause, ...]:
+    """What a stream's peak is made of beyond the one parent layer that must be held, the most
+    important first. The arguments are those of `diagnose`."""
+    walker = Walker(metas, layer_map, storages)
+    ordered = replay(by_parent_layer(metas, layer_map), layer_map, storages)
+    stuck = (s for s in walker.spans() if s.closed is None and s.covers(trace.peak_index))
+    stuck_bytes = sum(span.held_at(trace.peak_index) for span in stuck)
     contributions = [c for meta in metas for c in layer_map.contributions[meta.name]]
     found = {
         Cause.OUT_OF_ORDER: ordered.max_open_layers < trace.max_open_layers
         or ordered.peak_buffered_bytes < trace.peak_buffered_bytes,
+        Cause.NEVER_COMPLETES: stuck_bytes > trace.peak_buffered_bytes / 100,
         Cause.SHARED_TENSOR: ordered.max_open_layers > 1,
         Cause.FULL_TENSORS: _is_sharded(metas, layer_map),
         Cause.PINNED_VIEWS: trace.peak_pinned_bytes > trace.peak_buffered_bytes

@@ -89,8 +89,7 @@ def replay(
         layer_map: where each tensor lands.
         storages: the memory behind each tensor; a name that is not in it has a storage of its own.
     """
-    stream = list(metas)
-    return Walker(stream, layer_map, storages).trace(stream)
+    return Walker(list(metas), layer_map, storages).trace()
 
 
 def open_layers_at(

@@ -84,7 +84,6 @@ class Scenario:
         metas: the stream in the order in which it arrives.
         trace: its predicted trace.
         receive: the same with the transport's chunk buffers counted as pinned.
-        walker: what walked through it.
         storages: the memory behind each tensor; empty: each has its own.
     """
 
@@ -94,7 +93,6 @@ class Scenario:
     layer_map: LayerMap
     trace: Trace
     receive: Trace
-    walker: Walker
     storages: Mapping[str, Storage] = field(default_factory=dict)
 
     @property
@@ -120,7 +118,7 @@ class Scenario:
     @cached_property
     def spans(self) -> list[Span]:
         """When each layer is open, in the order of opening."""
-        return self.walker.spans(self.metas)
+        return Walker(self.metas, self.layer_map).spans()
 
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
@@ -180,20 +178,19 @@ def scenarios(
         PlanError: a policy cannot do what is asked of it.
     """
     walker = Walker(metas, layer_map)
+    places = {meta.name: place for place, meta in enumerate(metas)}
     result = []
     for order, reorder in orders.items():
         given = reorder(metas)
         for policy, arrange in policies.items():
             stream = arrange(given, layer_map)
             storages = transport.storages(stream, layer_map, by_layers=policy != "as_given")
-            packed = Walker(stream, layer_map, storages) if storages else walker
-            trace = packed.trace(stream)
-            receive = trace
             if storages:
+                trace = Walker(stream, layer_map, storages).trace()
                 receive = _receive(stream, layer_map, storages, transport.chunk_buffers)
-            result.append(
-                Scenario(order, policy, stream, layer_map, trace, receive, packed, storages)
-            )
+            else:
+                trace = receive = walker.trace([places[meta.name] for meta in stream])
+            result.append(Scenario(order, policy, stream, layer_map, trace, receive, storages))
     return result
 
 

@@ -150,18 +150,20 @@ def build_plan(
     """
     _refuse_doubled_names(metas)
     walker = Walker(metas, layer_map, storages)
-    given = walker.trace(metas)
+    given = walker.trace()
     if policy == "reorder" and budget_bytes is not None:
-        ordered = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
+        order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
         chunk_bytes = chunk_bytes and min(chunk_bytes, budget_bytes)
     else:
-        ordered = POLICIES[policy](metas, layer_map)
+        place = {name: place for place, name in enumerate(walker.names)}
+        order = [place[meta.name] for meta in POLICIES[policy](metas, layer_map)]
+    ordered = [metas[place] for place in order]
     unchanged = ordered == list(metas)
     return SyncPlan(
         policy=policy,
         metas=tuple(ordered),
         chunks=_cut(ordered, layer_map, chunk_bytes),
-        predicted=given if unchanged else walker.trace(ordered),
+        predicted=given if unchanged else walker.trace(order),
         as_given=given,
         layer_map_digest=layer_map.digest,
         budget_bytes=budget_bytes,

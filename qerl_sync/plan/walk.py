@@ -62,31 +62,21 @@ class Walk(NamedTuple):
 Landing = tuple[int, int, int, "int | str | None", int]
 
 
-def walk(
-    metas: Sequence[ParamMeta],
-    layer_map: LayerMap,
-    storages: Mapping[str, Storage] | None = None,
-) -> Walk:
-    """Hand over `metas` one by one. Linear in the number of tensors.
-
-    Args:
-        metas: the stream, in order. Every name must be in `layer_map`.
-        storages: the memory behind each tensor; a name that is not in it has a storage of its own.
-    """
-    return Walker(metas, layer_map, storages).walk(metas)
-
-
 class Walker:
-    """Walks through streams of the same tensors in different orders.
+    """Walks through a stream, in its own order or in another one.
 
     vLLM keeps what it is given until the elements loaded into a layer reach its total, then
     processes the layer and lets go (`online_process_loader` in vLLM's reload/layerwise.py), and
     drops what arrives for it later. Layers that the stream cannot fill close when all that is
     expected has arrived, as our receiver makes them do.
 
+    Args:
+        metas: the stream. Every name must be in `layer_map`.
+        storages: the memory behind each tensor; a name that is not in it has a storage of its own.
+
     Attributes:
+        names, landings: of each tensor, by its place in the stream.
         layers: names of the parent layers; a `Landing` has the number of its layer.
-        landings: by checkpoint name.
         closes_at: elements with which each layer closes, by number; infinite if it never closes.
     """
 
@@ -96,18 +86,24 @@ class Walker:
         layer_map: LayerMap,
         storages: Mapping[str, Storage] | None = None,
     ) -> None:
-        self.layers = list(layer_map.layers)
+        self.names = [meta.name for meta in metas]
         self.landings = _prepare(metas, layer_map, storages or {})
+        self.layers = list(layer_map.layers)
         self.closes_at: list[float] = [
             inf if layer.deferred else layer.closes_at_numel for layer in layer_map.layers.values()
         ]
 
-    def walk(self, metas: Sequence[ParamMeta]) -> Walk:
-        return Walk(self.trace(metas), self.spans(metas))
+    def walk(self) -> Walk:
+        """Through the stream in its own order."""
+        return Walk(self.trace(), self.spans())
 
-    def trace(self, metas: Iterable[ParamMeta]) -> Trace:
-        """The high-water marks of each step."""
-        landings = self.landings
+    def trace(self, order: Iterable[int] | None = None) -> Trace:
+        """The high-water marks of each step.
+
+        Args:
+            order: places of the tensors in the stream; None: its own order.
+        """
+        names, landings = self.names, self.landings
         awaited: list[float | None] = list(self.closes_at)  # elements; None: the layer is closed
         is_open = [total == inf for total in awaited]  # deferred layers are never counted as open
         held, own = [0] * len(awaited), [0] * len(awaited)
@@ -117,10 +113,9 @@ class Walker:
         buffered = pinned = opened = 0
         steps: list[TraceStep] = []
         step = TraceStep._make
-        for meta in metas:
-            name = meta.name
+        for place in range(len(names)) if order is None else order:
             high = None
-            for layer, held_bytes, numel, storage, storage_bytes in landings[name]:
+            for layer, held_bytes, numel, storage, storage_bytes in landings[place]:
                 left = awaited[layer]
                 if left is None:
                     continue
@@ -153,16 +148,15 @@ class Walker:
                         pinned -= sizes[key]
             # Between two layers that close, holding only adds up.
             marks = _higher(high, buffered, pinned, opened) if high else (buffered, pinned, opened)
-            steps.append(step((name, *marks)))
+            steps.append(step((names[place], *marks)))
         return Trace(tuple(steps))
 
-    def spans(self, metas: Iterable[ParamMeta]) -> list[Span]:
-        """When each layer is open, in the order of opening."""
-        landings = self.landings
+    def spans(self) -> list[Span]:
+        """When each layer is open in the stream's own order, in the order of opening."""
         awaited: list[float | None] = list(self.closes_at)
         spans: dict[int, Span] = {}
-        for index, meta in enumerate(metas):
-            for layer, held_bytes, numel, _, _ in landings[meta.name]:
+        for index, landings in enumerate(self.landings):
+            for layer, held_bytes, numel, _, _ in landings:
                 left = awaited[layer]
                 if left is None:
                     continue
@@ -193,12 +187,12 @@ def _higher(high: Marks | None, buffered: int, pinned: int, opened: int) -> Mark
 
 def _prepare(
     metas: Iterable[ParamMeta], layer_map: LayerMap, storages: Mapping[str, Storage]
-) -> dict[str, tuple[Landing, ...]]:
-    """The landings of each name."""
+) -> list[tuple[Landing, ...]]:
+    """The landings of each tensor."""
     numbers = {name: number for number, name in enumerate(layer_map.layers)}
     holders = Counter(storage.key for storage in storages.values())
     contributions = layer_map.contributions
-    landings: dict[str, tuple[Landing, ...]] = {}
+    landings: list[tuple[Landing, ...]] = []
     for meta in metas:
         name = meta.name
         given = storages.get(name)
@@ -208,18 +202,20 @@ def _prepare(
             size = held_bytes
             if aliases:
                 size = given.nbytes if given else meta.nbytes
-            landings[name] = ((numbers[layer], held_bytes, numel, None, size),)
+            landings.append(((numbers[layer], held_bytes, numel, None, size),))
             continue
         source = given or Storage(name, meta.nbytes)
-        landings[name] = tuple(
-            (
-                numbers[c.parent_layer],
-                c.held_bytes,
-                c.loaded_numel,
-                source.key if c.aliases_source else f"{name}#{i}",
-                source.nbytes if c.aliases_source else c.held_bytes,
+        landings.append(
+            tuple(
+                (
+                    numbers[c.parent_layer],
+                    c.held_bytes,
+                    c.loaded_numel,
+                    source.key if c.aliases_source else f"{name}#{i}",
+                    source.nbytes if c.aliases_source else c.held_bytes,
+                )
+                for i, c in enumerate(lands)
             )
-            for i, c in enumerate(lands)
         )
     return landings
 

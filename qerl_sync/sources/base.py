@@ -30,6 +30,11 @@ class Source(ABC):
         """The memory behind each tensor that `materialize` will yield, where it is known already."""
         return {}
 
+    def resident_bytes(self) -> int:
+        """The part of `storages` that exists whether or not a sync runs: the weights themselves,
+        where the receiver gets them by reference."""
+        return 0
+
     def check_finite(self) -> bool:
         """Look for NaN and infinite values before a sync, where that needs no gathering.
 

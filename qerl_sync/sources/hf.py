@@ -74,6 +74,10 @@ class HFSource(Source):
                 found[meta.name] = memory
         return found
 
+    def resident_bytes(self) -> int:
+        own = {s.key: s for p in self._parameters().values() for s in storages_of(p)}
+        return sum(storage.nbytes for storage in own.values())
+
     def check_finite(self) -> bool:
         for name, parameter in self._parameters().items():
             require_finite(name, parameter)

@@ -39,6 +39,10 @@ class Transport(ABC):
         """
 
     @abstractmethod
+    def free_bytes(self) -> int:
+        """Memory that is free now on the device of the worker that has the least of it."""
+
+    @abstractmethod
     def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool) -> None:
         """Open a sync on all workers. They do not generate from here to the end of `finish`."""
 

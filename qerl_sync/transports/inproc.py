@@ -41,6 +41,9 @@ class InProcessTransport(Transport):
     ) -> LayerMap:
         return self._receiver.layer_map(metas, allow_incomplete=allow_incomplete)
 
+    def free_bytes(self) -> int:
+        return self._receiver.free_bytes()
+
     def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool) -> None:
         from qerl_sync.worker import compat
 

@@ -15,7 +15,7 @@ from qerl_sync.errors import CoverageError, LoadError, PoisonedError, SyncError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.worker import compat, refresh
+from qerl_sync.worker import compat, memory, refresh
 from qerl_sync.worker.monitor import SyncMonitor
 from qerl_sync.worker.probe import observe_layer_map
 
@@ -58,9 +58,11 @@ class Receiver:
         allow_incomplete: Sequence[str] = (),
     ) -> LayerMap:
         """See `probe.observe_layer_map`, whose errors it raises."""
-        return observe_layer_map(
-            self.model, self._config, metas, allow_incomplete=allow_incomplete
-        )
+        return observe_layer_map(self.model, self._config, metas, allow_incomplete=allow_incomplete)
+
+    def free_bytes(self) -> int:
+        """Memory that is free now where the weights live."""
+        return memory.free_bytes(self._device)
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool = True) -> None:
         """Open a sync. From here to the end of `finish` the model must not run.
