@@ -148,16 +148,12 @@ class SyncSession:
                 self._config.policy,
                 chunk_bytes=self._config.chunk_bytes,
                 storages=self._source.storages(),
+                budget_bytes=self._budget_bytes(),
             )
             self.layer_map, self._metas = layer_map, metas
             self._judge(self.plan, layer_map)
         return self.plan, self.layer_map
-                budget_bytes=self._budget_bytes(),
 
-    def _is_ignored(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self._config.ignore_names)
-
-    def _judge(self, plan: SyncPlan, layer_map: LayerMap) -> None:
     def _budget_bytes(self) -> int | None:
         asked = self._config.budget_bytes
         if asked != "auto":
@@ -165,6 +161,10 @@ class SyncSession:
         free_bytes = int(self._transport.free_bytes() * AUTO_SHARE)
         return free_bytes + self._source.resident_bytes()
 
+    def _is_ignored(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self._config.ignore_names)
+
+    def _judge(self, plan: SyncPlan, layer_map: LayerMap) -> None:
         """Warn of a plan that opens several layers, once for each distinct one, or refuse it."""
         diagnosis = diagnose(
             plan.metas, plan.predicted, layer_map, self._source.storages(), plan.budget_bytes
@@ -216,11 +216,11 @@ class SyncSession:
             max_open_layers_measured=trace.max_open_layers,
             prediction_exact=difference is None,
             first_difference=difference,
+            budget_bytes=plan.budget_bytes,
         )
 
 
 def _timed(
-            budget_bytes=plan.budget_bytes,
     tensors: Iterator[tuple[str, torch.Tensor]], watch: _Stopwatch
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same stream; the time spent waiting for it is the phase "gather"."""
