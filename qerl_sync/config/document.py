@@ -1,0 +1,91 @@
+"""docs/configuration.md, made from the models themselves:
+
+python -m qerl_sync.config.document > docs/configuration.md
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from qerl_sync.config.models import Section, TrainConfig
+
+HEAD = """# Configuration
+
+One YAML file is one run of `qerl-sync train`; `configs/` has complete examples. Unknown keys are errors. On the command line any
+value can be changed: `qerl-sync train CONFIG.yaml sync.policy=warn trainer.max_steps=20`. The fields of the section `sync` are
+also the keyword arguments of `WeightSyncCallback`.
+
+This page is made from the code: `python -m qerl_sync.config.document > docs/configuration.md`.
+"""
+
+
+def configuration_page() -> str:
+    """The whole page: one table for each section, in the order in which they occur."""
+    sections = [_section(place, section) for place, section in _walk("", TrainConfig)]
+    return "\n".join([HEAD, *sections])
+
+
+def _walk(place: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
+    yield place, section
+    for name, field in section.model_fields.items():
+        for inner in _sections_in(field.annotation):
+            yield from _walk(f"{place}.{name}".lstrip("."), inner)
+
+
+def _section(place: str, section: type[Section]) -> str:
+    title = f"## `{place}`" if place else "## Top level"
+    rows = [_row(name, field) for name, field in section.model_fields.items()]
+    head = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    return "\n".join([title, "", _text(section.__doc__ or ""), "", *head, *rows, ""])
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    kind = _kind(field.annotation).replace("|", "\\|")
+    return f"| `{name}` | {kind} | {_default(field)} | {_text(field.description or '')} |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "required"
+    if isinstance(field.default, Section):
+        return "its defaults"
+    if field.default is None:
+        return "`null`"
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        return _kind(get_args(annotation)[0])
+    if get_origin(annotation) is Literal:
+        return " | ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " | ".join(_kind(part) for part in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {_kind(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "mapping"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
+    names = {str: "text", int: "integer", float: "number", bool: "`true` | `false`"}
+    return names.get(annotation, "null")
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    for part in (annotation, *get_args(annotation)):
+        if isinstance(part, type) and issubclass(part, Section):
+            yield part
+
+
+def _text(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")
