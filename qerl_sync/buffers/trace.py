@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -27,28 +27,80 @@ class TraceStep(NamedTuple):
     open_layers: int
 
 
-@dataclass(frozen=True)
 class Trace:
-    """One step for each checkpoint tensor, in stream order."""
+    """One step for each checkpoint tensor, in stream order. Immutable.
 
-    steps: tuple[TraceStep, ...]
+    It is kept in columns, of which a plan of 65,000 tensors makes two; steps are made when they are
+    asked for.
+    """
+
+    def __init__(self, steps: Iterable[TraceStep]) -> None:
+        self._set(*zip(*steps, strict=True))
+
+    @classmethod
+    def of_columns(
+        cls,
+        names: Iterable[str],
+        buffered_bytes: Iterable[int],
+        pinned_bytes: Iterable[int],
+        open_layers: Iterable[int],
+    ) -> Trace:
+        """A trace from the fields of its steps."""
+        trace = cls.__new__(cls)
+        trace._set(names, buffered_bytes, pinned_bytes, open_layers)
+        return trace
+
+    def _set(
+        self,
+        names: Iterable[str] = (),
+        buffered_bytes: Iterable[int] = (),
+        pinned_bytes: Iterable[int] = (),
+        open_layers: Iterable[int] = (),
+    ) -> None:
+        self._columns = (
+            tuple(names),
+            tuple(buffered_bytes),
+            tuple(pinned_bytes),
+            tuple(open_layers),
+        )
 
     @cached_property
+    def steps(self) -> tuple[TraceStep, ...]:
+        return tuple(map(TraceStep._make, zip(*self._columns, strict=True)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Trace) and self._columns == other._columns
+
+    def __hash__(self) -> int:
+        return hash(self._columns)
+
+    def __repr__(self) -> str:
+        return (
+            f"Trace({len(self._columns[0])} steps, peak_buffered_bytes={self.peak_buffered_bytes}, "
+            f"peak_pinned_bytes={self.peak_pinned_bytes}, max_open_layers={self.max_open_layers})"
+        )
+
+    @property
     def peak_buffered_bytes(self) -> int:
-        return max((s.buffered_bytes for s in self.steps), default=0)
+        return max(self._columns[1], default=0)
 
-    @cached_property
+    @property
     def peak_pinned_bytes(self) -> int:
-        return max((s.pinned_bytes for s in self.steps), default=0)
+        return max(self._columns[2], default=0)
 
-    @cached_property
+    @property
     def max_open_layers(self) -> int:
-        return max((s.open_layers for s in self.steps), default=0)
+        return max(self._columns[3], default=0)
 
     @cached_property
     def peak_index(self) -> int:
         """Index of the first step with the highest buffered bytes."""
-        return max(range(len(self.steps)), key=lambda i: (self.steps[i].buffered_bytes, -i))
+        return self._columns[1].index(self.peak_buffered_bytes)
+
+    @cached_property
+    def peak_pinned_index(self) -> int:
+        """Index of the first step with the highest pinned bytes."""
+        return self._columns[2].index(self.peak_pinned_bytes)
 
     def first_difference(self, other: Trace) -> str | None:
         """None if both are equal, tensor by tensor; else what differs first, for a person."""
@@ -61,10 +113,8 @@ class Trace:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        columns = zip(*self.steps, strict=True) if self.steps else ([], [], [], [])
-        return {f: list(c) for f, c in zip(TraceStep._fields, columns, strict=True)}
+        return {f: list(c) for f, c in zip(TraceStep._fields, self._columns, strict=True)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Trace:
-        columns = (data[field] for field in TraceStep._fields)
-        return cls(tuple(TraceStep(*row) for row in zip(*columns, strict=True)))
+        return cls.of_columns(*(data[field] for field in TraceStep._fields))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -72,9 +73,20 @@ class LayerMap:
 
     @cached_property
     def digest(self) -> str:
-        layers = [_layer_fields(layer) for layer in self.layers.values()]
-        text = json.dumps([layers, dict(self.contributions)], separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        """Of all that the map says. By columns, which costs half of what a nested JSON does."""
+        contributions = self.contributions
+        columns: Iterable[Iterable[Any]] = (
+            contributions,
+            map(len, contributions.values()),
+            *zip(*chain.from_iterable(contributions.values()), strict=True),
+            *zip(*map(_layer_fields, self.layers.values()), strict=True),
+        )
+        digest = hashlib.sha256()
+        for values in map(list, columns):
+            is_text = bool(values) and isinstance(values[0], str)
+            text = "\0".join(values) if is_text else json.dumps(values)
+            digest.update(text.encode() + b"\n")
+        return digest.hexdigest()
 
     @cached_property
     def _deferred(self) -> frozenset[str]:

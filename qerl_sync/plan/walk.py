@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
-from qerl_sync.buffers.trace import Trace, TraceStep
+from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
 
@@ -111,8 +111,9 @@ class Walker:
         holders: dict[int | str, int] = {}
         sizes: dict[int | str, int] = {}
         buffered = pinned = opened = 0
-        steps: list[TraceStep] = []
-        step = TraceStep._make
+        arrived: list[str] = []
+        marks: tuple[list[int], list[int], list[int]] = ([], [], [])
+        add_buffered, add_pinned, add_opened = (column.append for column in marks)
         for place in range(len(names)) if order is None else order:
             high = None
             for layer, held_bytes, numel, storage, storage_bytes in landings[place]:
@@ -147,9 +148,12 @@ class Walker:
                     if not holders[key]:
                         pinned -= sizes[key]
             # Between two layers that close, holding only adds up.
-            marks = _higher(high, buffered, pinned, opened) if high else (buffered, pinned, opened)
-            steps.append(step((names[place], *marks)))
-        return Trace(tuple(steps))
+            now = _higher(high, buffered, pinned, opened) if high else (buffered, pinned, opened)
+            arrived.append(names[place])
+            add_buffered(now[0])
+            add_pinned(now[1])
+            add_opened(now[2])
+        return Trace.of_columns(arrived, *marks)
 
     def spans(self) -> list[Span]:
         """When each layer is open in the stream's own order, in the order of opening."""
