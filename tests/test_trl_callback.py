@@ -116,7 +116,7 @@ def test_records_every_report(policy, tmp_path):
     recorded = []
     callback = WeightSyncCallback(SyncConfig.of(policy="reorder"), recorder=recorded.append)
     trainer = build_trainer(policy, tmp_path, [callback], max_steps=1)
-    callback.bind(trainer).config.policy  # bind returns the callback
+    assert callback.bind(trainer) is callback
     trainer.train()
     assert recorded == callback.reports
     assert len(recorded) == 1

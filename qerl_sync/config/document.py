@@ -16,9 +16,10 @@ from qerl_sync.config.models import Section, TrainConfig
 
 HEAD = """# Configuration
 
-One YAML file is one run of `qerl-sync train`; `configs/` has complete examples. Unknown keys are errors. On the command line any
-value can be changed: `qerl-sync train CONFIG.yaml sync.policy=warn trainer.max_steps=20`. The fields of the section `sync` are
-also the keyword arguments of `WeightSyncCallback`.
+One YAML file is one run of `qerl-sync train`; `configs/` has complete examples. Unknown keys are
+errors. On the command line any value can be changed: `qerl-sync train CONFIG.yaml sync.policy=warn
+trainer.max_steps=20`. The fields of the section `sync` are also the keyword arguments of
+`WeightSyncCallback`.
 
 This page is made from the code: `python -m qerl_sync.config.document > docs/configuration.md`.
 """

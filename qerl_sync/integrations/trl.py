@@ -26,7 +26,7 @@ from qerl_sync.transports.inproc import InProcessTransport
 STATE_KEY = "qerl_sync"
 
 
-class WeightSyncCallback(TrainerCallback):  # type: ignore[misc]
+class WeightSyncCallback(TrainerCallback):
     """Plans, orders, watches and reports every weight sync of a TRL trainer.
 
     Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO, ...).

@@ -1,1 +1,1 @@
-"""Planning: from tensor metadata and a layer map to a `SyncPlan`. Standard library only, no tensor."""
+"""Planning: from metadata and a layer map to a `SyncPlan`. Standard library only, no tensor."""

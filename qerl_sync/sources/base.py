@@ -27,7 +27,7 @@ class Source(ABC):
         """
 
     def storages(self) -> Mapping[str, Storage]:
-        """The memory behind each tensor that `materialize` will yield, where it is known already."""
+        """The memory behind each tensor that `materialize` will yield, where it is known."""
         return {}
 
     def resident_bytes(self) -> int:

@@ -1,1 +1,1 @@
-"""What runs beside the vLLM model: probe, monitor, receiver. `compat` alone touches vLLM's insides."""
+"""What runs beside the vLLM model. `compat` and its siblings alone touch vLLM's insides."""

@@ -38,9 +38,9 @@ class SyncMonitor:
         for key, value in arguments.items():
             if key != "param" and self._rule.counts(value):
                 self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
-        if planned.expected_numel < planned.total_numel and not planned.deferred:
-            if compat.layer_state(layer).loaded_numel >= planned.expected_numel:
-                compat.credit_padding(layer)
+        fills = planned.deferred or planned.expected_numel == planned.total_numel
+        if not fills and compat.layer_state(layer).loaded_numel >= planned.expected_numel:
+            compat.credit_padding(layer)
 
     def processing(self, layer: torch.nn.Module) -> None:
         refresh.before_processing(layer)

@@ -1,4 +1,4 @@
-"""The worker's side of a sync: loads what arrives, accounts for it, refuses what cannot be right."""
+"""The worker's side of a sync: loads what arrives, accounts for it, refuses what is not right."""
 
 from __future__ import annotations
 

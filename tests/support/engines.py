@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from support.fingerprint import difference, fingerprint
 from support.models import make_model, save_model
 

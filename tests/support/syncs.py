@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from support.engines import Subject
-
 from qerl_sync import HFSource, InProcessTransport, Source, SyncConfig, SyncReport, SyncSession
+from support.engines import Subject
 
 
 def session(subject: Subject, source: Source, **options: Any) -> SyncSession:
