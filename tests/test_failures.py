@@ -18,6 +18,7 @@ from qerl_sync import (
     SyncError,
 )
 from qerl_sync.worker import compat
+from qerl_sync.worker.receiver import Receiver
 
 pytestmark = pytest.mark.vllm
 
@@ -246,7 +247,7 @@ def test_a_vllm_without_layerwise_reload_is_named(monkeypatch):
 
     monkeypatch.delattr(layerwise, "get_numel_loaded")
     with pytest.raises(compat.CompatError, match=r"vLLM 0\.\d+.*has no get_numel_loaded.*install"):
-        compat.begin_reload(torch.nn.Linear(1, 1))
+        Receiver(compat.EngineParts(torch.nn.Linear(1, 1), None, torch.device("cpu")))
 
 
 def assert_poisoned(one):

@@ -73,6 +73,11 @@ def _layerwise() -> Any:
     return layerwise
 
 
+def require_layerwise_reload() -> None:
+    """Raises CompatError, naming what is missing, where the installed vLLM cannot be synced."""
+    _layerwise()
+
+
 class EngineParts(NamedTuple):
     """What a sync needs of an engine that runs in this process."""
 

@@ -39,9 +39,13 @@ class Receiver:
 
     A poisoned worker holds a mix of old and new weights: its modules are whole (no meta tensors, no
     half-open layers), but its model refuses to run until a full sync has finished.
+
+    Raises:
+        CompatError: the installed vLLM has no layerwise reload, or another one.
     """
 
     def __init__(self, parts: compat.EngineParts) -> None:
+        compat.require_layerwise_reload()
         self.model = parts.model
         self._config = parts.vllm_config
         self._device = parts.device
