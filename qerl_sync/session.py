@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PlanError
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
@@ -134,6 +134,10 @@ class SyncSession:
         self.version += 1
         self.last_trace = trace
         return self._report(plan, trace, step, watch.seconds)
+
+    def storages(self) -> Mapping[str, Storage]:
+        """The memory behind each of the source's tensors, where several share one."""
+        return self._source.storages()
 
     def _agree(self) -> tuple[SyncPlan, LayerMap]:
         """The plan for what the source has now: the last one, unless names or shapes changed."""

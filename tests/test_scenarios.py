@@ -9,6 +9,7 @@ from support.streams import storages, streams
 
 from qerl_sync import Contribution, LayerMap, ParamMeta, ParentLayer, Storage
 from qerl_sync.errors import ConfigError
+from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.order_specs import as_saved, by_name, default_orders, resolve_order
 from qerl_sync.plan.replay import Replay
 from qerl_sync.plan.scenarios import Transport, packed_storages, scenarios
@@ -118,8 +119,8 @@ def test_a_scenario_says_what_is_held_when():
     assert given_.most_open.index == 1
     assert ordered.max_open_layers == 1
     assert [meta.name for meta in ordered.metas] == ["a.0", "a.1", "b.0", "b.1"]
-    assert given_.diagnosis is not None
-    assert ordered.diagnosis is None
+    assert given_.causes == (Cause.OUT_OF_ORDER,)
+    assert ordered.causes == ()
 
 
 @given(streams(), st.integers(1, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -132,9 +133,7 @@ def diagnose(
         return None
     if budget_bytes is not None and trace.peak_pinned_bytes <= budget_bytes:
         return None
-    index = trace.peak_index
-    if budget_bytes is not None:
-        index = max(range(len(metas)), key=lambda i: (trace.steps[i].pinned_bytes, -i))
+    index = trace.peak_index if budget_bytes is None else trace.peak_pinned_index
     refusal = None
     ordered = by_parent_layer(metas, layer_map)
     if budget_bytes is not None:
@@ -156,36 +155,75 @@ def diagnose(
     )
 
 
+@dataclass(frozen=True)
+class StreamFacts:
+    """What a cause may rest on that is the same in every order.
+
+    Attributes:
+        is_sharded: the rank loads fewer elements than the stream carries.
+        has_views: some tensors are held as views of the source's memory.
+        has_stuck_layers: some layers are held to the end of the sync.
+    """
+
+    is_sharded: bool
+    has_views: bool
+    has_stuck_layers: bool
+
+    @classmethod
+    def of(cls, metas: Sequence[ParamMeta], layer_map: LayerMap) -> StreamFacts:
+        landings = [(meta, layer_map.contributions[meta.name]) for meta in metas]
+        contributions = [c for _, lands in landings for c in lands]
+        received: Counter[str] = Counter()
+        for c in contributions:
+            received[c.parent_layer] += c.loaded_numel
+        return cls(
+            is_sharded=sum(received.values())
+            < sum(meta.numel for meta, lands in landings if lands),
+            has_views=any(c.aliases_source for c in contributions),
+            has_stuck_layers=any(
+                layer_map.layers[name].deferred or numel < layer_map.layers[name].closes_at_numel
+                for name, numel in received.items()
+            ),
+        )
+
+
 def causes_of(
     metas: Sequence[ParamMeta],
     trace: Trace,
     layer_map: LayerMap,
     storages: Mapping[str, Storage] | None = None,
+    *,
+    ordered: Trace | None = None,
+    facts: StreamFacts | None = None,
 ) -> tuple[Cause, ...]:
     """What a stream's peak is made of beyond the one parent layer that must be held, the most
-    important first. The arguments are those of `diagnose`."""
-    walker = Walker(metas, layer_map, storages)
-    ordered = replay(by_parent_layer(metas, layer_map), layer_map, storages)
-    stuck = (s for s in walker.spans() if s.closed is None and s.covers(trace.peak_index))
-    stuck_bytes = sum(span.held_at(trace.peak_index) for span in stuck)
-    contributions = [c for meta in metas for c in layer_map.contributions[meta.name]]
+    important first.
+
+    Args:
+        metas, trace, layer_map, storages: as for `diagnose`.
+        ordered: the trace of the same tensors by parent layer, where it is known.
+        facts: those of the same tensors, where they are known.
+    """
+    facts = facts or StreamFacts.of(metas, layer_map)
+    if ordered is None:
+        ordered = replay(by_parent_layer(metas, layer_map), layer_map, storages)
+    stuck_bytes = _stuck_bytes(metas, trace, layer_map) if facts.has_stuck_layers else 0
     found = {
         Cause.OUT_OF_ORDER: ordered.max_open_layers < trace.max_open_layers
         or ordered.peak_buffered_bytes < trace.peak_buffered_bytes,
         Cause.NEVER_COMPLETES: stuck_bytes > trace.peak_buffered_bytes / 100,
         Cause.SHARED_TENSOR: ordered.max_open_layers > 1,
-        Cause.FULL_TENSORS: _is_sharded(metas, layer_map),
-        Cause.PINNED_VIEWS: trace.peak_pinned_bytes > trace.peak_buffered_bytes
-        and any(c.aliases_source for c in contributions),
+        Cause.FULL_TENSORS: facts.is_sharded,
+        Cause.PINNED_VIEWS: trace.peak_pinned_bytes > trace.peak_buffered_bytes and facts.has_views,
     }
     return tuple(cause for cause, applies in found.items() if applies)
 
 
-def _is_sharded(metas: Sequence[ParamMeta], layer_map: LayerMap) -> bool:
-    """Does the rank load fewer elements than the stream carries?"""
-    carried = sum(meta.numel for meta in metas if layer_map.contributions[meta.name])
-    loaded = sum(c.loaded_numel for meta in metas for c in layer_map.contributions[meta.name])
-    return loaded < carried
+def _stuck_bytes(metas: Sequence[ParamMeta], trace: Trace, layer_map: LayerMap) -> int:
+    """Bytes of the layers that are held to the end of the sync, at the peak."""
+    spans = Walker(metas, layer_map).spans()
+    stuck = (span for span in spans if span.closed is None and span.covers(trace.peak_index))
+    return sum(span.held_at(trace.peak_index) for span in stuck)
 
 
 def _mb(nbytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.sync_plan import SyncPlan
 
 RECORD_FORMAT = 1
-DIRECTORY = "plans"
+PLANS = "plans"
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,14 @@ class SyncRecord:
         plan: as it was agreed on before the sync.
         measured: the trace of the first sync that ran it.
         source_order: the name of the source's order (`sync.source_order`).
+        chunk_bytes: `sync.chunk_bytes`.
         storages: the memory behind each of the source's tensors, where several share one.
     """
 
     plan: SyncPlan
     measured: Trace
     source_order: str
+    chunk_bytes: int | None = None
     storages: Mapping[str, Storage] = field(default_factory=dict)
 
     @property
@@ -42,6 +45,7 @@ class SyncRecord:
         return {
             "format": RECORD_FORMAT,
             "source_order": self.source_order,
+            "chunk_bytes": self.chunk_bytes,
             "storages": {n: [s.key, s.nbytes] for n, s in self.storages.items()},
             "plan": self.plan.to_json(),
             "measured": self.measured.to_json(),
@@ -53,19 +57,40 @@ class SyncRecord:
             plan=SyncPlan.from_json(data["plan"]),
             measured=Trace.from_json(data["measured"]),
             source_order=data["source_order"],
+            chunk_bytes=data["chunk_bytes"],
             storages={name: Storage(*fields) for name, fields in data["storages"].items()},
         )
 
 
+def shared_storages(
+    metas: Sequence[ParamMeta], storages: Mapping[str, Storage]
+) -> dict[str, Storage]:
+    """The storages that are more than one tensor's own memory: those worth recording."""
+    holders = Counter(storage.key for storage in storages.values())
+    return {
+        meta.name: storages[meta.name]
+        for meta in metas
+        if meta.name in storages
+        and (holders[storages[meta.name].key] > 1 or storages[meta.name].nbytes != meta.nbytes)
+    }
+
+
 def write_record(run: Path, record: SyncRecord) -> Path:
-    """Into the directory of a run; a record of the same plan is left as it is."""
-    path = run / DIRECTORY / f"{record.plan.digest[:16]}.json"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(record.to_json()) + "\n", encoding="utf-8")
-        partial.rename(path)
+    """Write it into the directory of a run. Atomic: no reader sees half a record."""
+    path = _path(run, record.plan.digest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record.to_json()) + "\n", encoding="utf-8")
+    partial.rename(path)
     return path
+
+
+def has_record(run: Path, plan_digest: str) -> bool:
+    return _path(run, plan_digest).exists()
+
+
+def _path(run: Path, plan_digest: str) -> Path:
+    return run / PLANS / f"{plan_digest[:16]}.json"
 
 
 def read_records(run: Path) -> list[SyncRecord]:
@@ -74,10 +99,10 @@ def read_records(run: Path) -> list[SyncRecord]:
     Raises:
         ConfigError: there are none, or one cannot be read.
     """
-    paths = sorted((run / DIRECTORY).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    paths = sorted((run / PLANS).glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
     if not paths:
         raise ConfigError(
-            f"{run} holds no recorded sync (no {DIRECTORY}/*.json in it); give the output "
+            f"{run} holds no recorded sync (no {PLANS}/*.json in it); give the output "
             "directory of a `qerl-sync train` run that has synced at least once"
         )
     return [_read(path) for path in paths]

@@ -10,7 +10,7 @@ from functools import cached_property
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.plan.diagnosis import Cause, Diagnosis, diagnose
+from qerl_sync.plan.diagnosis import Cause, StreamFacts, causes_of
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import Reorder
 from qerl_sync.plan.policies import as_given, by_parent_layer
@@ -83,7 +83,9 @@ class Scenario:
         policy: name of what was done about it.
         metas: the stream in the order in which it arrives.
         trace: its predicted trace.
-        receive: the same with the transport's chunk buffers counted as pinned.
+        ordered: the trace of the same source by parent layer.
+        facts: what does not depend on the order.
+        receive: `trace` with the transport's chunk buffers counted as pinned.
         storages: the memory behind each tensor; empty: each has its own.
     """
 
@@ -92,6 +94,8 @@ class Scenario:
     metas: Sequence[ParamMeta]
     layer_map: LayerMap
     trace: Trace
+    ordered: Trace
+    facts: StreamFacts
     receive: Trace
     storages: Mapping[str, Storage] = field(default_factory=dict)
 
@@ -121,16 +125,17 @@ class Scenario:
         return Walker(self.metas, self.layer_map).spans()
 
     @cached_property
-    def diagnosis(self) -> Diagnosis | None:
-        return diagnose(self.metas, self.trace, self.layer_map, self.storages)
-
-    @cached_property
     def causes(self) -> tuple[Cause, ...]:
-        """Why more is held than one layer at a time, the most important first."""
-        if self.diagnosis is not None:
-            return self.diagnosis.causes
-        pinned = self.trace.peak_pinned_bytes > self.trace.peak_buffered_bytes
-        return (Cause.PINNED_VIEWS,) if pinned and self.storages else ()
+        """What the peak is made of beyond the one layer that must be held, the most important
+        first."""
+        return causes_of(
+            self.metas,
+            self.trace,
+            self.layer_map,
+            self.storages,
+            ordered=self.ordered,
+            facts=self.facts,
+        )
 
     @cached_property
     def most_buffered(self) -> Moment:
@@ -178,19 +183,36 @@ def scenarios(
         PlanError: a policy cannot do what is asked of it.
     """
     walker = Walker(metas, layer_map)
+    facts = StreamFacts.of(metas, layer_map)
     places = {meta.name: place for place, meta in enumerate(metas)}
     result = []
     for order, reorder in orders.items():
         given = reorder(metas)
+        grouped = by_parent_layer(given, layer_map)
+        ordered = walker.trace([places[meta.name] for meta in grouped])
         for policy, arrange in policies.items():
-            stream = arrange(given, layer_map)
+            stream = grouped if arrange is by_parent_layer else arrange(given, layer_map)
             storages = transport.storages(stream, layer_map, by_layers=policy != "as_given")
             if storages:
                 trace = Walker(stream, layer_map, storages).trace()
                 receive = _receive(stream, layer_map, storages, transport.chunk_buffers)
+            elif stream is grouped or stream == grouped:
+                trace = receive = ordered
             else:
                 trace = receive = walker.trace([places[meta.name] for meta in stream])
-            result.append(Scenario(order, policy, stream, layer_map, trace, receive, storages))
+            result.append(
+                Scenario(
+                    order=order,
+                    policy=policy,
+                    metas=stream,
+                    layer_map=layer_map,
+                    trace=trace,
+                    ordered=ordered,
+                    facts=facts,
+                    receive=receive,
+                    storages=storages,
+                )
+            )
     return result
 
 

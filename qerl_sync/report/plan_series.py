@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -99,8 +100,12 @@ def highest(scenarios: Sequence[Scenario]) -> int:
 
 
 def shorten(path: str, width: int) -> str:
-    """A module path in at most `width` characters: its end tells most."""
-    return path if len(path) <= width else "…" + path[-(width - 1) :]
+    """A path in at most `width` characters: its end tells most, from a separator on."""
+    if len(path) <= width:
+        return path
+    end = path[-(width - 1) :]
+    parts = re.split(r"(?<=[./])", end, maxsplit=1)
+    return "…" + (parts[1] if len(parts) > 1 and parts[1] else end)
 
 
 def unit_of(largest_bytes: int) -> tuple[float, str]:

@@ -1,0 +1,85 @@
+"""`qerl-sync plan` on large mixtures of experts: figures, pictures, the whole command.
+
+    scripts/bench benchmarks/test_plan_speed.py
+
+By rules, so that it needs neither vLLM nor torch; from the cache a map costs the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.order_specs import default_orders, resolve_order
+from qerl_sync.plan.rules import rules_map, rules_metas
+from qerl_sync.plan.scenarios import Scenario, Transport, scenarios
+from qerl_sync.report.plan_html import render_page
+from qerl_sync.report.plan_png import plot_plan
+
+CONFIGS = Path(__file__).parent.parent / "configs" / "models"
+
+# 40 blocks of 512 experts: 61,800 tensors, as large as mixtures of experts get today.
+WIDE = {"num_hidden_layers": 40, "num_experts": 512, "moe_intermediate_size": 512}
+
+
+def stream(**changes: int) -> tuple[list[ParamMeta], LayerMap]:
+    config = json.loads((CONFIGS / "qwen3-30b-a3b.json").read_text()) | changes
+    metas = rules_metas(config, None)
+    return metas, rules_map(config, metas)
+
+
+@pytest.fixture(scope="module")
+def wide() -> list[Scenario]:
+    metas, layer_map = stream(**WIDE)
+    assert len(metas) > 60_000
+    orders = {text: resolve_order(text) for text in default_orders(None)}
+    return scenarios(metas, layer_map, orders, transport=Transport(chunk_bytes=1024**3))
+
+
+def test_all_orders_and_policies(benchmark):
+    """14 lines of the table for 18,867 tensors."""
+    metas, layer_map = stream()
+    orders = {text: resolve_order(text) for text in default_orders(None)}
+    found = benchmark.pedantic(scenarios, (metas, layer_map, orders), rounds=3)
+    assert len(found) == 14
+    assert benchmark.stats.stats.min <= 1.5
+
+
+def test_page_of_60000_parameters(benchmark, wide):
+    """What a browser has to hold does not depend on the number of parameters."""
+    page = benchmark.pedantic(
+        render_page, (wide,), {"title": "wide", "subtitle": "", "facts": []}, rounds=1
+    )
+    assert benchmark.stats.stats.min <= 6
+    size, elements, steps = len(page.encode()), page.count("<"), len(re.findall(r"[VH][\d.]", page))
+    print(f"\n{size:,} bytes, {elements:,} elements, {steps:,} path segments", end=" ")
+    assert size <= 2_000_000
+    assert elements <= 2_000
+    assert steps <= 60_000
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.S)[1])
+    assert sum(order["tensors"] for order in data["orders"]) > 7 * 60_000
+
+
+def test_picture_of_60000_parameters(benchmark, wide, tmp_path):
+    benchmark.pedantic(plot_plan, (wide, tmp_path / "wide.png"), {"title": "wide"}, rounds=1)
+    assert benchmark.stats.stats.min <= 10
+
+
+def test_the_whole_command():
+    """As a user waits for it: the interpreter's start, imports, map by rules, 14 lines, causes."""
+    command = [sys.executable, "-m", "qerl_sync.cli", "plan", str(CONFIGS / "qwen3-30b-a3b.json")]
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([*command, "--map", "rules"], check=True, stdout=subprocess.DEVNULL)
+        seconds.append(time.perf_counter() - start)
+    print(f"\n{min(seconds):.2f} s", end=" ")
+    assert min(seconds) <= 2
