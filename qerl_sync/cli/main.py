@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qerl_sync import __version__
+from qerl_sync.cli.plan import plan
 from qerl_sync.cli.train import train
 
 app = typer.Typer(
@@ -17,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train)
+app.command()(plan)
 
 
 def _show_version(wanted: bool) -> None:
