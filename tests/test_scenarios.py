@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.streams import storages, streams
 
-from qerl_sync import Contribution, LayerMap, ParamMeta, ParentLayer, Storage
+from qerl_sync import BufferLedger, Contribution, LayerMap, ParamMeta, ParentLayer, Storage
 from qerl_sync.errors import ConfigError
 from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.order_specs import as_saved, by_name, default_orders, resolve_order
@@ -93,6 +93,29 @@ def test_receive_buffers_only_add_to_what_is_pinned(stream, chunk_bytes, buffers
     in_flight = list(sizes.values())
     windows = [sum(in_flight[i : i + buffers + 1]) for i in range(len(in_flight))]
     assert given_.peak_receive_bytes >= max(windows)
+
+
+@given(streams(), st.integers(1, 64), st.integers(1, 4))
+def test_receive_buffers_are_those_of_vllms_loop(stream, chunk_bytes, buffers):
+    """Against a ledger that is told of every buffer: the next is held before the oldest goes."""
+    metas, layer_map = stream
+    (given_, _) = scenarios(
+        metas, layer_map, {"hf": resolve_order("hf")}, transport=Transport(chunk_bytes, buffers)
+    )
+    ledger = BufferLedger()
+    run = Replay(layer_map, given_.storages, ledger)
+    slots: list[str] = []
+    peak = 0
+    for meta in metas:
+        chunk = given_.storages[meta.name]
+        if not slots or slots[-1] != f"buffer {chunk.key}":
+            slots.append(f"buffer {chunk.key}")
+            ledger.hold(slots[-1], 0, [chunk], deferred=True)
+            peak = max(peak, ledger.pinned_bytes)
+            for oldest in slots[:-buffers]:
+                ledger.release(oldest)
+        run.feed(meta)
+    assert given_.peak_receive_bytes == max(peak, run.trace().peak_pinned_bytes)
 
 
 def test_a_norm_keeps_its_chunk_and_an_open_layer_keeps_two():

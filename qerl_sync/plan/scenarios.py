@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.diagnosis import Cause, StreamFacts, causes_of
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import Reorder
 from qerl_sync.plan.policies import as_given, by_parent_layer
-from qerl_sync.plan.replay import Replay
 from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.plan.walk import Span, Walker, open_at
 
@@ -222,26 +219,12 @@ def _receive(
     storages: Mapping[str, Storage],
     chunk_buffers: int,
 ) -> Trace:
-    """The trace with the receiver's chunk buffers held beside the layers.
-
-    vLLM's consumer rotates `chunk_buffers` of them. It allocates the next chunk before it lets go
-    of the one that it replaces (`packed_tensors[i] = torch.empty(...)`), so that for a moment there
-    is one more.
-    """
-    ledger = BufferLedger()
-    run = Replay(layer_map, storages, ledger)
-    slots: deque[str] = deque()
-    chunk = None
-    for meta in metas:
-        storage = storages[meta.name]
-        if storage.key != chunk:
-            chunk = storage.key
-            slots.append(f"chunk buffer {chunk}")
-            ledger.hold(slots[-1], 0, (storage,), deferred=True)
-            if len(slots) > chunk_buffers:
-                ledger.release(slots.popleft())
-        run.feed(meta)
-    return run.trace()
+    """The trace with the receiver's chunk buffers held beside the layers."""
+    chunks = {storage.key: storage for storage in storages.values()}
+    # A second name for each chunk: the receiver holds it too, even if it has one tensor only.
+    held_twice = {**storages, **{f"chunk buffer {key}": chunk for key, chunk in chunks.items()}}
+    walker = Walker(metas, layer_map, held_twice)
+    return walker.trace(chunks=[storages[meta.name] for meta in metas], chunk_buffers=chunk_buffers)
 
 
 def packed_storages(metas: Sequence[ParamMeta], chunk_bytes: int) -> dict[str, Storage]:

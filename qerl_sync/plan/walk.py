@@ -7,7 +7,7 @@ One flat loop, since a command walks through models of 20,000 tensors a dozen ti
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
@@ -97,11 +97,22 @@ class Walker:
         """Through the stream in its own order."""
         return Walk(self.trace(), self.spans())
 
-    def trace(self, order: Iterable[int] | None = None) -> Trace:
+    def trace(
+        self,
+        order: Iterable[int] | None = None,
+        *,
+        chunks: Sequence[Storage] | None = None,
+        chunk_buffers: int = 1,
+    ) -> Trace:
         """The high-water marks of each step.
 
         Args:
             order: places of the tensors in the stream; None: its own order.
+            chunks: the chunk in which each tensor travels, by place. Then the last
+                `chunk_buffers` of them count as pinned too: a receiver rotates as many buffers, and
+                allocates the next before it lets go of the one that it replaces, as vLLM's consumer
+                does (`packed_tensors[i] = torch.empty(...)`). The walker's storages must name each
+                chunk at least twice.
         """
         names, landings = self.names, self.landings
         awaited: list[float | None] = list(self.closes_at)  # elements; None: the layer is closed
@@ -114,8 +125,22 @@ class Walker:
         arrived: list[str] = []
         marks: tuple[list[int], list[int], list[int]] = ([], [], [])
         add_buffered, add_pinned, add_opened = (column.append for column in marks)
+        receiving: deque[int | str] = deque()
         for place in range(len(names)) if order is None else order:
             high = None
+            if chunks is not None and (not receiving or chunks[place].key != receiving[-1]):
+                chunk = chunks[place]
+                receiving.append(chunk.key)
+                count = holders[chunk.key] = holders.get(chunk.key, 0) + 1
+                if count == 1:
+                    sizes[chunk.key] = chunk.nbytes
+                    pinned += chunk.nbytes
+                if len(receiving) > chunk_buffers:
+                    high = (buffered, pinned, opened)
+                    key = receiving.popleft()
+                    holders[key] -= 1
+                    if not holders[key]:
+                        pinned -= sizes[key]
             for layer, held_bytes, numel, storage, storage_bytes in landings[place]:
                 left = awaited[layer]
                 if left is None:
@@ -147,7 +172,7 @@ class Walker:
                     holders[key] -= 1
                     if not holders[key]:
                         pinned -= sizes[key]
-            # Between two layers that close, holding only adds up.
+            # Between two that let go, holding only adds up.
             now = _higher(high, buffered, pinned, opened) if high else (buffered, pinned, opened)
             arrived.append(names[place])
             add_buffered(now[0])
