@@ -69,9 +69,10 @@ class Sizes:
     def flag(self, field: str, *, default: bool = False) -> bool:
         return bool(self._config.get(field, default))
 
-    def refuse(self, field: str, why: str) -> None:
-        if self.flag(field):
-            raise PlanError(f"{field} is {self._config[field]!r}: {why}")
+    def require(self, field: str, value: bool, why: str) -> None:
+        """Refuse a model for which vLLM's class has no place. It is for `value` by default."""
+        if self.flag(field, default=value) is not value:
+            raise PlanError(f"the config.json has {field} {self._config[field]!r}: {why}")
 
     def has_experts(self, index: int) -> bool:
         """transformers' rule for the Qwen MoE families."""
@@ -242,7 +243,8 @@ def _qwen2(sizes: Sizes, sparse: bool) -> Iterator[Slot]:
 
 
 def _qwen2_moe(sizes: Sizes, sparse: bool) -> Iterator[Slot]:
-    yield from _attention(sizes, qkv_bias=sizes.flag("qkv_bias", default=True))
+    sizes.require("qkv_bias", True, "vLLM's Qwen2-MoE has these biases always")
+    yield from _attention(sizes, qkv_bias=True)
     if sparse:
         yield from _router(sizes)
         yield from _experts(sizes, sizes.number("moe_intermediate_size"))
@@ -255,7 +257,7 @@ def _qwen2_moe(sizes: Sizes, sparse: bool) -> Iterator[Slot]:
 
 
 def _qwen3(sizes: Sizes, sparse: bool) -> Iterator[Slot]:
-    sizes.refuse("attention_bias", "vLLM's Qwen3 ignores the bias of o_proj")
+    sizes.require("attention_bias", False, "vLLM's Qwen3 ignores the bias of o_proj")
     yield from _attention(sizes)
     yield from _head_norms(sizes)
     if sparse:

@@ -1,7 +1,8 @@
 """The file that touches vLLM's internals for models without an engine. See `compat`.
 
 Coupling points: `EngineArgs.create_engine_config`, `model_loader.utils.initialize_model`, and of
-`distributed.parallel_state` the set-up of groups (`new_group`, `GroupCoordinator`, `_node_count`).
+`distributed.parallel_state` the set-up of groups (`new_group`, `GroupCoordinator`, `_node_count`),
+and `fused_moe.expert_map_manager.determine_expert_map`.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def meta_model(config: Any) -> Iterator[compat.EngineParts]:
 
     with set_current_vllm_config(config), _fake_group(config.parallel_config):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _real_expert_maps():
                 model = initialize_model(config)
         except Exception as exc:
             raise CompatError(
@@ -81,6 +82,24 @@ def meta_model(config: Any) -> Iterator[compat.EngineParts]:
             ) from exc
         compat.record_metadata(model)
         yield compat.EngineParts(model, config, torch.device("meta"))
+
+
+@contextlib.contextmanager
+def _real_expert_maps() -> Iterator[None]:
+    """Which experts a rank has, vLLM looks up in a tensor, which must have its data."""
+    try:
+        from vllm.model_executor.layers.fused_moe import expert_map_manager as manager
+    except ImportError:  # older: without expert parallelism there is nothing to do
+        yield
+        return
+    determine = manager.determine_expert_map
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return determine(*args, **kwargs)
+
+    with _replaced(manager, "determine_expert_map", on_cpu):
+        yield
 
 
 @contextlib.contextmanager

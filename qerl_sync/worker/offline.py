@@ -113,7 +113,7 @@ def estimate(checkpoint: Checkpoint, engine: Mapping[str, Any], dtype: str | Non
     """The map by rules. Raises as `offline_map` does."""
     config = checkpoint.config or {}
     for argument in UNKNOWN_TO_RULES:
-        if engine.get(argument) not in (None, False, 1, {}):
+        if engine.get(argument):
             raise PlanError(
                 f"the rules do not know what {argument}={engine[argument]!r} changes; install "
                 "vLLM to ask it"

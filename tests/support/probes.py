@@ -1,0 +1,122 @@
+"""Layer maps without an engine: many models in one process, as vLLM's imports are slow."""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers as tf
+
+import qerl_sync
+from qerl_sync.plan.checkpoint import Checkpoint
+from qerl_sync.plan.offline_map import OfflineMap
+from support.models import CONFIGS
+
+PROGRAM = """
+import json, sys
+sys.path.append(sys.argv[1])
+from qerl_sync.errors import SyncError
+from qerl_sync.offline_probe import observe
+
+def answer(request):
+    try:
+        return {"map": observe(request).to_json()}
+    except SyncError as exc:
+        return {"error": f"{type(exc).__name__}: {exc}"}
+
+answers = {kind: answer(request) for kind, request in json.load(sys.stdin).items()}
+with open(sys.argv[2], "w") as file:
+    json.dump(answers, file)
+"""
+
+ENGINE = {"max_model_len": 64, "dtype": "float32"}
+FP8 = {"max_model_len": 64, "dtype": "bfloat16", "quantization": "fp8_per_channel"}
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 199,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+_HEADS = {**_COMMON, "head_dim": 32}
+_MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_QWEN2_MOE = {**_COMMON, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 96}
+_BIASED = {"attention_bias": True, "mlp_bias": True}
+
+# Every architecture that the rules claim, in the variants in which their tables branch.
+RULED: dict[str, Callable[[], tf.PretrainedConfig]] = {
+    "gemma2": lambda: tf.Gemma2Config(**_HEADS),
+    "gemma2, biased": lambda: tf.Gemma2Config(**_HEADS, attention_bias=True),
+    "gemma3": lambda: tf.Gemma3TextConfig(**_HEADS),
+    "gemma3, own head": lambda: tf.Gemma3TextConfig(**_HEADS, tie_word_embeddings=False),
+    "llama": lambda: tf.LlamaConfig(**_COMMON),
+    "llama, biased and tied": lambda: tf.LlamaConfig(**_HEADS, **_BIASED, tie_word_embeddings=True),
+    "mistral": lambda: tf.MistralConfig(**_HEADS),
+    "mixtral": lambda: tf.MixtralConfig(**_COMMON, num_local_experts=4),
+    "qwen2": lambda: tf.Qwen2Config(**_COMMON),
+    "qwen2, tied": lambda: tf.Qwen2Config(**_COMMON, tie_word_embeddings=True),
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(**_QWEN2_MOE, mlp_only_layers=[0]),
+    "qwen2_moe, every other layer": lambda: tf.Qwen2MoeConfig(**_QWEN2_MOE, decoder_sparse_step=2),
+    "qwen3": lambda: tf.Qwen3Config(**_HEADS, tie_word_embeddings=True),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_HEADS, **_MOE, num_experts=4, mlp_only_layers=[1]),
+}
+
+# What vLLM would get wrong, by the first words of the refusal.
+REFUSED = {
+    "ignored bias": lambda: tf.Qwen3Config(**_HEADS, attention_bias=True),
+    "bias that is not there": lambda: tf.Qwen2MoeConfig(**_QWEN2_MOE, qkv_bias=False),
+    "lost sinks": lambda: tf.GptOssConfig(**_HEADS, num_local_experts=4, num_experts_per_tok=2),
+}
+
+
+def config_json(config: tf.PretrainedConfig, dtype: str = "float32") -> dict[str, Any]:
+    """What `save_pretrained` writes for a model of this configuration."""
+    family = tf.AutoModelForCausalLM._model_mapping[type(config)]
+    config.architectures, config.dtype = [family.__name__], dtype
+    return json.loads(config.to_json_string())
+
+
+@functools.cache
+def probed() -> dict[str, OfflineMap | str]:
+    """All models of the tests, observed; of those that are refused, the error's type and text."""
+    requests = {
+        **{f"live {kind}": (make(), ENGINE) for kind, make in CONFIGS.items()},
+        "live dense, fp8": (CONFIGS["dense"](), FP8),
+        "two ranks": (CONFIGS["moe"](), {**ENGINE, "tensor_parallel_size": 2}),
+        "two ranks of experts": (
+            CONFIGS["moe"](),
+            {**ENGINE, "tensor_parallel_size": 2, "enable_expert_parallel": True},
+        ),
+        **{kind: (make(), ENGINE) for kind, make in {**RULED, **REFUSED}.items()},
+    }
+    configs = {kind: config_json(config) for kind, (config, _) in requests.items()}
+    return observe_all({kind: (configs[kind], engine) for kind, (_, engine) in requests.items()})
+
+
+def observe_all(
+    requests: dict[str, tuple[dict[str, Any], dict[str, Any]]],
+) -> dict[str, OfflineMap | str]:
+    """The maps of configurations, each with engine arguments."""
+    payload = {}
+    for kind, (config, engine) in requests.items():
+        checkpoint = Checkpoint(Path(kind), config, shards=[], metas=None, names_by_offset=None)
+        payload[kind] = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": None}
+    with tempfile.TemporaryDirectory() as directory:
+        out = Path(directory, "answers.json")
+        root = str(Path(qerl_sync.__file__).parents[1])
+        command = [sys.executable, "-c", PROGRAM, root, str(out)]
+        subprocess.run(command, input=json.dumps(payload), text=True, check=True)
+        answers = json.loads(out.read_text())
+    return {
+        kind: OfflineMap.from_json(answer["map"]) if "map" in answer else answer["error"]
+        for kind, answer in answers.items()
+    }

@@ -1,0 +1,235 @@
+"""Reading checkpoints from headers: the orders of their files, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from qerl_sync.errors import ConfigError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.checkpoint import DTYPES, INDEX, Checkpoint, read_checkpoint
+
+CONFIG = {"architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Eleven shards, mixed dtypes, names that say nothing about the order of the bytes."""
+    weight_map = {}
+    for shard in range(1, 12):
+        tensors = {
+            f"z{shard}.weight": torch.zeros(3, dtype=torch.float32),
+            f"b{shard}.weight": torch.zeros(2, 2, dtype=torch.bfloat16),
+            f"a{shard}.scale": torch.zeros(1, dtype=torch.int8),
+        }
+        file = f"model-{shard}-of-11.safetensors"
+        save_file(tensors, tmp_path / file)
+        weight_map |= dict.fromkeys(tensors, file)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def write_safetensors(path, header, data_bytes=0):
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(data_bytes))
+    return path
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def test_shards_in_natural_order_and_names_as_safetensors_gives_them(directory):
+    read = read_checkpoint(directory)
+    files = [directory / f"model-{shard}-of-11.safetensors" for shard in range(1, 12)]
+    assert [file for file, _ in read.shards] == [file.name for file in files]
+    names, by_offset = [], []
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            names += f.keys()
+            by_offset += f.offset_keys()
+    assert read.names == [meta.name for meta in read.metas] == names
+    assert read.names_by_offset == by_offset != names
+    assert read.config == CONFIG
+
+
+@pytest.mark.vllm
+def test_the_order_is_that_of_vllms_default_loader(directory):
+    from vllm.model_executor.model_loader.weight_utils import safetensors_weights_iterator
+
+    files = sorted(str(file) for file in directory.glob("*.safetensors"))
+    loaded = [
+        ParamMeta(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in safetensors_weights_iterator(files, use_tqdm_on_load=False)
+    ]
+    assert read_checkpoint(directory).metas == loaded
+
+
+def test_every_dtype_of_safetensors(tmp_path):
+    for theirs, ours in DTYPES.items():
+        dtype = getattr(torch, ours)
+        save_file({"t": torch.zeros(2, dtype=dtype)}, tmp_path / "t.safetensors")
+        (meta,) = read_checkpoint(tmp_path / "t.safetensors").metas
+        assert (meta.dtype, meta.nbytes) == (ours, 2 * dtype.itemsize), theirs
+
+
+def test_all_ways_to_name_it(directory):
+    whole = read_checkpoint(directory)
+    by_index = read_checkpoint(directory / INDEX)
+    assert (by_index.metas, by_index.config) == (whole.metas, CONFIG)
+    one = read_checkpoint(directory / "model-2-of-11.safetensors")
+    assert (len(one.metas), one.config) == (3, CONFIG)
+    bare = read_checkpoint(directory / "config.json")
+    assert (bare.config, bare.shards, bare.metas) == (CONFIG, [], None)
+    for read in (whole, by_index, one, bare):
+        assert read.directory == directory
+        assert Checkpoint.from_json(json.loads(json.dumps(read.to_json()))) == read
+
+
+def test_an_index_without_its_files_gives_names(directory):
+    for file in directory.glob("*.safetensors"):
+        file.unlink()
+    read = read_checkpoint(directory)
+    assert (read.metas, read.names_by_offset) == (None, None)
+    assert read.shards[1] == (
+        "model-2-of-11.safetensors",
+        ["a2.scale", "b2.weight", "z2.weight"],
+    )
+
+
+def test_files_that_the_index_does_not_name_are_left_out(directory):
+    save_file({"other": torch.zeros(1)}, directory / "extra.safetensors")
+    assert "other" not in read_checkpoint(directory).names
+
+
+def test_mistrals_own_format_is_left_out(tmp_path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    assert read_checkpoint(tmp_path).shards == [("model.safetensors", ["a"])]
+
+
+def _index(content):
+    def damage(directory):
+        path = directory / INDEX
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+    return damage
+
+
+def _drop_from_index(directory):
+    content = json.loads((directory / INDEX).read_text())
+    del content["weight_map"]["b3.weight"]
+    (directory / INDEX).write_text(json.dumps(content))
+
+
+def _drop_shards_from_index(directory):
+    content = json.loads((directory / INDEX).read_text())
+    kept = {k: v for k, v in content["weight_map"].items() if v.startswith("model-1")}
+    (directory / INDEX).write_text(json.dumps({"weight_map": kept}))
+
+
+def _truncate(directory):
+    file = directory / "model-4-of-11.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def _remove(directory):
+    (directory / "model-4-of-11.safetensors").unlink()
+
+
+def _pointer(directory):
+    file = directory / "model-4-of-11.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+DAMAGED = {
+    "index is half there": (_index('{"weight_map": {"a": "mo'), f"{INDEX}.*truncated"),
+    "index is empty": (_index({"weight_map": {}}), f"{INDEX} has no weight_map"),
+    "index is a list": (_index([1]), f"{INDEX} holds a JSON list"),
+    "index leads elsewhere": (_index({"weight_map": {"a": "../b"}}), "'a' is '../b'"),
+    "index lacks a name": (_drop_from_index, r"'b3\.weight' is in the file only"),
+    "index lacks shards": (_drop_shards_from_index, "names 3 files, .* one of 11"),
+    "shard is cut off": (_truncate, r"model-4-of-11\.safetensors has .* promises"),
+    "shard is not there": (_remove, r"1 of its 11 files .*model-4-of-11"),
+    "shard is a pointer": (_pointer, "git-lfs pointer"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_checkpoints_are_refused(directory, case):
+    damage, words = DAMAGED[case]
+    damage(directory)
+    with pytest.raises(ConfigError, match=words):
+        read_checkpoint(directory)
+
+
+HEADERS = {
+    "nothing": (b"", 0, "no safetensors header"),
+    "no JSON": (b"{nonsense", 0, "malformed"),
+    "a list": (b"[1, 2]", 0, "malformed"),
+    "no dtype": ({"t": {"shape": [2], "data_offsets": [0, 8]}}, 8, "malformed"),
+    "new dtype": ({"t": entry(dtype="F1")}, 8, "'t' is of dtype 'F1'"),
+    "wrong size": ({"t": entry(shape=(3,))}, 8, "does not fill"),
+    "too little data": ({"t": entry()}, 4, "promises"),
+    "too much data": ({"t": entry()}, 12, "promises"),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_malformed_headers_are_refused(tmp_path, case):
+    header, data_bytes, words = HEADERS[case]
+    file = write_safetensors(tmp_path / "t.safetensors", header, data_bytes)
+    with pytest.raises(ConfigError, match=words):
+        read_checkpoint(file)
+
+
+def test_a_header_that_claims_more_than_the_file_has(tmp_path):
+    (tmp_path / "t.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(ConfigError, match="no safetensors header"):
+        read_checkpoint(tmp_path / "t.safetensors")
+
+
+def test_a_name_in_two_files_is_refused(tmp_path):
+    for name in ("a", "b"):
+        write_safetensors(tmp_path / f"{name}.safetensors", {"t": entry()}, 8)
+    with pytest.raises(ConfigError, match=r"'t' is in a\.safetensors and in b\.safetensors"):
+        read_checkpoint(tmp_path)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(ConfigError, match="there is no"):
+        read_checkpoint(tmp_path / "nothing")
+    with pytest.raises(ConfigError, match=r"neither a config\.json nor"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"neither a \.json nor"):
+        read_checkpoint(tmp_path / "model.bin")
+
+
+TRAINER = [ParamMeta("a", "bfloat16", (2,)), ParamMeta("b", "bfloat16", (2,))]
+
+
+def test_a_trainers_tensors_take_the_files_dtypes_unless_told(tmp_path):
+    header = {"a": entry(), "b": entry(offsets=(8, 16)), "mtp": entry(offsets=(16, 24))}
+    read = read_checkpoint(write_safetensors(tmp_path / "t.safetensors", header, 24))
+    expected = read.held_against(TRAINER, dtype=None)
+    assert [meta.dtype for meta in expected.metas] == ["float32", "float32"]
+    assert read.held_against(TRAINER, dtype="bfloat16").metas == TRAINER
+    assert "1 tensors of the checkpoint" in expected.note
+    assert "mtp" in expected.note
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    short = read_checkpoint(write_safetensors(tmp_path / "t.safetensors", {"a": entry()}, 8))
+    with pytest.raises(ConfigError, match="has no 'b'"):
+        short.held_against(TRAINER, dtype=None)
+    header = {"a": entry(), "b": entry(shape=(1, 2), offsets=(8, 16))}
+    other = read_checkpoint(write_safetensors(tmp_path / "u.safetensors", header, 16))
+    with pytest.raises(ConfigError, match=r"'b' is \[1, 2\].*\[2\]"):
+        other.held_against(TRAINER, dtype=None)
