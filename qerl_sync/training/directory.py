@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.errors import ConfigError
+from qerl_sync.plan.record import (
+    PLANS,
+    SyncRecord,
+    has_record,
+    shared_storages,
+    write_record,
+)
 
 if TYPE_CHECKING:
-    from qerl_sync.config import TrainConfig
+    from qerl_sync.config import SyncConfig, TrainConfig
+    from qerl_sync.session import SyncSession
 
 # What a resumed run must have in common with the one it continues.
 FIXED_SECTIONS = ("model", "data", "reward", "warmup", "seed")
@@ -38,6 +46,10 @@ class RunDirectory:
     @property
     def syncs(self) -> Path:
         return self.root / "syncs.jsonl"
+
+    @property
+    def plans(self) -> Path:
+        return self.root / PLANS
 
     @property
     def summary(self) -> Path:
@@ -101,7 +113,7 @@ class RunDirectory:
         number = 1 + len(list(self.root.glob("earlier-*")))
         aside = self.root / f"earlier-{number}"
         aside.mkdir()
-        ours = [self.config, self.model, self.trained, self.syncs, self.summary]
+        ours = [self.config, self.model, self.trained, self.syncs, self.plans, self.summary]
         ours += [self.reward_plot, self.buffers_plot, *self.root.glob("checkpoint-*")]
         for path in ours:
             if path.exists():
@@ -111,6 +123,16 @@ class RunDirectory:
     def append_sync(self, report: dict[str, Any]) -> None:
         with self.syncs.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(report) + "\n")
+
+    def record_plan(self, session: SyncSession, sync: SyncConfig) -> None:
+        """Write the plan of the last sync and its measured trace, once for each distinct plan.
+        `qerl-sync plan --compare` reads them."""
+        plan, measured = session.plan, session.last_trace
+        if plan is None or measured is None or has_record(self.root, plan.digest):
+            return
+        storages = shared_storages(plan.metas, session.storages())
+        record = SyncRecord(plan, measured, sync.source_order, sync.chunk_bytes, storages)
+        write_record(self.root, record)
 
     def read_syncs(self) -> list[dict[str, Any]]:
         """The reports so far. A last line that was cut off when the run died is left out."""

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig, SFTConfig
 
     from qerl_sync.integrations.trl import WeightSyncCallback
+    from qerl_sync.session import SyncReport
 
 
 @dataclass(frozen=True)
@@ -155,9 +156,12 @@ def _build(
 
     from qerl_sync.integrations.trl import WeightSyncCallback, engine_arguments
 
-    callback = WeightSyncCallback(
-        config.sync, recorder=lambda report: directory.append_sync(report.to_json())
-    )
+    def record(report: SyncReport) -> None:
+        directory.append_sync(report.to_json())
+        assert callback.session is not None
+        directory.record_plan(callback.session, config.sync)
+
+    callback = WeightSyncCallback(config.sync, recorder=record)
     with engine_arguments(**engine_options(config)):
         trainer = GRPOTrainer(
             model=path,
