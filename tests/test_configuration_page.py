@@ -15,7 +15,9 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_page_is_up_to_date():
     page = (ROOT / "docs" / "configuration.md").read_text()
-    assert page == configuration_page(), "python -m qerl_sync.config.document > docs/configuration.md"
+    assert page == configuration_page(), (
+        "python -m qerl_sync.config.document > docs/configuration.md"
+    )
 
 
 def test_every_option_of_the_sync_section_is_described():

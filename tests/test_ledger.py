@@ -13,7 +13,10 @@ EVENTS = st.lists(
     st.one_of(
         st.tuples(st.just("begin"), st.text("abc", min_size=1, max_size=2)),
         st.tuples(
-            st.just("hold"), st.sampled_from(LAYERS), st.integers(0, 50), st.lists(STORAGES, max_size=2)
+            st.just("hold"),
+            st.sampled_from(LAYERS),
+            st.integers(0, 50),
+            st.lists(STORAGES, max_size=2),
         ),
         st.tuples(st.just("release"), st.sampled_from(LAYERS)),
     ),

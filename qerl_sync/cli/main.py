@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from qerl_sync import __version__
+from qerl_sync.cli import bench
 from qerl_sync.cli.plan import plan
 from qerl_sync.cli.train import train
 
@@ -19,6 +20,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(plan)
+app.add_typer(bench.app, name="bench")
 
 
 def _show_version(wanted: bool) -> None:

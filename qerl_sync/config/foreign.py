@@ -9,12 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qerl_sync.config.violations import Violation, nearest
 
+PLAIN_TYPES = {bool, int, float, str, list, dict, type(None), Any}
 OUR_SEED = "is ours: set `seed` at the top, it seeds everything"
 OUR_DIRECTORY = "is ours: set `output_dir` at the top, or --output-dir"
+
+
+# The known keys of a section with their type hints; None: there is nothing to compare with.
+Hints = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,43 +32,46 @@ class Foreign:
         place: dotted path of the section.
         package: the package that must be installed for it.
         owner: whose arguments these are, for messages.
-        fields: yields the known keys; imports the package. None: there is nothing to compare with.
+        hints: reads the known keys of the package, which it imports.
         owned: keys that this program sets itself, with the reason and the way to set them.
     """
 
     place: str
     package: str
     owner: str
-    fields: Callable[[Mapping[str, Any]], set[str] | None]
+    hints: Callable[[Mapping[str, Any]], Hints | None]
     owned: Mapping[str, str]
 
 
-def _fields_of_grpo(tree: Mapping[str, Any]) -> set[str]:
+def _hints_of_grpo(tree: Mapping[str, Any]) -> Hints:
     from trl import GRPOConfig
 
-    return {field.name for field in dataclasses.fields(GRPOConfig)}
+    return get_type_hints(GRPOConfig)
 
 
-def _fields_of_sft(tree: Mapping[str, Any]) -> set[str]:
+def _hints_of_sft(tree: Mapping[str, Any]) -> Hints:
     from trl import SFTConfig
 
-    return {field.name for field in dataclasses.fields(SFTConfig)}
+    return get_type_hints(SFTConfig)
 
 
-def _fields_of_engine(tree: Mapping[str, Any]) -> set[str]:
+def _hints_of_engine(tree: Mapping[str, Any]) -> Hints:
     from vllm.engine.arg_utils import EngineArgs
 
-    return {field.name for field in dataclasses.fields(EngineArgs)}
+    # Some of its hints name classes that exist for type checkers only, so each stands for itself.
+    return {field.name: field.type for field in dataclasses.fields(EngineArgs)}
 
 
-def _fields_of_architecture(tree: Mapping[str, Any]) -> set[str] | None:
+def _hints_of_architecture(tree: Mapping[str, Any]) -> Hints | None:
     from transformers import CONFIG_MAPPING
 
     architecture = _at(tree, "model.tiny.architecture") or "qwen3"
     if architecture not in CONFIG_MAPPING:
         return None
     config = CONFIG_MAPPING[architecture]
-    return {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    # Types are left to transformers: it checks them itself when the configuration is made.
+    names = {field.name for field in dataclasses.fields(config)} | set(config.attribute_map)
+    return dict.fromkeys(names, Any)
 
 
 SECTIONS = (
@@ -69,7 +79,7 @@ SECTIONS = (
         "trainer",
         "trl",
         "TRL's GRPOConfig",
-        _fields_of_grpo,
+        _hints_of_grpo,
         {
             "use_vllm": "is ours: this program always generates with vLLM",
             "vllm_mode": "is ours: set `rollout.mode`",
@@ -81,14 +91,14 @@ SECTIONS = (
         "warmup.trainer",
         "trl",
         "TRL's SFTConfig",
-        _fields_of_sft,
+        _hints_of_sft,
         {"output_dir": OUR_DIRECTORY, "seed": OUR_SEED},
     ),
     Foreign(
         "rollout.engine",
         "vllm",
         "vLLM's engine",
-        _fields_of_engine,
+        _hints_of_engine,
         {
             "model": "is ours: the engine loads the model of the section `model`",
             "tokenizer": "is ours: the engine uses the tokenizer beside the model",
@@ -102,7 +112,7 @@ SECTIONS = (
         "model.tiny.config",
         "transformers",
         "the transformers configuration of that architecture",
-        _fields_of_architecture,
+        _hints_of_architecture,
         {
             "vocab_size": "is ours: set `model.tiny.vocab_size`",
             "dtype": "is ours: set `model.dtype`",
@@ -112,7 +122,8 @@ SECTIONS = (
 
 
 def foreign_violations(tree: Mapping[str, Any]) -> list[Violation]:
-    """Keys that the package they are meant for does not know, or that are ours to set."""
+    """Keys that the package they are meant for does not know or that are ours to set, and values of
+    the wrong type."""
     violations = [found for section in SECTIONS for found in _check(section, tree)]
     return violations + _unknown_architecture(tree)
 
@@ -127,13 +138,48 @@ def _check(section: Foreign, tree: Mapping[str, Any]) -> Iterator[Violation]:
             f"{section.package} is not installed; `./scripts/setup` installs all that a run needs",
         )
         return
-    known = section.fields(tree)
-    for key in map(str, given):
-        if key in section.owned:
-            yield Violation(f"{section.place}.{key}", section.owned[key])
-        elif known is not None and key not in known:
-            hint = nearest(key, known - set(section.owned))
-            yield Violation(f"{section.place}.{key}", f"{section.owner} has no such key; {hint}")
+    known = section.hints(tree)
+    for key, value in given.items():
+        problem = _problem(section, str(key), value, known)
+        if problem is not None:
+            yield Violation(f"{section.place}.{key}", problem)
+
+
+def _problem(section: Foreign, key: str, value: Any, known: Hints | None) -> str | None:
+    if key in section.owned:
+        return section.owned[key]
+    if known is None:
+        return None
+    if key not in known:
+        return f"{section.owner} has no such key; {nearest(key, known.keys() - section.owned)}"
+    return _wrong_type(value, known[key])
+
+
+def _wrong_type(value: Any, hint: Any) -> str | None:
+    """What is wrong with `value`, if `hint` says so in plain terms. Null is left to the owner: many
+    hints do not mention it."""
+    if value is None or not _is_plain(hint):
+        return None
+    try:
+        TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+    except ValidationError:
+        return f"must be {_spelled(hint, value)}, not {value!r}"
+    return None
+
+
+def _is_plain(hint: Any) -> bool:
+    """Made of the types that YAML has: the only ones that can be judged without their owner."""
+    if get_origin(hint) is Literal:
+        return True
+    parts = get_args(hint)
+    return all(map(_is_plain, parts)) if parts else hint in PLAIN_TYPES
+
+
+def _spelled(hint: Any, value: Any) -> str:
+    choices = [str(choice) for choice in get_args(hint)]
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(choices)} ({nearest(str(value), choices)})"
+    return str(hint) if choices else str(hint.__name__)
 
 
 def _unknown_architecture(tree: Mapping[str, Any]) -> list[Violation]:

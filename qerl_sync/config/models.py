@@ -131,9 +131,10 @@ class TinyModelConfig(Section):
     `num_hidden_layers`, `tie_word_embeddings` and so on. The vocabulary size and the special tokens
     come from the tokenizer."""
 
-    vocab_size: Annotated[int, Field(ge=258)] = 258
-    """Size of the byte-level BPE tokenizer trained on the data's texts. 258 is one token for each
-    byte and two special tokens: no merges, each character of the toy task is a token."""
+    vocab_size: Annotated[int, Field(ge=258)] | None = None
+    """Null: the tokenizer has one token for each character that occurs in the data. A number: it is
+    a byte-level BPE of that size trained on the data, at least 258 (256 bytes, two special
+    tokens)."""
 
 
 class ModelConfig(Section):

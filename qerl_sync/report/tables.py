@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from rich import box
 from rich.table import Table
 
@@ -59,3 +61,23 @@ def _verdict(summary: Summary) -> str:
     if not summary.num_syncs:
         return NOT_MEASURED
     return "[green]exact[/]" if summary.prediction_exact else "[red]differs (see syncs.jsonl)[/]"
+
+
+def trials_table(runs: Mapping[int, Summary], missed: Mapping[int, Sequence[str]]) -> Table:
+    """Several runs side by side, by seed, each with the targets it missed."""
+    table = Table(box=box.SIMPLE_HEAD, title="Seeds", title_justify="left", title_style="bold")
+    table.add_column("seed", justify="right")
+    for name in ("first", "last", "seconds", "sync share", "logprob gap"):
+        table.add_column(name, justify="right")
+    table.add_column("targets")
+    for seed, run in runs.items():
+        table.add_row(
+            str(seed),
+            _number(run.reward_first, ".3f"),
+            _number(run.reward_last, ".3f"),
+            f"{run.wall_seconds:.0f}",
+            _number(run.sync_time_share, ".1%"),
+            _number(run.logprob_gap_max, ".1e"),
+            f"[red]missed: {'; '.join(missed[seed])}[/]" if missed[seed] else "[green]reached[/]",
+        )
+    return table

@@ -74,7 +74,7 @@ class RunDirectory:
     def start(self, config: TrainConfig) -> Path | None:
         """Make it ready for a new run; returns where an earlier run was moved, if there was one."""
         self.root.mkdir(parents=True, exist_ok=True)
-        moved = self._set_aside() if self.config.exists() else None
+        moved = self._set_aside() if self._has_run() else None
         self._write_config(config)
         return moved
 
@@ -108,16 +108,23 @@ class RunDirectory:
                 f"(compare {self.config}); change it back, or start a new run without --resume"
             )
 
+    def _has_run(self) -> bool:
+        return self.config.exists() and any(path != self.config for path in self._written())
+
+    def _written(self) -> list[Path]:
+        """What a run has left here."""
+        fixed = [self.config, self.model, self.trained, self.syncs, self.plans, self.summary]
+        plots = [self.reward_plot, self.buffers_plot]
+        found = [path for path in [*fixed, *plots] if path.exists()]
+        return [*found, *self.root.glob("checkpoint-*")]
+
     def _set_aside(self) -> Path:
         """Move an earlier run into a directory of its own. Nothing else in here is touched."""
         number = 1 + len(list(self.root.glob("earlier-*")))
         aside = self.root / f"earlier-{number}"
         aside.mkdir()
-        ours = [self.config, self.model, self.trained, self.syncs, self.plans, self.summary]
-        ours += [self.reward_plot, self.buffers_plot, *self.root.glob("checkpoint-*")]
-        for path in ours:
-            if path.exists():
-                path.rename(aside / path.name)
+        for path in self._written():
+            path.rename(aside / path.name)
         return aside
 
     def append_sync(self, report: dict[str, Any]) -> None:

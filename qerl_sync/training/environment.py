@@ -26,6 +26,7 @@ QUIET_VARIABLES = {
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "GLOO_LOG_LEVEL": "ERROR",
 }
@@ -38,6 +39,8 @@ def prepare_environment(*, verbose: bool) -> None:
         os.environ.setdefault(name, value)
     if not verbose:
         warnings.filterwarnings("ignore")
+        # vLLM logs while it is imported, before it has read its own level.
+        logging.getLogger("vllm").setLevel(logging.ERROR)
 
 
 def hush() -> None:

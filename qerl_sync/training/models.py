@@ -10,9 +10,10 @@ from qerl_sync.config import ModelConfig, TinyModelConfig
 from qerl_sync.errors import ConfigError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
 
 def make_tiny(
@@ -45,10 +46,33 @@ def make_tiny(
     return model, tokenizer
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer: it can spell any text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedTokenizerBase:
+    """A tokenizer for `texts`: one token for each character, or byte-level BPE of a given size."""
     from transformers import PreTrainedTokenizerFast
+
+    if vocab_size is None:
+        tokenizer = _character_tokenizer(texts)
+    else:
+        tokenizer = _byte_tokenizer(texts, vocab_size)
+    unknown = {"unk_token": UNKNOWN} if vocab_size is None else {}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, **unknown
+    )
+
+
+def _character_tokenizer(texts: Iterable[str]) -> Tokenizer:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    characters = sorted({character for text in texts for character in text})
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _byte_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS)
+    return tokenizer
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -76,8 +100,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as exc:  # OSError, ValueError, hub errors: all mean that there is none
         raise ConfigError(
-            f"model.path: no tokenizer can be loaded from {path!r} ({_first_line(exc)}); save one "
-            f"there with tokenizer.save_pretrained({path!r})"
+            f"model.path: no tokenizer can be loaded from {path!r} ({_first_line(exc)}); check the "
+            "hub id and the connection, or give a local directory"
         ) from exc
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
