@@ -116,11 +116,14 @@ class Follower:
 
     def _slack_with_next(self, group: int) -> float:
         """`slack` once the group's next tensor is handed over; negative: it must not be yet."""
+        groups = self.groups
         if self._closes_next(group):
             return self.slack if self._lacks(group) <= self.available else -1
-        groups = self.groups
+        room = self.capacity - groups.totals[group]
+        if not self.open or (len(self.open) == 1 and self.open[0][1] == group):
+            return room  # no other group is in its way
         weight = groups.weights[groups.ranked[self.next[group]]]
-        bound = min(self.slack, self.capacity - groups.totals[group]) - weight
+        bound = min(self.slack, room) - weight
         return bound if bound >= 0 else self._exact_slack_with(group, weight)
 
     def _exact_slack_with(self, group: int, weight: int) -> float:
