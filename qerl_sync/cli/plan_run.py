@@ -79,10 +79,12 @@ class Outcome:
     """What was found.
 
     Attributes:
+        engine: vLLM's engine arguments.
         refused: why there is no plan within the budget.
     """
 
     asked: PlanInput
+    engine: Mapping[str, Any]
     found: OfflineMap
     scenarios: Sequence[Scenario]
     transport: Transport
@@ -141,8 +143,15 @@ class Outcome:
         observed = ""
         if self.found.origin != "rules":
             cached = " earlier" if self.found.origin == "cache" else ""
-            observed = f"Layer map observed{cached} from vLLM {self.found.vllm_version}."
+            observed = (
+                f"Layer map observed{cached} from vLLM {self.found.vllm_version}{self._rank}."
+            )
         return " ".join(filter(None, (observed, self.found.note, self.asked.note)))
+
+    @property
+    def _rank(self) -> str:
+        shards = self.engine.get("tensor_parallel_size", 1)
+        return f", rank 0 of {shards}" if shards != 1 else ""
 
     @property
     def packed(self) -> str:
@@ -197,7 +206,10 @@ def execute(request: Request, status: Status) -> Outcome:
     asked = read_input(request.model)
     budget_bytes = budget_bytes or asked.budget_bytes
     orders, policies = _choose(request, asked, budget_bytes, transport)
-    found = _map(request, asked, status)
+    engine = dict(asked.engine)
+    if request.tensor_parallel_size is not None:
+        engine["tensor_parallel_size"] = request.tensor_parallel_size
+    found = _map(request, asked, engine, status)
     refused = None
     try:
         result = scenarios(found.metas, found.layer_map, orders, policies, transport=transport)
@@ -209,6 +221,7 @@ def execute(request: Request, status: Status) -> Outcome:
         result = scenarios(found.metas, found.layer_map, orders, policies, transport=transport)
     return Outcome(
         asked=asked,
+        engine=engine,
         found=found,
         scenarios=result,
         transport=transport,
@@ -255,12 +268,11 @@ def _refuse_unknown_policy(name: str, known: Mapping[str, Order]) -> None:
     raise ConfigError(f"unknown policy {name!r}; {hint}")
 
 
-def _map(request: Request, asked: PlanInput, status: Status) -> OfflineMap:
+def _map(
+    request: Request, asked: PlanInput, engine: Mapping[str, Any], status: Status
+) -> OfflineMap:
     from qerl_sync.worker.offline import offline_map
 
-    engine = dict(asked.engine)
-    if request.tensor_parallel_size is not None:
-        engine["tensor_parallel_size"] = request.tensor_parallel_size
     with status("making the layer map; vLLM takes some seconds when it has not seen this model"):
         return offline_map(
             asked.checkpoint,

@@ -11,13 +11,11 @@ from qerl_sync import __version__
 from qerl_sync.cli.plan_run import Comparison, Outcome
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import format_bytes
-from qerl_sync.plan.diagnosis import Cause
-from qerl_sync.plan.scenarios import Scenario
 from qerl_sync.report.plan_table import causes, scenario_table, worst_moment
 
 
 def show(outcome: Outcome, console: Console) -> None:
-    """The model, the table, the causes, the worst moment and the cure; then the comparisons."""
+    """The model, the table, the causes and the worst moment; then the comparisons."""
     console.print(_head(outcome))
     console.print()
     console.print(scenario_table(outcome.scenarios, outcome.budget_bytes))
@@ -27,8 +25,6 @@ def show(outcome: Outcome, console: Console) -> None:
         console.print()
     worst = max(outcome.scenarios, key=lambda scenario: scenario.peak_buffered_bytes)
     console.print(worst_moment(worst))
-    if Cause.OUT_OF_ORDER in worst.causes:
-        console.print(_cure(outcome, worst))
     for comparison in outcome.comparisons:
         console.print(_verdict(comparison))
 
@@ -45,14 +41,6 @@ def _head(outcome: Outcome) -> Text:
     if outcome.architecture:
         head.append(f"  {outcome.architecture}", style="not bold")
     return head.append("\n" + "\n".join(lines), style="not bold")
-
-
-def _cure(outcome: Outcome, worst: Scenario) -> Text:
-    ordered = [
-        s for s in outcome.scenarios if s.order == worst.order and s.policy == "by_parent_layer"
-    ]
-    effect = "".join(f": {format_bytes(s.peak_buffered_bytes)} buffered" for s in ordered)
-    return Text.assemble(("Cure: ", "bold"), f"sync: {{policy: reorder}}{effect}.")
 
 
 def _verdict(comparison: Comparison) -> Text:

@@ -171,9 +171,10 @@ def _bar(scenario: Scenario, top: float, budget_bytes: int | None) -> str:
 
 
 def _causes(scenarios: Sequence[Scenario]) -> str:
-    found: dict[Cause, None] = dict.fromkeys(c for s in scenarios for c in s.causes)
+    found = [cause for cause in Cause if any(cause in scenario.causes for scenario in scenarios)]
     return "".join(
-        f"<p><strong>{escape(cause_words(cause)).capitalize()}:</strong> {escape(cause.value)}.</p>"
+        f"<p><strong>{escape(cause_words(cause)).capitalize()}:</strong> {escape(cause.value)}. "
+        f"<strong>Cure:</strong> {escape(cause.cure)}.</p>"
         for cause in found
     )
 

@@ -61,21 +61,25 @@ def scenario_table(scenarios: Sequence[Scenario], budget_bytes: int | None = Non
 
 
 def causes(scenarios: Sequence[Scenario]) -> RenderableType:
-    """Each cause that applies somewhere, where, and what it means."""
-    found: dict[Cause, list[Scenario]] = {}
-    for scenario in scenarios:
-        for cause in scenario.causes:
-            found.setdefault(cause, []).append(scenario)
+    """Each cause that applies somewhere: what it means, where, and what cures it."""
     lines = []
-    for cause, where in found.items():
-        places = ", ".join(
-            f"{order} ({' and '.join(SHORT_WORDS.get(s.policy, s.policy) for s in group)})"
-            for order, group in by_order(where).items()
-        )
-        lines.append(
-            Text.assemble((f"{cause_words(cause)}: ", "bold"), f"{cause.value}. In {places}.")
-        )
+    for cause in Cause:
+        where = by_order([scenario for scenario in scenarios if cause in scenario.causes])
+        if where:
+            places = ", ".join(f"{order} ({_policies(group)})" for order, group in where.items())
+            lines.append(
+                Text.assemble(
+                    (f"{cause_words(cause)}: ", "bold"),
+                    f"{cause.value}. In {places}. ",
+                    ("Cure: ", "bold"),
+                    f"{cause.cure}.",
+                )
+            )
     return Group(*lines)
+
+
+def _policies(group: Sequence[Scenario]) -> str:
+    return " and ".join(SHORT_WORDS.get(scenario.policy, scenario.policy) for scenario in group)
 
 
 def sparkline(scenario: Scenario, top_bytes: int, width: int = STREAM_WIDTH) -> str:
