@@ -225,6 +225,27 @@ def test_a_trainers_tensors_take_the_files_dtypes_unless_told(tmp_path):
     assert "mtp" in expected.note
 
 
+def test_experts_that_the_files_keep_as_one_stand_for_their_parts(tmp_path):
+    parts = [ParamMeta(f"mlp.experts.{i}.up_proj.weight", "bfloat16", (2,)) for i in range(2)]
+    trainer = [TRAINER[0], *parts, TRAINER[1]]
+    header = {
+        "a": entry(),
+        "b": entry(offsets=(8, 16)),
+        "mlp.experts.up_proj": entry(shape=(2, 2), offsets=(16, 32)),
+    }
+    read = read_checkpoint(write_safetensors(tmp_path / "t.safetensors", header, 32))
+    expected = read.held_against(trainer, dtype=None)
+    assert [meta.name for meta in expected.metas] == ["a", "mlp.experts.up_proj", "b"]
+    assert expected.metas[1].shape == (2, 2)
+    assert read.held_against(trainer, dtype="bfloat16").metas[1].dtype == "bfloat16"
+    assert expected.surplus == []
+    assert "planned for as the checkpoint keeps them" in expected.note
+    with pytest.raises(ConfigError, match=r"has no 'mlp\.experts\.0\.up_proj\.weight'"):
+        read.held_against(
+            [*trainer, ParamMeta("mlp.experts.2.up_proj.weight", "bfloat16", (2,))], None
+        )
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     short = read_checkpoint(write_safetensors(tmp_path / "t.safetensors", {"a": entry()}, 8))
     with pytest.raises(ConfigError, match="has no 'b'"):
@@ -232,4 +253,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     header = {"a": entry(), "b": entry(shape=(1, 2), offsets=(8, 16))}
     other = read_checkpoint(write_safetensors(tmp_path / "u.safetensors", header, 16))
     with pytest.raises(ConfigError, match=r"'b' is \[1, 2\].*\[2\]"):
+        other.held_against(TRAINER, dtype=None)
+    renamed = {"a": entry(), "c": entry(offsets=(8, 16))}
+    other = read_checkpoint(write_safetensors(tmp_path / "v.safetensors", renamed, 16))
+    with pytest.raises(ConfigError, match="has no 'b'"):
         other.held_against(TRAINER, dtype=None)

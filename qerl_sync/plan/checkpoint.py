@@ -24,8 +24,9 @@ import math
 import os
 import re
 import struct
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,6 +115,9 @@ class Checkpoint:
     def held_against(self, metas: Sequence[ParamMeta], dtype: str | None) -> Expected:
         """`metas`, which a trainer of this model would send, as far as the files agree.
 
+        Where the files keep as one what a trainer sends in parts (all experts of a block), the
+        tensor of the files stands in their place.
+
         Args:
             dtype: what the trainer sends; None for the files' own dtypes, where there are files.
 
@@ -121,10 +125,15 @@ class Checkpoint:
             ConfigError: a tensor is not in the files, or has another shape there.
         """
         if not self.shards:
-            return Expected(list(metas), [])
+            return Expected(list(metas), [], [])
         names = set(self.names)
         stored = {meta.name: meta for meta in self.metas or ()}
+        fused = _fused([m for m in metas if m.name not in names], metas, stored)
+        kept: dict[str, ParamMeta] = {}
         for meta in metas:
+            if meta.name in fused:
+                kept |= {whole.name: whole for whole in fused[meta.name]}
+                continue
             if meta.name not in names:
                 raise ConfigError(
                     f"{self.path} has no {meta.name!r}, which its config.json asks for; is the "
@@ -136,27 +145,64 @@ class Checkpoint:
                     f"{self.path}: {meta.name!r} is {list(found.shape)}, by the config.json it "
                     f"should be {list(meta.shape)}; is it that of another model?"
                 )
-        surplus = sorted(names - {meta.name for meta in metas})
-        if dtype is None:
-            metas = [stored.get(meta.name, meta) for meta in metas]
-        return Expected(list(metas), surplus)
+            kept[meta.name] = found if dtype is None else meta
+        wholes = dict.fromkeys(whole.name for parts in fused.values() for whole in parts)
+        if dtype is not None:
+            kept |= {name: replace(kept[name], dtype=dtype) for name in wholes}
+        return Expected(list(kept.values()), sorted(names - kept.keys()), list(wholes))
+
+
+def _fused(
+    missing: Sequence[ParamMeta], metas: Sequence[ParamMeta], stored: Mapping[str, ParamMeta]
+) -> dict[str, list[ParamMeta]]:
+    """For each missing tensor the stored ones of the module that it is a part of, provided that
+    these have exactly the elements of all that is missing in it; else nothing at all."""
+    known = {meta.name for meta in metas}
+    wholes: dict[str, list[ParamMeta]] = defaultdict(list)
+    for meta in stored.values():
+        if meta.name not in known:
+            wholes[meta.name.rpartition(".")[0]].append(meta)
+    parts: dict[str, list[ParamMeta]] = defaultdict(list)
+    for meta in missing:
+        module = meta.name
+        while module and module not in wholes:
+            module = module.rpartition(".")[0]
+        parts[module].append(meta)
+    if "" in parts or any(
+        sum(meta.numel for meta in wholes[module]) != sum(meta.numel for meta in lost)
+        for module, lost in parts.items()
+    ):
+        return {}
+    return {meta.name: wholes[module] for module, lost in parts.items() for meta in lost}
 
 
 class Expected(NamedTuple):
-    """A trainer's tensors, and the names in a checkpoint that are none of them."""
+    """A trainer's tensors, the names in a checkpoint that are none of them, and the names of those
+    that it keeps as one where a trainer sends parts."""
 
     metas: list[ParamMeta]
     surplus: list[str]
+    fused: list[str]
 
     @property
     def note(self) -> str:
-        if not self.surplus:
-            return ""
-        shown = ", ".join(self.surplus[:3]) + ", ..." * (len(self.surplus) > 3)
-        return (
-            f"{len(self.surplus)} tensors of the checkpoint are not parameters of the trainer's "
-            f"model and are left out: {shown}."
-        )
+        """What a reader must know of it, in sentences."""
+        notes = []
+        if self.surplus:
+            notes.append(
+                f"{len(self.surplus)} tensors of the checkpoint are not parameters of the "
+                f"trainer's model and are left out: {_some(self.surplus)}."
+            )
+        if self.fused:
+            notes.append(
+                f"{len(self.fused)} tensors are planned for as the checkpoint keeps them, a "
+                f"trainer sends them in parts: {_some(self.fused)}."
+            )
+        return " ".join(notes)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + ", ..." * (len(names) > 3)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
