@@ -109,9 +109,8 @@ def order_within_budget(
     deferred = _Deferred(groups, walker)
     for group, total in enumerate(groups.totals):
         if total + deferred.beside_bytes > budget_bytes:
-            # Layers that share tensors do not pin all of them at once, if they come in one go.
+            # Layers that share tensors are not all open to the end.
             groups.totals[group] = walker.trace(groups.places(group)).peak_pinned_bytes
-            groups.en_bloc.add(group)
     largest = max(groups.totals, default=0)
     if largest + deferred.beside_bytes > budget_bytes:
         stream = [metas[place] for place in groups.places(groups.totals.index(largest))]

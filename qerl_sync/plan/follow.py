@@ -18,8 +18,8 @@ class Groups:
         nbytes: the bytes that are sent for each tensor.
         ranked: the tensors, group by group, in the source's order within each.
         start, end: of each group in `ranked`.
-        totals: the bytes that each group pins when it is whole.
-        en_bloc: groups that are delivered in one go, as their weights do not tell what they pin.
+        totals: the most bytes that each group pins. Where a group is of several layers these may be
+            fewer than its weights, of which some are free again before the last has come.
     """
 
     def __init__(
@@ -39,7 +39,6 @@ class Groups:
         for places in members:
             self.end.append(len(places) + (self.end[-1] if self.end else 0))
         self.start = [0, *self.end[:-1]]
-        self.en_bloc: set[int] = set()
 
     def places(self, group: int) -> list[int]:
         return self.ranked[self.start[group] : self.end[group]]
@@ -108,8 +107,7 @@ class Follower:
         self.slack = slack
 
     def _closes_next(self, group: int) -> bool:
-        groups = self.groups
-        return self.next[group] == groups.end[group] - 1 or group in groups.en_bloc
+        return self.next[group] == self.groups.end[group] - 1
 
     def _lacks(self, group: int) -> int:
         return self.groups.totals[group] - self.held[group]
