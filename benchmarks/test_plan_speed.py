@@ -58,7 +58,7 @@ def test_page_of_60000_parameters(benchmark, wide):
     page = benchmark.pedantic(
         render_page, (wide,), {"title": "wide", "subtitle": "", "facts": []}, rounds=1
     )
-    assert benchmark.stats.stats.min <= 6
+    assert benchmark.stats.stats.min <= 12
     size, elements, steps = len(page.encode()), page.count("<"), len(re.findall(r"[VH][\d.]", page))
     print(f"\n{size:,} bytes, {elements:,} elements, {steps:,} path segments", end=" ")
     assert size <= 2_000_000
