@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -34,6 +35,7 @@ class Foreign:
         owner: whose arguments these are, for messages.
         hints: reads the known keys of the package, which it imports.
         owned: keys that this program sets itself, with the reason and the way to set them.
+        complete: the hints name every key that has an effect.
     """
 
     place: str
@@ -41,6 +43,7 @@ class Foreign:
     owner: str
     hints: Callable[[Mapping[str, Any]], Hints | None]
     owned: Mapping[str, str]
+    complete: bool = True
 
 
 def _hints_of_grpo(tree: Mapping[str, Any]) -> Hints:
@@ -117,6 +120,9 @@ SECTIONS = (
             "vocab_size": "is ours: set `model.tiny.vocab_size`",
             "dtype": "is ours: set `model.dtype`",
         },
+        # Models also read keys that their configuration class does not declare (Qwen3-MoE reads
+        # `head_dim`), so only what looks like a typo is refused.
+        complete=False,
     ),
 )
 
@@ -150,9 +156,11 @@ def _problem(section: Foreign, key: str, value: Any, known: Hints | None) -> str
         return section.owned[key]
     if known is None:
         return None
-    if key not in known:
+    if key in known:
+        return _wrong_type(value, known[key])
+    if section.complete or get_close_matches(key, known):
         return f"{section.owner} has no such key; {nearest(key, known.keys() - section.owned)}"
-    return _wrong_type(value, known[key])
+    return None
 
 
 def _wrong_type(value: Any, hint: Any) -> str | None:

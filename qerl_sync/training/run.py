@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from qerl_sync.config import TrainConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.report.plots import plot_buffers, plot_rewards
@@ -98,6 +100,10 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
     if config.model.path is not None:
         load_tokenizer(config.model.path)
     rows, held_out = load_data(config.data, config.seed, needs_answers=needs_answers)
+    if grpo.eval_strategy != "no" and not len(held_out):
+        raise ConfigError(
+            "trainer.eval_strategy is set and there is nothing to evaluate; set data.eval_size"
+        )
     return _Parts(grpo, sft, rewards, rows, held_out)
 
 
@@ -162,19 +168,31 @@ def _build(
         directory.record_plan(callback.session, config.sync)
 
     callback = WeightSyncCallback(config.sync, recorder=record)
-    with engine_arguments(**engine_options(config)):
-        trainer = GRPOTrainer(
-            model=path,
-            reward_funcs=parts.rewards,
-            args=parts.grpo,
-            train_dataset=parts.rows,
-            eval_dataset=parts.held_out if len(parts.held_out) else None,
-            processing_class=load_tokenizer(path),
-            callbacks=[callback],
-        )
+    try:
+        with engine_arguments(**engine_options(config)):
+            trainer = GRPOTrainer(
+                model=path,
+                reward_funcs=parts.rewards,
+                args=parts.grpo,
+                train_dataset=parts.rows,
+                eval_dataset=parts.held_out if len(parts.held_out) else None,
+                processing_class=load_tokenizer(path),
+                callbacks=[callback],
+            )
+    except ValueError as exc:  # both check what they are given with it, vLLM through pydantic
+        raise ConfigError(
+            f"TRL or vLLM refuses this run: {_reason(exc)}; look at the sections `trainer` and "
+            "`rollout.engine`"
+        ) from exc
     trainer.remove_callback(PrinterCallback)
     callback.bind(trainer)
     return trainer, callback
+
+
+def _reason(exc: ValueError) -> str:
+    if isinstance(exc, ValidationError):
+        return "; ".join(found["msg"] for found in exc.errors())
+    return str(exc)
 
 
 def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
