@@ -1,6 +1,6 @@
 """Speed of the core on a Qwen3-0.6B shape (0.6B parameters, bf16, random) in a real engine.
 
-    scripts/bench benchmarks/test_core_speed.py -s
+scripts/bench benchmarks/test_core_speed.py -s
 """
 
 from __future__ import annotations

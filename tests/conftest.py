@@ -14,6 +14,15 @@ settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A test marked `gpu` says that it was not run, where there is none."""
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(scope="session")
 def engine_pool(tmp_path_factory: pytest.TempPathFactory) -> EnginePool:
     return EnginePool(tmp_path_factory.mktemp("models"))

@@ -11,10 +11,7 @@ from support.streams_by_hand import stacked_model
 from qerl_sync import ParamMeta, Storage, by_parent_layer, replay
 from qerl_sync.buffers.detect import DeviceRule, is_finite, storages_of
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 
 
