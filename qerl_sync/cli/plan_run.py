@@ -197,14 +197,11 @@ def execute(request: Request, status: Status) -> Outcome:
     # What can be wrong is found before anything takes long.
     assertions = [parse_assertion(text) for text in request.assertions]
     budget_bytes = parse_bytes(request.budget) if request.budget is not None else None
-    transport = Transport(
-        parse_bytes(request.chunk_bytes) if request.chunk_bytes is not None else None,
-        request.chunk_buffers,
-        request.packing,
-    )
+    chunk_bytes = parse_bytes(request.chunk_bytes) if request.chunk_bytes is not None else None
     records = read_records(request.compare) if request.compare is not None else []
     asked = read_input(request.model)
     budget_bytes = budget_bytes or asked.budget_bytes
+    transport = Transport(chunk_bytes, request.chunk_buffers, request.packing, budget_bytes)
     orders, policies = _choose(request, asked, budget_bytes, transport)
     engine = dict(asked.engine)
     if request.tensor_parallel_size is not None:

@@ -35,11 +35,13 @@ class Transport:
         packing: where the stream is cut into chunks. `stream`: when one is full, as vLLM's NCCL
             engine does. `layers`: between parent layers, as our plans do. `auto`: `stream` for the
             order as given, `layers` for all others.
+        budget_bytes: chunks cut between layers are no larger than this either, as in `build_plan`.
     """
 
     chunk_bytes: int | None = None
     chunk_buffers: int = VLLM_CHUNK_BUFFERS
     packing: str = "auto"
+    budget_bytes: int | None = None
 
     def storages(
         self, metas: Sequence[ParamMeta], layer_map: LayerMap, *, by_layers: bool
@@ -48,7 +50,8 @@ class Transport:
         if self.chunk_bytes is None:
             return {}
         if self.packing == "layers" or (self.packing == "auto" and by_layers):
-            return layered_storages(metas, layer_map, self.chunk_bytes)
+            chunk_bytes = min(self.chunk_bytes, self.budget_bytes or self.chunk_bytes)
+            return layered_storages(metas, layer_map, chunk_bytes)
         return packed_storages(metas, self.chunk_bytes)
 
 
