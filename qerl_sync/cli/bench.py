@@ -31,13 +31,14 @@ def learning(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Does it learn? Trains with several seeds and prints what each reached."""
+    wanted = _parse_seeds(seeds)
     with errors_as_text(debug=debug):
         from qerl_sync.report.tables import trials_table
         from qerl_sync.training.trials import Targets, run_seed
 
         targets = Targets()
         runs = {}
-        for seed in _parse_seeds(seeds):
+        for seed in wanted:
             directory = output_dir / f"seed-{seed}"
             runs[seed] = run_seed(config, overrides or [], seed, directory)
         missed = {seed: targets.missed(run) for seed, run in runs.items()}

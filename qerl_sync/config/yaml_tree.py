@@ -16,17 +16,22 @@ COMMAND_LINE = "command line"
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars as in YAML 1.2. PyYAML follows 1.1, where `1e-3` is a text and `no` is false: both
-    are common values of trainer arguments."""
+    """Scalars as in YAML 1.2. PyYAML follows 1.1, where `1e-3` is a text, `no` is false and `1:30`
+    is 90: the first two are common values of trainer arguments."""
 
 
-_CHANGED = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"}
+_CHANGED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float")}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag not in _CHANGED]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int",
+    re.compile(r"^(?:[-+]?(?:0|[1-9][0-9]*)|0x[0-9a-fA-F]+)$"),
+    list("-+0123456789"),
 )
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

@@ -1,0 +1,129 @@
+"""The command line's own parts: version, errors, warnings, the targets of `bench learning`."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+
+import pytest
+import typer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from qerl_sync import ConfigError, __version__
+from qerl_sync.cli.errors import errors_as_text, show_warnings
+from qerl_sync.cli.main import app
+from qerl_sync.errors import SyncError
+from qerl_sync.training import trials
+
+runner = CliRunner()
+
+
+def test_version():
+    result = runner.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output == f"qerl-sync {__version__}\n"
+
+
+@pytest.mark.parametrize("command", [["train"], ["plan"], ["bench"], ["bench", "learning"]])
+def test_each_command_has_help(command):
+    result = runner.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (ConfigError("sync.policy [x] is wrong"), 2, "error: sync.policy [x] is wrong"),
+        (ZeroDivisionError("oh"), 1, "unexpected ZeroDivisionError: oh"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_end_in_a_text_and_a_code(error, code, words, capsys):
+    with pytest.raises(typer.Exit) as ended, errors_as_text(debug=False):
+        raise error
+    assert ended.value.exit_code == code
+    assert words in capsys.readouterr().err
+
+
+def test_errors_pass_for_debugging():
+    with pytest.raises(ConfigError), errors_as_text(debug=True):
+        raise ConfigError("wrong")
+
+
+def test_warnings_keep_their_lines_and_brackets():
+    console = Console(file=io.StringIO(), width=40)
+    logger = logging.getLogger("qerl_sync")
+    before = logger.handlers, logger.propagate
+    try:
+        show_warnings(console)
+        text = "a line that is longer than the forty columns [/not markup]\n  indented"
+        logging.getLogger("qerl_sync.session").warning(text)
+    finally:
+        logger.handlers, logger.propagate = before
+    assert console.file.getvalue() == f"warning: {text}\n"
+
+
+SUMMARY = {
+    "num_steps": 150,
+    "reward_first": 0.2,
+    "reward_last": 0.9,
+    "num_syncs": 150,
+    "sync_seconds": 1.0,
+    "sync_time_share": 0.05,
+    "sent_bytes": 1,
+    "peak_buffered_bytes_predicted": 1,
+    "peak_buffered_bytes_measured": 1,
+    "peak_pinned_bytes_predicted": 1,
+    "peak_pinned_bytes_measured": 1,
+    "max_open_layers_predicted": 1,
+    "max_open_layers": 1,
+    "prediction_exact": True,
+    "logprob_gap_max": 1e-6,
+    "wall_seconds": 60.0,
+    "versions": {},
+}
+
+
+@pytest.fixture
+def train_command(tmp_path, monkeypatch):
+    """A stand-in for the program that `bench learning` starts: writes the summary it is given."""
+
+    def install(**changes):
+        summary = json.dumps(SUMMARY | changes)
+        program = tmp_path / "python"
+        program.write_text(
+            '#!/bin/sh\nfor last; do :; done\nmkdir -p "$last"\n'
+            f"echo '{summary}' > \"$last/summary.json\"\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setattr(trials.sys, "executable", str(program))
+        return ["bench", "learning", "any.yaml", "--output-dir", str(tmp_path / "runs")]
+
+    return install
+
+
+def test_learning_that_reaches_its_targets(train_command):
+    result = runner.invoke(app, [*train_command(), "--seeds", "0,7"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("reached") == 2
+
+
+def test_learning_that_misses_one(train_command):
+    result = runner.invoke(app, [*train_command(reward_last=0.3), "--seeds", "0"])
+    assert result.exit_code == 1
+    assert "missed" in result.output
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(trials.sys, "executable", "/bin/false")
+    with pytest.raises(SyncError, match="seed 3 failed with exit code 1"):
+        trials.run_seed(tmp_path / "c.yaml", [], 3, tmp_path)
+
+
+def test_seeds_that_are_none():
+    result = runner.invoke(app, ["bench", "learning", "any.yaml", "--seeds", "a,b"])
+    assert result.exit_code == 2
+    assert "write 0,1,2" in result.output

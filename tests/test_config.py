@@ -1,0 +1,261 @@
+"""The configuration: what is read, what is refused, and that everything wrong is said at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qerl_sync.config import SyncConfig, TrainConfig, load_config
+from qerl_sync.config.models import Section
+from qerl_sync.config.violations import nearest
+from qerl_sync.config.yaml_tree import apply_overrides, read_tree
+from qerl_sync.errors import ConfigError
+
+SMALLEST = """
+model: {path: some/model}
+data: {task: addition}
+reward: exact_match
+output_dir: out
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def load(path: Path, *overrides: str) -> TrainConfig:
+    return load_config(path, overrides, check_foreign=False)
+
+
+def refusal(path: Path, *overrides: str, foreign: bool = False) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides, check_foreign=foreign)
+    return str(caught.value)
+
+
+def test_the_smallest_file_has_our_defaults(write):
+    config = load(write(SMALLEST))
+    assert config.sync == SyncConfig()
+    assert config.sync.policy == "reorder"
+    assert config.reward == ("exact_match",)
+    assert config.warmup is None
+
+
+def test_every_field_says_what_it_is():
+    undescribed = [
+        f"{section.__name__}.{name}"
+        for section in Section.__subclasses__()
+        for name, field in section.model_fields.items()
+        if not field.description
+    ]
+    assert undescribed == []
+
+
+def test_overrides_are_yaml_and_reach_any_depth(write):
+    config = load(
+        write(SMALLEST),
+        "sync.policy=warn",
+        "trainer.max_steps=20",
+        "trainer.learning_rate=1e-3",
+        "trainer.save_strategy=no",
+        "rollout.engine.enforce_eager=true",
+        "reward=[exact_match, a.b:c]",
+        "sync.chunk_bytes=64MiB",
+        "model.path=null",
+        "model.tiny.config.hidden_size=8",
+    )
+    assert config.sync.policy == "warn"
+    assert config.trainer == {"max_steps": 20, "learning_rate": 1e-3, "save_strategy": "no"}
+    assert config.rollout.engine == {"enforce_eager": True}
+    assert config.reward == ("exact_match", "a.b:c")
+    assert config.sync.chunk_bytes == 64 * 2**20
+    assert config.model.tiny is not None
+    assert config.model.tiny.config == {"hidden_size": 8}
+
+
+def test_one_error_lists_everything_with_its_place(write):
+    text = refusal(
+        write(SMALLEST + "sync:\n  polcy: warn\n  source_order: randm\ntrainr: {}\npolicy: warn\n"),
+        "data.size=0",
+        "sync.chunk_bytes=64 foo",
+        "nonsense",
+    )
+    lines = text.splitlines()
+    assert lines[0].endswith("7 problems")
+    expected = {
+        "sync.polcy (line 7)": "'policy'",
+        "sync.source_order (line 8)": "random:SEED",
+        "trainr (line 9)": "'trainer'",
+        "policy (line 10)": "'sync.policy'",
+        "data.size (command line)": "greater than 0",
+        "sync.chunk_bytes (command line)": "64 foo",
+        "nonsense": "section.key=value",
+    }
+    for place, words in expected.items():
+        assert any(place in line and words in line for line in lines[1:]), (place, text)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.task=additon", "did you mean 'addition'"),
+        ("rollout.mode=server", "valid: colocate"),
+        ("data.path=x", "exactly one of 'path' and 'task'; both"),
+        ("data.task=null", "exactly one of 'path' and 'task'; neither"),
+        ("reward=[]", "reward"),
+        ("sync=3", "sync (command line): is a section"),
+        ("seed.x=1", "seed"),
+        ("output_dir=null", "output_dir"),
+        ("=3", "is no override"),
+        ("a..b=3", "is no override"),
+        ("seed=[", "no valid YAML"),
+    ],
+)
+def test_wrong_values(write, override, words):
+    assert words in refusal(write(SMALLEST), override)
+
+
+def test_what_is_missing_is_named(write):
+    text = refusal(write("seed: 1\n"))
+    for name in ("model", "data", "reward", "output_dir"):
+        assert f"  {name}: is required and missing" in text
+
+
+def test_a_key_that_stands_twice_is_an_error(write):
+    text = refusal(write(SMALLEST + "seed: 1\nsync:\n  policy: warn\nseed: 2\n"))
+    assert "seed (line 9): stands twice, first in line 6" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("a: [", "no valid YAML"), ("- a\n- b", "holds list, not a mapping"), ("word", "holds str")],
+)
+def test_what_is_no_configuration_at_all(write, text, words):
+    assert words in refusal(write(text))
+
+
+def test_an_empty_file_lacks_everything(write):
+    assert "model: is required and missing" in refusal(write(""))
+
+
+def test_a_missing_file_and_a_directory(tmp_path, write):
+    write(SMALLEST)
+    assert "run.yaml" in refusal(tmp_path / "rum.yaml")
+    assert "cannot be read" in refusal(tmp_path)
+
+
+def test_configurations_cannot_be_changed(write):
+    config = load(write(SMALLEST))
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 3
+
+
+def test_a_section_from_keywords():
+    assert SyncConfig.of(policy="warn").policy == "warn"
+    with pytest.raises(ConfigError, match=r"polcy: no such key; did you mean 'policy'"):
+        SyncConfig.of(polcy="warn")
+
+
+SCALARS = {
+    "1e-3": 1e-3,
+    "6e5": 6e5,
+    "1.5": 1.5,
+    "-2": -2,
+    "0": 0,
+    "0x10": 16,
+    "no": "no",
+    "off": "off",
+    "true": True,
+    "null": None,
+    "1:30": "1:30",
+    "64MiB": "64MiB",
+    "random:0": "random:0",
+    "[1, 2.]": [1, 2.0],
+}
+
+
+@pytest.mark.parametrize("text", SCALARS)
+def test_scalars_mean_what_people_mean(text):
+    tree, _, _ = read_tree(f"key: {text}", "here")
+    same_on_the_command_line: dict[str, object] = {}
+    assert apply_overrides(same_on_the_command_line, [f"key={text}"], {}) == []
+    assert tree["key"] == same_on_the_command_line["key"] == SCALARS[text]
+    assert type(tree["key"]) is type(SCALARS[text])
+
+
+@given(
+    st.recursive(
+        st.integers() | st.text("ab .", max_size=5) | st.none() | st.booleans(),
+        lambda inner: st.dictionaries(st.text("abc", min_size=1), inner),
+    )
+)
+def test_any_tree_written_as_yaml_is_read_back(value):
+    tree, lines, doubled = read_tree(yaml.safe_dump({"root": value}), "here")
+    assert tree == {"root": value}
+    assert lines["root"] == "line 1"
+    assert doubled == []
+
+
+def test_nearest():
+    assert nearest("polcy", ["policy", "order"]) == "did you mean 'policy'?"
+    assert nearest("zzz", ["b", "a"]) == "valid: a, b"
+    assert nearest("zzz", [f"key{i}" for i in range(100)]) == "nothing valid is spelled like it"
+
+
+class TestForeignSections:
+    """The sections that TRL, vLLM and transformers read, held against what is installed."""
+
+    def test_unknown_keys_wrong_types_and_ours(self, write):
+        text = refusal(
+            write(SMALLEST),
+            "trainer.learnin_rate=1",
+            "trainer.max_steps=many",
+            "trainer.bf16=no",
+            "trainer.use_vllm=true",
+            "trainer.output_dir=x",
+            "warmup.trainer.max_stepz=1",
+            "rollout.engine.enforce_eagr=true",
+            "rollout.engine.dtype=flaot32",
+            "rollout.engine.tensor_parallel_size=2",
+            "model.path=null",
+            "model.tiny.architecture=qwen4",
+            foreign=True,
+        )
+        expected = {
+            "trainer.learnin_rate": "did you mean 'learning_rate'",
+            "trainer.max_steps": "must be int, not 'many'",
+            "trainer.bf16": "must be bool | None, not 'no'",
+            "trainer.use_vllm": "is ours",
+            "trainer.output_dir": "--output-dir",
+            "warmup.trainer.max_stepz": "did you mean 'max_steps'",
+            "rollout.engine.enforce_eagr": "did you mean 'enforce_eager'",
+            "rollout.engine.dtype": "did you mean 'float32'",
+            "rollout.engine.tensor_parallel_size": "trainer.vllm_tensor_parallel_size",
+            "model.tiny.architecture": "did you mean 'qwen3'",
+        }
+        lines = text.splitlines()
+        assert lines[0].endswith(f"{len(expected)} problems")
+        for place, words in expected.items():
+            assert any(f"  {place} " in line and words in line for line in lines), (place, text)
+
+    def test_a_models_own_configuration(self, write):
+        tiny = ("model.path=null", "model.tiny.architecture=qwen3_moe")
+        text = refusal(write(SMALLEST), *tiny, "model.tiny.config.hidden_siz=8", foreign=True)
+        assert "did you mean 'hidden_size'" in text
+        # Not declared by its configuration class, and read by the model nevertheless.
+        load_config(write(SMALLEST), [*tiny, "model.tiny.config.head_dim=8"])
+
+    def test_a_missing_package_is_named(self, write, monkeypatch):
+        monkeypatch.setattr("qerl_sync.config.foreign.find_spec", lambda name: None)
+        text = refusal(write(SMALLEST), "trainer.max_steps=1", foreign=True)
+        assert "trainer: trl is not installed; `./scripts/setup`" in text

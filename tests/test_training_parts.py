@@ -1,0 +1,425 @@
+"""The parts of a training run, without an engine: data, rewards, models, directory, reports."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qerl_sync.buffers.trace import Trace, TraceStep
+from qerl_sync.config import DataConfig, TinyModelConfig, TrainConfig
+from qerl_sync.errors import ConfigError
+from qerl_sync.report.plots import moving_mean, plot_buffers, plot_rewards
+from qerl_sync.report.summary import Summary, reward_curve, summarize
+from qerl_sync.report.tables import summary_table, trials_table
+from qerl_sync.training.data import addition_rows, load_data
+from qerl_sync.training.directory import RunDirectory
+from qerl_sync.training.display import Display
+from qerl_sync.training.rewards import exact_match, resolve_reward
+from qerl_sync.training.trials import Targets
+
+# ------------------------------------------------------------------------------------------ data
+
+
+def test_sums_are_right_have_one_digit_and_follow_the_seed():
+    rows = addition_rows(300, seed=1)
+    for row in rows:
+        a, b = row["prompt"].removesuffix("=").split("+")
+        assert row["answer"] == str(int(a) + int(b))
+        assert len(row["prompt"]) == 4
+        assert len(row["answer"]) == 1
+    assert rows == addition_rows(300, seed=1) != addition_rows(300, seed=2)
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": f"q{i}", "right": i, "level": "easy"} for i in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def columns(path, **changes):
+    names = {"prompt_column": "question", "answer_column": "right"}
+    return DataConfig(path=str(path), **names | changes)
+
+
+def test_columns_of_a_file_are_named_as_we_name_them(rows_file):
+    train, held_out = load_data(columns(rows_file, eval_size=3), seed=0, needs_answers=True)
+    assert len(train) == 7
+    assert held_out["prompt"] == ["q0", "q1", "q2"]
+    assert train[0] == {"prompt": "q3", "answer": 3, "level": "easy"}
+
+
+def test_parquet(rows_file, tmp_path):
+    rows, _ = load_data(columns(rows_file), seed=0, needs_answers=True)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    config = DataConfig(path=str(tmp_path / "rows.parquet"))
+    again, _ = load_data(config, seed=0, needs_answers=True)
+    assert again.to_list() == rows.to_list()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"prompt_column": "questoin"}, "no column 'questoin'; did you mean 'question'"),
+        ({"answer_column": "wrong"}, "no column 'wrong'"),
+        ({"eval_size": 10}, "leaves nothing to train on"),
+    ],
+)
+def test_data_that_does_not_fit(rows_file, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        load_data(columns(rows_file, **changes), seed=0, needs_answers=True)
+
+
+def test_answers_are_missed_only_where_they_are_needed(rows_file):
+    config = columns(rows_file, answer_column="wrong")
+    train, _ = load_data(config, seed=0, needs_answers=False)
+    assert "answer" not in train.column_names
+
+
+def test_a_data_file_that_is_not_there_or_no_data(tmp_path):
+    with pytest.raises(ConfigError, match=r"no file .*rows\.jsonl"):
+        load_data(DataConfig(path=str(tmp_path / "rows.jsonl")), seed=0, needs_answers=False)
+    (tmp_path / "broken.jsonl").write_text("{]")
+    with pytest.raises(ConfigError, match=r"broken\.jsonl' cannot be read"):
+        load_data(DataConfig(path=str(tmp_path / "broken.jsonl")), seed=0, needs_answers=False)
+
+
+# --------------------------------------------------------------------------------------- rewards
+
+
+def test_exact_match_on_texts_numbers_and_chats():
+    assert exact_match(["p"] * 3, ["7", " 7\n", "71"], ["7", "7", "7"]) == [1.0, 1.0, 0.0]
+    assert exact_match(["p"], ["7"], [7]) == [1.0]
+    chat = [{"role": "assistant", "content": "7"}]
+    assert exact_match(["p"], [chat], ["7"], other=["column"]) == [1.0]
+
+
+def test_rewards_by_name(tmp_path, monkeypatch):
+    (tmp_path / "rewards_of_mine.py").write_text("def short(completions, **_): return [1.0]\n")
+    monkeypatch.chdir(tmp_path)
+    assert resolve_reward("exact_match") is exact_match
+    assert resolve_reward("rewards_of_mine:short")(["c"]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("exact_mach", "did you mean 'exact_match'"),
+        ("json:lods", "json has no function 'lods'; did you mean 'loads'"),
+        ("json:__doc__", "no function"),
+        ("no_such_module:f", "'no_such_module' cannot be imported"),
+        (":f", "cannot be imported"),
+    ],
+)
+def test_unknown_rewards(name, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve_reward(name)
+
+
+# ---------------------------------------------------------------------------------------- models
+
+
+@given(st.text(max_size=30))
+def test_byte_tokenizers_spell_anything(text):
+    assert _byte_tokenizer().decode(_byte_tokenizer()(text)["input_ids"]) == text
+
+
+@cache
+def _byte_tokenizer():
+    from qerl_sync.training.models import train_tokenizer
+
+    return train_tokenizer(["3+4=", "abc abc abc"], 300)
+
+
+def test_character_tokenizers_have_the_datas_characters():
+    from qerl_sync.training.models import train_tokenizer
+
+    tokenizer = train_tokenizer(["3+4=", "7\n"], None)
+    assert len(tokenizer) == 3 + 6
+    assert tokenizer.decode(tokenizer("43=\n7")["input_ids"]) == "43=\n7"
+    assert tokenizer("x")["input_ids"] == [tokenizer.unk_token_id]
+    assert len({tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 3
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+TINY |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+def test_tiny_models_follow_the_seed_and_the_configuration():
+    import torch
+
+    from qerl_sync.training.models import make_tiny
+
+    def make(seed, **changes):
+        return make_tiny(TinyModelConfig(config=TINY | changes), "float32", ["3+4="], seed)
+
+    model, tokenizer = make(0)
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.dtype == torch.float32
+    weights = [next(iter(make(seed)[0].parameters())) for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert make(0, tie_word_embeddings=True)[0].config.tie_word_embeddings
+    with pytest.raises(ConfigError, match="transformers cannot make this qwen3"):
+        make(0, num_attention_heads=0)
+
+
+def test_model_directories_that_are_none(tmp_path):
+    from qerl_sync.training.models import load_tokenizer
+
+    with pytest.raises(ConfigError, match="no directory"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
+    with pytest.raises(ConfigError, match=r"no tokenizer .*save_pretrained"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_trl_refuses_in_our_words():
+    from qerl_sync.training.arguments import grpo_arguments
+
+    trainer = {"num_generations": 7, "use_cpu": True, "bf16": False}
+    with pytest.raises(ConfigError, match=r"^trainer: TRL's GRPOConfig refuses it: .*divisible"):
+        grpo_arguments(run_config(trainer=trainer))
+
+
+# ------------------------------------------------------------------------------------- directory
+
+
+def run_config(**changes) -> TrainConfig:
+    smallest = {"model": {"path": "m"}, "data": {"task": "addition"}, "reward": "exact_match"}
+    return TrainConfig(**{**smallest, "output_dir": "out", **changes})
+
+
+def checkpoint(directory: RunDirectory, step: int) -> Path:
+    path = directory.root / f"checkpoint-{step}"
+    path.mkdir()
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return path
+
+
+@pytest.fixture
+def directory(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    assert directory.start(run_config()) is None
+    return directory
+
+
+def test_an_earlier_run_is_moved_and_nothing_else(directory):
+    checkpoint(directory, 5)
+    directory.append_sync({"step": 0})
+    (directory.root / "notes.txt").write_text("mine")
+    moved = directory.start(run_config(seed=1))
+    assert moved == directory.root / "earlier-1"
+    assert (moved / "checkpoint-5" / "trainer_state.json").exists()
+    assert json.loads((moved / "config.json").read_text())["seed"] == 0
+    assert json.loads(directory.config.read_text())["seed"] == 1
+    assert (directory.root / "notes.txt").exists()
+    assert directory.read_syncs() == []
+
+
+def test_a_run_that_never_began_is_not_kept(directory):
+    assert directory.start(run_config()) is None
+
+
+def test_a_foreign_directory_is_left_alone(tmp_path):
+    (tmp_path / "model").mkdir()
+    assert RunDirectory(tmp_path).start(run_config()) is None
+    assert (tmp_path / "model").is_dir()
+
+
+def test_resuming_takes_the_last_whole_checkpoint_and_drops_what_is_done_again(directory):
+    for step in (2, 10):
+        checkpoint(directory, step)
+    (directory.root / "checkpoint-12").mkdir()  # died while writing it
+    for step in range(12):
+        directory.append_sync({"step": step})
+    with directory.syncs.open("a") as lines:
+        lines.write('{"step": 1')
+    assert directory.resume(run_config(trainer={"max_steps": 20})).name == "checkpoint-10"
+    assert [report["step"] for report in directory.read_syncs()] == list(range(10))
+
+
+def test_resuming_before_the_first_checkpoint_starts_over(directory):
+    directory.append_sync({"step": 0})
+    assert directory.resume(run_config()) is None
+    assert directory.read_syncs() == []
+
+
+def test_resuming_what_is_not_there_or_something_else(directory, tmp_path):
+    with pytest.raises(ConfigError, match="nothing to resume"):
+        RunDirectory(tmp_path / "other").resume(run_config())
+    with pytest.raises(ConfigError, match="seed changed since"):
+        directory.resume(run_config(seed=1))
+
+
+# --------------------------------------------------------------------------------------- summary
+
+
+def sync(step: int, **changes) -> dict:
+    sizes = ("peak_buffered_bytes", "peak_pinned_bytes", "max_open_layers")
+    report = {f"{size}_{how}": 100 for size in sizes for how in ("predicted", "measured")}
+    report |= {"step": step, "sent_bytes": 1000, "seconds": {"total": 0.1}}
+    return {**report, "prediction_exact": True, **changes}
+
+
+def log(rewards: list[float], every: int = 1) -> list[dict]:
+    gap = "sampling/sampling_logp_difference/max"
+    entries = [
+        {"step": (i + 1) * every, "reward": reward, "step_time": 0.5, gap: 1e-7 * (i + 1)}
+        for i, reward in enumerate(rewards)
+    ]
+    return [*entries, {"step": len(rewards) * every, "train_runtime": 3.0}]
+
+
+def summary_of(entries, syncs) -> Summary:
+    return summarize(entries, syncs, wall_seconds=12.0, versions={"torch": "2"})
+
+
+def test_summary_of_a_run():
+    syncs = [sync(0), sync(1, max_open_layers_measured=107, prediction_exact=False)]
+    summary = summary_of(log([0.0] * 5 + [0.5] + [1.0] * 5), syncs)
+    assert (summary.reward_first, summary.reward_last) == (0.0, 1.0)
+    assert summary.num_steps == 11
+    assert summary.num_syncs == 2
+    assert summary.sent_bytes == 2000
+    assert summary.sync_time_share == pytest.approx(0.2 / 5.5)
+    assert summary.logprob_gap_max == pytest.approx(11e-7)
+    assert summary.max_open_layers == 107
+    assert not summary.prediction_exact
+
+
+def test_the_share_counts_the_steps_that_were_not_logged():
+    assert summary_of(log([0.5] * 3, every=10), [sync(0)]).sync_time_share == pytest.approx(
+        0.1 / 15
+    )
+
+
+def test_summary_of_nothing_says_that_nothing_was_measured():
+    summary = summary_of([], [])
+    assert summary.reward_first is summary.sync_time_share is summary.logprob_gap_max is None
+    assert "not measured" in printed(summary_table(summary))
+
+
+def printed(table, width=80) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_tables_fit_the_terminal(width):
+    summary = summary_of(log([0.1, 0.9]), [sync(0, sent_bytes=10**13)])
+    missed = {0: [], 10: Targets().missed(summary)}
+    for table in (summary_table(summary), trials_table({0: summary, 10: summary}, missed)):
+        lines = printed(table, width).splitlines()
+        assert max(map(len, lines)) <= width
+    assert "exact" in printed(summary_table(summary))
+
+
+def test_targets():
+    good = summary_of(log([0.2] * 5 + [0.9] * 5), [sync(0)])
+    assert Targets().missed(good) == []
+    weak = summary_of(log([0.3] * 10), [sync(0, seconds={"total": 3.0}, prediction_exact=False)])
+    assert Targets(seconds=10, gap=1e-8).missed(weak) == [
+        "reward at least 2 times the first",
+        "reward at least 0.4",
+        "at most 10 s",
+        "sync share at most 15%",
+        "logprob gap at most 1e-08",
+        "prediction exact",
+    ]
+    assert len(Targets().missed(summary_of([], []))) == 5  # unmeasured is missed, only time is not
+
+
+# ----------------------------------------------------------------------------------------- plots
+
+
+@given(st.lists(st.floats(0, 1), max_size=40), st.integers(1, 12))
+def test_moving_mean(values, window):
+    means = moving_mean(values, window)
+    assert len(means) == len(values)
+    for i, mean in enumerate(means):
+        part = values[max(0, i - window + 1) : i + 1]
+        assert mean == pytest.approx(sum(part) / len(part))
+
+
+def pixels(path: Path):
+    from matplotlib.image import imread
+
+    return imread(path)
+
+
+def test_plots_are_drawn_from_what_they_are_given(tmp_path):
+    flat = Trace((TraceStep("a", 10, 10, 1), TraceStep("b", 20, 20, 1)))
+    high = Trace((TraceStep("a", 10, 10, 1), TraceStep("b", 2**21, 2**21, 5)))
+    plan = SimpleNamespace(policy="reorder", predicted=flat, as_given=high)
+    paths = [tmp_path / f"{i}.png" for i in range(4)]
+    plot_buffers(plan, flat, paths[0])
+    plot_buffers(plan, high, paths[1])
+    plot_rewards(reward_curve(log([0.1, 0.5, 0.9])), paths[2])
+    plot_rewards([], paths[3])
+    drawn = [pixels(path) for path in paths]
+    assert all(image.min() < 0.5 for image in drawn)  # not blank
+    assert (drawn[0] != drawn[1]).any()
+    assert (drawn[2] != drawn[3]).any()
+
+
+# --------------------------------------------------------------------------------------- display
+
+
+def test_without_a_terminal_progress_is_ten_lines():
+    console = Console(file=io.StringIO(), width=80)
+    with Display(console).steps("training", "trained") as steps:
+        for done in range(1, 201):
+            steps.advance(done, 200)
+            steps.note(done, 200, f"reward {done / 200:.2f}")
+        steps.note(200, 200, "once more")
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "  training 20/200 reward 0.10"
+    assert lines[9] == "  training 200/200 reward 1.00"
+    assert lines[10].startswith("✓ trained")
+    assert len(lines) == 11
+
+
+def test_a_phase_that_fails_claims_no_success():
+    console = Console(file=io.StringIO(), width=80)
+    with pytest.raises(ValueError, match="no"), Display(console).phase("trying", "done it"):
+        raise ValueError("no")
+    assert "done it" not in console.file.getvalue()
+
+
+def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once():
+    from transformers import TrainerControl
+
+    from qerl_sync.training.callbacks import StopCleanly
+
+    console = Console(file=io.StringIO())
+    before = signal.getsignal(signal.SIGINT)
+    with Display(console).steps("training", "trained") as steps:
+        stop = StopCleanly(steps)
+        control = TrainerControl()
+        with stop.listening():
+            stop.on_step_end(None, None, control)
+            assert not control.should_training_stop
+            os.kill(os.getpid(), signal.SIGINT)
+            stop.on_step_end(None, None, control)
+            assert control.should_training_stop
+            assert control.should_save
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "stopping after this step" in console.file.getvalue()
