@@ -47,7 +47,7 @@ def plot_rewards(rewards: Sequence[tuple[int, float]], path: Path) -> None:
             _mark_end(axes, steps[-1], means[-1])
         axes.set(xlabel="step", ylabel="mean reward", title="Reward")
         axes.set_ylim(bottom=min(0, *values, 0))
-        axes.legend(loc="upper left")
+        axes.legend(loc="best")
 
 
 def _mark_end(axes: Any, x: float, y: float) -> None:
