@@ -330,7 +330,7 @@ def test_beyond_its_budget_the_diagnosis_says_what_reorder_would_make_of_it():
     assert found.at == "tensor.3"
     assert found.causes == (Cause.OUT_OF_ORDER,)
     text = found.text("interleaved:2")
-    assert "exceed sync.budget_bytes (0.0000 MB) and buffer 3 parent layers at once" in text
+    assert "exceed sync.budget_bytes (0.0000 MB) and buffer up to 3 parent layers at once" in text
     assert "Cure: `sync: {policy: reorder}` makes it 2 open layers" in text
     too_small = diagnose(metas, replay(metas, layer_map), layer_map, budget_bytes=3)
     assert too_small is not None

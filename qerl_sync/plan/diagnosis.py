@@ -88,14 +88,14 @@ class Diagnosis:
     def _headline(self) -> str:
         trace, most = self.trace, self.trace.max_open_layers
         share = 100 * trace.peak_buffered_bytes / max(self.total_bytes, 1)
-        what = f"buffer {most} parent layer{'s' * (most != 1)} at once"
+        what = f"buffer up to {most} parent layer{'s' * (most != 1)} at once"
         if self.budget_bytes is not None:
             what = f"exceed sync.budget_bytes ({_mb(self.budget_bytes)}) and {what}"
+        # The most layers, the most buffered and the most pinned bytes may fall on different tensors.
         return (
-            f"This sync would {what}: "
-            f"{_mb(trace.peak_buffered_bytes)} buffered ({share:.0f}% of the model) and "
-            f"{_mb(trace.peak_pinned_bytes)} pinned, at tensor {self.index + 1} of "
-            f"{self.num_tensors} ({self.at}). Open then:"
+            f"This sync would {what}, and hold at most {_mb(trace.peak_buffered_bytes)} buffered "
+            f"({share:.0f}% of the model) and {_mb(trace.peak_pinned_bytes)} pinned. Most is "
+            f"buffered at tensor {self.index + 1} of {self.num_tensors} ({self.at}); open then:"
         )
 
     def _layers(self) -> list[str]:
