@@ -91,7 +91,7 @@ class Diagnosis:
         what = f"buffer up to {most} parent layer{'s' * (most != 1)} at once"
         if self.budget_bytes is not None:
             what = f"exceed sync.budget_bytes ({_mb(self.budget_bytes)}) and {what}"
-        # The most layers, the most buffered and the most pinned bytes may fall on different tensors.
+        # Most layers, most buffered and most pinned bytes may fall on different tensors.
         return (
             f"This sync would {what}, and hold at most {_mb(trace.peak_buffered_bytes)} buffered "
             f"({share:.0f}% of the model) and {_mb(trace.peak_pinned_bytes)} pinned. Most is "
