@@ -226,6 +226,20 @@ def credit_padding(layer: torch.nn.Module) -> None:
     info.load_numel = info.load_numel_total
 
 
+def forget_packed_experts(layer: torch.nn.Module) -> None:
+    """Take the kernel from unquantised experts on CPU, so that vLLM packs and builds it anew."""
+    method = getattr(layer, "quant_method", None)
+    if getattr(method, "moe_kernel", None) is None:
+        return
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and isinstance(method, UnquantizedFusedMoEMethod):
+        method.moe_kernel = None
+
+
 def begin_reload(model: torch.nn.Module) -> None:
     """Save the live tensors, put the model's parameters on meta, wrap their loaders."""
     _layerwise().initialize_layerwise_reload(model)

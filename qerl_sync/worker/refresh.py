@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from qerl_sync.worker import compat
+
 
 def before_processing(layer: torch.nn.Module) -> None:
     """Unquantised experts on CPU: make vLLM pack the new weights.
@@ -17,16 +19,7 @@ def before_processing(layer: torch.nn.Module) -> None:
     a new one. On GPUs the kernel reads the parameters themselves and captured graphs hold their
     addresses, so nothing is touched there.
     """
-    method = getattr(layer, "quant_method", None)
-    if getattr(method, "moe_kernel", None) is None:
-        return
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-        UnquantizedFusedMoEMethod,
-    )
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and isinstance(method, UnquantizedFusedMoEMethod):
-        method.moe_kernel = None
+    compat.forget_packed_experts(layer)
 
 
 def after_reload(model: torch.nn.Module) -> list[str]:
