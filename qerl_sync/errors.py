@@ -6,7 +6,12 @@
     ├── LayerMapError       vLLM refused, ignored or lost a checkpoint tensor in the dry run
     ├── PlanError           no plan satisfies what was asked (policy, budget, doubled names)
     ├── CoverageError       the stream and the plan differ: missing, doubled, misshapen, non-finite
+    ├── UnchangedError      a sync brought nothing new although the trainer has gone on
     ├── LoadError           vLLM's own loader failed in the middle of a sync
+    ├── AgreementError      trainer and worker differ: versions, layout, plan, token
+    ├── TransportError      tensors or messages do not get through
+    │   ├── TransportTimeout    the other side did not answer in time
+    │   └── PeerLostError       the other side is gone
     └── PoisonedError       the worker holds half of a sync and refuses to generate
 
 Each message names the thing, the value and the next step. Errors of vLLM, TRL and torch are
@@ -38,8 +43,31 @@ class CoverageError(SyncError):
     """What arrived is not what the plan promised."""
 
 
+class UnchangedError(SyncError):
+    """A sync was committed and brought nothing new, or not all, although the trainer has gone on.
+
+    The workers hold exactly what was sent, and serve it: what was sent is in question.
+    """
+
+
 class LoadError(SyncError):
     """vLLM's own loader failed in the middle of a sync."""
+
+
+class AgreementError(SyncError):
+    """Trainer and worker differ in something that both must agree on before a byte moves."""
+
+
+class TransportError(SyncError):
+    """Tensors or messages do not get from one side to the other."""
+
+
+class TransportTimeout(TransportError):
+    """The other side did not answer within the time that it is given."""
+
+
+class PeerLostError(TransportError):
+    """The other side closed the connection or died."""
 
 
 class PoisonedError(SyncError):

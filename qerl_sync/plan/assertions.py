@@ -17,6 +17,7 @@ FIELDS: Mapping[str, str] = {
     "peak_buffered_bytes": "buffered",
     "peak_pinned_bytes": "pinned",
     "peak_receive_bytes": "pinned or in receive buffers",
+    "peak_staged_bytes": "staged in host memory",
 }
 
 

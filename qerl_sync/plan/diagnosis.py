@@ -14,6 +14,7 @@ from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.replay import OpenLayer, open_layers_at, replay
+from qerl_sync.plan.spill import peak_staged_bytes
 from qerl_sync.plan.walk import Walker
 
 SHOWN_LAYERS = 8
@@ -57,6 +58,7 @@ class Diagnosis:
         ordered: the trace that `policy: reorder` would give.
         budget_bytes: the budget that is broken, if there is one.
         refusal: why no order would keep it.
+        staged_bytes: the most that `policy: spill` would stage in host memory instead.
     """
 
     at: str
@@ -69,6 +71,7 @@ class Diagnosis:
     ordered: Trace
     budget_bytes: int | None = None
     refusal: str | None = None
+    staged_bytes: int = 0
 
     def text(self, source_order: str) -> str:
         """The warning: what, where, how much, why, and the line of YAML that cures it."""
@@ -82,6 +85,10 @@ class Diagnosis:
             lines.append(
                 f"Cure: `sync: {{policy: reorder}}` makes it {most} open "
                 f"layer{'s' * (most != 1)} and {_mb(self.ordered.peak_buffered_bytes)} buffered."
+            )
+            lines.append(
+                "A source that cannot be reordered: `sync: {policy: spill}` does the same on the "
+                f"worker, with up to {_mb(self.staged_bytes)} of host memory."
             )
         return "\n".join(lines)
 
@@ -152,6 +159,7 @@ def diagnose(
         ordered=replay(ordered, layer_map, storages),
         budget_bytes=budget_bytes,
         refusal=refusal,
+        staged_bytes=peak_staged_bytes(metas, layer_map),
     )
 
 

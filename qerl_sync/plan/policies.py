@@ -23,15 +23,20 @@ def by_parent_layer(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[Par
     source. A tensor that lands in several layers joins them into one group, in which more than one
     layer is open by necessity. Everywhere else at most one is.
     """
+    groups: dict[str | int, list[ParamMeta]] = {}
+    for meta, label in zip(metas, group_labels(metas, layer_map), strict=True):
+        groups.setdefault(label, []).append(meta)
+    return [meta for group in groups.values() for meta in group]
+
+
+def group_labels(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[str | int]:
+    """For each tensor, what is the same for all that must be sent together: those of a parent
+    layer, and of the layers that it shares tensors with. One without a layer is alone."""
     joined = Joined[str]()
     parents = [layer_map.parents(meta.name) for meta in metas]
     for layers in parents:
         joined.join(layers)
-    groups: dict[str | int, list[ParamMeta]] = {}
-    for place, (meta, layers) in enumerate(zip(metas, parents, strict=True)):
-        label = joined.root(layers[0]) if layers else place
-        groups.setdefault(label, []).append(meta)
-    return [meta for group in groups.values() for meta in group]
+    return [joined.root(layers[0]) if layers else place for place, layers in enumerate(parents)]
 
 
 class Joined(Generic[T]):

@@ -19,6 +19,10 @@ Order = Callable[[Sequence[ParamMeta], LayerMap], list[ParamMeta]]
 
 POLICIES: Mapping[str, Order] = {"as_given": as_given, "by_parent_layer": by_parent_layer}
 
+# The order in which vLLM gets a stream that nobody can change. It is looked at where it is asked
+# for: what vLLM holds is what it holds with `by_parent_layer`.
+SPILL = "spill"
+
 # vLLM's NCCL engine packs tensors into buffers of this many bytes and rotates this many of them
 # (vllm/distributed/weight_transfer/packed_tensor.py).
 VLLM_CHUNK_BYTES = 1024**3
@@ -87,6 +91,8 @@ class Scenario:
         facts: what does not depend on the order.
         receive: `trace` with the transport's chunk buffers counted as pinned.
         storages: the memory behind each tensor; empty: each has its own.
+        peak_staged_bytes: what waits in host memory, if vLLM gets the stream in another order than
+            it arrives in.
     """
 
     order: str
@@ -98,6 +104,7 @@ class Scenario:
     facts: StreamFacts
     receive: Trace
     storages: Mapping[str, Storage] = field(default_factory=dict)
+    peak_staged_bytes: int = 0
 
     @property
     def peak_buffered_bytes(self) -> int:
@@ -192,7 +199,12 @@ def scenarios(
         ordered = walker.trace([places[meta.name] for meta in grouped])
         for policy, arrange in policies.items():
             stream = grouped if arrange is by_parent_layer else arrange(given, layer_map)
-            storages = transport.storages(stream, layer_map, by_layers=policy != "as_given")
+            spilled = policy == SPILL
+            storages = (  # what is staged has memory of its own
+                {}
+                if spilled
+                else transport.storages(stream, layer_map, by_layers=policy != "as_given")
+            )
             if storages:
                 trace = Walker(stream, layer_map, storages).trace()
                 receive = _receive(stream, layer_map, storages, transport.chunk_buffers)
@@ -200,6 +212,8 @@ def scenarios(
                 trace = receive = ordered
             else:
                 trace = receive = walker.trace([places[meta.name] for meta in stream])
+            if spilled and transport.chunk_bytes is not None:
+                receive = _beside(trace, transport.chunk_buffers * transport.chunk_bytes)
             result.append(
                 Scenario(
                     order=order,
@@ -211,9 +225,19 @@ def scenarios(
                     facts=facts,
                     receive=receive,
                     storages=storages,
+                    peak_staged_bytes=_staged(given, layer_map, transport) if spilled else 0,
                 )
             )
     return result
+
+
+def _beside(trace: Trace, nbytes: int) -> Trace:
+    """The trace with so many bytes held beside it all the time."""
+    return Trace(s._replace(pinned_bytes=s.pinned_bytes + nbytes) for s in trace.steps)
+
+
+def _staged(metas: Sequence[ParamMeta], layer_map: LayerMap, transport: Transport) -> int:
+    return build_plan(metas, layer_map, SPILL, chunk_bytes=transport.chunk_bytes).peak_staged_bytes
 
 
 def _receive(

@@ -8,42 +8,32 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import islice
 from typing import Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PlanError
-from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.meta import ParamMeta, Storage, format_bytes
 from qerl_sync.plan.budget import order_within_budget
+from qerl_sync.plan.chunks import Chunk as Chunk
+from qerl_sync.plan.chunks import cut_anywhere, cut_between_layers
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import as_given, by_parent_layer
+from qerl_sync.plan.spill import CHUNK_BYTES, Spill, plan_spill
 from qerl_sync.plan.walk import Walker
 
 PLAN_FORMAT = 1
 
 Order = Callable[[Sequence[ParamMeta], LayerMap], list[ParamMeta]]
 
-# What each `sync.policy` does to the source's order.
+# What each `sync.policy` does to the source's order. `spill` leaves it, and lets the worker load in
+# another one.
 POLICIES: Mapping[str, Order] = {
     "warn": as_given,
     "error": as_given,
     "reorder": by_parent_layer,
+    "spill": as_given,
 }
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The unit of transfer: consecutive tensors of the plan that leave no parent layer open.
-
-    Attributes:
-        names: checkpoint names, in plan order.
-        nbytes: bytes of these tensors.
-        oversized: larger than the chunk size, because it cannot be cut without opening a layer.
-    """
-
-    names: tuple[str, ...]
-    nbytes: int
-    oversized: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,10 +44,11 @@ class SyncPlan:
         policy: the policy that made the order.
         metas: the stream in the order in which it will be sent.
         chunks: `metas`, cut.
-        predicted: the trace of this order.
+        predicted: the trace of the order in which vLLM gets it, which is this one but for `spill`.
         as_given: the trace of the source's own order, for comparison.
         layer_map_digest: the layer map that it was planned with.
         budget_bytes: the budget that it was planned with.
+        spill: with the policy `spill`, what the worker stages and when it loads.
     """
 
     policy: str
@@ -67,6 +58,7 @@ class SyncPlan:
     as_given: Trace
     layer_map_digest: str
     budget_bytes: int | None = None
+    spill: Spill | None = None
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -77,14 +69,53 @@ class SyncPlan:
         return sum(meta.nbytes for meta in self.metas)
 
     @cached_property
+    def chunk_metas(self) -> tuple[tuple[ParamMeta, ...], ...]:
+        """`metas`, cut as `chunks` are."""
+        rest = iter(self.metas)
+        return tuple(tuple(islice(rest, len(chunk.names))) for chunk in self.chunks)
+
+    @cached_property
+    def load_metas(self) -> tuple[ParamMeta, ...]:
+        """The stream in the order in which vLLM gets it."""
+        if self.spill is None:
+            return self.metas
+        return tuple(self.metas[place] for place in self.spill.load_order)
+
+    @cached_property
+    def chunk_loads(self) -> tuple[tuple[str, ...], ...]:
+        """The names that vLLM gets with each chunk."""
+        if self.spill is None:
+            return tuple(chunk.names for chunk in self.chunks)
+        order = self.order
+        return tuple(tuple(order[place] for place in places) for places in self.spill.loads)
+
+    @cached_property
+    def peak_staged_bytes(self) -> int:
+        """The most bytes that the worker will stage in host memory at once."""
+        return max(self.staged_bytes, default=0)
+
+    @property
+    def staged_bytes(self) -> list[int]:
+        """What is staged after each chunk, which is when most is."""
+        if self.spill is None:
+            return [0] * len(self.chunks)
+        return self.spill.staged_bytes(self.metas, self.chunk_lengths)
+
+    @property
+    def chunk_lengths(self) -> list[int]:
+        return [len(chunk.names) for chunk in self.chunks]
+
+    @cached_property
     def digest(self) -> str:
         """Of what is sent and how it is cut, not of what it is predicted to cost."""
         agreed = {
             "format": PLAN_FORMAT,
             "metas": [[m.name, m.dtype, m.shape] for m in self.metas],
-            "chunks": [len(c.names) for c in self.chunks],
+            "chunks": self.chunk_lengths,
             "layer_map": self.layer_map_digest,
         }
+        if self.spill is not None:
+            agreed["spill"] = self.spill.to_json()
         return hashlib.sha256(json.dumps(agreed, separators=(",", ":")).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -93,6 +124,7 @@ class SyncPlan:
             "digest": self.digest,
             "policy": self.policy,
             "budget_bytes": self.budget_bytes,
+            "spill": None if self.spill is None else self.spill.to_json(),
             "layer_map_digest": self.layer_map_digest,
             "metas": [[m.name, m.dtype, list(m.shape)] for m in self.metas],
             "chunks": [asdict(chunk) for chunk in self.chunks],
@@ -102,7 +134,8 @@ class SyncPlan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SyncPlan:
-        """Raises PlanError if the format is not this one's or the digest does not hold."""
+        """Raises PlanError if the format is not this one's, the digest does not hold, or what is
+        to be staged cannot be."""
         if data.get("format") != PLAN_FORMAT:
             raise PlanError(
                 f"plan format {data.get('format')!r} cannot be read here, only {PLAN_FORMAT}; "
@@ -118,12 +151,16 @@ class SyncPlan:
             as_given=Trace.from_json(data["as_given"]),
             layer_map_digest=data["layer_map_digest"],
             budget_bytes=data.get("budget_bytes"),
+            spill=None if data.get("spill") is None else Spill.from_json(data["spill"]),
         )
         if plan.digest != data["digest"]:
             raise PlanError(
                 f"the plan was changed after it was made: its digest is {plan.digest[:12]}, "
                 f"the file says {str(data['digest'])[:12]}; make the plan again"
             )
+        if plan.spill is not None:
+            plan.spill.require_possible(plan.chunk_lengths)
+            plan.spill.require_within_budget(plan.metas, plan.chunk_lengths)
         return plan
 
 
@@ -135,22 +172,48 @@ def build_plan(
     chunk_bytes: int | None = None,
     storages: Mapping[str, Storage] | None = None,
     budget_bytes: int | None = None,
+    spill_budget_bytes: int | None = None,
+    spill_directory: str | None = None,
 ) -> SyncPlan:
     """Plan the stream `metas` (in source order). Touches no tensor and no device.
 
     Args:
         policy: a key of `POLICIES`.
-        chunk_bytes: upper bound of a chunk's bytes where layers can be kept whole; None: one chunk.
+        chunk_bytes: upper bound of a chunk's bytes where layers can be kept whole; None: one chunk
+            (with the policy `spill`: chunks of 64 MiB).
         storages: the memory behind each tensor, where several share one.
         budget_bytes: with the policy `reorder` the order is that of `within_budget`; the others
             leave the order alone, and `diagnose` tells whether it stays within the budget.
+        spill_budget_bytes, spill_directory: see `Spill`; for the policy `spill` alone.
 
     Raises:
-        PlanError: the stream names a tensor twice, or no order can be kept within the budget.
+        PlanError: the stream names a tensor twice, or no order can be kept within the budget, or
+            (policy `spill`) one of the two budgets is too small.
     """
     _refuse_doubled_names(metas)
     walker = Walker(metas, layer_map, storages)
     given = walker.trace()
+    if policy == "spill":
+        chunks = cut_anywhere(metas, chunk_bytes or CHUNK_BYTES)
+        spill = plan_spill(
+            metas,
+            layer_map,
+            [len(chunk.names) for chunk in chunks],
+            budget_bytes=spill_budget_bytes,
+            directory=spill_directory,
+        )
+        predicted = _spilled_trace(metas, layer_map, chunks, spill, storages or {})
+        _refuse_over_budget(predicted, budget_bytes)
+        return SyncPlan(
+            policy=policy,
+            metas=tuple(metas),
+            chunks=chunks,
+            predicted=predicted,
+            as_given=given,
+            layer_map_digest=layer_map.digest,
+            budget_bytes=budget_bytes,
+            spill=spill,
+        )
     if policy == "reorder" and budget_bytes is not None:
         order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
         chunk_bytes = chunk_bytes and min(chunk_bytes, budget_bytes)
@@ -162,7 +225,7 @@ def build_plan(
     return SyncPlan(
         policy=policy,
         metas=tuple(ordered),
-        chunks=_cut(ordered, layer_map, chunk_bytes),
+        chunks=cut_between_layers(ordered, layer_map, chunk_bytes),
         predicted=given if unchanged else walker.trace(order),
         as_given=given,
         layer_map_digest=layer_map.digest,
@@ -184,42 +247,26 @@ def _refuse_doubled_names(metas: Sequence[ParamMeta]) -> None:
     )
 
 
-def _cut(
-    metas: Sequence[ParamMeta], layer_map: LayerMap, chunk_bytes: int | None
-) -> tuple[Chunk, ...]:
-    """Cut where no parent layer is open, into chunks of up to `chunk_bytes`."""
-    if chunk_bytes is None:
-        return (_chunk(metas, None),) if metas else ()
-    chunks: list[Chunk] = []
-    waiting: list[ParamMeta] = []
-    nbytes = 0
-    for segment in _segments(metas, layer_map):
-        segment_bytes = sum(meta.nbytes for meta in segment)
-        if waiting and nbytes + segment_bytes > chunk_bytes:
-            chunks.append(_chunk(waiting, chunk_bytes))
-            waiting, nbytes = [], 0
-        waiting += segment
-        nbytes += segment_bytes
-    return (*chunks, _chunk(waiting, chunk_bytes)) if waiting else tuple(chunks)
+def _spilled_trace(
+    metas: Sequence[ParamMeta],
+    layer_map: LayerMap,
+    chunks: Sequence[Chunk],
+    spill: Spill,
+    storages: Mapping[str, Storage],
+) -> Trace:
+    """What vLLM holds in the order in which it gets the tensors; staged ones are copies."""
+    staged = spill.staged([len(chunk.names) for chunk in chunks])
+    copied = {metas[place].name for place in staged}
+    arrived = {name: storage for name, storage in storages.items() if name not in copied}
+    return Walker(metas, layer_map, arrived).trace(spill.load_order)
 
 
-def _chunk(metas: Sequence[ParamMeta], chunk_bytes: int | None) -> Chunk:
-    nbytes = sum(meta.nbytes for meta in metas)
-    oversized = chunk_bytes is not None and nbytes > chunk_bytes
-    return Chunk(tuple(meta.name for meta in metas), nbytes, oversized)
-
-
-def _segments(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[list[ParamMeta]]:
-    """The smallest runs of the stream after which no parent layer is open."""
-    parents = [layer_map.parents(meta.name) for meta in metas]
-    awaited = Counter(chain.from_iterable(parents))
-    started: set[str] = set()
-    segments: list[list[ParamMeta]] = [[]]
-    for meta, layers in zip(metas, parents, strict=True):
-        segments[-1].append(meta)
-        for layer in layers:
-            awaited[layer] -= 1
-            (started.add if awaited[layer] else started.discard)(layer)
-        if not started:
-            segments.append([])
-    return [segment for segment in segments if segment]
+def _refuse_over_budget(predicted: Trace, budget_bytes: int | None) -> None:
+    if budget_bytes is None or predicted.peak_pinned_bytes <= budget_bytes:
+        return
+    needed, at = predicted.peak_pinned_bytes, predicted.steps[predicted.peak_pinned_index].name
+    raise PlanError(
+        f"sync.budget_bytes is {budget_bytes:,} ({format_bytes(budget_bytes)}), and vLLM holds "
+        f"{needed:,} bytes ({format_bytes(needed)}) for the layer of {at!r} alone when it loads "
+        f"it; raise sync.budget_bytes to at least {needed}"
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qerl_sync.meta import ParamMeta, Storage
@@ -17,7 +17,13 @@ class Source(ABC):
 
     All methods are called on every trainer rank, in the same order: materialising may be a
     collective.
+
+    Attributes:
+        any_order: `materialize` serves names in any order. False: only in the order of `metadata`,
+            each at most once between two calls of `metadata`.
     """
+
+    any_order = True
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -25,6 +31,13 @@ class Source(ABC):
 
         Transfers nothing. Called before every sync, so that a changed model is noticed.
         """
+
+    def held_names(self) -> Collection[str] | None:
+        """The names that this trainer rank holds; None: all. Each must be held by some rank.
+
+        `metadata` describes the whole model all the same; only what is held is materialised.
+        """
+        return None
 
     def storages(self) -> Mapping[str, Storage]:
         """The memory behind each tensor that `materialize` will yield, where it is known."""
@@ -48,7 +61,7 @@ class Source(ABC):
 
     @abstractmethod
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield exactly `names`, in that order, as late as possible.
+        """Yield exactly `names`, in that order, as late as possible: a generator.
 
         The tensors are read-only and valid until the next one is asked for or, where the receiver
         keeps them by reference, until the end of the chunk.

@@ -11,6 +11,7 @@ import torch
 from qerl_sync.buffers.detect import dtype_name, require_finite, storages_of
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.probe_prompt import Probe, spread_tokens
 from qerl_sync.sources.base import Source
 
 # Added to parameter names by wrappers that leave the parameters whole.
@@ -96,6 +97,24 @@ class HFSource(Source):
     def _parameters(self) -> dict[str, torch.Tensor]:
         """Under clean names, tied ones once, in the model's order."""
         return {_clean(name): p.detach() for name, p in self._model.named_parameters()}
+
+
+def probe_of(model: Any) -> Probe:
+    """What this model says of a fixed prompt, for `sync.verify: full`. In evaluation mode; the
+    model's own mode is put back."""
+
+    @torch.no_grad()
+    def logprobs(token_ids: Sequence[int]) -> list[float]:
+        was_training = model.training
+        model.eval()
+        try:
+            ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
+            told = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        finally:
+            model.train(was_training)
+        return [float(p) for p in told.gather(1, ids[0, 1:, None])[:, 0]]
+
+    return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
 
 
 def _clean(name: str) -> str:

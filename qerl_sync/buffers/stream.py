@@ -1,0 +1,51 @@
+"""A stream of tensors, held against what the plan says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from qerl_sync.buffers.detect import dtype_name
+from qerl_sync.errors import CoverageError
+from qerl_sync.meta import ParamMeta
+
+if TYPE_CHECKING:
+    import torch
+
+
+def as_planned(
+    metas: Iterable[ParamMeta], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[ParamMeta, torch.Tensor]]:
+    """The same tensors, lazily, each with what the plan says of it.
+
+    Raises:
+        CoverageError: the stream ends early, goes on for too long, or a tensor is not the one that
+            is next by name, dtype and shape.
+    """
+    arriving = iter(tensors)
+    for meta in metas:
+        item = next(arriving, None)
+        if item is None:
+            raise CoverageError(f"the source ended where {meta.name!r} was next")
+        _require_same(meta, *item)
+        yield meta, item[1]
+    surplus = next(arriving, None)
+    if surplus is not None:
+        raise CoverageError(
+            f"{surplus[0]!r} arrived after the last tensor of its chunk; the plan has no such "
+            "tensor there. Yield each planned name once"
+        )
+
+
+def _require_same(awaited: ParamMeta, name: str, tensor: torch.Tensor) -> None:
+    if name != awaited.name:
+        raise CoverageError(
+            f"{name!r} arrived where the plan has {awaited.name!r}; the source must yield exactly "
+            "the names that it is asked for, in that order"
+        )
+    shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+    if (shape, dtype) != (awaited.shape, awaited.dtype):
+        raise CoverageError(
+            f"{name!r} arrived as {dtype} {list(shape)}, the plan says {awaited.dtype} "
+            f"{list(awaited.shape)}; the source's metadata and its tensors differ"
+        )

@@ -1,0 +1,52 @@
+"""A prompt on which trainer and engine must agree, and how far rounding may part them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qerl_sync.errors import ConfigError
+
+# The largest difference of a log-probability that rounding explains, by the dtype that the engine
+# computes in. float32: kernels that add up in another order part by less than 1e-5. bfloat16: by
+# 1e-3 to 4e-2 in what we measured; a stale head or layer parts by 0.3 and more.
+TOLERANCES = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.15}
+
+NUM_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the trainer's own model says of a fixed prompt.
+
+    Attributes:
+        token_ids: of the prompt.
+        logprobs: of each of its tokens but the first, given those before it, with the trainer's
+            present weights. Called on every trainer rank.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: Callable[[Sequence[int]], Sequence[float]]
+
+
+def spread_tokens(vocab_size: int) -> tuple[int, ...]:
+    """Ids from all over the vocabulary, always the same."""
+    return tuple((1 + 7919 * i) % vocab_size for i in range(NUM_TOKENS))
+
+
+def tolerance(dtype: str, quantization: str | None, asked: float | None) -> float:
+    """Raises ConfigError where nobody can know it beforehand."""
+    if asked is not None:
+        return asked
+    if quantization is not None or dtype not in TOLERANCES:
+        raise ConfigError(
+            f"an engine that computes in {quantization or dtype} parts from the trainer by more "
+            "than rounding; say by how much with sync.verify_tolerance, or choose verify: checksum"
+        )
+    return TOLERANCES[dtype]
+
+
+def largest_gap(trainer: Sequence[float], engine: Sequence[float]) -> float:
+    """NaN counts as infinite."""
+    gaps = [abs(a - b) for a, b in zip(trainer, engine, strict=True)]
+    return max(gap if gap == gap else float("inf") for gap in gaps)

@@ -1,0 +1,116 @@
+"""Where tensors lie while they travel: offsets in a chunk, receive buffers ("slots") for chunks.
+
+Both sides compute this from the plan; its sum is what a transport holds, known before the first
+byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from qerl_sync.errors import CoverageError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.sync_plan import SyncPlan
+
+# Every tensor begins on a cache line, which is enough for each dtype and for vectorised copies.
+ALIGNMENT_BYTES = 64
+
+
+def offsets(metas: Iterable[ParamMeta]) -> tuple[list[int], int]:
+    """The offset of each tensor of a chunk in its slot, and the bytes of the slot that it needs."""
+    places, end = [], 0
+    for meta in metas:
+        places.append(end)
+        end += _aligned(meta.nbytes)
+    return places, end
+
+
+def slot_bytes(sizes: Sequence[int], chunks_in_flight: int) -> list[int]:
+    """Bytes of each slot when chunk i, of `sizes[i]` bytes, travels in slot i modulo
+    `chunks_in_flight`.
+
+    A slot is as large as the largest chunk that it will hold; no slot is made for nothing.
+    """
+    slots = [max(sizes[i::chunks_in_flight], default=0) for i in range(chunks_in_flight)]
+    return [max(slot, ALIGNMENT_BYTES) for slot in slots[: max(len(sizes), 1)]]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def touched_bytes(
+    sizes: Sequence[int], chunks_in_flight: int, in_place: Sequence[bool]
+) -> list[int]:
+    """The shared memory that a worker has seen by the time that it loads each chunk.
+
+    Args:
+        sizes: bytes of each chunk.
+        in_place: for each chunk, whether it needs no slot because the worker reads it where the
+            trainer keeps it.
+    """
+    slots = [0] * chunks_in_flight
+    kept, touched = 0, []
+    for index, nbytes in enumerate(sizes):
+        if in_place[index]:
+            kept += nbytes
+        else:
+            slot = index % chunks_in_flight
+            slots[slot] = max(slots[slot], nbytes)
+        touched.append(sum(slots) + kept)
+    return touched
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one trainer rank sends of a plan.
+
+    Attributes:
+        owned: indices into the plan's tensors; None: all of them.
+        chunks: of each chunk of the plan, the tensors that this rank sends, in plan order.
+    """
+
+    owned: Sequence[int] | None
+    chunks: tuple[tuple[ParamMeta, ...], ...]
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Bytes of each chunk in its slot."""
+        return [offsets(chunk)[1] for chunk in self.chunks]
+
+
+def part_of(plan: SyncPlan, owned: Sequence[int] | None) -> Part:
+    """The part of a rank that sends the tensors with these indices, or all."""
+    if owned is None:
+        return Part(None, plan.chunk_metas)
+    names = {plan.metas[index].name for index in owned}
+    return Part(
+        owned,
+        tuple(tuple(m for m in chunk if m.name in names) for chunk in plan.chunk_metas),
+    )
+
+
+def divide(plan: SyncPlan, held: Sequence[Sequence[int] | None]) -> list[Part]:
+    """Who sends what, given what each trainer rank holds (None: all). The lowest holder sends.
+
+    Raises:
+        CoverageError: nobody holds a tensor.
+    """
+    if held[0] is None:
+        return [part_of(plan, None), *(part_of(plan, ()) for _ in held[1:])]
+    owner: dict[int, int] = {}
+    for rank, indices in enumerate(held):
+        for index in range(len(plan.metas)) if indices is None else indices:
+            owner.setdefault(index, rank)
+    for index, meta in enumerate(plan.metas):
+        if index not in owner:
+            raise CoverageError(
+                f"no trainer rank holds {meta.name!r}; each tensor must be in the `held_names` of "
+                "at least one"
+            )
+    return [
+        part_of(plan, [index for index in range(len(plan.metas)) if owner[index] == rank])
+        for rank in range(len(held))
+    ]

@@ -1,0 +1,108 @@
+"""Somebody else's iterator of tensors, in an order that is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from qerl_sync.errors import CoverageError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.sources.base import Source
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StreamSource(Source):
+    """Yields what a stream yields, as it comes. For policies that leave the order alone.
+
+    A sync goes through one stream, once, over all its chunks; the next one, also after a sync that
+    failed in the middle, opens another.
+
+    Args:
+        metadata: everything that a stream will yield, in that order; or a function that tells it
+            before each sync.
+        open_stream: makes a stream of (checkpoint name, tensor). Each tensor must stay as it is
+            until the chunk that it is in has been sent: yield new tensors, not the same buffer.
+        held_names: of several trainer ranks, what this one's streams yield; None: all.
+    """
+
+    any_order = False
+
+    def __init__(
+        self,
+        metadata: Sequence[ParamMeta] | Callable[[], Sequence[ParamMeta]],
+        open_stream: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+        *,
+        held_names: Collection[str] | None = None,
+    ) -> None:
+        self._metadata = metadata
+        self._open_stream = open_stream
+        self._held = None if held_names is None else frozenset(held_names)
+        self._names: list[str] = []
+        self._places: dict[str, int] = {}
+        self._stream: Iterator[tuple[str, torch.Tensor]] | None = None
+        self._next = 0
+
+    def metadata(self) -> list[ParamMeta]:
+        """Called before every sync, so that the next `materialize` opens a stream."""
+        self._leave()
+        metas = self._metadata() if callable(self._metadata) else self._metadata
+        held = self._held
+        self._names = [meta.name for meta in metas if held is None or meta.name in held]
+        self._places = {name: place for place, name in enumerate(self._names)}
+        return list(metas)
+
+    def held_names(self) -> Collection[str] | None:
+        return self._held
+
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `Source.materialize`; names that are never asked for are passed over.
+
+        Raises:
+            CoverageError: the stream yields another name than its metadata has next, ends early or
+                goes on, or `names` are not in its order.
+        """
+        for name in names:
+            yield name, self._advance_to(name)
+        if names and self._next == len(self._names):
+            self._require_end()
+
+    def _advance_to(self, name: str) -> torch.Tensor:
+        if self._places.get(name, -1) < self._next:
+            raise CoverageError(
+                f"{name!r} is not among what the stream has left; it yields in its own order, and "
+                "each name once in a sync"
+            )
+        while True:
+            arrived, tensor = self._pull()
+            if arrived == name:
+                return tensor
+
+    def _pull(self) -> tuple[str, torch.Tensor]:
+        awaited = self._names[self._next]
+        if self._stream is None:
+            self._stream = iter(self._open_stream())
+        item = next(self._stream, None)
+        if item is None:
+            raise CoverageError(f"the stream ended where {awaited!r} was next by its metadata")
+        if item[0] != awaited:
+            raise CoverageError(
+                f"the stream yields {item[0]!r} where its metadata has {awaited!r}; both must have "
+                "the same names in the same order"
+            )
+        self._next += 1
+        return item
+
+    def _require_end(self) -> None:
+        surplus = next(self._stream, None) if self._stream is not None else None
+        self._leave()
+        if surplus is not None:
+            raise CoverageError(f"the stream goes on with {surplus[0]!r}, which its metadata lacks")
+
+    def _leave(self) -> None:
+        """Let go of a stream, generators' `finally` blocks included."""
+        close = getattr(self._stream, "close", None)
+        self._stream, self._next = None, 0
+        if close is not None:
+            close()
