@@ -1,0 +1,1 @@
+"""What both sides of a connection share: channels, shared memory, process groups."""

@@ -1,0 +1,236 @@
+"""Tensors between one trainer rank and one worker, over a Gloo process group of their own.
+
+    trainer                                     worker
+    GlooLink.listen: a port  ---- (told) ---->  GlooLink.connect
+    <------- a channel on which both prove the secret and swap Gloo's addresses ------->
+    <======= Gloo, on which both prove it again; the channel and its port close =======>
+    send: payload, length                 --->  receive
+                                          <---  receipt
+
+Length and receipt make up for two traits of Gloo. It leaves whoever waits for a transfer that is
+in its middle waiting when the other side dies, so both sides wait for what comes after the
+payload. And a payload larger than the buffer that waits for it ends the process (`std::terminate`,
+no exception), so payloads of different lengths have different tags: they never meet.
+
+A piece of 16 MiB is as quick as raw TCP; each costs about 0.2 ms besides: pack small tensors.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from typing_extensions import Self
+
+from qerl_sync.errors import AgreementError, TransportError, TransportTimeout
+from qerl_sync.wire.channel import Listener, connect
+from qerl_sync.wire.gloo_pair import MAX_TAG, TRAINER, WORKER, GlooPair
+
+TransferT = TypeVar("TransferT", bound="Transfer")
+
+_LENGTH_TAG, _RECEIPT_TAG, _FIRST_PAYLOAD_TAG = range(3)
+
+
+class GlooLink:
+    """A pair of processes. One thread may send while another receives; any may close.
+
+    Receives meet sends in the order of both. After an error the link is of no use.
+    """
+
+    def __init__(self, pair: GlooPair) -> None:
+        self._pair = pair
+        self._transfers: list[Transfer] = []
+
+    @classmethod
+    def listen(cls, host: str, secret: str, timeout_seconds: float) -> PendingLink:
+        """The trainer's end. Returns at once, with a port to tell the worker.
+
+        Args:
+            host: an address of this machine that the worker can reach; no other is bound.
+            secret: the worker must know it too.
+            timeout_seconds: the longest that any single wait of this link may take.
+
+        Raises TransportError if the address cannot be bound.
+        """
+        return PendingLink(host, secret, timeout_seconds)
+
+    @classmethod
+    def connect(cls, host: str, port: int, secret: str, timeout_seconds: float) -> GlooLink:
+        """The worker's end.
+
+        Raises:
+            PeerLostError: nobody listens there, or the trainer died.
+            AgreementError: who listens there does not know the secret.
+            TransportTimeout: the trainer does not go on in time.
+        """
+        try:
+            channel = connect(host, port, secret, timeout_seconds)
+        except AgreementError as exc:
+            raise AgreementError(
+                f"{host}:{port} and this worker do not share the link's secret; ask the trainer "
+                "for a new link"
+            ) from exc
+        with channel:
+            return cls(GlooPair(channel, WORKER, timeout_seconds))
+
+    def send(self, tensor: torch.Tensor) -> SendHandle:
+        """Start to send the bytes of a contiguous CPU tensor, straight from its memory.
+
+        The memory must not change until `wait` of what is returned has come back. Keep two or
+        more in flight: the next is under way when the receiver asks for it.
+
+        Raises TransportError if the tensor is not contiguous or not in host memory.
+        """
+        return self._keep(SendHandle(self._pair, _bytes_of(tensor)))
+
+    def start_receive(self, buffer: torch.Tensor) -> ReceiveHandle:
+        """Start to receive into a contiguous CPU tensor of exactly the sent bytes, of any dtype.
+
+        The sender's `wait` comes back after this one's. Raises as `send`.
+        """
+        return self._keep(ReceiveHandle(self._pair, _bytes_of(buffer)))
+
+    def receive(self, buffer: torch.Tensor) -> None:
+        """`start_receive`, waited for."""
+        self.start_receive(buffer).wait()
+
+    def close(self) -> None:
+        """Hang up. What is in flight is lost, and everyone who waits for it is told."""
+        self._pair.close()
+        self._transfers = []
+
+    def _keep(self, transfer: TransferT) -> TransferT:
+        """Keep it alive, whatever the caller does: Gloo must not lose the memory in its middle."""
+        self._transfers = [other for other in self._transfers if not other.done] + [transfer]
+        return transfer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class PendingLink:
+    """A port that waits for one worker. Strangers are turned away and do not end the wait."""
+
+    def __init__(self, host: str, secret: str, timeout_seconds: float) -> None:
+        self._listener = Listener(host, 0, secret)
+        self._timeout_seconds = timeout_seconds
+
+    @property
+    def port(self) -> int:
+        return self._listener.port
+
+    def accept(self) -> GlooLink:
+        """The link to the worker; the port is closed afterwards.
+
+        Raises:
+            TransportTimeout: no worker with the secret came in time.
+            PeerLostError: one came and died.
+        """
+        try:
+            started = time.monotonic()
+            channel = self._listener.accept(self._timeout_seconds)
+            if channel is None:
+                raise TransportTimeout(
+                    f"no worker with the link's secret came to {self._listener.host}:{self.port} "
+                    f"within {time.monotonic() - started:.1f} s; look at the worker's log, and "
+                    "whether it can reach this address"
+                )
+            with channel:
+                return GlooLink(GlooPair(channel, TRAINER, self._timeout_seconds))
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+class Transfer(ABC):
+    """A tensor on its way."""
+
+    def __init__(self, pair: GlooPair, payload: torch.Tensor, verb: str) -> None:
+        self._pair, self._payload = pair, payload
+        self._what = f"{verb} {payload.nbytes:,} bytes"
+        self.done = False
+
+    def wait(self) -> None:
+        """Until all bytes are in the receiver's buffer. In the order of their start.
+
+        Raises:
+            TransportTimeout: they were not within the link's time, counted from now.
+            PeerLostError: the other side hung up or died.
+            AgreementError: the receiver's buffer has another size; it is unchanged.
+            TransportError: this side hung up.
+        """
+        if not self.done:
+            self._wait()
+            self.done = True
+
+    @abstractmethod
+    def _wait(self) -> None: ...
+
+    def _until(self, *works: Any) -> None:
+        for work in works:
+            self._pair.wait(work, self._what)
+
+
+class SendHandle(Transfer):
+    def __init__(self, pair: GlooPair, payload: torch.Tensor) -> None:
+        super().__init__(pair, payload, "sending")
+        self._length, self._receipt = torch.tensor([payload.nbytes]), torch.tensor([0])
+        # Posted first: from now on, the other side's death is noticed.
+        self._received = pair.receive(self._receipt, _RECEIPT_TAG)
+        self._sent = pair.send(payload, _tag_of(payload)), pair.send(self._length, _LENGTH_TAG)
+
+    def _wait(self) -> None:
+        self._until(self._received, *self._sent)
+
+
+class ReceiveHandle(Transfer):
+    def __init__(self, pair: GlooPair, payload: torch.Tensor) -> None:
+        super().__init__(pair, payload, "receiving")
+        self._length = torch.tensor([0])
+        self._filled = pair.receive(payload, _tag_of(payload))
+        self._ended = pair.receive(self._length, _LENGTH_TAG)
+
+    def _wait(self) -> None:
+        self._until(self._ended)
+        sent_bytes = int(self._length)
+        if sent_bytes != self._payload.nbytes:
+            raise self._pair.fail(
+                AgreementError(
+                    f"the {self._pair.peer} sends {sent_bytes:,} bytes where "
+                    f"{self._payload.nbytes:,} are expected; the two follow different plans"
+                )
+            )
+        self._until(self._filled, self._pair.send(self._length, _RECEIPT_TAG))
+
+
+def _tag_of(payload: torch.Tensor) -> int:
+    """Different for any two lengths that are less than 2 GiB apart."""
+    return _FIRST_PAYLOAD_TAG + payload.nbytes % (MAX_TAG - _FIRST_PAYLOAD_TAG)
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory, as bytes."""
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise TransportError(
+            f"Gloo moves plain tensors in host memory, not on {tensor.device} ({tensor.layout}); "
+            "copy it to one"
+        )
+    if not tensor.is_contiguous():
+        raise TransportError(
+            f"a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not "
+            "contiguous; pass tensor.contiguous()"
+        )
+    return tensor.detach().reshape(-1).view(torch.uint8)

@@ -1,0 +1,279 @@
+"""Everything that trainer and worker say to each other. Closed, typed, checked on arrival.
+
+    trainer                              worker
+    -- connect (through vLLM's init route) ->
+    <- Hello                                        what the worker is
+    -- Welcome                            ->        how bytes will travel
+    <- Ready
+    -- MapRequest                         ->
+    <- MapReply                                     where each tensor lands
+    -- SyncRequest                        ->        the plan
+    <- Accepted                                     nothing has moved yet
+    -- Chunk, Chunk, ...                  ->        at most `chunks_in_flight` ahead of
+    <- Credit, Credit, ...                          the chunks that are loaded
+    -- Finish                             ->
+    <- Report                                       loaded, whole, not serving yet
+    -- Commit                             ->        every worker has reported
+    <- Committed
+    -- End                                ->        the worker returns to vLLM
+
+At any point `<- Failure`, or `-- Abort ->` with its answer `<- Aborted`; after a commit that turns
+out to be wrong `-- Condemn ->`, with the same answer.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from qerl_sync import errors
+from qerl_sync.errors import AgreementError, SyncError, TransportError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.terms import OnFailure, Verify
+
+# Raised with every change of what is said here.
+PROTOCOL = 2
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Hello(_Message):
+    """Who the worker is, and what both sides must agree on."""
+
+    type: Literal["hello"] = "hello"
+    protocol: int
+    packages: dict[str, str]
+    engine: str
+    """Names the engine (all ranks of it alike); `rank` of `world_size` within it."""
+    rank: int
+    world_size: int
+    layout: dict[str, int]
+    """Parallel sizes by vLLM's names: tensor_parallel_size, ..., enable_expert_parallel."""
+    model: str
+    dtype: str
+    quantization: str | None
+    host: str
+    """Equal for two processes that see the same shared memory, as far as can be told."""
+    pid: int
+    version: int
+    """The weight version last committed here; 0 if none."""
+    poisoned: str | None
+    update_open: bool
+    """vLLM's update route was entered and not left: an earlier trainer died in it."""
+
+
+class Segment(_Message):
+    """A piece of POSIX shared memory, by its name under /dev/shm."""
+
+    name: str
+    nbytes: Annotated[int, Field(gt=0)]
+
+
+class Welcome(_Message):
+    type: Literal["welcome"] = "welcome"
+    transport: Literal["shm", "gloo", "ray", "nccl", "ipc"]
+    timeout_seconds: float
+    options: dict[str, Any] = {}
+    """What the transport needs to begin: a store's port, a probe segment."""
+
+
+class Ready(_Message):
+    type: Literal["ready"] = "ready"
+    options: dict[str, Any] = {}
+
+
+class MapRequest(_Message):
+    type: Literal["map_request"] = "map_request"
+    metas: list[tuple[str, str, tuple[int, ...]]]
+    allow_incomplete: list[str]
+
+
+class MapReply(_Message):
+    type: Literal["map_reply"] = "map_reply"
+    layer_map: dict[str, Any]
+    free_bytes: int
+
+
+class SyncRequest(_Message):
+    type: Literal["sync_request"] = "sync_request"
+    digest: str
+    """Of the plan."""
+    plan: dict[str, Any] | None
+    """Itself, where it is another than in the sync before."""
+    layer_map: str
+    """Digest of the layer map that this worker replied."""
+    held: list[int] | None
+    """Indices into the plan's tensors that this trainer rank can send; None: all."""
+    check_finite: bool
+    verify: Verify = "coverage"
+    on_failure: OnFailure = "poison"
+    finite: bool = False
+    """See `plan.terms.Terms`, whose fields these three are."""
+    segments: list[Segment]
+    slots: list[int]
+    """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what
+    `plan.staging` says for the tensors that this trainer rank can send."""
+
+
+class Accepted(_Message):
+    type: Literal["accepted"] = "accepted"
+    owned: list[int] | None
+    """Of the held tensors those that this trainer rank is to send; None: all. What several hold,
+    the lowest rank sends."""
+
+
+class Chunk(_Message):
+    type: Literal["chunk"] = "chunk"
+    index: int
+    places: list[tuple[int, int]]
+    """For each of its tensors, in plan order: the segment and the offset in bytes in it. Empty
+    where bytes follow on a link of their own."""
+    in_place: bool = False
+    """Its tensors lie where the trainer keeps its parameters, not in a slot."""
+    checksums: list[int] = []
+    """Of each of its tensors, in plan order, where the sync is verified by checksums."""
+    segments: list[Segment] = []
+    """All segments from here on, if others than before."""
+
+
+class Credit(_Message):
+    type: Literal["credit"] = "credit"
+    index: int
+
+
+class Finish(_Message):
+    type: Literal["finish"] = "finish"
+
+
+class Report(_Message):
+    type: Literal["report"] = "report"
+    trace: dict[str, Any]
+    seconds: dict[str, float]
+    peak_extra_bytes: int | None
+    peak_extra_bytes_predicted: int
+    peak_staged_bytes: int = 0
+    kept_bytes: int = 0
+
+
+class Commit(_Message):
+    type: Literal["commit"] = "commit"
+    version: int
+
+
+class Committed(_Message):
+    type: Literal["committed"] = "committed"
+
+
+class Abort(_Message):
+    type: Literal["abort"] = "abort"
+    reason: str
+    keep_old: bool = True
+    """No worker can have committed: with `on_failure: rollback` go back to the old version."""
+
+
+class Condemn(_Message):
+    """What was committed is wrong: be poisoned. The answer is Aborted."""
+
+    type: Literal["condemn"] = "condemn"
+    reason: str
+
+
+class Aborted(_Message):
+    type: Literal["aborted"] = "aborted"
+    poisoned: str | None
+    """Why the worker refuses to run; None: it was not touched and goes on with what it has."""
+
+
+class Failure(_Message):
+    type: Literal["failure"] = "failure"
+    error: str
+    """The name of a class in `qerl_sync.errors`."""
+    text: str
+
+
+class End(_Message):
+    type: Literal["end"] = "end"
+
+
+Message = (
+    Hello
+    | Welcome
+    | Ready
+    | MapRequest
+    | MapReply
+    | SyncRequest
+    | Accepted
+    | Chunk
+    | Credit
+    | Finish
+    | Report
+    | Commit
+    | Committed
+    | Abort
+    | Condemn
+    | Aborted
+    | Failure
+    | End
+)
+_MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
+
+
+def encode(message: Message) -> bytes:
+    return message.model_dump_json().encode()
+
+
+def decode(frame: bytes) -> Message:
+    """Raises TransportError if it is no message of this protocol, and AgreementError if it is the
+    first one of another."""
+    try:
+        return _MESSAGES.validate_json(frame)
+    except ValidationError as exc:
+        _require_own_protocol(frame)
+        first = exc.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise TransportError(
+            f"a message arrived that this version does not understand ({place}: {first['msg']}); "
+            "install the same qerl-sync for trainer and workers"
+        ) from exc
+
+
+def _require_own_protocol(frame: bytes) -> None:
+    try:
+        told = json.loads(frame)
+    except ValueError:
+        return
+    if not isinstance(told, dict) or told.get("type") != "hello":
+        return
+    theirs = told.get("protocol")
+    if isinstance(theirs, int) and theirs != PROTOCOL:
+        raise AgreementError(
+            f"a worker speaks protocol {theirs} (packages: {told.get('packages')!r}), the trainer "
+            f"{PROTOCOL}; install the same qerl-sync for both"
+        )
+
+
+def failure(error: BaseException) -> Failure:
+    """An error, to be raised again on the other side."""
+    kind = type(error).__name__ if isinstance(error, SyncError) else "TransportError"
+    text = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
+    return Failure(error=kind, text=text)
+
+
+def error_of(told: Failure, who: str) -> SyncError:
+    """The other side's error, with its own class."""
+    kind = getattr(errors, told.error, None)
+    if not (isinstance(kind, type) and issubclass(kind, SyncError)):
+        kind = TransportError
+    return kind(f"{who}: {told.text}")
+
+
+def pack_metas(metas: list[ParamMeta]) -> list[tuple[str, str, tuple[int, ...]]]:
+    return [(meta.name, meta.dtype, meta.shape) for meta in metas]
+
+
+def unpack_metas(metas: list[tuple[str, str, tuple[int, ...]]]) -> list[ParamMeta]:
+    return [ParamMeta(*meta) for meta in metas]

@@ -1,0 +1,214 @@
+"""POSIX shared memory: named files under /dev/shm that die with their owner.
+
+A segment's owner holds a lock on it for as long as it lives. The kernel drops the lock when the
+owner ends, SIGKILL included, so whoever starts next can tell a dead owner's segments from others
+and removes them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import math
+import mmap
+import os
+import re
+import secrets
+import time
+import warnings
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qerl_sync.errors import TransportError
+from qerl_sync.meta import format_bytes
+
+DIRECTORY = Path("/dev/shm")
+PREFIX = "qerl_sync-"
+# A segment is locked within microseconds of its creation; an older one that is not has no owner.
+BIRTH_SECONDS = 60.0
+_PARAMETERS: weakref.WeakSet[SharedSegment] = weakref.WeakSet()
+_NAME = re.compile(re.escape(PREFIX) + r"[0-9]+-[0-9a-f]{16}")
+
+
+class SharedSegment:
+    """The owner's side of a segment: writable, gone when closed or collected.
+
+    Args:
+        parameters: tensors of the model live in it, so that `locate` looks for them here.
+
+    Raises:
+        TransportError: /dev/shm has not that much room. It is found out here, not by a crash when
+            the memory is first written.
+    """
+
+    def __init__(self, nbytes: int, *, parameters: bool = False) -> None:
+        remove_abandoned()
+        self.name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
+        self.nbytes = nbytes
+        path = DIRECTORY / self.name
+        descriptor = _create_locked(path)
+        try:
+            os.posix_fallocate(descriptor, 0, nbytes)
+            self._map = mmap.mmap(descriptor, nbytes)
+        except OSError as exc:
+            path.unlink()
+            os.close(descriptor)
+            raise _no_room(nbytes, exc) from exc
+        self.close = weakref.finalize(self, _release, path, descriptor, os.getpid())
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+        if parameters:
+            _PARAMETERS.add(self)
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Where `tensor` lies in this segment; None if it does not, or not in one piece."""
+        offset = tensor.data_ptr() - self.bytes.data_ptr()
+        inside = offset >= 0 and offset + tensor.nbytes <= self.nbytes
+        return offset if inside and tensor.is_contiguous() else None
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A writable view. It keeps the memory alive; the name goes with the segment."""
+        return view(self._map, offset, shape, dtype)
+
+
+class AttachedSegment:
+    """A reader's side: nothing that is done with it can change the owner's memory.
+
+    Raises:
+        TransportError: no segment of ours has that name, or it is smaller than announced.
+    """
+
+    def __init__(self, name: str, nbytes: int) -> None:
+        if not _NAME.fullmatch(name):
+            raise TransportError(
+                f"{name!r} is no shared memory of qerl-sync's (they are called {PREFIX}...)"
+            )
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK  # it may be a pipe
+        try:
+            descriptor = os.open(DIRECTORY / name, flags)
+        except OSError as exc:
+            raise TransportError(
+                f"the trainer's shared memory {name} cannot be opened here ({exc.strerror}); are "
+                "both on one host, with one /dev/shm and one user? Otherwise use sync.transport: "
+                "gloo"
+            ) from exc
+        try:
+            actual = os.fstat(descriptor).st_size
+            if actual < nbytes:
+                raise TransportError(
+                    f"the trainer's shared memory {name} has {actual:,} bytes, not {nbytes:,}"
+                )
+            self._map = mmap.mmap(descriptor, nbytes, prot=mmap.PROT_READ)
+        finally:
+            os.close(descriptor)
+        self.name, self.nbytes = name, nbytes
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A view that must not be written: the kernel would end the process."""
+        return read_only_view(self._map, offset, shape, dtype)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        return self._map[offset : offset + nbytes]
+
+    def drop_pages(self) -> None:
+        """Take the segment's pages out of this process's resident memory. They stay shared."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+def locate(tensor: torch.Tensor) -> tuple[SharedSegment, int] | None:
+    """The segment with parameters that `tensor` lies in, and where; None for other memory."""
+    for segment in _PARAMETERS:
+        offset = segment.offset_of(tensor)
+        if offset is not None:
+            return segment, offset
+    return None
+
+
+def parameters_are_shared() -> bool:
+    """Does this process keep parameters in shared memory?"""
+    return bool(_PARAMETERS)
+
+
+def view(memory: Any, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor over mapped memory, with a storage that is no larger than itself.
+
+    The mapping lives as long as the tensor does.
+    """
+    numel = math.prod(shape)
+    if numel == 0:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=offset).view(shape)
+
+
+def read_only_view(
+    memory: Any, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """The same over any buffer that must not be written."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return view(memory, offset, shape, dtype)
+
+
+class PrivateMemory:
+    """The same for bytes that nobody else sees."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._map = mmap.mmap(-1, nbytes)
+        self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return view(self._map, offset, shape, dtype)
+
+
+def remove_abandoned() -> list[str]:
+    """Remove the segments of owners that no longer live. Returns their names."""
+    removed = []
+    unborn = (path for path in DIRECTORY.glob(f".{PREFIX}*") if _age_seconds(path) > BIRTH_SECONDS)
+    for path in (*DIRECTORY.glob(f"{PREFIX}*"), *unborn):
+        with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+                removed.append(path.name)
+            finally:
+                os.close(descriptor)
+    return removed
+
+
+def _age_seconds(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_mtime
+    except OSError:  # gone meanwhile
+        return 0.0
+
+
+def _create_locked(path: Path) -> int:
+    """Under another name until it is locked: `remove_abandoned` must never see it without."""
+    unlocked = path.with_name(f".{path.name}")
+    descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    unlocked.rename(path)
+    return descriptor
+
+
+def _release(path: Path, descriptor: int, owner: int) -> None:
+    if os.getpid() != owner:  # a forked child must not take its parent's memory away
+        return
+    path.unlink(missing_ok=True)
+    os.close(descriptor)
+
+
+def _no_room(nbytes: int, exc: OSError) -> TransportError:
+    if exc.errno not in (errno.ENOSPC, errno.ENOMEM):
+        return TransportError(f"shared memory of {format_bytes(nbytes)} cannot be made: {exc}")
+    free = os.statvfs(DIRECTORY)
+    return TransportError(
+        f"{DIRECTORY} has {format_bytes(free.f_bavail * free.f_frsize)} free, "
+        f"{format_bytes(nbytes)} are needed; make it larger (docker: --shm-size), or take smaller "
+        "sync.chunk_bytes or fewer sync.chunks_in_flight, or sync.transport: gloo"
+    )
