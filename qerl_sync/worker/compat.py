@@ -15,7 +15,8 @@ Coupling points, all in vLLM's `model_executor/model_loader/reload`:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -114,6 +115,17 @@ def drop_requests(llm: Any) -> int:
     if left:
         llm.llm_engine.abort_request(left, internal=True)
     return len(left)
+
+
+def prompt_logprobs(llm: Any, token_ids: Sequence[int]) -> list[float]:
+    """Of each token but the first, given those before it."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    prompt = {"prompt_token_ids": list(token_ids)}
+    (answer,) = llm.generate([prompt], asked, use_tqdm=False)
+    told = zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)
+    return [float(table[token].logprob) for token, table in told]
 
 
 @dataclass(frozen=True)
@@ -226,23 +238,164 @@ def credit_padding(layer: torch.nn.Module) -> None:
     info.load_numel = info.load_numel_total
 
 
-def forget_packed_experts(layer: torch.nn.Module) -> None:
+def forget_packed_experts(layer: Any) -> None:
     """Take the kernel from unquantised experts on CPU, so that vLLM packs and builds it anew."""
-    method = getattr(layer, "quant_method", None)
-    if getattr(method, "moe_kernel", None) is None:
-        return
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
-        UnquantizedFusedMoEMethod,
-    )
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and isinstance(method, UnquantizedFusedMoEMethod):
-        method.moe_kernel = None
+    if _packs_experts(layer):
+        layer.quant_method.moe_kernel = None
 
 
 def begin_reload(model: torch.nn.Module) -> None:
     """Save the live tensors, put the model's parameters on meta, wrap their loaders."""
     _layerwise().initialize_layerwise_reload(model)
+
+
+def working_bytes(model: torch.nn.Module) -> dict[str, int]:
+    """For each layer, the memory that vLLM needs to process it: the layer materialised, and once
+    more where a CPU kernel packs it. Asked in an open reload only: outside of one, kernels keep
+    their weights where parameters do not show them."""
+    found = {}
+    for path, layer in model.named_modules():
+        nbytes = sum(t.nbytes for t in loadable_tensors(layer).values() if t.is_meta)
+        found[path] = nbytes * (2 if packs(layer) else 1)
+    return found
+
+
+def reloading_bytes(model: torch.nn.Module) -> int:
+    """What the weights of an open reload take, in the model's own format."""
+    layers = model.modules()
+    return sum(t.nbytes for m in layers for t in loadable_tensors(m).values() if t.is_meta)
+
+
+def live_tensors(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """What the layer's kernels read, in a reload and outside of one."""
+    info = _layerwise().LAYERWISE_INFO.get(layer)
+    if info is not None and info.can_load() and info.kernel_tensors is not None:
+        return [tensor for tensors in info.kernel_tensors for tensor in tensors.values()]
+    return list(_layerwise().get_layer_tensors(layer).values())
+
+
+def tensors_written_live(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """In an open reload, those that vLLM writes as they arrive."""
+    return [t for t in _layerwise().get_layer_tensors(layer).values() if not t.is_meta]
+
+
+def packed_bytes(layer: torch.nn.Module) -> int:
+    """What the packed copy outside of the layer's parameters takes; asked in an open reload."""
+    if not _packs_linear(layer):
+        return 0
+    return sum(t.nbytes for t in loadable_tensors(layer).values() if t.is_meta)
+
+
+def packs(layer: torch.nn.Module) -> bool:
+    """vLLM's CPU kernels keep a packed copy in the closure of `cpu_linear`, experts in a kernel."""
+    packed = getattr(getattr(layer, "cpu_linear", None), "__closure__", None)
+    kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+    return packed is not None or (kernel is not None and is_on_cpu())
+
+
+def packed_products(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Module path, and the product of the weights that its CPU kernel packed with a fixed vector.
+
+    Experts, packed in kernels of their own, give those kernels' tensors.
+    """
+    for path, layer in model.named_modules():
+        linear, weight = getattr(layer, "cpu_linear", None), getattr(layer, "weight", None)
+        if linear is not None and isinstance(weight, torch.Tensor) and not weight.is_meta:
+            probe = torch.linspace(-1, 1, _input_size(layer)).to(weight.dtype)
+            yield path, linear(probe.expand(2, -1).contiguous(), weight, None)
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        for value in vars(experts).values() if experts is not None else ():
+            if isinstance(value, torch.Tensor):
+                yield path, value
+
+
+class Packing(NamedTuple):
+    """What holds the packed copy that a layer's CPU kernel computes with. Packing makes it anew.
+
+    Attributes:
+        in_place: the copy lies in the parameters themselves, in another layout, so that they change
+            with what arrives whether or not that is packed.
+    """
+
+    holder: weakref.ref[Any]
+    in_place: bool
+
+
+def packings(model: torch.nn.Module) -> dict[str, Packing]:
+    """By module path."""
+    found = {}
+    for path, layer in model.named_modules():
+        if _packs_experts(layer):
+            found[path] = Packing(weakref.ref(layer.quant_method.moe_kernel), in_place=True)
+        elif _packs_linear(layer):
+            found[path] = Packing(weakref.ref(layer.cpu_linear), in_place=False)
+    return found
+
+
+def _packs_linear(layer: torch.nn.Module) -> bool:
+    return getattr(getattr(layer, "cpu_linear", None), "__closure__", None) is not None
+
+
+def _packs_experts(layer: Any) -> bool:
+    """Are these experts those that `forget_packed_experts` is for?"""
+    method = getattr(layer, "quant_method", None)
+    if getattr(method, "moe_kernel", None) is None:
+        return False
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+
+    return is_on_cpu() and isinstance(method, UnquantizedFusedMoEMethod)
+
+
+def _input_size(layer: torch.nn.Module) -> int:
+    for name in ("input_size_per_partition", "input_size", "embedding_dim"):
+        size = getattr(layer, name, None)
+        if size:
+            return int(size)
+    raise CompatError(f"vLLM's {type(layer).__name__} does not tell its input size")
+
+
+def is_on_cpu() -> bool:
+    """Is this vLLM's CPU backend?"""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def zero_kv_caches(vllm_config: Any) -> int:
+    """Overwrite all cached keys, values and states. Returns how many bytes that were.
+
+    Freed blocks keep what was computed last, and attention multiplies what is behind the end of a
+    sequence by zero, which leaves NaN what was NaN. Of an engine that sleeps nothing is left to
+    overwrite, and its memory is not mapped.
+    """
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    caches = [cache for layer in layers for cache in _tensors_in(getattr(layer, "kv_cache", None))]
+    if _kv_caches_sleep():
+        return 0
+    for cache in caches:
+        cache.zero_()
+    return sum(cache.nbytes for cache in caches)
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    found = value if isinstance(value, list | tuple) else [value]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def _kv_caches_sleep() -> bool:
+    """Has vLLM given the memory of the caches back for a while (`LLM.sleep`)?"""
+    if is_on_cpu():
+        return False
+    try:
+        from vllm.device_allocator.cumem import CuMemAllocator
+    except ImportError:
+        return False
+    allocator = CuMemAllocator.instance
+    known = allocator.pointer_to_data.values() if allocator is not None else ()
+    return any(data.tag == "kv_cache" and data.is_asleep for data in known)
 
 
 def record_metadata(model: torch.nn.Module) -> None:

@@ -65,3 +65,46 @@ def _statistic(path: Path, key: str) -> int:
     except (OSError, ValueError):
         return 0
     return int(fields.get(key, 0))
+
+
+class PeakMemory:
+    """The most memory that a stretch of work takes on top of what is held when it begins.
+
+    On a GPU what torch's allocator has handed out; on a CPU the resident memory of the process,
+    mapped shared memory included, by Linux's own high-water mark.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before: int | None = None
+
+    def start(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before = torch.cuda.memory_allocated(self._device)
+        else:
+            self._before = _reset_resident_peak()
+
+    def extra_bytes(self) -> int | None:
+        """None where it cannot be measured."""
+        if self._before is None:
+            return None
+        if self._device.type == "cuda":
+            return max(torch.cuda.max_memory_allocated(self._device) - self._before, 0)
+        return max(_status_bytes("VmHWM") - self._before, 0)
+
+
+def _reset_resident_peak() -> int | None:
+    """Linux's peak of the resident memory becomes its present value, which is returned."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_bytes("VmRSS")
+    except OSError:
+        return None
+
+
+def _status_bytes(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")

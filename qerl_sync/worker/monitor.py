@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from qerl_sync.buffers.detect import DeviceRule, storages_of
 from qerl_sync.buffers.ledger import BufferLedger
+from qerl_sync.buffers.lent import LentTensors
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.worker import compat, refresh
@@ -17,17 +19,34 @@ class SyncMonitor:
     """Accounts for one sync of one model. Implements `compat.LoadObserver`.
 
     It also closes, with the last tensor that they will get, the layers that the stream cannot
-    fill (padded vocabularies), which vLLM would keep open until the end.
+    fill (padded vocabularies), which vLLM would keep open until the end. Of `borrowed` memory it
+    copies out what deferred layers keep; of memory that belongs to the source it sees to it that
+    nobody writes to it while it is held.
+
+    Attributes:
+        before_processing: called with each layer before vLLM processes it.
     """
 
-    def __init__(self, model: torch.nn.Module, layer_map: LayerMap, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layer_map: LayerMap,
+        device: torch.device,
+        *,
+        borrowed: bool = False,
+    ) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._layers = layer_map.layers
         self._rule = DeviceRule(device)
         self._ledger = BufferLedger()
+        self.before_processing: Callable[[torch.nn.Module], None] = _nothing
+        self._borrowed = borrowed
+        self._lent = LentTensors()
+        self._name = ""
 
     def begin(self, name: str) -> None:
         """The next tensor that vLLM gets is `name`."""
+        self._name = name
         self._ledger.begin(name)
 
     def held(
@@ -37,12 +56,18 @@ class SyncMonitor:
         planned = self._layers[path]
         for key, value in arguments.items():
             if key != "param" and self._rule.counts(value):
+                if self._borrowed and planned.deferred:
+                    arguments[key] = value.clone()
                 self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
+                if not self._borrowed:
+                    self._lent.hold(path, self._name, value)
         fills = planned.deferred or planned.expected_numel == planned.total_numel
         if not fills and compat.layer_state(layer).loaded_numel >= planned.expected_numel:
             compat.credit_padding(layer)
 
     def processing(self, layer: torch.nn.Module) -> None:
+        self._lent.release(self._paths[id(layer)])
+        self.before_processing(layer)
         refresh.before_processing(layer)
 
     def processed(self, layer: torch.nn.Module) -> None:
@@ -50,3 +75,7 @@ class SyncMonitor:
 
     def trace(self) -> Trace:
         return self._ledger.trace()
+
+
+def _nothing(layer: torch.nn.Module) -> None:
+    pass

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from weakref import WeakKeyDictionary
 
 import torch
 
 from qerl_sync.buffers.detect import dtype_name, require_finite
+from qerl_sync.buffers.stream import as_planned
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import CoverageError, LoadError, PoisonedError, SyncError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.plan.terms import Terms
 from qerl_sync.worker import compat, memory, refresh
+from qerl_sync.worker.kernel_check import Held, KernelCheck
 from qerl_sync.worker.monitor import SyncMonitor
 from qerl_sync.worker.probe import observe_layer_map
+from qerl_sync.worker.rollback import Rollback
+from qerl_sync.worker.spill import Stager
 
 
 @dataclass
@@ -26,6 +33,10 @@ class _ModelState:
 
     syncing: bool = False
     poison: torch.utils.hooks.RemovableHandle | None = None
+    reason: str | None = None
+    version: int = 0
+    caches_suspect: bool = False
+    held: Held | None = None
 
 
 _STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
@@ -34,14 +45,31 @@ _STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
 class Receiver:
     """Loads planned streams into one live vLLM model. One per worker rank, not thread-safe.
 
-        ready ----start----> syncing ----finish----> ready
-                             syncing --error, abort--> poisoned ----start, ..., finish----> ready
+        ready --start--> syncing --finish--> whole --commit--> ready
+                         syncing --error, abort--> poisoned --start, finish, commit--> ready
+
+    With `on_failure: rollback` a sync that fails puts the old weights back instead:
+
+        syncing, whole --error, abort--> ready, on the version of before
+
+    With `verify: full` the engine is asked when it is ready, and the answer may condemn it:
+
+        ready --probe parts from the trainer, poison--> poisoned
 
     A poisoned worker holds a mix of old and new weights: its modules are whole (no meta tensors, no
-    half-open layers), but its model refuses to run until a full sync has finished.
+    half-open layers), but its model refuses to run until a full sync has been committed.
 
     Raises:
         CompatError: the installed vLLM has no layerwise reload, or another one.
+
+    What was computed while the weights were a mix, or not known to be finite, may lie in the KV
+    cache as NaN, which later requests would meet: the next commit overwrites it.
+
+    Attributes:
+        terms: what the next sync promises; set before `start`.
+        kept_bytes: of the last sync, what the old weights took in memory (`on_failure: rollback`).
+        verify_seconds: of the last sync, what checksums took (`sync.verify`).
+        peak_staged_bytes: of the last sync, the most that waited in host memory (policy `spill`).
     """
 
     def __init__(self, parts: compat.EngineParts) -> None:
@@ -53,6 +81,15 @@ class Receiver:
         self._open = False
         self._awaited: Iterator[ParamMeta] = iter(())
         self._check_finite = True
+        self._stager: Stager | None = None
+        self.terms = Terms()
+        self.peak_staged_bytes = 0
+        self.verify_seconds = 0.0
+        self.kept_bytes = 0
+        self._rollback: Rollback | None = None
+        self._poisoned_before: str | None = None
+        self._check: KernelCheck | None = None
+        self._held: Held | None = None
         self._observing = contextlib.ExitStack()
 
     def layer_map(
@@ -61,50 +98,104 @@ class Receiver:
         *,
         allow_incomplete: Sequence[str] = (),
     ) -> LayerMap:
-        """See `probe.observe_layer_map`, whose errors it raises."""
+        """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open."""
+        self._require_closed()
         return observe_layer_map(self.model, self._config, metas, allow_incomplete=allow_incomplete)
 
     def free_bytes(self) -> int:
         """Memory that is free now where the weights live."""
         return memory.free_bytes(self._device)
 
-    def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool = True) -> None:
-        """Open a sync. From here to the end of `finish` the model must not run.
+    @property
+    def precision(self) -> tuple[str, str | None]:
+        """The dtype that the model computes in, and its quantisation."""
+        model = self._config.model_config
+        return dtype_name(model.dtype), model.quantization
+
+    @property
+    def version(self) -> int:
+        """The weight version last committed; 0 if none."""
+        return self._state.version
+
+    @property
+    def poisoned(self) -> str | None:
+        """Why the model refuses to run; None if it runs."""
+        return self._state.reason
+
+    def start(
+        self,
+        plan: SyncPlan,
+        layer_map: LayerMap,
+        *,
+        check_finite: bool = True,
+        borrowed: bool = False,
+    ) -> None:
+        """Open a sync. From here to `commit` the model must not run.
+
+        Args:
+            borrowed: the memory of received tensors will be used again after each chunk, so what
+                vLLM keeps longer (deferred layers) is copied out.
 
         Raises:
             SyncError: a sync is already open.
+            PlanError, ConfigError: what the plan stages cannot be staged here.
         """
-        if self._state.syncing:
-            raise SyncError("a sync is already open on this worker; finish or abort it first")
+        self._require_closed()
+        spill, self.peak_staged_bytes = plan.spill, 0
+        self._stager = None if spill is None else Stager(plan, spill, self._device)
         self._open = self._state.syncing = True
+        self._rollback, self.kept_bytes, self._poisoned_before = None, 0, self.poisoned
+        self._state.caches_suspect |= self.poisoned is not None
         self.poison("a sync is in progress")
         self._awaited = iter(plan.metas)
         self._check_finite = check_finite
-        self._monitor = SyncMonitor(self.model, layer_map, self._device)
+        self.verify_seconds, self._held = 0.0, None
+        self._check = self._kernel_check(layer_map) if self.terms.checksums else None
+        borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
+        self._monitor = SyncMonitor(self.model, layer_map, self._device, borrowed=borrowed)
         with self._aborting():
             self._observing.enter_context(compat.observe_loads(self._monitor))
             with compat.loading_context(self._config):
                 compat.begin_reload(self.model)
+            if self.terms.on_failure == "rollback":
+                self._rollback = Rollback()
+                self._rollback.begin(self.model)
+                self._monitor.before_processing = self._rollback.keep
+            self.working_bytes = compat.working_bytes(self.model)
+            self.finishing_bytes = refresh.packed_anew_bytes(self.model, self.working_bytes)
 
     def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the next chunk of the plan: one `load_weights` call.
 
         The tensors are kept by reference until their layer is whole, at the latest until the end
-        of this call (deferred layers: until `finish`).
+        of this call (deferred layers: until `finish`). A plan that spills has what is whole by now
+        loaded, and the rest of the chunk copied to host memory.
 
         Raises:
             CoverageError: a tensor is not the one that the plan has next, or cannot be right.
             LoadError: vLLM's loader failed. In both cases the worker is poisoned.
         """
+        self._require_open()
         with self._aborting(), compat.loading_context(self._config):
-            self.model.load_weights(self._checked(chunk, tensors))  # type: ignore[operator]
+            stream = self._checked(chunk, tensors)
+            if self._stager is None:
+                self._load((meta.name, tensor) for meta, tensor in stream)
+                return
+            whole = self._stager.take(stream)
+            if self._stager.has_due:
+                self._load(whole)
+            self._stager.keep()
 
     def finish(self) -> Trace:
-        """Close the sync and return its measured trace. The model may run again.
+        """All has arrived: process what is left and return the measured trace.
+
+        The weights are whole and new; the model runs again after `commit`.
 
         Raises:
-            CoverageError: the plan's stream did not arrive completely; the worker is poisoned.
+            CoverageError: the plan's stream did not arrive completely, or kernels do not hold what
+                arrived (`sync.verify`); the worker is poisoned.
         """
+        self._require_open()
         with self._aborting():
             missing = list(self._awaited)
             if missing:
@@ -114,18 +205,39 @@ class Receiver:
                 )
             with compat.loading_context(self._config):
                 compat.finish_reload(self.model, self._config)
+                self._keep_tied()
                 refresh.after_reload(self.model)
+            if self._check is not None:
+                with self._verifying():
+                    self._held = self._check.conclude()
         self._close()
-        self._heal()
+        self.kept_bytes = 0 if self._rollback is None else self._rollback.nbytes
         return self._monitor.trace()
 
+    def commit(self, version: int) -> None:
+        """The new weights are version `version`; the model may run again."""
+        self._rollback = None
+        self._state.version = version
+        self._state.held = self._held
+        if self._state.caches_suspect:
+            compat.zero_kv_caches(self._config)
+        self._state.caches_suspect = not (self._check_finite or self.terms.finite)
+        self._heal()
+
     def abort(self, reason: str) -> None:
-        """Give up an open sync: whole modules, a mix of weights, poisoned. Idempotent."""
-        if not self._open:
-            return
-        self._close()
-        compat.restore(self.model)
-        self.poison(reason)
+        """Give up a sync that is not committed: whole modules, poisoned or back on the old version
+        (`terms.on_failure`). Idempotent."""
+        if self._open:
+            self._close()
+            compat.restore(self.model)
+        rollback, self._rollback = self._rollback, None
+        if rollback is not None and self.terms.on_failure == "rollback":
+            rollback.put_back()
+            if self._poisoned_before is None:
+                self._heal()
+            reason = self._poisoned_before or reason
+        if self.poisoned is not None:
+            self.poison(reason)
 
     def poison(self, reason: str) -> None:
         """Make the model refuse to run, with `reason`, until a sync has finished."""
@@ -138,15 +250,29 @@ class Receiver:
             )
 
         self._state.poison = self.model.register_forward_pre_hook(refuse)
+        self._state.reason = reason
+
+    def _require_closed(self) -> None:
+        if self._state.syncing:
+            raise SyncError("a sync is already open on this worker; finish or abort it first")
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise SyncError("no sync is open on this worker; start one first")
 
     def _heal(self) -> None:
         if self._state.poison is not None:
             self._state.poison.remove()
-            self._state.poison = None
+        self._state.poison = self._state.reason = None
 
     def _close(self) -> None:
         self._open = self._state.syncing = False
         self._observing.close()
+        self._check = None
+        if self._stager is not None:
+            self.peak_staged_bytes = self._stager.peak_bytes
+            self._stager.close()
+        self._stager = None
 
     @contextlib.contextmanager
     def _aborting(self) -> Iterator[None]:
@@ -161,42 +287,51 @@ class Receiver:
             if not isinstance(exc, Exception):
                 raise
             raise LoadError(
-                f"vLLM failed in the middle of a sync: {type(exc).__name__}: {exc}. The worker is "
-                "poisoned until a full sync succeeds"
+                f"vLLM failed in the middle of a sync: {type(exc).__name__}: {exc}. The worker "
+                f"{self._outcome()}"
             ) from exc
+
+    def _outcome(self) -> str:
+        if self.poisoned is not None:
+            return "is poisoned until a full sync succeeds"
+        return f"is back on version {self.version}"
+
+    def _keep_tied(self) -> None:
+        if self._rollback is not None:
+            for path in refresh.tied_layers(self.model):
+                self._rollback.keep(self.model.get_submodule(path))
+
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.model.load_weights(self._watched(tensors))  # type: ignore[operator]
+
+    def _watched(
+        self, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            self._monitor.begin(name)
+            yield name, tensor
 
     def _checked(
         self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    ) -> Iterator[tuple[ParamMeta, torch.Tensor]]:
         """The stream, each tensor held against the plan before vLLM sees it."""
-        arriving = iter(tensors)
-        for _ in chunk.names:
-            awaited = next(self._awaited)
-            name, tensor = next(arriving, (None, None))
-            if name is None or tensor is None:
-                raise CoverageError(f"the source ended where {awaited.name!r} was next")
-            _check(awaited, name, tensor, finite=self._check_finite)
-            self._monitor.begin(name)
-            yield name, tensor
-        surplus = next(arriving, None)
-        if surplus is not None:
-            raise CoverageError(
-                f"{surplus[0]!r} arrived after the last tensor of its chunk; the plan has no such "
-                "tensor there. Yield each planned name once"
-            )
+        awaited = islice(self._awaited, len(chunk.names))
+        for meta, tensor in as_planned(awaited, tensors):
+            if self._check_finite:
+                require_finite(meta.name, tensor)
+            if self._check is not None:
+                with self._verifying():
+                    self._check.arrived(meta.name, tensor)
+            yield meta, tensor
 
+    def _kernel_check(self, layer_map: LayerMap) -> KernelCheck:
+        dtype = self._config.model_config.dtype
+        return KernelCheck(self.model, layer_map, dtype, self._state.held)
 
-def _check(awaited: ParamMeta, name: str, tensor: torch.Tensor, *, finite: bool) -> None:
-    if name != awaited.name:
-        raise CoverageError(
-            f"{name!r} arrived where the plan has {awaited.name!r}; the source must yield exactly "
-            "the names that it is asked for, in that order"
-        )
-    shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
-    if (shape, dtype) != (awaited.shape, awaited.dtype):
-        raise CoverageError(
-            f"{name!r} arrived as {dtype} {list(shape)}, the plan says {awaited.dtype} "
-            f"{list(awaited.shape)}; the source's metadata and its tensors differ"
-        )
-    if finite:
-        require_finite(name, tensor)
+    @contextlib.contextmanager
+    def _verifying(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.verify_seconds += time.perf_counter() - start

@@ -6,6 +6,8 @@ compute with packed copies of the parameters.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from qerl_sync.worker import compat
@@ -38,13 +40,28 @@ def after_reload(model: torch.nn.Module) -> list[str]:
     return refreshed
 
 
+def packed_anew_bytes(model: torch.nn.Module, working_bytes: Mapping[str, int]) -> int:
+    """The memory that `after_reload` needs: a new packed head, while the old one is still there.
+
+    Args:
+        working_bytes: see `compat.working_bytes`; of a layer that is packed, two copies.
+    """
+    heads = tied_parameters(model).items()
+    packed = (owner for path, (owner, _) in heads if compat.packs(model.get_submodule(path)))
+    return max((working_bytes[owner] // 2 for owner in packed), default=0)
+
+
 def tied_layers(model: torch.nn.Module) -> list[str]:
     """Modules that share a parameter object with an earlier module, in module order."""
-    seen: set[int] = set()
-    tied = []
+    return list(tied_parameters(model))
+
+
+def tied_parameters(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+    """Of each of `tied_layers`, the module that has its parameter first, and the name there."""
+    owners: dict[int, tuple[str, str]] = {}
+    tied: dict[str, tuple[str, str]] = {}
     for path, module in model.named_modules():
-        parameters = {id(p) for p in module._parameters.values() if p is not None}
-        if parameters & seen:
-            tied.append(path)
-        seen |= parameters
+        for name, parameter in module._parameters.items():
+            if parameter is not None and owners.setdefault(id(parameter), (path, name))[0] != path:
+                tied.setdefault(path, owners[id(parameter)])
     return tied

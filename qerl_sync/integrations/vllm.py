@@ -1,0 +1,301 @@
+"""vLLM's trainer contract: a trainer engine of ours, and our plans for vLLM's own engines.
+
+    init = QerlTrainerInitInfo(rank=0, sync=SyncConfig.of(chunk_bytes="64MiB"))
+    engine = WeightTransferTrainerFactory.trainer_init(init, client=client, source=source)
+    engine.send_weights()
+    engine.last_report
+
+`client` is any `VLLMWeightSyncClient`, `source` any `WeightSource`. Importing this module makes our
+engines known to vLLM's factories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import Self
+from vllm.distributed.weight_transfer import base
+from vllm.distributed.weight_transfer.base import (
+    ModuleSource,
+    TrainerInitInfo,
+    TrainerWeightTransferEngine,
+    WeightSource,
+    materialize_full_tensor,
+)
+
+from qerl_sync.buffers.detect import dtype_name
+from qerl_sync.build import remote_transport
+from qerl_sync.clients.base import translated
+from qerl_sync.config import SyncConfig
+from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.sync_plan import SyncPlan
+from qerl_sync.session import SyncReport, SyncSession
+from qerl_sync.sources.base import Source
+from qerl_sync.transports.remote import RemoteTransport
+from qerl_sync.worker import plugin
+
+# In a trainer's process nobody loads vLLM's plugins.
+plugin.register()
+
+
+@dataclass
+class QerlTrainerInitInfo(TrainerInitInfo):
+    """Of one trainer rank. `rank` is keyword-only and rank 0 has the client, as everywhere in vLLM.
+
+    Attributes:
+        sync: how weights go; the `sync` section of the YAML.
+        endpoints: `host:port` of each trainer rank, where there are several: each listens on its
+            own, and the workers connect to all. QERL_SYNC_TOKEN must then be set for trainer ranks
+            and workers alike. Empty: one rank, on a port of its own choice.
+        num_workers: worker ranks in all; trainer ranks other than 0 must know it.
+    """
+
+    backend: ClassVar[str] = "qerl"
+
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    endpoints: Sequence[str] = ()
+    num_workers: int = 0
+
+
+class QerlTrainerWeightTransferEngine(TrainerWeightTransferEngine):
+    """Sends a `WeightSource` to workers with the backend `qerl`: planned, bounded, reported.
+
+    Called on every trainer rank alike.
+
+    Attributes:
+        session: plans, sends and reports; it has the plan and the layer map of the last sync.
+        last_report: of the last `send_weights`; None before it.
+    """
+
+    init_info_cls = QerlTrainerInitInfo
+
+    def __init__(self, init_info: QerlTrainerInitInfo, *, client: Any, source: WeightSource):
+        super().__init__(client=client, source=source, is_sender=init_info.is_sender)
+        self._weights = VLLMSource(source)
+        self._transport = _transport(init_info, client)
+        self.session = SyncSession(self._weights, self._transport, init_info.sync)
+        self.last_report: SyncReport | None = None
+        self._sends = 0
+
+    @classmethod
+    def trainer_init(
+        cls,
+        init_info: QerlTrainerInitInfo,
+        *,
+        client: Any,
+        source: WeightSource | None = None,
+    ) -> Self:
+        """Connect to the workers. Called on every trainer rank, concurrently.
+
+        Args:
+            client: of rank 0; other ranks may give None.
+
+        Raises:
+            ConfigError: the source is missing, or the ranks cannot find each other.
+            TransportError, AgreementError: the workers do not connect, or are not alike.
+        """
+        if source is None:
+            raise ConfigError("the qerl trainer engine sends a WeightSource; give it as source=")
+        engine = cls(init_info, client=client, source=source)
+        engine._transport.open()
+        return engine
+
+    def send_weights(self) -> None:
+        """Push the source's weights to all workers. Raises as `SyncSession.push` does."""
+        self.last_report = self.session.push(self._sends)
+        self._sends += 1
+        self._weights.end_pass()
+
+    def shutdown(self) -> None:
+        self.session.close()
+
+
+def _transport(info: QerlTrainerInitInfo, client: Any) -> RemoteTransport:
+    sync = info.sync
+    if sync.transport == "inproc":
+        raise ConfigError(
+            "sync.transport: inproc is for InProcessTransport; workers with the backend qerl are "
+            "reached over shm or gloo, whatever process they are in"
+        )
+    if info.endpoints and info.rank >= len(info.endpoints):
+        raise ConfigError(
+            f"trainer rank {info.rank} has no endpoint: there are {len(info.endpoints)}, one for "
+            "each rank is needed"
+        )
+    if info.rank and not (info.endpoints and info.num_workers):
+        raise ConfigError(
+            f"trainer rank {info.rank} needs `endpoints`, those of all trainer ranks, and "
+            "`num_workers`, to know for whom to wait"
+        )
+    return remote_transport(
+        sync,
+        TranslatedClient(client) if info.is_sender else None,
+        endpoints=info.endpoints,
+        rank=info.rank,
+        num_workers=info.num_workers,
+    )
+
+
+class TranslatedClient:
+    """A client of any kind, whose errors become ours. What else it has than vLLM's four methods
+    (pausing, caches) it keeps."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return _translating(name, getattr(self._client, name))
+
+
+def _translating(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return method(*arguments, **options)
+        except SyncError:
+            raise
+        except Exception as exc:
+            raise translated(exc, "the vLLM engine", name) from exc
+
+    return call
+
+
+class VLLMSource(Source):
+    """A `WeightSource` of vLLM's as a source of ours.
+
+    A WeightSource yields in its own order. Where more is possible it is used: a plain
+    `ModuleSource` has its module's parameters, and any other source may have a method
+    `tensor(name)` that returns one whole tensor (a collective, where its iteration is one). Others
+    have `any_order` False: one pass over them serves a sync, tensors that nobody wants are passed
+    over, and a plan in another order is refused before anything is sent.
+    """
+
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._lookup = _lookup(source)
+        self.any_order = self._lookup is not None
+        self._pass: Iterator[tuple[str, torch.Tensor | None]] | None = None
+
+    def metadata(self) -> list[ParamMeta]:
+        self._pass = None
+        return [
+            ParamMeta(meta.name, dtype_name(meta.dtype), tuple(meta.shape))
+            for meta in self._source.metadata()
+        ]
+
+    def held_names(self) -> Collection[str] | None:
+        held = self._source.held_names()
+        return None if held is None else frozenset(held)
+
+    @torch.no_grad()
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name in names:
+            tensor = self._lookup(name) if self._lookup else self._seek(name)
+            yield name, tensor.detach()
+
+    @torch.no_grad()
+    def end_pass(self) -> None:
+        """What is left of the pass: its gathers are collectives, which other ranks run too."""
+        for _ in self._pass or ():
+            pass
+        self._pass = None
+
+    def _seek(self, name: str) -> torch.Tensor:
+        if self._pass is None:
+            self._pass = iter(self._source)
+        for found, tensor in self._pass:
+            if found == name and tensor is not None:
+                return tensor
+            if found == name:
+                raise CoverageError(
+                    f"the source yields None for {name!r}, which this rank holds by its "
+                    "held_names(); both must say the same"
+                )
+        raise CoverageError(
+            f"the source's iteration has ended and {name!r} has not come, or not where its "
+            "metadata() has it; both must enumerate the same tensors in the same order"
+        )
+
+
+def _lookup(source: WeightSource) -> Callable[[str], torch.Tensor] | None:
+    """How to get one tensor by its name, where the source can do that."""
+    tensor: Callable[[str], torch.Tensor] | None = getattr(source, "tensor", None)
+    # A subclass may yield something else than the parameters.
+    if type(source) is ModuleSource:
+        module: torch.nn.Module = source._module
+        return lambda name: materialize_full_tensor(module.get_parameter(name))
+    return tensor
+
+
+class PlannedSource(WeightSource):
+    """A source of ours in the order of a plan, for vLLM's own trainer engines (nccl, ipc, ...).
+
+    All of vLLM's engines send a `WeightSource` in the order of its metadata, so the plan's order is
+    what the worker gets, whichever engine carries it. `groups()` are vLLM's own, by decoder layer
+    (its consumers compute them from the metadata and number them), each in plan order.
+
+    Args:
+        plan: made of this source's metadata, on every trainer rank alike. Where no worker can be
+            asked, `worker.offline.offline_map` has the layer map to make it with.
+
+    Raises:
+        PlanError: the source does not have what the plan sends, or not in any order.
+    """
+
+    def __init__(self, source: Source, plan: SyncPlan) -> None:
+        if plan.policy == "spill":
+            raise PlanError(
+                "vLLM's own engines load tensors as they arrive, and a plan with the policy spill "
+                "needs workers with the backend qerl, which put them in order; make it with the "
+                "policy reorder or warn"
+            )
+        self.source = source
+        self.plan = plan
+        self._require_current()
+
+    def metadata(self) -> list[base.ParamMeta]:
+        self._require_current()
+        return [base.ParamMeta(m.name, getattr(torch, m.dtype), m.shape) for m in self.plan.metas]
+
+    def held_names(self) -> Collection[str] | None:
+        return self.source.held_names()
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for chunk in self.plan.chunks:
+            yield from self._all(chunk.names)
+
+    def iter_groups(self) -> Iterator[tuple[list[str], list[torch.Tensor]]]:
+        for group in self.groups():
+            yield group, [tensor for _, tensor in self._all(group)]
+
+    def _all(self, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
+        """These tensors; None for those that other ranks hold."""
+        held = self.held_names()
+        own = names if held is None else [name for name in names if name in held]
+        tensors = self.source.materialize(own)
+        for name in names:
+            yield name, next(tensors)[1] if held is None or name in held else None
+
+    def _require_current(self) -> None:
+        metas = self.source.metadata()
+        here = {meta.name: meta for meta in metas}
+        for planned in self.plan.metas:
+            found = here.get(planned.name)
+            if found != planned:
+                raise PlanError(
+                    f"the plan sends {planned}, the source has {found or 'no such tensor'}; make "
+                    "the plan of this source's metadata()"
+                )
+        if not self.source.any_order and not _is_subsequence(self.plan.metas, metas):
+            raise PlanError(
+                "the plan has another order than the source, which yields in its own only; make "
+                "the plan with the policy warn"
+            )
+
+
+def _is_subsequence(some: Sequence[ParamMeta], metas: Sequence[ParamMeta]) -> bool:
+    rest = iter(metas)
+    return all(meta in rest for meta in some)

@@ -1,0 +1,131 @@
+"""The trainer's side of `qerl_nccl` and `qerl_ipc`: vLLM's own engines, in plan order.
+
+    init = QerlNCCLTrainerInitInfo(rank=0, master_address=..., master_port=..., world_size=...)
+    engine = WeightTransferTrainerFactory.trainer_init(
+        init, client=client, source=PlannedSource(source, plan)
+    )
+    engine.send_weights()
+
+What was run, and what not, stands in `worker.native`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from typing_extensions import Self
+from vllm.distributed.weight_transfer.base import WeightSource
+from vllm.distributed.weight_transfer.ipc_engine import (
+    IPCTrainerInitInfo,
+    IPCTrainerWeightTransferEngine,
+)
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLTrainerInitInfo,
+    NCCLTrainerWeightTransferEngine,
+)
+
+from qerl_sync.errors import ConfigError
+from qerl_sync.integrations.vllm import PlannedSource, TranslatedClient
+from qerl_sync.worker import plugin
+
+plugin.register()
+
+
+@dataclass
+class QerlNCCLTrainerInitInfo(NCCLTrainerInitInfo):
+    """vLLM's, and `check_finite`: see `SyncConfig`. Workers look where the source cannot."""
+
+    backend: ClassVar[str] = "qerl_nccl"
+
+    check_finite: bool = True
+
+
+@dataclass
+class QerlIPCTrainerInitInfo(IPCTrainerInitInfo):
+    """vLLM's, and `check_finite`: see `SyncConfig`. Workers look where the source cannot."""
+
+    backend: ClassVar[str] = "qerl_ipc"
+
+    check_finite: bool = True
+
+
+class AgreeingClient:
+    """A client for vLLM's trainer engines: with the start of an update the workers get its plan.
+
+    What they refuse is raised there, before vLLM sends a byte, and would otherwise leave the
+    trainer in a broadcast that nobody joins.
+
+    Attributes:
+        check_finite: whether workers are to look for NaN in the next update.
+    """
+
+    def __init__(self, client: Any, source: PlannedSource) -> None:
+        self._client = TranslatedClient(client)
+        self._source = source
+        self.check_finite = True
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._client.init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self) -> None:
+        self._client.start_weight_update()
+        storages = self._source.source.storages()
+        self._client.update_weights(
+            {
+                "plan": self._source.plan.to_json(),
+                "check_finite": self.check_finite,
+                "storages": {name: [s.key, s.nbytes] for name, s in storages.items()},
+            }
+        )
+
+    def update_weights(self, update_info: Any) -> None:
+        self._client.update_weights(update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._client.finish_weight_update(weight_version)
+
+
+class _Agreeing:
+    """What both engines have in common, to stand before vLLM's class among the bases."""
+
+    client: AgreeingClient
+    source: PlannedSource
+    _check_finite = True
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: Any, *, client: Any, source: WeightSource | None = None
+    ) -> Self:
+        """As vLLM's. Raises ConfigError if the source has no plan."""
+        if not isinstance(source, PlannedSource):
+            raise ConfigError(
+                f"{init_info.backend} sends in the order of a plan: give it a PlannedSource, not "
+                f"{type(source).__name__} (vLLM's own {init_info.backend[5:]} takes any)"
+            )
+        agreeing = AgreeingClient(client, source)
+        engine: Self = super().trainer_init(init_info, client=agreeing, source=source)  # type: ignore[misc]
+        engine._check_finite = init_info.check_finite
+        return engine
+
+    def send_weights(self) -> None:
+        """As vLLM's, after the workers have agreed. Called on every trainer rank.
+
+        Raises:
+            CoverageError: the source has NaN or infinite values; nothing was sent.
+        """
+        checked = self._check_finite and self.source.source.check_finite()
+        self.client.check_finite = self._check_finite and not checked
+        super().send_weights()  # type: ignore[misc]
+
+
+class QerlNCCLTrainerWeightTransferEngine(_Agreeing, NCCLTrainerWeightTransferEngine):
+    """vLLM's NCCL trainer engine for workers with the backend `qerl_nccl`."""
+
+    init_info_cls = QerlNCCLTrainerInitInfo
+
+
+class QerlIPCTrainerWeightTransferEngine(_Agreeing, IPCTrainerWeightTransferEngine):
+    """vLLM's CUDA IPC trainer engine for workers with the backend `qerl_ipc`."""
+
+    init_info_cls = QerlIPCTrainerInitInfo

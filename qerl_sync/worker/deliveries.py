@@ -1,0 +1,51 @@
+"""Chunks that somebody else in this process received, waiting for the worker's inlet.
+
+Ray hands objects to an actor's method and not to a thread of vLLM's: the method leaves them here.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+_waiting: dict[str, dict[int, Any]] = {}
+_changed = threading.Condition()
+
+
+def open_box(key: str) -> None:
+    """From here on chunks with this key are kept."""
+    with _changed:
+        _waiting[key] = {}
+
+
+def close_box(key: str) -> None:
+    """What is still in it is dropped, as is what arrives later. Idempotent."""
+    with _changed:
+        _waiting.pop(key, None)
+        _changed.notify_all()
+
+
+def clear(key: str) -> None:
+    """Drop what an earlier sync left."""
+    with _changed:
+        if key in _waiting:
+            _waiting[key].clear()
+
+
+def put(key: str, index: int, chunk: Any) -> bool:
+    """Returns whether somebody waits for it."""
+    with _changed:
+        if key in _waiting:
+            _waiting[key][index] = chunk
+            _changed.notify_all()
+        return key in _waiting
+
+
+def take(key: str, index: int, timeout_seconds: float) -> Any:
+    """Chunk `index`, which nobody else gets; None if it does not come in time, or the box was
+    closed."""
+    with _changed:
+        _changed.wait_for(
+            lambda: key not in _waiting or index in _waiting[key], timeout=timeout_seconds
+        )
+        return _waiting.get(key, {}).pop(index, None)

@@ -1,0 +1,128 @@
+"""vLLM's `WeightTransferEngine`, for whom vLLM's calls only lend the worker's thread.
+
+    init_weight_transfer_engine   connect to the trainer, agree on how bytes travel
+    start_weight_update           (nothing)
+    update_weights                serve the trainer's requests: a whole sync, or a dry run
+    finish_weight_update          (nothing)
+
+A whole sync happens within one call of `update_weights`: the scheduler never runs a step between
+two layers of different versions, paused or not.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from qerl_sync.errors import SyncError
+from qerl_sync.wire import messages as say
+from qerl_sync.wire.host import host_id
+from qerl_sync.worker import compat
+from qerl_sync.worker.connection import TrainerConnection
+from qerl_sync.worker.receiver import Receiver
+
+logger = logging.getLogger(__name__)
+
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+)
+
+
+class QerlInitInfo(dict[str, Any], WeightTransferInitInfo):
+    """What the trainer says when it connects: `worker.connection.ConnectCall` has the fields."""
+
+
+class QerlUpdateInfo(dict[str, Any], WeightTransferUpdateInfo):
+    """What the trainer says when it calls: `worker.connection.TalkCall` has the fields."""
+
+
+class QerlWeightTransferEngine(WeightTransferEngine):
+    """One per worker rank. See the module's text."""
+
+    init_info_cls = QerlInitInfo
+    update_info_cls = QerlUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: Any) -> None:
+        super().__init__(config, vllm_config, device, model)
+        device = torch.device(device)
+        self._receiver = Receiver(compat.EngineParts(model, vllm_config, device))
+        self._connection = TrainerConnection(self._receiver, device, self._hello)
+        self._update_open = False
+
+    def init_transfer_engine(self, init_info: QerlInitInfo) -> None:
+        """Connect to every rank of the trainer."""
+        try:
+            self._connection.open(dict(init_info))
+        except SyncError as exc:
+            self._refuse(f"this worker does not connect to the trainer: {exc}")
+
+    def start_weight_update(self) -> None:
+        self._update_open = True
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # Not the base class's: it ends with a device synchronisation, which CPU workers lack.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: QerlUpdateInfo) -> None:
+        """Serve the trainer's requests until it says End. Its failures are told to it alone."""
+        try:
+            self._connection.serve(dict(update_info))
+        except SyncError as exc:
+            self._refuse(f"this worker does not take the update: {exc}")
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def finish_weight_update(self) -> None:
+        self._update_open = False
+
+    def shutdown(self) -> None:
+        self._connection.close()
+
+    def _hello(self) -> say.Hello:
+        parallel, model = self.parallel_config, self.model_config
+        return say.Hello(
+            protocol=say.PROTOCOL,
+            packages=packages(),
+            engine=str(self.vllm_config.instance_id),
+            rank=parallel.rank,
+            world_size=parallel.world_size,
+            layout={name: int(getattr(parallel, name)) for name in PARALLEL_SIZES},
+            model=type(self.model).__name__,
+            dtype=str(model.dtype).removeprefix("torch."),
+            quantization=model.quantization,
+            host=host_id(),
+            pid=os.getpid(),
+            version=self._receiver.version,
+            poisoned=self._receiver.poisoned,
+            update_open=self._update_open,
+        )
+
+    def _refuse(self, text: str) -> None:
+        """Tell who called through vLLM. Only the last rank may: vLLM takes the first exception and
+        leaves the answers of the ranks after it in their queues."""
+        logger.error(text)
+        if self.parallel_config.rank == self.parallel_config.world_size - 1:
+            raise ValueError(text)
+
+
+def packages() -> dict[str, str]:
+    """Versions that matter to a sync."""
+    found = {"torch": str(torch.__version__), "vllm": compat.vllm_version()}
+    try:
+        found["qerl-sync"] = version("qerl-sync")
+    except PackageNotFoundError:
+        found["qerl-sync"] = "?"
+    return found

@@ -1,0 +1,69 @@
+"""What a sync takes of a worker's memory on top of what it holds anyway, from the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.staging import touched_bytes
+from qerl_sync.plan.sync_plan import SyncPlan
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """How one trainer rank's chunks reach the worker.
+
+    Attributes:
+        sizes: bytes of each chunk's part.
+        chunks_in_flight: slots that they travel in.
+        standing_bytes: slots of the worker's own, which it holds from sync to sync.
+        in_place: for each chunk, whether the worker reads it where the trainer keeps it.
+    """
+
+    sizes: Sequence[int]
+    chunks_in_flight: int
+    standing_bytes: int
+    in_place: Sequence[bool]
+
+
+def footprint_bytes(
+    plan: SyncPlan,
+    layer_map: LayerMap,
+    working_bytes: Mapping[str, int],
+    finishing_bytes: int,
+    arrivals: Sequence[Arrivals],
+) -> int:
+    """The highest sum, over all chunks, of the memory that chunks have arrived in and of what the
+    largest layer that the chunk completes needs while vLLM processes it, or of what is staged.
+
+    Args:
+        working_bytes: for each layer, see `compat.working_bytes`.
+        finishing_bytes: what is needed at the end, when derived state is made anew (tied heads).
+    """
+    received = [
+        [a.standing_bytes] * len(a.sizes)
+        if a.standing_bytes
+        else touched_bytes(a.sizes, a.chunks_in_flight, a.in_place)
+        for a in arrivals
+    ]
+    working = _working_by_chunk(plan, layer_map, working_bytes)
+    # What a chunk completes is loaded and let go, then what it leaves is staged.
+    after = plan.staged_bytes
+    own = [max(a + w, b) for a, w, b in zip([0, *after], working, after, strict=False)]
+    loading = max((sum(at) for at in zip(*received, own, strict=True)), default=0)
+    return max(loading, sum(touched[-1] for touched in received if touched) + finishing_bytes)
+
+
+def _working_by_chunk(
+    plan: SyncPlan, layer_map: LayerMap, working_bytes: Mapping[str, int]
+) -> list[int]:
+    """What the largest layer needs of those that vLLM has whole with each chunk."""
+    whole_in: dict[str, int] = {}
+    for index, names in enumerate(plan.chunk_loads):
+        for name in names:
+            whole_in.update(dict.fromkeys(layer_map.parents(name), index))
+    working = [0] * len(plan.chunks)
+    for layer, index in whole_in.items():
+        working[index] = max(working[index], working_bytes.get(layer, 0))
+    return working

@@ -1,0 +1,164 @@
+"""How a chunk's bytes become tensors in the worker: mapped from shared memory, or received."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qerl_sync.errors import TransportError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.staging import offsets
+from qerl_sync.wire.messages import Chunk, Segment
+from qerl_sync.wire.segments import AttachedSegment, PrivateMemory, read_only_view
+from qerl_sync.worker import deliveries
+
+Place = tuple[int, int]
+
+
+class Inlet(ABC):
+    """One trainer rank's chunks. `prepare` before a sync, `fetch` for each chunk, `rest` after it.
+
+    `fetch` runs in a thread of its own while the worker loads; the others do not.
+
+    Attributes:
+        standing_bytes: memory of the worker's own that it holds from sync to sync.
+    """
+
+    standing_bytes = 0
+
+    @abstractmethod
+    def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
+        """Get the memory that the next sync arrives in. Raises TransportError."""
+
+    @abstractmethod
+    def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
+        """The chunk's tensors, in memory that is used again `chunks_in_flight` chunks later.
+
+        Raises:
+            TransportError: a tensor would lie outside of that memory, or its bytes do not come.
+        """
+
+    def rest(self) -> None:  # noqa: B027  not every inlet has something to give back
+        """The sync is over: give back what the next one can get anew."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class ShmInlet(Inlet):
+    """Views of the trainer's shared memory: nothing is copied, nothing can be written."""
+
+    def __init__(self) -> None:
+        self._attached: dict[str, AttachedSegment] = {}
+        self._table: list[AttachedSegment] = []
+
+    def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
+        known = self._attached
+        self._attached = {
+            s.name: known.get(s.name) or AttachedSegment(s.name, s.nbytes) for s in segments
+        }
+        self._table = list(self._attached.values())
+
+    def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
+        if chunk.segments:
+            self.prepare(chunk.segments, ())
+        if len(chunk.places) != len(metas):
+            raise TransportError(
+                f"chunk {chunk.index} brings {len(chunk.places)} tensors, the plan has {len(metas)}"
+            )
+        return [self._tensor(meta, place) for meta, place in zip(metas, chunk.places, strict=True)]
+
+    def rest(self) -> None:
+        for segment in self._table:
+            segment.drop_pages()
+
+    def close(self) -> None:
+        self._attached, self._table = {}, []
+
+    def _tensor(self, meta: ParamMeta, place: Place) -> torch.Tensor:
+        segment, offset = place
+        inside = (
+            0 <= segment < len(self._table)
+            and offset >= 0
+            and offset + meta.nbytes <= self._table[segment].nbytes
+        )
+        dtype: torch.dtype = getattr(torch, meta.dtype)
+        if not inside or offset % dtype.itemsize:
+            raise TransportError(
+                f"{meta.name!r} is said to lie at {offset:,} in segment {segment}, outside of the "
+                "memory that this sync was announced with"
+            )
+        return self._table[segment].tensor(offset, meta.shape, dtype)
+
+
+class GlooInlet(Inlet):
+    """Private memory that each chunk is received into, in one piece.
+
+    It stays from sync to sync: getting fresh pages would take about as long as receiving into them.
+    """
+
+    def __init__(self, options: dict[str, Any], timeout_seconds: float) -> None:
+        from qerl_sync.wire.gloo import GlooLink
+
+        self._link = GlooLink.connect(
+            str(options["host"]), int(options["port"]), str(options["secret"]), timeout_seconds
+        )
+        self._slots: list[PrivateMemory] = []
+
+    def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
+        if [slot.nbytes for slot in self._slots] != list(slots):
+            self._slots = []  # free the old ones first
+            self._slots = [PrivateMemory(nbytes) for nbytes in slots]
+            for slot in self._slots:
+                slot.bytes.fill_(0)
+            self.standing_bytes = sum(slots)
+
+    def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
+        places, nbytes = offsets(metas)
+        slot = self._slots[chunk.index % len(self._slots)]
+        if nbytes > slot.nbytes:
+            raise TransportError(
+                f"chunk {chunk.index} has {nbytes:,} bytes, its slot {slot.nbytes:,}"
+            )
+        self._link.receive(slot.bytes[:nbytes])
+        return [
+            slot.tensor(offset, meta.shape, getattr(torch, meta.dtype))
+            for meta, offset in zip(metas, places, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._link.close()
+        self._slots = []
+
+
+class StoreInlet(Inlet):
+    """Views of objects of a cluster's store, which something else in this process brings here.
+
+    Nothing is copied; an object is let go of when its chunk is loaded.
+    """
+
+    def __init__(self, key: str, timeout_seconds: float) -> None:
+        self._key = key
+        self._timeout_seconds = timeout_seconds
+        deliveries.open_box(key)
+
+    def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
+        deliveries.clear(self._key)
+
+    def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
+        places, nbytes = offsets(metas)
+        found = deliveries.take(self._key, chunk.index, self._timeout_seconds)
+        if found is None or found.nbytes != nbytes:
+            what = "did not arrive" if found is None else f"has {found.nbytes:,} bytes"
+            raise TransportError(f"chunk {chunk.index} of {nbytes:,} bytes {what}")
+        return [
+            read_only_view(found, offset, meta.shape, getattr(torch, meta.dtype))
+            for meta, offset in zip(metas, places, strict=True)
+        ]
+
+    def close(self) -> None:
+        deliveries.close_box(self._key)
