@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import Self
+
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import PlanError
+from qerl_sync.errors import ConfigError, CoverageError, PlanError, UnchangedError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
+from qerl_sync.plan.probe_prompt import Probe, largest_gap, tolerance
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
+from qerl_sync.plan.terms import Terms
 from qerl_sync.sources.base import Source
-from qerl_sync.transports.base import Transport
+from qerl_sync.stopwatch import Stopwatch
+from qerl_sync.transports.base import Transport, WorkerReport
 
 if TYPE_CHECKING:
     import torch
 
+    from qerl_sync.buffers.changes import Changes, ChangeWatch
     from qerl_sync.config import SyncConfig
 
 logger = logging.getLogger(__name__)
+
+# The parameters that the optimizer steps, as `named_parameters` of the trained model yields them.
+Trained = Callable[[], Iterable[tuple[str, "torch.Tensor"]]]
 
 # The share of a worker's free memory that `budget_bytes: auto` takes. vLLM makes a second copy of a
 # layer while it processes it, in which the other half goes.
 AUTO_SHARE = 0.5
 
-PHASES = ("plan", "start", "gather", "load", "finish", "total")
+PHASES = ("plan", "start", "gather", "load", "finish", "verify", "total")
 
 
 @dataclass
@@ -43,10 +50,23 @@ class SyncReport:
         step: the trainer's global step.
         seconds: by phase. plan: metadata, layer map, order. start: opening the reload. gather:
             waiting for the source's tensors. load: vLLM's loaders. finish: what is left, derived
-            state, caches. total: all of it.
+            state, caches. verify: the trainer's side of what `sync.on_unchanged` and `sync.verify`
+            ask for, the transport's checksums included, which are a part of load and finish too.
+            total: all of it.
         budget_bytes: what the plan was allowed to pin (`sync.budget_bytes`), in bytes.
         prediction_exact: predicted and measured traces are equal, tensor by tensor.
         first_difference: if not, where they differ first.
+        peak_staged_bytes_predicted, peak_staged_bytes_measured: the most that waited in a worker's
+            host memory for the rest of its layer (policy `spill`; 0 otherwise).
+        transport: how the bytes travelled, and why so.
+        workers: what each worker rank measured (`WorkerReport`); the peaks above are those of the
+            worker that held most.
+        lost: workers that were left behind, and why; see `PoolTransport`.
+        changed_tensors: tensors that differ from those sent before, as far as `sync.on_unchanged`
+            looks; None: not known.
+        probe_gap: the largest difference between the log-probabilities of a prompt on the trainer
+            and on the engine (`sync.verify: full`).
+        undelivered: names that changed on the trainer and did not travel, where that is a finding.
     """
 
     version: int
@@ -66,24 +86,17 @@ class SyncReport:
     prediction_exact: bool
     first_difference: str | None
     budget_bytes: int | None = None
+    peak_staged_bytes_predicted: int = 0
+    peak_staged_bytes_measured: int = 0
+    transport: str = ""
+    workers: list[dict[str, Any]] = field(default_factory=list)
+    lost: dict[str, str] = field(default_factory=dict)
+    changed_tensors: int | None = None
+    undelivered: tuple[str, ...] = ()
+    probe_gap: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-@dataclass
-class _Stopwatch:
-    """Seconds by phase."""
-
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[phase] += time.perf_counter() - start
 
 
 class SyncSession:
@@ -96,18 +109,39 @@ class SyncSession:
         transport: the way to the workers.
         config: the `sync` section.
         version: the version of the weights that the workers hold now; it only moves forwards.
+        trained: yields the parameters that the optimizer steps, under the trainer's own names and
+            with adapters, so that those that do not travel can be named; see `sync.on_unchanged`.
+        probe: what the trainer's model says of a prompt, for `sync.verify: full`.
+
+    Closing it (or leaving it as a context) lets go of the workers and of shared memory.
     """
 
     def __init__(
-        self, source: Source, transport: Transport, config: SyncConfig, *, version: int = 0
+        self,
+        source: Source,
+        transport: Transport,
+        config: SyncConfig,
+        *,
+        version: int = 0,
+        trained: Trained | None = None,
+        probe: Probe | None = None,
     ) -> None:
+        if config.verify == "full" and probe is None:
+            raise ConfigError(
+                "sync.verify: full holds the engine against the trainer's own model; give the "
+                "session a probe (qerl_sync.sources.hf.probe_of(model)), or choose verify: checksum"
+            )
+        self._probe = probe
+        self._tolerance = 0.0
         self._source = source
         self._transport = transport
         self._config = config
         self._order = parse_order(config.source_order)
         self._metas: list[ParamMeta] | None = None
         self._warned: set[str] = set()
+        self._watch = self._change_watch(trained)
         self.version = version
+        self._pushed = False
         self.plan: SyncPlan | None = None
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
@@ -119,41 +153,80 @@ class SyncSession:
             PlanError, LayerMapError, CoverageError: before the first byte; the workers keep their
                 weights and go on.
             CoverageError, LoadError: in the middle; the workers are poisoned and
-                refuse to generate until a later push succeeds. The version has not moved.
+                refuse to generate until a later push succeeds, or are back on the old version
+                (`sync.on_failure`). The version has not moved.
+            UnchangedError: after the sync, with `sync.on_unchanged: error`; see there.
         """
-        watch = _Stopwatch()
+        watch = Stopwatch(PHASES)
+        self._pushed = False
         with watch("total"):
             with watch("plan"):
                 plan, layer_map = self._agree()
                 checked = self._config.check_finite and self._source.check_finite()
+            version = max(self.version, self._transport.committed_version()) + 1
             try:
-                trace = self._send(plan, layer_map, watch, checked=checked)
+                workers = self._send(plan, layer_map, version, watch, checked=checked)
             except BaseException as exc:
                 self._transport.abort(f"a sync failed: {exc}")
                 raise
-        self.version += 1
-        self.last_trace = trace
-        return self._report(plan, trace, step, watch.seconds)
+            self.version = version
+            self.last_trace = workers[0].trace
+            with watch("verify"):
+                gap = self._ask_engine()
+            self._pushed = True
+            watch.seconds["verify"] += self._transport.verify_seconds
+            with watch("verify"):
+                changes = self._judge_changes(step)
+        report = self._report(plan, workers, step, watch.seconds)
+        report.probe_gap = gap
+        if changes is not None:
+            report.changed_tensors, report.undelivered = changes.num_changed, changes.undelivered
+        return report
+
+    @property
+    def current(self) -> bool:
+        """Whether the workers hold what was last pushed, as far as can be told without asking them.
+
+        False before the first push and after one that failed; and where a connection is lost: its
+        engine has ended, and one in its place has the weights that it was started with. Push then.
+        Does not block.
+        """
+        return self._pushed and self._transport.connected
+
+    def close(self) -> None:
+        """Let go of the workers. Idempotent; the session cannot push again."""
+        self._transport.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def storages(self) -> Mapping[str, Storage]:
-        """The memory behind each of the source's tensors, where several share one."""
-        return self._source.storages()
+        """The memory behind each of the tensors that workers get, where several share one."""
+        return self._source.storages() if self._transport.by_reference else {}
 
     def _agree(self) -> tuple[SyncPlan, LayerMap]:
         """The plan for what the source has now: the last one, unless names or shapes changed."""
-        metas = self._order([m for m in self._source.metadata() if not self._is_ignored(m.name)])
+        given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
+        metas = self._order(given)
         if self.plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(
                 metas, allow_incomplete=self._config.allow_incomplete
             )
+            self._tolerance = self._allowed_gap()
             self.plan = build_plan(
                 metas,
                 layer_map,
                 self._config.policy,
-                chunk_bytes=self._config.chunk_bytes,
-                storages=self._source.storages(),
+                chunk_bytes=self._config.chunk_bytes or self._transport.chunk_bytes,
+                storages=self.storages(),
                 budget_bytes=self._budget_bytes(),
+                spill_budget_bytes=self._config.spill_budget_bytes,
+                spill_directory=self._config.spill_directory,
             )
+            self._require_possible(self.plan, given)
             self.layer_map, self._metas = layer_map, metas
             self._judge(self.plan, layer_map)
         return self.plan, self.layer_map
@@ -163,15 +236,29 @@ class SyncSession:
         if asked != "auto":
             return asked
         free_bytes = int(self._transport.free_bytes() * AUTO_SHARE)
-        return free_bytes + self._source.resident_bytes()
+        resident_bytes = self._source.resident_bytes() if self._transport.by_reference else 0
+        return free_bytes + resident_bytes
 
     def _is_ignored(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self._config.ignore_names)
 
+    def _require_possible(self, plan: SyncPlan, given: list[ParamMeta]) -> None:
+        """Raises PlanError if the source cannot yield in the plan's order."""
+        if self._source.any_order or plan.metas == tuple(given):
+            return
+        pairs = zip(plan.metas, given, strict=True)
+        planned, own = next((a.name, b.name) for a, b in pairs if a != b)
+        self.plan = None
+        raise PlanError(
+            f"the plan has {planned!r} where the source yields {own!r}, and this source yields in "
+            "its own order only. Choose sync.policy: spill, which puts tensors in order on the "
+            "worker, or warn; or give the source a method tensor(name)"
+        )
+
     def _judge(self, plan: SyncPlan, layer_map: LayerMap) -> None:
         """Warn of a plan that opens several layers, once for each distinct one, or refuse it."""
         diagnosis = diagnose(
-            plan.metas, plan.predicted, layer_map, self._source.storages(), plan.budget_bytes
+            plan.load_metas, plan.predicted, layer_map, self.storages(), plan.budget_bytes
         )
         if diagnosis is None or plan.digest in self._warned:
             return
@@ -182,27 +269,96 @@ class SyncSession:
         self._warned.add(plan.digest)
         logger.warning(text)
 
+    def _allowed_gap(self) -> float:
+        if self._config.verify != "full":
+            return 0.0
+        return tolerance(*self._transport.precision, self._config.verify_tolerance)
+
+    def _ask_engine(self) -> float | None:
+        """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far."""
+        if self._config.verify != "full":
+            return None
+        assert self._probe is not None
+        tokens = self._probe.token_ids
+        right = self._probe.logprobs(tokens)
+        gap = largest_gap(right, self._transport.prompt_logprobs(tokens))
+        if gap > self._tolerance:
+            reason = (
+                f"after version {self.version} was loaded, the engine's log-probabilities of a "
+                f"prompt part from the trainer's by {gap:.2g}, more than {self._tolerance:g}"
+            )
+            self._transport.condemn(reason)
+            raise CoverageError(
+                f"{reason}. The engine is poisoned: it computes with other weights, or the model "
+                "otherwise. Hold a fresh engine against the trainer; sync.verify_tolerance raises "
+                "the bound"
+            )
+        return gap
+
+    def _change_watch(self, trained: Trained | None) -> ChangeWatch | None:
+        if self._config.on_unchanged == "ignore":
+            return None
+        from qerl_sync.buffers.changes import ChangeWatch
+
+        return ChangeWatch(trained)
+
+    def _judge_changes(self, step: int) -> Changes | None:
+        """Warn of a sync that did not bring what the trainer changed, or raise UnchangedError."""
+        if self._watch is None:
+            return None
+        changes = self._watch.conclude(step)
+        if changes.finding is not None:
+            if self._config.on_unchanged == "error":
+                raise UnchangedError(f"version {self.version} was committed, but {changes.finding}")
+            logger.warning("weight version %d: %s", self.version, changes.finding)
+        return changes
+
     def _send(
-        self, plan: SyncPlan, layer_map: LayerMap, watch: _Stopwatch, *, checked: bool
-    ) -> Trace:
+        self, plan: SyncPlan, layer_map: LayerMap, version: int, watch: Stopwatch, *, checked: bool
+    ) -> list[WorkerReport]:
         with watch("start"):
             check_finite = self._config.check_finite and not checked
-            self._transport.start(plan, layer_map, check_finite=check_finite)
+            held = self._source.held_names()
+            self._transport.terms = Terms(
+                verify=self._config.verify, on_failure=self._config.on_failure, finite=checked
+            )
+            self._transport.start(
+                plan, layer_map, version=version, check_finite=check_finite, held=held
+            )
+        if self._watch is not None:
+            self._watch.begin()
         with watch("load"):
             for chunk in plan.chunks:
-                tensors = self._source.materialize(chunk.names)
-                self._transport.send(chunk, _timed(tensors, watch))
-        watch.seconds["load"] -= watch.seconds["gather"]
+                names = [n for n in chunk.names if held is None or n in held]
+                tensors = self._source.materialize(names)
+                self._transport.send(chunk, self._timed(tensors, watch))
+        watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"]
         with watch("finish"):
             return self._transport.finish()
 
+    def _timed(
+        self, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same stream, looked at; the time spent waiting for it is the phase "gather"."""
+        while True:
+            with watch("gather"):
+                item = next(tensors, None)
+            if item is None:
+                return
+            if self._watch is not None:
+                with watch("verify"):
+                    self._watch.see(*item)
+            yield item
+
     def _report(
-        self, plan: SyncPlan, trace: Trace, step: int, seconds: dict[str, float]
+        self, plan: SyncPlan, workers: list[WorkerReport], step: int, seconds: dict[str, float]
     ) -> SyncReport:
-        difference = plan.predicted.first_difference(trace)
+        differences = (w.predicted.first_difference(w.trace) for w in workers)
+        difference = next((found for found in differences if found is not None), None)
         if difference is not None and difference not in self._warned:
             self._warned.add(difference)
             logger.warning("the measured trace differs from the predicted one: %s", difference)
+        predicted, measured = [w.predicted for w in workers], [w.trace for w in workers]
         return SyncReport(
             version=self.version,
             step=step,
@@ -212,25 +368,18 @@ class SyncSession:
             num_chunks=len(plan.chunks),
             sent_bytes=plan.nbytes,
             seconds=seconds,
-            peak_buffered_bytes_predicted=plan.predicted.peak_buffered_bytes,
-            peak_buffered_bytes_measured=trace.peak_buffered_bytes,
-            peak_pinned_bytes_predicted=plan.predicted.peak_pinned_bytes,
-            peak_pinned_bytes_measured=trace.peak_pinned_bytes,
-            max_open_layers_predicted=plan.predicted.max_open_layers,
-            max_open_layers_measured=trace.max_open_layers,
+            peak_buffered_bytes_predicted=max(t.peak_buffered_bytes for t in predicted),
+            peak_buffered_bytes_measured=max(t.peak_buffered_bytes for t in measured),
+            peak_pinned_bytes_predicted=max(t.peak_pinned_bytes for t in predicted),
+            peak_pinned_bytes_measured=max(t.peak_pinned_bytes for t in measured),
+            max_open_layers_predicted=max(t.max_open_layers for t in predicted),
+            max_open_layers_measured=max(t.max_open_layers for t in measured),
             prediction_exact=difference is None,
             first_difference=difference,
             budget_bytes=plan.budget_bytes,
+            peak_staged_bytes_predicted=plan.peak_staged_bytes,
+            peak_staged_bytes_measured=max(w.peak_staged_bytes for w in workers),
+            transport=self._transport.kind,
+            workers=[worker.to_json() for worker in workers],
+            lost=dict(self._transport.lost),
         )
-
-
-def _timed(
-    tensors: Iterator[tuple[str, torch.Tensor]], watch: _Stopwatch
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same stream; the time spent waiting for it is the phase "gather"."""
-    while True:
-        with watch("gather"):
-            item = next(tensors, None)
-        if item is None:
-            return
-        yield item

@@ -3,16 +3,61 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.plan.terms import Terms
 
 if TYPE_CHECKING:
     import torch
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What one worker rank measured in one sync.
+
+    Attributes:
+        worker: names it.
+        trace: what it held, tensor by tensor.
+        predicted: what the plan says that it would hold. Ranks hold different parts of a model.
+        seconds: by phase. wait: for the next chunk; load: vLLM's loaders; finish: what is left;
+            verify: checksums, which are a part of the others.
+        peak_extra_bytes: the most memory that the sync took on top of what the worker holds
+            anyway: receive buffers, and the layer in work. None: not measured.
+        peak_extra_bytes_predicted: the same from the plan, before the first byte.
+        peak_staged_bytes: the most that it staged in host memory at once (policy `spill`).
+        kept_bytes: memory in which it kept the old weights (`on_failure: rollback`).
+    """
+
+    worker: str
+    trace: Trace
+    predicted: Trace
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_extra_bytes: int | None = None
+    peak_extra_bytes_predicted: int | None = None
+    peak_staged_bytes: int = 0
+    kept_bytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the traces, which are as long as the model has tensors."""
+        return {
+            "worker": self.worker,
+            "peak_buffered_bytes": self.trace.peak_buffered_bytes,
+            "peak_pinned_bytes": self.trace.peak_pinned_bytes,
+            "max_open_layers": self.trace.max_open_layers,
+            "prediction_exact": self.trace == self.predicted,
+            "seconds": dict(self.seconds),
+            "peak_extra_bytes": self.peak_extra_bytes,
+            "peak_extra_bytes_predicted": self.peak_extra_bytes_predicted,
+            "peak_staged_bytes": self.peak_staged_bytes,
+            "kept_bytes": self.kept_bytes,
+        }
 
 
 class Transport(ABC):
@@ -20,7 +65,32 @@ class Transport(ABC):
 
     Any error leaves the workers poisoned (see `worker.receiver`); `abort` may follow and is
     idempotent. After it a new `start` is allowed.
+
+    Attributes:
+        by_reference: workers get the source's own memory, so that the source's storages are theirs.
+        chunk_bytes: upper bound of a chunk where the user has set none; None: one chunk.
+        kind: how bytes travel, and why so.
+        terms: what the next sync promises; set before `start`.
+        verify_seconds: what checksums have taken on this side in the last sync (`sync.verify`).
+        lost: workers that did not take the last sync although it succeeded, with the reason.
     """
+
+    by_reference = False
+    chunk_bytes: int | None = 64 << 20
+    kind = "?"
+    lost: Mapping[str, str] = {}
+    terms = Terms()
+    verify_seconds = 0.0
+
+    @property
+    def connected(self) -> bool:
+        """False: a worker that took the last sync is gone, as far as can be told without asking.
+        Does not block."""
+        return True
+
+    def committed_version(self) -> int:
+        """The highest weight version that a worker has committed; 0 if it is not known."""
+        return 0
 
     @abstractmethod
     def layer_map(
@@ -43,17 +113,52 @@ class Transport(ABC):
         """Memory that is free now on the device of the worker that has the least of it."""
 
     @abstractmethod
-    def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool) -> None:
-        """Open a sync on all workers. They do not generate from here to the end of `finish`."""
+    def start(
+        self,
+        plan: SyncPlan,
+        layer_map: LayerMap,
+        *,
+        version: int,
+        check_finite: bool,
+        held: Collection[str] | None = None,
+    ) -> None:
+        """Open a sync on all workers. They do not generate from here to the end of `finish`.
+
+        Args:
+            version: what the weights will be when it has been committed.
+            held: the names that this trainer rank can send; None: all.
+        """
 
     @abstractmethod
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Deliver one chunk. `tensors` is consumed lazily, once; nothing is kept after `finish`."""
 
     @abstractmethod
-    def finish(self) -> Trace:
-        """Close the sync on all workers and return the measured trace."""
+    def finish(self) -> list[WorkerReport]:
+        """Close the sync on all workers, commit it on all of them, return what they measured."""
 
     @abstractmethod
     def abort(self, reason: str) -> None:
         """Give up an open sync: the workers are poisoned until the next one has finished."""
+
+    @property
+    def precision(self) -> tuple[str, str | None]:
+        """The dtype that the engine computes in, and its quantisation. For `prompt_logprobs`."""
+        return "?", None
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """What the engine, which serves the last sync, says of a prompt: see `ProbedClient`.
+
+        Raises:
+            ConfigError: the engines behind this transport cannot be asked.
+        """
+        raise ConfigError(
+            f"sync.verify: full asks one engine of its own for log-probabilities, which does not "
+            f"go over {type(self).__name__}; choose verify: checksum"
+        )
+
+    def condemn(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
+        """What has been committed is wrong: the workers are poisoned until the next sync."""
+
+    def close(self) -> None:  # noqa: B027  not every transport holds something
+        """Let go of workers and memory. Idempotent; the transport cannot be used again."""

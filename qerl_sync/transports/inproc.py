@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import Transport
+from qerl_sync.transports.base import Transport, WorkerReport
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +25,10 @@ class InProcessTransport(Transport):
     Raises:
         CompatError: the engine's model is in another process, or vLLM lacks layerwise reload.
     """
+
+    by_reference = True
+    chunk_bytes = None
+    kind = "inproc: the engine's model is in this process"
 
     def __init__(self, llm: Any) -> None:
         from qerl_sync.worker import compat
@@ -44,20 +48,59 @@ class InProcessTransport(Transport):
     def free_bytes(self) -> int:
         return self._receiver.free_bytes()
 
-    def start(self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool) -> None:
+    def start(
+        self,
+        plan: SyncPlan,
+        layer_map: LayerMap,
+        *,
+        version: int,
+        check_finite: bool,
+        held: Collection[str] | None = None,
+    ) -> None:
         from qerl_sync.worker import compat
 
+        if held is not None and not set(held).issuperset(plan.order):
+            raise PlanError(
+                "a trainer rank in the engine's own process must hold every tensor itself; "
+                "several ranks, each with a part, need RemoteTransport"
+            )
         # Between two calls of `generate` only those can be left that a failed one never finished.
         compat.drop_requests(self._llm)
+        self._plan, self._version = plan, version
+        self._receiver.terms = self.terms
         self._receiver.start(plan, layer_map, check_finite=check_finite)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._receiver.receive(chunk, tensors)
 
-    def finish(self) -> Trace:
+    def finish(self) -> list[WorkerReport]:
         trace = self._receiver.finish()
+        self._receiver.commit(self._version)
         self._llm.reset_prefix_cache()
-        return trace
+        staged = self._receiver.peak_staged_bytes
+        self.verify_seconds = self._receiver.verify_seconds
+        return [
+            WorkerReport(
+                worker="worker 0",
+                trace=trace,
+                predicted=self._plan.predicted,
+                seconds={"verify": self.verify_seconds},
+                peak_staged_bytes=staged,
+                kept_bytes=self._receiver.kept_bytes,
+            )
+        ]
+
+    @property
+    def precision(self) -> tuple[str, str | None]:
+        return self._receiver.precision
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        from qerl_sync.worker import compat
+
+        return compat.prompt_logprobs(self._llm, token_ids)
+
+    def condemn(self, reason: str) -> None:
+        self._receiver.poison(reason)
 
     def abort(self, reason: str) -> None:
         self._receiver.abort(reason)

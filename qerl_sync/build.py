@@ -1,0 +1,109 @@
+"""Configuration into objects: the one place that decides which transport leads to an engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qerl_sync.clients.base import EngineClient
+from qerl_sync.clients.http import HTTPClient
+from qerl_sync.clients.llm import LLMClient
+from qerl_sync.config import SyncConfig
+from qerl_sync.errors import ConfigError
+from qerl_sync.plan.probe_prompt import Probe
+from qerl_sync.session import SyncSession, Trained
+from qerl_sync.sources.base import Source
+from qerl_sync.transports.base import Transport
+from qerl_sync.transports.inproc import InProcessTransport
+from qerl_sync.transports.remote import RemoteTransport
+
+BACKEND = "qerl"
+
+
+def make_session(
+    source: Source,
+    sync: SyncConfig,
+    *,
+    llm: Any = None,
+    server_url: str | None = None,
+    version: int = 0,
+    trained: Trained | None = None,
+    probe: Probe | None = None,
+) -> SyncSession:
+    """A session from `source` to that engine; see `make_transport`. Close it when it is done."""
+    transport = make_transport(sync, llm=llm, server_url=server_url)
+    return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
+
+
+def make_transport(
+    sync: SyncConfig, *, llm: Any = None, server_url: str | None = None
+) -> Transport:
+    """The way to an engine, as `sync.transport` and the engine's whereabouts have it.
+
+    Opens nothing yet. By reference to an engine in this process; over shared memory or Gloo, which
+    the workers then find out, to one in another.
+
+    Args:
+        llm: a `vllm.LLM`, its engine in this process or in its own, or
+        server_url: the address of a vLLM server: one of both.
+
+    Raises:
+        ConfigError: `sync.transport` does not lead there, or the engine cannot be reached so.
+        CompatError: the installed vLLM lacks what it takes.
+    """
+    if (llm is None) == (server_url is None):
+        raise ConfigError("a transport leads to one engine; give either llm or server_url")
+    if server_url is not None:
+        _refuse_inproc(sync, f"is a server ({server_url})")
+        return remote_transport(sync, HTTPClient(server_url, sync.timeout_seconds))
+    client = LLMClient(llm, sync.timeout_seconds)
+    if client.in_process and sync.transport in ("auto", "inproc"):
+        return InProcessTransport(llm)
+    if not client.in_process:
+        _refuse_inproc(sync, "has a process of its own")
+    _require_backend(sync, llm, in_process=client.in_process)
+    return remote_transport(sync, client)
+
+
+def remote_transport(
+    sync: SyncConfig, client: EngineClient | None, **options: Any
+) -> RemoteTransport:
+    """To the workers of the engines that `client` controls, as the section `sync` says.
+
+    Args:
+        options: more arguments of `RemoteTransport`, as they are.
+    """
+    return RemoteTransport(
+        client,
+        transport=sync.transport,
+        chunks_in_flight=sync.chunks_in_flight,
+        timeout_seconds=sync.timeout_seconds,
+        address=sync.trainer_address,
+        pause_mode=sync.pause_mode,
+        recompute_running=sync.recompute_running,
+        **options,
+    )
+
+
+def _refuse_inproc(sync: SyncConfig, where: str) -> None:
+    if sync.transport == "inproc":
+        raise ConfigError(
+            "sync.transport: 'inproc' hands tensors over within one process, and the engine "
+            f"{where}; choose auto, shm or gloo"
+        )
+
+
+def _require_backend(sync: SyncConfig, llm: Any, *, in_process: bool) -> None:
+    backend = getattr(llm.llm_engine.vllm_config.weight_transfer_config, "backend", None)
+    if backend == BACKEND:
+        return
+    given = f"weight_transfer_config has the backend {backend!r}" if backend else "it has none"
+    otherwise = (
+        "choose sync.transport auto or inproc"
+        if in_process
+        else "have it in this process: VLLM_ENABLE_V1_MULTIPROCESSING=0 before vLLM is imported"
+    )
+    raise ConfigError(
+        f"sync.transport: {sync.transport!r} needs an engine with our weight transfer engine, and "
+        f'{given}; make it with LLM(..., weight_transfer_config={{"backend": "{BACKEND}"}}), or '
+        f"{otherwise}"
+    )

@@ -1,0 +1,1 @@
+"""The control plane of vLLM engines, as a trainer drives it."""

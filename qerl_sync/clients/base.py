@@ -1,0 +1,159 @@
+"""What a transport needs of the control plane of a vLLM engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+
+from qerl_sync.errors import (
+    PeerLostError,
+    PoisonedError,
+    SyncError,
+    TransportError,
+    TransportTimeout,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+PauseMode = Literal["keep", "wait", "abort"]
+
+
+class EngineClient(Protocol):
+    """vLLM's `VLLMWeightSyncClient` (its four methods, of the same meaning) and, where the engine
+    has them, pausing and caches.
+
+    An object with only vLLM's four methods serves as well, for instance
+    `RayVLLMWeightSyncClient`: the caller then pauses and empties caches itself.
+
+    All methods block until the engine has answered, on all its ranks, at most as long as the
+    client's own timeout. They raise PeerLostError if the engine cannot be reached,
+    TransportTimeout if it does not answer, TransportError if it refuses. Where the engine runs in
+    this process, its own SyncErrors arrive as they are.
+    """
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+class PausableClient(EngineClient, Protocol):
+    """An engine that goes on with requests in flight while it is not told otherwise."""
+
+    def pause(self, mode: PauseMode) -> None:
+        """Stop scheduling; caches stay. `keep`: requests in flight wait and go on after `resume`;
+        `wait`: until they have finished; `abort`: they end now."""
+
+    def resume(self) -> None:
+        """Schedule again."""
+
+    def reset_caches(self, *, running: bool) -> bool:
+        """Forget cached keys and values. `running`: those of requests in flight too, which compute
+        them anew with the new weights.
+
+        Returns:
+            Whether all is forgotten. False: requests in flight hold on to theirs, and vLLM then
+            keeps the whole prefix cache; later requests with the same prefix would reuse it.
+        """
+
+
+class RefusingClient(EngineClient, Protocol):
+    """An engine whose callers are told why it does not answer. Others wait: after a failed sync
+    it stays paused."""
+
+    def refuse(self, reason: str) -> None:
+        """Requests raise PoisonedError with `reason` from here on, instead of waiting."""
+
+    def admit(self) -> None:
+        """Take requests again. Idempotent."""
+
+
+class ProbedClient(EngineClient, Protocol):
+    """An engine that can be asked what it thinks of a prompt."""
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Of each token but the first, given those before it. The engine must not be paused."""
+
+
+class StoringClient(EngineClient, Protocol):
+    """An engine that can be handed objects out of a store which all nodes of a cluster share."""
+
+    def put(self, chunk: torch.Tensor) -> Any:
+        """Put a chunk's bytes into the store, once for all engines; they may change afterwards.
+
+        Returns:
+            What `deliver` takes. The object lives as long as this, or somebody who reads it.
+        """
+
+    def deliver(self, key: str, index: int, stored: Any) -> None:
+        """Have an object brought to the worker that has opened box `key` (`worker.deliveries`).
+        Returns at once; what goes wrong shows in the chunk not being loaded."""
+
+    def require_store(self, nbytes: int) -> None:
+        """Raises ConfigError if the store of some node is smaller than that."""
+
+    def require_box(self, key: str) -> None:
+        """Raises TransportError if objects do not reach the worker that has opened box `key`."""
+
+
+# Sampling parameters of a request that asks for nothing but the prompt's log-probabilities.
+PROBING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+
+
+def read_prompt_logprobs(token_ids: Sequence[int], told: Sequence[Any]) -> list[float]:
+    """Out of vLLM's answer: for each token a table by token id; None for the first."""
+    found = []
+    for token, table in zip(token_ids[1:], told[1:], strict=True):
+        entry = table[token] if token in table else table[str(token)]
+        found.append(float(entry["logprob"] if isinstance(entry, dict) else entry.logprob))
+    return found
+
+
+_WRAPPED = re.compile(r"Worker failed with error '(.*)', please check the stack trace", re.DOTALL)
+_CALLED = re.compile(r"^Call to \w+ method failed: ")
+
+
+def complaint(text: str) -> str:
+    """What an engine's worker said, out of the words that vLLM's processes put around it."""
+    wrapped = _WRAPPED.search(text)
+    return wrapped[1] if wrapped else _CALLED.sub("", text)
+
+
+def refusal(reason: str) -> Callable[..., NoReturn]:
+    """What stands in for a function that would let a request wait for a paused engine."""
+
+    def refuse(*arguments: Any, **options: Any) -> NoReturn:
+        raise PoisonedError(
+            f"this engine does not generate: {reason}. Its weights may be a mix of two versions, "
+            "and it is paused; run a full sync (`session.push()`) to make them right"
+        )
+
+    return refuse
+
+
+def timed_out(engine: str, method: str, seconds: float) -> TransportTimeout:
+    return TransportTimeout(
+        f"{method}: {engine} did not answer within {seconds:g} s; look at its log, or give the "
+        "client a longer timeout_seconds"
+    )
+
+
+def translated(exc: Exception, engine: str, method: str) -> SyncError:
+    """The error to raise from `exc`, which a call of vLLM in Python raised."""
+    if isinstance(exc, SyncError):
+        return exc
+    # By name: the class is in different modules in different versions of vLLM.
+    if type(exc).__name__ == "EngineDeadError":
+        return lost(engine, method)
+    return TransportError(f"{method}: {engine} refuses: {complaint(str(exc))}")
+
+
+def lost(engine: str, method: str) -> PeerLostError:
+    return PeerLostError(
+        f"{method}: {engine} is dead; the cause stands in its log. Start it anew and sync in full"
+    )

@@ -1,0 +1,150 @@
+"""The control plane of a `vllm.LLM`, its engine in this process or in its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any
+
+from qerl_sync.clients.base import (
+    PROBING,
+    PauseMode,
+    lost,
+    read_prompt_logprobs,
+    refusal,
+    timed_out,
+    translated,
+)
+from qerl_sync.errors import TransportError, TransportTimeout
+
+ENGINE = "the vLLM engine"
+POLL_SECONDS = 0.2
+
+
+class LLMClient:
+    """A `vllm.LLM` as an EngineClient.
+
+    An engine in this process does nothing while nobody calls `generate`, so there pausing has
+    nothing to do, and no timeout can end a call. One thread at a time may use `llm`, whether here
+    or by `generate`.
+
+    Args:
+        llm: as its user made it, with weight_transfer_config={"backend": "qerl"}.
+        timeout_seconds: how long one call may take where the engine has a process of its own.
+            After one that took longer the client refuses all others: the engine is lost.
+    """
+
+    def __init__(self, llm: Any, timeout_seconds: float = 300) -> None:
+        self.llm = llm
+        self.timeout_seconds = timeout_seconds
+        # vLLM sets it for engines that it runs in this process, and only for them.
+        self.in_process = getattr(llm.llm_engine, "model_executor", None) is not None
+        self._stuck_in: str | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", weight_version)
+
+    def pause(self, mode: PauseMode) -> None:
+        if not self.in_process:
+            self._call("sleep", level=0, mode=mode)
+        elif mode == "abort":
+            self._abort_all()
+
+    def resume(self) -> None:
+        if not self.in_process:
+            self._call("wake_up", tags=["scheduling"])
+
+    def reset_caches(self, *, running: bool) -> bool:
+        done = bool(self._call("reset_prefix_cache", reset_running_requests=running))
+        if done:
+            self._run("reset_encoder_cache", self.llm.llm_engine.reset_encoder_cache)
+        return done
+
+    def refuse(self, reason: str) -> None:
+        # Of this object alone: all ways to ask a `LLM` for something come by here.
+        self.llm.llm_engine.add_request = refusal(reason)
+
+    def admit(self) -> None:
+        vars(self.llm.llm_engine).pop("add_request", None)
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        prompt = {"prompt_token_ids": list(token_ids)}
+        asked = SamplingParams(**PROBING, detokenize=False)
+        (answer,) = self._call("generate", [prompt], asked, use_tqdm=False)
+        return read_prompt_logprobs(token_ids, answer.prompt_logprobs)
+
+    def weight_version(self) -> str:
+        """The version that was given with the last finished update; vLLM starts with `default`."""
+        return str(self._call("get_weight_version"))
+
+    def world_size(self) -> int:
+        """How many workers the engine has: tensor times pipeline times data parallel size."""
+        return int(self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp)
+
+    def _abort_all(self) -> None:
+        engine = self.llm.llm_engine
+        left = list(engine.output_processor.request_states)
+        if left:
+            self._run("abort", lambda: engine.abort_request(left, internal=True))
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return self._run(method, lambda: getattr(self.llm, method)(*arguments, **options))
+
+    def _run(self, method: str, call: Callable[[], Any]) -> Any:
+        if self._stuck_in is not None:
+            raise TransportError(
+                f"{method}: {ENGINE} still has not answered {self._stuck_in}; start it anew"
+            )
+        try:
+            # Kernels run here: on another thread they would start a thread pool of their own.
+            return call() if self.in_process else self._wait_for(method, call)
+        except (TransportTimeout, KeyboardInterrupt):
+            raise
+        except Exception as exc:
+            error = translated(exc, ENGINE, method)
+            if error is exc:
+                raise
+            raise error from exc
+
+    def _wait_for(self, method: str, call: Callable[[], Any]) -> Any:
+        """vLLM itself waits without end, also for an engine that has died."""
+        answer: Future[Any] = Future()
+        threading.Thread(target=_fulfil, args=(answer, call), name=method, daemon=True).start()
+        deadline = time.monotonic() + self.timeout_seconds
+        while time.monotonic() < deadline:
+            try:
+                return answer.result(timeout=POLL_SECONDS)
+            except NotYet:
+                if answer.done():  # the call's own TimeoutError
+                    raise
+            if _is_dead(self.llm):
+                raise lost(ENGINE, method)
+        self._stuck_in = method
+        raise timed_out(ENGINE, method, self.timeout_seconds)
+
+
+def _fulfil(answer: Future[Any], call: Callable[[], Any]) -> None:
+    try:
+        answer.set_result(call())
+    except BaseException as exc:
+        answer.set_exception(exc)
+
+
+def _is_dead(llm: Any) -> bool:
+    """vLLM's client notices the death of the engine's process and tells only who calls next."""
+    resources = getattr(getattr(llm.llm_engine, "engine_core", None), "resources", None)
+    return bool(getattr(resources, "engine_dead", False))

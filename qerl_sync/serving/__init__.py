@@ -1,0 +1,1 @@
+"""vLLM servers that we start ourselves."""

@@ -1,0 +1,157 @@
+"""The command line and the environment of a vLLM server that TRL and qerl-sync can drive."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qerl_sync.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
+# `vllm serve` is the same program, but fails on the CPU build: it looks for a package "vllm".
+MODULE = "vllm.entrypoints.openai.api_server"
+
+OWNED = {
+    "model": "is the server's model",
+    "host": "is the server's host",
+    "port": "is the server's port",
+    "weight_transfer_config": "is ours: weights come through the server's backend",
+    "logprobs_mode": "is ours: TRL's importance sampling needs `processed_logprobs`",
+    "max_logprobs": "is ours: TRL may ask for any number",
+}
+# Options that take no value and have no --no- form; False is their default.
+SWITCHES = {
+    "aggregate_engine_logging",
+    "data_parallel_multi_port_external_lb",
+    "disable_log_stats",
+}
+# Of the server itself. Given once more they would win, and it would not be where we look for it.
+OWNED_FLAGS = ("--model", "--host", "--port", "--uds", "--ssl-keyfile", "--ssl-certfile")
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What to serve.
+
+    Attributes:
+        model: a directory, or a name on the Hugging Face hub.
+        engine: vLLM's engine arguments under their Python names, as in the YAML section
+            `rollout.engine`. None leaves vLLM's default.
+        host: address to listen on. The RL routes are unauthenticated: see `is_loopback`.
+        port: None or 0 take a free one.
+        backend: the weight transfer backend; None for a server that gets no weights.
+        extra: arguments for vLLM as on its command line; they come last and win.
+    """
+
+    model: str
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    host: str = LOOPBACK
+    port: int | None = None
+    backend: str | None = "qerl"
+    extra: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for what cannot be right whatever vLLM says."""
+        check_model(self.model)
+        for name in self.engine:
+            if name in OWNED:
+                raise ConfigError(f"engine argument {name!r} {OWNED[name]}; leave it out")
+            if not re.fullmatch("[a-z][a-z0-9_]*", name):
+                raise ConfigError(f"{name!r} is no engine argument; write max_model_len: 64")
+        for argument in self.extra:
+            if argument.partition("=")[0].replace("_", "-") in OWNED_FLAGS:
+                raise ConfigError(
+                    f"{argument} is not for vLLM's own arguments: model, host and port stand "
+                    "before the --, and TLS is for a proxy in front of the server"
+                )
+
+
+def check_model(model: str) -> None:
+    """Raise ConfigError if `model` is neither a model's directory nor can be a name on the hub."""
+    path = Path(model).expanduser()
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"{model} holds no model: it has no config.json")
+    if path.exists():
+        return
+    is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model, re.ASCII) is not None
+    if not is_name or ("/" in model and path.parent.is_dir()):
+        raise ConfigError(
+            f"there is no {model}; give the directory of a model (as `save_pretrained` writes it) "
+            "or its name on the Hugging Face hub"
+        )
+
+
+def server_argv(spec: ServerSpec, port: int) -> list[str]:
+    """The command that serves `spec` at `port`."""
+    ours = {
+        "model": str(Path(spec.model).expanduser()),
+        "host": spec.host,
+        "port": port,
+        "weight_transfer_config": None if spec.backend is None else {"backend": spec.backend},
+        "logprobs_mode": "processed_logprobs",
+        "max_logprobs": -1,
+    }
+    # Its way of being started is said to go away, to everybody who starts it so.
+    python = [sys.executable, "-W", "ignore::DeprecationWarning"]
+    return [*python, "-m", MODULE, *options({**ours, **spec.engine}), *spec.extra]
+
+
+def options(arguments: Mapping[str, Any]) -> list[str]:
+    """Engine arguments as vLLM's command line has them."""
+    return [word for name, value in arguments.items() for word in _option(name, value)]
+
+
+def _option(name: str, value: Any) -> Iterator[str]:
+    flag = name.replace("_", "-")
+    if value is None or value == [] or (value is False and name in SWITCHES):
+        return
+    if isinstance(value, bool):
+        yield f"--{flag}" if value else f"--no-{flag}"
+    elif isinstance(value, list | tuple):  # in vLLM each takes its values one by one
+        yield f"--{flag}"
+        yield from map(_text, value)
+    else:
+        # In one word: a value may start with a dash.
+        yield f"--{flag}={_text(value)}"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def server_environment(base: Mapping[str, str]) -> dict[str, str]:
+    """`base` and what the server needs, for `os.environ` of a trainer as well as of a terminal."""
+    defaults = {
+        # GiB of KV cache on CPU; vLLM would take half of the machine's memory.
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        # vLLM would pin its threads to cores that others use too.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    environment = {**defaults, **base, "VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
+    # A trainer silences the vLLM in its own process; a server's log is a file, and wanted.
+    if environment.get("VLLM_LOGGING_LEVEL") in {"WARNING", "ERROR", "CRITICAL"}:
+        environment["VLLM_LOGGING_LEVEL"] = "INFO"
+    # As does a colocated engine's trainer for its engine; a server's has a process of its own.
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    return environment
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that listens there."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def local_url(host: str, port: int) -> str:
+    """The address at which this machine reaches a server that listens there."""
+    reachable = {"0.0.0.0": LOOPBACK, "": LOOPBACK, "::": "::1"}.get(host, host)
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

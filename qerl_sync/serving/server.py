@@ -1,0 +1,190 @@
+"""A vLLM server from its start to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from qerl_sync.clients.http import HTTPClient
+from qerl_sync.errors import PeerLostError, SyncError, TransportTimeout
+from qerl_sync.serving.command import ServerSpec, local_url, server_argv, server_environment
+from qerl_sync.serving.guard import KILL_SECONDS, kill
+from qerl_sync.serving.log import complaint_in, last_line
+from qerl_sync.serving.ports import port_of, reserve_port
+from qerl_sync.serving.processes import any_listens, is_resource_tracker, members
+
+GUARD = "qerl_sync.serving.guard"
+POLL_SECONDS = 0.25
+PROGRESS_SECONDS = 1.0
+STARTING_GRACE_SECONDS = 1.0
+
+# Called about once a second while a server starts: seconds so far, the last line of its log.
+Progress = Callable[[float, str], None]
+
+
+class ServerProcess:
+    """A vLLM server that lives as long as this `with` block.
+
+        with ServerProcess(ServerSpec(model), log=directory / "server.log") as server:
+            client = HTTPClient(server.url)
+
+    Between this process and vLLM runs a guard (serving/guard.py), which stops the server when the
+    block is left, by whatever exception, and when this process ends, SIGKILL included.
+
+    Args:
+        log: the file that gets the server's output, from its start. None: it goes where this
+            process's own goes.
+        start_timeout_seconds: how long the server may take until it answers.
+        grace_seconds: time from SIGTERM to SIGKILL at the end.
+        progress: what to call while the server starts.
+    """
+
+    def __init__(
+        self,
+        spec: ServerSpec,
+        *,
+        log: Path | None = None,
+        start_timeout_seconds: float = 600,
+        grace_seconds: float = 15,
+        progress: Progress | None = None,
+    ) -> None:
+        self.spec = spec
+        self.log = log
+        self.start_timeout_seconds = start_timeout_seconds
+        self.grace_seconds = grace_seconds
+        self._progress = progress
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._owner = os.getpid()
+        self._port: int | None = None
+        self._is_ready = False
+
+    @property
+    def port(self) -> int:
+        """The port that the server listens on. Known once it has started."""
+        if self._port is None:
+            raise SyncError("the server has no port before it is started; enter the `with` block")
+        return self._port
+
+    @property
+    def url(self) -> str:
+        """The server's address for this machine."""
+        return local_url(self.spec.host, self.port)
+
+    def __enter__(self) -> ServerProcess:
+        """Start the server and wait until it answers.
+
+        Raises:
+            ConfigError: the port is in use.
+            PeerLostError: the server ended before it was ready; with its last words.
+            TransportTimeout: it was not ready in time.
+        """
+        try:
+            with contextlib.closing(reserve_port(self.spec.host, self.spec.port)) as reserved:
+                self._port = port_of(reserved)
+                self._guard = self._launch(self._port)
+                self._wait_until_ready(self._guard)
+                self._is_ready = True
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the server and all its processes. May be called again, and by a forked child, where
+        it does nothing."""
+        if self._guard is None or self._owner != os.getpid():
+            return
+        guard, self._guard = self._guard, None
+        try:
+            guard.terminate()
+            # Until it is ready vLLM does not hear SIGTERM, and has nothing to end in good order.
+            if not self._is_ready:
+                self._end_grace(guard)
+            guard.wait(self.grace_seconds + KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            _end(guard)
+
+    def _end_grace(self, guard: subprocess.Popen[bytes]) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            guard.wait(STARTING_GRACE_SECONDS)
+        guard.terminate()
+
+    def check(self) -> None:
+        """Raise PeerLostError, with its last words, if the server has ended."""
+        if self._guard is None:
+            raise PeerLostError("the vLLM server was stopped, or never started")
+        if self._guard.poll() is not None:
+            raise PeerLostError(self._ending(self._guard.returncode))
+
+    def wait(self) -> int:
+        """Wait, without end, until the server ends by itself; returns its exit code."""
+        return 0 if self._guard is None else self._guard.wait()
+
+    def _launch(self, port: int) -> subprocess.Popen[bytes]:
+        guard = [sys.executable, "-m", GUARD, str(os.getpid()), str(self.grace_seconds)]
+        with self._output() as output:
+            return subprocess.Popen(
+                [*guard, *server_argv(self.spec, port)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output and subprocess.STDOUT,
+                env=server_environment(os.environ),
+                # Ctrl-C in the terminal is for us; the guard then hears from us.
+                start_new_session=True,
+            )
+
+    def _output(self) -> contextlib.AbstractContextManager[IO[bytes] | None]:
+        if self.log is None:
+            return contextlib.nullcontext()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        return self.log.open("wb")
+
+    def _wait_until_ready(self, guard: subprocess.Popen[bytes]) -> None:
+        client, started, shown = HTTPClient(self.url), time.monotonic(), 0.0
+        while not (client.health() and any_listens(members(guard.pid), self.port)):
+            seconds = time.monotonic() - started
+            if guard.poll() is not None:
+                raise PeerLostError(self._ending(guard.returncode, " before it was ready"))
+            if seconds > self.start_timeout_seconds:
+                raise TransportTimeout(
+                    f"the vLLM server was not ready within {self.start_timeout_seconds:g} s, its "
+                    f"start_timeout_seconds{self._last_words()}"
+                )
+            if self._progress is not None and seconds - shown >= PROGRESS_SECONDS:
+                shown = seconds
+                self._progress(seconds, last_line(self.log))
+            time.sleep(POLL_SECONDS)
+
+    def _ending(self, code: int, when: str = "") -> str:
+        how = f"was ended by signal {code - 128}" if code > 128 else f"ended with code {code}"
+        return f"the vLLM server {how}{when}{self._last_words()}"
+
+    def _last_words(self) -> str:
+        if self.log is None:
+            return "; its output says why"
+        return f"; the end of its log {self.log}:\n{complaint_in(self.log)}"
+
+
+def _end(guard: subprocess.Popen[bytes]) -> None:
+    """Whatever is left, also of a guard that was killed: its session's processes end now."""
+    left = members(guard.pid)
+    if guard.poll() is None or left:
+        kill(pid for pid in left if not is_resource_tracker(pid))
+    guard.wait()

@@ -1,0 +1,111 @@
+"""What trainer and workers, and workers among themselves, must have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from qerl_sync.errors import AgreementError
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
+from qerl_sync.wire.messages import PROTOCOL, Hello
+
+# Of these, all workers of a sync must say the same.
+ALIKE = ("model", "dtype", "quantization", "layout", "packages")
+
+
+def require_protocol(hello: Hello, own_version: str) -> None:
+    """Raises AgreementError if the worker runs another qerl-sync."""
+    theirs = hello.packages.get("qerl-sync", "?")
+    if hello.protocol != PROTOCOL or theirs != own_version:
+        raise AgreementError(
+            f"worker {hello.rank} runs qerl-sync {theirs} (protocol {hello.protocol}), the trainer "
+            f"{own_version} (protocol {PROTOCOL}); install the same version for both"
+        )
+
+
+def require_alike(hellos: Sequence[Hello]) -> None:
+    """Raises AgreementError, naming the first difference between workers."""
+    first = hellos[0]
+    for other in hellos[1:]:
+        for name in ALIKE:
+            mine, theirs = getattr(first, name), getattr(other, name)
+            if mine != theirs:
+                raise AgreementError(
+                    f"worker {first.rank} of engine {first.engine} has {name} {mine!r}, worker "
+                    f"{other.rank} of engine {other.engine} {theirs!r}; sync them in sessions of "
+                    "their own, or start them alike"
+                )
+
+
+def require_complete(hellos: Sequence[Hello]) -> None:
+    """Raises AgreementError, naming the ranks that did not connect."""
+    engines = {hello.engine: hello.world_size for hello in hellos}
+    for engine, world_size in engines.items():
+        present = {hello.rank for hello in hellos if hello.engine == engine}
+        missing = sorted(set(range(world_size)) - present)
+        if missing:
+            raise AgreementError(
+                f"of engine {engine} the worker ranks {missing} of {world_size} did not connect; "
+                "look at their log"
+            )
+
+
+def require_same_map(planned: LayerMap, now: LayerMap) -> None:
+    """Raises AgreementError, naming the first difference, if workers load in another way now."""
+    if planned.digest == now.digest:
+        return
+    pairs: tuple[tuple[Mapping[str, object], Mapping[str, object]], ...] = (
+        (planned.contributions, now.contributions),
+        (planned.layers, now.layers),
+    )
+    for before, after in pairs:
+        for name in [*before, *after]:
+            if before.get(name) != after.get(name):
+                raise AgreementError(
+                    f"the workers are not what the plan was made for: of {name!r} they said "
+                    f"{before.get(name)!r}, and now {after.get(name)!r}. Their engine was started "
+                    "with another model or layout; close the session and make a new one"
+                )
+
+
+def joint_map(maps: Sequence[LayerMap]) -> LayerMap:
+    """One layer map to plan with, where ranks hold different parts of the model.
+
+    A tensor's parents are those that it has on any rank, with what most elements of it are worth
+    on one, so that a plan that holds for the joint map holds for each rank.
+    """
+    if all(other.digest == maps[0].digest for other in maps[1:]):
+        return maps[0]
+    layers: dict[str, ParentLayer] = {}
+    contributions: dict[str, dict[tuple[str, str, int], Contribution]] = {}
+    for one in maps:
+        for name, layer in one.layers.items():
+            known = layers.setdefault(name, layer)
+            if layer.expected_numel > known.expected_numel:
+                layers[name] = layer
+        for name, found in one.contributions.items():
+            mine = contributions.setdefault(name, {})
+            counted: dict[tuple[str, str], int] = {}
+            for c in found:
+                place = (c.parent_layer, c.parameter)
+                counted[place] = counted.get(place, -1) + 1
+                key = (*place, counted[place])
+                if key not in mine or c.held_bytes > mine[key].held_bytes:
+                    mine[key] = c
+    joined = {name: tuple(found.values()) for name, found in contributions.items()}
+    expected: dict[str, int] = dict.fromkeys(layers, 0)
+    for found in joined.values():
+        for c in found:
+            expected[c.parent_layer] += c.loaded_numel
+    return LayerMap(
+        layers={
+            name: ParentLayer(
+                name=name,
+                kind=layer.kind,
+                total_numel=max(layer.total_numel, expected[name]),
+                expected_numel=expected[name],
+                deferred=layer.deferred,
+            )
+            for name, layer in layers.items()
+        },
+        contributions=joined,
+    )

@@ -1,0 +1,147 @@
+"""The engine's own calls around what is said to its workers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.errors import TransportError
+from qerl_sync.transports.remote.call import EngineCall
+from qerl_sync.transports.remote.peer import Peer
+from qerl_sync.wire.channel import proof
+
+if TYPE_CHECKING:
+    from qerl_sync.clients.base import EngineClient, PauseMode
+
+logger = logging.getLogger(__name__)
+
+# How long a failed conversation may take to end, on top of the timeout that it has run into.
+GRACE_SECONDS = 5.0
+
+
+class EngineControl:
+    """Pauses an engine, has it lend its workers' threads, takes care of its caches, resumes it.
+
+    Trainer ranks other than 0 have no client: there every call does nothing.
+
+    Attributes:
+        lent: from `lend` to `give_back` the workers' threads are ours.
+        paused: we have paused the engine, and it is ours to resume.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient | None,
+        token: str,
+        *,
+        timeout_seconds: float,
+        pause_mode: PauseMode,
+        recompute_running: bool,
+    ) -> None:
+        self._client = client
+        self._token = token
+        self._timeout_seconds = timeout_seconds
+        self._pause_mode: PauseMode = pause_mode
+        self._recompute_running = recompute_running
+        self._number = 0
+        self._call: EngineCall | None = None
+        self.lent = self.paused = False
+
+    def ask_to_connect(self, call: dict[str, Any]) -> EngineCall | None:
+        """Begin to have the engine's workers connect; calls are counted anew from here."""
+        self._number = 0
+        if self._client is None:
+            return None
+        return EngineCall(
+            "init_weight_transfer_engine", self._client.init_weight_transfer_engine, call
+        )
+
+    def leave_open_update(self) -> None:
+        """An earlier trainer died in one."""
+        if self._client is not None:
+            self._client.finish_weight_update()
+
+    def lend(self, peers: Sequence[Peer]) -> None:
+        """From here to `give_back` the workers' threads are ours."""
+        if self._client is None:
+            self.lent = True
+            return
+        self._client.start_weight_update()
+        self.lent = True
+        self._number += 1
+        self._call = EngineCall(
+            "update_weights",
+            self._client.update_weights,
+            {"number": self._number, "proof": proof(self._token, "update", self._number)},
+        )
+        for peer in peers:
+            peer.glance = self._glance
+
+    def give_back(self, peers: Sequence[Peer], version: str | None = None) -> None:
+        """Until the engine has its workers again. They have been told End."""
+        self.lent = False
+        if self._call is not None and self._client is not None:
+            # vLLM's server does not answer a call in which its engine has died.
+            def require_peers() -> None:
+                for peer in peers:
+                    peer.require_connected()
+
+            self._call.wait(self._timeout_seconds, require_peers)
+            self._client.finish_weight_update(version)
+
+    def give_back_failed(self) -> bool:
+        """The same after a failure. Returns whether the engine is ready for the next call."""
+        self.lent = False
+        if self._call is None or self._client is None:
+            return True
+        try:
+            self._call.wait(GRACE_SECONDS)
+            self._client.finish_weight_update()
+        except Exception as exc:
+            logger.warning("the engine does not come out of the failed sync: %s", exc)
+            return False
+        return True
+
+    def pause(self) -> None:
+        pause = getattr(self._client, "pause", None)
+        if pause is not None:
+            self.paused = True
+            pause(self._pause_mode)
+
+    def resume(self, *, caches: bool) -> None:
+        """Let the engine go on. `caches`: its weights are new, what it computed is not."""
+        client: Any = self._client
+        if caches and hasattr(client, "reset_caches"):
+            forgotten = client.reset_caches(running=self._recompute_running)
+            if not forgotten:
+                logger.warning(
+                    "requests in flight keep what they computed with the old weights, and vLLM "
+                    "keeps its whole prefix cache with them; sync.recompute_running: true "
+                    "forgets both"
+                )
+        if self.paused:
+            client.resume()
+        self.paused = False
+        if hasattr(client, "admit"):
+            client.admit()
+
+    def leave_paused(self, reason: str) -> None:
+        """Until the next sync that succeeds. Whoever asks the engine for something hears why."""
+        self.paused = False
+        self.refuse(reason)
+
+    def refuse(self, reason: str) -> None:
+        client: Any = self._client
+        if hasattr(client, "refuse"):
+            client.refuse(reason)
+
+    def _glance(self) -> None:
+        """Whether the workers still listen, while we wait for one of them."""
+        assert self._call is not None
+        self._call.raise_if_failed()
+        if self._call.done:
+            raise TransportError(
+                "the engine returned from update_weights before its workers had answered; look at "
+                "its log"
+            )

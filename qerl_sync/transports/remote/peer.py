@@ -1,0 +1,237 @@
+"""One worker rank, as the trainer sees it."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from qerl_sync.errors import (
+    AgreementError,
+    ConfigError,
+    PeerLostError,
+    SyncError,
+    TransportError,
+)
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.wire import messages as say
+from qerl_sync.wire.channel import Channel
+from qerl_sync.wire.gloo import GlooLink, Transfer
+from qerl_sync.wire.segments import SharedSegment
+
+if TYPE_CHECKING:
+    from qerl_sync.clients.base import StoringClient
+    from qerl_sync.transports.remote.staging import StagedChunk
+
+M = TypeVar("M")
+
+
+def _nothing() -> None:
+    pass
+
+
+class Peer:
+    """A connection, what the worker said of itself, and how bytes get to it.
+
+    Attributes:
+        kind: shm or gloo, once a transport is open, and `reason`, why so.
+        layer_map: where this rank's tensors land, once it was asked.
+        plan_digest: of the plan that it took last.
+    """
+
+    def __init__(self, channel: Channel, timeout_seconds: float) -> None:
+        self._channel = channel
+        self._timeout_seconds = timeout_seconds
+        self._link: GlooLink | None = None
+        self._store: StoringClient | None = None
+        self._box = ""
+        self._on_the_way: deque[tuple[int, Transfer | None]] = deque()
+        self.glance: Callable[[], None] = _nothing
+        try:
+            self.hello = self.expect(say.Hello, "its first message")
+        except BaseException:
+            channel.close()
+            raise
+        channel.peer = self.name
+        self.kind = self.reason = ""
+        self.layer_map: LayerMap | None = None
+        self.plan_digest = ""
+
+    @property
+    def name(self) -> str:
+        hello = self.hello
+        return f"worker {hello.rank} of {hello.world_size} (pid {hello.pid}, engine {hello.engine})"
+
+    def send(self, message: say.Message) -> None:
+        try:
+            self._channel.send(message, self._timeout_seconds)
+        except PeerLostError as exc:
+            raise self._last_words() or exc from None
+
+    def _last_words(self) -> SyncError | None:
+        """A worker that gives up says why before it closes the connection."""
+        with suppress(TransportError):
+            while True:
+                message = self._channel.receive(0.0, "its last words")
+                if isinstance(message, say.Failure):
+                    return say.error_of(message, self.name)
+        return None
+
+    def expect(self, kind: type[M], what: str) -> M:
+        """The worker's next message.
+
+        Raises:
+            SyncError: the worker's own, with its class, if that is what it sends.
+            TransportError: something else arrived, or nothing.
+        """
+        message = self._channel.receive(self._timeout_seconds, what, self.glance)
+        if isinstance(message, say.Failure):
+            raise say.error_of(message, self.name)
+        if not isinstance(message, kind):
+            raise TransportError(
+                f"{self._channel.peer} sent {message.type!r} where {what} was next"
+            )
+        return message
+
+    def require_connected(self) -> None:
+        """Raises PeerLostError if the worker has closed the connection or died."""
+        self._channel.require_open("ending the sync")
+
+    def skip_to(self, kind: type[M], what: str, timeout_seconds: float) -> M:
+        """The next message of that kind; what was sent before it no longer counts."""
+        while True:
+            message = self._channel.receive(timeout_seconds, what, self.glance)
+            if isinstance(message, kind):
+                return message
+
+    def announce(self, chunk: say.Chunk, staged: StagedChunk) -> None:
+        """Send a chunk. Its memory must stay as it is until the chunk is loaded."""
+        if self._link is None and self._store is None:
+            self.send(chunk)
+            self._on_the_way.append((chunk.index, None))
+            return
+        assert staged.copied is not None
+        self.send(chunk.model_copy(update={"places": [], "segments": []}))
+        sending = None
+        if self._link is not None:
+            sending = self._link.send(staged.copied)
+        elif self._store is not None:
+            if staged.stored is None:  # the first engine's peer puts it there for all
+                staged.stored = self._store.put(staged.copied)
+            self._store.deliver(self._box, chunk.index, staged.stored)
+        self._on_the_way.append((chunk.index, sending))
+
+    def await_loaded(self, index: int) -> None:
+        """Until the worker has loaded all chunks up to `index` that we sent it."""
+        while self._on_the_way and self._on_the_way[0][0] <= index:
+            first, sending = self._on_the_way[0]
+            credit = self.expect(say.Credit, f"loading chunk {first}")
+            if credit.index != first:
+                raise TransportError(f"{self.name} credits chunk {credit.index}, not {first}")
+            if sending is not None:
+                sending.wait()
+            self._on_the_way.popleft()
+
+    def open_shm(self) -> None:
+        """Show the worker a piece of shared memory; it must read back what is in it."""
+        probe = SharedSegment(32)
+        try:
+            nonce = secrets.token_bytes(32)
+            probe.bytes.copy_(torch.frombuffer(bytearray(nonce), dtype=torch.uint8))
+            announced = say.Segment(name=probe.name, nbytes=probe.nbytes)
+            ready = self._propose("shm", {"probe": announced.model_dump()})
+            if ready.options.get("probe") != nonce.hex():
+                raise AgreementError(f"{self.name} sees another /dev/shm than the trainer")
+        finally:
+            probe.close()
+        self.kind = "shm"
+
+    def open_gloo(self, host: str) -> None:
+        pending = GlooLink.listen(host, secret := secrets.token_hex(32), self._timeout_seconds)
+        try:
+            self.send(self._welcome("gloo", {"host": host, "port": pending.port, "secret": secret}))
+            self._link = pending.accept()
+        finally:
+            pending.close()
+        self.expect(say.Ready, "opening gloo")
+        self.kind = "gloo"
+
+    def open_store(self, client: StoringClient) -> None:
+        """Have chunks brought by a store that all nodes share."""
+        self._propose("ray", {"key": (box := secrets.token_hex(16))})
+        client.require_box(box)
+        self._store, self._box = client, box
+        self.kind = "ray"
+
+    def forget_chunks(self) -> None:
+        """What is on its way belongs to a sync that is over."""
+        self._on_the_way.clear()
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        self._channel.close()
+
+    def _propose(self, transport: str, options: dict[str, object]) -> say.Ready:
+        self.send(self._welcome(transport, options))
+        return self.expect(say.Ready, f"opening {transport}")
+
+    def _welcome(self, transport: str, options: dict[str, object]) -> say.Welcome:
+        return say.Welcome.model_validate(
+            {
+                "transport": transport,
+                "timeout_seconds": self._timeout_seconds,
+                "options": options,
+            }
+        )
+
+
+def choose_transport(
+    peer: Peer, wanted: str, own_host: str, address: str, client: Any = None
+) -> None:
+    """Open `wanted`, or with "auto" the best that works; the peer remembers which and why.
+
+    Args:
+        client: of the peer's engine; one with `put` and `deliver` has an object store.
+
+    Raises:
+        SyncError: the transport that was asked for does not work, with the reason.
+    """
+    has_store = hasattr(client, "deliver")
+    if wanted == "ray":
+        if not has_store:
+            raise ConfigError(
+                "sync.transport: ray needs engines in Ray actors; choose auto, shm or gloo"
+            )
+        peer.open_store(client)
+        peer.reason = "sync.transport says so"
+        return
+    if wanted == "gloo":
+        peer.open_gloo(address)
+        peer.reason = "sync.transport says so"
+        return
+    if wanted == "shm":
+        peer.open_shm()
+        peer.reason = "sync.transport says so"
+        return
+    if peer.hello.host != own_host:
+        peer.reason = "the worker is on another host"
+        if has_store:
+            try:
+                peer.open_store(client)
+            except SyncError as exc:
+                peer.reason += f", and the object store does not work: {exc}"
+            else:
+                return
+        peer.open_gloo(address)
+        return
+    try:
+        peer.open_shm()
+        peer.reason = "the worker can open the trainer's shared memory"
+    except SyncError as exc:
+        peer.open_gloo(address)
+        peer.reason = f"shared memory does not work: {exc}"

@@ -1,0 +1,295 @@
+"""One sync for several engines that come and go: staged once, committed by all that are left."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qerl_sync.errors import AgreementError, ConfigError, LoadError, SyncError, TransportError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.staging import part_of, slot_bytes
+from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.transports.remote.agreement import joint_map
+from qerl_sync.transports.remote.parallel import in_parallel
+from qerl_sync.transports.remote.staging import Staging
+from qerl_sync.transports.remote.transport import RemoteTransport
+from qerl_sync.wire.segments import parameters_are_shared
+
+if TYPE_CHECKING:
+    import torch
+
+    from qerl_sync.clients.base import EngineClient
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
+
+# A member that fails in one of these ways is left behind; the others go on. Other errors are about
+# the weights themselves, and end the sync for all.
+MEMBERS_OWN = (TransportError, LoadError, AgreementError)
+
+
+def _always() -> bool:
+    return True
+
+
+@dataclass(eq=False)
+class Member:
+    """An engine of a pool.
+
+    Attributes:
+        is_up: whether it can be asked to connect; called before each sync while it is not ready.
+        ready: it is connected, and its layer map is one that plans are made for.
+        version: of its weights, as far as we know; 0 after it was lost.
+        leaving: ends what a failed sync has left open, in a thread.
+    """
+
+    name: str
+    transport: RemoteTransport
+    is_up: Callable[[], bool] = _always
+    ready: bool = False
+    version: int = 0
+    leaving: threading.Thread | None = None
+
+    @property
+    def idle(self) -> bool:
+        return self.leaving is None or not self.leaving.is_alive()
+
+
+class PoolTransport(Transport):
+    """Every chunk is gathered and staged once, and loaded by all engines at the same time.
+
+        new, lost --is up, next sync--> ready --error of its own--> lost
+
+    An engine that dies, or does not answer in time, is left out of the rest of the sync, which the
+    others finish and commit. It gets a full sync when it is there again. Only when all are lost, or
+    the weights themselves are refused, the sync fails.
+
+    Args:
+        options: of each member's RemoteTransport, `transport`, `timeout_seconds` and so on.
+
+    Attributes:
+        lost: engines that did not commit the current or last sync, with the reason.
+    """
+
+    def __init__(self, *, chunks_in_flight: int = 2, **options: Any) -> None:
+        self._chunks_in_flight = chunks_in_flight
+        self._options = options
+        self._members: dict[str, Member] = {}
+        self._active: list[Member] = []
+        self._staging: Staging | None = None
+        self._staging_kinds: set[str] = set()
+        self._metas: list[ParamMeta] = []
+        self._allow_incomplete: Sequence[str] = ()
+        self._maps: set[str] = set()
+        self.lost: dict[str, str] = {}
+
+    # ---- members
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        """The weight version of each engine; 0 where it is not known, or never was synced."""
+        return {name: member.version for name, member in self._members.items()}
+
+    def add(self, name: str, client: EngineClient, is_up: Callable[[], bool] = _always) -> None:
+        """Take in an engine; it is part of the next sync. Raises ConfigError if `name` is taken."""
+        if name in self._members:
+            raise ConfigError(f"the pool has an engine {name!r} already; give each its own name")
+        transport = RemoteTransport(
+            client,
+            chunks_in_flight=self._chunks_in_flight,
+            # While we wait for one that has stopped, the others wait for us.
+            worker_timeout_seconds=3 * self._options.get("timeout_seconds", 300.0),
+            **self._options,
+        )
+        self._members[name] = Member(name, transport, is_up)
+
+    def remove(self, name: str) -> None:
+        """Let go of an engine, between two syncs. It keeps its weights."""
+        member = self._members.pop(name, None)
+        if member is not None:
+            member.transport.close()
+
+    def forget(self, name: str, reason: str) -> None:
+        """An engine is known to be gone, or back on other weights: it needs a full sync."""
+        member = self._members[name]
+        if member.ready:
+            self._lose(member, TransportError(reason))
+
+    # ---- the transport's contract
+
+    @property
+    def verify_seconds(self) -> float:  # type: ignore[override]
+        return self._staging.verify_seconds if self._staging is not None else 0.0
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return "; ".join(dict.fromkeys(m.transport.kind for m in self._members.values() if m.ready))
+
+    def committed_version(self) -> int:
+        return max((m.transport.committed_version() for m in self._members.values()), default=0)
+
+    def layer_map(
+        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+    ) -> LayerMap:
+        """As the base class. The first time every engine must answer, so that one that was started
+        wrongly is named before anything is trained; later those that do not are left behind."""
+        first = not self._metas
+        metas = list(metas)
+
+        def ask(member: Member) -> LayerMap:
+            return member.transport.layer_map(metas, allow_incomplete=allow_incomplete)
+
+        found = self._each(self._those_up(), ask, leave_behind=not first)
+        self._metas, self._allow_incomplete = metas, allow_incomplete
+        self._maps = {one.digest for one in found.values()}
+        for member in found:
+            member.ready = True
+        self._require_some(list(found))
+        return joint_map(list(found.values()))
+
+    def free_bytes(self) -> int:
+        return min(m.transport.free_bytes() for m in self._members.values() if m.ready)
+
+    def start(
+        self,
+        plan: SyncPlan,
+        layer_map: LayerMap,
+        *,
+        version: int,
+        check_finite: bool,
+        held: Collection[str] | None = None,
+    ) -> None:
+        if held is not None:
+            raise ConfigError(
+                "a pool is synced by one trainer rank, which sends every tensor; gather on it, or "
+                "sync each engine with a RemoteTransport of its own"
+            )
+        if self.terms.on_failure == "rollback":
+            raise ConfigError(
+                "a pool commits without the engines that fail, so those cannot go back to the old "
+                "version: choose sync.on_failure: poison"
+            )
+        self._version, self._chunks, self._index = version, plan.chunk_metas, 0
+        self.lost = {m.name: "not up" for m in self._members.values()}
+        self._each([m for m in self._those_up() if not m.ready], self._take_in)
+        ready = [m for m in self._members.values() if m.ready]
+        staging = self._staging_for(plan, ready)
+
+        def start(member: Member) -> None:
+            member.transport.terms = self.terms
+            member.transport.start(
+                plan, layer_map, version=version, check_finite=check_finite, staging=staging
+            )
+
+        for member in ready:
+            self.lost.pop(member.name)
+        self._active = ready
+        self._active = list(self._each(ready, start))
+        self._require_some(self._active)
+
+    def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        index, self._index = self._index, self._index + 1
+        assert self._staging is not None
+        self._of_all(lambda member: member.transport.await_room(index))
+        staged = self._staging.stage(index, self._chunks[index], tensors)
+        self._of_all(lambda member: member.transport.announce(index, staged))
+
+    def finish(self) -> list[WorkerReport]:
+        complete = self._each(self._active, lambda member: member.transport.complete())
+        reports = self._each(list(complete), lambda member: member.transport.commit())
+        self._require_some(list(reports))
+        for member in reports:
+            member.version = self._version
+        self._active = []
+        return [report for told in reports.values() for report in told]
+
+    def abort(self, reason: str) -> None:
+        active, self._active = self._active, []
+        for member in active:
+            member.version = 0
+            member.ready = False
+        in_parallel([partial(_end, member.transport, reason) for member in active])
+
+    def close(self) -> None:
+        self.abort("the session was closed")
+        for member in self._members.values():
+            if member.leaving is not None:
+                member.leaving.join()
+        in_parallel([member.transport.close for member in self._members.values()])
+        if self._staging is not None:
+            self._staging.close()
+            self._staging = None
+
+    # ---- parts
+
+    def _those_up(self) -> list[Member]:
+        return [m for m in self._members.values() if m.ready or (m.idle and m.is_up())]
+
+    def _take_in(self, member: Member) -> None:
+        """Connect, and see that the plan holds for this engine too."""
+        found = member.transport.layer_map(self._metas, allow_incomplete=self._allow_incomplete)
+        if found.digest not in self._maps:
+            raise AgreementError(
+                f"{member.name} has another layer map than the engines that the plan was made "
+                "with; start it as they were started, or sync it in a session of its own"
+            )
+        member.ready = True
+
+    def _staging_for(self, plan: SyncPlan, members: Iterable[Member]) -> Staging:
+        kinds = {kind for member in members for kind in member.transport.kinds}
+        if self._staging is None or kinds != self._staging_kinds:
+            if self._staging is not None:
+                self._staging.close()
+            self._staging = Staging(shared="shm" in kinds, in_place=kinds == {"shm"})
+            self._staging_kinds = kinds
+        slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
+        self._staging.prepare(slots, later=parameters_are_shared())
+        return self._staging
+
+    def _each(
+        self, members: Sequence[Member], work: Callable[[Member], R], *, leave_behind: bool = True
+    ) -> dict[Member, R]:
+        """Do it for all at the same time. Returns what came of it, without those left behind."""
+        outcomes = in_parallel([partial(work, member) for member in members])
+        done: dict[Member, R] = {}
+        for member, outcome in zip(members, outcomes, strict=True):
+            if not isinstance(outcome, BaseException):
+                done |= {member: outcome}
+            elif leave_behind and isinstance(outcome, MEMBERS_OWN):
+                self._lose(member, outcome)
+            else:
+                raise outcome
+        return done
+
+    def _of_all(self, work: Callable[[Member], None]) -> None:
+        self._active = list(self._each(self._active, work))
+        self._require_some(self._active)
+
+    def _lose(self, member: Member, error: SyncError) -> None:
+        logger.warning("%s is left behind: %s", member.name, error)
+        self.lost[member.name] = str(error)
+        member.ready, member.version = False, 0
+        self._active = [other for other in self._active if other is not member]
+        # It may take as long as the engine takes to answer; the others do not wait for it.
+        member.leaving = threading.Thread(
+            target=_end, args=(member.transport, str(error)), name=f"end {member.name}", daemon=True
+        )
+        member.leaving.start()
+
+    def _require_some(self, left: Sequence[Member]) -> None:
+        if left:
+            return
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.lost.items())
+        raise TransportError(f"no engine of the pool is left ({reasons or 'it has none'})")
+
+
+def _end(transport: RemoteTransport, reason: str) -> None:
+    transport.abort(reason)
+    transport.disconnect()

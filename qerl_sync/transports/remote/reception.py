@@ -1,0 +1,92 @@
+"""Where workers connect to: who is expected, and who is turned away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+from qerl_sync.errors import TransportError, TransportTimeout
+from qerl_sync.transports.remote.agreement import require_alike, require_complete
+from qerl_sync.transports.remote.call import EngineCall
+from qerl_sync.transports.remote.control import GRACE_SECONDS
+from qerl_sync.transports.remote.peer import Peer
+from qerl_sync.wire.channel import Listener
+
+
+class Reception:
+    """One trainer rank's listener.
+
+    Args:
+        endpoint: `host:port` to listen at, and nowhere else; port 0 is any free one.
+        num_workers: how many to wait for where no call of the engine says when all are there.
+    """
+
+    def __init__(
+        self, endpoint: str, token: str, *, timeout_seconds: float, num_workers: int
+    ) -> None:
+        host, _, port = endpoint.rpartition(":")
+        self._listener = Listener(host, int(port), token)
+        self._timeout_seconds = timeout_seconds
+        self._num_workers = num_workers
+        self.endpoint = f"{host}:{self._listener.port}"
+
+    def admit(self, call: EngineCall | None, greet: Callable[[Peer], None]) -> list[Peer]:
+        """Greet workers until all are there, all alike.
+
+        Args:
+            call: the engine's, which returns when all its workers have been greeted.
+
+        Raises:
+            SyncError: of any kind; nobody is connected then.
+        """
+        peers: list[Peer] = []
+        try:
+            self._admit(call, greet, peers)
+            hellos = [peer.hello for peer in peers]
+            require_complete(hellos)
+            require_alike(hellos)
+        except BaseException:
+            for peer in peers:
+                peer.close()
+            self._turn_away(call)
+            raise
+        return peers
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _admit(
+        self, call: EngineCall | None, greet: Callable[[Peer], None], peers: list[Peer]
+    ) -> None:
+        deadline = time.monotonic() + self._timeout_seconds
+        while not self._complete(call, peers):
+            channel = self._listener.accept(0.05)
+            if channel is not None:
+                peer = Peer(channel, self._timeout_seconds)
+                peers.append(peer)
+                greet(peer)
+            elif time.monotonic() > deadline:
+                raise TransportTimeout(
+                    f"{len(peers)} workers connected to the trainer within "
+                    f"{self._timeout_seconds:.0f} s, and the engine still waits for others; look "
+                    "at its log, or raise sync.timeout_seconds"
+                )
+        if call is not None:
+            call.raise_if_failed()
+            if not peers:
+                raise TransportError(
+                    "the engine answered and none of its workers connected; was it started with "
+                    'weight_transfer_config={"backend": "qerl"}?'
+                )
+
+    def _complete(self, call: EngineCall | None, peers: Sequence[Peer]) -> bool:
+        return len(peers) >= self._num_workers if call is None else call.done
+
+    def _turn_away(self, call: EngineCall | None) -> None:
+        """Workers that come while the engine gives up: the next call must not meet them."""
+        deadline = time.monotonic() + GRACE_SECONDS
+        coming = call is not None
+        while coming:
+            coming = call is not None and not call.done and time.monotonic() < deadline
+            while (late := self._listener.accept(0.05)) is not None:
+                late.close()

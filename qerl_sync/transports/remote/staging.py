@@ -1,0 +1,172 @@
+"""The trainer's memory for chunks on their way: slots, each with room for one chunk at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+
+from qerl_sync.buffers.checksum import checksum
+from qerl_sync.buffers.stream import as_planned
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.staging import offsets
+from qerl_sync.wire.messages import Segment
+from qerl_sync.wire.segments import PrivateMemory, SharedSegment, locate, parameters_are_shared
+
+Named = tuple[str, torch.Tensor]
+Planned = tuple[ParamMeta, torch.Tensor]
+
+
+@dataclass
+class StagedChunk:
+    """Where a chunk lies: (segment, offset) of each tensor; if copied, its bytes in one piece.
+
+    Attributes:
+        checksums: of each tensor, if `Staging.checksums`.
+        stored: what an object store calls it, once somebody has put it there.
+    """
+
+    places: list[tuple[int, int]]
+    copied: torch.Tensor | None
+    checksums: list[int] = field(default_factory=list)
+    stored: Any = None
+
+
+class Staging:
+    """Slots in shared memory, or private ones where nobody shares memory with us.
+
+    Parameters that are in shared memory (`share_parameters`) need no slot: they are sent as the
+    places where they lie.
+
+    Args:
+        shared: some worker reads from shared memory.
+        in_place: all workers do, so that tensors may stay where they are.
+
+    Attributes:
+        checksums: take those of what is staged, as the source yields it; `verify_seconds` is what
+            that has taken.
+    """
+
+    checksums = False
+    verify_seconds = 0.0
+
+    def __init__(self, *, shared: bool, in_place: bool) -> None:
+        self._shared = shared
+        self._in_place = in_place
+        self._sizes: list[int] = []
+        self._slots: list[SharedSegment | PrivateMemory | None] = []
+        self._table: list[SharedSegment] = []
+
+    @property
+    def segments(self) -> list[Segment]:
+        """What workers must attach, in the order that places count. It only grows in a sync."""
+        return [Segment(name=s.name, nbytes=s.nbytes) for s in self._table]
+
+    def prepare(self, sizes: Sequence[int], *, later: bool) -> None:
+        """Have slots of these sizes; `later`: each when it is first needed.
+
+        Raises:
+            TransportError: there is not that much shared memory.
+        """
+        if list(sizes) != self._sizes:
+            self.close()
+            self._sizes = list(sizes)
+            self._slots = [None] * len(sizes)
+        for index in () if later else range(len(sizes)):
+            slot = self._slot(index)
+            if isinstance(slot, SharedSegment):
+                self._number(slot)
+
+    def stage(
+        self, index: int, metas: Sequence[ParamMeta], tensors: Iterable[Named]
+    ) -> StagedChunk:
+        """Put chunk `index` where workers find it. The slot that it gets must be free.
+
+        Raises:
+            CoverageError: the source yields something else than `metas`.
+        """
+        sums: list[int] = []
+        staged = self._place(index, metas, self._summed(as_planned(metas, tensors), sums))
+        staged.checksums = sums
+        return staged
+
+    def _summed(self, stream: Iterable[Planned], sums: list[int]) -> Iterator[Planned]:
+        for meta, tensor in stream:
+            if self.checksums:
+                start = time.perf_counter()
+                sums.append(checksum(tensor))
+                self.verify_seconds += time.perf_counter() - start
+            yield meta, tensor
+
+    def _place(
+        self, index: int, metas: Sequence[ParamMeta], stream: Iterator[Planned]
+    ) -> StagedChunk:
+        """In place if all of it lies in shared memory. What does not is the source's again with the
+        next tensor that is asked for, so it is copied as it comes."""
+        arrived: list[Planned] = []
+        places: list[tuple[int, int]] = []
+        for item in stream if self._in_place and parameters_are_shared() else ():
+            arrived.append(item)
+            at = locate(item[1])
+            if at is None:
+                break
+            places.append((self._number(at[0]), at[1]))
+        if metas and self._in_place and len(places) == len(metas):
+            next(stream, None)  # to its end: it may be a collective, and have too much
+            return StagedChunk(places, None)
+        return self._copy(index, metas, chain(arrived, stream))
+
+    def close(self) -> None:
+        """Give the slots' memory back."""
+        for slot in self._slots:
+            if isinstance(slot, SharedSegment):
+                slot.close()
+        self._sizes, self._slots, self._table = [], [], []
+
+    def _copy(
+        self,
+        index: int,
+        metas: Sequence[ParamMeta],
+        tensors: Iterable[Planned],
+    ) -> StagedChunk:
+        places, nbytes = offsets(metas)
+        slot = self._slot(index)
+        for (meta, tensor), offset in zip(tensors, places, strict=True):
+            _write(slot, offset, meta, tensor)
+        number = self._number(slot) if isinstance(slot, SharedSegment) else 0
+        return StagedChunk([(number, offset) for offset in places], slot.bytes[:nbytes])
+
+    def _slot(self, index: int) -> SharedSegment | PrivateMemory:
+        index %= len(self._slots)
+        slot = self._slots[index]
+        if slot is None:
+            nbytes = self._sizes[index]
+            slot = SharedSegment(nbytes) if self._shared else PrivateMemory(nbytes)
+            self._slots[index] = slot
+        return slot
+
+    def _number(self, segment: SharedSegment) -> int:
+        """The place of a segment in the table that workers know."""
+        for number, known in enumerate(self._table):
+            if known is segment:
+                return number
+        self._table.append(segment)
+        return len(self._table) - 1
+
+
+def _write(
+    slot: SharedSegment | PrivateMemory, offset: int, meta: ParamMeta, tensor: torch.Tensor
+) -> None:
+    """Copy by one thread: it is as quick as memory, and the other cores load in the meantime.
+
+    torch's own copy would share the work among all cores and wait for the slowest.
+    """
+    if tensor.device.type == "cpu" and tensor.is_contiguous() and meta.nbytes:
+        target = slot.bytes[offset : offset + meta.nbytes].numpy()
+        target[:] = tensor.detach().view(-1).view(torch.uint8).numpy()
+    else:
+        slot.tensor(offset, meta.shape, tensor.dtype).copy_(tensor)

@@ -1,0 +1,428 @@
+"""Sends chunks to the workers of vLLM engines in other processes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import ConfigError, PeerLostError, SyncError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.replay import replay
+from qerl_sync.plan.staging import Part, part_of, slot_bytes
+from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.transports.remote.agreement import (
+    joint_map,
+    require_protocol,
+    require_same_map,
+)
+from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
+from qerl_sync.transports.remote.peer import Peer, choose_transport
+from qerl_sync.transports.remote.reception import Reception
+from qerl_sync.transports.remote.staging import StagedChunk, Staging
+from qerl_sync.wire import messages as say
+from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token, proof
+from qerl_sync.wire.host import host_id
+from qerl_sync.wire.segments import parameters_are_shared
+
+if TYPE_CHECKING:
+    import torch
+
+    from qerl_sync.clients.base import EngineClient, PauseMode
+
+logger = logging.getLogger(__name__)
+
+
+class RemoteTransport(Transport):
+    """All worker ranks of one or several vLLM engines with the backend `qerl`.
+
+    The engines' control plane lends us their workers' threads; what is said and sent goes over
+    connections of our own (`wire.messages` has the conversation). One call of `update_weights` is
+    one sync, between two steps of the scheduler.
+
+    On several trainer ranks, each makes one, with the same `endpoints`; rank 0 has the client.
+
+    Args:
+        client: the engines' control plane; None on trainer ranks other than 0.
+        transport: `shm`, `gloo`, or `auto`: for each worker what works best.
+        chunks_in_flight: receive buffers; sending runs at most so far ahead of loading.
+        timeout_seconds: of each wait, on both sides.
+        address: where workers reach this trainer; it listens there and nowhere else.
+        pause_mode, recompute_running: see `SyncConfig`.
+        endpoints: `host:port` of each trainer rank, where there are several; QERL_SYNC_TOKEN must
+            then be set for all of them and for the workers.
+        rank: of this process among them.
+        num_workers: worker ranks in all, which trainer ranks other than 0 must know.
+        worker_timeout_seconds: of the workers' waits, where those should last longer.
+
+    Nothing is opened before the first call.
+    """
+
+    def __init__(
+        self,
+        client: EngineClient | None,
+        *,
+        transport: str = "auto",
+        chunks_in_flight: int = 2,
+        timeout_seconds: float = 300.0,
+        address: str = "127.0.0.1",
+        pause_mode: PauseMode = "keep",
+        recompute_running: bool = True,
+        endpoints: Sequence[str] = (),
+        rank: int = 0,
+        num_workers: int = 0,
+        worker_timeout_seconds: float | None = None,
+    ) -> None:
+        self._client = client
+        self._wanted = transport
+        self._chunks_in_flight = chunks_in_flight
+        self._timeout_seconds = timeout_seconds
+        self._worker_timeout_seconds = worker_timeout_seconds or timeout_seconds
+        self._address = address
+        self._endpoints = list(endpoints)
+        self._rank = rank
+        self._num_workers = num_workers
+        self._token = os.environ.get(TOKEN_VARIABLE, "")
+        if len(self._endpoints) > 1 and not self._token:
+            raise ConfigError(
+                f"several trainer ranks need a token that all of them and the workers know; set "
+                f"the environment variable {TOKEN_VARIABLE}"
+            )
+        self._shared_token = bool(self._token)
+        self._token = self._token or new_token()
+        self._control = EngineControl(
+            client,
+            self._token,
+            timeout_seconds=timeout_seconds,
+            pause_mode=pause_mode,
+            recompute_running=recompute_running,
+        )
+        self._reception: Reception | None = None
+        self._peers: list[Peer] = []
+        self._staging: Staging | None = None
+        self._staging_is_mine = True
+        self._committing = False
+        self._free_bytes = 0
+        self._map_request: say.MapRequest | None = None
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return "; ".join(dict.fromkeys(f"{peer.kind}: {peer.reason}" for peer in self._peers))
+
+    @property
+    def kinds(self) -> set[str]:
+        """How bytes travel to the workers that are connected."""
+        return {peer.kind for peer in self._peers}
+
+    @property
+    def verify_seconds(self) -> float:  # type: ignore[override]
+        return self._staging.verify_seconds if self._staging is not None else 0.0
+
+    @property
+    def connected(self) -> bool:
+        try:
+            for peer in self._peers:
+                peer.require_connected()
+        except PeerLostError:
+            return False
+        return bool(self._peers)
+
+    def committed_version(self) -> int:
+        return max((peer.hello.version for peer in self._peers), default=0)
+
+    def layer_map(
+        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+    ) -> LayerMap:
+        self.open()
+        self._map_request = say.MapRequest(
+            metas=say.pack_metas(list(metas)), allow_incomplete=list(allow_incomplete)
+        )
+        return self._ask_map(self._map_request)
+
+    def free_bytes(self) -> int:
+        """As each worker told it with its layer map; receive buffers are not yet taken off."""
+        return self._free_bytes
+
+    def start(
+        self,
+        plan: SyncPlan,
+        layer_map: LayerMap,
+        *,
+        version: int,
+        check_finite: bool,
+        held: Collection[str] | None = None,
+        staging: Staging | None = None,
+    ) -> None:
+        """See the base class.
+
+        Args:
+            held: names of the tensors that this trainer rank can send; None: all.
+            staging: prepared slots of somebody who stages for several transports; he also closes
+                them. Chunks then come by `await_room` and `announce` instead of `send`.
+        """
+        self.open()
+        self._renew_map(layer_map)
+        self._staging_is_mine = staging is None
+        self._plan, self._version, self._index = plan, version, 0
+        self._committing = False
+        indices = None
+        if held is not None:
+            indices = [i for i, meta in enumerate(plan.metas) if meta.name in held]
+        slots = slot_bytes(part_of(plan, indices).sizes, self._chunks_in_flight)
+        if "ray" in self.kinds:
+            store: Any = self._client
+            store.require_store(sum(slots))
+        staging = self._staging = staging or self._staging_for(slots)
+        staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
+        self._control.pause()
+        self._control.lend(self._peers)
+        for peer in self._peers:
+            peer.forget_chunks()
+            peer.send(
+                say.SyncRequest(
+                    digest=plan.digest,
+                    plan=None if peer.plan_digest == plan.digest else plan.to_json(),
+                    layer_map=peer.layer_map.digest if peer.layer_map else "",
+                    held=indices,
+                    check_finite=check_finite,
+                    **asdict(self.terms),
+                    segments=staging.segments,
+                    slots=slots,
+                )
+            )
+        accepted = [peer.expect(say.Accepted, "taking the plan") for peer in self._peers]
+        for peer in self._peers:
+            peer.plan_digest = plan.digest
+        self._announced = staging.segments
+        self._part: Part = part_of(plan, accepted[0].owned)
+
+    def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        index, self._index = self._index, self._index + 1
+        metas = self._part.chunks[index]
+        if self._part.owned is not None:
+            owned = {meta.name for meta in metas}
+            tensors = (named for named in tensors if named[0] in owned)
+        assert self._staging is not None
+        self.await_room(index)
+        staged = self._staging.stage(index, metas, tensors)
+        if metas:
+            self.announce(index, staged)
+
+    def await_room(self, index: int) -> None:
+        """Until every worker has loaded what was in the slot that chunk `index` gets."""
+        for peer in self._peers:
+            peer.await_loaded(index - self._chunks_in_flight)
+
+    def announce(self, index: int, staged: StagedChunk) -> None:
+        """Send a staged chunk to every worker."""
+        assert self._staging is not None
+        segments = self._staging.segments
+        news = segments if segments != self._announced else []
+        self._announced = segments
+        for peer in self._peers:
+            peer.announce(
+                say.Chunk(
+                    index=index,
+                    places=staged.places,
+                    in_place=staged.copied is None,
+                    checksums=staged.checksums,
+                    segments=news,
+                ),
+                staged,
+            )
+
+    def finish(self) -> list[WorkerReport]:
+        self.complete()
+        return self.commit()
+
+    def complete(self) -> None:
+        """Until every worker has all of the weights, whole, and awaits the commit."""
+        if not self._control.lent:
+            raise SyncError("no sync is open on these workers; start one first")
+        for peer in self._peers:
+            peer.await_loaded(len(self._plan.chunks))
+        self._tell(say.Finish())
+        self._told = [peer.expect(say.Report, "finishing the sync") for peer in self._peers]
+
+    def commit(self) -> list[WorkerReport]:
+        """Let the workers generate with the new weights. Returns what they measured."""
+        self._committing = True
+        self._tell(say.Commit(version=self._version))
+        for peer in self._peers:
+            peer.expect(say.Committed, "committing")
+            peer.hello = peer.hello.model_copy(update={"version": self._version, "poisoned": None})
+        self._end_talk(version=str(self._version))
+        self._control.resume(caches=True)
+        return [
+            self._report(peer, told) for peer, told in zip(self._peers, self._told, strict=True)
+        ]
+
+    def abort(self, reason: str) -> None:
+        """End whatever is open. Workers that are poisoned stay paused; those that were not touched,
+        or are back on the old version, go on."""
+        if not self._control.lent:
+            poisoned = any(peer.hello.poisoned for peer in self._peers)
+            if self._control.paused and not poisoned:  # the engine refused to begin
+                try:
+                    self._control.resume(caches=False)
+                except SyncError:  # it may do so later, and then nobody resumes it
+                    self._control.refuse(reason)
+            return
+        touched = [peer for peer in self._peers if not self._abort(peer, reason)]
+        ended = self._end_failed_talk()
+        if ended and not touched:
+            self._control.resume(caches=False)
+        else:
+            self._control.leave_paused(reason)
+            self.disconnect()
+
+    @property
+    def precision(self) -> tuple[str, str | None]:
+        return self._peers[0].hello.dtype, self._peers[0].hello.quantization
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        client: Any = self._client
+        if not hasattr(client, "prompt_logprobs"):
+            return super().prompt_logprobs(token_ids)
+        return list(client.prompt_logprobs(token_ids))
+
+    def condemn(self, reason: str) -> None:
+        """The engine stays paused, as after a sync that failed."""
+        self._control.pause()
+        self._control.lend(self._peers)
+        self._tell(say.Condemn(reason=reason))
+        for peer in self._peers:
+            peer.expect(say.Aborted, "being poisoned")
+        self._end_failed_talk()
+        self._control.leave_paused(reason)
+        self.disconnect()
+
+    def close(self) -> None:
+        self.abort("the session was closed")
+        self.disconnect()
+        if self._reception is not None:
+            self._reception.close()
+            self._reception = None
+
+    def _ask_map(self, request: say.MapRequest) -> LayerMap:
+        try:
+            self._control.lend(self._peers)
+            self._tell(request)
+            replies = [peer.expect(say.MapReply, "its layer map") for peer in self._peers]
+        except SyncError:
+            self.abort("the dry run failed")
+            raise
+        self._end_talk()
+        for peer, reply in zip(self._peers, replies, strict=True):
+            peer.layer_map = LayerMap.from_json(reply.layer_map)
+        self._free_bytes = min(reply.free_bytes for reply in replies)
+        return joint_map([peer.layer_map for peer in self._peers if peer.layer_map is not None])
+
+    def _renew_map(self, layer_map: LayerMap) -> None:
+        """Workers that were connected anew, after a failure, have forgotten theirs."""
+        if self._map_request is not None and any(peer.layer_map is None for peer in self._peers):
+            require_same_map(layer_map, self._ask_map(self._map_request))
+
+    def open(self) -> None:
+        """Connect to the workers, unless they are: also where an engine was restarted since.
+
+        Several trainer ranks would have to do so at the same time: there a lost worker is an error.
+        """
+        if self._peers and (self.connected or len(self._endpoints) > 1):
+            return
+        self.disconnect()
+        if self._client is None and self._rank == 0:
+            raise ConfigError("trainer rank 0 needs the engine's client")
+        if self._reception is None:
+            self._reception = Reception(
+                self._endpoints[self._rank] if self._endpoints else f"{self._address}:0",
+                self._token,
+                timeout_seconds=self._timeout_seconds,
+                num_workers=self._num_workers,
+            )
+        endpoints = self._endpoints or [self._reception.endpoint]
+        call = self._control.ask_to_connect(
+            {
+                "endpoints": endpoints,
+                "proof": proof(self._token, "init", *endpoints),
+                "token": "" if self._shared_token else self._token,
+                "timeout_seconds": self._worker_timeout_seconds,
+            }
+        )
+        self._peers = self._reception.admit(call, self._greet)
+        if any(peer.hello.update_open for peer in self._peers):
+            try:
+                self._control.leave_open_update()
+            except BaseException:
+                self.disconnect()
+                raise
+
+    def _greet(self, peer: Peer) -> None:
+        from qerl_sync import __version__
+
+        require_protocol(peer.hello, __version__)
+        choose_transport(peer, self._wanted, host_id(), self._address, self._client)
+        logger.info("%s: %s (%s)", peer.name, peer.kind, peer.reason)
+        peer.send(say.End())
+
+    def _staging_for(self, slots: list[int]) -> Staging:
+        kinds = self.kinds
+        if self._staging is None:
+            self._staging = Staging(shared="shm" in kinds, in_place=kinds == {"shm"})
+        self._staging.prepare(slots, later=self._rank > 0 or parameters_are_shared())
+        return self._staging
+
+    def disconnect(self) -> None:
+        """The next use connects anew."""
+        for peer in self._peers:
+            peer.close()
+        self._peers = []
+        if self._staging is not None and self._staging_is_mine:
+            self._staging.close()
+        self._staging = None
+
+    def _abort(self, peer: Peer, reason: str) -> bool:
+        """Returns whether the worker was not touched and goes on with what it has."""
+        try:
+            peer.send(say.Abort(reason=reason, keep_old=not self._committing))
+            told = peer.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
+            return told.poisoned is None
+        except SyncError as exc:
+            logger.warning("%s cannot be told that the sync has failed: %s", peer.name, exc)
+            return False
+
+    def _end_talk(self, version: str | None = None) -> None:
+        self._tell(say.End())
+        self._control.give_back(self._peers, version)
+
+    def _end_failed_talk(self) -> bool:
+        """Returns whether the engine is ready for the next call."""
+        for peer in self._peers:
+            with suppress(SyncError):
+                peer.send(say.End())
+        return self._control.give_back_failed()
+
+    def _tell(self, message: say.Message) -> None:
+        for peer in self._peers:
+            peer.send(message)
+
+    def _report(self, peer: Peer, told: say.Report) -> WorkerReport:
+        plan = self._plan
+        assert peer.layer_map is not None
+        same = peer.layer_map.digest == plan.layer_map_digest
+        return WorkerReport(
+            worker=peer.name,
+            trace=Trace.from_json(told.trace),
+            predicted=plan.predicted if same else replay(plan.load_metas, peer.layer_map),
+            seconds=told.seconds,
+            peak_extra_bytes=told.peak_extra_bytes,
+            peak_extra_bytes_predicted=told.peak_extra_bytes_predicted,
+            peak_staged_bytes=told.peak_staged_bytes,
+            kept_bytes=told.kept_bytes,
+        )
