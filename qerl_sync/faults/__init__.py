@@ -1,0 +1,1 @@
+"""`qerl-sync check faults`: break syncs of real engines on purpose, and judge what is left."""

@@ -1,0 +1,77 @@
+"""What became of a fault, and whether that is what was promised."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+# How a fault may end.
+OLD, NEW, POISONED, GONE = "old", "new", "poisoned", "gone"
+# How none may.
+WRONG, HANG, CRASH, UNNAMED, SERVES = "wrong weights", "hang", "crash", "unnamed error", "serves"
+
+MEANING = {
+    OLD: "exactly the old weights, never left or put back; the engine goes on with them",
+    NEW: "exactly the new weights",
+    POISONED: "refuses to generate, and says why, until the next full sync",
+    GONE: "the engine's process was killed; the trainer is told so",
+    WRONG: "generates with weights that are neither version's",
+    HANG: "does not answer any more",
+    CRASH: "the engine or its process ended",
+    UNNAMED: "an error that does not say what happened",
+    SERVES: "serves although it should not",
+}
+LIMIT_SECONDS = 2.0
+
+
+@dataclass
+class Outcome:
+    """Of one case on one engine.
+
+    Attributes:
+        ended: one of the words above.
+        expected: those that the contract allows.
+        error: what the trainer was told.
+        after: how requests fared then: `answers`, `refuses`, `waits` for the next sync.
+        healed: whether the next full sync was exactly right; None: not tried.
+        leaks: what was left behind after it.
+        detection_seconds: from the fault to its being known, and the worker poisoned.
+        allowed_seconds: how long that may take: a timeout where only that can tell, and 2 s.
+    """
+
+    subject: str
+    case: str
+    by: str = "qerl-sync"
+    ended: str = CRASH
+    expected: tuple[str, ...] = ()
+    error: str = ""
+    after: str = ""
+    healed: bool | None = None
+    leaks: list[str] = field(default_factory=list)
+    detection_seconds: float | None = None
+    allowed_seconds: float = LIMIT_SECONDS
+    note: str = ""
+
+    @property
+    def is_late(self) -> bool:
+        return self.detection_seconds is not None and (
+            self.detection_seconds > self.allowed_seconds
+        )
+
+    @property
+    def ok(self) -> bool:
+        """Did it end as the contract says?"""
+        return (
+            self.ended in self.expected
+            and self.healed is True
+            and not self.leaks
+            and not self.is_late
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ok": self.ok}
+
+    @classmethod
+    def from_json(cls, told: dict[str, Any]) -> Outcome:
+        fields = {name: told[name] for name in cls.__dataclass_fields__}
+        return cls(**{**fields, "expected": tuple(fields["expected"])})
