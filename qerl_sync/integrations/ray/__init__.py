@@ -1,0 +1,1 @@
+"""Trainers and vLLM engines as Ray actors, and the sync between them."""

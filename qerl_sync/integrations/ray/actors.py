@@ -1,0 +1,185 @@
+"""The actor that hosts a vLLM engine. Nothing here imports Ray: `WorkerPool.start` makes it remote.
+
+Its calls run one after the other in one thread, the engine's. Those of `CONTROL` have threads of
+their own, so that they are answered while the engine generates or loads.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qerl_sync.clients.base import PauseMode
+from qerl_sync.clients.ray_actor import CONTROL as CONTROL
+from qerl_sync.errors import AgreementError, PoisonedError
+from qerl_sync.integrations.ray.rollouts import Rollout
+from qerl_sync.worker import deliveries
+
+# Threads of the concurrency group CONTROL.
+CONTROL_THREADS = 2
+
+Prompts = Sequence[str] | Sequence[Sequence[int]]
+
+
+class RolloutActor:
+    """A vLLM engine that generates, and takes weights.
+
+    It refuses to generate until it has had a full sync: an actor that Ray restarts is back on the
+    weights that it was started with.
+
+    Args:
+        engine: vLLM's engine arguments, as they are; `model` at least.
+        name: of the actor, in logs, rollouts and errors.
+        environment: variables set before vLLM is imported. Unless VLLM_ENABLE_V1_MULTIPROCESSING
+            is among them, the engine runs in the actor's process (with several tensor parallel
+            ranks, in processes of its own).
+        serve_initial_weights: generate before the first sync too, with version 0.
+    """
+
+    def __init__(
+        self,
+        engine: Mapping[str, Any],
+        *,
+        name: str = "rollout",
+        environment: Mapping[str, str] | None = None,
+        serve_initial_weights: bool = False,
+    ) -> None:
+        self.name = name
+        self.version = 0
+        self._serves = serve_initial_weights
+        self._paused = False
+        os.environ.update(environment or {})
+        several = int(engine.get("tensor_parallel_size", 1)) > 1
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if several else "0")
+        self.llm = self._start(engine)
+        self._client = self._control(self.llm)
+
+    def __repr__(self) -> str:
+        """What Ray writes before each line of the actor's log."""
+        return self.name
+
+    def _start(self, engine: Mapping[str, Any]) -> Any:
+        from vllm import LLM
+
+        return LLM(**{"weight_transfer_config": {"backend": "qerl"}, **engine})
+
+    def _control(self, llm: Any) -> Any:
+        from qerl_sync.clients.llm import LLMClient
+
+        logging.getLogger("qerl_sync").setLevel(logging.INFO)
+        return LLMClient(llm)
+
+    # ---- generation
+
+    def generate(
+        self,
+        prompts: Prompts,
+        sampling: Any = None,
+        required_version: int = 0,
+    ) -> list[Rollout]:
+        """Completions of all prompts, `sampling["n"]` of each, in order.
+
+        Args:
+            sampling: vLLM's `SamplingParams`, or their fields as a mapping.
+            required_version: the oldest weights that will do.
+
+        Raises:
+            PoisonedError: the weights are not to be used: no sync yet, or one that failed.
+            AgreementError: they are older than required.
+        """
+        self._require(required_version)
+        from vllm import SamplingParams
+
+        given = [p if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts]
+        if not isinstance(sampling, SamplingParams):
+            sampling = SamplingParams(**{"logprobs": 0, **(sampling or {})})
+        try:
+            outputs = self.llm.generate(given, sampling, use_tqdm=False)
+        except BaseException:
+            self._client.pause("abort")  # an engine in this process keeps what it could not run
+            raise
+        return [self._rollout(o.prompt_token_ids, one) for o in outputs for one in o.outputs]
+
+    def _rollout(self, prompt_ids: Sequence[int], completion: Any) -> Rollout:
+        ids = list(completion.token_ids)
+        steps = completion.logprobs or []
+        return Rollout(
+            prompt_ids=list(prompt_ids),
+            completion_ids=ids,
+            logprobs=[step[token].logprob for token, step in zip(ids, steps, strict=False)],
+            text=completion.text,
+            version=self.version,
+            worker=self.name,
+        )
+
+    def _require(self, version: int) -> None:
+        if self._paused and not self._client.in_process:
+            raise PoisonedError(f"{self.name} is in a sync, or one has failed; sync it in full")
+        if not self.version and not self._serves:
+            raise PoisonedError(
+                f"{self.name} has not been synced since it started, and its weights are those that "
+                "it was started with; sync first (`pool.sync(...)`, `trainer.sync_weights()`)"
+            )
+        if self.version < version:
+            raise AgreementError(
+                f"{self.name} has weight version {self.version}, and {version} is required; "
+                "sync it first"
+            )
+
+    # ---- what a trainer calls: vLLM's four methods, and those of clients.base.PausableClient
+
+    def init_weight_transfer_engine(self, request: Any) -> None:
+        self._client.init_weight_transfer_engine(_payload(request, "init_info"))
+
+    def start_weight_update(self) -> None:
+        self._client.start_weight_update()
+
+    def update_weights(self, request: Any) -> None:
+        self._client.update_weights(_payload(request, "update_info"))
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """With a version: the sync has been committed."""
+        self._client.finish_weight_update(weight_version)
+        if weight_version is not None:
+            self.update_weight_version(weight_version)
+
+    def update_weight_version(self, weight_version: str) -> None:
+        self.version = int(weight_version)
+
+    def pause(self, mode: PauseMode) -> None:
+        self._paused = True
+        self._client.pause(mode)
+
+    def resume(self) -> None:
+        self._client.resume()
+        self._paused = False
+
+    def reset_caches(self, running: bool) -> bool:
+        return bool(self._client.reset_caches(running=running))
+
+    # ---- answered at any time (concurrency group CONTROL)
+
+    def status(self) -> dict[str, Any]:
+        """Who this is, and the version of its weights. Answers once the engine has started."""
+        import ray
+
+        context = ray.get_runtime_context()
+        return {
+            "name": self.name,
+            "version": self.version,
+            "pid": os.getpid(),
+            "node": context.get_node_id(),
+        }
+
+    def deliver(self, key: str, index: int, chunk: Any) -> bool:
+        """A chunk out of Ray's object store, for the worker in this process; False: there is none
+        that waits for it."""
+        return deliveries.put(key, index, chunk)
+
+
+def _payload(request: Any, name: str) -> dict[str, Any]:
+    """vLLM's clients send dataclasses, ours plain dictionaries."""
+    found = request[name] if isinstance(request, Mapping) else getattr(request, name)
+    return dict(found)

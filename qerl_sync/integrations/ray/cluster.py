@@ -1,0 +1,82 @@
+"""The cluster: found or started, and large enough, before anything else is."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qerl_sync.errors import CompatError, ConfigError
+
+Bundle = Mapping[str, float]
+
+CONNECT_SECONDS = 5.0
+
+
+def require_ray() -> Any:
+    """The module. Raises CompatError where it is not installed."""
+    try:
+        import ray
+    except ImportError as exc:
+        raise CompatError("Ray is not installed; pip install 'qerl-sync[ray]'") from exc
+    return ray
+
+
+def connect(address: str | None = None, **options: Any) -> bool:
+    """Join the cluster at `address`, or start one on this machine; nothing if we are in one.
+
+    Args:
+        address: `host:port`, `auto` for the one that runs here, None for one of our own.
+        options: of `ray.init`.
+
+    Returns:
+        Whether this call connected, so that the caller must `ray.shutdown()` in the end.
+
+    Raises:
+        ConfigError: nobody answers there, or it cannot be started as asked.
+    """
+    ray = require_ray()
+    if ray.is_initialized():
+        return False
+    where = {"address": address} if address else {"include_dashboard": False}
+    try:
+        _require_somebody(address)
+        ray.init(**{**where, **options})
+    except Exception as exc:
+        raise ConfigError(
+            f"no Ray cluster can be reached at {address!r}: {exc}. Start one there (`ray start "
+            "--head`), or leave ray.address out to have one started on this machine"
+            if address
+            else f"Ray does not start on this machine: {exc}"
+        ) from exc
+    return True
+
+
+def _require_somebody(address: str | None) -> None:
+    """Raises OSError if nobody listens at a `host:port`. Ray would try it for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+
+
+def require_room(bundles: Sequence[Bundle], what: str) -> None:
+    """Whether the cluster could ever place all `bundles`, each on one node.
+
+    Raises:
+        ConfigError: it has too little of something; says of what, how much, and how much there is.
+    """
+    ray = require_ray()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    for name in sorted({name for bundle in bundles for name in bundle}):
+        wanted = sum(bundle.get(name, 0) for bundle in bundles)
+        there = sum(node.get(name, 0) for node in nodes)
+        largest = max(bundle.get(name, 0) for bundle in bundles)
+        if wanted > there:
+            raise ConfigError(
+                f"{what} needs {wanted:g} {name} and the cluster has {there:g}; give each actor "
+                "less (ray.trainer, ray.rollout), use fewer of them, or add nodes"
+            )
+        if largest > max(node.get(name, 0) for node in nodes):
+            raise ConfigError(
+                f"an actor of {what} needs {largest:g} {name} on one node, and no node has as many"
+            )

@@ -1,0 +1,91 @@
+"""What a Ray actor that trains inherits to sync its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qerl_sync.config import SyncConfig
+from qerl_sync.errors import ConfigError
+from qerl_sync.integrations.ray.pool import WorkerPool
+from qerl_sync.session import SyncReport, SyncSession
+from qerl_sync.sources.base import Source
+
+
+class TrainerActor:
+    """Gives an actor `sync_weights()`.
+
+        @ray.remote
+        class Trainer(TrainerActor):
+            def __init__(self, workers):
+                self.model = ...
+                self.sync_to(workers, self.model, chunk_bytes="64MiB")
+
+        ray.get(trainer.sync_weights.remote())
+
+    Call everything from one thread.
+    """
+
+    workers: WorkerPool
+    sync_session: SyncSession | None = None
+
+    def sync_to(
+        self,
+        workers: WorkerPool,
+        weights: Any,
+        config: SyncConfig | None = None,
+        *,
+        version: int = 0,
+        **options: Any,
+    ) -> None:
+        """Say once where weights come from and go to. Connects with the first sync.
+
+        Args:
+            weights: a Hugging Face model in this process, or a `Source`.
+            config: the `sync` section; or give its fields as `options`.
+            version: the last version, where a run is resumed.
+        """
+        from qerl_sync.integrations.ray.metrics import SyncMetrics
+
+        self.end_sync()
+        config = config or SyncConfig.of(**options)
+        if not isinstance(weights, Source):
+            from qerl_sync.sources.hf import HFSource
+
+            weights = HFSource(weights)
+        self.workers = workers
+        self.sync_session = SyncSession(weights, workers.transport(config), config, version=version)
+        self._sync_metrics = SyncMetrics()
+
+    def sync_weights(self, version: int | None = None) -> SyncReport:
+        """Send the current weights to every worker that is up.
+
+        Args:
+            version: of these weights, larger than any before; None: the next one.
+
+        Returns:
+            The report. `lost` names the workers that were left behind, and why; they refuse to
+            generate until a later sync reaches them.
+
+        Raises:
+            SyncError: no worker took the weights, or they are not fit to be sent.
+        """
+        session = self.sync_session
+        if session is None:
+            raise ConfigError("call sync_to(workers, model) before sync_weights()")
+        if version is not None:
+            last = max(session.version, *self.workers.versions.values(), 0)
+            if version <= last:
+                raise ConfigError(
+                    f"version {version} is not larger than the last one, {last}; versions only "
+                    "move forwards"
+                )
+            session.version = version - 1
+        report = session.push(step=version or session.version + 1)
+        self._sync_metrics.record(report, self.workers.versions)
+        return report
+
+    def end_sync(self) -> None:
+        """Let go of the workers; they live on. Idempotent."""
+        if self.sync_session is not None:
+            self.sync_session.close()
+            self.sync_session = None

@@ -1,0 +1,145 @@
+"""TRL's trainers with rollout actors: the callback that starts, syncs and ends them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from qerl_sync.config import SyncConfig
+from qerl_sync.errors import ConfigError
+from qerl_sync.integrations.ray.llm import Announcing, PooledLLM
+from qerl_sync.integrations.ray.metrics import SyncMetrics
+from qerl_sync.integrations.ray.pool import WorkerPool
+from qerl_sync.integrations.trl import WeightSyncCallback
+from qerl_sync.integrations.trl_seams import _replaced
+from qerl_sync.session import SyncReport, SyncSession
+from qerl_sync.sources.hf import HFSource
+
+# What TRL asks of an engine that shares its process, and means nothing to one in an actor.
+IN_PROCESS_ONLY = ("distributed_executor_backend",)
+
+
+class PoolSyncCallback(WeightSyncCallback):
+    """As `WeightSyncCallback`, with as many rollout actors as wanted in place of TRL's engine.
+
+        callback = PoolSyncCallback(workers=2)
+        with callback.connecting(dtype="float32"):
+            trainer = GRPOTrainer(..., args=GRPOConfig(vllm_mode="colocate", ...))
+        callback.bind(trainer)
+
+    Each sync appends `sync/workers`, and each log the staleness of what was trained on.
+
+    Args:
+        workers: how many actors.
+        max_staleness: see `RolloutConfig`.
+        pool: arguments of `WorkerPool.start`.
+    """
+
+    def __init__(
+        self,
+        config: SyncConfig | None = None,
+        *,
+        workers: int = 2,
+        max_staleness: int = 0,
+        pool: Mapping[str, Any] | None = None,
+        recorder: Callable[[SyncReport], None] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, recorder=recorder, **options)
+        self._count = workers
+        self._max_staleness = max_staleness
+        self._pool_arguments = dict(pool or {})
+        self.llm: PooledLLM | None = None
+
+    @contextmanager
+    def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
+        """While open, a TRL trainer that is built for `vllm_mode="colocate"` gets rollout actors.
+
+        Args:
+            arguments: vLLM engine arguments, over TRL's own.
+        """
+        from trl.generation import vllm_generation
+
+        def start(**given: Any) -> PooledLLM:
+            return self._start({**given, **arguments})
+
+        with _replaced(vllm_generation, "LLM", lambda llm: start):
+            yield
+
+    def _start(self, engine: dict[str, Any]) -> PooledLLM:
+        engine = {name: v for name, v in engine.items() if name not in IN_PROCESS_ONLY}
+        pool = WorkerPool.start(self._count, engine, **self._pool_arguments)
+        self.llm = PooledLLM(
+            pool, max_model_len=engine.get("max_model_len"), max_staleness=self._max_staleness
+        )
+        return self.llm
+
+    def bind(self, trainer: Any) -> PoolSyncCallback:
+        """As the base class.
+
+        Raises:
+            ConfigError: the trainer was not built while `connecting` was open.
+        """
+        generation = getattr(trainer, "vllm_generation", None)
+        llm = getattr(generation, "llm", None)
+        if not isinstance(llm, PooledLLM):
+            raise ConfigError(
+                "this trainer has no rollout actors; build it with use_vllm=True and "
+                'vllm_mode="colocate" within `with callback.connecting():`'
+            )
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        self.session = SyncSession(HFSource(model), llm.pool.transport(self.config), self.config)
+        self._trainer = trainer
+        self._ray_metrics = SyncMetrics()
+        trainer.vllm_generation.sync_weights = self._sync
+        trainer.vllm_generation.generate = self._noting(trainer.vllm_generation.generate)
+        if self._max_staleness:
+            self._generate_ahead(trainer)
+        return self
+
+    def close(self) -> None:
+        """End the actors."""
+        super().close()
+        if self.llm is not None:
+            self.llm.pool.stop()
+            self.llm = None
+
+    def _sync(self) -> None:
+        super()._sync()
+        assert self.llm is not None
+        report = self.reports[-1]
+        self._log("sync/workers", len(report.workers))
+        self._ray_metrics.record(report, self.llm.pool.versions)
+
+    def _noting(self, generate: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, and how stale its completions are goes to TRL's log."""
+
+        def generate_and_note(*args: Any, **kwargs: Any) -> Any:
+            found = generate(*args, **kwargs)
+            assert self.llm is not None
+            newest = self.llm.pool.newest_version
+            behind = [newest - rollout.version for rollout in self.llm.last]
+            self._log("rollout/staleness/max", max(behind))
+            self._log("rollout/staleness/mean", sum(behind) / len(behind))
+            return found
+
+        return generate_and_note
+
+    def _log(self, name: str, value: float) -> None:
+        mode = "train" if self._trainer.model.training else "eval"
+        self._trainer._metrics[mode][name].append(float(value))
+
+    def _generate_ahead(self, trainer: Any) -> None:
+        """Have the pool know the prompts of batches before TRL asks for them."""
+        make = trainer.get_train_dataloader
+        every = trainer.args.steps_per_generation * trainer.num_iterations
+
+        def expect(batch: list[dict[str, Any]]) -> None:
+            assert self.llm is not None
+            ids, *_ = trainer._tokenize_prompts([row["prompt"] for row in batch])
+            self.llm.expect(ids)
+
+        trainer.get_train_dataloader = lambda: Announcing(
+            make(), expect, ahead=self._max_staleness, every=every
+        )
