@@ -4,6 +4,7 @@ from qerl_sync.config.load import load_config
 from qerl_sync.config.models import (
     DataConfig,
     ModelConfig,
+    RayConfig,
     RolloutConfig,
     SyncConfig,
     TinyModelConfig,
@@ -14,6 +15,7 @@ from qerl_sync.config.models import (
 __all__ = [
     "DataConfig",
     "ModelConfig",
+    "RayConfig",
     "RolloutConfig",
     "SyncConfig",
     "TinyModelConfig",

@@ -15,9 +15,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qerl_sync.config.violations import Violation, nearest
+from qerl_sync.config.yaml_tree import value_at
 
 PLAIN_TYPES = {bool, int, float, str, list, dict, type(None), Any}
 OUR_SEED = "is ours: set `seed` at the top, it seeds everything"
+OUR_SERVER = "is ours: set `rollout.server_url`, or `rollout.server_port` for one that we start"
 OUR_DIRECTORY = "is ours: set `output_dir` at the top, or --output-dir"
 
 
@@ -68,7 +70,7 @@ def _hints_of_engine(tree: Mapping[str, Any]) -> Hints:
 def _hints_of_architecture(tree: Mapping[str, Any]) -> Hints | None:
     from transformers import CONFIG_MAPPING
 
-    architecture = _at(tree, "model.tiny.architecture") or "qwen3"
+    architecture = value_at(tree, "model.tiny.architecture") or "qwen3"
     if architecture not in CONFIG_MAPPING:
         return None
     config = CONFIG_MAPPING[architecture]
@@ -86,6 +88,11 @@ SECTIONS = (
         {
             "use_vllm": "is ours: this program always generates with vLLM",
             "vllm_mode": "is ours: set `rollout.mode`",
+            "vllm_server_base_url": OUR_SERVER,
+            "vllm_server_host": OUR_SERVER,
+            "vllm_server_port": OUR_SERVER,
+            "vllm_server_timeout": "is ours: set `rollout.start_timeout_seconds`",
+            "vllm_group_port": "is without use: no weights go over TRL's NCCL group",
             "output_dir": OUR_DIRECTORY,
             "seed": OUR_SEED,
         },
@@ -105,10 +112,9 @@ SECTIONS = (
         {
             "model": "is ours: the engine loads the model of the section `model`",
             "tokenizer": "is ours: the engine uses the tokenizer beside the model",
-            "tensor_parallel_size": "is TRL's: set `trainer.vllm_tensor_parallel_size`",
             "enable_sleep_mode": "is TRL's: set `trainer.vllm_enable_sleep_mode`",
-            "distributed_executor_backend": "is TRL's: in colocate mode it must stay as it is",
             "logprobs_mode": "is TRL's: its importance sampling needs `processed_logprobs`",
+            "weight_transfer_config": "is ours: weights come through the section `sync`",
         },
     ),
     Foreign(
@@ -135,7 +141,7 @@ def foreign_violations(tree: Mapping[str, Any]) -> list[Violation]:
 
 
 def _check(section: Foreign, tree: Mapping[str, Any]) -> Iterator[Violation]:
-    given = _at(tree, section.place)
+    given = value_at(tree, section.place)
     if not isinstance(given, Mapping) or not given:
         return
     if find_spec(section.package) is None:
@@ -191,7 +197,7 @@ def _spelled(hint: Any, value: Any) -> str:
 
 
 def _unknown_architecture(tree: Mapping[str, Any]) -> list[Violation]:
-    architecture = _at(tree, "model.tiny.architecture")
+    architecture = value_at(tree, "model.tiny.architecture")
     if not isinstance(architecture, str) or find_spec("transformers") is None:
         return []
     from transformers import CONFIG_MAPPING
@@ -201,11 +207,3 @@ def _unknown_architecture(tree: Mapping[str, Any]) -> list[Violation]:
     hint = nearest(architecture, CONFIG_MAPPING.keys())
     message = f"transformers has no architecture {architecture!r}; {hint}"
     return [Violation("model.tiny.architecture", message)]
-
-
-def _at(tree: Any, place: str) -> Any:
-    for name in place.split("."):
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(name)
-    return tree

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from qerl_sync.config.contradictions import contradictions
 from qerl_sync.config.foreign import foreign_violations
 from qerl_sync.config.models import TrainConfig
 from qerl_sync.config.violations import Violation, config_error, schema_violations
@@ -29,7 +30,7 @@ def load_config(
     tree, origins, violations = read_tree(_read(Path(path)), str(path))
     violations += apply_overrides(tree, overrides, origins)
     config, found = _validate(tree)
-    violations += found
+    violations += found + contradictions(tree)
     if check_foreign:
         violations += foreign_violations(tree)
     if violations or config is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -51,6 +52,20 @@ def _known_order(value: str) -> str:
     return value
 
 
+def _server_url(value: str | None) -> str | None:
+    if value is not None and not value.startswith(("http://", "https://")):
+        raise ValueError(f"{value!r} is no address of a server; write http://127.0.0.1:8000")
+    return value
+
+
+def _absolute(value: str | None) -> str | None:
+    if value is not None and not PurePosixPath(value).is_absolute():
+        raise ValueError(
+            f"{value!r} is not an absolute path; workers have directories of their own"
+        )
+    return value
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -82,10 +97,12 @@ class Section(BaseModel):
 class SyncConfig(Section):
     """How weights go from the trainer to vLLM."""
 
-    policy: Literal["warn", "reorder", "error"] = "reorder"
+    policy: Literal["warn", "reorder", "spill", "error"] = "reorder"
     """What to do about a source whose order would keep several parent layers open in vLLM.
-    `reorder` sends the tensors grouped by parent layer, so that at most one is open; `warn` keeps
-    the source's order and says, before the first sync, what it costs; `error` refuses it."""
+    `reorder` sends the tensors grouped by parent layer, so that at most one is open; `spill`, for
+    sources whose order nobody can change, keeps it, and has the worker hold in host memory what
+    arrives too early, so that at most one is open there too; `warn` keeps the source's order and
+    says, before the first sync, what it costs; `error` refuses it."""
 
     source_order: Annotated[str, AfterValidator(_known_order)] = "hf"
     """The order in which the source yields its tensors, for trying out bad ones: `hf` (as
@@ -107,9 +124,79 @@ class SyncConfig(Section):
     free on the fullest worker when the sync is planned, plus what the trainer's own weights occupy
     if they are handed over by reference (colocated), since that costs nothing new."""
 
+    spill_budget_bytes: Annotated[PositiveInt | None, BeforeValidator(_bytes)] = None
+    """With `policy: spill`: upper bound of the host memory in which a worker keeps tensors that
+    wait for the rest of their parent layer. What the source's order needs is known beforehand; a
+    smaller budget is refused before anything is sent. Null: as much as it needs, if it is free."""
+
+    spill_directory: Annotated[str | None, AfterValidator(_absolute)] = None
+    """With `policy: spill`: a directory on the workers' hosts; tensors wait in files there instead
+    of in memory. It must exist and belong to the user whom the workers run as (or be like /tmp).
+    The files have no names, so that nothing is left behind, however a worker ends."""
+
+    transport: Literal["auto", "inproc", "shm", "gloo", "ray"] = "auto"
+    """How chunks reach vLLM workers in other processes. `shm`: shared memory, same host only;
+    `gloo`: torch's Gloo over TCP, any host; `ray`: Ray's object store, for engines in Ray actors;
+    `auto`: shared memory where a worker can open the trainer's, elsewhere Ray's object store in
+    Ray actors and Gloo for the rest; the report says which and why. An engine in the trainer's own
+    process (`rollout.mode: colocate`) gets tensors by reference, `inproc`."""
+
+    chunks_in_flight: PositiveInt = 2
+    """How many chunks may be on their way or being loaded at once. Two overlap gathering and
+    sending with loading. Each costs as much memory as its largest chunk."""
+
+    timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
+    """How long either side waits for the other, for each message and each call."""
+
+    trainer_address: str = "127.0.0.1"
+    """The address, of this machine, under which workers reach the trainer. Set it where they are on
+    other hosts; the trainer listens there, and only there."""
+
+    pause_mode: Literal["keep", "wait", "abort"] = "keep"
+    """What becomes of requests in flight on a server during a sync: `keep`, they wait and go on
+    with the new weights; `wait`, the sync waits for them to finish; `abort`, they end."""
+
+    recompute_running: bool = True
+    """With `pause_mode: keep`: forget the cached keys and values of requests in flight, so that
+    what they have so far is computed anew with the new weights. False leaves them as they are; vLLM
+    then keeps its whole prefix cache too, for as long as requests are in flight, and later requests
+    may reuse what the old weights computed."""
+
     check_finite: bool = True
     """Refuse to send NaN or infinite weights. vLLM would accept them, and they stay in its KV cache
     after the weights have healed."""
+
+    verify: Literal["coverage", "checksum", "full"] = "coverage"
+    """How far a sync is verified before it is committed. `coverage`: each tensor of the plan
+    arrives once, with its name, dtype and shape, and fills its parent layer. `checksum`, besides: a
+    checksum of each tensor, taken from the trainer's own before it is sent, must be that of what
+    arrives; and from sync to sync what each layer's kernel holds, packed copies included, must have
+    changed where its tensors have, and nowhere else. That reads all weights about four times; the
+    report says what it took (`seconds.verify`). `full`, besides: the engine's log-probabilities of
+    a fixed prompt must be those of the trainer's model, within `verify_tolerance`; the engine is
+    asked when it runs again, and is poisoned if it differs, so that it may have answered others
+    for the moment that this takes."""
+
+    verify_tolerance: Annotated[float | None, Field(gt=0)] = None
+    """With `verify: full`: by how much a log-probability may differ. Null: what rounding explains
+    in the dtype that the engine computes in: 1e-4 in float32, 0.03 in float16, 0.15 in bfloat16. A
+    quantised engine needs a number."""
+
+    on_failure: Literal["poison", "rollback"] = "poison"
+    """What a worker does when a sync fails in the middle. `poison`: it refuses to generate until
+    a full sync has succeeded. `rollback`: it goes back to the old weights, exactly, and serves
+    them. For that it keeps the old weights of each layer that is written to, during the sync: as
+    much host memory as the model has weights (the report says how much, `kept_bytes`), which must
+    be free before anything is touched. A worker that cannot know whether others have committed is
+    poisoned all the same."""
+
+    on_unchanged: Literal["warn", "error", "ignore"] = "warn"
+    """What to do about a sync that brings nothing new although the trainer's step has moved: the
+    source reads another model than the one that is trained, or an adapter is never merged. Where
+    the session knows the trainer's own parameters (TRL's callback tells it) the names that changed
+    there and did not travel are given, and some that never travel are noticed too; frozen ones are
+    no finding, nor are steps that change nothing. `error` raises UnchangedError after the sync:
+    workers hold what was sent. A few thousand elements of each tensor are compared."""
 
     ignore_names: tuple[str, ...] = ()
     """Checkpoint names (`fnmatch` patterns) that vLLM is known to ignore: they are not sent, and
@@ -202,12 +289,65 @@ class WarmupConfig(Section):
 class RolloutConfig(Section):
     """The vLLM engine that generates the completions."""
 
-    mode: Literal["colocate"] = "colocate"
-    """`colocate`: the engine lives in the trainer's process."""
+    mode: Literal["colocate", "subprocess", "server", "ray"] = "colocate"
+    """`colocate`: the engine lives in the trainer's process; `subprocess`: in a process of its own,
+    started and driven by the trainer; `server`: it is a vLLM OpenAI server, reached over HTTP;
+    `ray`: trainer and engines are Ray actors, see the section `ray`."""
 
     engine: dict[str, Any] = {}
     """vLLM engine arguments, as they are: `dtype`, `enforce_eager`, `quantization`,
-    `max_model_len` and so on. They override what TRL passes."""
+    `max_model_len` and so on, in all modes. They override what TRL passes."""
+
+    server_url: Annotated[str | None, AfterValidator(_server_url)] = None
+    """With `mode: server`, the address of a server that runs, such as `http://127.0.0.1:8000`;
+    `qerl-sync serve` starts one. Null: the run starts one itself, on this machine, with the
+    arguments in `engine`, and stops it when it ends."""
+
+    server_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """The port of the server that the run starts. Null: a free one."""
+
+    start_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    """With `mode: server` or `ray`, how long the run waits until the engines answer."""
+
+    workers: PositiveInt = 2
+    """With `mode: ray`, the number of rollout actors, each with an engine. Completions are divided
+    between those that are on the newest weights."""
+
+    max_restarts: Annotated[int, Field(ge=-1)] = -1
+    """With `mode: ray`, how often a rollout actor that died is started again; -1: always. It
+    generates after its first full sync."""
+
+    max_staleness: NonNegativeInt = 0
+    """With `mode: ray`, how many weight versions completions may be behind when they are trained
+    on. 0: generating and training take turns. N: the completions of the next N batches are
+    generated while the trainer trains; those that are older than N versions are made anew."""
+
+
+class RayConfig(Section):
+    """The cluster of `rollout.mode: ray`, and what the actors take of it."""
+
+    address: str | None = None
+    """`host:port` of a cluster's head, or `auto` for the one that runs on this machine. Null: the
+    run starts one here, and stops it when it ends."""
+
+    num_cpus: PositiveInt | None = None
+    """CPUs of the cluster that the run starts; they are tickets that actors take, not cores. Null:
+    as many as the actors need, or this machine has."""
+
+    object_store_bytes: Annotated[PositiveInt, BeforeValidator(_bytes)] = 512 << 20
+    """The object store of the cluster that the run starts."""
+
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """How the actors are spread over nodes, in Ray's words."""
+
+    placement_seconds: Annotated[float, Field(gt=0)] = 60.0
+    """How long to wait until the cluster has room for all actors."""
+
+    trainer: dict[str, Any] = {}
+    """Options of the trainer actor, as Ray has them: `num_cpus` (1), `num_gpus`, `resources`."""
+
+    rollout: dict[str, Any] = {}
+    """Options of each rollout actor: `num_cpus` (1), `num_gpus`, `resources`, `runtime_env`."""
 
 
 class TrainConfig(Section):
@@ -232,6 +372,9 @@ class TrainConfig(Section):
 
     sync: SyncConfig = SyncConfig()
     """How the trainer's weights reach the engine."""
+
+    ray: RayConfig = RayConfig()
+    """Where actors run, with `rollout.mode: ray`."""
 
     warmup: WarmupConfig | None = None
     """A supervised warm-up. Null: none."""

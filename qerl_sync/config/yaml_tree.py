@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -115,3 +115,12 @@ def _apply(tree: Tree, override: str, origins: dict[str, str]) -> Violation | No
     at[key] = value
     origins[path.strip()] = COMMAND_LINE
     return None
+
+
+def value_at(tree: Any, place: str) -> Any:
+    """The value at a dotted path; None where there is none."""
+    for name in place.split("."):
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(name)
+    return tree

@@ -1,36 +1,48 @@
-"""TRL: a callback that takes over the weight sync of an unmodified trainer in colocate mode.
+"""TRL: a callback that takes over the weight sync of an unmodified trainer.
 
     callback = WeightSyncCallback(policy="reorder")
-    trainer = GRPOTrainer(..., callbacks=[callback])
+    with callback.connecting():     # vllm_mode="server", or an engine in its own process
+        trainer = GRPOTrainer(..., callbacks=[callback])
     callback.bind(trainer)
 
 TRL keeps deciding when to sync. The one seam is the attribute `sync_weights` of
 `trainer.vllm_generation`, which TRL calls before it generates with weights that have changed.
+What must be different while a trainer is built stands in `trl_seams`.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qerl_sync.build import BACKEND, make_session
 from qerl_sync.config import SyncConfig
-from qerl_sync.errors import CompatError, ConfigError
+from qerl_sync.errors import ConfigError
+from qerl_sync.integrations.trl_seams import engine_arguments, own_process, without_nccl
 from qerl_sync.session import SyncReport, SyncSession
-from qerl_sync.sources.hf import HFSource
-from qerl_sync.transports.inproc import InProcessTransport
+from qerl_sync.sources.hf import HFSource, probe_of
+
+__all__ = ["WeightSyncCallback", "engine_arguments", "metrics", "without_nccl"]
 
 # Under this key the weight version travels in TRL's own checkpoints (trainer_state.json).
 STATE_KEY = "qerl_sync"
+# What vLLM must return for TRL's importance sampling.
+LOGPROBS_MODE = "processed_logprobs"
+
+logger = logging.getLogger(__name__)
 
 
 class WeightSyncCallback(TrainerCallback):
     """Plans, orders, watches and reports every weight sync of a TRL trainer.
 
-    Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO, ...).
-    Each sync appends `sync/*` metrics to the trainer's own log.
+    Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO, ...),
+    with an engine in the trainer's process, in its own, or behind a server. Each sync appends
+    `sync/*` metrics to the trainer's own log. In several processes (server mode) make and bind it
+    in each; the main one syncs.
 
     Args:
         config: the `sync` section; alternatively its fields as keyword arguments.
@@ -38,7 +50,8 @@ class WeightSyncCallback(TrainerCallback):
 
     Attributes:
         reports: one for each sync so far.
-        session: the session, once bound: plan, layer map, last measured trace, version.
+        session: the session, once bound: plan, layer map, last measured trace, version. None in
+            processes other than the main one.
     """
 
     def __init__(
@@ -58,25 +71,62 @@ class WeightSyncCallback(TrainerCallback):
         self._recorder = recorder
         self._trainer: Any = None
 
+    @contextmanager
+    def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
+        """While open, a TRL trainer that is built gets an engine that this callback can sync.
+
+        Build the trainer in it for `vllm_mode="server"`, where TRL would join the server in an NCCL
+        group, which needs CUDA on both sides and which this callback does not use. A colocated
+        engine in the trainer's process does not need it.
+
+        Args:
+            in_own_process: for `vllm_mode="colocate"`: start the engine in a process of its own.
+                The program's main module must be importable (`if __name__ == "__main__":`).
+            arguments: vLLM engine arguments for a colocated engine, see `engine_arguments`.
+
+        Raises:
+            CompatError: the installed TRL does not do these things where this expects them.
+        """
+        if in_own_process or self.config.transport in ("shm", "gloo"):
+            arguments = {"weight_transfer_config": {"backend": BACKEND}, **arguments}
+        place = own_process() if in_own_process else without_nccl()
+        with place, engine_arguments(**arguments):
+            yield
+
     def bind(self, trainer: Any) -> WeightSyncCallback:
         """Take over `trainer`'s weight sync. Call it once, when the trainer has been built.
 
         Raises:
-            ConfigError: the trainer does not run vLLM in colocate mode in one process, or its model
-                is sharded or carries adapters.
+            ConfigError: the trainer does not generate with vLLM, or with one that cannot be synced
+                as configured, or its model is sharded or carries adapters.
             CompatError: the installed vLLM cannot do it.
         """
-        generation = _colocated_generation(trainer)
+        generation = _generation(trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
+        given = {"trained": trainer.model.named_parameters, "probe": probe_of(model)}
+        _refuse_to_wake(self.config, generation)
+        if generation.mode == "colocate":
+            self.session = make_session(HFSource(model), self.config, llm=generation.llm, **given)
+        elif trainer.accelerator.is_main_process:
+            url = _server_of(generation.vllm_client)
+            self.session = make_session(HFSource(model), self.config, server_url=url, **given)
         self._trainer = trainer
-        self.session = SyncSession(HFSource(model), InProcessTransport(generation.llm), self.config)
         generation.sync_weights = self._sync
+        self._generate = generation.generate
+        generation.generate = self._generate_with_current_weights
         return self
+
+    def close(self) -> None:
+        """Let go of the engine and of shared memory, when the trainer will not generate again.
+        Otherwise that happens when the process ends."""
+        if self.session is not None:
+            self.session.close()
 
     def _sync(self) -> None:
         """In place of TRL's `VLLMGeneration.sync_weights`."""
         trainer, session = self._trainer, self.session
-        assert session is not None
+        if session is None:  # the main process sends the weights; TRL then waits for it
+            return
         _wake_up(trainer.vllm_generation)
         report = session.push(step=trainer.state.global_step)
         self.reports.append(report)
@@ -87,16 +137,25 @@ class WeightSyncCallback(TrainerCallback):
         if self._recorder is not None:
             self._recorder(report)
 
+    def _generate_with_current_weights(self, *args: Any, **options: Any) -> Any:
+        """In place of `VLLMGeneration.generate`. TRL syncs when a step has changed the weights, and
+        would take what a restarted engine has for current."""
+        if self.session is not None and self.reports and not self.session.current:
+            logger.warning("an engine was lost or restarted: syncing before it generates")
+            self._sync()
+        return self._generate(*args, **options)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session is None:
+        if self._trainer is None:
             raise ConfigError(
                 "WeightSyncCallback is not bound; call `callback.bind(trainer)` after building the "
                 "trainer"
             )
         resumed = state.stateful_callbacks.get(STATE_KEY, {}).get("version", 0)
-        self.session.version = max(self.session.version, resumed)
+        if self.session is not None:
+            self.session.version = max(self.session.version, resumed)
         self._expect_new_weights()
 
     def on_train_end(
@@ -125,62 +184,64 @@ def metrics(report: SyncReport) -> dict[str, float]:
     }
 
 
-@contextmanager
-def engine_arguments(**arguments: Any) -> Iterator[None]:
-    """While open, the engine that a TRL trainer builds gets these vLLM engine arguments too.
-
-    TRL fixes the arguments of its colocated `LLM` and leaves no way to set `dtype`,
-    `enforce_eager`, `quantization` and others. Wrap the construction of the trainer in it; the
-    callback itself does not need it.
-
-    Raises:
-        CompatError: the installed TRL does not build its engine where this expects it.
-    """
-    from trl.generation import vllm_generation
-
-    original = getattr(vllm_generation, "LLM", None)
-    if original is None:
-        raise CompatError(
-            "trl.generation.vllm_generation has no LLM: vLLM cannot be imported there, or this TRL "
-            "builds its engine elsewhere; install TRL 1.16 and vLLM 0.31"
-        )
-
-    def build(**given: Any) -> Any:
-        return original(**{**given, **arguments})
-
-    vllm_generation.LLM = build
-    try:
-        yield
-    finally:
-        vllm_generation.LLM = original
-
-
-def _colocated_generation(trainer: Any) -> Any:
+def _generation(trainer: Any) -> Any:
     """The trainer's `VLLMGeneration`, if it is one that this callback can serve."""
     kind = type(trainer).__name__
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:
         raise ConfigError(
             f"this {kind} does not generate with vLLM; set use_vllm=True and "
-            'vllm_mode="colocate" in its config'
-        )
-    if generation.mode != "colocate":
-        raise ConfigError(
-            f'this {kind} runs vLLM in {generation.mode!r} mode; set vllm_mode="colocate"'
+            'vllm_mode="colocate" or "server" in its config'
         )
     processes = trainer.accelerator.num_processes
-    if processes != 1 or generation.tensor_parallel_size != 1:
+    if generation.mode == "colocate" and (processes != 1 or generation.tensor_parallel_size != 1):
         raise ConfigError(
             f"this {kind} runs in {processes} processes with tensor parallel size "
-            f"{generation.tensor_parallel_size}; this callback syncs one process with one engine. "
-            "Train in one process, or keep TRL's own weight sync"
+            f"{generation.tensor_parallel_size}; this callback syncs one process with one "
+            'colocated engine. Train in one process, or with a server (vllm_mode="server")'
         )
     return generation
 
 
+def _refuse_to_wake(config: SyncConfig, generation: Any) -> None:
+    if config.verify == "full" and generation.mode == "colocate" and generation.enable_sleep_mode:
+        raise ConfigError(
+            "sync.verify: full asks the engine after each sync, and an engine that sleeps "
+            "(vllm_enable_sleep_mode) has no KV cache then; choose verify: checksum"
+        )
+
+
+def _server_of(client: Any) -> str:
+    """The address of TRL's server, if weights can be sent there.
+
+    Raises:
+        ConfigError: it has another weight transfer backend than ours, or none.
+    """
+    url: str = client.base_url
+    try:
+        config = client.get_server_info()
+    except RuntimeError as exc:
+        raise ConfigError(f"{exc} `qerl-sync serve` starts one that has all it needs") from exc
+    backend = (config.get("weight_transfer_config") or {}).get("backend")
+    if backend != BACKEND:
+        raise ConfigError(
+            f"the vLLM server at {url} has the weight transfer backend {backend!r}; restart it "
+            "with --weight-transfer-config "
+            f"""'{{"backend": "{BACKEND}"}}', or by `qerl-sync serve`"""
+        )
+    mode = (config.get("model_config") or {}).get("logprobs_mode")
+    if mode != LOGPROBS_MODE:
+        logger.warning(
+            "the vLLM server at %s gives %s, and TRL's importance sampling needs %s: restart it "
+            "with --logprobs-mode %s",
+            *(url, mode, LOGPROBS_MODE, LOGPROBS_MODE),
+        )
+    return url
+
+
 def _wake_up(generation: Any) -> None:
     """Sleeping engines have freed their weights' memory: map it before it is written to."""
-    if generation.enable_sleep_mode:
+    if generation.mode == "colocate" and generation.enable_sleep_mode:
         from trl.generation.vllm_generation import empty_cache
 
         empty_cache()

@@ -25,7 +25,8 @@ def grpo_arguments(config: TrainConfig) -> GRPOConfig:
         "output_dir": config.output_dir,
         "seed": config.seed,
         "use_vllm": True,
-        "vllm_mode": config.rollout.mode,
+        # A colocated engine in a process of its own is the same to TRL.
+        "vllm_mode": "server" if config.rollout.mode == "server" else "colocate",
         "model_init_kwargs": weights,
     }
     return _make(GRPOConfig, "trainer", {**config.trainer, **ours})

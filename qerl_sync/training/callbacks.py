@@ -68,6 +68,7 @@ class StopCleanly(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.stopped = self.stopped or self._steps.asked_to_stop()
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

@@ -56,6 +56,11 @@ class RunDirectory:
         return self.root / "summary.json"
 
     @property
+    def engine_log(self) -> Path:
+        """What vLLM says where it has processes of its own."""
+        return self.root / "vllm.log"
+
+    @property
     def reward_plot(self) -> Path:
         return self.root / "reward.png"
 
@@ -114,8 +119,8 @@ class RunDirectory:
     def _written(self) -> list[Path]:
         """What a run has left here."""
         fixed = [self.config, self.model, self.trained, self.syncs, self.plans, self.summary]
-        plots = [self.reward_plot, self.buffers_plot]
-        found = [path for path in [*fixed, *plots] if path.exists()]
+        others = [self.engine_log, self.reward_plot, self.buffers_plot]
+        found = [path for path in [*fixed, *others] if path.exists()]
         return [*found, *self.root.glob("checkpoint-*")]
 
     def _set_aside(self) -> Path:

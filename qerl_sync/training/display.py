@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.status import Status
 
 # Without a terminal (a log file, CI) no bar moves: a line is written this many times instead.
 LINES_WITHOUT_TERMINAL = 10
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class Steps:
@@ -48,6 +51,30 @@ class Steps:
         """A line above the bar."""
         self._console.print(text)
 
+    def asked_to_stop(self) -> bool:
+        """Whether who looks at it, elsewhere, has had enough."""
+        return False
+
+
+class Phase:
+    """One that lasts: what it is doing just now stands behind the spinner, and elsewhere than on a
+    terminal on a line now and then."""
+
+    def __init__(self, console: Console, status: Status, doing: str) -> None:
+        self._console = console
+        self._status = status
+        self._doing = doing
+        self._next_line_seconds = SECONDS_BETWEEN_LINES
+
+    def progress(self, seconds: float, text: str) -> None:
+        """`text` is what goes on after so many seconds."""
+        room = max(0, self._console.width - len(self._doing) - 20)
+        line = f"{self._doing} ... {seconds:.0f} s [dim]{escape(text[:room])}[/]"
+        self._status.update(line)
+        if not self._console.is_terminal and seconds >= self._next_line_seconds:
+            self._console.print(f"  {line}", highlight=False)
+            self._next_line_seconds = seconds + SECONDS_BETWEEN_LINES
+
 
 class Display:
     """The phases of a run on `console`."""
@@ -56,11 +83,11 @@ class Display:
         self.console = console
 
     @contextmanager
-    def phase(self, doing: str, done: str) -> Iterator[None]:
+    def phase(self, doing: str, done: str) -> Iterator[Phase]:
         """A spinner while it lasts, and a line with its duration when it succeeded."""
         start = time.perf_counter()
-        with self.console.status(f"{doing} ..."):
-            yield
+        with self.console.status(f"{doing} ...") as status:
+            yield Phase(self.console, status, doing)
         self._finished(done, start)
 
     @contextmanager

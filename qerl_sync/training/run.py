@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qerl_sync.config import TrainConfig
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import ConfigError, PeerLostError
 from qerl_sync.report.plots import plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
 from qerl_sync.training.arguments import engine_options, grpo_arguments, sft_arguments
@@ -21,6 +24,7 @@ from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush, require_packages
 from qerl_sync.training.models import describe, load_model, load_tokenizer, make_tiny, texts_of
 from qerl_sync.training.rewards import BUILTIN, Reward, resolve_reward
+from qerl_sync.training.rollouts import engine_lost, engine_process, rollout_server
 from qerl_sync.training.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -70,20 +74,43 @@ def train(
     Raises:
         SyncError: the configuration cannot be right, or a sync failed.
     """
+    if config.rollout.mode == "ray":
+        from qerl_sync.training.on_ray import train_on_ray
+
+        return train_on_ray(config, display, resume=resume, verbose=verbose)
+    return train_here(config, display, resume=resume, verbose=verbose, started=started)
+
+
+def train_here(
+    config: TrainConfig,
+    display: Display,
+    *,
+    resume: bool = False,
+    verbose: bool = False,
+    started: float | None = None,
+) -> Outcome:
+    """As `train`, with the trainer in this process whatever the mode."""
     started = time.perf_counter() if started is None else started
     directory = RunDirectory(Path(config.output_dir))
     with display.phase("checking", "configuration checked"):
         parts = _check(config, verbose)
         checkpoint = _open(directory, config, display, resume)
     path = _policy(config, parts, directory, display)
-    with display.phase("starting vLLM", "vLLM engine started"):
-        trainer, callback = _build(config, parts, path, directory)
-    stopped = _learn(trainer, checkpoint, display)
+    log = directory.engine_log if config.rollout.mode == "subprocess" and not verbose else None
+    with rollout_server(config, path, directory, display) as url:
+        with display.phase("building the trainer", _built(config)), engine_process(log):
+            trainer, callback = _build(config, parts, path, url, directory)
+        with closing(callback), _engine_death_explained(log):
+            stopped = _learn(trainer, checkpoint, display)
     with display.phase("writing the report", f"report written to {directory.root}"):
         if not stopped:
             trainer.save_model(str(directory.trained))
         summary = _report(trainer.state.log_history, callback, directory, started)
     return Outcome(summary, directory, stopped)
+
+
+def _built(config: TrainConfig) -> str:
+    return "trainer built" if config.rollout.mode == "server" else "vLLM engine started"
 
 
 def _check(config: TrainConfig, verbose: bool) -> _Parts:
@@ -94,6 +121,8 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
         hush()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+        # For engines in processes of their own; vLLM's would take all cores.
+        os.environ["OMP_NUM_THREADS"] = str(config.threads)
     needs_answers = config.warmup is not None or any(name in BUILTIN for name in config.reward)
     rewards = [resolve_reward(name) for name in config.reward]
     grpo, sft = grpo_arguments(config), sft_arguments(config)
@@ -154,22 +183,22 @@ def _policy(config: TrainConfig, parts: _Parts, directory: RunDirectory, display
 
 
 def _build(
-    config: TrainConfig, parts: _Parts, path: str, directory: RunDirectory
+    config: TrainConfig, parts: _Parts, path: str, url: str | None, directory: RunDirectory
 ) -> tuple[Any, WeightSyncCallback]:
-    """TRL's trainer with its engine, and our callback bound to it."""
+    """TRL's trainer with its engine, or the server at `url`, and our callback bound to it."""
     from transformers import PrinterCallback
     from trl import GRPOTrainer
-
-    from qerl_sync.integrations.trl import WeightSyncCallback, engine_arguments
 
     def record(report: SyncReport) -> None:
         directory.append_sync(report.to_json())
         assert callback.session is not None
         directory.record_plan(callback.session, config.sync)
 
-    callback = WeightSyncCallback(config.sync, recorder=record)
+    callback = _callback(config, record)
+    apart = config.rollout.mode == "subprocess"
+    parts.grpo.vllm_server_base_url = url
     try:
-        with engine_arguments(**engine_options(config)):
+        with callback.connecting(in_own_process=apart, **engine_options(config)):
             trainer = GRPOTrainer(
                 model=path,
                 reward_funcs=parts.rewards,
@@ -189,6 +218,23 @@ def _build(
     return trainer, callback
 
 
+def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> WeightSyncCallback:
+    from qerl_sync.integrations.trl import WeightSyncCallback
+
+    if config.rollout.mode != "ray":
+        return WeightSyncCallback(config.sync, recorder=record)
+    from qerl_sync.integrations.ray.trl import PoolSyncCallback
+    from qerl_sync.training.on_ray import pool_arguments
+
+    return PoolSyncCallback(
+        config.sync,
+        workers=config.rollout.workers,
+        max_staleness=config.rollout.max_staleness,
+        pool=pool_arguments(config),
+        recorder=record,
+    )
+
+
 def _reason(exc: ValueError) -> str:
     if isinstance(exc, ValidationError):
         return "; ".join(found["msg"] for found in exc.errors())
@@ -206,6 +252,18 @@ def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return stop.stopped and trainer.state.global_step < trainer.state.max_steps
+
+
+@contextmanager
+def _engine_death_explained(log: Path | None) -> Iterator[None]:
+    """Whoever meets an engine process that is dead is told what it said last."""
+    try:
+        yield
+    except Exception as exc:
+        lost = log is not None and isinstance(exc, PeerLostError)
+        if not lost and type(exc).__name__ != "EngineDeadError":
+            raise
+        raise engine_lost(log) from exc
 
 
 def _note(log: dict[str, Any]) -> str:

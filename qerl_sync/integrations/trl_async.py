@@ -1,0 +1,90 @@
+"""TRL's asynchronous trainer: its own door for another weight transfer.
+
+transfer = AsyncWeightTransfer(server_url, policy="reorder")
+trainer = AsyncGRPOTrainer(..., weight_transfer=transfer)
+transfer.bind(trainer)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.build import make_session
+from qerl_sync.config import SyncConfig
+from qerl_sync.errors import ConfigError
+from qerl_sync.integrations.trl import metrics
+from qerl_sync.session import SyncReport, SyncSession
+from qerl_sync.sources.hf import HFSource
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AsyncWeightTransfer:
+    """The `weight_transfer` of `trl.experimental.async_grpo.AsyncGRPOTrainer`
+    (its `WeightTransferProtocol`): each sync planned, measured and reported.
+
+    TRL calls it in the main process, when it wants to sync. Requests in flight go on afterwards.
+
+    Args:
+        server_url: the vLLM server, which must have the weight transfer backend `qerl`.
+        config: the `sync` section; alternatively its fields as keyword arguments.
+        recorder: called with each report.
+
+    Attributes:
+        reports: one for each sync so far.
+        session: from the beginning of the training to its end.
+    """
+
+    def __init__(
+        self,
+        server_url: str,
+        config: SyncConfig | None = None,
+        *,
+        recorder: Callable[[SyncReport], None] | None = None,
+        **options: Any,
+    ) -> None:
+        self.server_url = server_url
+        self.config = config or SyncConfig.of(**options)
+        self.reports: list[SyncReport] = []
+        self.session: SyncSession | None = None
+        self._recorder = recorder
+        self._trainer: Any = None
+
+    def bind(self, trainer: Any) -> AsyncWeightTransfer:
+        """Say whose weights they are. Call it once, when the trainer has been built."""
+        self._trainer = trainer
+        return self
+
+    def init_weight_transfer(self) -> None:
+        """Raises ConfigError if no trainer is bound, or its model is sharded or has adapters."""
+        if self._trainer is None:
+            raise ConfigError(
+                "AsyncWeightTransfer is not bound; call `transfer.bind(trainer)` after building "
+                "the trainer"
+            )
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        self.session = make_session(HFSource(model), self.config, server_url=self.server_url)
+
+    def pause(self) -> None:
+        """Nothing: the sync pauses the server itself, when its first bytes are ready."""
+
+    def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Sync. TRL's stream is left alone: the plan takes the same weights in another order."""
+        if self.session is None:
+            raise ConfigError("init_weight_transfer comes before send_weights")
+        report = self.session.push(step=self._trainer.state.global_step)
+        self.reports.append(report)
+        for name, value in metrics(report).items():
+            self._trainer._metrics["train"][name].append(value)
+        if self._recorder is not None:
+            self._recorder(report)
+
+    def resume(self) -> None:
+        """Nothing: the sync has ended, and with it the pause."""
+
+    def destroy(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session = None

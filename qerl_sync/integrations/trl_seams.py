@@ -1,0 +1,123 @@
+"""What must be different in TRL, and in vLLM's environment, while a trainer is being built."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from typing import Any
+
+from qerl_sync.errors import CompatError
+
+# What makes vLLM give an engine a process of its own. Spawned: a forked one would inherit torch's
+# thread pools without their threads.
+OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+
+
+@contextmanager
+def engine_arguments(**arguments: Any) -> Iterator[None]:
+    """While open, the engine that a TRL trainer builds gets these vLLM engine arguments too.
+
+    TRL fixes the arguments of its colocated `LLM` and leaves no way to set `dtype`,
+    `enforce_eager`, `quantization` and others. Wrap the construction of the trainer in it; the
+    callback itself does not need it.
+
+    Raises:
+        CompatError: the installed TRL does not build its engine where this expects it.
+    """
+    from trl.generation import vllm_generation
+
+    def with_ours(build: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda **given: build(**{**given, **arguments})
+
+    with _replaced(vllm_generation, "LLM", with_ours):
+        yield
+
+
+@contextmanager
+def own_process() -> Iterator[None]:
+    """While open, a TRL trainer's colocated engine is started in a process of its own.
+
+    That process does not hear Ctrl-C, which a terminal sends to all at once: vLLM's engine would
+    end before the trainer had finished its step. Whoever started the engine ends it.
+
+    Raises:
+        CompatError: the installed TRL does not build its engine where this expects it.
+    """
+    from trl.generation import vllm_generation
+
+    def apart(build: Callable[..., Any]) -> Callable[..., Any]:
+        def start(**given: Any) -> Any:
+            if given.get("distributed_executor_backend") == "external_launcher":
+                given["distributed_executor_backend"] = None  # TRL's own means: in this process
+            with changed_environment(OWN_PROCESS), _blocked(signal.SIGINT):
+                return build(**given)
+
+        return start
+
+    with _replaced(vllm_generation, "LLM", apart):
+        yield
+
+
+@contextmanager
+def without_nccl() -> Iterator[None]:
+    """While open, a TRL trainer that is built for a server does not join it in an NCCL group.
+
+    TRL does so at once, for the weights, and fails where there is no CUDA; generating does not need
+    it. `WeightSyncCallback.connecting` opens it.
+
+    Raises:
+        CompatError: the installed TRL does not do so where this expects it.
+    """
+    from trl.generation.vllm_client import VLLMClient
+
+    def skipped(join: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda client, device=0: None
+
+    with _replaced(VLLMClient, "init_communicator", skipped):
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """While open, `owner.name` is what `make` makes of it."""
+    original = getattr(owner, name, None)
+    if original is None:
+        raise CompatError(
+            f"{owner.__name__} has no {name}: vLLM cannot be imported there, or this TRL is built "
+            "differently; install TRL 1.16 and vLLM 0.31"
+        )
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+@contextmanager
+def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
+    """While open, these environment variables have these values."""
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """While open, threads and processes that this thread starts do not hear that signal."""
+    # Starting it, as the first process that is spawned does, would unblock the signal.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,154 @@
+"""What a run shows, carried from the actor that trains to the terminal that started it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+
+from qerl_sync.training.display import Display, Phase, Steps
+
+Event = tuple[Any, ...]
+
+
+class Board:
+    """An actor between both: events in order, and whether the run should stop."""
+
+    def __init__(self) -> None:
+        self._events: list[Event] = []
+        self._stop = False
+
+    def tell(self, event: Event) -> bool:
+        """Returns whether to stop."""
+        self._events.append(event)
+        return self._stop
+
+    def take(self) -> list[Event]:
+        """What has been told since the last time."""
+        events, self._events = self._events, []
+        return events
+
+    def stop(self) -> None:
+        self._stop = True
+
+
+class RelayDisplay(Display):
+    """In the actor: tells the board what a `Display` would show."""
+
+    def __init__(self, board: Any) -> None:
+        super().__init__(_RelayConsole(self._tell))
+        self._board = board
+
+    @contextmanager
+    def phase(self, doing: str, done: str) -> Iterator[Phase]:
+        self._tell("phase", doing, done)
+        yield _RelayPhase(self._tell)
+        self._tell("end")
+
+    @contextmanager
+    def steps(self, what: str, done: str) -> Iterator[Steps]:
+        self._tell("steps", what, done)
+        yield _RelaySteps(self._tell)
+        self._tell("end")
+
+    def _tell(self, *event: Any) -> bool:
+        import ray
+
+        return bool(ray.get(self._board.tell.remote(event)))
+
+
+class _RelayConsole(Console):
+    def __init__(self, tell: Callable[..., bool]) -> None:
+        super().__init__(quiet=True)
+        self._tell = tell
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        self._tell("print", " ".join(map(str, objects)))
+
+
+class _RelayPhase(Phase):
+    def __init__(self, tell: Callable[..., bool]) -> None:
+        self._tell = tell
+
+    def progress(self, seconds: float, text: str) -> None:
+        self._tell("progress", seconds, text)
+
+
+class _RelaySteps(Steps):
+    def __init__(self, tell: Callable[..., bool]) -> None:
+        self._tell = tell
+        self._stop = False
+
+    def advance(self, done: int, total: int) -> None:
+        self._stop = self._tell("advance", done, total)
+
+    def note(self, done: int, total: int, text: str) -> None:
+        self._tell("note", done, total, text)
+
+    def say(self, text: str) -> None:
+        self._tell("say", text)
+
+    def asked_to_stop(self) -> bool:
+        return self._stop
+
+
+class Replay:
+    """At the terminal: does on a real display what was told to the board."""
+
+    def __init__(self, display: Display, board: Any) -> None:
+        self._display = display
+        self._board = board
+        self._open: AbstractContextManager[Any] | None = None
+        self._shown: Any = None
+        self._stopping = False
+
+    def show(self) -> None:
+        """What has happened since the last time."""
+        import ray
+
+        for kind, *arguments in ray.get(self._board.take.remote()):
+            self._show(kind, arguments)
+
+    def close(self) -> None:
+        """Take a bar or spinner away that has not ended."""
+        if self._open is not None:
+            with suppress(_Unfinished):
+                self._open.__exit__(_Unfinished, _Unfinished(), None)
+            self._open = None
+
+    @contextmanager
+    def stopping(self) -> Iterator[None]:
+        """While open, Ctrl-C has the run stop after its step; a second one raises. Must be used in
+        the main thread."""
+        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._stopping:
+            raise KeyboardInterrupt
+        self._stopping = True
+        self._display.console.print("[yellow]stopping after this step[/] (Ctrl-C again: at once)")
+        self._board.stop.remote()
+
+    def _show(self, kind: str, arguments: list[Any]) -> None:
+        if kind in ("phase", "steps"):
+            self._open = getattr(self._display, kind)(*arguments)
+            self._shown = self._open.__enter__()
+        elif kind == "end" and self._open is not None:
+            self._open.__exit__(None, None, None)
+            self._open = None
+        elif kind == "print":
+            self._display.console.print(*arguments, highlight=False)
+        elif self._open is not None:
+            getattr(self._shown, kind)(*arguments)
+
+
+class _Unfinished(Exception):
+    """Ends a phase without its last line."""

@@ -1,0 +1,162 @@
+"""The engine that a run generates with, where it is in other processes: a server that is found or
+started, watched and stopped, or vLLM's own engine process and its log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+
+from qerl_sync.clients.http import HTTPClient
+from qerl_sync.config import TrainConfig
+from qerl_sync.errors import PeerLostError
+from qerl_sync.integrations.trl_seams import changed_environment
+from qerl_sync.serving.command import ServerSpec
+from qerl_sync.serving.log import complaint_in
+from qerl_sync.serving.server import ServerProcess
+from qerl_sync.training.arguments import engine_options
+from qerl_sync.training.directory import RunDirectory
+from qerl_sync.training.display import Display, Phase
+from qerl_sync.training.environment import hush
+
+LOG_TO_STDERR = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "INFO"}
+POLL_SECONDS = 0.25
+# How long a server that no longer answers may take to be known as dead, with its reasons.
+ENDING_SECONDS = 3.0
+
+
+@contextmanager
+def rollout_server(
+    config: TrainConfig, model: str, directory: RunDirectory, display: Display
+) -> Iterator[str | None]:
+    """The address of the server to generate with; None where the run needs none.
+
+    Unless the configuration names one it is started here, with `model`, and lives as long as the
+    block. Its death ends the block at once, with PeerLostError. For the main thread.
+
+    Raises:
+        SyncError: it cannot be started, or does not answer in time.
+    """
+    rollout = config.rollout
+    if rollout.mode != "server":
+        yield None
+    elif rollout.server_url is not None:
+        with display.phase("waiting for the vLLM server", f"found {rollout.server_url}") as phase:
+            client = _await(rollout.server_url, rollout.start_timeout_seconds, phase)
+        with _losses_explained(lambda: _require_health(client), None):
+            yield rollout.server_url
+    else:
+        spec = ServerSpec(model, engine=engine_options(config), port=rollout.server_port)
+        with ExitStack() as stack:
+            with display.phase("starting the vLLM server", "vLLM server started") as phase:
+                server = ServerProcess(
+                    spec,
+                    log=directory.engine_log,
+                    start_timeout_seconds=rollout.start_timeout_seconds,
+                    progress=phase.progress,
+                )
+                stack.enter_context(server)
+            stack.enter_context(_losses_explained(server.check, directory.engine_log))
+            stack.enter_context(_ended_with(server))
+            yield server.url
+
+
+@contextmanager
+def engine_process(log: Path | None) -> Iterator[None]:
+    """While open, engines that get a process of their own write to `log` instead of the terminal
+    for as long as they live. None: they write where this process does.
+
+    Raises:
+        PeerLostError: such a process ended before it was ready; with its last words.
+    """
+    with ExitStack() as stack:
+        if log is not None:
+            stack.enter_context(_stderr_to(log))
+            stack.enter_context(changed_environment(LOG_TO_STDERR))
+            # An engine's configuration sets the level of this process's logs too.
+            stack.callback(hush)
+        try:
+            yield
+        except RuntimeError as exc:
+            if "Engine core initialization failed" not in str(exc):
+                raise
+            raise engine_lost(log, " before it was ready") from exc
+
+
+def engine_lost(log: Path | None, when: str = "") -> PeerLostError:
+    """The error to raise when the process of an engine has ended that wrote to `log`."""
+    words = f"; the end of its log {log}:\n{complaint_in(log)}" if log else "; its output says why"
+    return PeerLostError(f"the vLLM engine's process has ended{when}{words}")
+
+
+@contextmanager
+def _stderr_to(log: Path) -> Iterator[None]:
+    """Also for processes that are started meanwhile."""
+    before = os.dup(2)
+    try:
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+
+
+@contextmanager
+def _ended_with(server: ServerProcess) -> Iterator[None]:
+    """Raise PeerLostError in the main thread as soon as the server ends.
+
+    TRL would ask a dead server again and again for a minute, and then not know why.
+    """
+
+    def look(number: int, frame: FrameType | None) -> None:
+        server.check()
+
+    before = signal.signal(signal.SIGCHLD, look)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+@contextmanager
+def _losses_explained(check: Callable[[], None], log: Path | None) -> Iterator[None]:
+    """Whoever cannot reach the server in here is told what `check` says of it, if it is gone, and
+    else what is in its log: a server whose engine has died may never end."""
+    import requests
+
+    try:
+        yield
+    except (PeerLostError, requests.RequestException) as exc:
+        deadline = time.monotonic() + ENDING_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                check()
+            except PeerLostError as why:
+                raise why from exc
+            time.sleep(POLL_SECONDS)
+        words = f"; the log of the vLLM server {log}:\n{complaint_in(log)}" if log else ""
+        raise PeerLostError(f"{exc}{words}") from exc
+
+
+def _await(url: str, timeout_seconds: float, phase: Phase) -> HTTPClient:
+    client, started = HTTPClient(url), time.monotonic()
+    while not client.health():
+        seconds = time.monotonic() - started
+        if seconds > timeout_seconds:
+            raise PeerLostError(
+                f"rollout.server_url: no vLLM server answers at {url} within {timeout_seconds:g} "
+                "s; is it running, and is this its address? `rollout.server_url: null` starts one"
+            )
+        phase.progress(seconds, f"nobody answers at {url}")
+        time.sleep(POLL_SECONDS)
+    return client
+
+
+def _require_health(client: HTTPClient) -> None:
+    if not client.health():
+        raise PeerLostError(f"{client} does not answer any more; its log says why")
