@@ -104,6 +104,7 @@ def test_ledger_and_detector_cost_little_beside_the_load(parts, metas, monkeypat
         one.start(plan, layer_map, check_finite=False)
         one.receive(chunk, ((name, tensors[name]) for name in plan.order))
         assert one.finish() == plan.predicted
+        one.commit(1)
 
     def unwatched() -> None:
         with compat.loading_context(parts.vllm_config):
@@ -114,8 +115,8 @@ def test_ledger_and_detector_cost_little_beside_the_load(parts, metas, monkeypat
     watched(), unwatched()
     recorders: list[Recorder] = []
 
-    def make(*arguments: Any) -> Recorder:
-        recorders.append(Recorder(*arguments))
+    def make(*arguments: Any, **options: Any) -> Recorder:
+        recorders.append(Recorder(*arguments, **options))
         return recorders[-1]
 
     rounds = [(median_seconds(unwatched, 1), median_seconds(watched, 1)) for _ in range(7)]

@@ -19,6 +19,7 @@ def scenario_json(scenario: Scenario, budget_bytes: int | None = None) -> dict[s
         "peak_buffered_bytes": scenario.peak_buffered_bytes,
         "peak_pinned_bytes": scenario.peak_pinned_bytes,
         "peak_receive_bytes": scenario.peak_receive_bytes,
+        "peak_staged_bytes": scenario.peak_staged_bytes,
         "within_budget": None
         if budget_bytes is None
         else scenario.peak_pinned_bytes <= budget_bytes,

@@ -22,7 +22,12 @@ from qerl_sync.report.plan_series import (
 from qerl_sync.report.plots import GREY, INK, STYLE
 
 MUTED, RED = "#66717e", "#b4232f"
-COLORS = {"as_given": "#d9622b", "by_parent_layer": "#2563eb", "within_budget": "#0f8a6a"}
+COLORS = {
+    "as_given": "#d9622b",
+    "by_parent_layer": "#2563eb",
+    "within_budget": "#0f8a6a",
+    "spill": "#7c3aed",
+}
 COLUMNS, PANEL_INCHES, HEAD_INCHES, BAR_INCHES = 2, (6.2, 2.6), 1.1, 0.21
 BUCKETS = 500
 LABELLED_LAYERS, LABEL_WIDTH = 3, 44

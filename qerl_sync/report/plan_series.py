@@ -16,11 +16,13 @@ POLICY_WORDS = {
     "as_given": "as given",
     "by_parent_layer": "by parent layer",
     "within_budget": "within the budget",
+    "spill": "spilled",
 }
 SHORT_WORDS = {
     "as_given": "as given",
     "by_parent_layer": "by layer",
     "within_budget": "in budget",
+    "spill": "spilled",
 }
 
 

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qerl_sync.meta import format_bytes
 from qerl_sync.plan.diagnosis import Cause
-from qerl_sync.plan.scenarios import Moment, Scenario
+from qerl_sync.plan.scenarios import SPILL, Moment, Scenario
 from qerl_sync.report.plan_series import (
     POLICY_WORDS,
     SHORT_WORDS,
@@ -23,7 +23,7 @@ from qerl_sync.report.plan_series import (
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ORDER_WIDTH = 15
-STREAM_WIDTH, STREAM_WIDTH_PACKED = 24, 14
+STREAM_WIDTHS = 24, 14, 8  # with so many columns more than usual
 SHOWN_LAYERS = 5
 OVER, WARN, CALM = "bold red", "yellow", "green"
 
@@ -34,15 +34,17 @@ def scenario_table(scenarios: Sequence[Scenario], budget_bytes: int | None = Non
     The last column is the stream from its first tensor to its last: how many bytes are buffered, on
     one scale for all lines.
     """
-    packed = any(scenario.storages for scenario in scenarios)
-    width = STREAM_WIDTH_PACKED if packed else STREAM_WIDTH
+    packed = any(scenario.receive is not scenario.trace for scenario in scenarios)
+    staged = any(scenario.policy == SPILL for scenario in scenarios)
+    width = STREAM_WIDTHS[packed + staged]
+    more = [title for title, shown in (("receiving", packed), ("staged", staged)) if shown]
     top = max((scenario.peak_buffered_bytes for scenario in scenarios), default=0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("order", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    for title in ("open", "buffered", "pinned", *(["receiving"] if packed else [])):
+    for title in ("open", "buffered", "pinned", *more):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column(f"█ = {format_bytes(top)}", no_wrap=True)
+    table.add_column("" if packed and staged else f"█ = {format_bytes(top)}", no_wrap=True)
     for order, group in by_order(scenarios).items():
         for i, scenario in enumerate(group):
             figures = [scenario.peak_buffered_bytes, scenario.peak_pinned_bytes]
@@ -55,6 +57,7 @@ def scenario_table(scenarios: Sequence[Scenario], budget_bytes: int | None = Non
                     style=CALM if scenario.max_open_layers <= 1 else WARN,
                 ),
                 *(_bytes(figure, budget_bytes) for figure in figures),
+                *([_staged(scenario)] if staged else []),
                 Text(sparkline(scenario, top, width), style=_height_style(scenario, top)),
             )
     return table
@@ -82,7 +85,7 @@ def _policies(group: Sequence[Scenario]) -> str:
     return " and ".join(SHORT_WORDS.get(scenario.policy, scenario.policy) for scenario in group)
 
 
-def sparkline(scenario: Scenario, top_bytes: int, width: int = STREAM_WIDTH) -> str:
+def sparkline(scenario: Scenario, top_bytes: int, width: int = STREAM_WIDTHS[0]) -> str:
     """The most buffered bytes in each stretch of the stream; a space where there are none."""
     return "".join(
         " " if not bucket.high_bytes else BLOCKS[_level(bucket.high_bytes, top_bytes)]
@@ -120,6 +123,11 @@ def moment_lines(scenario: Scenario, moment: Moment) -> str:
         label = f"and {_plural(len(rest), 'more layer')}"
         lines.append(f"  {label:<60} {format_bytes(sum(held for _, held in rest)):>11}")
     return "\n".join(lines)
+
+
+def _staged(scenario: Scenario) -> str:
+    """In host memory, of which the budget does not speak."""
+    return format_bytes(scenario.peak_staged_bytes) if scenario.policy == SPILL else ""
 
 
 def _bytes(nbytes: int, budget_bytes: int | None) -> Text:

@@ -23,6 +23,7 @@ class Summary:
         sync_time_share: seconds spent in syncs over seconds spent in training steps.
         logprob_gap_max: the largest |log p(trainer) - log p(vLLM)| of a sampled token in any log.
             TRL averages the maxima of the steps between two logs. None: TRL did not measure it.
+        transport: how the weights travelled, and why so.
         prediction_exact: on every sync the predicted trace was the measured one.
         wall_seconds: from the start of the program, engine start and warm-up included.
     """
@@ -44,6 +45,7 @@ class Summary:
     logprob_gap_max: float | None
     wall_seconds: float
     versions: Mapping[str, str]
+    transport: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -83,6 +85,7 @@ def summarize(
         logprob_gap_max=max(gaps, default=None),
         wall_seconds=wall_seconds,
         versions=versions,
+        transport="; ".join(dict.fromkeys(report.get("transport", "") for report in syncs)),
     )
 
 

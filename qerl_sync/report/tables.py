@@ -30,6 +30,7 @@ def summary_table(summary: Summary) -> Table:
     table.add_section()
     for row in (
         ("syncs", "", str(summary.num_syncs)),
+        ("transport", "", summary.transport.partition(":")[0]),
         ("bytes sent", "", format_bytes(summary.sent_bytes)),
         ("sync share of the step time", "", _number(summary.sync_time_share, ".1%")),
         (

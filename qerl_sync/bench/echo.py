@@ -1,0 +1,185 @@
+"""A worker that loads nothing, in a process of its own: what a transport costs by itself.
+
+Connection, conversation and inlets are the real ones; only vLLM and its loaders are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from typing_extensions import Self
+
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import PeerLostError, TransportError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
+from qerl_sync.plan.replay import replay
+from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.plan.terms import Terms
+from qerl_sync.wire import messages as say
+from qerl_sync.wire.host import host_id
+
+
+class EchoLoader:
+    """Takes tensors and forgets them; each is a layer of its own. Implements `Loader`."""
+
+    working_bytes: Mapping[str, int] = {}
+    peak_staged_bytes = finishing_bytes = 0
+    poisoned = None
+    terms = Terms()
+    verify_seconds = 0.0
+    kept_bytes = 0
+
+    def __init__(self) -> None:
+        self.check = False
+        self.checksums: dict[str, int] = {}
+
+    def layer_map(
+        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+    ) -> LayerMap:
+        return LayerMap(
+            {m.name: ParentLayer(m.name, "Echo", m.numel, m.numel) for m in metas},
+            {m.name: (Contribution(m.name, "", m.numel, m.nbytes, True),) for m in metas},
+        )
+
+    def free_bytes(self) -> int:
+        return 1 << 40
+
+    def start(
+        self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool, borrowed: bool
+    ) -> None:
+        self._trace = replay(plan.metas, layer_map)
+        self.checksums = {}
+
+    def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in tensors:
+            if self.check:
+                self.checksums[name] = checksum(tensor)
+
+    def finish(self) -> Trace:
+        return self._trace
+
+    def commit(self, version: int) -> None:
+        pass
+
+    def poison(self, reason: str) -> None:
+        """Nothing is served."""
+
+    def abort(self, reason: str) -> None:
+        pass
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+class EchoWorker:
+    """The worker's process, as its client. A context: the process ends with it."""
+
+    def __enter__(self) -> Self:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "qerl_sync.bench.echo"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()  # it ends with its input
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("open", init_info)
+
+    def start_weight_update(self) -> None:
+        """Nothing to prepare."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("serve", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Nothing to finish."""
+
+    def check(self, wanted: bool) -> None:
+        """Compute checksums of what arrives from now on, or stop to do so."""
+        self._call("check", wanted)
+
+    def checksums(self) -> dict[str, int]:
+        """Of the tensors of the last sync."""
+        return dict(self._call("checksums", None))
+
+    def _call(self, method: str, argument: object) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([method, argument]), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise PeerLostError(f"the echo worker (pid {self._process.pid}) died")
+        error, result = json.loads(answer)
+        if error is not None:
+            raise TransportError(f"the echo worker refuses: {error}")
+        return result
+
+
+def main() -> None:
+    from qerl_sync.worker.connection import TrainerConnection
+
+    loader = EchoLoader()
+    connection = TrainerConnection(loader, torch.device("cpu"), hello)
+
+    def check(wanted: bool) -> None:
+        loader.check = wanted
+
+    methods: dict[str, Callable[[Any], Any]] = {
+        "open": connection.open,
+        "serve": connection.serve,
+        "check": check,
+        "checksums": lambda _: loader.checksums,
+    }
+    for line in sys.stdin:
+        method, argument = json.loads(line)
+        try:
+            answer = [None, methods[method](argument)]
+        except Exception as exc:
+            answer = [f"{type(exc).__name__}: {exc}", None]
+        print(json.dumps(answer), flush=True)
+
+
+def hello() -> say.Hello:
+    from qerl_sync import __version__
+
+    return say.Hello(
+        protocol=say.PROTOCOL,
+        packages={"qerl-sync": __version__},
+        engine="echo",
+        rank=0,
+        world_size=1,
+        layout={},
+        model="Echo",
+        dtype="",
+        quantization=None,
+        host=host_id(),
+        pid=os.getpid(),
+        version=0,
+        poisoned=None,
+        update_open=False,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What the benchmark asks of a vLLM worker besides syncs; given to it as `worker_extension_cls`."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+# vLLM's engine arguments for a benchmark: nothing that is not measured.
+ENGINE_ARGUMENTS: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_model_len": 64,
+    "max_num_seqs": 8,
+    "dtype": "bfloat16",
+    "num_gpu_blocks_override": 64,
+    "disable_log_stats": True,
+    "worker_extension_cls": f"{__name__}.BenchExtension",
+}
+
+
+class BenchExtension:
+    """Methods for vLLM's `collective_rpc`, on whose worker they are mixed in."""
+
+    def bench_kernels(self) -> dict[str, str]:
+        """Digests of what the kernels hold."""
+        from qerl_sync.worker.kernel_weights import kernel_digests
+
+        return kernel_digests(self._engine.model)
+
+    def bench_load_alone(self, checkpoint: str, order: list[str]) -> dict[str, float]:
+        """Seconds of vLLM's reload of this checkpoint, from memory that is already there.
+
+        Returns `bare`: what vLLM does by itself; `right`: and derived state made anew, without
+        which tied heads and experts keep old weights on CPU.
+        """
+        if not hasattr(self, "_bench_tensors"):
+            from safetensors.torch import load_file
+
+            found = load_file(checkpoint)
+            self._bench_tensors = {name: found[name].clone() for name in order}
+        return {"bare": self._reload(right=False), "right": self._reload(right=True)}
+
+    def _reload(self, *, right: bool) -> float:
+        from qerl_sync.worker import compat, refresh
+
+        model, config = self._engine.model, self._engine.vllm_config
+        started = time.perf_counter()
+        with compat.loading_context(config):
+            compat.begin_reload(model)
+            if right:
+                for layer in model.modules():
+                    refresh.before_processing(layer)
+            model.load_weights(iter(self._bench_tensors.items()))
+            compat.finish_reload(model, config)
+            if right:
+                refresh.after_reload(model)
+        return time.perf_counter() - started
+
+    @property
+    def _engine(self) -> Any:
+        worker: Any = self
+        assert isinstance(worker.weight_transfer_engine.model, torch.nn.Module)
+        return worker.weight_transfer_engine

@@ -1,0 +1,297 @@
+"""`qerl-sync bench ray`: syncs of rollout actors, beside loads alone and what Ray itself transfers.
+
+A cluster of two raylets on this machine. What is compared runs in turns; medians of the rounds'
+ratios. The tensors that were timed are checked, in the engines' kernels and in the bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qerl_sync.bench.echo import EchoLoader, checksum, hello
+from qerl_sync.bench.extension import ENGINE_ARGUMENTS
+from qerl_sync.bench.transport import Rounds, Target, make_model
+from qerl_sync.config import SyncConfig
+from qerl_sync.errors import SyncError
+from qerl_sync.integrations.ray.actors import CONTROL, RolloutActor
+from qerl_sync.integrations.ray.cluster import connect, require_ray
+from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
+from qerl_sync.session import SyncReport, SyncSession
+from qerl_sync.sources.hf import HFSource
+from qerl_sync.worker import deliveries
+
+SECOND = {"second": 1}
+COMMIT_SECONDS = 3.0
+
+
+@dataclass
+class RayMeasured:
+    """What a run of the benchmark found.
+
+    Attributes:
+        nbytes: bytes of one sync.
+        seconds: medians, by what was timed.
+        ratios: medians of the rounds' ratios, by what was compared.
+    """
+
+    nbytes: int = 0
+    rounds: int = 0
+    workers: tuple[int, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[Target]:
+        found = [
+            Target(f"sync / {n} loads alone", self.ratios[f"sync of {n} / load"], 1.25, True)
+            for n in self.workers
+        ]
+        return [
+            *found,
+            Target("put and get / sync, bandwidth", self.ratios["put and get / sync"], 0.7, False),
+            Target("kill to commit, s", self.seconds["kill to commit"], COMMIT_SECONDS, True),
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        targets = [{**asdict(target), "met": target.met} for target in self.targets]
+        return {**asdict(self), "targets": targets}
+
+
+class BenchActor(RolloutActor):
+    """A rollout actor that also loads alone."""
+
+    def kernels(self) -> Any:
+        return self.llm.collective_rpc("bench_kernels")
+
+    def load_alone(self, checkpoint: str, order: list[str]) -> float:
+        """Seconds of a reload from memory that is already there."""
+        (found,) = self.llm.collective_rpc("bench_load_alone", args=(checkpoint, order))
+        return float(found["right"])
+
+
+class EchoActor:
+    """The worker's real connection, conversation and inlets, with nobody who loads."""
+
+    def __init__(self) -> None:
+        from qerl_sync.worker.connection import TrainerConnection
+
+        self._loader = EchoLoader()
+        self._connection = TrainerConnection(self._loader, torch.device("cpu"), hello)
+
+    def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
+        self._connection.open(request["init_info"])
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, request: dict[str, Any]) -> None:
+        self._connection.serve(request["update_info"])
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+    def pause(self, mode: str) -> None: ...
+
+    def resume(self) -> None: ...
+
+    def reset_caches(self, running: bool) -> bool:
+        return True
+
+    def deliver(self, key: str, index: int, chunk: Any) -> bool:
+        return deliveries.put(key, index, chunk)
+
+    def check(self, wanted: bool) -> dict[str, int]:
+        """Whether to compute checksums; returns those of the last sync."""
+        self._loader.check = wanted
+        return self._loader.checksums
+
+    def take(self, array: Any) -> int:
+        """An object of the store, mapped; its first and last byte are read."""
+        return int(array[0]) + int(array[-1])
+
+
+def measure(
+    config: Path,
+    *,
+    rounds: int = 5,
+    workers: Sequence[int] = (1, 2, 3),
+    note: Callable[[str], None] = lambda text: None,
+) -> RayMeasured:
+    """Measure for a model of this shape, with random weights in bfloat16.
+
+    Raises:
+        SyncError: a sync failed, or a tensor that was timed is not what it should be.
+    """
+    found = RayMeasured(rounds=rounds, workers=tuple(workers))
+    clock = Rounds()
+    with tempfile.TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
+        note("making the model")
+        model = make_model(config)
+        found.nbytes = sum(meta.nbytes for meta in HFSource(model).metadata())
+        model.save_pretrained(directory, max_shard_size="1TB")  # type: ignore[operator]
+        note("starting Ray")
+        with two_nodes(2 * found.nbytes + (256 << 20)):
+            note("across nodes")
+            _across(clock, model, rounds)
+            note("starting vLLM")
+            with _pool(directory, max(workers)) as pool:
+                note("syncs")
+                _syncs(clock, pool, model, directory, workers, rounds)
+                note("a kill")
+                _kill(clock, pool, model)
+    found.seconds = clock.medians()
+    for n in workers:
+        found.ratios[f"sync of {n} / load"] = clock.ratio(f"sync of {n}", f"{n} loads alone")
+    found.ratios["put and get / sync"] = clock.ratio("put and get", "sync across nodes")
+    return found
+
+
+@contextmanager
+def two_nodes(object_store_bytes: int) -> Iterator[None]:
+    """Two raylets on this machine; the second has the resource `second`."""
+    ray = require_ray()
+    from ray.cluster_utils import Cluster
+
+    before = os.environ.get("RAY_TMPDIR")
+    # Ray's sockets live under it, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="q", dir="/tmp") as short:
+        (Path(short) / "ray").mkdir()
+        os.environ["RAY_TMPDIR"] = short
+        cluster = Cluster()
+        common = {"num_cpus": 8, "object_store_memory": object_store_bytes}
+        try:
+            cluster.add_node(include_dashboard=False, **common)
+            cluster.add_node(resources=SECOND, **common)
+            connect(cluster.address, log_to_driver=False, logging_level="ERROR")
+            yield
+        finally:
+            ray.shutdown()
+            cluster.shutdown()
+            if before is None:
+                del os.environ["RAY_TMPDIR"]
+            else:
+                os.environ["RAY_TMPDIR"] = before
+
+
+@contextmanager
+def _pool(model: str, count: int) -> Iterator[WorkerPool]:
+    handles = {
+        f"rollout-{i}": start_actor(
+            f"rollout-{i}", {**ENGINE_ARGUMENTS, "model": model}, BenchActor
+        )
+        for i in range(count)
+    }
+    pool = WorkerPool(handles)
+    try:
+        pool.wait()
+        yield pool
+    finally:
+        pool.stop()
+
+
+def _across(clock: Rounds, model: torch.nn.Module, rounds: int) -> None:
+    """Syncs through the object store of two nodes, beside one put and get of the same bytes."""
+    ray = require_ray()
+    remote = ray.remote(num_cpus=1, resources=SECOND, concurrency_groups={CONTROL: 2})
+    actor = remote(EchoActor).remote()
+    source = HFSource(model)
+    names = [meta.name for meta in source.metadata()]
+    array = torch.ones(sum(m.nbytes for m in source.metadata()), dtype=torch.uint8).numpy()
+    with _session(WorkerPool({"echo": actor}), source, transport="ray") as session:
+        ray.get(actor.check.remote(True))
+        session.push()
+        wanted = {name: checksum(tensor) for name, tensor in source.materialize(names)}
+        if ray.get(actor.check.remote(False)) != wanted:
+            raise SyncError("the bytes that arrived across nodes are not those that were sent")
+        for _ in range(rounds):
+            started = time.perf_counter()
+            ray.get(actor.take.remote(ray.put(array)))
+            clock.add("put and get", time.perf_counter() - started)
+            clock.add("sync across nodes", session.push().seconds["total"])
+    ray.kill(actor)
+
+
+def _syncs(
+    clock: Rounds,
+    pool: WorkerPool,
+    model: torch.nn.Module,
+    directory: str,
+    workers: Sequence[int],
+    rounds: int,
+) -> None:
+    ray = require_ray()
+    source = HFSource(model)
+    order = [meta.name for meta in source.metadata()]
+    checkpoint = str(Path(directory) / "model.safetensors")
+    fresh = ray.get(pool.handles["rollout-0"].kernels.remote())
+    for n in workers:
+        some = WorkerPool(dict(list(pool.handles.items())[:n]))
+        actors = list(some.handles.values())
+        with _session(some, source) as session:
+            _check(session, model, actors, fresh)
+            # The first reads the checkpoint.
+            ray.get([actor.load_alone.remote(checkpoint, order) for actor in actors])
+            for _ in range(rounds):
+                alone = ray.get([actor.load_alone.remote(checkpoint, order) for actor in actors])
+                clock.add(f"{n} loads alone", max(alone))
+                clock.add(f"sync of {n}", session.push().seconds["total"])
+
+
+@torch.no_grad()
+def _check(session: SyncSession, model: torch.nn.Module, actors: Sequence[Any], fresh: Any) -> None:
+    """Other weights must change the kernels, the right ones bring back what a fresh engine has."""
+    ray = require_ray()
+    held = []
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.neg_()
+        session.push()
+        held.append(ray.get([actor.kernels.remote() for actor in actors]))
+    if held[1] != [fresh] * len(actors) or fresh in held[0]:
+        raise SyncError("the actors' kernels do not hold the weights that were sent")
+
+
+def _kill(clock: Rounds, pool: WorkerPool, model: torch.nn.Module) -> None:
+    """Kill an actor in the middle of a sync; it must come back with the right weights."""
+    ray = require_ray()
+    with _session(pool, HFSource(model)) as session:
+        before = session.push()
+        pid = pool.wait()["rollout-0"]["pid"]
+        killed: list[float] = []
+
+        def kill() -> None:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(time.perf_counter())
+
+        threading.Timer(before.seconds["total"] / 2, kill).start()
+        report = session.push()
+        while not killed or "rollout-0" not in report.lost:
+            report = session.push()
+        clock.add("kill to commit", time.perf_counter() - killed[0])
+        pool.wait()
+        clock.add("kill to restart", time.perf_counter() - killed[0])
+        last = _until_whole(session)
+        clock.add("kill to right again", time.perf_counter() - killed[0])
+        held = ray.get([actor.kernels.remote() for actor in pool.handles.values()])
+        if any(other != held[0] for other in held) or set(pool.versions.values()) != {last.version}:
+            raise SyncError("the restarted actor does not hold the weights that were sent")
+
+
+def _until_whole(session: SyncSession) -> SyncReport:
+    while (report := session.push()).lost:
+        time.sleep(0.2)
+    return report
+
+
+def _session(pool: WorkerPool, source: HFSource, **options: Any) -> SyncSession:
+    config = SyncConfig.of(check_finite=False, timeout_seconds=120, **options)
+    return SyncSession(source, pool.transport(config), config)

@@ -1,0 +1,281 @@
+"""`qerl-sync bench transport`: what syncs between processes cost, beside what they are made of.
+
+Everything that is compared runs in turns in one run; medians of seconds, and medians of the rounds'
+ratios. The tensors that were timed are checked.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from qerl_sync.bench.echo import EchoWorker, checksum
+from qerl_sync.bench.extension import ENGINE_ARGUMENTS
+from qerl_sync.config import SyncConfig
+from qerl_sync.errors import SyncError
+from qerl_sync.plan.staging import offsets
+from qerl_sync.session import SyncReport, SyncSession
+from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.shared import share_parameters
+from qerl_sync.transports.remote import RemoteTransport
+from qerl_sync.wire.baselines import loopback_tcp_seconds
+from qerl_sync.wire.segments import PrivateMemory
+
+KINDS = ("shm", "shared parameters", "gloo")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number to reach: `value` is at most or at least `limit`."""
+
+    name: str
+    value: float
+    limit: float
+    at_most: bool
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
+
+
+@dataclass
+class Measured:
+    """What a run of the benchmark found.
+
+    Attributes:
+        nbytes: bytes of one sync.
+        seconds: medians, by what was timed.
+        ratios: medians of the rounds' ratios, by what was compared.
+        memory: for each transport the most that the worker took on top, measured and predicted.
+    """
+
+    nbytes: int = 0
+    rounds: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[Target]:
+        """The numbers that this project promises."""
+        found = [
+            Target("sync / load alone, shm", self.ratios["shm / load alone"], 1.25, True),
+            Target(
+                "sync / load alone, shared parameters",
+                self.ratios["shared parameters / load alone"],
+                1.25,
+                True,
+            ),
+            Target("shm alone / memcpy, bandwidth", self.ratios["shm alone / memcpy"], 0.6, False),
+            Target("gloo alone / TCP, bandwidth", self.ratios["gloo alone / TCP"], 0.8, False),
+        ]
+        for kind, memory in self.memory.items():
+            off = abs(memory["measured"] / memory["predicted"] - 1)
+            found.append(Target(f"memory off its prediction, {kind}", off, 0.05, True))
+        return found
+
+    def to_json(self) -> dict[str, Any]:
+        targets = [{**asdict(target), "met": target.met} for target in self.targets]
+        return {**asdict(self), "targets": targets}
+
+
+class Rounds:
+    """Times things in turns."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {}
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds.setdefault(name, []).append(seconds)
+
+    def medians(self) -> dict[str, float]:
+        return {name: statistics.median(found) for name, found in self.seconds.items()}
+
+    def ratio(self, name: str, to: str) -> float:
+        """Median over the rounds of seconds of `name` over seconds of `to`."""
+        pairs = zip(self.seconds[name], self.seconds[to], strict=True)
+        return statistics.median(a / b for a, b in pairs)
+
+
+def measure(
+    config: Path,
+    *,
+    rounds: int = 5,
+    chunk_bytes: int | None = None,
+    chunks_in_flight: int = 2,
+    engine: Mapping[str, Any] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Measured:
+    """Measure for a model of this shape, with random weights in bfloat16.
+
+    Args:
+        config: a transformers `config.json`.
+        engine: more vLLM engine arguments.
+        note: told what is being done.
+
+    Raises:
+        SyncError: a sync failed, or a tensor that was timed is not what it should be.
+    """
+    sync = {"chunk_bytes": chunk_bytes, "check_finite": False}
+    found = Measured(rounds=rounds)
+    with TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
+        note("making the model")
+        model = make_model(config)
+        source = HFSource(model)
+        found.nbytes = sum(meta.nbytes for meta in source.metadata())
+        model.save_pretrained(directory, max_shard_size="1TB")  # type: ignore[operator]
+        clock = Rounds()
+        note("transports alone")
+        _alone(clock, source, sync, rounds, chunks_in_flight)
+        note("starting vLLM")
+        llm = start_engine(directory, engine or {})
+        note("syncs")
+        checkpoint = str(Path(directory) / "model.safetensors")
+        _end_to_end(clock, found, llm, model, sync, checkpoint, chunks_in_flight)
+    found.seconds = clock.medians()
+    for kind in KINDS:
+        found.ratios[f"{kind} / load alone"] = clock.ratio(kind, f"load alone beside {kind}")
+        found.ratios[f"{kind} / bare load alone"] = clock.ratio(kind, f"bare load beside {kind}")
+        found.ratios[f"{kind} / memcpy"] = found.seconds[kind] / found.seconds["memcpy"]
+    found.ratios["shm alone / memcpy"] = clock.ratio("memcpy", "shm alone")
+    found.ratios["gloo alone / TCP"] = clock.ratio("TCP", "gloo alone")
+    return found
+
+
+def make_model(config: Path) -> torch.nn.Module:
+    """A model of this shape with random weights in bfloat16, the same each time."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = AutoConfig.from_pretrained(config)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    model.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.tie_weights()
+    return model  # type: ignore[no-any-return]
+
+
+def start_engine(path: str, arguments: Mapping[str, Any]) -> Any:
+    """A vLLM `LLM` whose engine has a process of its own."""
+    from vllm import LLM
+
+    ours = {"model": path, "weight_transfer_config": {"backend": "qerl"}}
+    return LLM(**{**ENGINE_ARGUMENTS, **ours, **arguments})
+
+
+def _alone(
+    clock: Rounds,
+    source: HFSource,
+    sync: Mapping[str, Any],
+    rounds: int,
+    chunks_in_flight: int,
+) -> None:
+    """Transports without a load at the other end, beside what they cannot beat."""
+    nbytes = sum(meta.nbytes for meta in source.metadata())
+    memory = PrivateMemory(offsets(source.metadata())[1])
+    with (
+        _echo(source, "shm", sync, chunks_in_flight) as shm,
+        _echo(source, "gloo", sync, chunks_in_flight) as gloo,
+    ):
+        for _ in range(rounds):
+            clock.add("memcpy", _copy_seconds(source, memory))
+            clock.add("shm alone", shm.push().seconds["total"])
+            clock.add("TCP", loopback_tcp_seconds(nbytes, 64 << 20))
+            clock.add("gloo alone", gloo.push().seconds["total"])
+
+
+@contextmanager
+def _echo(
+    source: HFSource, kind: str, sync: Mapping[str, Any], chunks_in_flight: int
+) -> Iterator[SyncSession]:
+    """A session with an echo worker, warm, whose bytes were checked."""
+    with EchoWorker() as worker:
+        transport = RemoteTransport(worker, transport=kind, chunks_in_flight=chunks_in_flight)
+        with SyncSession(source, transport, SyncConfig.of(**sync)) as session:
+            worker.check(True)
+            session.push()
+            names = [meta.name for meta in source.metadata()]
+            wanted = {name: checksum(tensor) for name, tensor in source.materialize(names)}
+            if worker.checksums() != wanted:
+                raise SyncError(f"{kind}: the bytes that arrived are not those that were sent")
+            worker.check(False)
+            yield session
+
+
+def _copy_seconds(source: HFSource, memory: PrivateMemory) -> float:
+    """One pass over the weights, with torch's copy as the transports use it."""
+    memory.bytes.fill_(1)  # touched before
+    started = time.perf_counter()
+    metas = source.metadata()
+    places, _ = offsets(metas)
+    tensors = source.materialize([meta.name for meta in metas])
+    for meta, offset, (_, tensor) in zip(metas, places, tensors, strict=True):
+        memory.tensor(offset, meta.shape, tensor.dtype).copy_(tensor)
+    return time.perf_counter() - started
+
+
+def _end_to_end(
+    clock: Rounds,
+    found: Measured,
+    llm: Any,
+    model: torch.nn.Module,
+    sync: Mapping[str, Any],
+    checkpoint: str,
+    chunks_in_flight: int,
+) -> None:
+    """Whole syncs into a real engine, beside vLLM's load from memory that is already there."""
+    from qerl_sync.clients.llm import LLMClient
+
+    fresh = llm.collective_rpc("bench_kernels")
+    order = [meta.name for meta in HFSource(model).metadata()]
+    for kind in ("shm", "gloo", "shared parameters"):
+        shared = share_parameters(model) if kind == "shared parameters" else None
+        transport = RemoteTransport(
+            LLMClient(llm),
+            transport="gloo" if kind == "gloo" else "shm",
+            chunks_in_flight=chunks_in_flight,
+        )
+        with SyncSession(HFSource(model), transport, SyncConfig.of(**sync)) as session:
+            _check(kind, llm, session, model, fresh)
+            for _ in range(found.rounds):
+                (alone,) = llm.collective_rpc("bench_load_alone", args=(checkpoint, order))
+                clock.add(f"load alone beside {kind}", alone["right"])
+                clock.add(f"bare load beside {kind}", alone["bare"])
+                report = session.push()
+                clock.add(kind, report.seconds["total"])
+            found.memory[kind] = _memory(report)
+        del shared
+
+
+@torch.no_grad()
+def _check(kind: str, llm: Any, session: SyncSession, model: torch.nn.Module, fresh: Any) -> None:
+    """Other weights must change every layer, the right ones bring back what a fresh engine has."""
+    for parameter in model.parameters():
+        parameter.neg_()
+    session.push()
+    other = llm.collective_rpc("bench_kernels")
+    for parameter in model.parameters():
+        parameter.neg_()
+    session.push()
+    if llm.collective_rpc("bench_kernels") != fresh:
+        raise SyncError(f"{kind}: the worker's kernels do not hold the weights that were sent")
+    if other == fresh:
+        raise SyncError(f"{kind}: other weights left the worker's kernels as they were")
+
+
+def _memory(report: SyncReport) -> dict[str, int]:
+    (worker,) = report.workers
+    return {
+        "measured": worker["peak_extra_bytes"],
+        "predicted": worker["peak_extra_bytes_predicted"],
+    }
