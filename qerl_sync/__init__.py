@@ -14,15 +14,23 @@ if TYPE_CHECKING:
     from qerl_sync.buffers.trace import Trace, TraceStep
     from qerl_sync.config import SyncConfig, TrainConfig, load_config
     from qerl_sync.errors import (
+        AgreementError,
         CompatError,
         ConfigError,
         CoverageError,
         LayerMapError,
         LoadError,
+        PeerLostError,
         PlanError,
         PoisonedError,
         SyncError,
+        TransportError,
+        TransportTimeout,
+        UnchangedError,
     )
+    from qerl_sync.integrations.ray.actors import RolloutActor
+    from qerl_sync.integrations.ray.pool import WorkerPool
+    from qerl_sync.integrations.ray.trainer import TrainerActor
     from qerl_sync.integrations.trl import WeightSyncCallback, engine_arguments
     from qerl_sync.meta import ParamMeta, Storage
     from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
@@ -32,12 +40,16 @@ if TYPE_CHECKING:
     from qerl_sync.session import SyncReport, SyncSession
     from qerl_sync.sources.base import Source
     from qerl_sync.sources.hf import HFSource
-    from qerl_sync.transports.base import Transport
+    from qerl_sync.sources.shared import share_parameters
+    from qerl_sync.sources.stream import StreamSource
+    from qerl_sync.transports.base import Transport, WorkerReport
     from qerl_sync.transports.inproc import InProcessTransport
+    from qerl_sync.transports.remote import RemoteTransport
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgreementError",
     "BufferLedger",
     "Chunk",
     "CompatError",
@@ -51,10 +63,14 @@ __all__ = [
     "LoadError",
     "ParamMeta",
     "ParentLayer",
+    "PeerLostError",
     "PlanError",
     "PoisonedError",
+    "RemoteTransport",
+    "RolloutActor",
     "Source",
     "Storage",
+    "StreamSource",
     "SyncConfig",
     "SyncError",
     "SyncPlan",
@@ -63,8 +79,14 @@ __all__ = [
     "Trace",
     "TraceStep",
     "TrainConfig",
+    "TrainerActor",
     "Transport",
+    "TransportError",
+    "TransportTimeout",
+    "UnchangedError",
     "WeightSyncCallback",
+    "WorkerPool",
+    "WorkerReport",
     "__version__",
     "as_given",
     "build_plan",
@@ -72,6 +94,7 @@ __all__ = [
     "engine_arguments",
     "load_config",
     "replay",
+    "share_parameters",
 ]
 
 _MODULES = {
@@ -79,15 +102,23 @@ _MODULES = {
     "buffers.trace": ("Trace", "TraceStep"),
     "config": ("SyncConfig", "TrainConfig", "load_config"),
     "errors": (
+        "AgreementError",
         "CompatError",
         "ConfigError",
         "CoverageError",
         "LayerMapError",
         "LoadError",
+        "PeerLostError",
         "PlanError",
         "PoisonedError",
         "SyncError",
+        "TransportError",
+        "TransportTimeout",
+        "UnchangedError",
     ),
+    "integrations.ray.actors": ("RolloutActor",),
+    "integrations.ray.pool": ("WorkerPool",),
+    "integrations.ray.trainer": ("TrainerActor",),
     "integrations.trl": ("WeightSyncCallback", "engine_arguments"),
     "meta": ("ParamMeta", "Storage"),
     "plan.layer_map": ("Contribution", "LayerMap", "ParentLayer"),
@@ -97,8 +128,11 @@ _MODULES = {
     "session": ("SyncReport", "SyncSession"),
     "sources.base": ("Source",),
     "sources.hf": ("HFSource",),
-    "transports.base": ("Transport",),
+    "sources.shared": ("share_parameters",),
+    "sources.stream": ("StreamSource",),
+    "transports.base": ("Transport", "WorkerReport"),
     "transports.inproc": ("InProcessTransport",),
+    "transports.remote": ("RemoteTransport",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

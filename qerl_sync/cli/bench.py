@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 from rich.console import Console
 
 from qerl_sync.cli.errors import UNEXPECTED, errors_as_text
+from qerl_sync.meta import parse_bytes
 
 app = typer.Typer(help="Measure, and fail where a target is missed.", no_args_is_help=True)
 
@@ -45,6 +48,85 @@ def learning(
         Console().print(trials_table(runs, missed))
         if any(missed.values()):
             raise typer.Exit(UNEXPECTED)
+
+
+@app.command()
+def transport(
+    config: Annotated[
+        Path, typer.Argument(help="A transformers config.json: the shape of the model.")
+    ] = Path("configs/models/qwen3-0.6b.json"),
+    rounds: Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")] = 5,
+    chunk_bytes: Annotated[str | None, typer.Option(help="As sync.chunk_bytes.")] = None,
+    chunks_in_flight: Annotated[int, typer.Option(min=1, help="As sync.chunks_in_flight.")] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """What does a sync to another process cost? Beside vLLM's load alone, memcpy and TCP."""
+    with errors_as_text(debug=debug):
+        from qerl_sync.training.environment import prepare_environment
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        prepare_environment(verbose=False)
+        from qerl_sync.bench.transport import measure
+        from qerl_sync.report.bench_tables import transport_tables
+
+        console = Console(stderr=as_json)
+        with console.status("transport") as status:
+            found = measure(
+                config,
+                rounds=rounds,
+                chunk_bytes=None if chunk_bytes is None else parse_bytes(chunk_bytes),
+                chunks_in_flight=chunks_in_flight,
+                note=status.update,
+            )
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            for table in transport_tables(found):
+                console.print(table)
+        if not all(target.met for target in found.targets):
+            raise typer.Exit(UNEXPECTED)
+
+
+@app.command()
+def ray(
+    config: Annotated[
+        Path, typer.Argument(help="A transformers config.json: the shape of the model.")
+    ] = Path("configs/models/qwen3-0.2b.json"),
+    rounds: Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")] = 5,
+    workers: Annotated[str, typer.Option(help="Numbers of rollout actors.")] = "1,2,3",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """What does a sync of Ray actors cost? Beside loads alone, Ray's put and get, and a kill."""
+    wanted = _parse_numbers(workers)
+    with errors_as_text(debug=debug):
+        from qerl_sync.training.environment import prepare_environment
+
+        prepare_environment(verbose=False)
+        from qerl_sync.bench.on_ray import measure
+        from qerl_sync.report.bench_tables import ray_tables
+
+        console = Console(stderr=as_json)
+        with console.status("ray") as status:
+            found = measure(config, rounds=rounds, workers=wanted, note=status.update)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            for table in ray_tables(found):
+                console.print(table)
+        if not all(target.met for target in found.targets):
+            raise typer.Exit(UNEXPECTED)
+
+
+def _parse_numbers(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError as exc:
+        raise typer.BadParameter(f"{text!r} is no list of numbers; write 1,2,3") from exc
+    if min(found) < 1:
+        raise typer.BadParameter(f"{text!r} has a number below 1")
+    return found
 
 
 def _parse_seeds(text: str) -> list[int]:

@@ -59,7 +59,7 @@ def plan(
         list[str] | None,
         typer.Option(
             help="What to do about it: as_given, by_parent_layer, within_budget. Repeatable; all "
-            "by default."
+            "by default. Also spill, where the source cannot be reordered."
         ),
     ] = None,
     budget: Annotated[

@@ -133,6 +133,8 @@ def _from_training(config: TrainConfig, name: str, run: Path | None = None) -> P
 
 def _policy_of(sync: SyncConfig) -> str:
     """The plan's policy that a session with this configuration follows."""
+    if sync.policy == "spill":
+        return "spill"
     if sync.policy != "reorder":
         return "as_given"
     return "within_budget" if isinstance(sync.budget_bytes, int) else "by_parent_layer"

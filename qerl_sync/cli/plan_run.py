@@ -23,12 +23,14 @@ from qerl_sync.plan.orders import Reorder
 from qerl_sync.plan.record import Difference, SyncRecord, first_difference, read_records
 from qerl_sync.plan.scenarios import (
     POLICIES,
+    SPILL,
     VLLM_CHUNK_BUFFERS,
     Order,
     Scenario,
     Transport,
     scenarios,
 )
+from qerl_sync.plan.spill import load_order
 from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.report.plan_json import scenario_json
 
@@ -246,7 +248,8 @@ def _choose(
     orders = orders or default_orders(asked.files)
     if not request.orders and asked.order is not None and asked.order not in orders:
         orders.append(asked.order)
-    policies = policies or list(known)
+    policies = policies or [*known, *([SPILL] if asked.policy == SPILL else [])]
+    known[SPILL] = load_order
     for name in policies:
         _refuse_unknown_policy(name, known)
     return (

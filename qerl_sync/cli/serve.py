@@ -1,0 +1,116 @@
+"""`qerl-sync serve`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from qerl_sync.cli.errors import errors_as_text
+
+if TYPE_CHECKING:
+    from qerl_sync.serving.server import ServerProcess
+
+TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
+
+
+def serve(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model directory, or a name on the Hugging Face hub.", show_default=False
+        ),
+    ],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="-- VLLM_ARGUMENTS",
+            help="Arguments of vLLM's server, such as: -- --enforce-eager --max-model-len 512",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
+    backend: Annotated[str, typer.Option(help="vLLM's weight transfer backend.")] = "qerl",
+    start_timeout: Annotated[
+        float, typer.Option(min=1, help="Seconds that vLLM may take until it answers.")
+    ] = 1800,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Serve a model with vLLM, ready to get weights from a trainer. Ctrl-C stops it."""
+    console = Console(stderr=True, highlight=False)
+    with errors_as_text(debug=debug), _signals_as_interrupts():
+        from qerl_sync.serving.command import ServerSpec
+        from qerl_sync.serving.server import ServerProcess
+
+        spec = ServerSpec(model=model, host=host, port=port, backend=backend, extra=arguments or [])
+        _warn_of_strangers(host, console)
+        _say_where_from(model, console)
+        started = time.monotonic()
+        with ServerProcess(spec, start_timeout_seconds=start_timeout) as server:
+            _show_ready(server, time.monotonic() - started, console)
+            _wait(server, console)
+        console.print("[green]✓[/] stopped")
+
+
+def _warn_of_strangers(host: str, console: Console) -> None:
+    from qerl_sync.serving.command import is_loopback
+
+    if is_loopback(host):
+        return
+    token = "is set" if os.environ.get(TOKEN_VARIABLE) else "is not set: give both the same secret"
+    console.print(
+        f"[yellow]warning:[/] vLLM's RL routes are unauthenticated, and {host} lets other machines "
+        f"reach them; {TOKEN_VARIABLE}, the token that trainer and server share, {token}",
+        soft_wrap=True,
+    )
+
+
+def _say_where_from(model: str, console: Console) -> None:
+    if not Path(model).expanduser().exists():
+        console.print(f"{model} is no directory here: vLLM looks for it on the Hugging Face hub")
+
+
+def _show_ready(server: ServerProcess, seconds: float, console: Console) -> None:
+    console.print(f"[green]✓[/] ready at [bold]{server.url}[/] [dim]{seconds:.1f} s[/]")
+    console.print(
+        f'  TRL: GRPOConfig(use_vllm=True, vllm_mode="server", '
+        f'vllm_server_base_url="{server.url}")',
+        soft_wrap=True,
+    )
+    console.print("  Ctrl-C stops it")
+
+
+def _wait(server: ServerProcess, console: Console) -> None:
+    try:
+        server.wait()
+    except KeyboardInterrupt:  # how a server is meant to end
+        console.print("stopping ...")
+    else:
+        server.check()
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP (the terminal is closed) stop the server as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
