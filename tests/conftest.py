@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM reads when imported
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import settings
 from support.engines import EnginePool, Subject
+from support.remote import RemoteEngine, RemotePool
+
+from qerl_sync.serving.processes import descendants
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
+
+
+# Engines in other processes leave vLLM's state in this one changed when they are shut down, so
+# that no MoE engine can be started here any more: they come last.
+LAST = ("test_clients", "test_serving", "test_train_server")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem in LAST)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -44,3 +57,41 @@ def subject(engine_pool: EnginePool) -> Iterator[Callable[..., Subject]]:
     yield get
     for one in reversed(used):
         one.leave()
+
+
+@pytest.fixture(scope="session")
+def remote_pool(
+    engine_pool: EnginePool, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RemotePool]:
+    pool = RemotePool(tmp_path_factory.mktemp("remote"), engine_pool)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def remote(
+    remote_pool: RemotePool, subject: Callable[..., Subject]
+) -> Iterator[Callable[..., RemoteEngine]]:
+    """`remote(name)`: a live engine of `support.remote.ENGINES`, on version 0, with its own worker.
+
+    `remote("in process", kind, kernels)` is `subject(kind, kernels)`. As for those, the next test
+    finds version 0 again; and no shared memory of this process, or it fails.
+    """
+    used: list[RemoteEngine] = []
+
+    def get(name: str, kind: str = "dense", kernels: str = "stock") -> RemoteEngine:
+        if name == "in process":
+            subject(kind, kernels)
+        used.append(remote_pool.engine(name, kind, kernels))
+        return used[-1]
+
+    yield get
+    for one in reversed(used):
+        one.leave()
+
+
+@pytest.fixture
+def started() -> Callable[[], list[int]]:
+    """Pids of the processes that the test has started and that live. The session keeps engines."""
+    others = set(descendants(os.getpid()))
+    return lambda: [pid for pid in descendants(os.getpid()) if pid not in others]

@@ -136,6 +136,21 @@ def test_a_budget_is_a_policy_of_its_own(model):
     assert LAYER_BYTES <= kept["peak_pinned_bytes"] <= 200 * 1024
 
 
+def test_spill_is_shown_where_it_is_asked_for(model):
+    order = ["--chunk-bytes", "4KiB", "--order", "random:0"]
+    assert "staged" not in run(model, *order)[0]
+    shown, _ = run(model, *order, "--policy", "as_given", "--policy", "spill")
+    assert re.search(r"staged.*\n.*\n.* as given .*\n +spilled +1 +96.0 KiB", shown)
+    lines = by_line(run_json(model, *order, "--policy", "as_given", "--policy", "spill"))
+    assert lines["random:0", "as_given"]["peak_staged_bytes"] == 0
+    staged = lines["random:0", "spill"]["peak_staged_bytes"]
+    assert staged > 0
+    guard = ["--policy", "spill", "--assert"]
+    run(model, *order, *guard, f"peak_staged_bytes={staged}")
+    _, said = run(model, *order, *guard, f"peak_staged_bytes={staged - 1}", code=1)
+    assert "staged in host memory: random:0, spill:" in said
+
+
 def test_a_budget_that_cannot_be_met_is_refused_after_the_figures(model):
     shown, said = run(model, "--budget", "90KiB", "--order", "hf", code=2)
     assert re.search(r"^hf +as given +1 +96.0 KiB", shown, re.M)
@@ -194,6 +209,9 @@ def test_a_training_yaml_plans_what_its_run_would_do(tmp_path):
     assert found["architecture"] == "Qwen3ForCausalLM"
     assert found["dtypes"] == "float32"
     assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:3", "as_given")]
+    path.write_text(path.read_text().replace("policy: warn", "policy: spill"))
+    found = run_json(path, "--assert", "max_open_layers=1")
+    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:3", "spill")]
 
 
 @pytest.fixture

@@ -109,7 +109,9 @@ def test_one_error_lists_everything_with_its_place(write):
     ("override", "words"),
     [
         ("data.task=additon", "did you mean 'addition'"),
-        ("rollout.mode=server", "valid: colocate"),
+        ("rollout.mode=servr", "did you mean 'server'"),
+        ("rollout.server_url=localhost:8000", "write http://127.0.0.1:8000"),
+        ("rollout.server_port=70000", "65535"),
         ("data.path=x", "exactly one of 'path' and 'task'; both"),
         ("data.task=null", "exactly one of 'path' and 'task'; neither"),
         ("reward=[]", "reward"),
@@ -123,6 +125,70 @@ def test_one_error_lists_everything_with_its_place(write):
 )
 def test_wrong_values(write, override, words):
     assert words in refusal(write(SMALLEST), override)
+
+
+CONTRADICTIONS = {
+    "a transport between processes within one": (
+        ["sync.transport=shm"],
+        {"sync.transport": "'shm' is for workers in other processes"},
+    ),
+    "by reference to another process": (
+        ["rollout.mode=subprocess", "sync.transport=inproc"],
+        {"sync.transport": "with `rollout.mode: subprocess` the engine is in another"},
+    ),
+    "a server's options without one": (
+        ["rollout.mode=subprocess", "rollout.server_url=http://x", "rollout.server_port=8000"],
+        {"rollout.server_url": "the mode is subprocess", "rollout.server_port": "mode: server"},
+    ),
+    "a server that is to be started and runs": (
+        [
+            "rollout.mode=server",
+            "rollout.server_url=http://x",
+            "rollout.server_port=8000",
+            "rollout.engine.dtype=float32",
+        ],
+        {"rollout.server_port": "names one that runs", "rollout.engine": "has been started"},
+    ),
+    "TRL's arguments for its own engine": (
+        ["rollout.mode=server", "trainer.vllm_max_model_length=8", "sync.transport=inproc"],
+        {
+            "trainer.vllm_max_model_length": "`rollout.engine.max_model_len`",
+            "sync.transport": "choose auto, shm or gloo",
+        },
+    ),
+    "an engine that TRL cannot share its process with": (
+        ["rollout.engine.tensor_parallel_size=2"],
+        {"rollout.engine.tensor_parallel_size": "to subprocess or server"},
+    ),
+    "the server's log probabilities": (
+        ["rollout.mode=server", "rollout.engine.max_logprobs=5"],
+        {"rollout.engine.max_logprobs": "is ours"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_what_does_not_go_together_is_listed_like_all_else(write, case):
+    overrides, expected = CONTRADICTIONS[case]
+    lines = refusal(write(SMALLEST), *overrides, "seed=x").splitlines()
+    assert lines[0].endswith(f"{len(expected) + 1} problems")
+    for place, words in expected.items():
+        found = [line for line in lines if line.startswith((f"  {place} (", f"  {place}:"))]
+        assert any(words in line for line in found), lines
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.mode=subprocess", "sync.transport=gloo", "rollout.server_url=null"],
+        ["rollout.mode=subprocess", "rollout.engine.tensor_parallel_size=2"],
+        ["rollout.mode=server", "rollout.server_url=http://x", "rollout.engine={}"],
+        ["rollout.mode=server", "rollout.server_port=8000", "rollout.engine.dtype=float32"],
+        ["sync.transport=inproc", "rollout.start_timeout_seconds=10"],
+    ],
+)
+def test_what_goes_together(write, overrides):
+    load(write(SMALLEST), *overrides)
 
 
 def test_what_is_missing_is_named(write):
@@ -226,7 +292,8 @@ class TestForeignSections:
             "warmup.trainer.max_stepz=1",
             "rollout.engine.enforce_eagr=true",
             "rollout.engine.dtype=flaot32",
-            "rollout.engine.tensor_parallel_size=2",
+            "rollout.engine.weight_transfer_config={}",
+            "trainer.vllm_server_base_url=http://127.0.0.1:1",
             "model.path=null",
             "model.tiny.architecture=qwen4",
             foreign=True,
@@ -240,7 +307,8 @@ class TestForeignSections:
             "warmup.trainer.max_stepz": "did you mean 'max_steps'",
             "rollout.engine.enforce_eagr": "did you mean 'enforce_eager'",
             "rollout.engine.dtype": "did you mean 'float32'",
-            "rollout.engine.tensor_parallel_size": "trainer.vllm_tensor_parallel_size",
+            "rollout.engine.weight_transfer_config": "section `sync`",
+            "trainer.vllm_server_base_url": "`rollout.server_url`",
             "model.tiny.architecture": "did you mean 'qwen3'",
         }
         lines = text.splitlines()

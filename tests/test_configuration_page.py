@@ -31,6 +31,7 @@ def test_every_config_is_valid(path):
     assert load_config(path, check_foreign=False).sync.policy in ("reorder", "warn", "error")
 
 
-def test_the_main_config_shows_every_option_of_the_sync_section():
-    text = (ROOT / "configs" / "grpo_cpu.yaml").read_text()
+@pytest.mark.parametrize("name", ["grpo_cpu.yaml", "grpo_cpu_server.yaml"])
+def test_the_main_configs_show_every_option_of_the_sync_section(name):
+    text = (ROOT / "configs" / name).read_text()
     assert [name for name in SyncConfig.model_fields if f"\n  {name}:" not in text] == []

@@ -82,11 +82,11 @@ def test_the_first_of_two_ranks_loads_half_and_holds_all():
 def test_a_rank_holds_the_experts_of_other_ranks_too():
     found = probed()["two ranks of experts"].layer_map
     at = "model.layers.0.mlp.experts"
-    for expert, loaded_numel in enumerate([64 * 64, 64 * 64, 0, 0]):
+    for expert, loaded_numel in enumerate([96 * 64, 96 * 64, 0, 0]):
         (contribution,) = found.contributions[f"{at}.{expert}.up_proj.weight"]
         assert contribution.parent_layer == f"{at}.routed_experts"
-        assert (contribution.loaded_numel, contribution.held_bytes) == (loaded_numel, 64 * 64 * 4)
-    assert found.layers[f"{at}.routed_experts"].total_numel == 2 * 3 * 64 * 64
+        assert (contribution.loaded_numel, contribution.held_bytes) == (loaded_numel, 96 * 64 * 4)
+    assert found.layers[f"{at}.routed_experts"].total_numel == 2 * 3 * 96 * 64
 
 
 @pytest.mark.vllm

@@ -11,6 +11,7 @@ import pytest
 import qerl_sync
 
 PUBLIC = [
+    "AgreementError",
     "BufferLedger",
     "Chunk",
     "CompatError",
@@ -24,10 +25,14 @@ PUBLIC = [
     "LoadError",
     "ParamMeta",
     "ParentLayer",
+    "PeerLostError",
     "PlanError",
     "PoisonedError",
+    "RemoteTransport",
+    "RolloutActor",
     "Source",
     "Storage",
+    "StreamSource",
     "SyncConfig",
     "SyncError",
     "SyncPlan",
@@ -36,8 +41,14 @@ PUBLIC = [
     "Trace",
     "TraceStep",
     "TrainConfig",
+    "TrainerActor",
     "Transport",
+    "TransportError",
+    "TransportTimeout",
+    "UnchangedError",
     "WeightSyncCallback",
+    "WorkerPool",
+    "WorkerReport",
     "__version__",
     "as_given",
     "build_plan",
@@ -45,6 +56,7 @@ PUBLIC = [
     "engine_arguments",
     "load_config",
     "replay",
+    "share_parameters",
 ]
 
 

@@ -302,6 +302,14 @@ def test_summary_of_a_run():
     assert not summary.prediction_exact
 
 
+def test_the_summary_says_how_the_weights_travelled():
+    shm, gloo = "shm: the worker can open it", "gloo: sync.transport says so"
+    syncs = [sync(0, transport=shm), sync(1, transport=shm), sync(2, transport=gloo)]
+    summary = summary_of(log([0.5] * 3), syncs)
+    assert summary.transport == f"{shm}; {gloo}"
+    assert summary_of(log([0.5]), [sync(0)]).transport == ""  # written by an earlier version
+
+
 def test_the_share_counts_the_steps_that_were_not_logged():
     assert summary_of(log([0.5] * 3, every=10), [sync(0)]).sync_time_share == pytest.approx(
         0.1 / 15
@@ -393,6 +401,20 @@ def test_without_a_terminal_progress_is_ten_lines():
     assert lines[9] == "  training 200/200 reward 1.00"
     assert lines[10].startswith("✓ trained")
     assert len(lines) == 11
+
+
+def test_a_long_phase_says_without_a_terminal_what_goes_on():
+    console = Console(file=io.StringIO(), width=60)
+    with Display(console).phase("starting", "started") as phase:
+        for seconds in range(1, 25):
+            phase.progress(seconds, f"[step {seconds}] " + "x" * 100)
+    lines = console.file.getvalue().splitlines()
+    assert [line[:30] for line in lines[:-1]] == [
+        "  starting ... 10 s [step 10] ",
+        "  starting ... 20 s [step 20] ",
+    ]
+    assert max(map(len, lines)) <= 60
+    assert lines[-1].startswith("✓ started")
 
 
 def test_a_phase_that_fails_claims_no_success():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,15 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """TRL sets RANK, MASTER_PORT and others, which programs that other tests start would follow."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
@@ -65,6 +75,19 @@ def test_syncs_when_trl_says_and_logs_through_trl(train):
     assert steps_of(run.callback) == [0, 1, 2, 3]
     assert any("eval_sync/version" in entry or "sync/version" in entry for entry in run.log[-2:])
     assert_engine_has_the_trainers_weights(run)
+
+
+def test_weights_of_a_lost_engine_are_not_taken_for_current(train, monkeypatch):
+    """TRL itself would sync when a step has changed the weights, and not before."""
+    run = train(max_steps=1)
+    session, generation = run.callback.session, run.trainer.vllm_generation
+    syncs = len(run.callback.reports)
+    prompts = {"prompts": [[5, 6]], "images": None, "num_generations": 1}
+    generation.generate(**prompts)
+    assert len(run.callback.reports) == syncs
+    monkeypatch.setattr(type(session._transport), "connected", False)
+    generation.generate(**prompts)
+    assert len(run.callback.reports) == syncs + 1
 
 
 @pytest.mark.parametrize(
@@ -132,7 +155,6 @@ def test_a_callback_that_was_not_bound_says_so(policy, tmp_path):
     ("changes", "words"),
     [
         ({"vllm_generation": None}, "does not generate with vLLM; set use_vllm=True"),
-        ({"mode": "server"}, "'server' mode; set vllm_mode"),
         ({"num_processes": 2}, "in 2 processes"),
         ({"tensor_parallel_size": 2}, "tensor parallel size 2"),
     ],

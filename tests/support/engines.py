@@ -56,6 +56,7 @@ def start_engine(path: Path, **arguments: Any) -> Any:
         "dtype": "float32",
         "disable_log_stats": True,
         "num_gpu_blocks_override": 64,  # blocks of 128 tokens or fewer: a few MiB, not GiB
+        "weight_transfer_config": {"backend": "qerl"},
     }
     return LLM(**{**defaults, **arguments})
 
@@ -99,12 +100,14 @@ def logprob_gap(engine: Any, trainer_model: Any) -> float:
 class Subject:
     """An engine under test, the trainer's models of both versions, and what is right for each.
 
-    `weights[v]` and `generations[v]` are those of an engine freshly loaded from version v.
+    `weights[v]` and `generations[v]` are those of an engine freshly loaded from version v. `fresh`
+    is one of version 1, which nobody syncs.
     """
 
     kind: str
     kernels: str
     engine: Any
+    fresh: Any
     trainers: dict[int, Any]
     weights: dict[int, dict[str, str]]
     generations: dict[int, Any]
@@ -172,6 +175,7 @@ class EnginePool:
                 kind=kind,
                 kernels=kernels,
                 engine=engines[OLD],
+                fresh=engines[NEW],
                 trainers=trainers,
                 weights={seed: fingerprint(model_of(e)) for seed, e in engines.items()},
                 generations={seed: generate(e) for seed, e in engines.items()},

@@ -15,10 +15,10 @@ from qerl_sync import (
     ParentLayer,
     Source,
     Storage,
-    Trace,
     Transport,
 )
 from qerl_sync.buffers.detect import require_finite
+from qerl_sync.transports.base import WorkerReport
 
 QKV = [[ParamMeta(f"{layer}.{part}", "float32", (4,)) for part in "qkv"] for layer in "ab"]
 
@@ -47,6 +47,9 @@ class ListSource(Source):
 class HandMadeTransport(Transport):
     """Closes a layer when all its tensors have come; fails where it is told to."""
 
+    by_reference = True
+    chunk_bytes = None
+
     def __init__(self) -> None:
         self.received: list[str] = []
         self.probed = 0
@@ -69,7 +72,8 @@ class HandMadeTransport(Transport):
     def free_bytes(self) -> int:
         return 1 << 30
 
-    def start(self, plan, layer_map, *, check_finite):
+    def start(self, plan, layer_map, *, version, check_finite, held=None):
+        self._predicted = plan.predicted
         self.started, self.aborted, self.received = True, False, []
         self._map, self._ledger, self._loaded = layer_map, BufferLedger(), dict.fromkeys("ab", 0)
 
@@ -86,8 +90,8 @@ class HandMadeTransport(Transport):
             if self._loaded[layer.name] >= layer.total_numel:
                 self._ledger.release(layer.name)
 
-    def finish(self) -> Trace:
-        return self._ledger.trace()
+    def finish(self) -> list[WorkerReport]:
+        return [WorkerReport("worker 0", self._ledger.trace(), self._predicted)]
 
     def abort(self, reason: str) -> None:
         self.aborted = True

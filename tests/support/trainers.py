@@ -30,6 +30,10 @@ def share_of_digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(w.isdigit() for w in text.split()) / 8 for text in completions]
 
 
+# An engine that is collected tears down the process groups of all others.
+_KEPT: list[Any] = []
+
+
 def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: Any) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
@@ -54,7 +58,7 @@ def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: 
     }
     rows = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} =" for i in range(64)]})
     with engine_arguments(dtype="float32", enforce_eager=True, num_gpu_blocks_override=64):
-        return GRPOTrainer(
+        trainer = GRPOTrainer(
             model=str(path),
             reward_funcs=share_of_digits,
             args=GRPOConfig(**{**arguments, **changes}),
@@ -62,6 +66,8 @@ def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: 
             eval_dataset=rows.select(range(4)),
             callbacks=list(callbacks),
         )
+    _KEPT.append(trainer.vllm_generation.llm)
+    return trainer
 
 
 def gap(log: list[dict[str, Any]]) -> float:

@@ -1,0 +1,174 @@
+"""Workers without vLLM: what they are told goes through the real connection, conversation and
+transports, into a model that is a dictionary."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from qerl_sync import (
+    Chunk,
+    Contribution,
+    LayerMap,
+    ParamMeta,
+    ParentLayer,
+    Source,
+    SyncPlan,
+    Trace,
+    __version__,
+    replay,
+)
+from qerl_sync.wire import messages as say
+from qerl_sync.wire.host import host_id
+from qerl_sync.worker.connection import TrainerConnection
+
+CPU = torch.device("cpu")
+
+
+def tensors(version: int, count: int = 6, numel: int = 100) -> dict[str, torch.Tensor]:
+    """Odd sizes: nothing is aligned by itself."""
+    generator = torch.Generator().manual_seed(version)
+    return {f"layer.{i}.weight": torch.randn(numel + i, generator=generator) for i in range(count)}
+
+
+class TensorSource(Source):
+    """A dictionary of fp32 tensors."""
+
+    def __init__(self, held: Mapping[str, torch.Tensor]) -> None:
+        self.held = dict(held)
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(n, "float32", tuple(t.shape)) for n, t in self.held.items()]
+
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, self.held[name]) for name in names)
+
+
+class KeepingLoader:
+    """A worker.conversation.Loader. Each tensor is a parent layer of its own."""
+
+    def __init__(self, held: Mapping[str, torch.Tensor]) -> None:
+        self.serving = dict(held)
+        self.version = 0
+        self.poisoned: str | None = None
+        self.working_bytes: dict[str, int] = {}
+        self.peak_staged_bytes = self.finishing_bytes = 0
+        self.verify_seconds = 0.0
+        self.kept_bytes = 0
+        self.before_load = lambda: None
+        self.started = 0
+
+    def layer_map(
+        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+    ) -> LayerMap:
+        layers = {m.name: ParentLayer(m.name, "Linear", m.numel, m.numel) for m in metas}
+        given = {m.name: (Contribution(m.name, "w", m.numel, m.nbytes, True),) for m in metas}
+        return LayerMap(layers, given)
+
+    def free_bytes(self) -> int:
+        return 1 << 30
+
+    def start(
+        self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool, borrowed: bool
+    ) -> None:
+        self.started += 1
+        self.poisoned = "a sync is in progress"
+        self._plan, self._layer_map = plan, layer_map
+        self._arrived: dict[str, torch.Tensor] = {}
+
+    def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.before_load()
+        self._arrived |= {name: tensor.clone() for name, tensor in tensors}
+
+    def finish(self) -> Trace:
+        self.serving = self._arrived
+        return replay(self._plan.metas, self._layer_map)
+
+    def commit(self, version: int) -> None:
+        self.version, self.poisoned = version, None
+
+    def abort(self, reason: str) -> None:
+        if self.poisoned is not None:
+            self.poisoned = reason
+
+    def has(self, wanted: Mapping[str, torch.Tensor]) -> bool:
+        """Equal to the bit, and serving."""
+        same = all(self.serving[name].equal(tensor) for name, tensor in wanted.items())
+        return same and self.poisoned is None and len(self.serving) == len(wanted)
+
+
+class Workers:
+    """An engine of as many ranks as there are loaders, and its client.
+
+    It runs each call on all ranks at once and raises what the last one raises, as vLLM would.
+    """
+
+    def __init__(self, *loaders: KeepingLoader, **said: Any) -> None:
+        self.loaders = loaders
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self._said = said
+        self._pool = ThreadPoolExecutor(len(loaders))
+        self.connections = [
+            TrainerConnection(loader, CPU, self._hello(rank)) for rank, loader in enumerate(loaders)
+        ]
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.calls.append(("init", init_info))
+        self._on_all("open", init_info)
+
+    def start_weight_update(self) -> None: ...
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.calls.append(("update", update_info))
+        self._on_all("serve", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+    def close(self) -> None:
+        for connection in self.connections:
+            connection.close()
+        self._pool.shutdown()
+
+    def _on_all(self, method: str, info: dict[str, Any]) -> None:
+        # JSON in between, as over HTTP.
+        futures = [
+            self._pool.submit(getattr(connection, method), dict(info))
+            for connection in self.connections
+        ]
+        errors = [future.exception() for future in futures]
+        if errors[-1] is not None:
+            raise errors[-1]
+
+    def _hello(self, rank: int) -> Any:
+        def hello() -> say.Hello:
+            loader = self.loaders[rank]
+            told: dict[str, Any] = {
+                "protocol": say.PROTOCOL,
+                "packages": {"qerl-sync": __version__, "torch": str(torch.__version__)},
+                "engine": "test",
+                "rank": rank,
+                "world_size": len(self.loaders),
+                "layout": {"tensor_parallel_size": len(self.loaders)},
+                "model": "Dictionary",
+                "dtype": "float32",
+                "quantization": None,
+                "host": host_id(),
+                "pid": os.getpid(),
+                "version": loader.version,
+                "poisoned": loader.poisoned,
+                "update_open": False,
+            }
+            own = self._said.get(f"rank{rank}", {})
+            return say.Hello(**{**told, **own})
+
+        return hello
+
+
+def threads() -> set[str]:
+    """Names of this process's threads that belong to qerl-sync."""
+    return {t.name for t in threading.enumerate() if t.name.startswith("qerl-sync")}

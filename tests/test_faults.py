@@ -1,0 +1,178 @@
+"""A representative part of `qerl-sync check faults`, its random schedules, and its tables."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from qerl_sync import PoisonedError
+from qerl_sync.cli.main import app
+from qerl_sync.errors import ConfigError
+from qerl_sync.faults.cases import all_cases
+from qerl_sync.faults.inputs import reusing_its_buffer
+from qerl_sync.faults.outcomes import Outcome
+from qerl_sync.faults.suite import SPECS, Spec, Suite, chosen_specs, run_random
+from qerl_sync.faults.triggers import Checkpoint, Trigger
+from qerl_sync.report.fault_tables import complaints, fault_page
+
+# Of each group something; all of them take minutes.
+IN_PROCESS = [
+    "missing tensor",
+    "int64 for a float parameter",
+    "doubled in the stream",
+    "NaN",
+    "receive buffer used again",
+    "exception: inside an open layer",
+    "exception: last tensor, rolled back",
+    "exception in a loader",
+    "trainer fails before finish",
+    "doubled start",
+    "finish without start",
+]
+OWN_PROCESS = [
+    "exception: middle tensor",
+    "receive buffer used again",
+    "trainer killed between chunks",
+    "connection cut between chunks",
+    "worker stopped between chunks",
+    "two trainers at once",
+    "worker killed in a chunk",
+]
+
+
+def outcomes(tmp_path, spec: str, cases: list[str], **options) -> dict[str, Outcome]:
+    suite = Suite([Spec.parse(spec)], cases, log=tmp_path / "engine.log", **options)
+    return {outcome.case: outcome for outcome in suite.run()}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("spec", "cases"),
+    [("in process/moe/stock", IN_PROCESS), ("own process/dense/stock", OWN_PROCESS)],
+)
+def test_faults_end_as_the_contract_says(tmp_path, spec, cases):
+    found = outcomes(tmp_path, spec, cases)
+    assert sorted(found) == sorted(cases)
+    assert complaints(list(found.values())) == []
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_random_schedules_keep_every_promise(tmp_path):
+    found = run_random(Spec("in process", "tied"), 10, 0, tmp_path / "engine.log")
+    assert found["failure"] == ""
+    assert found["schedules"] >= 10 <= found["faults"]
+
+
+def outcome(**told) -> Outcome:
+    return Outcome(
+        **{
+            "subject": "server/dense/stock",
+            "case": "NaN",
+            "ended": "poisoned",
+            "expected": ("poisoned",),
+            "healed": True,
+            **told,
+        }
+    )
+
+
+def test_an_outcome_is_ok_only_if_all_of_it_is():
+    assert outcome().ok
+    assert not outcome(ended="new").ok
+    assert not outcome(healed=None).ok
+    assert not outcome(leaks=["/dev/shm/x"]).ok
+    assert not outcome(detection_seconds=2.1).ok
+    assert outcome(detection_seconds=2.1, allowed_seconds=5.0).ok
+    assert Outcome.from_json(json.loads(json.dumps(outcome().to_json()))) == outcome()
+
+
+def test_complaints_say_what_was_promised_and_what_was_found():
+    (line,) = complaints([outcome(), outcome(ended="hang", healed=False, leaks=["one"])])
+    assert "server/dense/stock: NaN: hang (allowed: poisoned); leaks one" in line
+    assert "not exactly right" in line
+
+
+def test_the_page_has_a_row_for_each_case_and_a_column_for_each_engine():
+    page = fault_page(
+        [
+            outcome(),
+            outcome(subject="in process/dense/stock"),
+            outcome(subject="in process/moe/stock", ended="old"),
+            outcome(subject="in process/dense/stock", by="stock vLLM", ended="wrong weights"),
+        ],
+        "vLLM 0",
+        {"poisoned": "refuses"},
+    )
+    assert "| fault | server | in process | stock vLLM | its next full reload |" in page
+    assert "| NaN | poisoned | poisoned (1), old (1) | wrong weights | exact |" in page
+    assert "| poisoned | refuses |" in page
+    assert "vLLM 0." in page
+
+
+def test_every_case_suits_some_engine_of_the_suite():
+    for case in all_cases().values():
+        assert any(case.suits(spec) for spec in SPECS), case.name
+
+
+def test_engines_are_chosen_by_name_or_in_full():
+    assert {spec.engine for spec in chosen_specs(["server"])} == {"server"}
+    assert chosen_specs(["own process/bias/stock"]) == [Spec("own process", "bias")]
+    with pytest.raises(ConfigError, match=r"no engine svr; choose from in process, own process"):
+        chosen_specs(["svr"])
+
+
+def test_a_case_that_does_not_exist_is_named():
+    found = CliRunner().invoke(app, ["check", "faults", "--engine", "server", "--case", "nothing"])
+    assert found.exit_code == 2
+    assert "no case is called nothing" in found.output
+
+
+def test_a_buffer_that_is_used_again_has_one_address():
+    import torch
+
+    held = {"a": torch.ones(3), "b": torch.zeros(2, 2)}
+    seen = list(reusing_its_buffer(iter(held.items()), Trigger()))
+    assert len({tensor.data_ptr() for _, tensor in seen}) == 1
+    assert seen[0][1].tolist() == [0, 0, 0], "it was not overwritten"
+
+
+def test_a_trigger_fires_once_and_knows_when():
+    fired = []
+    trigger = Trigger("in a chunk", lambda: fired.append(1))
+    import torch
+
+    source = Checkpoint({"a": torch.ones(1), "b": torch.ones(1)}, trigger)
+    source.metadata()
+    list(source.materialize(["a"]))
+    assert trigger.fired_at is None
+    list(source.materialize(["b"]))
+    list(source.materialize(["b"]))
+    assert fired == [1]
+    assert trigger.fired_at is not None
+
+
+class Engine:
+    def add_request(self):
+        return "taken"
+
+
+class FakeLLM:
+    def __init__(self):
+        self.llm_engine = Engine()
+
+
+def test_a_refusing_llm_says_why_and_takes_requests_again():
+    from qerl_sync.clients.llm import LLMClient
+
+    llm = FakeLLM()
+    client = LLMClient(llm)
+    client.refuse("a sync failed: no room")
+    with pytest.raises(PoisonedError, match=r"a sync failed: no room.*session\.push"):
+        llm.llm_engine.add_request()
+    client.admit()
+    client.admit()
+    assert llm.llm_engine.add_request() == "taken"
