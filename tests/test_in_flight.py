@@ -139,9 +139,11 @@ def test_the_server_answers_health_checks_during_a_sync(remote):
 @pytest.mark.parametrize("mode", ["wait", "abort"])
 def test_requests_in_flight_may_be_waited_for_or_ended(remote, name, mode):
     engine = remote(name)
-    future, grown = engine.stream(PROMPT, LENGTH)
-    wait_for(lambda: len(grown[0]) > 20)
-    push(engine, NEW, pause_mode=mode)
+    with session(engine, HFSource(engine.trainers[NEW]), pause_mode=mode) as sync:
+        sync._agree()  # connected before the request, which does not last long
+        future, grown = engine.stream(PROMPT, LENGTH)
+        wait_for(lambda: len(grown[0]) > 20)
+        sync.push()
     tokens, logprobs = future.result(timeout=120)
     assert (len(tokens) == LENGTH) == (mode == "wait")
     assert gap(engine.trainers[OLD], PROMPT, (tokens, logprobs)) <= ROUNDING

@@ -782,7 +782,7 @@ def test_a_forked_child_does_not_take_the_memory_with_it():
         assert path.exists()
     finally:
         process.kill()
-        process.wait()
+        process.wait(60)
     remove_abandoned()
     assert not path.exists()
 
@@ -790,5 +790,5 @@ def test_a_forked_child_does_not_take_the_memory_with_it():
 def test_nothing_is_left_after_an_interrupt():
     process, path = owner()
     process.send_signal(signal.SIGINT)
-    process.wait()
+    process.wait(60)
     assert not path.exists()

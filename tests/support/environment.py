@@ -1,9 +1,13 @@
 """The environment of tests and benchmarks, set before vLLM is imported anywhere: in-process
-engines, a small KV cache, no core pinning, no network."""
+engines, a small KV cache, no core pinning, no network, an interrupt that children hear."""
 
 from __future__ import annotations
 
 import os
+import signal
+
+# Shells start what runs in the background with interrupts ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")

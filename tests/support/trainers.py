@@ -66,7 +66,8 @@ def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: 
             eval_dataset=rows.select(range(4)),
             callbacks=list(callbacks),
         )
-    _KEPT.append(trainer.vllm_generation.llm)
+    if trainer.args.vllm_mode == "colocate":
+        _KEPT.append(trainer.vllm_generation.llm)
     return trainer
 
 
