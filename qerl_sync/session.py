@@ -322,6 +322,7 @@ class SyncSession:
             self._transport.terms = Terms(
                 verify=self._config.verify, on_failure=self._config.on_failure, finite=checked
             )
+            self._transport.lasting = self._source.lasting
             self._transport.start(
                 plan, layer_map, version=version, check_finite=check_finite, held=held
             )

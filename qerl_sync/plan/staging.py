@@ -27,6 +27,27 @@ def offsets(metas: Iterable[ParamMeta]) -> tuple[list[int], int]:
     return places, end
 
 
+def spans(metas: Sequence[ParamMeta], pieces: Sequence[int]) -> list[tuple[int, int]]:
+    """Begin and end in its slot of each piece of a chunk, of which `pieces[i]` tensors are in i.
+
+    A piece of one tensor is that tensor's bytes and nothing else.
+
+    Raises:
+        CoverageError: the pieces do not make up the chunk.
+    """
+    if sum(pieces) != len(metas) or min(pieces, default=1) < 1:
+        raise CoverageError(
+            f"pieces of {list(pieces)} tensors do not make up a chunk of {len(metas)}"
+        )
+    places, _ = offsets(metas)
+    found, first = [], 0
+    for count in pieces:
+        last = first + count - 1
+        found.append((places[first], places[last] + metas[last].nbytes))
+        first += count
+    return found
+
+
 def slot_bytes(sizes: Sequence[int], chunks_in_flight: int) -> list[int]:
     """Bytes of each slot when chunk i, of `sizes[i]` bytes, travels in slot i modulo
     `chunks_in_flight`.

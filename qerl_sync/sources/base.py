@@ -21,9 +21,13 @@ class Source(ABC):
     Attributes:
         any_order: `materialize` serves names in any order. False: only in the order of `metadata`,
             each at most once between two calls of `metadata`.
+        lasting: what `materialize` yields stays as it is for as long as somebody holds it, to the
+            end of the sync: parameters themselves, or copies of which each has its own memory.
+            Transports then send from there, instead of copying first.
     """
 
     any_order = True
+    lasting = False
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -64,5 +68,5 @@ class Source(ABC):
         """Yield exactly `names`, in that order, as late as possible: a generator.
 
         The tensors are read-only and valid until the next one is asked for or, where the receiver
-        keeps them by reference, until the end of the chunk.
+        keeps them by reference, until the end of the chunk. See `lasting`.
         """

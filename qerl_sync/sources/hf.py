@@ -46,6 +46,8 @@ class HFSource(Source):
         ConfigError: the model is sharded or carries adapters.
     """
 
+    lasting = True
+
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
         _refuse_unsupported(model)
         self._model = model

@@ -71,6 +71,7 @@ class Transport(ABC):
         chunk_bytes: upper bound of a chunk where the user has set none; None: one chunk.
         kind: how bytes travel, and why so.
         terms: what the next sync promises; set before `start`.
+        lasting: the next sync's source is (`Source.lasting`); set before `start`.
         verify_seconds: what checksums have taken on this side in the last sync (`sync.verify`).
         lost: workers that did not take the last sync although it succeeded, with the reason.
     """
@@ -80,6 +81,7 @@ class Transport(ABC):
     kind = "?"
     lost: Mapping[str, str] = {}
     terms = Terms()
+    lasting = False
     verify_seconds = 0.0
 
     @property

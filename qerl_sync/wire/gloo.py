@@ -4,15 +4,16 @@
     GlooLink.listen: a port  ---- (told) ---->  GlooLink.connect
     <------- a channel on which both prove the secret and swap Gloo's addresses ------->
     <======= Gloo, on which both prove it again; the channel and its port close =======>
-    send: payload, length                 --->  receive
+    send: payloads, length                --->  receive
                                           <---  receipt
 
 Length and receipt make up for two traits of Gloo. It leaves whoever waits for a transfer that is
 in its middle waiting when the other side dies, so both sides wait for what comes after the
-payload. And a payload larger than the buffer that waits for it ends the process (`std::terminate`,
+payloads. And a payload larger than the buffer that waits for it ends the process (`std::terminate`,
 no exception), so payloads of different lengths have different tags: they never meet.
 
-A piece of 16 MiB is as quick as raw TCP; each costs about 0.2 ms besides: pack small tensors.
+A payload of 16 MiB is as quick as raw TCP; each transfer costs about 0.2 ms besides: pack small
+tensors.
 """
 
 from __future__ import annotations
@@ -76,26 +77,27 @@ class GlooLink:
         with channel:
             return cls(GlooPair(channel, WORKER, timeout_seconds))
 
-    def send(self, tensor: torch.Tensor) -> SendHandle:
-        """Start to send the bytes of a contiguous CPU tensor, straight from its memory.
+    def send(self, *tensors: torch.Tensor) -> SendHandle:
+        """Start to send the bytes of contiguous CPU tensors, straight from their memory.
 
         The memory must not change until `wait` of what is returned has come back. Keep two or
         more in flight: the next is under way when the receiver asks for it.
 
-        Raises TransportError if the tensor is not contiguous or not in host memory.
+        Raises TransportError if a tensor is not contiguous or not in host memory.
         """
-        return self._keep(SendHandle(self._pair, _bytes_of(tensor)))
+        return self._keep(SendHandle(self._pair, [_bytes_of(tensor) for tensor in tensors]))
 
-    def start_receive(self, buffer: torch.Tensor) -> ReceiveHandle:
-        """Start to receive into a contiguous CPU tensor of exactly the sent bytes, of any dtype.
+    def start_receive(self, *buffers: torch.Tensor) -> ReceiveHandle:
+        """Start to receive what one `send` sends: as many contiguous CPU tensors, each of exactly
+        the sent bytes, of any dtype.
 
         The sender's `wait` comes back after this one's. Raises as `send`.
         """
-        return self._keep(ReceiveHandle(self._pair, _bytes_of(buffer)))
+        return self._keep(ReceiveHandle(self._pair, [_bytes_of(buffer) for buffer in buffers]))
 
-    def receive(self, buffer: torch.Tensor) -> None:
+    def receive(self, *buffers: torch.Tensor) -> None:
         """`start_receive`, waited for."""
-        self.start_receive(buffer).wait()
+        self.start_receive(*buffers).wait()
 
     def close(self) -> None:
         """Hang up. What is in flight is lost, and everyone who waits for it is told."""
@@ -156,11 +158,12 @@ class PendingLink:
 
 
 class Transfer(ABC):
-    """A tensor on its way."""
+    """Tensors on their way together."""
 
-    def __init__(self, pair: GlooPair, payload: torch.Tensor, verb: str) -> None:
-        self._pair, self._payload = pair, payload
-        self._what = f"{verb} {payload.nbytes:,} bytes"
+    def __init__(self, pair: GlooPair, payloads: list[torch.Tensor], verb: str) -> None:
+        self._pair, self._payloads = pair, payloads
+        self._nbytes = sum(payload.nbytes for payload in payloads)
+        self._what = f"{verb} {self._nbytes:,} bytes"
         self.done = False
 
     def wait(self) -> None:
@@ -185,35 +188,36 @@ class Transfer(ABC):
 
 
 class SendHandle(Transfer):
-    def __init__(self, pair: GlooPair, payload: torch.Tensor) -> None:
-        super().__init__(pair, payload, "sending")
-        self._length, self._receipt = torch.tensor([payload.nbytes]), torch.tensor([0])
+    def __init__(self, pair: GlooPair, payloads: list[torch.Tensor]) -> None:
+        super().__init__(pair, payloads, "sending")
+        self._length, self._receipt = torch.tensor([self._nbytes]), torch.tensor([0])
         # Posted first: from now on, the other side's death is noticed.
         self._received = pair.receive(self._receipt, _RECEIPT_TAG)
-        self._sent = pair.send(payload, _tag_of(payload)), pair.send(self._length, _LENGTH_TAG)
+        self._sent = [pair.send(payload, _tag_of(payload)) for payload in payloads]
+        self._sent.append(pair.send(self._length, _LENGTH_TAG))
 
     def _wait(self) -> None:
         self._until(self._received, *self._sent)
 
 
 class ReceiveHandle(Transfer):
-    def __init__(self, pair: GlooPair, payload: torch.Tensor) -> None:
-        super().__init__(pair, payload, "receiving")
+    def __init__(self, pair: GlooPair, payloads: list[torch.Tensor]) -> None:
+        super().__init__(pair, payloads, "receiving")
         self._length = torch.tensor([0])
-        self._filled = pair.receive(payload, _tag_of(payload))
+        self._filled = [pair.receive(payload, _tag_of(payload)) for payload in payloads]
         self._ended = pair.receive(self._length, _LENGTH_TAG)
 
     def _wait(self) -> None:
         self._until(self._ended)
         sent_bytes = int(self._length)
-        if sent_bytes != self._payload.nbytes:
+        if sent_bytes != self._nbytes:
             raise self._pair.fail(
                 AgreementError(
                     f"the {self._pair.peer} sends {sent_bytes:,} bytes where "
-                    f"{self._payload.nbytes:,} are expected; the two follow different plans"
+                    f"{self._nbytes:,} are expected; the two follow different plans"
                 )
             )
-        self._until(self._filled, self._pair.send(self._length, _RECEIPT_TAG))
+        self._until(*self._filled, self._pair.send(self._length, _RECEIPT_TAG))
 
 
 def _tag_of(payload: torch.Tensor) -> int:

@@ -132,6 +132,8 @@ class Chunk(_Message):
     places: list[tuple[int, int]]
     """For each of its tensors, in plan order: the segment and the offset in bytes in it. Empty
     where bytes follow on a link of their own."""
+    pieces: list[int] = []
+    """Where they do: how many tensors, in plan order, each piece of what follows has."""
     in_place: bool = False
     """Its tensors lie where the trainer keeps its parameters, not in a slot."""
     checksums: list[int] = []

@@ -10,7 +10,7 @@ import torch
 
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.plan.staging import offsets
+from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.wire.messages import Chunk, Segment
 from qerl_sync.wire.segments import AttachedSegment, PrivateMemory, read_only_view
 from qerl_sync.worker import deliveries
@@ -96,7 +96,7 @@ class ShmInlet(Inlet):
 
 
 class GlooInlet(Inlet):
-    """Private memory that each chunk is received into, in one piece.
+    """Private memory that each chunk is received into.
 
     It stays from sync to sync: getting fresh pages would take about as long as receiving into them.
     """
@@ -119,12 +119,13 @@ class GlooInlet(Inlet):
 
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
         places, nbytes = offsets(metas)
+        pieces = spans(metas, chunk.pieces)
         slot = self._slots[chunk.index % len(self._slots)]
         if nbytes > slot.nbytes:
             raise TransportError(
                 f"chunk {chunk.index} has {nbytes:,} bytes, its slot {slot.nbytes:,}"
             )
-        self._link.receive(slot.bytes[:nbytes])
+        self._link.receive(*(slot.bytes[begin:end] for begin, end in pieces))
         return [
             slot.tensor(offset, meta.shape, getattr(torch, meta.dtype))
             for meta, offset in zip(metas, places, strict=True)
@@ -150,7 +151,10 @@ class StoreInlet(Inlet):
         deliveries.clear(self._key)
 
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
-        places, nbytes = offsets(metas)
+        places, _ = offsets(metas)
+        (_, nbytes), *others = spans(metas, chunk.pieces)
+        if others:
+            raise TransportError(f"chunk {chunk.index} comes in pieces, an object is one")
         found = deliveries.take(self._key, chunk.index, self._timeout_seconds)
         if found is None or found.nbytes != nbytes:
             what = "did not arrive" if found is None else f"has {found.nbytes:,} bytes"

@@ -114,14 +114,16 @@ class Peer:
             self.send(chunk)
             self._on_the_way.append((chunk.index, None))
             return
-        assert staged.copied is not None
-        self.send(chunk.model_copy(update={"places": [], "segments": []}))
+        pieces = staged.pieces
+        told = {"places": [], "segments": [], "pieces": [piece.tensors for piece in pieces]}
+        self.send(chunk.model_copy(update=told))
         sending = None
         if self._link is not None:
-            sending = self._link.send(staged.copied)
+            sending = self._link.send(*(piece.bytes for piece in pieces))
         elif self._store is not None:
             if staged.stored is None:  # the first engine's peer puts it there for all
-                staged.stored = self._store.put(staged.copied)
+                (piece,) = pieces
+                staged.stored = self._store.put(piece.bytes)
             self._store.deliver(self._box, chunk.index, staged.stored)
         self._on_the_way.append((chunk.index, sending))
 

@@ -183,7 +183,7 @@ class PoolTransport(Transport):
         staging = self._staging_for(plan, ready)
 
         def start(member: Member) -> None:
-            member.transport.terms = self.terms
+            member.transport.terms, member.transport.lasting = self.terms, self.lasting
             member.transport.start(
                 plan, layer_map, version=version, check_finite=check_finite, staging=staging
             )
@@ -247,7 +247,7 @@ class PoolTransport(Transport):
         if self._staging is None or kinds != self._staging_kinds:
             if self._staging is not None:
                 self._staging.close()
-            self._staging = Staging(shared="shm" in kinds, in_place=kinds == {"shm"})
+            self._staging = Staging(kinds)
             self._staging_kinds = kinds
         slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
         self._staging.prepare(slots, later=parameters_are_shared())

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -13,25 +13,38 @@ import torch
 from qerl_sync.buffers.checksum import checksum
 from qerl_sync.buffers.stream import as_planned
 from qerl_sync.meta import ParamMeta
-from qerl_sync.plan.staging import offsets
+from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.wire.messages import Segment
 from qerl_sync.wire.segments import PrivateMemory, SharedSegment, locate, parameters_are_shared
+
+# Sent by itself from where it lies; smaller tensors are copied together first.
+PIECE_BYTES = 1 << 20
 
 Named = tuple[str, torch.Tensor]
 Planned = tuple[ParamMeta, torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Piece:
+    """The bytes of so many tensors that follow each other in a chunk (`plan.staging.spans`)."""
+
+    tensors: int
+    bytes: torch.Tensor
+
+
 @dataclass
 class StagedChunk:
-    """Where a chunk lies: (segment, offset) of each tensor; if copied, its bytes in one piece.
+    """Where a chunk lies.
 
     Attributes:
+        places: (segment, offset) of each tensor.
+        pieces: its bytes, in order; none if the tensors lie in shared memory as they are.
         checksums: of each tensor, if `Staging.checksums`.
         stored: what an object store calls it, once somebody has put it there.
     """
 
     places: list[tuple[int, int]]
-    copied: torch.Tensor | None
+    pieces: list[Piece]
     checksums: list[int] = field(default_factory=list)
     stored: Any = None
 
@@ -40,23 +53,26 @@ class Staging:
     """Slots in shared memory, or private ones where nobody shares memory with us.
 
     Parameters that are in shared memory (`share_parameters`) need no slot: they are sent as the
-    places where they lie.
+    places where they lie. Nor do large tensors that go over sockets, if they last.
 
     Args:
-        shared: some worker reads from shared memory.
-        in_place: all workers do, so that tensors may stay where they are.
+        kinds: how bytes travel to the workers (`Peer.kind`). Tensors stay where they are only if
+            that suits all of them.
 
     Attributes:
+        lasting: the tensors stay as they are until the sync is over (`Source.lasting`).
         checksums: take those of what is staged, as the source yields it; `verify_seconds` is what
             that has taken.
     """
 
+    lasting = False
     checksums = False
     verify_seconds = 0.0
 
-    def __init__(self, *, shared: bool, in_place: bool) -> None:
-        self._shared = shared
-        self._in_place = in_place
+    def __init__(self, kinds: Collection[str]) -> None:
+        self._shared = "shm" in kinds
+        self._in_place = set(kinds) == {"shm"}
+        self._in_pieces = set(kinds) == {"gloo"}
         self._sizes: list[int] = []
         self._slots: list[SharedSegment | PrivateMemory | None] = []
         self._table: list[SharedSegment] = []
@@ -117,7 +133,7 @@ class Staging:
             places.append((self._number(at[0]), at[1]))
         if metas and self._in_place and len(places) == len(metas):
             next(stream, None)  # to its end: it may be a collective, and have too much
-            return StagedChunk(places, None)
+            return StagedChunk(places, [])
         return self._copy(index, metas, chain(arrived, stream))
 
     def close(self) -> None:
@@ -133,12 +149,31 @@ class Staging:
         metas: Sequence[ParamMeta],
         tensors: Iterable[Planned],
     ) -> StagedChunk:
-        places, nbytes = offsets(metas)
+        places, _ = offsets(metas)
         slot = self._slot(index)
-        for (meta, tensor), offset in zip(tensors, places, strict=True):
-            _write(slot, offset, meta, tensor)
+        staying: dict[int, torch.Tensor] = {}
+        for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
+            if self._stays(tensor):
+                staying[place] = _bytes_of(tensor)
+            else:
+                _write(slot, offset, meta, tensor)
+        pieces, first = [], 0
+        counts = _counts(len(metas), staying)
+        for count, (begin, end) in zip(counts, spans(metas, counts), strict=True):
+            pieces.append(Piece(count, staying.get(first, slot.bytes[begin:end])))
+            first += count
         number = self._number(slot) if isinstance(slot, SharedSegment) else 0
-        return StagedChunk([(number, offset) for offset in places], slot.bytes[:nbytes])
+        return StagedChunk([(number, offset) for offset in places], pieces)
+
+    def _stays(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor is sent from where it lies."""
+        return (
+            self.lasting
+            and self._in_pieces
+            and tensor.device.type == "cpu"
+            and tensor.is_contiguous()
+            and tensor.nbytes >= PIECE_BYTES
+        )
 
     def _slot(self, index: int) -> SharedSegment | PrivateMemory:
         index %= len(self._slots)
@@ -167,6 +202,16 @@ def _write(
     """
     if tensor.device.type == "cpu" and tensor.is_contiguous() and meta.nbytes:
         target = slot.bytes[offset : offset + meta.nbytes].numpy()
-        target[:] = tensor.detach().view(-1).view(torch.uint8).numpy()
+        target[:] = _bytes_of(tensor).numpy()
     else:
         slot.tensor(offset, meta.shape, tensor.dtype).copy_(tensor)
+
+
+def _counts(total: int, alone: Collection[int]) -> list[int]:
+    """How many of `total` tensors each piece has, where those in `alone` make one each."""
+    ends = sorted({0, total, *alone, *(place + 1 for place in alone)})
+    return [end - begin for begin, end in pairwise(ends)]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().view(-1).view(torch.uint8)

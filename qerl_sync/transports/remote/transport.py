@@ -179,6 +179,7 @@ class RemoteTransport(Transport):
             store: Any = self._client
             store.require_store(sum(slots))
         staging = self._staging = staging or self._staging_for(slots)
+        staging.lasting = self.lasting
         staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
         self._control.pause()
         self._control.lend(self._peers)
@@ -230,7 +231,7 @@ class RemoteTransport(Transport):
                 say.Chunk(
                     index=index,
                     places=staged.places,
-                    in_place=staged.copied is None,
+                    in_place=not staged.pieces,
                     checksums=staged.checksums,
                     segments=news,
                 ),
@@ -372,9 +373,8 @@ class RemoteTransport(Transport):
         peer.send(say.End())
 
     def _staging_for(self, slots: list[int]) -> Staging:
-        kinds = self.kinds
         if self._staging is None:
-            self._staging = Staging(shared="shm" in kinds, in_place=kinds == {"shm"})
+            self._staging = Staging(self.kinds)
         self._staging.prepare(slots, later=self._rank > 0 or parameters_are_shared())
         return self._staging
 
