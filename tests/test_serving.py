@@ -75,6 +75,7 @@ class TestCommand:
             '--weight-transfer-config={"backend": "qerl"}',
             "--logprobs-mode=processed_logprobs",
             "--max-logprobs=-1",
+            "--middleware=qerl_sync.serving.gate.Gate",
             "--max-model-len=64",
             "--seed",
             "3",
@@ -82,7 +83,7 @@ class TestCommand:
 
     def test_without_a_backend_no_weights_are_taken(self, model):
         argv = server_argv(ServerSpec(model, backend=None), 8001)
-        assert not [word for word in argv if "weight-transfer" in word]
+        assert not [word for word in argv if "weight-transfer" in word or "middleware" in word]
 
     @pytest.mark.parametrize(
         ("changes", "words"),

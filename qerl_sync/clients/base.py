@@ -67,7 +67,8 @@ class RefusingClient(EngineClient, Protocol):
     it stays paused."""
 
     def refuse(self, reason: str) -> None:
-        """Requests raise PoisonedError with `reason` from here on, instead of waiting."""
+        """Requests are refused with `reason` from here on, instead of waiting: by PoisonedError,
+        over HTTP by status 503. It is called after a failure, and raises nothing of its own."""
 
     def admit(self) -> None:
         """Take requests again. Idempotent."""
@@ -128,12 +129,17 @@ def refusal(reason: str) -> Callable[..., NoReturn]:
     """What stands in for a function that would let a request wait for a paused engine."""
 
     def refuse(*arguments: Any, **options: Any) -> NoReturn:
-        raise PoisonedError(
-            f"this engine does not generate: {reason}. Its weights may be a mix of two versions, "
-            "and it is paused; run a full sync (`session.push()`) to make them right"
-        )
+        raise PoisonedError(why_refused(reason))
 
     return refuse
+
+
+def why_refused(reason: str) -> str:
+    """What a caller is told whose request a paused engine would let wait."""
+    return (
+        f"this engine does not generate: {reason}. Its weights may be a mix of two versions, "
+        "and it is paused; run a full sync (`session.push()`) to make them right"
+    )
 
 
 def timed_out(engine: str, method: str, seconds: float) -> TransportTimeout:

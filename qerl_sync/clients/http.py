@@ -1,7 +1,9 @@
-"""The control plane of a vLLM OpenAI server, over its RL routes. Needs no vLLM."""
+"""The control plane of a vLLM OpenAI server, over its RL routes and those of `serving.gate`, which
+it may lack: requests then wait where they would be refused. Needs no vLLM."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -16,7 +18,9 @@ from qerl_sync.clients.base import (
     read_prompt_logprobs,
     timed_out,
 )
-from qerl_sync.errors import ConfigError, PeerLostError, TransportError
+from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
+
+logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
@@ -35,7 +39,7 @@ class HTTPClient:
     Args:
         timeout_seconds: how long one call may take on the server's side. Connecting is given 5 s.
 
-    Raises (all methods but `health`):
+    Raises (all methods but `health` and `refuse`):
         PeerLostError, TransportTimeout, TransportError: as EngineClient says.
     """
 
@@ -77,6 +81,15 @@ class HTTPClient:
             self._post("reset_encoder_cache")
         return done
 
+    def refuse(self, reason: str) -> None:
+        try:
+            self._request("POST", "qerl_sync/refuse", {"reason": reason}, None, may_lack=True)
+        except SyncError as exc:
+            logger.warning("requests to %s are not told why they wait: %s", self, exc)
+
+    def admit(self) -> None:
+        self._request("POST", "qerl_sync/admit", None, None, may_lack=True)
+
     def health(self) -> bool:
         """Whether the server answers, within 5 s, and its engine lives."""
         import requests
@@ -111,12 +124,22 @@ class HTTPClient:
         return self._request("POST", route, body, params)
 
     def _request(
-        self, method: str, route: str, body: dict[str, Any] | None, params: Params | None
+        self,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None,
+        params: Params | None,
+        *,
+        may_lack: bool = False,
     ) -> dict[str, Any]:
+        """`may_lack`: a server without that route answers {}."""
         import requests
 
         try:
-            return self._answer(route, self._watched(method, route, body, params))
+            response = self._watched(method, route, body, params)
+            if may_lack and response.status_code == 404:
+                return {}
+            return self._answer(route, response)
         except requests.ConnectTimeout as exc:
             raise self._unreachable(route, f"no connection within {CONNECT_SECONDS:g} s") from exc
         except requests.Timeout as exc:

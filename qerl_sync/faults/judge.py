@@ -58,9 +58,13 @@ def classify(subject: Subject, acted: Acted, case: Case) -> tuple[str, str]:
         return f"left open: {open_layers[0]}", ""
     poisoned = [bool(state["poisoned"]) for state in states]
     if any(poisoned):  # one rank that does not run keeps all from it
-        how, words = subject.answer() if _may_ask(subject, acted) else ("waits", "")
-        said_why = how == "waits" or PoisonedError.__name__ in words or "does not generate" in words
-        return (end.POISONED if said_why and how != "answers" else end.SERVES), how
+        if not _may_ask(subject, acted):
+            return end.POISONED, "waits"
+        how, words = subject.answer()
+        if how == "waits":
+            return end.HANG, how
+        said_why = PoisonedError.__name__ in words or "does not generate" in words
+        return (end.POISONED if said_why else end.SERVES), how
     return _by_weights(subject)
 
 
@@ -128,7 +132,8 @@ def _by_weights(subject: Subject) -> tuple[str, str]:
 
 def _may_ask(subject: Subject, acted: Acted) -> bool:
     """A paused engine whose trainer is dead lets requests wait, and a `LLM` waits with them."""
-    return not (acted.error is None or isinstance(acted.error, str)) or not subject.remote
+    trainer_lives = isinstance(acted.error, BaseException)
+    return trainer_lives or subject.outlives_trainers
 
 
 def _is_named(acted: Acted) -> bool:

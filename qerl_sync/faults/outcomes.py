@@ -32,7 +32,8 @@ class Outcome:
         ended: one of the words above.
         expected: those that the contract allows.
         error: what the trainer was told.
-        after: how requests fared then: `answers`, `refuses`, `waits` for the next sync.
+        after: how requests fared then: `answers`, `refuses`, or `waits` for the next sync, as those
+            of a `LLM` whose trainer has died.
         healed: whether the next full sync was exactly right; None: not tried.
         leaks: what was left behind after it.
         detection_seconds: from the fault to its being known, and the worker poisoned.

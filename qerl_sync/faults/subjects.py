@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from qerl_sync.clients.http import HTTPClient
 from qerl_sync.clients.llm import LLMClient
@@ -20,13 +21,11 @@ from qerl_sync.faults import extension
 from qerl_sync.faults.models import checkpoint_tensors, make_model, save_model
 from qerl_sync.faults.triggers import Checkpoint, PhasedInProcess, PhasedTransport, Trigger
 from qerl_sync.serving.command import ServerSpec
+from qerl_sync.serving.gate import QUIET_SECONDS
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.base import Source
 from qerl_sync.transports.base import Transport
-
-if TYPE_CHECKING:
-    pass
 
 OLD, NEW = 0, 1  # seeds of the two versions of a model
 PROMPTS = [[1, 2, 3, last] for last in range(2)]
@@ -83,6 +82,8 @@ class Subject(ABC):
 
     num_workers = 1
     remote = True
+    # Whether requests are refused also where the trainer has died and cannot say so.
+    outlives_trainers = False
 
     def __init__(self, spec: Spec, directory: Path) -> None:
         self.spec, self.directory = spec, directory
@@ -196,6 +197,7 @@ class InProcess(Subject):
     """A `LLM` of this process; tensors go by reference."""
 
     remote = False
+    outlives_trainers = True
 
     def start(self) -> None:
         with _kernels(self.spec.kernels):
@@ -266,7 +268,9 @@ class TensorParallel(OwnProcess):
 
 
 class Server(Subject):
-    """vLLM's OpenAI server."""
+    """vLLM's OpenAI server, with our gate in front."""
+
+    outlives_trainers = True
 
     def start(self) -> None:
         engine = {**self.arguments, "worker_extension_cls": extension.NAME}
@@ -275,7 +279,8 @@ class Server(Subject):
         self.process.__enter__()
 
     def client(self) -> Any:
-        return HTTPClient(self.process.url, timeout_seconds=CALL_SECONDS)
+        # With a worker that is stopped, pausing takes that long, and so does resuming after it.
+        return HTTPClient(self.process.url, timeout_seconds=CALL_SECONDS / 2)
 
     def ask(self, method: str, *arguments: Any) -> list[Any]:
         body = {"method": method, "args": list(arguments)}
@@ -295,11 +300,23 @@ class Server(Subject):
         choice = self._post("v1/completions", request)["choices"][0]
         return list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
 
+    def answer(self) -> tuple[str, str]:
+        """Of a request that comes when the gate has had time to see that the trainer is gone."""
+        deadline = time.monotonic() + QUIET_SECONDS + WAITING_SECONDS
+        while self._is_paused() and self._is_ready() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return super().answer()
+
     def _is_paused(self) -> bool:
+        return bool(self._get("is_paused").json().get("is_paused"))
+
+    def _is_ready(self) -> bool:
+        return bool(self._get("qerl_sync/ready").status_code == 200)
+
+    def _get(self, route: str) -> Any:
         import requests
 
-        answer = requests.get(f"{self.process.url}/is_paused", timeout=CALL_SECONDS)
-        return bool(answer.json().get("is_paused"))
+        return requests.get(f"{self.process.url}/{route}", timeout=CALL_SECONDS)
 
     def stop(self) -> None:
         self.process.stop()

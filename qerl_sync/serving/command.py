@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_sync.errors import ConfigError
+from qerl_sync.serving import gate
 
 LOOPBACK = "127.0.0.1"
 # `vllm serve` is the same program, but fails on the CPU build: it looks for a package "vllm".
@@ -24,6 +25,7 @@ OWNED = {
     "weight_transfer_config": "is ours: weights come through the server's backend",
     "logprobs_mode": "is ours: TRL's importance sampling needs `processed_logprobs`",
     "max_logprobs": "is ours: TRL may ask for any number",
+    "middleware": "is ours: the gate; vLLM's own arguments, after the --, may add to it",
 }
 # Options that take no value and have no --no- form; False is their default.
 SWITCHES = {
@@ -96,6 +98,7 @@ def server_argv(spec: ServerSpec, port: int) -> list[str]:
         "weight_transfer_config": None if spec.backend is None else {"backend": spec.backend},
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
+        "middleware": None if spec.backend is None else gate.NAME,
     }
     # Its way of being started is said to go away, to everybody who starts it so.
     python = [sys.executable, "-W", "ignore::DeprecationWarning"]

@@ -87,6 +87,7 @@ print("arguments:", *sys.argv[1:], flush=True)
 parser = argparse.ArgumentParser(prog="api_server.py")
 for name in ("--model", "--host", "--weight-transfer-config", "--logprobs-mode", "--max-logprobs"):
     parser.add_argument(name)
+parser.add_argument("--middleware")
 parser.add_argument("--dtype")
 parser.add_argument("--seed")
 parser.add_argument("--no-use-tqdm-on-load", action="store_true")

@@ -1,0 +1,247 @@
+"""What stands in front of vLLM's OpenAI server and says no for an engine that may not generate.
+
+    vllm serve MODEL --middleware qerl_sync.serving.gate.Gate
+
+Behind it, such an engine is paused and lets requests wait. The gate answers those that come from
+then on with 503 and the reason; those that are in the engine stay there, and go on with the next
+good sync. Health, status and the RL routes go through.
+
+Two things close it, and each is opened in its own way:
+
+               POST /qerl_sync/refuse {"reason": ...}
+        open ───────────────────────────────────────▶ told      the trainer knows that a sync failed
+             ◀─ POST /qerl_sync/admit; commit ───────
+
+               paused, an update begun, no control
+               call for QUIET_SECONDS
+        open ───────────────────────────────────────▶ abandoned    the trainer is gone
+             ◀─ resume; POST /qerl_sync/admit; commit
+
+A commit is a `finish_weight_update` with a weight version that vLLM has answered with 200: our
+trainers give one only when every worker is whole. One without is how a failed sync ends, and how a
+new trainer leaves the update that a dead one has left open: it opens nothing. Nor does `resume`
+where a trainer has told why not: code that resumes in a `finally` would end the engine, whose
+poisoned model does not run. A trainer whose sync has failed and left the engine untouched, or put
+the old weights back, resumes and admits.
+
+A pause without an update is somebody's own, and requests wait, as vLLM does. During a control call
+they wait too: its trainer is there, and a worker gives up one that is not.
+
+Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, and the gate none to close it by.
+
+    GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
+                            and 503 while the gate is closed
+
+The gate is one of its process: with several API servers for one engine, only that which is told
+refuses.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from qerl_sync.clients.base import why_refused
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# `--middleware` of vLLM takes it.
+NAME = "qerl_sync.serving.gate.Gate"
+
+# How long nobody may have gone on with an update for its trainer to count as dead.
+QUIET_SECONDS = 5.0
+RETRY_SECONDS = 5
+MAX_REASON_CHARACTERS = 500
+MAX_BODY_BYTES = 16 * 1024
+
+# vLLM's routes that run the model.
+GENERATING = frozenset(
+    {
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/responses",
+        "/v1/messages",
+        "/cohere/v2/chat",
+        "/inference/v1/generate",
+        "/invocations",
+        "/generative_scoring",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/realtime",
+        "/v1/embeddings",
+        "/v2/embed",
+        "/pooling",
+        "/classify",
+        "/score",
+        "/v1/score",
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+    }
+)
+UPDATING = frozenset(
+    {
+        "/start_weight_update",
+        "/start_draft_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+    }
+)
+CONTROL = UPDATING | {"/pause", "/resume"}
+
+
+class Watch:
+    """The states above, as they follow from what has passed the gate."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._told: str | None = None
+        self._paused = self._updating = self._abandoned = False
+        self._open_calls, self._last_end = 0, 0.0
+
+    def refuse(self, reason: str) -> None:
+        self._told = reason
+
+    def admit(self) -> None:
+        self._told, self._abandoned = None, False
+
+    def call_begins(self) -> None:
+        self.reason()  # before this call ends the quiet
+        self._open_calls += 1
+
+    def call_ends(self, route: str, *, ok: bool, version_given: bool) -> None:
+        self._open_calls -= 1
+        self._last_end = self._clock()
+        if route in UPDATING:
+            self._updating |= self._paused
+        if ok and version_given:
+            self.admit()
+        if ok and route == "/pause":
+            self._paused = True
+        if ok and route == "/resume":
+            self._paused = self._updating = self._abandoned = False
+
+    def reason(self) -> str | None:
+        """Why the gate is closed; None: it is open."""
+        quiet_seconds = 0.0 if self._open_calls else self._clock() - self._last_end
+        if self._paused and self._updating and quiet_seconds > QUIET_SECONDS:
+            self._abandoned = True
+        if self._told is None and self._abandoned:
+            return "a weight update was begun, and its trainer has not gone on with it"
+        return self._told
+
+
+class Gate:
+    """An ASGI application around `app`. `clock` tells seconds."""
+
+    def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app = app
+        self._watch = Watch(clock)
+        self._is_driven = bool(int(os.environ.get("VLLM_SERVER_DEV_MODE") or 0))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        route = scope["path"].removeprefix(scope.get("root_path", ""))
+        method = scope.get("method", "POST")  # a websocket has none
+        if method == "POST" and route in GENERATING:
+            return await self._generate(scope, receive, send)
+        if method == "GET" and route == "/qerl_sync/ready":
+            return await self._ready(scope, receive, send)
+        if method == "POST" and self._is_driven:
+            if route in CONTROL:
+                return await self._control(route, scope, receive, send)
+            if route == "/qerl_sync/refuse":
+                return await self._refuse(receive, send)
+            if route == "/qerl_sync/admit":
+                self._watch.admit()
+                return await _answer(send, 200, {})
+        return await self._app(scope, receive, send)
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reason = self._watch.reason()
+        if reason is None:
+            await self._app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            # RFC 6455's "try again later", of which a client that is not yet connected sees a 403.
+            await send({"type": "websocket.close", "code": 1013, "reason": reason[:100]})
+        else:
+            await _answer(send, 503, _error(503, why_refused(reason)))
+
+    async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reason = self._watch.reason()
+        if reason is not None:
+            return await _answer(send, 503, _error(503, why_refused(reason)))
+        path = scope.get("root_path", "") + "/health"
+        await self._app({**scope, "path": path, "raw_path": path.encode()}, receive, send)
+
+    async def _control(self, route: str, scope: Scope, receive: Receive, send: Send) -> None:
+        body, status = bytearray(), 500
+
+        async def overhear() -> Message:
+            message = await receive()
+            if len(body) <= MAX_BODY_BYTES:
+                body.extend(message.get("body", b""))
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        self._watch.call_begins()
+        try:
+            await self._app(scope, overhear, answer)
+        finally:
+            gives_version = route == "/finish_weight_update" and (
+                _field(body, "weight_version") is not None
+            )
+            self._watch.call_ends(route, ok=status == 200, version_given=gives_version)
+
+    async def _refuse(self, receive: Receive, send: Send) -> None:
+        body, more = bytearray(), True
+        while more and len(body) <= MAX_BODY_BYTES:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            more = message.get("more_body", False)
+        reason = _field(body, "reason")
+        if more or not isinstance(reason, str) or not reason.strip():
+            said = f'send {{"reason": "why"}}, at most {MAX_BODY_BYTES:,} bytes of JSON'
+            return await _answer(send, 400, _error(400, said))
+        if len(reason) > MAX_REASON_CHARACTERS:
+            reason = reason[: MAX_REASON_CHARACTERS - 1] + "…"
+        self._watch.refuse(reason)
+        await _answer(send, 200, {})
+
+
+def _field(body: bytearray, name: str) -> Any:
+    """None if it is not there, or the body is no JSON object."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return told.get(name) if isinstance(told, dict) else None
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    """As OpenAI and vLLM have it."""
+    kind = {400: "BadRequestError", 503: "ServiceUnavailableError"}[status]
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if status == 503:
+        headers.append((b"retry-after", b"%d" % RETRY_SECONDS))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

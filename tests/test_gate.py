@@ -1,0 +1,496 @@
+"""The gate in front of vLLM's server: what it refuses, by which words, and what opens it again."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import requests
+from support.engines import NEW, OLD
+from support.models import save_model
+from support.remote import push, session
+from support.servers import answering, wait_until
+
+from qerl_sync import HFSource, SyncError
+from qerl_sync.clients.base import why_refused
+from qerl_sync.clients.http import HTTPClient
+from qerl_sync.serving.gate import (
+    GENERATING,
+    MAX_BODY_BYTES,
+    MAX_REASON_CHARACTERS,
+    QUIET_SECONDS,
+    Gate,
+)
+
+UPDATE = ["start_weight_update", "update_weights"]
+
+
+class Server:
+    """A gate before an application that answers 200, or what `status` says, in two pieces."""
+
+    def __init__(self) -> None:
+        self.status = 200
+        self.asked: list[str] = []
+        self.hold: asyncio.Event | None = None
+        self.seconds = 100.0
+        self.gate = Gate(self.app, clock=lambda: self.seconds)
+
+    async def app(self, scope, receive, send) -> None:
+        self.asked.append(scope["path"])
+        if scope["type"] == "websocket":
+            return await send({"type": "websocket.accept"})
+        more = True
+        while more:
+            more = (await receive()).get("more_body", False)
+        if self.hold is not None:
+            await self.hold.wait()
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await send({"type": "http.response.body", "body": b"one ", "more_body": True})
+        await send({"type": "http.response.body", "body": b"two"})
+
+    async def send(self, method: str, path: str, body: bytes = b"", **scope) -> list[dict]:
+        """All messages of the answer."""
+        pieces = [body[i : i + 7] for i in range(0, len(body), 7)] or [b""]
+        coming = [{"type": "http.request", "body": one, "more_body": True} for one in pieces]
+        coming[-1]["more_body"] = False
+        sent: list[dict] = []
+
+        async def receive():
+            return coming.pop(0)
+
+        async def send(message):
+            sent.append(message)
+
+        whole = {"type": "http", "method": method, "path": path, **scope}
+        await self.gate(whole, receive, send)
+        return sent
+
+    def ask(self, method: str, path: str, told: object = None) -> int:
+        """The answer's status."""
+        body = b"" if told is None else json.dumps(told).encode()
+        return asyncio.run(self.send(method, path, body))[0]["status"]
+
+    def control(self, *routes: str) -> None:
+        for route in routes:
+            self.ask("POST", f"/{route}")
+
+    def commit(self, version: str | None = "3") -> None:
+        self.ask("POST", "/finish_weight_update", {"weight_version": version})
+
+    def refuse(self, reason: str = "a shard was lost") -> None:
+        assert self.ask("POST", "/qerl_sync/refuse", {"reason": reason}) == 200
+
+    def be_quiet(self) -> None:
+        self.seconds += QUIET_SECONDS + 0.1
+
+    @property
+    def is_open(self) -> bool:
+        ready = self.ask("GET", "/qerl_sync/ready")
+        generates = self.ask("POST", "/v1/completions")
+        assert ready == generates
+        assert generates in (200, 503)
+        return generates == 200
+
+
+@pytest.fixture
+def server(monkeypatch) -> Server:
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    return Server()
+
+
+class TestRequests:
+    def test_an_open_gate_hands_on_every_piece(self, server):
+        sent = asyncio.run(server.send("POST", "/v1/completions", b"{}"))
+        assert [message.get("body") for message in sent] == [None, b"one ", b"two"]
+
+    @pytest.mark.parametrize("path", sorted(GENERATING))
+    def test_refused(self, server, path):
+        server.refuse("a shard was lost")
+        start, body = asyncio.run(server.send("POST", path))
+        headers = dict(start["headers"])
+        assert start["status"] == 503
+        assert int(headers[b"retry-after"]) > 0
+        assert int(headers[b"content-length"]) == len(body["body"])
+        assert json.loads(body["body"]) == {
+            "error": {
+                "message": why_refused("a shard was lost"),
+                "type": "ServiceUnavailableError",
+                "param": None,
+                "code": 503,
+            }
+        }
+        assert server.asked == []
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("GET", "/health"),
+            ("GET", "/is_paused"),
+            ("GET", "/v1/models"),
+            ("OPTIONS", "/v1/completions"),
+            ("POST", "/tokenize"),
+            ("POST", "/update_weights"),
+            ("POST", "/collective_rpc"),
+        ],
+    )
+    def test_what_goes_through_a_closed_gate(self, server, method, path):
+        server.refuse()
+        assert server.ask(method, path) == 200
+        assert server.asked == [path]
+
+    def test_a_server_below_a_path(self, server):
+        server.refuse()
+        sent = asyncio.run(server.send("POST", "/model/v1/completions", root_path="/model"))
+        assert sent[0]["status"] == 503
+
+    def test_a_websocket(self, server):
+        connect = {"type": "websocket", "path": "/v1/realtime"}
+        assert asyncio.run(self.connect(server, connect)) == ["websocket.accept"]
+        server.refuse()
+        assert asyncio.run(self.connect(server, connect)) == ["websocket.close"]
+
+    async def connect(self, server, scope) -> list[str]:
+        sent = []
+
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        async def send(message):
+            sent.append(message["type"])
+
+        await server.gate(scope, receive, send)
+        return sent
+
+    def test_readiness_is_health_where_the_gate_is_open(self, server):
+        assert server.ask("GET", "/qerl_sync/ready") == 200
+        assert server.asked == ["/health"]
+        server.status = 503
+        assert server.ask("GET", "/qerl_sync/ready") == 503
+
+
+class TestWhatIsTold:
+    @pytest.mark.parametrize(
+        "body",
+        [b"", b"{", b"[]", b"{}", b'{"reason": 3}', b'{"reason": " "}', b"\xff", b"[" * 9000],
+    )
+    def test_bad_bodies(self, server, body):
+        sent = asyncio.run(server.send("POST", "/qerl_sync/refuse", body))
+        assert sent[0]["status"] == 400
+        assert '"why"' in json.loads(sent[1]["body"])["error"]["message"]
+        assert server.is_open
+
+    def test_a_body_that_is_too_long(self, server):
+        told = {"reason": "x" * MAX_BODY_BYTES}
+        assert server.ask("POST", "/qerl_sync/refuse", told) == 400
+        assert server.is_open
+
+    def test_a_long_reason_is_cut(self, server):
+        server.refuse("x" * 2 * MAX_REASON_CHARACTERS)
+        body = asyncio.run(server.send("POST", "/v1/completions"))[1]["body"]
+        assert "x" * (MAX_REASON_CHARACTERS - 1) + "\\u2026" in body.decode()
+        assert "x" * MAX_REASON_CHARACTERS not in body.decode()
+
+    def test_nobody_can_close_a_server_without_rl_routes(self, monkeypatch):
+        monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
+        server = Server()
+        server.status = 404
+        assert server.ask("POST", "/qerl_sync/refuse", {"reason": "no"}) == 404
+        assert server.asked == ["/qerl_sync/refuse"]
+        server.status = 200
+        assert server.is_open
+
+    def test_admitted(self, server):
+        server.refuse()
+        assert not server.is_open
+        for _ in range(2):
+            assert server.ask("POST", "/qerl_sync/admit") == 200
+            assert server.is_open
+
+    def test_a_commit_admits(self, server):
+        server.refuse()
+        server.control("pause", *UPDATE)
+        assert not server.is_open
+        server.commit()
+        assert server.is_open
+
+    def test_a_commit_that_fails_does_not(self, server):
+        server.refuse()
+        server.status = 500
+        server.commit()
+        server.status = 200
+        assert not server.is_open
+
+    @pytest.mark.parametrize("routes", [["resume"], ["finish_weight_update"], ["pause", *UPDATE]])
+    def test_nothing_else_does(self, server, routes):
+        """An engine that is resumed with a poisoned model would end with its first request."""
+        server.refuse()
+        server.control(*routes)
+        server.commit(version=None)
+        assert not server.is_open
+
+
+class TestAbandoned:
+    @pytest.mark.parametrize(
+        "routes",
+        [UPDATE[:1], UPDATE, [*UPDATE, "finish_weight_update"], ["start_draft_weight_update"]],
+    )
+    def test_an_update_that_nobody_goes_on_with(self, server, routes):
+        server.control("pause", *routes)
+        server.seconds += QUIET_SECONDS / 2
+        assert server.is_open, "its trainer may still go on"
+        server.be_quiet()
+        assert not server.is_open
+        assert b"has not gone on with it" in asyncio.run(server.send("POST", "/score"))[1]["body"]
+
+    @pytest.mark.parametrize(
+        "routes", [["pause"], UPDATE, [*UPDATE, "pause"], ["pause", *UPDATE, "resume"]]
+    )
+    def test_a_pause_alone_and_an_engine_that_runs_are_somebodys_own(self, server, routes):
+        server.control(*routes)
+        server.be_quiet()
+        assert server.is_open
+
+    def test_a_pause_that_vllm_refuses_is_none(self, server):
+        server.status = 400
+        server.control("pause")
+        server.status = 200
+        server.control(*UPDATE)
+        server.be_quiet()
+        assert server.is_open
+
+    def test_requests_wait_during_a_long_update(self, server):
+        server.control("pause", "start_weight_update")
+
+        async def update() -> None:
+            server.hold = asyncio.Event()
+            call = asyncio.create_task(server.send("POST", "/update_weights"))
+            await asyncio.sleep(0)  # the call begins
+            server.be_quiet()
+            hold, server.hold = server.hold, None
+            assert (await server.send("POST", "/v1/completions"))[0]["status"] == 200
+            hold.set()
+            await call
+
+        asyncio.run(update())
+        assert server.is_open
+        server.be_quiet()
+        assert not server.is_open
+
+    def test_an_update_that_raises(self, server):
+        async def fails(scope, receive, send):
+            raise ValueError("the engine died")
+
+        server.control("pause", "start_weight_update")
+        server.gate._app = fails
+        with pytest.raises(ValueError, match="the engine died"):
+            server.control("update_weights")
+        server.gate._app = server.app
+        server.be_quiet()
+        assert not server.is_open
+
+    @pytest.mark.parametrize("seen", [True, False], ids=["after a request", "before any"])
+    def test_a_new_trainer_that_is_not_yet_done_opens_nothing(self, server, seen):
+        """It closes the update that the dead one has left open, and asks for the layer map."""
+        server.control("pause", *UPDATE)
+        server.be_quiet()
+        assert not (seen and server.is_open)
+        server.control("finish_weight_update", *UPDATE, "finish_weight_update", "pause", *UPDATE)
+        assert not server.is_open
+        server.commit()
+        assert server.is_open
+        server.control("resume")
+        server.be_quiet()
+        assert server.is_open
+
+    def test_a_trainer_that_dies_before_it_resumes(self, server):
+        server.control("pause", *UPDATE)
+        server.commit()
+        server.be_quiet()
+        assert not server.is_open
+
+    @pytest.mark.parametrize("route", ["resume", "qerl_sync/admit"])
+    def test_a_trainer_that_was_only_slow_opens_it(self, server, route):
+        server.control("pause", *UPDATE)
+        server.be_quiet()
+        assert not server.is_open
+        server.control("finish_weight_update", route)
+        assert server.is_open
+
+
+class TestClient:
+    def test_refuse_and_admit(self):
+        with answering() as (url, answers):
+            routes = ["POST /qerl_sync/refuse", "POST /qerl_sync/admit"]
+            answers.by_route = dict.fromkeys(routes, (200, "{}"))
+            HTTPClient(url).refuse("why")
+            HTTPClient(url).admit()
+            assert answers.asked == [(routes[0], {"reason": "why"}), (routes[1], None)]
+
+    def test_a_server_without_the_gate(self, caplog):
+        with answering() as (url, answers):
+            HTTPClient(url).refuse("why")
+            HTTPClient(url).admit()
+            assert len(answers.asked) == 2
+        assert caplog.text == ""
+
+    def test_a_failure_is_not_hidden_by_one_to_tell_of_it(self, caplog):
+        with answering() as (url, _):
+            pass
+        HTTPClient(url).refuse("why")
+        assert "are not told why they wait" in caplog.text
+
+
+# ---- vLLM's own server
+
+
+NOT_GENERATING = {
+    "/tokenize",
+    "/detokenize",
+    "/v1/messages/count_tokens",
+    "/v1/responses/{response_id}/cancel",
+    "/ping",
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_no_route_of_vllm_that_runs_the_model_is_forgotten():
+    """Every POST that vLLM has outside of its RL and administrative routers."""
+    import importlib
+    import pkgutil
+
+    from fastapi import APIRouter
+    from vllm import entrypoints
+
+    # The realtime and Cohere routers are made on demand, of the routes that are left.
+    parts = ("openai", "anthropic", "generate", "pooling", "scale_out", "speech_to_text")
+    found = set()
+    for part in parts:
+        package = importlib.import_module(f"{entrypoints.__name__}.{part}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            if module.name.endswith("api_router"):
+                router = getattr(importlib.import_module(module.name), "router", None)
+                if isinstance(router, APIRouter):
+                    found |= {r.path for r in router.routes if "POST" in getattr(r, "methods", ())}
+    forgotten = found - GENERATING - NOT_GENERATING
+    assert len(found) > 10
+    assert {path for path in forgotten if not path.endswith("render")} == set()
+
+
+def completion(engine, seconds: float = 60) -> requests.Response:
+    request = engine._request([1, 2, 3], 4)
+    return requests.post(f"{engine.process.url}/v1/completions", json=request, timeout=seconds)
+
+
+def ready(engine) -> bool:
+    status = requests.get(f"{engine.process.url}/qerl_sync/ready", timeout=10).status_code
+    assert status in (200, 503)
+    return status == 200
+
+
+class Breaking(HFSource):
+    """Raises in the middle."""
+
+    def materialize(self, names):
+        for index, named in enumerate(super().materialize(names)):
+            if index == 2:
+                raise SyncError("the disk is full")
+            yield named
+
+
+@pytest.mark.vllm
+class TestServer:
+    def test_a_failed_sync_refuses_until_a_good_one(self, remote):
+        engine = remote("server")
+        assert ready(engine)
+        with (
+            session(engine, Breaking(engine.trainers[NEW])) as sync,
+            pytest.raises(SyncError, match="the disk is full"),
+        ):
+            sync.push()
+
+        refused = completion(engine)
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert "does not generate: a sync failed: the disk is full" in refused.text
+        assert engine.client().health()
+        assert not ready(engine)
+
+        # What somebody else has begun leaves the worker as it is; so does resuming it by hand.
+        engine.client().resume()
+        assert completion(engine).status_code == 503
+        push(engine, NEW)
+        assert ready(engine)
+        assert engine.generates_as(NEW)
+
+    def test_a_request_in_the_engine_goes_on_with_the_next_good_sync(self, remote):
+        engine = remote("server")
+        future, grown = engine.stream([5, 6, 7], 300)
+        assert wait_until(lambda: len(grown[0]) > 5)
+        with (
+            session(engine, Breaking(engine.trainers[NEW])) as sync,
+            pytest.raises(SyncError, match="the disk is full"),
+        ):
+            sync.push()
+        assert completion(engine).status_code == 503
+        assert not future.done()
+        push(engine, NEW)
+        assert len(future.result(timeout=120)[0]) == 300
+
+    def test_a_trainer_that_is_killed(self, remote, tmp_path):
+        engine = remote("server")
+        model = save_model(engine.trainers[NEW], tmp_path / "model")
+        with trainer(engine.process.url, model) as process:
+            assert process.stdout.readline() == "sending\n"
+            process.send_signal(signal.SIGKILL)
+        assert wait_until(lambda: not ready(engine), QUIET_SECONDS + 10)
+        refused = completion(engine)
+        assert refused.status_code == 503
+        assert "has not gone on with it" in refused.text
+
+        with (
+            session(engine, Breaking(engine.trainers[NEW])) as sync,
+            pytest.raises(SyncError, match="the disk is full"),
+        ):
+            sync.push()
+        assert "the disk is full" in completion(engine).text
+
+        push(engine, OLD)
+        assert engine.wrong_weights(OLD) == []
+        assert engine.generates_as(OLD)
+
+
+# Stands still in the middle of its first chunk.
+TRAINER = """
+import sys, time
+from transformers import AutoModelForCausalLM
+from qerl_sync import HFSource, RemoteTransport, SyncConfig, SyncSession
+from qerl_sync.clients.http import HTTPClient
+
+class Stuck(HFSource):
+    def materialize(self, names):
+        for index, named in enumerate(super().materialize(names)):
+            if index == 2:
+                print("sending", flush=True)
+                time.sleep(600)
+            yield named
+
+url, model = sys.argv[1:]
+source = Stuck(AutoModelForCausalLM.from_pretrained(model))
+transport = RemoteTransport(HTTPClient(url))
+SyncSession(source, transport, SyncConfig.of(timeout_seconds=60)).push()
+"""
+
+
+def trainer(url: str, model) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAINER, url, str(model)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    )
