@@ -11,14 +11,10 @@ import typer
 from rich.console import Console
 
 from qerl_sync.cli.errors import UNEXPECTED, errors_as_text
+from qerl_sync.cli.progress import telling
 from qerl_sync.meta import parse_bytes
 
 app = typer.Typer(help="Measure, and fail where a target is missed.", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps one command alone a command with a name."""
 
 
 @app.command()
@@ -71,13 +67,13 @@ def transport(
         from qerl_sync.report.bench_tables import transport_tables
 
         console = Console(stderr=as_json)
-        with console.status("transport") as status:
+        with telling(console) as note:
             found = measure(
                 config,
                 rounds=rounds,
                 chunk_bytes=None if chunk_bytes is None else parse_bytes(chunk_bytes),
                 chunks_in_flight=chunks_in_flight,
-                note=status.update,
+                note=note,
             )
         if as_json:
             print(json.dumps(found.to_json(), indent=2))
@@ -108,8 +104,8 @@ def ray(
         from qerl_sync.report.bench_tables import ray_tables
 
         console = Console(stderr=as_json)
-        with console.status("ray") as status:
-            found = measure(config, rounds=rounds, workers=wanted, note=status.update)
+        with telling(console) as note:
+            found = measure(config, rounds=rounds, workers=wanted, note=note)
         if as_json:
             print(json.dumps(found.to_json(), indent=2))
         else:

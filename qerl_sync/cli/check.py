@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from qerl_sync.cli.errors import UNEXPECTED, errors_as_text
+from qerl_sync.cli.progress import telling
 
 if TYPE_CHECKING:
     from qerl_sync.faults.outcomes import Outcome
@@ -58,9 +59,8 @@ def faults(
         if random:
             _schedules(specs, random, seed, output, console.print, as_json=as_json)
             return
-        with console.status("faults") as status:
-            suite = Suite(specs, case or (), stock, output, status.update)
-            outcomes = suite.run()
+        with telling(console) as note:
+            outcomes = Suite(specs, case or (), stock, output, note).run()
         _show(outcomes, console, docs, as_json=as_json)
 
 
