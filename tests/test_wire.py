@@ -402,12 +402,15 @@ def test_a_worker_that_speaks_otherwise_is_refused_with_its_versions(workers, mo
     known = channel.encode
 
     def unknown(message):
-        return known(message).replace(b'"protocol":2', b'"protocol":3,"dialect":"new"')
+        own, other = b'"protocol":%d', b'"protocol":%d,"dialect":"new"'
+        return known(message).replace(own % say.PROTOCOL, other % (say.PROTOCOL + 1))
 
     with session(engine) as sync:
         with monkeypatch.context() as patch:
             patch.setattr(channel, "encode", unknown)
-            with pytest.raises(AgreementError, match=r"speaks protocol 3 \(packages: .*qerl-sync"):
+            with pytest.raises(
+                AgreementError, match=rf"speaks protocol {say.PROTOCOL + 1} \(packages: .*qerl-sync"
+            ):
                 sync.push()
         assert serves(engine, OLD)
         sync.push()

@@ -66,8 +66,8 @@ class EchoLoader:
     def finish(self) -> Trace:
         return self._trace
 
-    def commit(self, version: int) -> None:
-        pass
+    def commit(self, version: int) -> bool:
+        return False
 
     def poison(self, reason: str) -> None:
         """Nothing is served."""

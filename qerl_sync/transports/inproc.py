@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.errors import PlanError
+from qerl_sync.errors import PlanError, SyncError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -48,6 +48,9 @@ class InProcessTransport(Transport):
     def free_bytes(self) -> int:
         return self._receiver.free_bytes()
 
+    def committed_version(self) -> int:
+        return self._receiver.version
+
     def start(
         self,
         plan: SyncPlan,
@@ -75,8 +78,12 @@ class InProcessTransport(Transport):
 
     def finish(self) -> list[WorkerReport]:
         trace = self._receiver.finish()
+        if not self._llm.reset_prefix_cache():
+            raise SyncError(
+                "vLLM does not empty its prefix cache, whose keys and values belong to the old "
+                "weights: a request is still running. Sync between two calls of generate"
+            )
         self._receiver.commit(self._version)
-        self._llm.reset_prefix_cache()
         staged = self._receiver.peak_staged_bytes
         self.verify_seconds = self._receiver.verify_seconds
         return [

@@ -178,9 +178,14 @@ class Transfer(ABC):
         if not self.done:
             self._wait()
             self.done = True
+            self._let_go()
 
     @abstractmethod
     def _wait(self) -> None: ...
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Of the memory: the link keeps what is done until the next transfer begins."""
 
     def _until(self, *works: Any) -> None:
         for work in works:
@@ -198,6 +203,9 @@ class SendHandle(Transfer):
 
     def _wait(self) -> None:
         self._until(self._received, *self._sent)
+
+    def _let_go(self) -> None:
+        self._payloads, self._sent = [], []
 
 
 class ReceiveHandle(Transfer):
@@ -218,6 +226,9 @@ class ReceiveHandle(Transfer):
                 )
             )
         self._until(*self._filled, self._pair.send(self._length, _RECEIPT_TAG))
+
+    def _let_go(self) -> None:
+        self._payloads, self._filled = [], []
 
 
 def _tag_of(payload: torch.Tensor) -> int:

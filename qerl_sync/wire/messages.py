@@ -34,7 +34,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.terms import OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class _Message(BaseModel):
@@ -168,6 +168,8 @@ class Commit(_Message):
 
 class Committed(_Message):
     type: Literal["committed"] = "committed"
+    caches_overwritten: bool
+    """The KV cache is empty now: requests that go on must be computed anew."""
 
 
 class Abort(_Message):

@@ -81,7 +81,7 @@ class Loader(Protocol):
 
     def finish(self) -> Trace: ...
 
-    def commit(self, version: int) -> None: ...
+    def commit(self, version: int) -> bool: ...
 
     def abort(self, reason: str) -> None: ...
 
@@ -203,8 +203,8 @@ class Conversation:
             inbox.inlet.rest()
         self._in_doubt = True
         commits = self._each(say.Commit, "the other workers")
-        self._loader.commit(commits[0].version)
-        self._tell(say.Committed())
+        overwritten = self._loader.commit(commits[0].version)
+        self._tell(say.Committed(caches_overwritten=overwritten))
 
     def _agree(self, requests: list[say.SyncRequest]) -> tuple[SyncPlan, LayerMap]:
         """Hold the trainer's plan against what this worker knows, before anything is touched."""

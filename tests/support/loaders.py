@@ -89,8 +89,9 @@ class KeepingLoader:
         self.serving = self._arrived
         return replay(self._plan.metas, self._layer_map)
 
-    def commit(self, version: int) -> None:
+    def commit(self, version: int) -> bool:
         self.version, self.poisoned = version, None
+        return False
 
     def abort(self, reason: str) -> None:
         if self.poisoned is not None:

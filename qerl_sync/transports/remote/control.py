@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.errors import TransportError
+from qerl_sync.errors import PeerLostError, TransportError, TransportTimeout
 from qerl_sync.transports.remote.call import EngineCall
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire.channel import proof
@@ -58,9 +58,16 @@ class EngineControl:
         )
 
     def leave_open_update(self) -> None:
-        """An earlier trainer died in one."""
-        if self._client is not None:
+        """An earlier trainer died in one. Where vLLM has closed it on a rank by itself, that rank
+        refuses, and all ranks are out of it then, too."""
+        if self._client is None:
+            return
+        try:
             self._client.finish_weight_update()
+        except (PeerLostError, TransportTimeout):
+            raise
+        except TransportError as exc:
+            logger.warning("closing the update that somebody left open: %s", exc)
 
     def lend(self, peers: Sequence[Peer]) -> None:
         """From here to `give_back` the workers' threads are ours."""
@@ -109,11 +116,17 @@ class EngineControl:
             self.paused = True
             pause(self._pause_mode)
 
-    def resume(self, *, caches: bool) -> None:
-        """Let the engine go on. `caches`: its weights are new, what it computed is not."""
+    def resume(self, *, caches: bool, overwritten: bool = False) -> None:
+        """Let the engine go on.
+
+        Args:
+            caches: its weights are new, what it computed is not.
+            overwritten: what requests in flight have in the KV cache is gone: they are computed
+                anew, whatever the configuration says.
+        """
         client: Any = self._client
         if caches and hasattr(client, "reset_caches"):
-            forgotten = client.reset_caches(running=self._recompute_running)
+            forgotten = client.reset_caches(running=self._recompute_running or overwritten)
             if not forgotten:
                 logger.warning(
                     "requests in flight keep what they computed with the old weights, and vLLM "

@@ -170,7 +170,11 @@ class Peer:
         self.kind = "ray"
 
     def forget_chunks(self) -> None:
-        """What is on its way belongs to a sync that is over."""
+        """What is on its way belongs to a sync that is over. The worker has taken all of it."""
+        for _, sending in self._on_the_way:
+            if sending is not None:
+                with suppress(SyncError):
+                    sending.wait()
         self._on_the_way.clear()
 
     def close(self) -> None:

@@ -52,6 +52,11 @@ class Reception:
             raise
         return peers
 
+    def turn_away(self) -> None:
+        """Workers that have come since the last `admit`, too late for it."""
+        while (late := self._listener.accept(0.0)) is not None:
+            late.close()
+
     def close(self) -> None:
         self._listener.close()
 
@@ -63,6 +68,7 @@ class Reception:
             channel = self._listener.accept(0.05)
             if channel is not None:
                 peer = Peer(channel, self._timeout_seconds)
+                _forget_older(peers, peer)
                 peers.append(peer)
                 greet(peer)
             elif time.monotonic() > deadline:
@@ -90,3 +96,11 @@ class Reception:
             coming = call is not None and not call.done and time.monotonic() < deadline
             while (late := self._listener.accept(0.05)) is not None:
                 late.close()
+
+
+def _forget_older(peers: list[Peer], new: Peer) -> None:
+    """A worker that connects again has given up the connection that it had."""
+    for old in list(peers):
+        if (old.hello.engine, old.hello.rank) == (new.hello.engine, new.hello.rank):
+            old.close()
+            peers.remove(old)

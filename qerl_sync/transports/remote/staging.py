@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qerl_sync.buffers.checksum import checksum
+from qerl_sync.buffers.detect import Parents
 from qerl_sync.buffers.stream import as_planned
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
@@ -61,11 +62,13 @@ class Staging:
 
     Attributes:
         lasting: the tensors stay as they are until the sync is over (`Source.lasting`).
+        parents: names a tensor's parent layers, for errors.
         checksums: take those of what is staged, as the source yields it; `verify_seconds` is what
             that has taken.
     """
 
     lasting = False
+    parents: Parents | None = None
     checksums = False
     verify_seconds = 0.0
 
@@ -106,7 +109,8 @@ class Staging:
             CoverageError: the source yields something else than `metas`.
         """
         sums: list[int] = []
-        staged = self._place(index, metas, self._summed(as_planned(metas, tensors), sums))
+        stream = as_planned(metas, tensors, self.parents)
+        staged = self._place(index, metas, self._summed(stream, sums))
         staged.checksums = sums
         return staged
 

@@ -88,6 +88,11 @@ class RemoteTransport(Transport):
         self._endpoints = list(endpoints)
         self._rank = rank
         self._num_workers = num_workers
+        if rank and not num_workers:
+            raise ConfigError(
+                f"trainer rank {rank} cannot ask the engine how many workers there are; give "
+                "num_workers"
+            )
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         if len(self._endpoints) > 1 and not self._token:
             raise ConfigError(
@@ -134,6 +139,7 @@ class RemoteTransport(Transport):
         return bool(self._peers)
 
     def committed_version(self) -> int:
+        self.open()  # others may have synced them since we were connected
         return max((peer.hello.version for peer in self._peers), default=0)
 
     def layer_map(
@@ -179,7 +185,7 @@ class RemoteTransport(Transport):
             store: Any = self._client
             store.require_store(sum(slots))
         staging = self._staging = staging or self._staging_for(slots)
-        staging.lasting = self.lasting
+        staging.lasting, staging.parents = self.lasting, layer_map.parents_of
         staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
         self._control.pause()
         self._control.lend(self._peers)
@@ -255,32 +261,38 @@ class RemoteTransport(Transport):
         """Let the workers generate with the new weights. Returns what they measured."""
         self._committing = True
         self._tell(say.Commit(version=self._version))
+        overwritten = False
         for peer in self._peers:
-            peer.expect(say.Committed, "committing")
+            overwritten |= peer.expect(say.Committed, "committing").caches_overwritten
             peer.hello = peer.hello.model_copy(update={"version": self._version, "poisoned": None})
         self._end_talk(version=str(self._version))
-        self._control.resume(caches=True)
+        self._control.resume(caches=True, overwritten=overwritten)
+        self._committing = False
         return [
             self._report(peer, told) for peer, told in zip(self._peers, self._told, strict=True)
         ]
 
     def abort(self, reason: str) -> None:
-        """End whatever is open. Workers that are poisoned stay paused; those that were not touched,
-        or are back on the old version, go on."""
-        if not self._control.lent:
-            poisoned = any(peer.hello.poisoned for peer in self._peers)
-            if self._control.paused and not poisoned:  # the engine refused to begin
-                try:
-                    self._control.resume(caches=False)
-                except SyncError:  # it may do so later, and then nobody resumes it
-                    self._control.refuse(reason)
-            return
-        touched = [peer for peer in self._peers if not self._abort(peer, reason)]
-        ended = self._end_failed_talk()
-        if ended and not touched:
-            self._control.resume(caches=False)
+        """End whatever is open. Workers that are poisoned stay paused, and so do those that have
+        committed what the others may not have; those that were not touched, or are back on the old
+        version, go on."""
+        lent, committing, self._committing = self._control.lent, self._committing, False
+        if lent:
+            touched = [peer for peer in self._peers if not self._abort(peer, reason)]
+            unharmed = self._end_failed_talk() and not touched
         else:
-            self._control.leave_paused(reason)
+            unharmed = not any(peer.hello.poisoned for peer in self._peers)
+        if committing or not unharmed:
+            if lent or committing or self._control.paused:
+                self._control.leave_paused(reason)
+        elif self._control.paused:
+            try:
+                self._control.resume(caches=False)
+            except SyncError:  # it may do so later, and then nobody resumes it
+                self._control.refuse(reason)
+        if committing or not (
+            lent and unharmed
+        ):  # what state the engine's update is in is not known
             self.disconnect()
 
     @property
@@ -294,15 +306,18 @@ class RemoteTransport(Transport):
         return list(client.prompt_logprobs(token_ids))
 
     def condemn(self, reason: str) -> None:
-        """The engine stays paused, as after a sync that failed."""
-        self._control.pause()
-        self._control.lend(self._peers)
-        self._tell(say.Condemn(reason=reason))
-        for peer in self._peers:
-            peer.expect(say.Aborted, "being poisoned")
-        self._end_failed_talk()
-        self._control.leave_paused(reason)
-        self.disconnect()
+        """The engine stays paused, as after a sync that failed; also where it cannot be told."""
+        try:
+            self._control.pause()
+            self._control.lend(self._peers)
+            self._tell(say.Condemn(reason=reason))
+            for peer in self._peers:
+                peer.expect(say.Aborted, "being poisoned")
+        finally:
+            if self._control.lent:
+                self._end_failed_talk()
+            self._control.leave_paused(reason)
+            self.disconnect()
 
     def close(self) -> None:
         self.abort("the session was closed")
@@ -316,10 +331,10 @@ class RemoteTransport(Transport):
             self._control.lend(self._peers)
             self._tell(request)
             replies = [peer.expect(say.MapReply, "its layer map") for peer in self._peers]
+            self._end_talk()
         except SyncError:
             self.abort("the dry run failed")
             raise
-        self._end_talk()
         for peer, reply in zip(self._peers, replies, strict=True):
             peer.layer_map = LayerMap.from_json(reply.layer_map)
         self._free_bytes = min(reply.free_bytes for reply in replies)
@@ -348,6 +363,8 @@ class RemoteTransport(Transport):
                 num_workers=self._num_workers,
             )
         endpoints = self._endpoints or [self._reception.endpoint]
+        if len(endpoints) == 1:  # of several ranks, workers may have come to this one before
+            self._reception.turn_away()
         call = self._control.ask_to_connect(
             {
                 "endpoints": endpoints,

@@ -1,0 +1,150 @@
+"""What follows a commit may fail too: the engine must not go on with what the old weights computed.
+
+Workers without vLLM (`support.loaders`), behind a control plane that can be paused and can fail."""
+
+from __future__ import annotations
+
+import pytest
+from support.loaders import KeepingLoader, TensorSource, Workers, tensors
+
+from qerl_sync import RemoteTransport, SyncConfig, SyncError, SyncSession, TransportError
+
+OLD, NEW = tensors(0), tensors(1)
+TIMEOUT_SECONDS = 10
+
+
+class Engine(Workers):
+    """With vLLM's update states, pausing and caches; `fails` names a call that raises, once."""
+
+    def __init__(self, *loaders: KeepingLoader) -> None:
+        super().__init__(*loaders)
+        self.said: list[str] = []
+        self.fails = ""
+        self.running: bool | None = None
+        self.updating = False
+
+    def start_weight_update(self) -> None:
+        if self.updating:
+            raise TransportError("a weight update is already active")
+        self._set_updating(True)
+        self._note("start")
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        if not self.updating:
+            raise TransportError("finish without a matching start")
+        self._note("finish")
+        self._set_updating(False)
+
+    def pause(self, mode: str) -> None:
+        self._note("pause")
+
+    def resume(self) -> None:
+        self._note("resume")
+
+    def reset_caches(self, *, running: bool) -> bool:
+        self.running = running
+        self._note("reset")
+        return True
+
+    def refuse(self, reason: str) -> None:
+        self._note("refuse")
+
+    def admit(self) -> None:
+        self._note("admit")
+
+    def _note(self, word: str) -> None:
+        self.said.append(word)
+        if word == self.fails:
+            self.fails = ""
+            raise TransportError(f"{word} did not work")
+
+    def _set_updating(self, updating: bool) -> None:
+        self.updating = updating
+        for rank in range(len(self.loaders)):
+            self._said[f"rank{rank}"] = {"update_open": updating}
+
+
+@pytest.fixture
+def engine():
+    one = Engine(KeepingLoader(OLD), KeepingLoader(OLD))
+    yield one
+    one.close()
+
+
+def session(engine: Engine, held=NEW, **options) -> SyncSession:
+    config = SyncConfig.of(**{"chunk_bytes": 500, "timeout_seconds": TIMEOUT_SECONDS, **options})
+    transport = RemoteTransport(
+        engine,
+        timeout_seconds=config.timeout_seconds,
+        recompute_running=config.recompute_running,
+    )
+    return SyncSession(TensorSource(held), transport, config)
+
+
+@pytest.mark.parametrize("call", ["finish", "reset", "resume"])
+def test_an_engine_does_not_resume_on_old_caches(engine, call):
+    with session(engine) as sync:
+        sync._agree()  # whose own update is not what fails here
+        engine.fails = call
+        with pytest.raises(SyncError, match=f"{call} did not work"):
+            sync.push()
+        assert all(loader.has(NEW) for loader in engine.loaders), "it had committed"
+        after = engine.said[len(engine.said) - engine.said[::-1].index(call) :]
+        assert after == ["refuse"]
+        assert sync.version == 0
+
+        engine.said.clear()
+        report = sync.push()
+        assert report.version == 2, "1 has been used"
+        assert engine.said[-3:] == ["reset", "resume", "admit"]
+
+
+@pytest.mark.parametrize("call", ["start", "finish"])
+def test_an_update_whose_state_is_not_known_is_left_before_the_next(engine, call):
+    """vLLM did it, and its answer was lost."""
+    with session(engine) as sync:
+        sync._agree()
+        engine.fails = call
+        with pytest.raises(SyncError, match=f"{call} did not work"):
+            sync.push()
+        sync.push()
+    assert not engine.updating
+    assert all(loader.has(NEW) for loader in engine.loaders)
+
+
+def test_the_engine_goes_on_where_it_refuses_to_begin(engine):
+    with session(engine) as sync:
+        sync._agree()
+        engine.fails = "start"
+        engine.said.clear()
+        with pytest.raises(SyncError):
+            sync.push()
+    assert engine.said[:4] == ["pause", "start", "resume", "admit"]
+    assert all(loader.has(OLD) for loader in engine.loaders)
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_requests_are_computed_anew_where_the_kv_cache_is_gone(engine, monkeypatch, overwritten):
+    """After a recovery, whatever `recompute_running` says."""
+    commit = engine.loaders[1].commit
+    monkeypatch.setattr(engine.loaders[1], "commit", lambda version: commit(version) or overwritten)
+    with session(engine, recompute_running=False) as sync:
+        sync.push()
+    assert engine.running is overwritten
+
+
+def test_a_version_that_another_trainer_has_used_is_not_used_again(engine):
+    with session(engine) as first:
+        assert first.push().version == 1
+        engine.loaders[0].before_load = lambda: 1 / 0
+        with pytest.raises(SyncError):
+            first.push()  # and it is no longer connected
+        engine.loaders[0].before_load = lambda: None
+        with session(engine, OLD) as second:
+            assert [second.push().version for _ in range(3)] == [2, 3, 4]
+        assert first.push().version == 5
+
+
+def test_ranks_other_than_0_must_know_how_many_workers_there_are():
+    with pytest.raises(SyncError, match=r"trainer rank 1 .*give num_workers"):
+        RemoteTransport(None, rank=1)
