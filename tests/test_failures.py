@@ -18,6 +18,7 @@ from qerl_sync import (
     SyncError,
 )
 from qerl_sync.worker import compat
+from qerl_sync.worker.monitor import SyncMonitor
 from qerl_sync.worker.receiver import Receiver
 
 pytestmark = pytest.mark.vllm
@@ -88,13 +89,23 @@ def append(stream):
 
 
 STREAMS = {
-    "dropped": (drop, r"arrived where the plan has 'model\.layers\.1\.mlp\.gate_proj\.weight'"),
-    "ends early": (stop_early, r"ended where 'model\.layers\.1\.mlp\.gate_proj\.weight' was next"),
+    "dropped": (
+        drop,
+        r"arrived where the plan has 'model\.layers\.1\.mlp\.gate_proj\.weight' "
+        r"\(of model\.layers\.1\.mlp\.gate_up_proj\)",
+    ),
+    "ends early": (
+        stop_early,
+        r"ended where 'model\.layers\.1\.mlp\.gate_proj\.weight' \(of .*gate_up_proj\) was next",
+    ),
     "doubled": (double, r"gate_proj\.weight' arrived where the plan has"),
     "renamed": (rename, r"'model\.layers\.0\.mlp\.gait_proj\.weight' arrived where"),
     "reshaped": (reshape, r"arrived as float32 \[64, 128\], the plan says float32 \[128, 64\]"),
     "other dtype": (to_bfloat16, r"arrived as bfloat16"),
-    "NaN": (spoil_with(float("nan")), r"1 NaN or infinite values of 8,192"),
+    "NaN": (
+        spoil_with(float("nan")),
+        r"\(of .*gate_up_proj\) has 1 NaN or infinite values of 8,192",
+    ),
     "infinity": (spoil_with(float("-inf")), r"1 NaN or infinite values"),
     "surplus": (append, r"'one\.more' arrived after the last tensor"),
 }
@@ -159,6 +170,68 @@ def test_a_loader_that_fails_poisons_and_the_next_sync_heals(subject, kind, monk
     monkeypatch.undo()
     assert_poisoned(one)
     assert_heals(one)
+
+
+def test_a_reload_that_somebody_has_left_open_does_not_count(subject):
+    """vLLM's own goes on with half-open layers, and takes what they hold for a part of it."""
+    one = subject("dense")
+    parts = compat.in_process_parts(one.engine)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    sync = session(one, HFSource(one.trainers[NEW]))
+    sync._agree()  # the dry run would mend it
+    with compat.loading_context(parts.vllm_config):
+        compat.begin_reload(one.model)
+        one.model.load_weights([(name, torch.zeros_like(one.trainers[OLD].get_parameter(name)))])
+    sync.push()
+    assert one.wrong_weights(NEW) == []
+    assert one.generates_as(NEW)
+
+
+def test_a_layer_that_was_not_filled_as_planned_is_named(subject, monkeypatch):
+    one = subject("dense")
+    processed = SyncMonitor.processed
+
+    def twice(monitor, layer):
+        processed(monitor, layer)
+        if layer is one.model.model.layers[1].mlp.gate_up_proj:
+            processed(monitor, layer)
+
+    monkeypatch.setattr(SyncMonitor, "processed", twice)
+    with pytest.raises(CoverageError, match=r"layers\.1\.mlp\.gate_up_proj .*processed 2 times"):
+        push(one, NEW)
+    assert_poisoned(one)
+    push(one, NEW, verify="off")
+    assert one.wrong_weights(NEW) == []
+
+
+def test_versions_only_move_forwards(subject):
+    one = subject("dense")
+    first, second = push(one, NEW), push(one, OLD)  # sessions of their own
+    assert second.version == first.version + 1
+    receiver = Receiver(compat.in_process_parts(one.engine))
+    sync = session(one, HFSource(one.trainers[NEW]))
+    plan, layer_map = sync._agree()
+    receiver.start(plan, layer_map)
+    for chunk in plan.chunks:
+        receiver.receive(chunk, sync._source.materialize(chunk.names))
+    receiver.finish()
+    with pytest.raises(SyncError, match=f"version 1 was to follow {second.version}"):
+        receiver.commit(1)
+    assert_poisoned(one)
+    assert sync.push().version == second.version + 1
+    assert one.generates_as(NEW)
+
+
+def test_logits_are_refused_too(subject):
+    """On GPUs the forward may be a graph that is replayed, which no hook of the model sees."""
+    one = subject("dense")
+    receiver = Receiver(compat.in_process_parts(one.engine))
+    receiver.poison("for a test")
+    with pytest.raises(PoisonedError, match="for a test"):
+        one.model.compute_logits(None)
+    push(one, NEW)
+    assert one.generates_as(NEW)
+    assert "compute_logits" not in vars(one.model)
 
 
 def test_ctrl_c_in_the_middle_stays_ctrl_c_and_poisons(subject):

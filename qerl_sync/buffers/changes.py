@@ -59,6 +59,7 @@ class ChangeWatch:
         self._sent: dict[str, int] = {}
         self._trained: dict[str, int] = {}
         self._waiting: dict[str, int] = {}
+        self._still = 0
         self._step: int | None = None
         self.begin()
 
@@ -86,9 +87,11 @@ class ChangeWatch:
         return result
 
     def _judge(self, step: int, changed: set[str], moved: list[str]) -> Changes:
+        self._still = 0 if changed or moved else self._still + 1
         if not changed:
             if self._trained_now is not None and not moved:
-                return Changes(0)  # a learning rate or gradients of zero
+                # One step with a learning rate or gradients of zero is nothing to speak of.
+                return Changes(0, (), self._stands_still() if self._still == PATIENCE else None)
             return Changes(0, tuple(moved), self._nothing_changed(step, moved))
         delivered = _Delivery(self._seen, changed)
         self._waiting = {n: self._waiting.get(n, 0) + 1 for n in moved if n not in delivered}
@@ -105,6 +108,14 @@ class ChangeWatch:
         return (
             f"{text}. Either that step changed nothing (a learning rate or gradients of zero), or "
             f"what it changed is not what is sent. {_ADVICE}"
+        )
+
+    def _stands_still(self) -> str:
+        return (
+            f"in the last {PATIENCE} syncs neither what was sent has changed nor what the trainer "
+            "steps, although its step has moved: the model is frozen, its learning rate or its "
+            "gradients are zero, or the optimizer steps another one. sync.on_unchanged: ignore "
+            "takes it as meant"
         )
 
     def _fingerprints_of_trained(self) -> dict[str, int]:

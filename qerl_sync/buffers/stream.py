@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from qerl_sync.buffers.detect import dtype_name
+from qerl_sync.buffers.detect import Parents, dtype_name, named
 from qerl_sync.errors import CoverageError
 from qerl_sync.meta import ParamMeta
 
@@ -14,9 +14,14 @@ if TYPE_CHECKING:
 
 
 def as_planned(
-    metas: Iterable[ParamMeta], tensors: Iterable[tuple[str, torch.Tensor]]
+    metas: Iterable[ParamMeta],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    parents: Parents | None = None,
 ) -> Iterator[tuple[ParamMeta, torch.Tensor]]:
     """The same tensors, lazily, each with what the plan says of it.
+
+    Args:
+        parents: for errors to name the parent layer.
 
     Raises:
         CoverageError: the stream ends early, goes on for too long, or a tensor is not the one that
@@ -26,8 +31,8 @@ def as_planned(
     for meta in metas:
         item = next(arriving, None)
         if item is None:
-            raise CoverageError(f"the source ended where {meta.name!r} was next")
-        _require_same(meta, *item)
+            raise CoverageError(f"the source ended where {named(meta.name, parents)} was next")
+        _require_same(meta, *item, parents)
         yield meta, item[1]
     surplus = next(arriving, None)
     if surplus is not None:
@@ -37,15 +42,17 @@ def as_planned(
         )
 
 
-def _require_same(awaited: ParamMeta, name: str, tensor: torch.Tensor) -> None:
+def _require_same(
+    awaited: ParamMeta, name: str, tensor: torch.Tensor, parents: Parents | None
+) -> None:
     if name != awaited.name:
         raise CoverageError(
-            f"{name!r} arrived where the plan has {awaited.name!r}; the source must yield exactly "
-            "the names that it is asked for, in that order"
+            f"{name!r} arrived where the plan has {named(awaited.name, parents)}; the source "
+            "must yield exactly the names that it is asked for, in that order"
         )
     shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
     if (shape, dtype) != (awaited.shape, awaited.dtype):
         raise CoverageError(
-            f"{name!r} arrived as {dtype} {list(shape)}, the plan says {awaited.dtype} "
-            f"{list(awaited.shape)}; the source's metadata and its tensors differ"
+            f"{named(name, parents)} arrived as {dtype} {list(shape)}, the plan says "
+            f"{awaited.dtype} {list(awaited.shape)}; the source's metadata and its tensors differ"
         )

@@ -99,6 +99,10 @@ class LayerMap:
             return layers
         return tuple(layer for layer in layers if layer not in self._deferred)
 
+    def parents_of(self, name: str) -> str:
+        """For a person; "" where it has none."""
+        return ", ".join(dict.fromkeys(c.parent_layer for c in self.contributions.get(name, ())))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "layers": [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Verify = Literal["coverage", "checksum", "full"]
+Verify = Literal["off", "coverage", "checksum", "full"]
 OnFailure = Literal["poison", "rollback"]
 
 

@@ -96,7 +96,8 @@ def in_process_parts(llm: Any) -> EngineParts:
     executor = getattr(llm.llm_engine, "model_executor", None)
     worker = getattr(executor, "driver_worker", None)
     runner: Any = getattr(worker, "model_runner", None)
-    model = getattr(runner, "model", None)
+    # Not `runner.model`, which may be a wrapper that replays CUDA graphs.
+    model = runner.get_model() if hasattr(runner, "get_model") else None
     if not isinstance(model, torch.nn.Module):
         raise CompatError(
             "the engine's model is not in this process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from qerl_sync.buffers.detect import DeviceRule, storages_of
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.lent import LentTensors
 from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.worker import compat, refresh
 
@@ -42,6 +44,8 @@ class SyncMonitor:
         self.before_processing: Callable[[torch.nn.Module], None] = _nothing
         self._borrowed = borrowed
         self._lent = LentTensors()
+        self._received: Counter[str] = Counter()
+        self._closings: Counter[str] = Counter()
         self._name = ""
 
     def begin(self, name: str) -> None:
@@ -54,6 +58,7 @@ class SyncMonitor:
     ) -> None:
         path = self._paths[id(layer)]
         planned = self._layers[path]
+        self._received[path] += loaded_numel
         for key, value in arguments.items():
             if key != "param" and self._rule.counts(value):
                 if self._borrowed and planned.deferred:
@@ -71,7 +76,26 @@ class SyncMonitor:
         refresh.before_processing(layer)
 
     def processed(self, layer: torch.nn.Module) -> None:
-        self._ledger.release(self._paths[id(layer)])
+        path = self._paths[id(layer)]
+        self._closings[path] += 1
+        self._ledger.release(path)
+
+    def require_filled(self) -> None:
+        """The stream has ended. Raises CoverageError, naming the first of them, unless each parent
+        layer got its elements and was processed, once. Deferred layers are, at the end."""
+        wrong = [
+            f"{path} ({layer.kind}) got {self._received[path]:,} of {layer.expected_numel:,} "
+            f"elements and was processed {self._closings[path]} times"
+            for path, layer in self._layers.items()
+            if not layer.deferred
+            and layer.expected_numel
+            and (self._received[path], self._closings[path]) != (layer.expected_numel, 1)
+        ]
+        if wrong:
+            raise CoverageError(
+                f"{len(wrong)} parent layers were not filled as planned: {wrong[0]}. vLLM counted "
+                "otherwise than in the dry run; sync.verify: off goes on in spite of it"
+            )
 
     def trace(self) -> Trace:
         return self._ledger.trace()

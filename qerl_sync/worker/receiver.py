@@ -147,7 +147,7 @@ class Receiver:
         self._rollback, self.kept_bytes, self._poisoned_before = None, 0, self.poisoned
         self._state.caches_suspect |= self.poisoned is not None
         self.poison("a sync is in progress")
-        self._awaited = iter(plan.metas)
+        self._awaited, self._parents = iter(plan.metas), layer_map.parents_of
         self._check_finite = check_finite
         self.verify_seconds, self._held = 0.0, None
         self._check = self._kernel_check(layer_map) if self.terms.checksums else None
@@ -156,6 +156,8 @@ class Receiver:
         with self._aborting():
             self._observing.enter_context(compat.observe_loads(self._monitor))
             with compat.loading_context(self._config):
+                # vLLM's reload goes on with layers that another one has left half open.
+                compat.restore(self.model)
                 compat.begin_reload(self.model)
             if self.terms.on_failure == "rollback":
                 self._rollback = Rollback()
@@ -192,8 +194,8 @@ class Receiver:
         The weights are whole and new; the model runs again after `commit`.
 
         Raises:
-            CoverageError: the plan's stream did not arrive completely, or kernels do not hold what
-                arrived (`sync.verify`); the worker is poisoned.
+            CoverageError: the plan's stream did not arrive completely, a parent layer was not
+                filled, or kernels do not hold what arrived (`sync.verify`); the worker is poisoned.
         """
         self._require_open()
         with self._aborting():
@@ -203,6 +205,8 @@ class Receiver:
                     f"the sync ended with {len(missing)} tensors outstanding, the first is "
                     f"{missing[0].name!r}; send every chunk of the plan"
                 )
+            if self.terms.verify != "off":
+                self._monitor.require_filled()
             with compat.loading_context(self._config):
                 compat.finish_reload(self.model, self._config)
                 self._keep_tied()
@@ -214,15 +218,28 @@ class Receiver:
         self.kept_bytes = 0 if self._rollback is None else self._rollback.nbytes
         return self._monitor.trace()
 
-    def commit(self, version: int) -> None:
-        """The new weights are version `version`; the model may run again."""
+    def commit(self, version: int) -> bool:
+        """The new weights are version `version`; the model may run again.
+
+        Returns whether the KV caches were overwritten: what was computed before is gone then, and
+        whoever refers to it (requests in flight, the prefix cache) must be made to forget it.
+
+        Raises:
+            SyncError: the version is not larger than the last; the worker is poisoned.
+        """
+        if version <= self._state.version:
+            reason = f"version {version} was to follow {self._state.version}"
+            self.abort(f"a sync failed: {reason}")
+            raise SyncError(f"{reason}; versions only move forwards. Begin a new session")
         self._rollback = None
         self._state.version = version
         self._state.held = self._held
-        if self._state.caches_suspect:
+        overwritten = self._state.caches_suspect
+        if overwritten:
             compat.zero_kv_caches(self._config)
         self._state.caches_suspect = not (self._check_finite or self.terms.finite)
         self._heal()
+        return overwritten
 
     def abort(self, reason: str) -> None:
         """Give up a sync that is not committed: whole modules, poisoned or back on the old version
@@ -243,13 +260,15 @@ class Receiver:
         """Make the model refuse to run, with `reason`, until a sync has finished."""
         self._heal()
 
-        def refuse(module: torch.nn.Module, args: object) -> None:
+        def refuse(*args: object, **options: object) -> None:
             raise PoisonedError(
                 f"this worker does not generate: {reason}. Its weights may be a mix of two "
                 "versions; run a full sync (`session.push()`) to make them right"
             )
 
         self._state.poison = self.model.register_forward_pre_hook(refuse)
+        # A replayed CUDA graph does not come by the hook; what follows it does come by this.
+        vars(self.model)["compute_logits"] = refuse
         self._state.reason = reason
 
     def _require_closed(self) -> None:
@@ -263,6 +282,7 @@ class Receiver:
     def _heal(self) -> None:
         if self._state.poison is not None:
             self._state.poison.remove()
+            vars(self.model).pop("compute_logits", None)
         self._state.poison = self._state.reason = None
 
     def _close(self) -> None:
@@ -316,9 +336,9 @@ class Receiver:
     ) -> Iterator[tuple[ParamMeta, torch.Tensor]]:
         """The stream, each tensor held against the plan before vLLM sees it."""
         awaited = islice(self._awaited, len(chunk.names))
-        for meta, tensor in as_planned(awaited, tensors):
+        for meta, tensor in as_planned(awaited, tensors, self._parents):
             if self._check_finite:
-                require_finite(meta.name, tensor)
+                require_finite(meta.name, tensor, self._parents)
             if self._check is not None:
                 with self._verifying():
                     self._check.arrived(meta.name, tensor)
