@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Self
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import ConfigError, CoverageError, PlanError, UnchangedError
+from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError, UnchangedError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
@@ -50,8 +50,9 @@ class SyncReport:
         step: the trainer's global step.
         seconds: by phase. plan: metadata, layer map, order. start: opening the reload. gather:
             waiting for the source's tensors. load: vLLM's loaders. finish: what is left, derived
-            state, caches. verify: the trainer's side of what `sync.on_unchanged` and `sync.verify`
-            ask for, the transport's checksums included, which are a part of load and finish too.
+            state, caches. verify: the trainer's side of what `sync.check_finite`,
+            `sync.on_unchanged` and `sync.verify` ask for, the transport's checksums included, which
+            are a part of load and finish too.
             total: all of it.
         budget_bytes: what the plan was allowed to pin (`sync.budget_bytes`), in bytes.
         prediction_exact: predicted and measured traces are equal, tensor by tensor.
@@ -162,6 +163,7 @@ class SyncSession:
         with watch("total"):
             with watch("plan"):
                 plan, layer_map = self._agree()
+            with watch("verify"):
                 checked = self._config.check_finite and self._source.check_finite()
             version = max(self.version, self._transport.committed_version()) + 1
             try:
@@ -275,14 +277,24 @@ class SyncSession:
         return tolerance(*self._transport.precision, self._config.verify_tolerance)
 
     def _ask_engine(self) -> float | None:
-        """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far."""
+        """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far, and
+        if it cannot be asked."""
         if self._config.verify != "full":
             return None
         assert self._probe is not None
         tokens = self._probe.token_ids
-        right = self._probe.logprobs(tokens)
-        gap = largest_gap(right, self._transport.prompt_logprobs(tokens))
-        if gap > self._tolerance:
+        try:
+            right = self._probe.logprobs(tokens)
+            gap = largest_gap(right, self._transport.prompt_logprobs(tokens))
+        except BaseException as exc:
+            reason = f"version {self.version} was loaded, and could not be verified: {exc}"
+            self._transport.condemn(reason)
+            if isinstance(exc, SyncError) or not isinstance(exc, Exception):
+                raise
+            raise CoverageError(
+                f"{reason}. The engine is poisoned; sync.verify: checksum does not ask it"
+            ) from exc
+        if not gap <= self._tolerance:
             reason = (
                 f"after version {self.version} was loaded, the engine's log-probabilities of a "
                 f"prompt part from the trainer's by {gap:.2g}, more than {self._tolerance:g}"
@@ -328,12 +340,13 @@ class SyncSession:
             )
         if self._watch is not None:
             self._watch.begin()
+        verified = watch.seconds["verify"]
         with watch("load"):
             for chunk in plan.chunks:
                 names = [n for n in chunk.names if held is None or n in held]
                 tensors = self._source.materialize(names)
                 self._transport.send(chunk, self._timed(tensors, watch))
-        watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"]
+        watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified
         with watch("finish"):
             return self._transport.finish()
 

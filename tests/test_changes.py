@@ -50,6 +50,24 @@ def test_an_error_names_what_changed_on_the_trainer_and_the_version_is_committed
     assert session.push(step=1).version == 3, "the same step again is no finding"
 
 
+def test_a_model_that_stands_still_is_told_of_once(caplog):
+    """A step that changes nothing is no finding: warm-up begins with a learning rate of zero."""
+    tensors = {name: torch.zeros(8) for name in NAMES}
+    session, source = make(lambda: tensors.items())
+    with caplog.at_level(logging.WARNING, logger="qerl_sync"):
+        for step in range(PATIENCE):
+            session.push(step=step)
+        step_of(tensors, NAMES[0])
+        step_of(source.tensors, NAMES[0])
+        for step in range(PATIENCE, 2 * PATIENCE):
+            session.push(step=step)
+        assert not caplog.records
+        for step in range(2 * PATIENCE, 4 * PATIENCE):
+            session.push(step=step)
+    (record,) = caplog.records
+    assert "the model is frozen" in record.message
+
+
 def test_ignored_where_it_is_meant(caplog):
     session, _ = make(on_unchanged="ignore")
     with caplog.at_level(logging.WARNING, logger="qerl_sync"):

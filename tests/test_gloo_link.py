@@ -267,7 +267,7 @@ def test_nothing_listens_on_another_address_and_nothing_stays(aside):
     for link in links:
         link.close()
     assert soon(lambda: held() == at_first), (held(), at_first)
-    assert listening() == before
+    assert listening() <= before  # what an earlier test has left may have gone since
 
 
 # ---------------------------------------------------------------------------------- strangers

@@ -488,22 +488,27 @@ class TestVLLM:
             assert answer.status_code == 200, answer.text
             return answer.json()["choices"][0]["token_ids"]
 
+        def is_held() -> bool:
+            """Whether the pause came in its middle, which on a busy machine takes some tries."""
+            found = []
+            thread = threading.Thread(target=lambda: found.append(complete()))
+            thread.start()
+            time.sleep(0.05)
+            client.pause("keep")
+            try:
+                thread.join(timeout=1)
+                assert client.health()
+                held = not found
+                assert client.reset_caches(running=True)
+            finally:
+                client.resume()
+            thread.join(timeout=60)
+            assert found == [expected]
+            return held
+
         expected = complete()
         assert len(expected) == 200
-        found = []
-        thread = threading.Thread(target=lambda: found.append(complete()))
-        thread.start()
-        time.sleep(0.05)
-        client.pause("keep")
-        try:
-            thread.join(timeout=1)
-            assert client.health()
-            assert not found
-            assert client.reset_caches(running=True)
-        finally:
-            client.resume()
-        thread.join(timeout=60)
-        assert found == [expected]
+        assert any(is_held() for _ in range(10))
 
     def test_trl_would_be_served(self, server):
         import requests

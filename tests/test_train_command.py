@@ -114,22 +114,53 @@ WRONG = {
 }
 
 
+# The commands one after the other in one process: most of the time is imports.
+IN_TURNS = """
+import json, sys
+from typer.testing import CliRunner
+from qerl_sync.cli.main import app
+for line in sys.stdin:
+    result = CliRunner().invoke(app, json.loads(line))
+    print(json.dumps([result.exit_code, result.output]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """What each wrong input ends with: exit code and output. And the places named in them."""
+    directory = tmp_path_factory.mktemp("wrong")
+    (directory / "rows.jsonl").write_text('{"prompt": "1+1="}\n' * 8)
+    (directory / "model").mkdir()
+    (directory / "model" / "config.json").write_text('{"model_type": "qwen3"}')
+    places = {"rows": str(directory / "rows.jsonl"), "model": str(directory / "model")}
+    commands = [
+        ["train", CONFIG, *(t.format(**places) for t in texts), "--output-dir", f"{directory}/out"]
+        for texts, _ in WRONG.values()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURNS],
+        input="".join(json.dumps(command) + "\n" for command in commands),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100"},
+        check=True,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    return dict(zip(WRONG, map(json.loads, lines), strict=True)), places
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_error_without_a_traceback(case, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1="}\n' * 8)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen3"}')
-    places = {"rows": str(tmp_path / "rows.jsonl"), "model": str(tmp_path / "model")}
-    overrides, words = WRONG[case]
-    overrides = [text.format(**places) for text in overrides]
-    done = qerl_sync("train", CONFIG, *overrides, "--output-dir", tmp_path / "out")
-    # rich folds lines: compare without white space
-    said = "".join((done.stdout + done.stderr).split())
-    assert done.returncode == 2, done.stdout + done.stderr
+def test_wrong_input_is_one_error_without_a_traceback(wrong, case):
+    found, places = wrong
+    code, output = found[case]
+    assert code == 2, output
+    said = "".join(output.split())  # rich folds lines: compare without white space
     assert "Traceback" not in said
-    for word in words:
-        assert "".join(word.format(**places).split()) in said, done.stdout + done.stderr
+    for word in WRONG[case][1]:
+        assert "".join(word.format(**places).split()) in said, output
 
 
 def test_a_missing_file_is_named_with_what_is_there():

@@ -205,7 +205,7 @@ def test_bytes_that_change_on_the_way_are_found(remote, monkeypatch):
     def spoil(self, index, metas, tensors):
         staged = stage(self, index, metas, tensors)
         if index == 2:
-            staged.copied[40] ^= 1
+            staged.pieces[0].bytes[40] ^= 1
         return staged
 
     monkeypatch.setattr(staging.Staging, "_copy", spoil)
@@ -267,13 +267,42 @@ def test_an_engine_that_says_something_else_is_poisoned(subject):
     """The source reads another model than the one that is trained."""
     one = subject("dense")
     sync = full_session(one, one.trainers[NEW], source=HFSource(one.trainers[OLD]))
-    with pytest.raises(CoverageError, match=r"version 1.*part from the trainer's by \d.*poisoned"):
+    with pytest.raises(
+        CoverageError, match=r"version \d+.*part from the trainer's by \d.*poisoned"
+    ):
         sync.push()
     assert not sync.current
     with pytest.raises(PoisonedError, match="part from the trainer's"):
         generate(one.engine)
     assert full_session(one, one.trainers[NEW]).push().probe_gap < 1e-5
     assert one.generates_as(NEW)
+
+
+def test_an_engine_that_cannot_be_asked_is_poisoned(subject, monkeypatch):
+    one = subject("dense")
+    sync = full_session(one, one.trainers[NEW])
+    monkeypatch.setattr(sync._transport, "prompt_logprobs", lambda tokens: 1 / 0)
+    with pytest.raises(CoverageError, match=r"could not be verified.*division.*is poisoned"):
+        sync.push()
+    with pytest.raises(PoisonedError, match="could not be verified"):
+        generate(one.engine)
+    monkeypatch.undo()
+    assert sync.push().probe_gap < 1e-5
+    assert one.generates_as(NEW)
+
+
+def test_a_probe_leaves_the_models_modes_as_they_are(subject):
+    model = subject("dense").trainers[OLD]
+    model.train()
+    model.model.layers[0].eval()
+    try:
+        before = [module.training for module in model.modules()]
+        probe = probe_of(model)
+        probe.logprobs(probe.token_ids)
+        assert [module.training for module in model.modules()] == before
+        assert len(set(before)) == 2
+    finally:
+        model.eval()
 
 
 def test_quantised_engines_need_a_tolerance(subject):

@@ -166,16 +166,17 @@ class SyncConfig(Section):
     """Refuse to send NaN or infinite weights. vLLM would accept them, and they stay in its KV cache
     after the weights have healed."""
 
-    verify: Literal["coverage", "checksum", "full"] = "coverage"
+    verify: Literal["off", "coverage", "checksum", "full"] = "coverage"
     """How far a sync is verified before it is committed. `coverage`: each tensor of the plan
-    arrives once, with its name, dtype and shape, and fills its parent layer. `checksum`, besides: a
-    checksum of each tensor, taken from the trainer's own before it is sent, must be that of what
-    arrives; and from sync to sync what each layer's kernel holds, packed copies included, must have
-    changed where its tensors have, and nowhere else. That reads all weights about four times; the
-    report says what it took (`seconds.verify`). `full`, besides: the engine's log-probabilities of
-    a fixed prompt must be those of the trainer's model, within `verify_tolerance`; the engine is
-    asked when it runs again, and is poisoned if it differs, so that it may have answered others
-    for the moment that this takes."""
+    arrives once, with its name, dtype and shape, and fills its parent layer. `off`: the same
+    without looking whether vLLM has filled each layer as it did in the dry run. `checksum`, besides
+    `coverage`: a checksum of each tensor, taken from the trainer's own before it is sent, must be
+    that of what arrives; and from sync to sync what each layer's kernel holds, packed copies
+    included, must have changed where its tensors have, and nowhere else. That reads all weights
+    about four times; the report says what it took (`seconds.verify`). `full`,
+    besides: the engine's log-probabilities of a fixed prompt must be those of the trainer's model,
+    within `verify_tolerance`; the engine is asked when it runs again, and is poisoned if it differs
+    or cannot be asked, so that it may have answered others for the moment that this takes."""
 
     verify_tolerance: Annotated[float | None, Field(gt=0)] = None
     """With `verify: full`: by how much a log-probability may differ. Null: what rounding explains
@@ -195,8 +196,9 @@ class SyncConfig(Section):
     source reads another model than the one that is trained, or an adapter is never merged. Where
     the session knows the trainer's own parameters (TRL's callback tells it) the names that changed
     there and did not travel are given, and some that never travel are noticed too; frozen ones are
-    no finding, nor are steps that change nothing. `error` raises UnchangedError after the sync:
-    workers hold what was sent. A few thousand elements of each tensor are compared."""
+    no finding, nor is a step that changes nothing anywhere, unless three in a row do. `error`
+    raises UnchangedError after the sync: workers hold what was sent. A few thousand elements of
+    each tensor are compared."""
 
     ignore_names: tuple[str, ...] = ()
     """Checkpoint names (`fnmatch` patterns) that vLLM is known to ignore: they are not sent, and

@@ -38,6 +38,16 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
     # process: keep MoE kinds first.
     "moe": _kind("Qwen3MoeConfig", **_MOE, mlp_only_layers=[]),
     "moe_renamed": _kind("MixtralConfig", num_local_experts=4),
+    # Its routers' corrections are buffers, which vLLM writes as they arrive.
+    "moe_corrected": _kind(
+        "Glm4MoeConfig",
+        intermediate_size=192,
+        moe_intermediate_size=96,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        num_nextn_predict_layers=0,
+    ),
     "dense": _kind("Qwen3Config"),
     "bias": _kind("Qwen2Config", hidden_size=128),
     "tied": _kind("Qwen3Config", tie_word_embeddings=True),
@@ -54,9 +64,10 @@ def make_model(kind: str, seed: int) -> Any:
     config = CONFIGS[kind]()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():  # transformers starts biases at zero and norms at one: tell seeds apart
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        saved = model.state_dict(keep_vars=True)
+        for tensor in {id(tensor): tensor for tensor in saved.values()}.values():
+            if tensor.dim() == 1:
+                tensor.add_(torch.randn_like(tensor), alpha=0.1)
     return model
 
 

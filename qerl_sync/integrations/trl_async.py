@@ -15,7 +15,7 @@ from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.trl import metrics
 from qerl_sync.session import SyncReport, SyncSession
-from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.hf import HFSource, probe_of
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,9 @@ class AsyncWeightTransfer:
                 "the trainer"
             )
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        self.session = make_session(HFSource(model), self.config, server_url=self.server_url)
+        given = {"trained": model.named_parameters, "probe": probe_of(model)}
+        source = HFSource(model)
+        self.session = make_session(source, self.config, server_url=self.server_url, **given)
 
     def pause(self) -> None:
         """Nothing: the sync pauses the server itself, when its first bytes are ready."""

@@ -97,8 +97,10 @@ class HFSource(Source):
             yield name, waiting.pop(name)
 
     def _parameters(self) -> dict[str, torch.Tensor]:
-        """Under clean names, tied ones once, in the model's order."""
-        return {_clean(name): p.detach() for name, p in self._model.named_parameters()}
+        """Under clean names, tied ones once, in the model's order; then what checkpoints hold
+        besides: router corrections, for instance, are buffers."""
+        found = {_clean(name): p.detach() for name, p in self._model.named_parameters()}
+        return found | {_clean(name): b for name, b in _saved_buffers(self._model)}
 
 
 def probe_of(model: Any) -> Probe:
@@ -107,16 +109,25 @@ def probe_of(model: Any) -> Probe:
 
     @torch.no_grad()
     def logprobs(token_ids: Sequence[int]) -> list[float]:
-        was_training = model.training
+        modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
             told = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
         finally:
-            model.train(was_training)
+            for module, training in modes:
+                module.training = training
         return [float(p) for p in told.gather(1, ids[0, 1:, None])[:, 0]]
 
     return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
+
+
+def _saved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Those that `save_pretrained` writes and training may change."""
+    for path, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+                yield f"{path}.{name}" if path else name, buffer
 
 
 def _clean(name: str) -> str:
