@@ -34,6 +34,8 @@ def test_the_job_runs_a_configuration_that_is_there():
 
 def test_the_commands_of_the_page_name_files_and_options_that_there_are():
     commands = re.findall(r"qerl-sync train (\S+)((?: \S+=\S+)*)$", PAGE, re.M)
+    jobs = [overrides for _, overrides in commands if "ray.address=auto output_dir=/" in overrides]
+    assert jobs  # a job's own directory does not outlive it
     assert len(commands) == 3
     for config, overrides in commands:
         assert load_config(ROOT / config, overrides.split()).rollout.mode == "ray"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.clients.base import PauseMode, timed_out, translated
@@ -18,7 +19,10 @@ CONTROL = "control"
 class RayActorClient:
     """An actor with the methods of `integrations.ray.RolloutActor` as an EngineClient.
 
-    For actors that have vLLM's four methods only, vLLM's `RayVLLMWeightSyncClient` serves as well.
+    An actor with vLLM's four methods only is called as vLLM's `RayVLLMWeightSyncClient` calls it,
+    with a timeout. Of the others it may have any: `update_weight_version`, `pause`, `resume`,
+    `reset_prefix_cache`, `deliver`. What it lacks is left out: its caller sees to it then that
+    nothing is generated during a sync, and that caches are emptied after it.
 
     Args:
         handle: of the actor.
@@ -30,29 +34,38 @@ class RayActorClient:
         self.handle = handle
         self.name = name
         self.timeout_seconds = timeout_seconds
+        self._ours = hasattr(handle, "reset_caches")
+        self._node: str | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", {"init_info": init_info})
+        self._call("init_weight_transfer_engine", self._request("init_info", init_info))
 
     def start_weight_update(self) -> None:
         self._call("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         # It takes as long as the whole sync, which has timeouts of its own.
-        answer = self.handle.update_weights.remote({"update_info": update_info})
+        answer = self._ask("update_weights", self._request("update_info", update_info))
         self._answer("update_weights", answer, None)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", weight_version)
+        if self._ours:
+            self._call("finish_weight_update", weight_version)
+            return
+        self._call("finish_weight_update")
+        if weight_version is not None:
+            self._call_if_there("update_weight_version", weight_version)
 
     def pause(self, mode: PauseMode) -> None:
-        self._call("pause", mode)
+        self._call_if_there("pause", mode)
 
     def resume(self) -> None:
-        self._call("resume")
+        self._call_if_there("resume")
 
     def reset_caches(self, *, running: bool) -> bool:
-        return bool(self._call("reset_caches", running))
+        if self._ours:
+            return bool(self._call("reset_caches", running))
+        return self._call_if_there("reset_prefix_cache") is not False
 
     def put(self, chunk: torch.Tensor) -> Any:
         import ray
@@ -66,13 +79,25 @@ class RayActorClient:
             ) from exc
 
     def require_store(self, nbytes: int) -> None:
-        require_object_store(nbytes)
+        """Of the nodes where it matters: this one, and the actor's."""
+        import ray
+
+        here = ray.get_runtime_context().get_node_id()
+        require_object_store(nbytes, {here, self._node or here})
 
     def deliver(self, key: str, index: int, stored: Any) -> None:
         # As an argument of its own, not in a list: Ray then brings it to the node first.
         self._deliver(key, index, stored)
 
     def require_box(self, key: str) -> None:
+        if not hasattr(self.handle, "deliver"):
+            raise TransportError(
+                f"actor {self.name} has no method `deliver`, by which Ray hands out objects; "
+                "inherit RolloutActor, or choose sync.transport: auto, shm or gloo"
+            )
+        if hasattr(self.handle, "status"):
+            status = self.handle.status.options(concurrency_group=CONTROL).remote()
+            self._node = self._answer("status", status, self.timeout_seconds)["node"]
         if not self._answer("deliver", self._deliver(key, -1, None), self.timeout_seconds):
             raise TransportError(
                 f"the worker of {self.name} is not in the actor's own process, which is where Ray "
@@ -83,9 +108,35 @@ class RayActorClient:
         method = self.handle.deliver.options(concurrency_group=CONTROL)
         return method.remote(key, index, stored)
 
+    def _request(self, name: str, info: dict[str, Any]) -> Any:
+        """What the actor expects: RolloutActor plain dictionaries, others what vLLM's client sends,
+        where vLLM is installed here too."""
+        if self._ours:
+            return {name: info}
+        try:
+            from vllm.distributed.weight_transfer import base
+        except ImportError:
+            return {name: info}
+        kinds = {
+            "init_info": base.WeightTransferInitRequest,
+            "update_info": base.WeightTransferUpdateRequest,
+        }
+        return kinds[name](**{name: info})
+
     def _call(self, method: str, *arguments: Any) -> Any:
-        answer = getattr(self.handle, method).remote(*arguments)
-        return self._answer(method, answer, self.timeout_seconds)
+        return self._answer(method, self._ask(method, *arguments), self.timeout_seconds)
+
+    def _call_if_there(self, method: str, *arguments: Any) -> Any:
+        return self._call(method, *arguments) if hasattr(self.handle, method) else None
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self.handle, method).remote(*arguments)
+        except (AttributeError, TypeError) as exc:
+            raise TransportError(
+                f"actor {self.name} cannot be asked {method}: {exc}; it needs vLLM's four methods "
+                "with vLLM's signatures (docs/ray.md)"
+            ) from exc
 
     def _answer(self, method: str, answer: Any, timeout_seconds: float | None) -> Any:
         import ray
@@ -95,28 +146,52 @@ class RayActorClient:
         except ray.exceptions.GetTimeoutError as exc:
             raise timed_out(f"actor {self.name}", method, self.timeout_seconds) from exc
         except ray.exceptions.RayActorError as exc:
-            raise self._lost(method) from exc
+            raise PeerLostError(f"{method}: actor {self.name} {how_it_was_lost(exc)}") from exc
         except ray.exceptions.RayTaskError as exc:
             cause = exc.cause if isinstance(exc.cause, Exception) else exc
             raise self._told(cause, method) from exc
-
-    def _lost(self, method: str) -> PeerLostError:
-        return PeerLostError(
-            f"{method}: actor {self.name} died; where it may restart, it gets a full sync when it "
-            "is back. The cause stands in its log"
-        )
+        except ray.exceptions.RayError as exc:
+            raise TransportError(
+                f"{method}: the answer of actor {self.name} was lost: {type(exc).__name__}: {exc}"
+            ) from exc
 
     def _told(self, cause: Exception, method: str) -> SyncError:
         return translated(cause, f"the engine in actor {self.name}", method)
 
 
-def require_object_store(nbytes: int) -> None:
-    """Raises ConfigError if a node's object store is smaller than that."""
+def how_it_was_lost(exc: Exception) -> str:
+    """What Ray knows of an actor that raised a RayActorError."""
+    if is_gone(exc):
+        return (
+            "died and is not started again (its max_restarts are used up, or it was ended); add "
+            "another to the pool. The cause stands in its log"
+        )
+    return (
+        "died, or cannot be reached; Ray restarts it, and it gets a full sync when it is back. The "
+        "cause stands in its log"
+    )
+
+
+def is_gone(exc: Exception) -> bool:
+    """Whether the actor that raised this RayActorError is dead for good."""
+    import ray
+
+    return not isinstance(exc, ray.exceptions.ActorUnavailableError)
+
+
+def require_object_store(nbytes: int, nodes: Collection[str] | None = None) -> None:
+    """Raises ConfigError if the object store of one of these nodes is smaller than that.
+
+    Args:
+        nodes: their ids; None: all that are alive.
+    """
     import ray
 
     for node in ray.nodes():
+        if not node["Alive"] or (nodes is not None and node["NodeID"] not in nodes):
+            continue
         room = int(node["Resources"].get("object_store_memory", 0))
-        if node["Alive"] and room < nbytes:
+        if room < nbytes:
             raise ConfigError(
                 f"the object store of node {node['NodeManagerAddress']} has {format_bytes(room)}, "
                 f"and the chunks in flight need {format_bytes(nbytes)}; start Ray with a larger "

@@ -101,7 +101,8 @@ def _of_engine(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
 def _of_ray(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
     if mode == "ray":
         return
-    for path in ("ray", "rollout.workers", "rollout.max_restarts", "rollout.max_staleness"):
+    names = ("workers", "max_restarts", "max_staleness", "generate_timeout_seconds")
+    for path in ("ray", *(f"rollout.{name}" for name in names)):
         if value_at(tree, path):
             yield Violation(
                 path, f"is for `rollout.mode: ray`, and the mode is {mode}; leave it out"

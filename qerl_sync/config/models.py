@@ -150,7 +150,8 @@ class SyncConfig(Section):
 
     trainer_address: str = "127.0.0.1"
     """The address, of this machine, under which workers reach the trainer. Set it where they are on
-    other hosts; the trainer listens there, and only there."""
+    other hosts; the trainer listens there, and only there. With `rollout.mode: ray` the default
+    leaves it to Ray: the address of the trainer's node, where the cluster has several."""
 
     pause_mode: Literal["keep", "wait", "abort"] = "keep"
     """What becomes of requests in flight on a server during a sync: `keep`, they wait and go on
@@ -309,7 +310,13 @@ class RolloutConfig(Section):
     """The port of the server that the run starts. Null: a free one."""
 
     start_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
-    """With `mode: server` or `ray`, how long the run waits until the engines answer."""
+    """With `mode: server` or `ray`, how long the run waits until the engines answer. With `ray`
+    also how long it waits for a worker that is restarted, where no other is left."""
+
+    generate_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    """With `mode: ray`, how long a rollout actor may take for its share of the completions. One
+    that takes longer is taken for lost: the others generate its share, and it gets a full sync when
+    it answers again."""
 
     workers: PositiveInt = 2
     """With `mode: ray`, the number of rollout actors, each with an engine. Completions are divided

@@ -51,15 +51,17 @@ def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose
         PeerLostError: the trainer actor died.
     """
     started = time.perf_counter()
-    # Actors have working directories of their own.
-    config = config.model_copy(update={"output_dir": str(Path(config.output_dir).resolve())})
+    config = with_absolute_paths(config)
     with _cluster(config, display, verbose), _placed(config, display) as strategy:
         ray = require_ray()
-        board = ray.remote(num_cpus=0)(Board).options(name="display").remote()
         options = {"num_cpus": 1, **config.ray.trainer, "scheduling_strategy": strategy}
-        trainer = ray.remote(**options)(TrainingActor).options(name="trainer").remote()
-        replay = Replay(display, board)
+        actors: list[Any] = []
+        replay: Replay | None = None
         try:
+            actors.append(board := start_board(ray))
+            trainer = ray.remote(**options)(TrainingActor).options(name="trainer").remote()
+            actors.append(trainer)
+            replay = Replay(display, board)
             running = trainer.run.remote(
                 config,
                 board,
@@ -73,9 +75,40 @@ def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose
             replay.show()
             return _outcome(ray, running)
         finally:
-            replay.close()
-            for actor in (trainer, board):
+            if replay is not None:
+                replay.close()
+            for actor in reversed(actors):
                 ray.kill(actor)
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Actors have working directories of their own: what is relative is so to this process's.
+    A model or data set that is not there is the name of one on the hub, or somewhere else."""
+
+    def found(section: Any) -> Any:
+        path = section.path and Path(section.path)
+        return (
+            section.model_copy(update={"path": str(path.resolve())})
+            if path and path.exists()
+            else section
+        )
+
+    return config.model_copy(
+        update={
+            "output_dir": str(Path(config.output_dir).resolve()),
+            "model": found(config.model),
+            "data": found(config.data),
+        }
+    )
+
+
+def start_board(ray: Any) -> Any:
+    """On this process's node, which the run cannot do without anyway; another one may be lost."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    remote = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1)
+    return remote(Board).options(name="display").remote()
 
 
 def pool_arguments(config: TrainConfig) -> dict[str, Any]:
@@ -86,6 +119,7 @@ def pool_arguments(config: TrainConfig) -> dict[str, Any]:
     return {
         "max_restarts": config.rollout.max_restarts,
         "start_seconds": config.rollout.start_timeout_seconds,
+        "generate_seconds": config.rollout.generate_timeout_seconds,
         "options": config.ray.rollout,
         "environment": environment,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -12,7 +13,12 @@ from rich.console import Console
 
 from qerl_sync.training.display import Display, Phase, Steps
 
+logger = logging.getLogger(__name__)
+
 Event = tuple[Any, ...]
+
+# How long an event may take to the board and back. A run goes on without what is not shown.
+BOARD_SECONDS = 10.0
 
 
 class Board:
@@ -37,11 +43,13 @@ class Board:
 
 
 class RelayDisplay(Display):
-    """In the actor: tells the board what a `Display` would show."""
+    """In the actor: tells the board what a `Display` would show. Nothing depends on it: events that
+    do not get there in time are lost, and all are once the board is dead for good."""
 
     def __init__(self, board: Any) -> None:
         super().__init__(_RelayConsole(self._tell))
         self._board = board
+        self._stop = False
 
     @contextmanager
     def phase(self, doing: str, done: str) -> Iterator[Phase]:
@@ -56,9 +64,26 @@ class RelayDisplay(Display):
         self._tell("end")
 
     def _tell(self, *event: Any) -> bool:
-        import ray
+        """Returns whether to stop, as far as is known."""
+        if self._board is not None:
+            answer, dead = _asked(self._board.tell, event)
+            self._stop = bool(self._stop if answer is None else answer)
+            self._board = None if dead else self._board
+        return self._stop
 
-        return bool(ray.get(self._board.tell.remote(event)))
+
+def _asked(method: Any, *arguments: Any) -> tuple[Any, bool]:
+    """What a method of the board returns, None if it does not; and whether it is dead for good."""
+    import ray
+
+    try:
+        return ray.get(method.remote(*arguments), timeout=BOARD_SECONDS), False
+    except ray.exceptions.RayError as exc:
+        logger.warning(
+            "the display's actor did not answer within %g s (%s); the run goes on",
+            *(BOARD_SECONDS, type(exc).__name__),
+        )
+        return None, isinstance(exc, ray.exceptions.ActorDiedError)
 
 
 class _RelayConsole(Console):
@@ -107,11 +132,17 @@ class Replay:
         self._stopping = False
 
     def show(self) -> None:
-        """What has happened since the last time."""
-        import ray
-
-        for kind, *arguments in ray.get(self._board.take.remote()):
+        """What has happened since the last time, unless the board is gone."""
+        if self._board is None:
+            return
+        events, dead = _asked(self._board.take)
+        for kind, *arguments in events or ():
             self._show(kind, arguments)
+        if dead:
+            self._board = None
+            self._display.console.print(
+                "[yellow]the display's actor has died: the run goes on without being shown[/]"
+            )
 
     def close(self) -> None:
         """Take a bar or spinner away that has not ended."""
@@ -135,10 +166,12 @@ class Replay:
             raise KeyboardInterrupt
         self._stopping = True
         self._display.console.print("[yellow]stopping after this step[/] (Ctrl-C again: at once)")
-        self._board.stop.remote()
+        if self._board is not None:
+            self._board.stop.remote()
 
     def _show(self, kind: str, arguments: list[Any]) -> None:
         if kind in ("phase", "steps"):
+            self.close()  # where its end was lost on the way
             self._open = getattr(self._display, kind)(*arguments)
             self._shown = self._open.__enter__()
         elif kind == "end" and self._open is not None:

@@ -7,6 +7,7 @@ their own, so that they are answered while the engine generates or loads.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,8 +52,8 @@ class RolloutActor:
         self._serves = serve_initial_weights
         self._paused = False
         os.environ.update(environment or {})
-        several = int(engine.get("tensor_parallel_size", 1)) > 1
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "1" if several else "0")
+        several = "1" if world_size(engine) > 1 else "0"
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", several)
         self.llm = self._start(engine)
         self._client = self._control(self.llm)
 
@@ -63,7 +64,7 @@ class RolloutActor:
     def _start(self, engine: Mapping[str, Any]) -> Any:
         from vllm import LLM
 
-        return LLM(**{"weight_transfer_config": {"backend": "qerl"}, **engine})
+        return LLM(**with_defaults(engine))
 
     def _control(self, llm: Any) -> Any:
         from qerl_sync.clients.llm import LLMClient
@@ -86,7 +87,8 @@ class RolloutActor:
             required_version: the oldest weights that will do.
 
         Raises:
-            PoisonedError: the weights are not to be used: no sync yet, or one that failed.
+            PoisonedError: the weights are not to be used: no sync yet, one that is under way, or
+                one that failed.
             AgreementError: they are older than required.
         """
         self._require(required_version)
@@ -98,7 +100,8 @@ class RolloutActor:
         try:
             outputs = self.llm.generate(given, sampling, use_tqdm=False)
         except BaseException:
-            self._client.pause("abort")  # an engine in this process keeps what it could not run
+            if self._client.in_process:  # it keeps what it could not run; another one would pause
+                self._client.pause("abort")
             raise
         return [self._rollout(o.prompt_token_ids, one) for o in outputs for one in o.outputs]
 
@@ -115,8 +118,13 @@ class RolloutActor:
         )
 
     def _require(self, version: int) -> None:
-        if self._paused and not self._client.in_process:
-            raise PoisonedError(f"{self.name} is in a sync, or one has failed; sync it in full")
+        if (
+            self._paused
+        ):  # also between two calls of a sync, when weights, caches and version differ
+            raise PoisonedError(
+                f"{self.name} does not generate: a sync is under way, or one has failed. Ask again "
+                "when it is over, or sync in full"
+            )
         if not self.version and not self._serves:
             raise PoisonedError(
                 f"{self.name} has not been synced since it started, and its weights are those that "
@@ -162,11 +170,15 @@ class RolloutActor:
     # ---- answered at any time (concurrency group CONTROL)
 
     def status(self) -> dict[str, Any]:
-        """Who this is, and the version of its weights. Answers once the engine has started."""
+        """Who this is, what it runs, and the version of its weights. Answers once the engine has
+        started."""
         import ray
+
+        from qerl_sync import __version__
 
         context = ray.get_runtime_context()
         return {
+            "qerl-sync": __version__,
             "name": self.name,
             "version": self.version,
             "pid": os.getpid(),
@@ -177,6 +189,21 @@ class RolloutActor:
         """A chunk out of Ray's object store, for the worker in this process; False: there is none
         that waits for it."""
         return deliveries.put(key, index, chunk)
+
+
+def world_size(engine: Mapping[str, Any]) -> int:
+    """How many ranks an engine with these arguments has."""
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    return math.prod(int(engine.get(size) or 1) for size in sizes)
+
+
+def with_defaults(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """vLLM's engine arguments, and what an engine in an actor needs unless they say otherwise."""
+    needed: dict[str, Any] = {"weight_transfer_config": {"backend": "qerl"}}
+    if world_size(engine) > 1:
+        # vLLM would find that it is in a placement group, and take actors of its own for its ranks.
+        needed["distributed_executor_backend"] = "mp"
+    return {**needed, **engine}
 
 
 def _payload(request: Any, name: str) -> dict[str, Any]:

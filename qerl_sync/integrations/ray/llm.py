@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+from qerl_sync.errors import TransportError
 from qerl_sync.integrations.ray.pool import Batch, WorkerPool
 from qerl_sync.integrations.ray.rollouts import Rollout
 
+logger = logging.getLogger(__name__)
+
 Key = tuple[tuple[int, ...], ...]
+
+# How often one call of `generate` lives through the loss of all workers.
+RECOVERIES = 3
 
 
 class PooledLLM:
@@ -23,6 +31,8 @@ class PooledLLM:
             them has been handed out.
 
     Attributes:
+        recover: called when no worker is left that may generate: to wait for one and sync it.
+            None: that is an error.
         last: what `generate` returned last, with versions and workers.
     """
 
@@ -31,6 +41,7 @@ class PooledLLM:
     ) -> None:
         self.pool = pool
         self.max_staleness = max_staleness
+        self.recover: Callable[[], None] | None = None
         self.last: list[Rollout] = []
         self._coming: deque[list[list[int]]] = deque()
         self._begun: dict[Key, Batch] = {}
@@ -46,51 +57,75 @@ class PooledLLM:
     ) -> list[Any]:
         """As `vllm.LLM.generate`, of the outputs what TRL reads."""
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
-        key, newest = _key(ids), self.pool.newest_version
-        batch = self._begun.pop(key, None) or self.pool.submit(ids, sampling_params)
-        self.last = batch.result(newest - self.max_staleness)
+        key = _key(ids)
+        self.last = self._generated(ids, sampling_params, key, RECOVERIES)
         self._begin_next(sampling_params, key)
         return [_as_output(rollout) for rollout in self.last]
 
+    def _generated(
+        self, ids: list[list[int]], sampling: Any, key: Key, recoveries: int
+    ) -> list[Rollout]:
+        try:
+            batch = self._begun.pop(key, None) or self.pool.submit(ids, sampling)
+            return batch.result(self.pool.newest_version - self.max_staleness)
+        except TransportError as exc:
+            if self.recover is None or not recoveries:
+                raise
+            logger.warning("waiting for a worker, to sync it and go on: %s", exc)
+        self.recover()
+        return self._generated(ids, sampling, key, recoveries - 1)
+
     def _begin_next(self, sampling: Any, done: Key) -> None:
         """Generate ahead with the weights as they are now."""
-        if self._coming and _key(self._coming[0]) == done:
-            self._coming.popleft()
+        self._forget_up_to(done)
         for prompts in list(self._coming)[: self.max_staleness]:
             key = _key(prompts)
             if key not in self._begun:
-                self._begun[key] = self.pool.submit(prompts, sampling)
+                with suppress(TransportError):  # nobody can just now: they are generated later
+                    self._begun[key] = self.pool.submit(prompts, sampling)
+
+    def _forget_up_to(self, done: Key) -> None:
+        """Batches come in order: those before one that is done were skipped."""
+        if done not in [_key(prompts) for prompts in self._coming]:
+            return
+        while (skipped := _key(self._coming.popleft())) != done:
+            self._begun.pop(skipped, None)
 
 
-class Announcing:
-    """A data loader that tells of the batches to come, `ahead` of them, before it yields one.
+class Announcer:
+    """Looks ahead in the batches of an epoch, and tells of those to come.
+
+    It reads the iterator that the trainer reads from, whatever loader that belongs to: when a run
+    is resumed, it is another loader than `get_train_dataloader` has made.
 
     Args:
         expect: called once with each batch out of which completions will be generated.
+        ahead: of so many batches besides the one that is trained on.
         every: so many batches in a row share their completions.
     """
 
-    def __init__(self, loader: Any, expect: Any, *, ahead: int, every: int) -> None:
-        self._loader = loader
+    def __init__(self, expect: Callable[[Any], None], *, ahead: int, every: int) -> None:
         self._expect = expect
         self._ahead = ahead * every
         self._every = every
+        self._given: Any = None
+        self._announced: Iterator[Any] = iter(())
 
-    def __iter__(self) -> Any:
+    def of(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches. Called again with the same iterator it goes on where it was."""
+        if batches is not self._given:
+            self._given, self._announced = batches, self._looking_ahead(batches)
+        return self._announced
+
+    def _looking_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
         waiting: deque[Any] = deque()
-        for index, batch in enumerate(self._loader):
+        for index, batch in enumerate(batches):
             if index % self._every == 0:
                 self._expect(batch)
             waiting.append(batch)
             if len(waiting) > self._ahead:
                 yield waiting.popleft()
         yield from waiting
-
-    def __len__(self) -> int:
-        return len(self._loader)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
 
 
 def _key(prompts: Sequence[Sequence[int]]) -> Key:

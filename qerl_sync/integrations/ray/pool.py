@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from typing_extensions import Self
 
 from qerl_sync.clients.base import EngineClient
-from qerl_sync.clients.ray_actor import RayActorClient
+from qerl_sync.clients.ray_actor import RayActorClient, how_it_was_lost, is_gone
 from qerl_sync.config import SyncConfig
-from qerl_sync.errors import ConfigError, PeerLostError, TransportError, TransportTimeout
+from qerl_sync.errors import (
+    AgreementError,
+    ConfigError,
+    PeerLostError,
+    PoisonedError,
+    TransportError,
+    TransportTimeout,
+)
 from qerl_sync.integrations.ray.actors import CONTROL, CONTROL_THREADS, Prompts, RolloutActor
 from qerl_sync.integrations.ray.cluster import require_ray, require_room
 from qerl_sync.integrations.ray.rollouts import Rollout
@@ -20,24 +28,34 @@ from qerl_sync.transports.remote.pool import PoolTransport
 
 logger = logging.getLogger(__name__)
 
+LOOPBACK = "127.0.0.1"
+POLL_SECONDS = 0.2
+# How long workers whose failure may pass are asked again, where nobody else can generate: those
+# that somebody else syncs refuse between two calls of the sync.
+PASSING_SECONDS = 10.0
+
 
 class WorkerPool:
-    """Several `RolloutActor`s, or actors of one's own with vLLM's four methods.
+    """Several `RolloutActor`s, or actors of one's own with vLLM's four methods; of those the ones
+    with `generate(prompts, sampling, required_version)` generate too.
 
     A pool may be sent to other actors: what arrives there is a pool of the same actors, with
     connections of its own. One trainer at a time syncs them.
 
     Args:
         workers: the actors' handles by name.
+        generate_seconds: how long a worker may take for its share of the prompts. One that takes
+            longer is taken for lost.
     """
 
-    def __init__(self, workers: Mapping[str, Any]) -> None:
+    def __init__(self, workers: Mapping[str, Any], *, generate_seconds: float = 1800.0) -> None:
         self._workers = {name: Worker(name, handle) for name, handle in workers.items()}
         self._transport: PoolTransport | None = None
         self._timeout_seconds = 300.0
+        self.generate_seconds = generate_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return WorkerPool, (self.handles,)
+        return _pool, (self.handles, self.generate_seconds)
 
     @classmethod
     def start(
@@ -49,6 +67,7 @@ class WorkerPool:
         names: str = "rollout-{}",
         max_restarts: int = -1,
         start_seconds: float = 600.0,
+        generate_seconds: float = 1800.0,
         options: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> WorkerPool:
@@ -60,12 +79,15 @@ class WorkerPool:
             actor: the class to start, RolloutActor or one that inherits it.
             names: of the actors; `{}` is a number.
             max_restarts: how often Ray restarts an actor that died; -1: always.
+            start_seconds: how long they may take to be up.
+            generate_seconds: see above.
             options: of the actors, as Ray has them: `num_cpus` (1 unless given), `num_gpus`,
                 `resources`, `scheduling_strategy`, `runtime_env`.
             arguments: of `RolloutActor`.
 
         Raises:
             ConfigError: the cluster has too little for them, or an engine does not start.
+            AgreementError: one runs another qerl-sync.
         """
         options = {"num_cpus": 1, **(options or {})}
         require_room([resources_of(options)] * count, f"{count} rollout actors")
@@ -80,7 +102,7 @@ class WorkerPool:
             )
             for i in range(count)
         }
-        pool = cls(handles)
+        pool = cls(handles, generate_seconds=generate_seconds)
         try:
             pool.wait(start_seconds)
         except BaseException:
@@ -123,6 +145,7 @@ class WorkerPool:
 
         Raises:
             ConfigError: an engine does not start; with its error.
+            AgreementError: one runs another qerl-sync than this process.
             TransportTimeout: one takes longer; names it.
         """
         deadline = time.monotonic() + timeout_seconds
@@ -131,13 +154,38 @@ class WorkerPool:
             for name, worker in self._workers.items()
         }
 
+    def await_some(self, timeout_seconds: float = 600.0) -> None:
+        """Until one worker at least can be synced. At once where one took the last sync.
+
+        Raises:
+            PeerLostError: all are dead for good.
+            TransportTimeout: none is up in time.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while not any(self.versions.values()):
+            if [worker for worker in self._workers.values() if worker.answers()]:
+                return
+            if all(worker.gone for worker in self._workers.values()):
+                raise PeerLostError(
+                    f"all workers ({', '.join(self._workers)}) died, and Ray does not start them "
+                    "again; raise max_restarts, or look at their logs"
+                )
+            if time.monotonic() > deadline:
+                raise TransportTimeout(
+                    f"none of the workers {', '.join(self._workers)} was up within "
+                    f"{timeout_seconds:.0f} s; they wait for resources (`ray status`), or their "
+                    "engines take longer to start"
+                )
+            time.sleep(POLL_SECONDS)
+
     # ---- weights
 
     def transport(self, config: SyncConfig, address: str | None = None) -> PoolTransport:
         """The way to all of them, for a `SyncSession`.
 
         Args:
-            address: where workers reach this process; None: loopback in a cluster of one node,
+            address: where workers reach this process; None: `sync.trainer_address`, and where that
+                is loopback, as it is by default, loopback for as long as the cluster has one node,
                 else this node's address.
         """
         if self._transport is not None:
@@ -147,7 +195,7 @@ class WorkerPool:
             transport=config.transport,
             chunks_in_flight=config.chunks_in_flight,
             timeout_seconds=config.timeout_seconds,
-            address=address or self._own_address(),
+            address=lambda: address or self._own_address(config.trainer_address),
             pause_mode=config.pause_mode,
             recompute_running=config.recompute_running,
         )
@@ -158,10 +206,13 @@ class WorkerPool:
     def _join(self, transport: PoolTransport, worker: Worker) -> None:
         transport.add(worker.name, worker.client(self._timeout_seconds), worker.is_up)
 
-    def _own_address(self) -> str:
+    def _own_address(self, configured: str) -> str:
+        """Asked for again whenever a worker connects: a cluster grows."""
+        if configured != LOOPBACK:
+            return configured
         ray = require_ray()
         nodes = [node for node in ray.nodes() if node["Alive"]]
-        return "127.0.0.1" if len(nodes) == 1 else str(ray.util.get_node_ip_address())
+        return LOOPBACK if len(nodes) == 1 else str(ray.util.get_node_ip_address())
 
     # ---- generation
 
@@ -170,7 +221,7 @@ class WorkerPool:
     ) -> list[Rollout]:
         """Completions of all prompts, in order, by all workers that are on the newest weights.
 
-        What a worker that dies was to do is done by the others.
+        What a worker does not do that dies, does not answer or refuses, is done by the others.
 
         Args:
             sampling: vLLM's `SamplingParams`, or their fields as a mapping.
@@ -194,40 +245,83 @@ class WorkerPool:
 
     @property
     def newest_version(self) -> int:
-        """Of the last sync from here; 0 before the first."""
-        return max(self.versions.values(), default=0)
+        """Of the last sync from here, whoever has been lost since; 0 before the first."""
+        return self._transport.newest_version if self._transport is not None else 0
 
     def ask(
-        self, todo: Sequence[int], prompts: Sequence[Any], sampling: Any, required_version: int
-    ) -> dict[str, tuple[Sequence[int], Any]]:
-        """Divide the prompts with these indices; for each worker its share, and Ray's answer."""
-        return {
-            name: (
-                share,
+        self,
+        todo: Sequence[int],
+        prompts: Sequence[Any],
+        sampling: Any,
+        required_version: int,
+        without: Collection[str] = (),
+    ) -> list[Share]:
+        """Divide the prompts with these indices between the workers that may, and have them begin.
+
+        Raises:
+            TransportError: nobody may.
+        """
+        versions = self.versions
+        return [
+            Share(
+                name,
+                versions[name],
+                indices,
                 self._workers[name].generate(
-                    [prompts[i] for i in share], sampling, required_version
+                    [prompts[i] for i in indices], sampling, required_version
                 ),
             )
-            for name, share in self._divide(todo, required_version).items()
-        }
+            for name, indices in self._divide(todo, required_version, without).items()
+        ]
 
-    def answer(self, name: str, answer: Any) -> list[Rollout] | None:
-        """What a worker generated; None if it died."""
+    def answer(self, share: Share, timeout_seconds: float) -> list[Rollout] | Failure:
+        """What a worker generated, or why it did not and others should.
+
+        Raises:
+            Exception: what the worker raises about prompts or sampling; others would, too.
+        """
         ray = require_ray()
+        failed = ray.exceptions
         try:
-            found: list[Rollout] = ray.get(answer)
-        except ray.exceptions.RayActorError as exc:
-            logger.warning("%s died while it generated: %s", name, exc)
-            if self._transport is None:
-                raise PeerLostError(f"{name} died while it generated") from exc
-            self._transport.forget(name, "it died while it generated")
-            return None
-        return found
+            found: list[Rollout] = ray.get(share.answer, timeout=max(timeout_seconds, 0.0))
+            return found
+        except failed.GetTimeoutError:
+            return self._lost(
+                share,
+                f"{share.name} did not answer within {self.generate_seconds:g} s, when it was "
+                f"asked to generate for {len(share.indices)} prompts",
+            )
+        except failed.RayTaskError as exc:
+            if isinstance(exc.cause, PoisonedError | AgreementError):
+                return self._lost(share, str(exc.cause), refused=True)
+            if type(exc.cause).__name__ == "EngineDeadError":
+                return self._lost(share, f"the engine of {share.name} died while it generated")
+            raise
+        except failed.RayActorError as exc:
+            return self._lost(share, f"{share.name} {how_it_was_lost(exc)}")
+        except failed.RayError as exc:  # its answer is lost, and it may be as it was
+            reason = f"what {share.name} generated was lost: {type(exc).__name__}: {exc}"
+            logger.warning("%s", reason)
+            return Failure(reason, passing=True)
 
-    def _divide(self, todo: Sequence[int], required_version: int) -> dict[str, Sequence[int]]:
+    def _lost(self, share: Share, reason: str, *, refused: bool = False) -> Failure:
+        """The worker needs a full sync, unless it has had one since it was asked."""
+        logger.warning("others generate what %s was to: %s", share.name, reason)
+        if self._transport is not None and self.versions.get(share.name) == share.version:
+            self._transport.forget(share.name, reason)
+        # Of those that we sync nobody else does: asking again changes nothing.
+        return Failure(reason, passing=refused and self._transport is None)
+
+    def _divide(
+        self, todo: Sequence[int], required_version: int, without: Collection[str]
+    ) -> dict[str, Sequence[int]]:
         """Neighbours to the same worker: they may share a prefix."""
         versions = self.versions
-        able = [name for name in versions if versions[name] >= required_version]
+        able = [
+            name
+            for name, worker in self._workers.items()
+            if versions[name] >= required_version and name not in without and worker.generates
+        ]
         if not able:
             raise TransportError(
                 f"no worker of the pool has weight version {required_version} (they have "
@@ -260,6 +354,30 @@ class WorkerPool:
         self.close()
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one worker generates of a batch.
+
+    Attributes:
+        version: of its weights, as the pool knew it when it was asked.
+        indices: of the prompts.
+        answer: Ray's reference.
+    """
+
+    name: str
+    version: int
+    indices: Sequence[int]
+    answer: Any
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a worker did not generate its share. `passing`: asked in a moment, it may."""
+
+    reason: str
+    passing: bool = False
+
+
 class Batch:
     """Completions that are being generated. See `WorkerPool.submit`.
 
@@ -275,7 +393,10 @@ class Batch:
         self._sampling = sampling
         self.required_version = required_version
         self._done: dict[int, list[Rollout]] = {}
-        self._asked = pool.ask(range(len(prompts)), prompts, sampling, required_version)
+        self._failed: dict[str, tuple[int, Failure]] = {}
+        self._shares: list[Share] = []
+        self._patient_until = 0.0
+        self._ask(required_version)
 
     def result(self, oldest_version: int = 0) -> list[Rollout]:
         """Wait for all of them.
@@ -284,60 +405,110 @@ class Batch:
             oldest_version: those of older weights are generated anew, with the newest.
 
         Raises:
-            TransportError: no worker is left that may generate.
+            TransportError: no worker is left that may generate. It may be called again, when
+                workers have been synced.
         """
         while True:
-            for name, (share, answer) in self._asked.items():
-                self._take(share, self._pool.answer(name, answer), oldest_version)
-            todo = [index for index in range(len(self._prompts)) if index not in self._done]
-            if not todo:
+            deadline = time.monotonic() + self._pool.generate_seconds
+            while self._shares:
+                share = self._shares.pop(0)
+                found = self._pool.answer(share, deadline - time.monotonic())
+                self._take(share, found, oldest_version)
+            if len(self._done) == len(self._prompts):
                 return [one for index in range(len(self._prompts)) for one in self._done[index]]
-            required = max(self.required_version, self._pool.newest_version)
-            self._asked = self._pool.ask(todo, self._prompts, self._sampling, required)
+            self._ask(max(self.required_version, self._pool.newest_version))
 
-    def _take(
-        self, share: Sequence[int], rollouts: list[Rollout] | None, oldest_version: int
-    ) -> None:
-        if not rollouts or rollouts[0].version < oldest_version:
+    def _ask(self, required_version: int) -> None:
+        """Have what is not done generated by workers that have not failed at it, or have been
+        synced since. Where there are no others, those whose failure may pass are asked again."""
+        todo = [index for index in range(len(self._prompts)) if index not in self._done]
+        while todo and not self._shares:
+            without = self._without()
+            try:
+                self._shares = self._pool.ask(
+                    todo, self._prompts, self._sampling, required_version, without
+                )
+            except TransportError as exc:
+                passing = [name for name, (_, failure) in self._failed.items() if failure.passing]
+                if not passing or time.monotonic() > self._patient_until:
+                    raise self._nobody(exc) from exc
+                time.sleep(POLL_SECONDS)
+                for name in passing:
+                    del self._failed[name]
+
+    def _without(self) -> set[str]:
+        versions = self._pool.versions
+        return {name for name, (v, _) in self._failed.items() if versions.get(name, 0) <= v}
+
+    def _nobody(self, exc: TransportError) -> TransportError:
+        """The same, and what became of those that were asked; they may be asked again after it."""
+        reasons = "; ".join(
+            f"{name}: {failure.reason}" for name, (_, failure) in self._failed.items()
+        )
+        self._failed, self._patient_until = {}, 0.0
+        return TransportError(
+            f"{exc}. Of those that were asked, {reasons}" if reasons else str(exc)
+        )
+
+    def _take(self, share: Share, found: list[Rollout] | Failure, oldest_version: int) -> None:
+        if isinstance(found, Failure):
+            self._failed[share.name] = (share.version, found)
+            self._patient_until = self._patient_until or time.monotonic() + PASSING_SECONDS
             return
-        each = len(rollouts) // len(share)
-        for k, index in enumerate(share):
-            self._done[index] = rollouts[k * each : (k + 1) * each]
+        self._patient_until = 0.0
+        if not found or found[0].version < oldest_version:
+            return
+        each = len(found) // len(share.indices)
+        for k, index in enumerate(share.indices):
+            self._done[index] = found[k * each : (k + 1) * each]
 
 
 class Worker:
-    """An actor of the pool."""
+    """An actor of the pool.
+
+    Attributes:
+        gone: it is dead for good, as far as Ray has told.
+        generates: it can be asked for completions.
+    """
 
     def __init__(self, name: str, handle: Any) -> None:
         self.name = name
         self.handle = handle
-        self.own = hasattr(handle, "reset_caches")
+        self.gone = False
+        self.generates = hasattr(handle, "generate")
         self._asked: Any = None
+        self._was_up = False
 
     def client(self, timeout_seconds: float) -> EngineClient:
-        if self.own:
-            return RayActorClient(self.handle, self.name, timeout_seconds)
-        from vllm.distributed.weight_transfer.clients import RayVLLMWeightSyncClient
-
-        client: EngineClient = RayVLLMWeightSyncClient(self.handle)
-        return client
+        return RayActorClient(self.handle, self.name, timeout_seconds)
 
     def generate(self, prompts: Any, sampling: Any, required_version: int) -> Any:
         return self.handle.generate.remote(prompts, sampling, required_version)
 
     def is_up(self) -> bool:
-        """Asked without waiting: a restarting actor answers when it is there again."""
+        """Whether it can be asked to connect, now. Does not wait: a question that is open is left
+        open, and looked at the next time."""
+        if not self.answers():
+            return False
+        self._asked = None
+        self._was_up = True
+        return True
+
+    def answers(self) -> bool:
+        """As `is_up`, which will then say the same."""
         ray = require_ray()
-        if not hasattr(self.handle, "status"):
-            return True
+        if not self._was_up and not hasattr(self.handle, "status"):
+            return True  # the first sync waits for it, and names it if it is none of ours
         self._asked = self._asked or self._ask()
         if not ray.wait([self._asked], timeout=0.05)[0]:
             return False
-        answer, self._asked = self._asked, None
         try:
-            ray.get(answer)
-        except ray.exceptions.RayActorError:
+            ray.get(self._asked)
+        except ray.exceptions.RayActorError as exc:
+            self._asked = None
+            self.gone = is_gone(exc)
             return False
+        self.gone = False
         return True
 
     def await_status(self, timeout_seconds: float, given: float) -> dict[str, Any]:
@@ -345,7 +516,7 @@ class Worker:
         if not hasattr(self.handle, "status"):
             return {}
         try:
-            status: dict[str, Any] = ray.get(self._ask(), timeout=timeout_seconds)
+            status: dict[str, Any] = ray.get(self._status(), timeout=timeout_seconds)
         except ray.exceptions.GetTimeoutError as exc:
             raise TransportTimeout(
                 f"{self.name} was not up within {given:.0f} s; it waits for resources (`ray "
@@ -356,10 +527,31 @@ class Worker:
             return self.await_status(max(timeout_seconds - 0.2, 0.0), given)
         except ray.exceptions.RayActorError as exc:
             raise ConfigError(f"the engine of {self.name} does not start: {exc}") from exc
+        self._require_same_version(status)
         return status
 
+    def _require_same_version(self, status: Mapping[str, Any]) -> None:
+        from qerl_sync import __version__
+
+        theirs = status.get("qerl-sync", __version__)
+        if theirs != __version__:
+            raise AgreementError(
+                f"{self.name} runs qerl-sync {theirs} on node {status.get('node')}, and this "
+                f"process {__version__}; install the same version on every node"
+            )
+
     def _ask(self) -> Any:
+        """A first time whether its engine has started. Later it is one that was lost, perhaps for
+        not answering: then its engine's own thread must have an answer, behind whatever it does."""
+        return self.handle.__ray_ready__.remote() if self._was_up else self._status()
+
+    def _status(self) -> Any:
         return self.handle.status.options(concurrency_group=CONTROL).remote()
+
+
+def _pool(workers: Mapping[str, Any], generate_seconds: float) -> WorkerPool:
+    """For pickle, which passes no keyword arguments."""
+    return WorkerPool(workers, generate_seconds=generate_seconds)
 
 
 def start_actor(
@@ -372,15 +564,20 @@ def start_actor(
 ) -> Any:
     """One rollout actor, not yet up. See `WorkerPool.start`."""
     ray = require_ray()
-    remote = ray.remote(
-        concurrency_groups={CONTROL: CONTROL_THREADS}, max_restarts=max_restarts, **(options or {})
-    )
+    groups = {CONTROL: CONTROL_THREADS}
+    given = {**(options or {}), "max_restarts": max_restarts, "concurrency_groups": groups}
     try:
-        return remote(actor).options(name=name).remote(engine, name=name, **arguments)
+        return ray.remote(**given)(actor).options(name=name).remote(engine, name=name, **arguments)
     except ValueError as exc:
+        taken = type(exc).__name__ == "ActorAlreadyExistsError"  # newer versions of Ray have it
+        if taken or "already taken" in str(exc):
+            raise ConfigError(
+                f"the name {name!r} is taken in this cluster: {exc}; choose others (names), or end "
+                "the actors of an earlier pool (pool.stop())"
+            ) from exc
         raise ConfigError(
-            f"the name {name!r} is taken in this cluster: {exc}; choose others (names), or end the "
-            "actors of an earlier pool (pool.stop())"
+            f"Ray refuses to start {name!r} with the options {dict(options or {})}: {exc}; change "
+            "them (`options`, in a run ray.rollout)"
         ) from exc
 
 

@@ -53,7 +53,8 @@ class TrainerActor:
 
             weights = HFSource(weights)
         self.workers = workers
-        self.sync_session = SyncSession(weights, workers.transport(config), config, version=version)
+        self._pool_transport = workers.transport(config)
+        self.sync_session = SyncSession(weights, self._pool_transport, config, version=version)
         self._sync_metrics = SyncMetrics()
 
     def sync_weights(self, version: int | None = None) -> SyncReport:
@@ -67,6 +68,7 @@ class TrainerActor:
             generate until a later sync reaches them.
 
         Raises:
+            ConfigError: a worker has that version already, or a later one. Nothing was sent.
             SyncError: no worker took the weights, or they are not fit to be sent.
         """
         session = self.sync_session
@@ -80,6 +82,8 @@ class TrainerActor:
                     "move forwards"
                 )
             session.version = version - 1
+        # Workers may have more than was synced from here: they say so when they connect.
+        self._pool_transport.required_version = version
         report = session.push(step=version or session.version + 1)
         self._sync_metrics.record(report, self.workers.versions)
         return report

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from qerl_sync.config import SyncConfig
-from qerl_sync.errors import ConfigError
-from qerl_sync.integrations.ray.llm import Announcing, PooledLLM
+from qerl_sync.errors import ConfigError, TransportError
+from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
 from qerl_sync.integrations.ray.metrics import SyncMetrics
 from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.integrations.trl import WeightSyncCallback
@@ -16,8 +18,13 @@ from qerl_sync.integrations.trl_seams import _replaced
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource
 
+logger = logging.getLogger(__name__)
+
 # What TRL asks of an engine that shares its process, and means nothing to one in an actor.
 IN_PROCESS_ONLY = ("distributed_executor_backend",)
+# How often one sync is tried when it loses all workers, and how long to wait in between.
+TRIES = 5
+PAUSE_SECONDS = 2.0
 
 
 class PoolSyncCallback(WeightSyncCallback):
@@ -62,13 +69,13 @@ class PoolSyncCallback(WeightSyncCallback):
         from trl.generation import vllm_generation
 
         def start(**given: Any) -> PooledLLM:
-            return self._start({**given, **arguments})
+            trls = {name: v for name, v in given.items() if name not in IN_PROCESS_ONLY}
+            return self._start({**trls, **arguments})
 
         with _replaced(vllm_generation, "LLM", lambda llm: start):
             yield
 
     def _start(self, engine: dict[str, Any]) -> PooledLLM:
-        engine = {name: v for name, v in engine.items() if name not in IN_PROCESS_ONLY}
         pool = WorkerPool.start(self._count, engine, **self._pool_arguments)
         self.llm = PooledLLM(
             pool, max_model_len=engine.get("max_model_len"), max_staleness=self._max_staleness
@@ -90,6 +97,7 @@ class PoolSyncCallback(WeightSyncCallback):
             )
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.session = SyncSession(HFSource(model), llm.pool.transport(self.config), self.config)
+        llm.recover = self._sync
         self._trainer = trainer
         self._ray_metrics = SyncMetrics()
         trainer.vllm_generation.sync_weights = self._sync
@@ -106,11 +114,23 @@ class PoolSyncCallback(WeightSyncCallback):
             self.llm = None
 
     def _sync(self) -> None:
-        super()._sync()
         assert self.llm is not None
+        self._sync_some(self.llm.pool, TRIES)
         report = self.reports[-1]
         self._log("sync/workers", len(report.workers))
         self._ray_metrics.record(report, self.llm.pool.versions)
+
+    def _sync_some(self, pool: WorkerPool, tries: int) -> None:
+        """A sync, also where all workers are down: those that Ray restarts are waited for."""
+        pool.await_some(self._pool_arguments.get("start_seconds", 600.0))
+        try:
+            return super()._sync()
+        except TransportError as exc:
+            if not self.reports or tries < 2:  # before the first sync it is how they were started
+                raise
+            logger.warning("the sync has lost all workers, and is done again: %s", exc)
+        time.sleep(PAUSE_SECONDS)
+        return self._sync_some(pool, tries - 1)
 
     def _noting(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """The same, and how stale its completions are goes to TRL's log."""
@@ -132,7 +152,7 @@ class PoolSyncCallback(WeightSyncCallback):
 
     def _generate_ahead(self, trainer: Any) -> None:
         """Have the pool know the prompts of batches before TRL asks for them."""
-        make = trainer.get_train_dataloader
+        take = trainer.get_batch_samples
         every = trainer.args.steps_per_generation * trainer.num_iterations
 
         def expect(batch: list[dict[str, Any]]) -> None:
@@ -140,6 +160,5 @@ class PoolSyncCallback(WeightSyncCallback):
             ids, *_ = trainer._tokenize_prompts([row["prompt"] for row in batch])
             self.llm.expect(ids)
 
-        trainer.get_train_dataloader = lambda: Announcing(
-            make(), expect, ahead=self._max_staleness, every=every
-        )
+        announcer = Announcer(expect, ahead=self._max_staleness, every=every)
+        trainer.get_batch_samples = lambda batches, *args: take(announcer.of(batches), *args)

@@ -121,10 +121,7 @@ class Peer:
         if self._link is not None:
             sending = self._link.send(*(piece.bytes for piece in pieces))
         elif self._store is not None:
-            if staged.stored is None:  # the first engine's peer puts it there for all
-                (piece,) = pieces
-                staged.stored = self._store.put(piece.bytes)
-            self._store.deliver(self._box, chunk.index, staged.stored)
+            self._store.deliver(self._box, chunk.index, staged.stored_by(self._store.put))
         self._on_the_way.append((chunk.index, sending))
 
     def await_loaded(self, index: int) -> None:
@@ -201,6 +198,9 @@ def choose_transport(
 ) -> None:
     """Open `wanted`, or with "auto" the best that works; the peer remembers which and why.
 
+    Shared memory is tried where the worker says that it runs under the same kernel. It may fail
+    there too (containers with a /dev/shm of their own): what follows is as for another host.
+
     Args:
         client: of the peer's engine; one with `put` and `deliver` has an object store.
 
@@ -224,20 +224,22 @@ def choose_transport(
         peer.open_shm()
         peer.reason = "sync.transport says so"
         return
-    if peer.hello.host != own_host:
-        peer.reason = "the worker is on another host"
-        if has_store:
-            try:
-                peer.open_store(client)
-            except SyncError as exc:
-                peer.reason += f", and the object store does not work: {exc}"
-            else:
-                return
-        peer.open_gloo(address)
-        return
-    try:
-        peer.open_shm()
-        peer.reason = "the worker can open the trainer's shared memory"
-    except SyncError as exc:
-        peer.open_gloo(address)
-        peer.reason = f"shared memory does not work: {exc}"
+    reason = "the worker is on another host"
+    if peer.hello.host == own_host:
+        try:
+            peer.open_shm()
+        except SyncError as exc:
+            reason = f"shared memory does not work: {exc}"
+        else:
+            peer.reason = "the worker can open the trainer's shared memory"
+            return
+    if has_store:
+        try:
+            peer.open_store(client)
+        except SyncError as exc:
+            reason += f", and the object store does not work: {exc}"
+        else:
+            peer.reason = reason
+            return
+    peer.open_gloo(address)
+    peer.reason = reason

@@ -15,7 +15,7 @@ from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import Transport, WorkerReport
-from qerl_sync.transports.remote.agreement import joint_map
+from qerl_sync.transports.remote.agreement import joint_map, require_alike
 from qerl_sync.transports.remote.parallel import in_parallel
 from qerl_sync.transports.remote.staging import Staging
 from qerl_sync.transports.remote.transport import RemoteTransport
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
     import torch
 
     from qerl_sync.clients.base import EngineClient
+    from qerl_sync.wire.messages import Hello
 
 logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
-# A member that fails in one of these ways is left behind; the others go on. Other errors are about
-# the weights themselves, and end the sync for all.
+# Of our errors, a member that fails in one of these ways is left behind; the others go on. The rest
+# is about the weights themselves, and ends the sync for all. What is no error of ours comes from
+# the member's engine or client, and is its own too.
 MEMBERS_OWN = (TransportError, LoadError, AgreementError)
 
 
@@ -47,14 +49,17 @@ class Member:
         is_up: whether it can be asked to connect; called before each sync while it is not ready.
         ready: it is connected, and its layer map is one that plans are made for.
         version: of its weights, as far as we know; 0 after it was lost.
+        address: under which its workers were told to reach us.
         leaving: ends what a failed sync has left open, in a thread.
     """
 
     name: str
+    client: EngineClient
     transport: RemoteTransport
     is_up: Callable[[], bool] = _always
     ready: bool = False
     version: int = 0
+    address: str = ""
     leaving: threading.Thread | None = None
 
     @property
@@ -72,14 +77,25 @@ class PoolTransport(Transport):
     the weights themselves are refused, the sync fails.
 
     Args:
+        address: where workers reach this trainer, asked for again whenever one connects: it may
+            have come from another host since.
         options: of each member's RemoteTransport, `transport`, `timeout_seconds` and so on.
 
     Attributes:
         lost: engines that did not commit the current or last sync, with the reason.
+        newest_version: of the last sync that was committed here; 0 before the first.
+        required_version: what the next sync must commit, or be refused; None: whatever is next.
     """
 
-    def __init__(self, *, chunks_in_flight: int = 2, **options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        chunks_in_flight: int = 2,
+        address: Callable[[], str] = lambda: "127.0.0.1",
+        **options: Any,
+    ) -> None:
         self._chunks_in_flight = chunks_in_flight
+        self._address = address
         self._options = options
         self._members: dict[str, Member] = {}
         self._active: list[Member] = []
@@ -88,7 +104,10 @@ class PoolTransport(Transport):
         self._metas: list[ParamMeta] = []
         self._allow_incomplete: Sequence[str] = ()
         self._maps: set[str] = set()
+        self._hello: Hello | None = None
         self.lost: dict[str, str] = {}
+        self.newest_version = 0
+        self.required_version: int | None = None
 
     # ---- members
 
@@ -101,14 +120,7 @@ class PoolTransport(Transport):
         """Take in an engine; it is part of the next sync. Raises ConfigError if `name` is taken."""
         if name in self._members:
             raise ConfigError(f"the pool has an engine {name!r} already; give each its own name")
-        transport = RemoteTransport(
-            client,
-            chunks_in_flight=self._chunks_in_flight,
-            # While we wait for one that has stopped, the others wait for us.
-            worker_timeout_seconds=3 * self._options.get("timeout_seconds", 300.0),
-            **self._options,
-        )
-        self._members[name] = Member(name, transport, is_up)
+        self._members[name] = self._member(name, client, is_up)
 
     def remove(self, name: str) -> None:
         """Let go of an engine, between two syncs. It keeps its weights."""
@@ -117,9 +129,10 @@ class PoolTransport(Transport):
             member.transport.close()
 
     def forget(self, name: str, reason: str) -> None:
-        """An engine is known to be gone, or back on other weights: it needs a full sync."""
-        member = self._members[name]
-        if member.ready:
+        """An engine is known to be gone, or back on other weights: it needs a full sync. Nothing if
+        it is not, or no longer, in the pool, or needs one anyway."""
+        member = self._members.get(name)
+        if member is not None and member.ready:
             self._lose(member, TransportError(reason))
 
     # ---- the transport's contract
@@ -144,9 +157,13 @@ class PoolTransport(Transport):
         metas = list(metas)
 
         def ask(member: Member) -> LayerMap:
-            return member.transport.layer_map(metas, allow_incomplete=allow_incomplete)
+            layer_map = member.transport.layer_map(metas, allow_incomplete=allow_incomplete)
+            if self._hello is not None:
+                self._require_alike([member])
+            return layer_map
 
         found = self._each(self._those_up(), ask, leave_behind=not first)
+        self._require_alike(found)
         self._metas, self._allow_incomplete = metas, allow_incomplete
         self._maps = {one.digest for one in found.values()}
         for member in found:
@@ -175,6 +192,11 @@ class PoolTransport(Transport):
             raise ConfigError(
                 "a pool commits without the engines that fail, so those cannot go back to the old "
                 "version: choose sync.on_failure: poison"
+            )
+        if self.required_version not in (None, version):
+            raise ConfigError(
+                f"version {self.required_version} is asked for, and a worker has {version - 1} "
+                f"already; versions only move forwards, ask for {version} or more"
             )
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
         self.lost = {m.name: "not up" for m in self._members.values()}
@@ -207,6 +229,7 @@ class PoolTransport(Transport):
         self._require_some(list(reports))
         for member in reports:
             member.version = self._version
+        self.newest_version = self._version
         self._active = []
         return [report for told in reports.values() for report in told]
 
@@ -229,8 +252,33 @@ class PoolTransport(Transport):
 
     # ---- parts
 
+    def _member(self, name: str, client: EngineClient, is_up: Callable[[], bool]) -> Member:
+        address = self._address()
+        transport = RemoteTransport(
+            client,
+            chunks_in_flight=self._chunks_in_flight,
+            # While we wait for one that has stopped, the others wait for us.
+            worker_timeout_seconds=3 * self._options.get("timeout_seconds", 300.0),
+            address=address,
+            **self._options,
+        )
+        return Member(name, client, transport, is_up, address=address)
+
     def _those_up(self) -> list[Member]:
+        for name, member in list(self._members.items()):
+            if not member.ready and member.idle and member.address != self._address():
+                member.transport.close()
+                self._members[name] = self._member(name, member.client, member.is_up)
         return [m for m in self._members.values() if m.ready or (m.idle and m.is_up())]
+
+    def _require_alike(self, members: Iterable[Member]) -> None:
+        """Raises AgreementError if one has another model, dtype, quantisation or layout than those
+        that were taken in before; names both."""
+        for member in members:
+            for peer in member.transport._peers:
+                hello = peer.hello.model_copy(update={"engine": member.name})
+                self._hello = self._hello or hello
+                require_alike([self._hello, hello])
 
     def _take_in(self, member: Member) -> None:
         """Connect, and see that the plan holds for this engine too."""
@@ -240,6 +288,7 @@ class PoolTransport(Transport):
                 f"{member.name} has another layer map than the engines that the plan was made "
                 "with; start it as they were started, or sync it in a session of its own"
             )
+        self._require_alike([member])
         member.ready = True
 
     def _staging_for(self, plan: SyncPlan, members: Iterable[Member]) -> Staging:
@@ -262,7 +311,7 @@ class PoolTransport(Transport):
         for member, outcome in zip(members, outcomes, strict=True):
             if not isinstance(outcome, BaseException):
                 done |= {member: outcome}
-            elif leave_behind and isinstance(outcome, MEMBERS_OWN):
+            elif leave_behind and _is_its_own(outcome):
                 self._lose(member, outcome)
             else:
                 raise outcome
@@ -272,14 +321,15 @@ class PoolTransport(Transport):
         self._active = list(self._each(self._active, work))
         self._require_some(self._active)
 
-    def _lose(self, member: Member, error: SyncError) -> None:
-        logger.warning("%s is left behind: %s", member.name, error)
-        self.lost[member.name] = str(error)
+    def _lose(self, member: Member, error: BaseException) -> None:
+        reason = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
+        logger.warning("%s is left behind: %s", member.name, reason)
+        self.lost[member.name] = reason
         member.ready, member.version = False, 0
         self._active = [other for other in self._active if other is not member]
         # It may take as long as the engine takes to answer; the others do not wait for it.
         member.leaving = threading.Thread(
-            target=_end, args=(member.transport, str(error)), name=f"end {member.name}", daemon=True
+            target=_end, args=(member.transport, reason), name=f"end {member.name}", daemon=True
         )
         member.leaving.start()
 
@@ -288,6 +338,11 @@ class PoolTransport(Transport):
             return
         reasons = "; ".join(f"{name}: {why}" for name, why in self.lost.items())
         raise TransportError(f"no engine of the pool is left ({reasons or 'it has none'})")
+
+
+def _is_its_own(error: BaseException) -> bool:
+    ours = isinstance(error, SyncError)
+    return isinstance(error, MEMBERS_OWN) if ours else isinstance(error, Exception)
 
 
 def _end(transport: RemoteTransport, reason: str) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any
@@ -41,13 +42,22 @@ class StagedChunk:
         places: (segment, offset) of each tensor.
         pieces: its bytes, in order; none if the tensors lie in shared memory as they are.
         checksums: of each tensor, if `Staging.checksums`.
-        stored: what an object store calls it, once somebody has put it there.
     """
 
     places: list[tuple[int, int]]
     pieces: list[Piece]
     checksums: list[int] = field(default_factory=list)
-    stored: Any = None
+    _stored: Any = None
+    _storing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def stored_by(self, put: Callable[[torch.Tensor], Any]) -> Any:
+        """What an object store calls the chunk. The first who asks puts it there; peers of other
+        engines ask at the same time, each in a thread of its own, and wait for that one copy."""
+        with self._storing:
+            if self._stored is None:
+                (piece,) = self.pieces
+                self._stored = put(piece.bytes)
+            return self._stored
 
 
 class Staging:

@@ -1,0 +1,184 @@
+"""Several engines synced as one: what is shared, who is left behind, who is refused.
+
+No vLLM and no Ray: engines that load nothing, behind the real connections, in this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from support.loaders import TensorSource, tensors
+
+from qerl_sync import AgreementError, ConfigError, SyncConfig, SyncSession, TransportError
+from qerl_sync.bench.echo import EchoLoader, hello
+from qerl_sync.transports.remote.pool import PoolTransport
+from qerl_sync.worker import deliveries
+from qerl_sync.worker.connection import TrainerConnection
+
+WEIGHTS = tensors(0)
+
+
+class Store:
+    """What a cluster shares: counts what is put."""
+
+    def __init__(self) -> None:
+        self.puts: list[int] = []
+
+    def put(self, chunk: torch.Tensor) -> Any:
+        self.puts.append(chunk.nbytes)
+        threading.Event().wait(0.05)  # long enough for all peers to ask
+        return chunk.numpy().copy()
+
+
+class Engine:
+    """An engine client and its worker."""
+
+    started: ClassVar[list[Engine]] = []
+
+    def __init__(self, store: Store | None = None, **told: Any) -> None:
+        self.store = store
+        self.fails: dict[str, Exception] = {}
+        self.endpoints: list[str] = []
+
+        def introduce() -> Any:
+            return hello().model_copy(update=told)
+
+        self.started.append(self)
+        self.connection = TrainerConnection(EchoLoader(), torch.device("cpu"), introduce)
+
+    def init_weight_transfer_engine(self, call: dict[str, Any]) -> None:
+        self.endpoints += call["endpoints"]
+        self.connection.open(call)
+
+    def start_weight_update(self) -> None:
+        if "start" in self.fails:
+            raise self.fails["start"]
+
+    def update_weights(self, call: dict[str, Any]) -> None:
+        self.connection.serve(call)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+class StoringEngine(Engine):
+    def put(self, chunk: torch.Tensor) -> Any:
+        assert self.store is not None
+        return self.store.put(chunk)
+
+    def deliver(self, key: str, index: int, stored: Any) -> None:
+        assert deliveries.put(key, index, stored)
+
+    def require_store(self, nbytes: int) -> None: ...
+
+    def require_box(self, key: str) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def _engines_end() -> Iterator[None]:
+    yield
+    while Engine.started:
+        Engine.started.pop().connection.close()
+
+
+def session_of(pool: PoolTransport, **options: Any) -> SyncSession:
+    return SyncSession(TensorSource(WEIGHTS), pool, SyncConfig.of(chunk_bytes=900, **options))
+
+
+def pool_of(*engines: Engine, **options: Any) -> PoolTransport:
+    pool = PoolTransport(timeout_seconds=20.0, **options)
+    for number, engine in enumerate(engines):
+        pool.add(f"engine-{number}", engine)
+    return pool
+
+
+def test_each_chunk_is_put_into_the_store_once_for_all_engines():
+    store = Store()
+    with session_of(pool_of(*[StoringEngine(store) for _ in range(3)], transport="ray")) as session:
+        report = session.push()
+    assert len(report.workers) == 3
+    assert not report.lost
+    assert len(store.puts) == report.num_chunks > 1
+
+
+def test_the_store_is_tried_where_shared_memory_fails_on_the_same_host(monkeypatch):
+    from qerl_sync.wire import segments
+
+    def missing(self: Any, name: str, nbytes: int) -> None:
+        raise TransportError(f"there is no segment {name} here")
+
+    monkeypatch.setattr(segments.AttachedSegment, "__init__", missing)
+    store = Store()
+    with session_of(pool_of(StoringEngine(store), transport="auto")) as session:
+        report = session.push()
+    assert report.transport.startswith("ray: shared memory does not work: worker 0")
+    assert store.puts
+
+
+def test_an_engine_that_raises_what_nobody_expects_is_left_behind_alone():
+    odd = Engine()
+    with session_of(pool_of(Engine(), odd)) as session:
+        session.push()
+        odd.fails["start"] = AttributeError("no such engine")
+        report = session.push()
+    assert len(report.workers) == 1
+    assert report.lost == {"engine-1": "AttributeError: no such engine"}
+
+
+def test_an_engine_with_another_quantisation_is_named_before_the_first_sync():
+    with (
+        session_of(pool_of(Engine(), Engine(quantization="fp8"))) as session,
+        pytest.raises(AgreementError, match=r"engine-0 has quantization None, .* engine-1 'fp8'"),
+    ):
+        session.push()
+
+
+def test_one_that_joins_with_another_dtype_is_left_behind():
+    pool = pool_of(Engine())
+    with session_of(pool) as session:
+        session.push()
+        pool.add("late", Engine(dtype="float16"))
+        report = session.push()
+    assert "engine late 'float16'" in report.lost["late"]
+    assert len(report.workers) == 1
+
+
+def test_workers_that_connect_later_are_told_the_address_of_then():
+    address = ["127.0.0.1"]
+    first, late, back = Engine(), Engine(), Engine()
+    pool = pool_of(first, back, address=lambda: address[0])
+    with session_of(pool) as session:
+        session.push()
+        address[0] = "127.0.0.2"
+        pool.add("late", late)
+        pool.forget("engine-1", "it was restarted")
+        while pool.versions["engine-1"] != session.version:
+            session.push()
+    assert [e.rpartition(":")[0] for e in first.endpoints] == ["127.0.0.1"]
+    assert [e.rpartition(":")[0] for e in late.endpoints] == ["127.0.0.2"]
+    assert [e.rpartition(":")[0] for e in back.endpoints] == ["127.0.0.1", "127.0.0.2"]
+
+
+def test_a_version_below_that_of_a_worker_is_refused_untouched():
+    pool = pool_of(Engine(version=10))
+    with session_of(pool) as session:
+        pool.required_version = 5
+        session.version = 4
+        with pytest.raises(ConfigError, match="5 is asked for, and a worker has 10 already"):
+            session.push()
+        pool.required_version = 12
+        session.version = 11
+        assert session.push().version == 12
+
+
+def test_who_is_forgotten_needs_a_full_sync_and_a_stranger_is_no_error():
+    pool = pool_of(Engine(), Engine())
+    with session_of(pool) as session:
+        session.push()
+        pool.forget("nobody", "it never was here")
+        pool.forget("engine-1", "it died")
+        assert pool.versions == {"engine-0": 1, "engine-1": 0}
+        pool.forget("engine-0", "it died too")
+        assert pool.newest_version == 1
