@@ -309,8 +309,9 @@ def test_calls_that_do_not_come_from_the_trainer_change_nothing(workers):
         first = call_of(engine, "update")
         with pytest.raises(AgreementError, match="was repeated"):
             engine.update_weights(first)
-        with pytest.raises(AgreementError, match="does not come from the trainer"):
-            engine.update_weights({**first, "number": first["number"] + 1})
+        for wrong in ({"number": first["number"] + 1}, {"proof": "pr\u00fcf"}):
+            with pytest.raises(AgreementError, match="does not come from the trainer"):
+                engine.update_weights({**first, **wrong})
         for garbage in ({}, {"number": "x", "proof": "y"}, {**first, "path": "/etc/passwd"}):
             with pytest.raises(AgreementError, match="not one of qerl-sync's trainer"):
                 engine.update_weights(garbage)
@@ -343,7 +344,8 @@ def test_garbage_in_the_first_call_does_not_disturb_who_is_connected(workers, ch
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["", "x", "host:", ":80", "host:0", "host:65536", "host:8e3", "host:-1"]
+    "endpoint",
+    ["", "x", "host:", ":80", "host:0", "host:65536", "host:8e3", "host:-1", "host:" + "9" * 5000],
 )
 def test_endpoints_are_addresses(workers, endpoint):
     engine, token = workers(), new_token()
@@ -360,6 +362,9 @@ def test_a_second_trainer_waits_for_the_first(workers):
         with pytest.raises(SyncError, match="another trainer is connected"):
             second.push()
         assert serves(engine, NEW)
+        ({"proof": "pr\u00fcf"}, "brings no token, or one that does not fit"),
+        ({"proof": "\ud800"}, "brings no token, or one that does not fit"),
+        ({"token": "\ud800"}, "brings no token, or one that does not fit"),
         assert first.push().version == 2
         first.close()
         assert second.push().version == 3

@@ -271,7 +271,17 @@ def new_token() -> str:
 def proof(token: str, *parts: object) -> str:
     """Shows that its maker knows the token, for these parts alone."""
     text = "\0".join(map(str, parts))
-    return hmac.new(token.encode(), text.encode(), "sha256").hexdigest()
+    return hmac.new(_bytes(token), _bytes(text), "sha256").hexdigest()
+
+
+def same_proof(ours: str, theirs: str) -> bool:
+    """In constant time, whatever `theirs` holds: `compare_digest` takes no text beyond ASCII."""
+    return hmac.compare_digest(_bytes(ours), _bytes(theirs))
+
+
+def _bytes(text: str) -> bytes:
+    """Of any text: JSON may bring halves of characters."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _prove(
@@ -299,7 +309,7 @@ def _prove(
 
 
 def _seal(token: str, role: bytes, nonces: bytes) -> bytes:
-    return hmac.new(token.encode(), role + nonces, "sha256").digest()
+    return hmac.new(_bytes(token), role + nonces, "sha256").digest()
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:
