@@ -34,6 +34,10 @@ TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
 
 MAX_FRAME_BYTES = 1 << 30
 HANDSHAKE_SECONDS = 5.0
+# How long a worker asks again where nobody listens: the ranks of a trainer do not all open their
+# listeners at the moment at which the first of them has the workers connect.
+REFUSED_SECONDS = 10.0
+_RETRY_SECONDS = 0.1
 _NONCE = 32
 _LENGTH = struct.Struct("!Q")
 # A wait looks this often whether there is still something to wait for.
@@ -233,20 +237,14 @@ class Listener:
 
 
 def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel:
-    """The worker's end.
+    """The worker's end. Where nobody listens yet it asks again, for REFUSED_SECONDS at most.
 
     Raises:
         PeerLostError: nobody listens there.
         TransportTimeout: who listens there says nothing.
         AgreementError: who listens there does not know the token, or does not accept ours.
     """
-    try:
-        connection = socket.create_connection((host, port), timeout_seconds)
-    except OSError as exc:
-        raise PeerLostError(
-            f"cannot reach the trainer at {host}:{port} ({exc.strerror or exc}); give it an "
-            "address that this worker can reach (sync.trainer_address)"
-        ) from exc
+    connection = _reach(host, port, timeout_seconds)
     try:
         _prove(connection, token, ours=b"worker", theirs=b"trainer", first=True)
     except TimeoutError as exc:
@@ -262,6 +260,27 @@ def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel
             "QERL_SYNC_TOKEN for both, or for neither"
         ) from exc
     return Channel(connection, "the trainer")
+
+
+def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
+    started = time.monotonic()
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout_seconds)
+        except (OSError, UnicodeError) as exc:  # the latter of a name that can be none
+            seconds = time.monotonic() - started
+            waiting = seconds < min(timeout_seconds, REFUSED_SECONDS)
+            if not (waiting and isinstance(exc, ConnectionRefusedError)):
+                raise _unreachable(host, port, exc, seconds) from exc
+        time.sleep(_RETRY_SECONDS)
+
+
+def _unreachable(host: str, port: int, exc: Exception, seconds: float) -> PeerLostError:
+    return PeerLostError(
+        f"cannot reach the trainer at {host}:{port} ({getattr(exc, 'strerror', None) or exc}, "
+        f"tried for {seconds:.1f} s); give it an address that this worker can reach "
+        "(sync.trainer_address), and look whether it still runs"
+    )
 
 
 def new_token() -> str:
