@@ -4,6 +4,7 @@ it may lack: requests then wait where they would be refused. Needs no vLLM."""
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -19,6 +20,7 @@ from qerl_sync.clients.base import (
     timed_out,
 )
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
+from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,8 @@ class HTTPClient:
     """vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000. May be used by several
     threads at a time.
 
-    The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does.
+    The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does. Where
+    QERL_SYNC_TOKEN is set when this is made, each request shows that it is known.
 
     Args:
         timeout_seconds: how long one call but `update_weights` may take on the server's side.
@@ -51,6 +54,7 @@ class HTTPClient:
             )
         self.base_url = base_url.rstrip("/")
         self.timeout_seconds = timeout_seconds
+        self._token = os.environ.get(TOKEN_VARIABLE, "")
 
     def __str__(self) -> str:
         return f"the vLLM server at {self.base_url}"
@@ -218,9 +222,15 @@ class HTTPClient:
                 f"{self.base_url}/{route}",
                 json=body,
                 params=params,
+                headers=self._headers(method, route),
                 timeout=(CONNECT_SECONDS, read_seconds),
                 allow_redirects=False,
             )
+
+    def _headers(self, method: str, route: str) -> dict[str, str]:
+        if method != "POST" or not self._token:
+            return {}
+        return {PROOF_HEADER: proof(self._token, "http", f"/{route}")}
 
     def _answer(self, route: str, response: Any) -> dict[str, Any]:
         """The answer as JSON, {} where it has no body. Raises TransportError if it is a refusal."""

@@ -31,6 +31,8 @@ from qerl_sync.wire.messages import Message, decode, encode
 # A token that trainer and workers share beforehand; without it the trainer makes one up and sends
 # it with its first call.
 TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
+# Of a request over HTTP that changes or controls an engine: proof(token, "http", "/pause").
+PROOF_HEADER = "x-qerl-sync-proof"
 
 MAX_FRAME_BYTES = 1 << 30
 HANDSHAKE_SECONDS = 5.0
