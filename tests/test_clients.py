@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from support.engines import generate, start_engine
@@ -139,8 +140,16 @@ class TestHTTP:
     def test_one_that_does_not_answer(self, server, answers):
         answers.hold.clear()
         with pytest.raises(TransportTimeout, match=r"within 0\.3 s") as raised:
-            HTTPClient(server[0], timeout_seconds=0.3).update_weights({})
+            HTTPClient(server[0], timeout_seconds=0.3).start_weight_update()
         assert raised.value.__cause__ is not None
+
+    def test_an_update_takes_as_long_as_it_takes(self, server, answers):
+        answers.by_route = {"POST /update_weights": (200, "{}")}
+        answers.hold.clear()
+        threading.Timer(0.8, answers.hold.set).start()
+        started = time.monotonic()
+        HTTPClient(server[0], timeout_seconds=0.2).update_weights({})
+        assert time.monotonic() - started >= 0.7
 
     def test_one_that_dies_while_asked(self, client, answers):
         answers.drop_connections = True
@@ -178,6 +187,71 @@ class TestHTTP:
             "assert not {'vllm', 'torch'} & set(sys.modules)"
         )
         subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+class SlowEngine:
+    """What the clients touch of a `LLM` in its own process, or of an `AsyncLLM`."""
+
+    def __init__(self):
+        resources = SimpleNamespace(engine_dead=False)
+        self.engine_core = SimpleNamespace(resources=resources)
+        self.llm_engine = self
+        self.resources = resources
+
+    def die(self):
+        self.resources.engine_dead = True
+
+
+class SlowLLM(SlowEngine):
+    def update_weights(self, update):
+        time.sleep(0.8)
+
+    start_weight_update = get_weight_version = lambda self: time.sleep(0.8)
+
+
+class SlowAsyncLLM(SlowEngine):
+    cancelled = False
+
+    async def update_weights(self, request):
+        try:
+            await asyncio.sleep(0.8)
+        except asyncio.CancelledError:
+            self.cancelled = True
+            raise
+
+    async def start_weight_update(self):
+        await asyncio.sleep(0.8)
+
+
+class TestUpdatesTakeAsLongAsTheyTake:
+    """And engines that die in one are noticed, which vLLM leaves without an answer."""
+
+    def test_llm(self):
+        client = LLMClient(SlowLLM(), timeout_seconds=0.3)
+        client.update_weights({})
+        with pytest.raises(TransportTimeout, match=r"start_weight_update: .* within 0\.3 s"):
+            client.start_weight_update()
+
+    def test_llm_that_dies(self):
+        llm = SlowLLM()
+        threading.Timer(0.1, llm.die).start()
+        with pytest.raises(PeerLostError, match="update_weights: the vLLM engine is dead"):
+            LLMClient(llm).update_weights({})
+
+    @pytest.mark.slow
+    def test_async(self, loop):
+        client = AsyncLLMClient(SlowAsyncLLM(), loop, timeout_seconds=0.3)
+        client.update_weights({})
+        with pytest.raises(TransportTimeout, match=r"start_weight_update: .* within 0\.3 s"):
+            client.start_weight_update()
+
+    @pytest.mark.slow
+    def test_async_that_dies(self, loop):
+        engine = SlowAsyncLLM()
+        threading.Timer(0.1, engine.die).start()
+        with pytest.raises(PeerLostError, match="update_weights: the vLLM engine is dead"):
+            AsyncLLMClient(engine, loop).update_weights({})
+        assert wait_until(lambda: engine.cancelled, 5)
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,17 @@ from qerl_sync import HFSource, SyncError
 from qerl_sync.clients.base import why_refused
 from qerl_sync.clients.http import HTTPClient
 from qerl_sync.serving.gate import (
+    CONTROL,
     GENERATING,
     MAX_BODY_BYTES,
     MAX_REASON_CHARACTERS,
     QUIET_SECONDS,
     Gate,
 )
+from qerl_sync.serving.strangers import GUARDED
+from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof
 
+TOKEN = "a secret of both"
 UPDATE = ["start_weight_update", "update_weights"]
 
 
@@ -70,10 +74,10 @@ class Server:
         await self.gate(whole, receive, send)
         return sent
 
-    def ask(self, method: str, path: str, told: object = None) -> int:
+    def ask(self, method: str, path: str, told: object = None, **scope) -> int:
         """The answer's status."""
         body = b"" if told is None else json.dumps(told).encode()
-        return asyncio.run(self.send(method, path, body))[0]["status"]
+        return asyncio.run(self.send(method, path, body, **scope))[0]["status"]
 
     def control(self, *routes: str) -> None:
         for route in routes:
@@ -100,6 +104,15 @@ class Server:
 @pytest.fixture
 def server(monkeypatch) -> Server:
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    return Server()
+
+
+@pytest.fixture
+def guarded(monkeypatch) -> Server:
+    """One that has a token."""
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     return Server()
 
 
@@ -322,7 +335,84 @@ class TestAbandoned:
         assert server.is_open
 
 
+def shown(route: str, token: str = TOKEN) -> list[tuple[bytes, bytes]]:
+    return [(PROOF_HEADER.encode(), proof(token, "http", route).encode())]
+
+
+ORIGIN = [(b"origin", b"http://a.page")]
+OPEN = ["/v1/completions", "/reset_prefix_cache", "/tokenize"]
+
+
+class TestStrangers:
+    @pytest.mark.parametrize("route", sorted(GUARDED))
+    def test_who_knows_the_token_may_drive_the_engine(self, guarded, route):
+        told = {"reason": "why"}
+        for headers in ([], shown("/other"), shown(route, "guessed"), [(b"x", b"y"), *ORIGIN]):
+            assert guarded.ask("POST", route, told, headers=headers) == 403
+        for odd in (b"", b"\xff\xfe", b"0" * 64):
+            assert guarded.ask("POST", route, headers=[(PROOF_HEADER.encode(), odd)]) == 403
+        assert guarded.asked == []
+        assert guarded.is_open
+        assert guarded.ask("POST", route, told, headers=shown(route)) == 200
+
+    def test_what_they_are_told(self, guarded):
+        for headers, words in (([], "is missing"), (shown("/pause", "x"), "is that of another")):
+            answer = asyncio.run(guarded.send("POST", "/pause", headers=headers))
+            error = json.loads(answer[1]["body"])["error"]
+            assert f"the header x-qerl-sync-proof {words}; set the same" in error["message"]
+            assert TOKEN not in error["message"]
+            assert (error["type"], error["code"]) == ("PermissionDeniedError", 403)
+
+    def test_a_strangers_commit_opens_nothing(self, guarded):
+        refuse = "/qerl_sync/refuse"
+        assert guarded.ask("POST", refuse, {"reason": "why"}, headers=shown(refuse)) == 200
+        guarded.commit()
+        guarded.control("resume", "qerl_sync/admit")
+        assert not guarded.is_open
+
+    @pytest.mark.parametrize("route", OPEN)
+    def test_what_trl_asks_itself_is_open(self, guarded, route):
+        assert guarded.ask("POST", route) == 200
+        assert guarded.ask("GET", "/server_info") == 200
+
+    @pytest.mark.parametrize("headers", [[], ORIGIN])
+    @pytest.mark.parametrize("root", ["/", "/model", "/model/"])
+    def test_no_path_leads_around_it(self, guarded, root, headers):
+        """Where a server is below a path, Starlette takes routes with and without it."""
+        pytest.importorskip("starlette")
+        from starlette._utils import get_route_path
+
+        for path in ("/pause", "/model/pause", "//pause", "/model//pause", "/modelpause"):
+            scope = {"path": path, "root_path": root}
+            guarded.asked.clear()
+            asyncio.run(guarded.send("POST", path, root_path=root, headers=headers))
+            assert (get_route_path(scope) == "/pause") is (guarded.asked == [])
+
+    @pytest.mark.parametrize("route", sorted(GUARDED))
+    def test_web_pages_drive_no_engine(self, server, route):
+        assert server.ask("POST", route, headers=ORIGIN) == 403
+        assert server.asked == []
+        told = {"reason": "why"}
+        assert server.ask("POST", route, told, headers=[(b"user-agent", b"a program")]) == 200
+
+    @pytest.mark.parametrize("route", OPEN)
+    def test_web_pages_may_generate(self, server, route):
+        assert server.ask("POST", route, headers=ORIGIN) == 200
+
+
 class TestClient:
+    @pytest.mark.parametrize("token", ["", TOKEN])
+    def test_it_shows_that_it_knows_the_token(self, token, monkeypatch):
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
+        with answering() as (url, answers):
+            client = HTTPClient(url)
+            monkeypatch.delenv(TOKEN_VARIABLE)
+            client.admit()
+            client.health()
+            expected = proof(token, "http", "/qerl_sync/admit") if token else None
+            assert [headers.get(PROOF_HEADER) for headers in answers.headers] == [expected, None]
+            assert TOKEN not in str(answers.headers)
+
     def test_refuse_and_admit(self):
         with answering() as (url, answers):
             routes = ["POST /qerl_sync/refuse", "POST /qerl_sync/admit"]
@@ -357,26 +447,43 @@ NOT_GENERATING = {
 }
 
 
+# Of its routers for development, which TRL and qerl-sync drive it by.
+OPEN_TO_ALL = {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_no_route_of_vllm_that_runs_the_model_is_forgotten():
-    """Every POST that vLLM has outside of its RL and administrative routers."""
+def test_every_route_that_drives_the_engine_is_guarded():
+    found = posts("serve.dev")
+    assert CONTROL < GUARDED
+    assert found - GUARDED == OPEN_TO_ALL
+    assert {route for route in GUARDED if not route.startswith("/qerl_sync/")} <= found
+
+
+def posts(part: str) -> set[str]:
+    """The POST routes of routers that are there as soon as a package of vLLM is imported."""
     import importlib
     import pkgutil
 
     from fastapi import APIRouter
     from vllm import entrypoints
 
+    package, found = importlib.import_module(f"{entrypoints.__name__}.{part}"), set()
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if module.name.endswith("api_router"):
+            router = getattr(importlib.import_module(module.name), "router", None)
+            if isinstance(router, APIRouter):
+                found |= {r.path for r in router.routes if "POST" in getattr(r, "methods", ())}
+    return found
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_no_route_of_vllm_that_runs_the_model_is_forgotten():
+    """Every POST that vLLM has outside of its RL and administrative routers."""
     # The realtime and Cohere routers are made on demand, of the routes that are left.
     parts = ("openai", "anthropic", "generate", "pooling", "scale_out", "speech_to_text")
-    found = set()
-    for part in parts:
-        package = importlib.import_module(f"{entrypoints.__name__}.{part}")
-        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-            if module.name.endswith("api_router"):
-                router = getattr(importlib.import_module(module.name), "router", None)
-                if isinstance(router, APIRouter):
-                    found |= {r.path for r in router.routes if "POST" in getattr(r, "methods", ())}
+    found = set().union(*map(posts, parts))
     forgotten = found - GENERATING - NOT_GENERATING
     assert len(found) > 10
     assert {path for path in forgotten if not path.endswith("render")} == set()

@@ -416,7 +416,8 @@ class TestServe:
     @pytest.mark.parametrize(
         ("host", "token", "words"),
         [
-            ("127.0.0.1", "", None),
+            ("127.0.0.1", "", "QERL_SYNC_TOKEN is not set: the first trainer that asks is taken"),
+            ("127.0.0.1", "secret", None),
             ("0.0.0.0", "", "QERL_SYNC_TOKEN, the token that trainer and server share, is not set"),
             ("0.0.0.0", "secret", "share, is set"),
         ],
@@ -433,7 +434,8 @@ class TestServe:
         assert done.returncode == 2, done.stderr
         assert "no vLLM here" in done.stderr
         assert "ended with code 1 before it was ready; its output says why" in done.stderr
-        assert ("warning" in done.stderr) is (words is not None)
+        assert ("warning" in done.stderr) is (host == "0.0.0.0")
+        assert ("QERL_SYNC_TOKEN" in done.stderr) is (words is not None)
         assert (words or "") in done.stderr
         assert token == "" or token not in done.stderr
 

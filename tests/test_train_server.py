@@ -30,6 +30,7 @@ from qerl_sync.serving.processes import descendants, running
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display
 from qerl_sync.training.rollouts import rollout_server
+from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 ROOT = Path(__file__).parent.parent
 SHARED_MEMORY = Path("/dev/shm")
@@ -75,6 +76,29 @@ def test_a_server_lives_as_long_as_its_run(run, tmp_path):
     assert signal.getsignal(signal.SIGCHLD) is before
     with pytest.raises(KeyboardInterrupt), run():
         raise KeyboardInterrupt
+
+
+def token_of(pid: int) -> str:
+    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(variable.partition("=")[::2] for variable in variables).get(TOKEN_VARIABLE, "")
+
+
+def test_a_server_and_its_run_share_a_token(run, started, monkeypatch):
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    seen = []
+    for _ in range(2):
+        with run():
+            seen.append(os.environ[TOKEN_VARIABLE])
+            assert {token_of(pid) for pid in started()[:2]} == {seen[-1]}
+        assert TOKEN_VARIABLE not in os.environ
+    assert len(set(seen)) == 2
+    assert min(map(len, seen)) >= 32
+    monkeypatch.setenv(TOKEN_VARIABLE, "somebody's own")
+    with run() as url:
+        assert token_of(started()[1]) == "somebody's own"
+        with run(server_url=url):
+            assert os.environ[TOKEN_VARIABLE] == "somebody's own"
+    assert os.environ[TOKEN_VARIABLE] == "somebody's own"
 
 
 def test_the_death_of_a_server_ends_the_run_at_once(run, started):

@@ -246,11 +246,47 @@ class Opened:
             one.close()
 
 
-def test_nobody_listens():
+def unused_port() -> int:
     with Opened() as (port, _):
-        pass
-    with pytest.raises(PeerLostError, match=f"cannot reach the trainer at {HOST}:{port}"):
-        connect(HOST, port, "secret", 5)
+        return port
+
+
+def test_nobody_listens():
+    port = unused_port()
+    words = rf"cannot reach the trainer at {HOST}:{port} \(.* refused, tried for 0\.\d s\)"
+    with pytest.raises(PeerLostError, match=words):
+        connect(HOST, port, "secret", 0.3)
+
+
+def test_a_worker_does_not_wait_long_where_nobody_listens(monkeypatch):
+    monkeypatch.setattr(channel, "REFUSED_SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(PeerLostError, match="cannot reach the trainer"):
+        connect(HOST, unused_port(), "secret", 300)
+    assert time.monotonic() - started < 5
+
+
+def test_a_listener_that_opens_late_is_found():
+    """As those of the trainer's other ranks may."""
+    port, opened = unused_port(), []
+
+    def open_late() -> None:
+        time.sleep(0.5)
+        opened.append(Listener(HOST, port, "secret"))
+
+    thread = threading.Thread(target=open_late)
+    thread.start()
+    with connect(HOST, port, "secret", 10):
+        thread.join()
+    opened[0].close()
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 300, "\u0130" * 70])
+def test_a_name_that_nobody_has_is_not_tried_again(host):
+    started = time.monotonic()
+    with pytest.raises(PeerLostError, match="cannot reach the trainer at"):
+        connect(host, 80, "secret", 300)
+    assert time.monotonic() - started < 5
 
 
 def test_a_port_in_use_is_named(workers):
@@ -309,8 +345,9 @@ def test_calls_that_do_not_come_from_the_trainer_change_nothing(workers):
         first = call_of(engine, "update")
         with pytest.raises(AgreementError, match="was repeated"):
             engine.update_weights(first)
-        with pytest.raises(AgreementError, match="does not come from the trainer"):
-            engine.update_weights({**first, "number": first["number"] + 1})
+        for wrong in ({"number": first["number"] + 1}, {"proof": "pr\u00fcf"}):
+            with pytest.raises(AgreementError, match="does not come from the trainer"):
+                engine.update_weights({**first, **wrong})
         for garbage in ({}, {"number": "x", "proof": "y"}, {**first, "path": "/etc/passwd"}):
             with pytest.raises(AgreementError, match="not one of qerl-sync's trainer"):
                 engine.update_weights(garbage)
@@ -324,6 +361,9 @@ def test_calls_that_do_not_come_from_the_trainer_change_nothing(workers):
         ({"token": ""}, "brings no token"),
         ({"token": "another"}, "brings no token, or one that does not fit"),
         ({"proof": "00"}, "brings no token, or one that does not fit"),
+        ({"proof": "pr\u00fcf"}, "brings no token, or one that does not fit"),
+        ({"proof": "\ud800"}, "brings no token, or one that does not fit"),
+        ({"token": "\ud800"}, "brings no token, or one that does not fit"),
         ({"endpoints": ["10.0.0.1:80"]}, "brings no token, or one that does not fit"),
         ({"endpoints": []}, "endpoints"),
         ({"endpoints": "127.0.0.1:1"}, "endpoints"),
@@ -343,7 +383,8 @@ def test_garbage_in_the_first_call_does_not_disturb_who_is_connected(workers, ch
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["", "x", "host:", ":80", "host:0", "host:65536", "host:8e3", "host:-1"]
+    "endpoint",
+    ["", "x", "host:", ":80", "host:0", "host:65536", "host:8e3", "host:-1", "host:" + "9" * 5000],
 )
 def test_endpoints_are_addresses(workers, endpoint):
     engine, token = workers(), new_token()

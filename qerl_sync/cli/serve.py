@@ -66,9 +66,21 @@ def serve(
 def _warn_of_strangers(host: str, console: Console) -> None:
     from qerl_sync.serving.command import is_loopback
 
+    known = bool(os.environ.get(TOKEN_VARIABLE))
     if is_loopback(host):
+        if not known:
+            console.print(
+                f"{TOKEN_VARIABLE} is not set: the first trainer that asks is taken; set for both, "
+                "it keeps others out",
+                soft_wrap=True,
+            )
         return
-    token = "is set" if os.environ.get(TOKEN_VARIABLE) else "is not set: give both the same secret"
+    token = (
+        "is set: who does not know it gets 403 from those that change the engine. Generating stays "
+        "open, and nothing is encrypted"
+        if known
+        else "is not set: give both the same secret"
+    )
     console.print(
         f"[yellow]warning:[/] vLLM's RL routes are unauthenticated, and {host} lets other machines "
         f"reach them; {TOKEN_VARIABLE}, the token that trainer and server share, {token}",

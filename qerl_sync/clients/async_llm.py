@@ -5,20 +5,23 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import TimeoutError as NotYet
+from functools import partial
 from typing import Any
 
 from qerl_sync.clients.base import (
     PROBING,
     PauseMode,
+    answers,
     read_prompt_logprobs,
     refusal,
+    require_alive,
     timed_out,
     translated,
 )
 from qerl_sync.errors import TransportError
 
 ENGINE = "the vLLM engine"
+POLL_SECONDS = 0.2
 
 
 class AsyncLLMClient:
@@ -28,7 +31,7 @@ class AsyncLLMClient:
         engine: with weight_transfer_config={"backend": "qerl"}.
         loop: the running loop on which `engine` was made. Its own thread may not call: it would
             wait for itself, and is refused.
-        timeout_seconds: how long one call may take. The call is then cancelled.
+        timeout_seconds: how long one call but `update_weights` may take. It is then cancelled.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class AsyncLLMClient:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        self._call("update_weights", WeightTransferUpdateRequest(update_info=update_info))
+        # It takes as long as the whole sync, which has timeouts of its own.
+        request = WeightTransferUpdateRequest(update_info=update_info)
+        self._run("update_weights", lambda: self.engine.update_weights(request), None)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._call("finish_weight_update", weight_version)
@@ -79,7 +84,7 @@ class AsyncLLMClient:
         vars(self.engine).pop("add_request", None)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        answer = self._run("generate", lambda: self._ask(list(token_ids)))
+        answer = self._run("generate", lambda: self._ask(list(token_ids)), self.timeout_seconds)
         return read_prompt_logprobs(token_ids, answer.prompt_logprobs)
 
     async def _ask(self, token_ids: list[int]) -> Any:
@@ -98,9 +103,18 @@ class AsyncLLMClient:
         return int(self.engine.vllm_config.parallel_config.world_size_across_dp)
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return self._run(method, lambda: getattr(self.engine, method)(*arguments, **options))
+        return self._run(
+            method,
+            lambda: getattr(self.engine, method)(*arguments, **options),
+            self.timeout_seconds,
+        )
 
-    def _run(self, method: str, start: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    def _run(
+        self,
+        method: str,
+        start: Callable[[], Coroutine[Any, Any, Any]],
+        timeout_seconds: float | None,
+    ) -> Any:
         self._refuse_own_thread(method)
         call = start()
         try:
@@ -109,13 +123,13 @@ class AsyncLLMClient:
             call.close()
             raise TransportError(f"{method}: the event loop of {ENGINE} is closed") from exc
         try:
-            return answer.result(timeout=self.timeout_seconds)
-        except NotYet as exc:
-            if not answer.done():
-                answer.cancel()
-                raise timed_out(ENGINE, method, self.timeout_seconds) from exc
-            raise translated(exc, ENGINE, method) from exc
+            core = getattr(self.engine, "engine_core", None)
+            glance = partial(require_alive, core, ENGINE, method)
+            if answers(answer, timeout_seconds, POLL_SECONDS, glance):
+                return answer.result()
+            raise timed_out(ENGINE, method, self.timeout_seconds)
         except Exception as exc:
+            answer.cancel()  # nothing, if it has ended
             error = translated(exc, ENGINE, method)
             if error is exc:
                 raise

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from qerl_sync.errors import (
@@ -27,10 +30,13 @@ class EngineClient(Protocol):
     An object with only vLLM's four methods serves as well, for instance
     `RayVLLMWeightSyncClient`: the caller then pauses and empties caches itself.
 
-    All methods block until the engine has answered, on all its ranks, at most as long as the
-    client's own timeout. They raise PeerLostError if the engine cannot be reached,
-    TransportTimeout if it does not answer, TransportError if it refuses. Where the engine runs in
-    this process, its own SyncErrors arrive as they are.
+    All methods block until the engine has answered, on all its ranks. They raise PeerLostError if
+    the engine cannot be reached or dies, TransportTimeout if it takes longer than the client's own
+    timeout, TransportError if it refuses. Where the engine runs in this process, its own SyncErrors
+    arrive as they are.
+
+    `update_weights` is a whole sync, and may take longer than any single call should: no timeout
+    of the client ends it. Who talks to the workers meanwhile has one for each wait.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
@@ -140,6 +146,34 @@ def why_refused(reason: str) -> str:
         f"this engine does not generate: {reason}. Its weights may be a mix of two versions, "
         "and it is paused; run a full sync (`session.push()`) to make them right"
     )
+
+
+def answers(
+    call: Future[Any],
+    timeout_seconds: float | None,
+    poll_seconds: float,
+    glance: Callable[[], None],
+) -> bool:
+    """Wait for a call that another thread makes. Returns whether it has ended within the time;
+    None: it may take any.
+
+    Args:
+        glance: called again and again meanwhile; raises if waiting has become pointless. vLLM
+            leaves calls unanswered in which its engine dies.
+    """
+    deadline = time.monotonic() + (math.inf if timeout_seconds is None else timeout_seconds)
+    while (left := deadline - time.monotonic()) > 0:
+        if wait([call], min(poll_seconds, left)).done:
+            return True
+        glance()
+    return call.done()
+
+
+def require_alive(engine_core: Any, engine: str, method: str) -> None:
+    """Raises PeerLostError if the process of a vLLM engine has died. Its client notices that, and
+    tells only who calls next."""
+    if getattr(getattr(engine_core, "resources", None), "engine_dead", False):
+        raise lost(engine, method)
 
 
 def timed_out(engine: str, method: str, seconds: float) -> TransportTimeout:

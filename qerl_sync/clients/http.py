@@ -4,21 +4,23 @@ it may lack: requests then wait where they would be refused. Needs no vLLM."""
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
 from qerl_sync.clients.base import (
     PROBING,
     PauseMode,
+    answers,
     complaint,
     lost,
     read_prompt_logprobs,
     timed_out,
 )
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
+from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +36,12 @@ class HTTPClient:
     """vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000. May be used by several
     threads at a time.
 
-    The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does.
+    The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does. Where
+    QERL_SYNC_TOKEN is set when this is made, each request shows that it is known.
 
     Args:
-        timeout_seconds: how long one call may take on the server's side. Connecting is given 5 s.
+        timeout_seconds: how long one call but `update_weights` may take on the server's side.
+            Connecting is given 5 s.
 
     Raises (all methods but `health` and `refuse`):
         PeerLostError, TransportTimeout, TransportError: as EngineClient says.
@@ -50,6 +54,7 @@ class HTTPClient:
             )
         self.base_url = base_url.rstrip("/")
         self.timeout_seconds = timeout_seconds
+        self._token = os.environ.get(TOKEN_VARIABLE, "")
 
     def __str__(self) -> str:
         return f"the vLLM server at {self.base_url}"
@@ -61,7 +66,8 @@ class HTTPClient:
         self._post("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._post("update_weights", {"update_info": update_info})
+        # It takes as long as the whole sync, which has timeouts of its own.
+        self._request("POST", "update_weights", {"update_info": update_info}, None, None)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         version = None if weight_version is None else {"weight_version": weight_version}
@@ -83,12 +89,12 @@ class HTTPClient:
 
     def refuse(self, reason: str) -> None:
         try:
-            self._request("POST", "qerl_sync/refuse", {"reason": reason}, None, may_lack=True)
+            self._tell_gate("refuse", {"reason": reason})
         except SyncError as exc:
             logger.warning("requests to %s are not told why they wait: %s", self, exc)
 
     def admit(self) -> None:
-        self._request("POST", "qerl_sync/admit", None, None, may_lack=True)
+        self._tell_gate("admit", None)
 
     def health(self) -> bool:
         """Whether the server answers, within 5 s, and its engine lives."""
@@ -116,12 +122,17 @@ class HTTPClient:
         return int(self._get("get_world_size", {"include_dp": "true"})["world_size"])
 
     def _get(self, route: str, params: Params | None = None) -> dict[str, Any]:
-        return self._request("GET", route, None, params)
+        return self._request("GET", route, None, params, self.timeout_seconds)
 
     def _post(
         self, route: str, body: dict[str, Any] | None = None, params: Params | None = None
     ) -> dict[str, Any]:
-        return self._request("POST", route, body, params)
+        return self._request("POST", route, body, params, self.timeout_seconds)
+
+    def _tell_gate(self, what: str, body: dict[str, Any] | None) -> None:
+        """If the server has one."""
+        seconds = self.timeout_seconds
+        self._request("POST", f"qerl_sync/{what}", body, None, seconds, may_lack=True)
 
     def _request(
         self,
@@ -129,14 +140,16 @@ class HTTPClient:
         route: str,
         body: dict[str, Any] | None,
         params: Params | None,
+        read_seconds: float | None,
         *,
         may_lack: bool = False,
     ) -> dict[str, Any]:
-        """`may_lack`: a server without that route answers {}."""
+        """`read_seconds`: None waits while the server is there. `may_lack`: a server without that
+        route answers {}."""
         import requests
 
         try:
-            response = self._watched(method, route, body, params)
+            response = self._watched(method, route, body, params, read_seconds)
             if may_lack and response.status_code == 404:
                 return {}
             return self._answer(route, response)
@@ -154,26 +167,29 @@ class HTTPClient:
             raise TransportError(f"{route}: {self} cannot be asked: {exc}") from exc
 
     def _watched(
-        self, method: str, route: str, body: dict[str, Any] | None, params: Params | None
+        self,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None,
+        params: Params | None,
+        read_seconds: float | None,
     ) -> Any:
         """As `_send`. vLLM leaves calls unanswered in which its engine dies: PeerLostError then."""
         answer: Future[Any] = Future()
 
         def send() -> None:
             try:
-                answer.set_result(self._send(method, route, body, params, self.timeout_seconds))
+                answer.set_result(self._send(method, route, body, params, read_seconds))
             except BaseException as exc:
                 answer.set_exception(exc)
 
-        threading.Thread(target=send, name=route, daemon=True).start()
-        while True:
-            try:
-                return answer.result(timeout=WATCH_SECONDS)
-            except NotYet:
-                if answer.done():
-                    raise
+        def glance() -> None:
             if self._is_gone():
                 raise lost(str(self), route)
+
+        threading.Thread(target=send, name=route, daemon=True).start()
+        answers(answer, None, WATCH_SECONDS, glance)
+        return answer.result()
 
     def _is_gone(self) -> bool:
         """Whether it says that its engine is dead, or listens no more. Being slow is neither."""
@@ -193,7 +209,7 @@ class HTTPClient:
         route: str,
         body: dict[str, Any] | None,
         params: Params | None,
-        read_seconds: float,
+        read_seconds: float | None,
     ) -> Any:
         import requests
 
@@ -206,9 +222,15 @@ class HTTPClient:
                 f"{self.base_url}/{route}",
                 json=body,
                 params=params,
+                headers=self._headers(method, route),
                 timeout=(CONNECT_SECONDS, read_seconds),
                 allow_redirects=False,
             )
+
+    def _headers(self, method: str, route: str) -> dict[str, str]:
+        if method != "POST" or not self._token:
+            return {}
+        return {PROOF_HEADER: proof(self._token, "http", f"/{route}")}
 
     def _answer(self, route: str, response: Any) -> dict[str, Any]:
         """The answer as JSON, {} where it has no body. Raises TransportError if it is a refusal."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NotYet
+from functools import partial
 from typing import Any
 
 from qerl_sync.clients.base import (
     PROBING,
     PauseMode,
-    lost,
+    answers,
     read_prompt_logprobs,
     refusal,
+    require_alive,
     timed_out,
     translated,
 )
@@ -33,8 +33,9 @@ class LLMClient:
 
     Args:
         llm: as its user made it, with weight_transfer_config={"backend": "qerl"}.
-        timeout_seconds: how long one call may take where the engine has a process of its own.
-            After one that took longer the client refuses all others: the engine is lost.
+        timeout_seconds: how long one call but `update_weights` may take where the engine has a
+            process of its own. After one that took longer the client refuses all others: the
+            engine is lost.
     """
 
     def __init__(self, llm: Any, timeout_seconds: float = 300) -> None:
@@ -51,7 +52,9 @@ class LLMClient:
         self._call("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._call("update_weights", {"update_info": update_info})
+        # It takes as long as the whole sync, which has timeouts of its own.
+        update = {"update_info": update_info}
+        self._run("update_weights", lambda: self.llm.update_weights(update), None)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._call("finish_weight_update", weight_version)
@@ -69,7 +72,8 @@ class LLMClient:
     def reset_caches(self, *, running: bool) -> bool:
         done = bool(self._call("reset_prefix_cache", reset_running_requests=running))
         if done:
-            self._run("reset_encoder_cache", self.llm.llm_engine.reset_encoder_cache)
+            reset = self.llm.llm_engine.reset_encoder_cache
+            self._run("reset_encoder_cache", reset, self.timeout_seconds)
         return done
 
     def refuse(self, reason: str) -> None:
@@ -99,19 +103,24 @@ class LLMClient:
         engine = self.llm.llm_engine
         left = list(engine.output_processor.request_states)
         if left:
-            self._run("abort", lambda: engine.abort_request(left, internal=True))
+            abort = partial(engine.abort_request, left, internal=True)
+            self._run("abort", abort, self.timeout_seconds)
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return self._run(method, lambda: getattr(self.llm, method)(*arguments, **options))
+        return self._run(
+            method,
+            lambda: getattr(self.llm, method)(*arguments, **options),
+            self.timeout_seconds,
+        )
 
-    def _run(self, method: str, call: Callable[[], Any]) -> Any:
+    def _run(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
         if self._stuck_in is not None:
             raise TransportError(
                 f"{method}: {ENGINE} still has not answered {self._stuck_in}; start it anew"
             )
         try:
             # Kernels run here: on another thread they would start a thread pool of their own.
-            return call() if self.in_process else self._wait_for(method, call)
+            return call() if self.in_process else self._wait_for(method, call, timeout_seconds)
         except (TransportTimeout, KeyboardInterrupt):
             raise
         except Exception as exc:
@@ -120,19 +129,14 @@ class LLMClient:
                 raise
             raise error from exc
 
-    def _wait_for(self, method: str, call: Callable[[], Any]) -> Any:
+    def _wait_for(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
         """vLLM itself waits without end, also for an engine that has died."""
         answer: Future[Any] = Future()
         threading.Thread(target=_fulfil, args=(answer, call), name=method, daemon=True).start()
-        deadline = time.monotonic() + self.timeout_seconds
-        while time.monotonic() < deadline:
-            try:
-                return answer.result(timeout=POLL_SECONDS)
-            except NotYet:
-                if answer.done():  # the call's own TimeoutError
-                    raise
-            if _is_dead(self.llm):
-                raise lost(ENGINE, method)
+        core = getattr(self.llm.llm_engine, "engine_core", None)
+        glance = partial(require_alive, core, ENGINE, method)
+        if answers(answer, timeout_seconds, POLL_SECONDS, glance):
+            return answer.result()
         self._stuck_in = method
         raise timed_out(ENGINE, method, self.timeout_seconds)
 
@@ -142,9 +146,3 @@ def _fulfil(answer: Future[Any], call: Callable[[], Any]) -> None:
         answer.set_result(call())
     except BaseException as exc:
         answer.set_exception(exc)
-
-
-def _is_dead(llm: Any) -> bool:
-    """vLLM's client notices the death of the engine's process and tells only who calls next."""
-    resources = getattr(getattr(llm.llm_engine, "engine_core", None), "resources", None)
-    return bool(getattr(resources, "engine_dead", False))

@@ -27,7 +27,8 @@ class RayActorClient:
     Args:
         handle: of the actor.
         name: of the actor, for error messages.
-        timeout_seconds: how long one call may take. One that takes longer goes on in the actor.
+        timeout_seconds: how long one call but `update_weights` may take. One that takes longer goes
+            on in the actor.
     """
 
     def __init__(self, handle: Any, name: str, timeout_seconds: float = 300) -> None:

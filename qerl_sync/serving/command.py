@@ -45,7 +45,7 @@ class ServerSpec:
         model: a directory, or a name on the Hugging Face hub.
         engine: vLLM's engine arguments under their Python names, as in the YAML section
             `rollout.engine`. None leaves vLLM's default.
-        host: address to listen on. The RL routes are unauthenticated: see `is_loopback`.
+        host: address to listen on. Who reaches it: see `is_loopback` and `serving.strangers`.
         port: None or 0 take a free one.
         backend: the weight transfer backend; None for a server that gets no weights.
         extra: arguments for vLLM as on its command line; they come last and win.

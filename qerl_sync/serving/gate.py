@@ -1,4 +1,5 @@
-"""What stands in front of vLLM's OpenAI server and says no for an engine that may not generate.
+"""What stands in front of vLLM's OpenAI server and says no: for an engine that may not generate,
+and to who may not drive it.
 
     vllm serve MODEL --middleware qerl_sync.serving.gate.Gate
 
@@ -29,6 +30,10 @@ they wait too: its trainer is there, and a worker gives up one that is not.
 
 Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, and the gate none to close it by.
 
+Nor does everybody get through who would drive the engine (`serving.strangers`): where
+QERL_SYNC_TOKEN is set, who does not know it gets 403, and cannot open the gate by a commit of his
+own either; where it is not, web pages do.
+
     GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
                             and 503 while the gate is closed
 
@@ -45,6 +50,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from qerl_sync.clients.base import why_refused
+from qerl_sync.serving.strangers import why_not
+from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -60,6 +67,7 @@ QUIET_SECONDS = 5.0
 RETRY_SECONDS = 5
 MAX_REASON_CHARACTERS = 500
 MAX_BODY_BYTES = 16 * 1024
+KINDS = {400: "BadRequestError", 403: "PermissionDeniedError", 503: "ServiceUnavailableError"}
 
 # vLLM's routes that run the model.
 GENERATING = frozenset(
@@ -146,17 +154,21 @@ class Gate:
         self._app = app
         self._watch = Watch(clock)
         self._is_driven = bool(int(os.environ.get("VLLM_SERVER_DEV_MODE") or 0))
+        self._token = os.environ.get(TOKEN_VARIABLE, "")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        route = scope["path"].removeprefix(scope.get("root_path", ""))
+        route = _route(scope)
         method = scope.get("method", "POST")  # a websocket has none
         if method == "POST" and route in GENERATING:
             return await self._generate(scope, receive, send)
         if method == "GET" and route == "/qerl_sync/ready":
             return await self._ready(scope, receive, send)
-        if method == "POST" and self._is_driven:
+        if method == "POST" and self._is_driven and scope["type"] == "http":
+            why = why_not(route, scope.get("headers", ()), self._token)
+            if why is not None:
+                return await _answer(send, 403, _error(403, why))
             if route in CONTROL:
                 return await self._control(route, scope, receive, send)
             if route == "/qerl_sync/refuse":
@@ -223,6 +235,14 @@ class Gate:
         await _answer(send, 200, {})
 
 
+def _route(scope: Scope) -> str:
+    """The path below the server's own, by the rules of Starlette, which takes the route: a
+    difference would be a way around."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
 def _field(body: bytearray, name: str) -> Any:
     """None if it is not there, or the body is no JSON object."""
     try:
@@ -234,8 +254,7 @@ def _field(body: bytearray, name: str) -> Any:
 
 def _error(status: int, message: str) -> dict[str, Any]:
     """As OpenAI and vLLM have it."""
-    kind = {400: "BadRequestError", 503: "ServiceUnavailableError"}[status]
-    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    return {"error": {"message": message, "type": KINDS[status], "param": None, "code": status}}
 
 
 async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from qerl_sync.training.arguments import engine_options
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display, Phase
 from qerl_sync.training.environment import hush
+from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token
 
 LOG_TO_STDERR = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "INFO"}
 POLL_SECONDS = 0.25
@@ -38,6 +39,9 @@ def rollout_server(
     Unless the configuration names one it is started here, with `model`, and lives as long as the
     block. Its death ends the block at once, with PeerLostError. For the main thread.
 
+    One that is started here takes no orders but this run's: unless QERL_SYNC_TOKEN is set already,
+    it is while the block is open, to a fresh token. What drives the server must be made in there.
+
     Raises:
         SyncError: it cannot be started, or does not answer in time.
     """
@@ -52,6 +56,8 @@ def rollout_server(
     else:
         spec = ServerSpec(model, engine=engine_options(config), port=rollout.server_port)
         with ExitStack() as stack:
+            token = os.environ.get(TOKEN_VARIABLE) or new_token()
+            stack.enter_context(changed_environment({TOKEN_VARIABLE: token}))
             with display.phase("starting the vLLM server", "vLLM server started") as phase:
                 server = ServerProcess(
                     spec,

@@ -31,9 +31,15 @@ from qerl_sync.wire.messages import Message, decode, encode
 # A token that trainer and workers share beforehand; without it the trainer makes one up and sends
 # it with its first call.
 TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
+# Of a request over HTTP that changes or controls an engine: proof(token, "http", "/pause").
+PROOF_HEADER = "x-qerl-sync-proof"
 
 MAX_FRAME_BYTES = 1 << 30
 HANDSHAKE_SECONDS = 5.0
+# How long a worker asks again where nobody listens: the ranks of a trainer do not all open their
+# listeners at the moment at which the first of them has the workers connect.
+REFUSED_SECONDS = 10.0
+_RETRY_SECONDS = 0.1
 _NONCE = 32
 _LENGTH = struct.Struct("!Q")
 # A wait looks this often whether there is still something to wait for.
@@ -233,20 +239,14 @@ class Listener:
 
 
 def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel:
-    """The worker's end.
+    """The worker's end. Where nobody listens yet it asks again, for REFUSED_SECONDS at most.
 
     Raises:
         PeerLostError: nobody listens there.
         TransportTimeout: who listens there says nothing.
         AgreementError: who listens there does not know the token, or does not accept ours.
     """
-    try:
-        connection = socket.create_connection((host, port), timeout_seconds)
-    except OSError as exc:
-        raise PeerLostError(
-            f"cannot reach the trainer at {host}:{port} ({exc.strerror or exc}); give it an "
-            "address that this worker can reach (sync.trainer_address)"
-        ) from exc
+    connection = _reach(host, port, timeout_seconds)
     try:
         _prove(connection, token, ours=b"worker", theirs=b"trainer", first=True)
     except TimeoutError as exc:
@@ -264,6 +264,27 @@ def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel
     return Channel(connection, "the trainer")
 
 
+def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
+    started = time.monotonic()
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout_seconds)
+        except (OSError, UnicodeError) as exc:  # the latter of a name that can be none
+            seconds = time.monotonic() - started
+            waiting = seconds < min(timeout_seconds, REFUSED_SECONDS)
+            if not (waiting and isinstance(exc, ConnectionRefusedError)):
+                raise _unreachable(host, port, exc, seconds) from exc
+        time.sleep(_RETRY_SECONDS)
+
+
+def _unreachable(host: str, port: int, exc: Exception, seconds: float) -> PeerLostError:
+    return PeerLostError(
+        f"cannot reach the trainer at {host}:{port} ({getattr(exc, 'strerror', None) or exc}, "
+        f"tried for {seconds:.1f} s); give it an address that this worker can reach "
+        "(sync.trainer_address), and look whether it still runs"
+    )
+
+
 def new_token() -> str:
     return secrets.token_hex(32)
 
@@ -271,7 +292,17 @@ def new_token() -> str:
 def proof(token: str, *parts: object) -> str:
     """Shows that its maker knows the token, for these parts alone."""
     text = "\0".join(map(str, parts))
-    return hmac.new(token.encode(), text.encode(), "sha256").hexdigest()
+    return hmac.new(_bytes(token), _bytes(text), "sha256").hexdigest()
+
+
+def same_proof(ours: str, theirs: str) -> bool:
+    """In constant time, whatever `theirs` holds: `compare_digest` takes no text beyond ASCII."""
+    return hmac.compare_digest(_bytes(ours), _bytes(theirs))
+
+
+def _bytes(text: str) -> bytes:
+    """Of any text: JSON may bring halves of characters."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def _prove(
@@ -299,7 +330,7 @@ def _prove(
 
 
 def _seal(token: str, role: bytes, nonces: bytes) -> bytes:
-    return hmac.new(token.encode(), role + nonces, "sha256").digest()
+    return hmac.new(_bytes(token), role + nonces, "sha256").digest()
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes:

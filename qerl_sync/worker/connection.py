@@ -6,7 +6,6 @@ thread.
 
 from __future__ import annotations
 
-import hmac
 import os
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
@@ -16,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qerl_sync.errors import AgreementError, SyncError, TransportError
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, connect, proof
+from qerl_sync.wire.channel import TOKEN_VARIABLE, connect, proof, same_proof
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.conversation import Conversation, Loader
 from qerl_sync.worker.inbox import Inbox
@@ -69,8 +68,11 @@ class TrainerConnection:
         self._token = ""
         self._calls = 0
 
-    def open(self, call: dict[str, Any]) -> None:
+    def open(self, call: object) -> None:
         """Connect to every rank of the trainer and agree on how bytes will travel.
+
+        Args:
+            call: from anybody, and of any form; `ConnectCall` says of which it must be.
 
         Raises:
             AgreementError: the call is none of ours, the token is wrong, another trainer is here.
@@ -90,8 +92,11 @@ class TrainerConnection:
             self.close()
             raise
 
-    def serve(self, call: dict[str, Any]) -> None:
+    def serve(self, call: object) -> None:
         """Serve the trainer's requests until it says End. Its failures are told to it alone.
+
+        Args:
+            call: from anybody, and of any form; `TalkCall` says of which it must be.
 
         Raises:
             AgreementError: nobody is connected, or who calls is not who is.
@@ -99,7 +104,7 @@ class TrainerConnection:
         told = _checked(TalkCall, call)
         if not self._inboxes:
             raise AgreementError("no trainer is connected to this worker")
-        if not hmac.compare_digest(proof(self._token, "update", told.number), told.proof):
+        if not same_proof(proof(self._token, "update", told.number), told.proof):
             raise AgreementError("the call does not come from the trainer that is connected")
         if told.number <= self._calls:
             raise AgreementError(f"the trainer's call {told.number} was repeated")
@@ -116,7 +121,7 @@ class TrainerConnection:
         """The token, if who asks knows it and no other trainer is there."""
         own = os.environ.get(TOKEN_VARIABLE, "")
         token = own or told.token
-        if not token or not hmac.compare_digest(proof(token, "init", *told.endpoints), told.proof):
+        if not token or not same_proof(proof(token, "init", *told.endpoints), told.proof):
             raise AgreementError(
                 f"the token is wrong; set the same {TOKEN_VARIABLE} for trainer and server"
                 if own
@@ -128,14 +133,15 @@ class TrainerConnection:
 
     def _connect(self, endpoint: str, token: str, timeout_seconds: float) -> Inbox:
         host, _, port = endpoint.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        # Length first: int() refuses thousands of digits with an error of its own.
+        if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
             raise AgreementError(f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500")
         channel = connect(host, int(port), token, timeout_seconds)
         channel.send(self._hello(), timeout_seconds)
         return Inbox(channel, timeout_seconds)
 
 
-def _checked(kind: type[C], call: dict[str, Any]) -> C:
+def _checked(kind: type[C], call: object) -> C:
     try:
         return kind.model_validate(call)
     except ValidationError as exc:

@@ -7,6 +7,10 @@
 
 A whole sync happens within one call of `update_weights`: the scheduler never runs a step between
 two layers of different versions, paused or not.
+
+Anybody may make these calls, with anything in them, and each reaches all ranks. vLLM takes the
+first rank's exception and leaves the answers of the ranks after it in their queues, where its next
+call would find them: the last rank alone raises, whatever the exception.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -62,12 +66,21 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         self._connection = TrainerConnection(self._receiver, device, self._hello)
         self._update_open = False
 
+    def parse_init_info(self, init_dict: Any) -> QerlInitInfo:
+        """Any form will do: `TrainerConnection` says what is wrong with it. What is raised here is
+        raised on all ranks."""
+        return cast("QerlInitInfo", init_dict)
+
+    def parse_update_info(self, update_dict: Any) -> QerlUpdateInfo:
+        """As `parse_init_info`."""
+        return cast("QerlUpdateInfo", update_dict)
+
     def init_transfer_engine(self, init_info: QerlInitInfo) -> None:
         """Connect to every rank of the trainer."""
         try:
-            self._connection.open(dict(init_info))
-        except SyncError as exc:
-            self._refuse(f"this worker does not connect to the trainer: {exc}")
+            self._connection.open(init_info)
+        except Exception as exc:
+            self._refuse("this worker does not connect to the trainer", exc)
 
     def start_weight_update(self) -> None:
         self._update_open = True
@@ -79,11 +92,13 @@ class QerlWeightTransferEngine(WeightTransferEngine):
     def receive_weights(self, update_info: QerlUpdateInfo) -> None:
         """Serve the trainer's requests until it says End. Its failures are told to it alone."""
         try:
-            self._connection.serve(dict(update_info))
-        except SyncError as exc:
-            self._refuse(f"this worker does not take the update: {exc}")
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+            self._connection.serve(update_info)
+            if self.device.type != "cpu":
+                torch.accelerator.synchronize()
+        except Exception as exc:
+            # vLLM ends the update of a rank that raises; on the other ranks it stays open.
+            self._update_open = not self._is_last_rank
+            self._refuse("this worker does not take the update", exc)
 
     def finish_weight_update(self) -> None:
         self._update_open = False
@@ -110,12 +125,17 @@ class QerlWeightTransferEngine(WeightTransferEngine):
             update_open=self._update_open,
         )
 
-    def _refuse(self, text: str) -> None:
-        """Tell who called through vLLM. Only the last rank may: vLLM takes the first exception and
-        leaves the answers of the ranks after it in their queues."""
-        logger.error(text)
-        if self.parallel_config.rank == self.parallel_config.world_size - 1:
-            raise ValueError(text)
+    @property
+    def _is_last_rank(self) -> bool:
+        return bool(self.parallel_config.rank == self.parallel_config.world_size - 1)
+
+    def _refuse(self, what: str, exc: Exception) -> None:
+        """Tell who called through vLLM, by the one rank that may."""
+        expected = isinstance(exc, SyncError)
+        text = f"{what}: {exc}" if expected else f"{what}: {type(exc).__name__}: {exc}"
+        logger.error(text, exc_info=not expected)
+        if self._is_last_rank:
+            raise ValueError(text) from exc
 
 
 def packages() -> dict[str, str]:

@@ -33,10 +33,12 @@ def wait_until(condition: Callable[[], Any], seconds: float = 20) -> bool:
 
 
 class Answers:
-    """What a server answers by "METHOD /path", and what it was asked: such lines with the body."""
+    """What a server answers by "METHOD /path", and what it was asked: such lines with the body, and
+    the headers."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.by_route: dict[str, tuple[int, str]] = {}
         self.drop_connections = False
         self.hold = threading.Event()
@@ -52,6 +54,7 @@ def answering() -> Iterator[tuple[str, Answers]]:
         def handle_any(self) -> None:
             size = int(self.headers.get("content-length") or 0)
             body = self.rfile.read(size)
+            answers.headers.append(dict(self.headers))
             answers.asked.append((f"{self.command} {self.path}", json.loads(body or "null")))
             answers.hold.wait(timeout=30)
             if answers.drop_connections:
