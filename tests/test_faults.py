@@ -11,20 +11,22 @@ from qerl_sync import PoisonedError
 from qerl_sync.cli.main import app
 from qerl_sync.errors import ConfigError
 from qerl_sync.faults.cases import all_cases
-from qerl_sync.faults.inputs import reusing_its_buffer
+from qerl_sync.faults.inputs import reusing_its_buffer, transposed, victim_of
+from qerl_sync.faults.models import CONFIGS, checkpoint_tensors, make_model, save_model
 from qerl_sync.faults.outcomes import Outcome
 from qerl_sync.faults.suite import SPECS, Spec, Suite, chosen_specs, run_random
-from qerl_sync.faults.triggers import Checkpoint, Trigger
+from qerl_sync.faults.triggers import PHASES, Checkpoint, Trigger
+from qerl_sync.faults.versions import VersionWatch
 from qerl_sync.report.fault_tables import complaints, fault_page
 
 # Of each group something; all of them take minutes.
 IN_PROCESS = [
-    "missing tensor",
+    "missing decoder layer",
     "int64 for a float parameter",
     "doubled in the stream",
     "NaN",
     "receive buffer used again",
-    "exception: inside an open layer",
+    "exception: several layers open",
     "exception: last tensor, rolled back",
     "exception in a loader",
     "trainer fails before finish",
@@ -32,8 +34,9 @@ IN_PROCESS = [
     "finish without start",
 ]
 OWN_PROCESS = [
-    "exception: middle tensor",
+    "NaN, several layers open",
     "receive buffer used again",
+    "no room for shared memory",
     "trainer killed between chunks",
     "connection cut between chunks",
     "worker stopped between chunks",
@@ -85,6 +88,7 @@ def test_an_outcome_is_ok_only_if_all_of_it_is():
     assert not outcome(ended="new").ok
     assert not outcome(healed=None).ok
     assert not outcome(leaks=["/dev/shm/x"]).ok
+    assert not outcome(version_faults=["the version of worker 0 went back: 2 -> 1"]).ok
     assert not outcome(detection_seconds=2.1).ok
     assert outcome(detection_seconds=2.1, allowed_seconds=5.0).ok
     assert Outcome.from_json(json.loads(json.dumps(outcome().to_json()))) == outcome()
@@ -113,6 +117,68 @@ def test_the_page_has_a_row_for_each_case_and_a_column_for_each_engine():
     assert "vLLM 0." in page
 
 
+def test_the_page_counts_what_was_noticed_in_time():
+    page = fault_page(
+        [
+            outcome(detection_seconds=1.5),
+            outcome(case="worker stopped", detection_seconds=3.1, allowed_seconds=5.0),
+            outcome(case="late", detection_seconds=2.5),
+            outcome(case="nothing to notice"),
+        ],
+        "vLLM 0",
+        {},
+    )
+    assert "Of 3 faults whose detection was timed, 2 were noticed within their limit" in page
+    assert "The slowest for its limit took 2.50 s of 2 s: late (server/dense/stock)." in page
+
+
+class Versions:
+    """An engine whose ranks have committed `held`."""
+
+    def __init__(self, *held: int) -> None:
+        self.held = list(held)
+
+    def weight_versions(self) -> list[int]:
+        return self.held
+
+
+def test_versions_that_go_back_or_stand_still_are_found():
+    engine = Versions(4, 4)
+    watch = VersionWatch(engine)
+    watch.look()
+    engine.held = [5, 5]
+    watch.look_after_sync()
+    assert watch.found == []
+    engine.held = [5, 1]
+    watch.look()
+    assert watch.found == ["the version of worker 1 went back: 5 -> 1"]
+    engine.held = [6, 1]
+    watch.look_after_sync()
+    assert watch.found[1:] == [
+        "the version of worker 1 did not rise with a good sync: 1 -> 1",
+        "ranks are on versions [6, 1] after a good sync",
+    ]
+
+
+@pytest.mark.parametrize("kind", sorted({spec.model for spec in SPECS} & set(CONFIGS)))
+def test_a_wrong_shape_is_another_shape(tmp_path, kind):
+    tensors = checkpoint_tensors(save_model(make_model(kind, 0), tmp_path))
+    victim = victim_of(list(tensors))
+    assert dict(transposed(list(tensors.items()), victim))[victim].shape != tensors[victim].shape
+
+
+def test_a_square_matrix_is_no_victim():
+    import torch
+
+    with pytest.raises(AssertionError, match=r"shape \[2, 2\] keeps its shape"):
+        transposed([("a", torch.ones(2, 2))], "a")
+
+
+def test_trainers_and_workers_are_stopped_and_killed_in_every_phase():
+    for what in ("trainer stopped", "worker stopped", "trainer killed", "worker killed"):
+        assert {f"{what} {phase}" for phase in PHASES} <= set(all_cases())
+
+
 def test_every_case_suits_some_engine_of_the_suite():
     for case in all_cases().values():
         assert any(case.suits(spec) for spec in SPECS), case.name
@@ -123,6 +189,20 @@ def test_engines_are_chosen_by_name_or_in_full():
     assert chosen_specs(["own process/bias/stock"]) == [Spec("own process", "bias")]
     with pytest.raises(ConfigError, match=r"no engine svr; choose from in process, own process"):
         chosen_specs(["svr"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("own process/dense/plain", r"own process/dense/plain: plain .*'in process/dense/plain'"),
+        ("own process/denser/stock", "there is no model 'denser'; choose from"),
+        ("in process/dense/stuck", "there is no kernels 'stuck'; choose from stock, plain"),
+        ("svr/dense/stock", "there is no engine 'svr'; choose from in process"),
+    ],
+)
+def test_what_no_engine_can_be_is_refused(text, words):
+    with pytest.raises(ConfigError, match=words):
+        chosen_specs([text])
 
 
 def test_a_case_that_does_not_exist_is_named():

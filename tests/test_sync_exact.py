@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from support.engines import NEW, OLD, logprob_gap
-from support.models import CONFIGS
+from support.engines import NEW, OLD, EnginePool, logprob_gap, start_engine
+from support.models import CONFIGS, make_model, save_model
 from support.syncs import push, session
 
-from qerl_sync import HFSource
+from qerl_sync import HFSource, InProcessTransport, SyncConfig, SyncSession
 
 pytestmark = pytest.mark.vllm
 
@@ -50,6 +50,37 @@ def test_chunks_do_not_change_the_result(subject, kind):
     assert report.num_chunks > 3
     assert one.wrong_weights(NEW) == []
     assert report.prediction_exact, report.first_difference
+
+
+def _answer(engine, prompt):
+    """Tokens, their log-probabilities, and how much of the prompt came out of the prefix cache."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, detokenize=False)
+    params.logprobs = 0
+    (output,) = engine.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    one = output.outputs[0]
+    logprobs = [next(iter(step.values())).logprob for step in one.logprobs]
+    return (list(one.token_ids), logprobs), output.num_cached_tokens
+
+
+def test_a_prompt_that_was_cached_under_the_old_weights(engine_pool: EnginePool, subject, tmp_path):
+    """vLLM keeps whole blocks, of 128 tokens on CPU: the engines of other tests see none."""
+    subject("dense")  # some engine of the pool comes first
+    prompt = [i * 7 % 199 for i in range(150)]
+    trainer = make_model("dense", NEW)
+    engine = start_engine(save_model(make_model("dense", OLD), tmp_path), max_model_len=256)
+    engine_pool._kept.append(engine)
+    old, _ = _answer(engine, prompt)
+    assert _answer(engine, prompt) == (old, 128), "nothing was cached: the test could not fail"
+
+    SyncSession(HFSource(trainer), InProcessTransport(engine), SyncConfig()).push()
+
+    new, cached = _answer(engine, prompt)
+    assert cached == 0
+    engine.reset_prefix_cache()
+    assert _answer(engine, prompt) == (new, 0)
+    assert new != old
 
 
 def test_fused_experts_as_they_are_in_memory(subject):

@@ -41,7 +41,12 @@ def faults(
         bool, typer.Option("--stock", help="Break vLLM's own reload in the same ways, beside.")
     ] = False,
     random: Annotated[
-        int, typer.Option(min=0, help="Instead: this many random schedules of faults and syncs.")
+        int,
+        typer.Option(
+            min=0,
+            help="Instead: this many random schedules of faults and syncs. SIGKILL and SIGSTOP, "
+            "which take seconds and new engines, are left out.",
+        ),
     ] = 0,
     seed: Annotated[int, typer.Option(help="Of the random schedules.")] = 0,
     docs: Annotated[Path | None, typer.Option(help="Write the page docs/faults.md here.")] = None,
@@ -103,8 +108,9 @@ def _schedules(
         print(json.dumps(found, indent=2))
     else:
         note(
-            f"{found['schedules']} schedules, {found['steps']} steps, {found['faults']} faults, "
-            f"{found['syncs']} good syncs: {found['failure'] or 'every state was right'}"
+            f"seed {found['seed']}: {found['schedules']} schedules, {found['steps']} steps, "
+            f"{found['faults']} faults, {found['syncs']} good syncs: "
+            f"{found['failure'] or 'every state was right'}"
         )
     if found["failure"]:
         raise typer.Exit(UNEXPECTED)

@@ -32,10 +32,14 @@ class Inspector:
     def fault_state(self) -> dict[str, Any]:
         return state_of(self.model_runner.model, self.vllm_config)
 
-    def fault_break(self, rank: int) -> None:
-        """Make vLLM fail when it processes a layer, on rank `rank` alone; -1 on all."""
+    def fault_break(self, rank: int, path: str) -> None:
+        """Make vLLM fail when it processes a layer, on rank `rank` alone; -1 on all.
+
+        Args:
+            path: what the layer's name ends with; "": one in the middle.
+        """
         if rank in (-1, self.vllm_config.parallel_config.rank):
-            break_loader(self.model_runner.model)
+            break_loader(self.model_runner.model, path)
 
     def fault_mend(self) -> None:
         mend_loader(self.model_runner.model)
@@ -89,20 +93,29 @@ def _link(fd: str) -> str:
         return ""
 
 
-def _breakable(model: Any) -> Any:
-    """A layer in the middle, of those that vLLM processes when they are whole."""
-    for path, layer in model.named_modules():
-        if ".layers.1." in path and path.endswith(("gate_up_proj", "experts.routed_experts")):
-            return layer
-    raise LookupError("the model has no layer to break")
+# In the middle, of those that vLLM processes when they are whole.
+BREAKABLE = ("layers.1.mlp.gate_up_proj", "layers.1.mlp.experts.routed_experts")
 
 
-def break_loader(model: Any) -> None:
+def break_loader(model: Any, path: str = "") -> None:
+    layers = [m for p, m in model.named_modules() if p.endswith((path,) if path else BREAKABLE)]
+    if not layers:
+        raise LookupError(f"the model has no layer {path or BREAKABLE} to break")
+
     def fail(layer: Any) -> None:
-        raise RuntimeError("no kernel for this shape")
+        others = sum(_has_begun(one) for one in model.modules() if one is not layers[0])
+        raise RuntimeError(f"no kernel for this shape; {others} other layers have begun")
 
-    _breakable(model).quant_method.process_weights_after_loading = fail
+    layers[0].quant_method.process_weights_after_loading = fail
 
 
 def mend_loader(model: Any) -> None:
-    vars(_breakable(model).quant_method).pop("process_weights_after_loading", None)
+    for layer in model.modules():
+        if (method := getattr(layer, "quant_method", None)) is not None:
+            vars(method).pop("process_weights_after_loading", None)
+
+
+def _has_begun(layer: Any) -> bool:
+    """Whether a reload has brought some of its elements and not all."""
+    state = compat.layer_state(layer)
+    return state.total_numel is not None and 0 < state.loaded_numel < state.total_numel

@@ -47,6 +47,7 @@ def _end_with_parent() -> None:
 
 def _serve(subject: Subject, told: dict[str, Any], say: Any) -> None:
     from qerl_sync.faults import judge
+    from qerl_sync.faults.versions import VersionWatch
 
     if told["random"]:
         from qerl_sync.faults.random import run_schedules
@@ -54,7 +55,8 @@ def _serve(subject: Subject, told: dict[str, Any], say: Any) -> None:
         say(state=READY)
         say(schedules=run_schedules(subject, **told["random"]))
         return
-    if not judge.heals(subject):
+    # Versions are each case's to judge.
+    if not judge.heals(subject, VersionWatch(subject)):
         raise AssertionError("syncs without a fault are not exact")
     say(state=READY)
     for name in told["cases"]:

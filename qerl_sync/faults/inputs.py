@@ -15,9 +15,9 @@ Spoil = Callable[[Stream, Trigger], Iterator[Named]]
 Pairs = list[Named]
 
 
-def victim_of(names: list[str], part: str = "gate_proj.weight") -> str:
+def victim_of(names: list[str], part: str = "gate_proj.weight", layer: int = 1) -> str:
     """The tensor that the fault is about: of a layer with several parts, in the middle."""
-    return next(n for n in names if ".layers.1." in n and n.endswith(part))
+    return next(n for n in names if f".layers.{layer}." in n and n.endswith(part))
 
 
 # ------------------------------------------------------------ the metadata say it beforehand
@@ -25,6 +25,12 @@ def victim_of(names: list[str], part: str = "gate_proj.weight") -> str:
 
 def without(pairs: Pairs, victim: str) -> Pairs:
     return [(n, t) for n, t in pairs if n != victim]
+
+
+def without_its_decoder_layer(pairs: Pairs, victim: str) -> Pairs:
+    layer = ".layers."
+    number = victim.partition(layer)[2].partition(".")[0]
+    return [(n, t) for n, t in pairs if f"{layer}{number}." not in n]
 
 
 def twice(pairs: Pairs, victim: str) -> Pairs:
@@ -36,7 +42,16 @@ def with_unknown(pairs: Pairs, victim: str) -> Pairs:
 
 
 def transposed(pairs: Pairs, victim: str) -> Pairs:
-    return _changed(pairs, victim, lambda t: t.T.contiguous())
+    return _changed(pairs, victim, lambda t: _turned(t).contiguous())
+
+
+def _turned(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.T.shape == tensor.shape:
+        raise AssertionError(
+            f"a tensor of shape {list(tensor.shape)} keeps its shape when it is transposed; take "
+            "another victim, or a model in which it is not square"
+        )
+    return tensor.T
 
 
 def as_fp8(pairs: Pairs, victim: str) -> Pairs:
@@ -57,6 +72,7 @@ def _changed(pairs: Pairs, victim: str, change: Callable[[torch.Tensor], torch.T
 
 ANNOUNCED: dict[str, Callable[[Pairs, str], Pairs]] = {
     "missing tensor": without,
+    "missing decoder layer": without_its_decoder_layer,
     "doubled tensor": twice,
     "unexpected tensor": with_unknown,
     "wrong shape": transposed,
@@ -93,7 +109,7 @@ def renamed(victim: str) -> Spoil:
 
 
 def reshaped(victim: str) -> Spoil:
-    return _at(victim, lambda n, t: iter([(n, t.T)]))
+    return _at(victim, lambda n, t: iter([(n, _turned(t))]))
 
 
 def recast(victim: str) -> Spoil:

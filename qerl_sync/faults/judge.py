@@ -10,11 +10,13 @@ from typing import Any
 
 from qerl_sync.errors import PoisonedError, SyncError
 from qerl_sync.faults import outcomes as end
-from qerl_sync.faults.cases import Acted, Case
+from qerl_sync.faults.acts import Acted
+from qerl_sync.faults.cases import Case
 from qerl_sync.faults.extension import own_inventory
 from qerl_sync.faults.outcomes import Outcome
 from qerl_sync.faults.subjects import NEW, OLD, Subject
 from qerl_sync.faults.triggers import InjectedFault
+from qerl_sync.faults.versions import VersionWatch
 from qerl_sync.serving.processes import descendants
 from qerl_sync.wire import segments
 
@@ -30,7 +32,7 @@ def run(subject: Subject, case: Case) -> Outcome:
         expected=case.expected,
         allowed_seconds=case.allowed_seconds,
     )
-    before = inventory(subject)
+    before, watch = inventory(subject), VersionWatch(subject)
     acted = case.act(subject)
     outcome.error, outcome.note = _words(acted.error), acted.note
     outcome.detection_seconds = acted.detection_seconds
@@ -38,7 +40,10 @@ def run(subject: Subject, case: Case) -> Outcome:
     acted.error = None  # its traceback holds on to what it has seen
     if outcome.ended == end.GONE:
         subject.restart()
-    outcome.healed = heals(subject)
+        watch.begin()
+    watch.look()
+    outcome.healed = heals(subject, watch)
+    outcome.version_faults = watch.found
     if outcome.ended == end.GONE:  # another process: what it has open is not the old one's
         before = {**before, "worker": inventory(subject)["worker"]}
     outcome.leaks = leaks(subject, before, [os.getpid(), *acted.pids])
@@ -68,10 +73,12 @@ def classify(subject: Subject, acted: Acted, case: Case) -> tuple[str, str]:
     return _by_weights(subject)
 
 
-def heals(subject: Subject) -> bool:
-    """Whether full syncs from here on are exactly right: weights and generations."""
+def heals(subject: Subject, watch: VersionWatch) -> bool:
+    """Whether full syncs from here on are exactly right: weights and generations. `watch` looks at
+    their versions."""
     for version in (NEW, OLD):
         subject.push(version)
+        watch.look_after_sync()
         right = subject.version_held() == version and subject.judge_generation(version)
         if not right or any(s["unfinished"] or s["poisoned"] for s in subject.state()):
             return False

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+# No matrix that the MLP has is square, in any kind: transposed, it would have the same shape.
 _COMMON = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -20,7 +21,6 @@ _COMMON = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-# No matrix is square: transposed, it would have the same shape.
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96, "num_experts": 4}
 
 
@@ -49,7 +49,7 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
         num_nextn_predict_layers=0,
     ),
     "dense": _kind("Qwen3Config"),
-    "bias": _kind("Qwen2Config", hidden_size=128),
+    "bias": _kind("Qwen2Config", hidden_size=128, intermediate_size=192),
     "tied": _kind("Qwen3Config", tie_word_embeddings=True),
     "padded": _kind("Qwen3Config", vocab_size=199),
 }

@@ -36,6 +36,7 @@ class Outcome:
             of a `LLM` whose trainer has died.
         healed: whether the next full sync was exactly right; None: not tried.
         leaks: what was left behind after it.
+        version_faults: where a worker's version went back, or did not rise with a good sync.
         detection_seconds: from the fault to its being known, and the worker poisoned.
         allowed_seconds: how long that may take: a timeout where only that can tell, and 2 s.
     """
@@ -49,6 +50,7 @@ class Outcome:
     after: str = ""
     healed: bool | None = None
     leaks: list[str] = field(default_factory=list)
+    version_faults: list[str] = field(default_factory=list)
     detection_seconds: float | None = None
     allowed_seconds: float = LIMIT_SECONDS
     note: str = ""
@@ -66,6 +68,7 @@ class Outcome:
             self.ended in self.expected
             and self.healed is True
             and not self.leaks
+            and not self.version_faults
             and not self.is_late
         )
 

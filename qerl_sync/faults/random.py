@@ -11,6 +11,7 @@ from qerl_sync.faults import outcomes as end
 from qerl_sync.faults.cases import all_cases
 from qerl_sync.faults.subjects import NEW, OLD, Subject
 from qerl_sync.faults.triggers import Checkpoint
+from qerl_sync.faults.versions import VersionWatch
 
 STEPS = 8
 # Killing and stopping take seconds, and a new engine: not here.
@@ -31,7 +32,7 @@ def run_schedules(subject: Subject, number: int, seed: int) -> dict[str, Any]:
         raise ConfigError("random schedules need Hypothesis: pip install hypothesis") from exc
     counts: Counter[str] = Counter()
     before = judge.inventory(subject)
-    machine = seeded(seed)(_machine(subject, counts))
+    machine = seeded(seed)(_machine(subject, counts, VersionWatch(subject)))
     limits = settings(
         max_examples=number,
         stateful_step_count=STEPS,
@@ -52,7 +53,7 @@ def run_schedules(subject: Subject, number: int, seed: int) -> dict[str, Any]:
     return {"seed": seed, "failure": failure, **{name: counts[name] for name in names}}
 
 
-def _machine(subject: Subject, counts: Counter[str]) -> Any:
+def _machine(subject: Subject, counts: Counter[str], watch: VersionWatch) -> Any:
     from hypothesis import strategies as st
     from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -63,12 +64,15 @@ def _machine(subject: Subject, counts: Counter[str]) -> Any:
     ]
 
     class Syncs(RuleBasedStateMachine):
-        """`version` is what must be held; None: poisoned."""
+        """`version` is what must be held; None: poisoned. `watch` looks at weight versions."""
 
         @initialize()
         def begin(self) -> None:
             counts["schedules"] += 1
+            watch.found.clear()
+            watch.begin()
             subject.push(OLD)
+            watch.look_after_sync()
             self.version: int | None = OLD
             self.session: Any = None
             self.pushing = OLD
@@ -116,6 +120,8 @@ def _machine(subject: Subject, counts: Counter[str]) -> Any:
             counts["steps"] += 1
             states = subject.state()
             assert not any(state["unfinished"] for state in states)
+            watch.look()
+            assert not watch.found, "; ".join(watch.found)
             assert {bool(state["poisoned"]) for state in states} == {self.version is None}
             if self.version is not None:
                 assert subject.version_held() == self.version
@@ -130,6 +136,7 @@ def _machine(subject: Subject, counts: Counter[str]) -> Any:
         def _synced(self, version: int) -> None:
             counts["syncs"] += 1
             self.version = version
+            watch.look_after_sync()
             assert subject.version_held() == version
             assert subject.judge_generation(version)
 

@@ -12,12 +12,13 @@ from qerl_sync.faults.triggers import Stream, Trigger
 from qerl_sync.worker import compat, compat_checks
 
 
-def reload(parts: compat.EngineParts, stream: Stream) -> None:
+def reload(llm: Any, parts: compat.EngineParts, stream: Stream) -> None:
     """What vLLM's documentation tells a trainer to do."""
     with compat.loading_context(parts.vllm_config):
         compat.begin_reload(parts.model)
         parts.model.load_weights(iter(stream))  # type: ignore[operator]
         compat.finish_reload(parts.model, parts.vllm_config)
+    llm.reset_prefix_cache()
 
 
 def run(subject: InProcess, case: Case) -> Outcome:
@@ -54,7 +55,7 @@ def learn(subject: InProcess) -> None:
 
 def _attempt(subject: InProcess, stream: Any) -> str:
     try:
-        reload(subject.parts, stream)
+        reload(subject.llm, subject.parts, stream)
     except Exception as exc:
         return " ".join(f"{type(exc).__name__}: {exc}".split())[:300]
     return ""

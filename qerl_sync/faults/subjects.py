@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 from qerl_sync.clients.http import HTTPClient
 from qerl_sync.clients.llm import LLMClient
 from qerl_sync.config import SyncConfig
-from qerl_sync.errors import SyncError
+from qerl_sync.errors import ConfigError, SyncError
 from qerl_sync.faults import extension
-from qerl_sync.faults.models import checkpoint_tensors, make_model, save_model
+from qerl_sync.faults.models import CONFIGS, checkpoint_tensors, make_model, save_model
 from qerl_sync.faults.triggers import Checkpoint, PhasedInProcess, PhasedTransport, Trigger
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.gate import QUIET_SECONDS
@@ -28,7 +28,9 @@ from qerl_sync.sources.base import Source
 from qerl_sync.transports.base import Transport
 
 OLD, NEW = 0, 1  # seeds of the two versions of a model
-PROMPTS = [[1, 2, 3, last] for last in range(2)]
+# The first is longer than a block of cached keys, which has 128 tokens on CPU: what vLLM keeps of
+# one request for the next are whole blocks.
+PROMPTS = [[i * 7 % 199 for i in range(150)], *([1, 2, 3, last] for last in range(2))]
 MAX_TOKENS = 6
 TIMEOUT_SECONDS = 3.0
 CALL_SECONDS = 60.0
@@ -40,12 +42,13 @@ Generation = tuple[list[int], list[float]]
 ENGINE: dict[str, Any] = {
     "skip_tokenizer_init": True,
     "enforce_eager": True,
-    "max_model_len": 64,
+    "max_model_len": 256,
     "max_num_seqs": 4,
     "dtype": "float32",
     "disable_log_stats": True,
     "num_gpu_blocks_override": 16,
 }
+KERNELS = ("stock", "plain")
 OURS = {
     "weight_transfer_config": {"backend": "qerl"},
     "worker_extension_cls": extension.NAME,
@@ -67,6 +70,19 @@ class Spec:
     def parse(cls, text: str) -> Spec:
         return cls(*text.split("/"))
 
+    def require_possible(self) -> None:
+        """Raises ConfigError where there is no such engine, model or kernels."""
+        known = {"engine": [*SUBJECTS], "model": [*CONFIGS, *BY_MODEL], "kernels": [*KERNELS]}
+        for what, names in known.items():
+            given = getattr(self, what)
+            if given not in names:
+                raise ConfigError(f"there is no {what} {given!r}; choose from {', '.join(names)}")
+        if self.kernels == "plain" and self.engine != "in process":
+            raise ConfigError(
+                f"{self}: plain kernels are put in place in this process, where the engine of "
+                f"{self.engine!r} does not run; choose 'in process/{self.model}/plain', or stock"
+            )
+
     def __str__(self) -> str:
         return f"{self.engine}/{self.model}/{self.kernels}"
 
@@ -77,7 +93,9 @@ class Subject(ABC):
     Attributes:
         fresh: by version, what the kernels of an engine of that version hold, on each rank. It is
             loaded beside the engine's own model.
-        generations: by version, what it says; of NEW, known after the first push that was right.
+        generations: by version, what it says. Of OLD, before anything was pushed. Of NEW, after the
+            first push that left the kernels as in `fresh`, and from empty caches: no second engine
+            is started for it.
     """
 
     num_workers = 1
@@ -124,7 +142,8 @@ class Subject(ABC):
     def session(
         self, source: Source, trigger: Trigger | None = None, **options: Any
     ) -> SyncSession:
-        # A source in the model's own order keeps several layers open, as most trainers' do.
+        # A source in the model's own order, which would open several layers; the default policy
+        # sends it so that one is open. Options may keep the order: `acts.SEVERAL_OPEN`.
         config = SyncConfig.of(
             **{"chunk_bytes": "64KiB", "timeout_seconds": TIMEOUT_SECONDS, **options}
         )
@@ -146,6 +165,10 @@ class Subject(ABC):
 
     def state(self) -> list[dict[str, Any]]:
         return self.ask("fault_state")
+
+    def weight_versions(self) -> list[int]:
+        """What each rank has committed last."""
+        return [state["version"] for state in self.state()]
 
     def version_held(self) -> int | None:
         """OLD or NEW, if every rank holds exactly that."""
@@ -181,11 +204,19 @@ class Subject(ABC):
         return False
 
     def judge_generation(self, version: int) -> bool:
-        """Is it what that version says? The first time, of NEW, it is taken as that."""
+        """Is it what that version says? Its kernels must hold that version's weights."""
         while self._waiting:  # requests of a paused engine go on, and must not share a batch
             self._waiting.pop().join(CALL_SECONDS)
         said = self.generate()
-        return bool(self.generations.setdefault(version, said) == said)
+        if version not in self.generations:
+            self.generations[version] = self._say_afresh()
+        return bool(said == self.generations[version])
+
+    def _say_afresh(self) -> list[Generation]:
+        """What it says when nothing is left in its caches."""
+        if not self.client().reset_caches(running=False):
+            raise SyncError(f"{self.spec}: vLLM does not empty its caches; are requests in flight?")
+        return self.generate()
 
     def restart(self) -> None:
         with contextlib.suppress(Exception):

@@ -67,10 +67,7 @@ class Suite:
 
     def _require_sensible(self) -> None:
         for spec in self.specs:
-            if spec.engine not in SUBJECTS:
-                raise ConfigError(
-                    f"there is no engine {spec.engine!r}; choose from {', '.join(SUBJECTS)}"
-                )
+            spec.require_possible()
         if not any(self._cases(spec, stock=False) for spec in self.specs):
             raise ConfigError(
                 f"no case is called {', '.join(self.patterns)} on these engines; there are "
@@ -135,7 +132,11 @@ def run_host(
 
 
 def chosen_specs(wanted: Sequence[str]) -> list[Spec]:
-    """Those of `SPECS` on these engines; one that is written in full need not be among them."""
+    """Those of `SPECS` on these engines; one that is written in full need not be among them.
+
+    Raises:
+        ConfigError: there is none, or one that is written in full is not possible.
+    """
     found = [spec for spec in SPECS if not wanted or spec.engine in wanted]
     found += [Spec.parse(text) for text in wanted if text.count("/") == 2]
     if not found:
@@ -143,6 +144,8 @@ def chosen_specs(wanted: Sequence[str]) -> list[Spec]:
             f"there is no engine {', '.join(wanted)}; choose from {', '.join(SUBJECTS)}, or one "
             "such as 'own process/moe/stock'"
         )
+    for spec in found:
+        spec.require_possible()
     return found
 
 

@@ -50,6 +50,7 @@ def complaints(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _why(outcome: Outcome) -> str:
     found = [f"leaks {', '.join(outcome.leaks)}"] if outcome.leaks else []
+    found += outcome.version_faults
     if outcome.healed is not True:
         found.append("the next full sync was not exactly right")
     if outcome.is_late:
@@ -91,9 +92,13 @@ def fault_page(outcomes: Sequence[Outcome], versions: str, meanings: Mapping[str
         "",
         "<!-- Written by `qerl-sync check faults --stock --docs docs/faults.md`; do not edit. -->",
         "",
-        "Each fault happens to a sync of a real engine. Then requests are sent, one more full sync",
-        "is run, and everything is held against a freshly loaded engine: what the kernels hold and",
-        f"what is generated. {versions}.",
+        "Each fault happens to a sync of a real engine. Then requests are sent, and two more full",
+        "syncs are run, to the new weights and back to the old ones. What the kernels hold is held",
+        "against a model freshly loaded from the same checkpoint. What is generated, with a prompt",
+        "longer than a block of the prefix cache, is held, to the last bit, against what the same",
+        "engine said: of the old weights before its first sync; of the new ones after the first",
+        "sync that left its kernels exactly as in a freshly loaded model, with its caches emptied",
+        f"by hand. Weight versions must only rise. {versions}.",
         "",
         f"Engines, each with its model and kernels: {_subjects(ours)}. A number in parentheses",
         "says on how many of them, where they differ; – says that a case makes no sense there or",
@@ -135,8 +140,10 @@ def _totals(ours: Sequence[Outcome], stock: Sequence[Outcome]) -> list[str]:
     lines = [
         f"qerl-sync, {len(ours)} cases: {_number(ours, 'wrong weights')} ended with wrong weights "
         f"that are served, {_number(ours, 'hang')} hung, {sum(bool(o.leaks) for o in ours)} left "
-        f"something behind; the next full sync was exactly right after {healed}.",
+        f"something behind, {sum(bool(o.version_faults) for o in ours)} had a version that did not "
+        f"move forwards; the next full sync was exactly right after {healed}.",
     ]
+    lines += ["", *_noticed(ours)]
     if stock:
         lines += [
             "",
@@ -146,6 +153,21 @@ def _totals(ours: Sequence[Outcome], stock: Sequence[Outcome]) -> list[str]:
             f" {sum(o.healed is True for o in stock)}.",
         ]
     return lines
+
+
+def _noticed(ours: Sequence[Outcome]) -> list[str]:
+    """How fast faults were known, as a share of what each is allowed."""
+    timed = [(o.detection_seconds, o) for o in ours if o.detection_seconds is not None]
+    if not timed:
+        return []
+    in_time = sum(not o.is_late for _, o in timed)
+    seconds, slowest = max(timed, key=lambda pair: pair[0] / pair[1].allowed_seconds)
+    return [
+        f"Of {len(timed)} faults whose detection was timed, {in_time} were noticed within their "
+        "limit: 2 s, or a timeout and 2 s where only that can tell. The slowest for its limit "
+        f"took {seconds:.2f} s of {slowest.allowed_seconds:g} s: {slowest.case} "
+        f"({slowest.subject})."
+    ]
 
 
 def _number(outcomes: Iterable[Outcome], ended: str) -> int:
