@@ -203,6 +203,7 @@ class Listener:
             ) from exc
         self._token = token
         self._accepted: queue.SimpleQueue[Channel] = queue.SimpleQueue()
+        self._closing, self._closed = threading.Lock(), False
         self.host = host
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._listen, name="qerl-sync listener", daemon=True).start()
@@ -218,6 +219,8 @@ class Listener:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._socket.close()
+        with self._closing:
+            self._closed = True
         while (unwanted := self.accept(0)) is not None:
             unwanted.close()
 
@@ -235,7 +238,11 @@ class Listener:
         except OSError:
             connection.close()
             return
-        self._accepted.put(Channel(connection, f"a worker on {host}"))
+        with self._closing:
+            if not self._closed:
+                self._accepted.put(Channel(connection, f"a worker on {host}"))
+                return
+        connection.close()  # it proved itself just too late
 
 
 def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel:

@@ -27,6 +27,7 @@ class TrainerActor:
 
     workers: WorkerPool
     sync_session: SyncSession | None = None
+    _steps_tell = False
 
     def sync_to(
         self,
@@ -48,13 +49,19 @@ class TrainerActor:
 
         self.end_sync()
         config = config or SyncConfig.of(**options)
+        trained = None
         if not isinstance(weights, Source):
             from qerl_sync.sources.hf import HFSource
 
-            weights = HFSource(weights)
+            trained, weights = weights.named_parameters, HFSource(weights)
         self.workers = workers
         self._pool_transport = workers.transport(config)
-        self.sync_session = SyncSession(weights, self._pool_transport, config, version=version)
+        # Without the trained parameters a second sync of the same weights, for a worker that came
+        # back, could not be told from one that fails to bring what has changed.
+        self._steps_tell = trained is not None
+        self.sync_session = SyncSession(
+            weights, self._pool_transport, config, version=version, trained=trained
+        )
         self._sync_metrics = SyncMetrics()
 
     def sync_weights(self, version: int | None = None) -> SyncReport:
@@ -84,7 +91,7 @@ class TrainerActor:
             session.version = version - 1
         # Workers may have more than was synced from here: they say so when they connect.
         self._pool_transport.required_version = version
-        report = session.push(step=version or session.version + 1)
+        report = session.push(step=(version or session.version + 1) if self._steps_tell else 0)
         self._sync_metrics.record(report, self.workers.versions)
         return report
 

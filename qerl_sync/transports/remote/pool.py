@@ -146,7 +146,8 @@ class PoolTransport(Transport):
         return "; ".join(dict.fromkeys(m.transport.kind for m in self._members.values() if m.ready))
 
     def committed_version(self) -> int:
-        return max((m.transport.committed_version() for m in self._members.values()), default=0)
+        hellos = (hello for m in self._members.values() for hello in m.transport.hellos)
+        return max((hello.version for hello in hellos), default=0)
 
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
@@ -275,8 +276,8 @@ class PoolTransport(Transport):
         """Raises AgreementError if one has another model, dtype, quantisation or layout than those
         that were taken in before; names both."""
         for member in members:
-            for peer in member.transport._peers:
-                hello = peer.hello.model_copy(update={"engine": member.name})
+            for told in member.transport.hellos:
+                hello = told.model_copy(update={"engine": member.name})
                 self._hello = self._hello or hello
                 require_alike([self._hello, hello])
 

@@ -138,9 +138,14 @@ class RemoteTransport(Transport):
             return False
         return bool(self._peers)
 
+    @property
+    def hellos(self) -> list[say.Hello]:
+        """What the workers that are connected have said of themselves."""
+        return [peer.hello for peer in self._peers]
+
     def committed_version(self) -> int:
         self.open()  # others may have synced them since we were connected
-        return max((peer.hello.version for peer in self._peers), default=0)
+        return max(hello.version for hello in self.hellos)
 
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
