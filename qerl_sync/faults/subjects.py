@@ -26,6 +26,7 @@ from qerl_sync.serving.server import ServerProcess
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.base import Source
 from qerl_sync.transports.base import Transport
+from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 OLD, NEW = 0, 1  # seeds of the two versions of a model
 # The first is longer than a block of cached keys, which has 128 tokens on CPU: what vLLM keeps of
@@ -380,7 +381,9 @@ def environment_of(spec: Spec) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
-    return {**os.environ, **own}
+    # Of the user's servers: here everybody asks workers what they hold.
+    inherited = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    return {**inherited, **own}
 
 
 @contextlib.contextmanager
