@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from qerl_sync.buffers.changes import ChangeWatch
+from qerl_sync.buffers.detect import is_finite
 
 HIDDEN, LAYERS = 1024, 28
 SHAPES = [(2048, HIDDEN), (1024, HIDDEN), (1024, HIDDEN), (HIDDEN, 2048)]
@@ -47,6 +48,17 @@ def copies(weights: dict[str, torch.Tensor]) -> Callable[[], None]:
             target[: tensor.numel()].copy_(tensor.view(-1))
 
     return run
+
+
+def test_looking_for_nan(weights: dict[str, torch.Tensor]) -> None:
+    """About as fast as one copy pass: `sync.check_finite`."""
+
+    def run() -> None:
+        assert all(is_finite(tensor) for tensor in weights.values())
+
+    spent, copied = median_seconds(run), median_seconds(copies(weights))
+    print(f"\n{spent * 1e3:.1f} ms for {len(weights)} tensors; one copy pass {copied * 1e3:.0f} ms")
+    assert spent < 3 * copied
 
 
 def test_noticing_changes(weights: dict[str, torch.Tensor]) -> None:

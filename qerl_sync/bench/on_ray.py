@@ -21,7 +21,7 @@ import torch
 
 from qerl_sync.bench.echo import EchoLoader, checksum, hello
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
-from qerl_sync.bench.transport import Rounds, Target, make_model
+from qerl_sync.bench.transport import NOT_LOOKED_AT, Rounds, Target, make_model
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import SyncError
 from qerl_sync.integrations.ray.actors import CONTROL, RolloutActor
@@ -206,7 +206,7 @@ def _across(clock: Rounds, model: torch.nn.Module, rounds: int) -> None:
     source = HFSource(model)
     names = [meta.name for meta in source.metadata()]
     array = torch.ones(sum(m.nbytes for m in source.metadata()), dtype=torch.uint8).numpy()
-    with _session(WorkerPool({"echo": actor}), source, transport="ray") as session:
+    with _session(WorkerPool({"echo": actor}), source, transport="ray", **NOT_LOOKED_AT) as session:
         ray.get(actor.check.remote(True))
         session.push()
         wanted = {name: checksum(tensor) for name, tensor in source.materialize(names)}
@@ -293,5 +293,5 @@ def _until_whole(session: SyncSession) -> SyncReport:
 
 
 def _session(pool: WorkerPool, source: HFSource, **options: Any) -> SyncSession:
-    config = SyncConfig.of(check_finite=False, timeout_seconds=120, **options)
+    config = SyncConfig.of(timeout_seconds=120, **options)
     return SyncSession(source, pool.transport(config), config)
