@@ -550,7 +550,6 @@ def test_a_failure_in_the_middle_poisons_and_the_next_sync_heals(subject, in_fil
     assert one.wrong_weights(NEW) == []
     assert one.generates_as(NEW)
     assert report.prediction_exact
-    assert report.version == 1
 
 
 # --------------------------------------------------------------------------- over connections

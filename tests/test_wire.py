@@ -34,7 +34,7 @@ from qerl_sync import (
     TransportTimeout,
     share_parameters,
 )
-from qerl_sync.transports.remote import agreement
+from qerl_sync.transports.remote import agreement, control, transport
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire import channel, segments
 from qerl_sync.wire import messages as say
@@ -671,7 +671,9 @@ def test_a_trainer_that_dies_leaves_poisoned_workers_to_the_next_one(workers, ca
     first.close()
 
 
-def test_a_worker_that_hangs_is_given_up(workers):
+def test_a_worker_that_hangs_is_given_up(workers, monkeypatch):
+    for module in (control, transport):
+        monkeypatch.setattr(module, "GRACE_SECONDS", 0.3)
     engine = workers()
     release = threading.Event()
     with session(engine, timeout_seconds=1) as sync:
