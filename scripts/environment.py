@@ -54,7 +54,16 @@ CORE = ["pydantic", "yaml", "typer", "rich"]
 ENGINES = ["torch", "transformers", "vllm", "trl", "matplotlib"]
 MODULES = {
     "run": [*CORE, *ENGINES],
-    "test": [*CORE, *ENGINES, "peft", "pytest", "pytest_timeout", "xdist", "pytest_benchmark", "hypothesis"],
+    "test": [
+        *CORE,
+        *ENGINES,
+        "peft",
+        "pytest",
+        "pytest_timeout",
+        "xdist",
+        "pytest_benchmark",
+        "hypothesis",
+    ],
     "check": [*CORE, "torch", "ruff", "mypy", "importlinter"],
 }
 

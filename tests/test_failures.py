@@ -204,6 +204,19 @@ def test_a_layer_that_was_not_filled_as_planned_is_named(subject, monkeypatch):
     assert one.wrong_weights(NEW) == []
 
 
+def test_a_tied_head_is_counted_in_what_the_end_of_a_sync_takes(subject):
+    """It is packed anew. In an open reload it is not tied: it must be known before."""
+    one = subject("tied")
+    receiver = Receiver(compat.in_process_parts(one.engine))
+    sync = session(one, HFSource(one.trainers[OLD]))
+    receiver.start(*sync._agree())
+    try:
+        assert receiver.finishing_bytes == one.trainers[OLD].lm_head.weight.nbytes
+    finally:
+        receiver.abort("a sync failed: for a test")
+    assert_heals(one)
+
+
 def test_versions_only_move_forwards(subject):
     one = subject("dense")
     first, second = push(one, NEW), push(one, OLD)  # sessions of their own

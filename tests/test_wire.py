@@ -34,6 +34,7 @@ from qerl_sync import (
     TransportTimeout,
     share_parameters,
 )
+from qerl_sync.plan.staging import touched_bytes
 from qerl_sync.transports.remote import agreement, control, transport
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire import channel, segments
@@ -120,6 +121,20 @@ def test_the_trainer_waits_for_a_slow_worker(workers, carrier):
         sync._source.materialize = watched
         sync.push()
     assert max(ahead) == 2  # and the one that is being gathered: three
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunks_in_flight", "in_place", "mapped"),
+    [
+        ([5, 1, 2, 9], 2, False, [6, 6, 14, 14]),
+        ([5, 1], 3, False, [6, 6]),
+        ([3, 4, 5], 1, True, [3, 7, 12]),
+        ([3, 4, 5], 2, True, [7, 12, 12]),
+        ([], 2, False, []),
+    ],
+)
+def test_a_worker_has_mapped_what_it_reads_ahead(sizes, chunks_in_flight, in_place, mapped):
+    assert touched_bytes(sizes, chunks_in_flight, [in_place] * len(sizes)) == mapped
 
 
 def test_other_shapes_get_other_slots(workers):

@@ -65,7 +65,8 @@ def _aligned(nbytes: int) -> int:
 def touched_bytes(
     sizes: Sequence[int], chunks_in_flight: int, in_place: Sequence[bool]
 ) -> list[int]:
-    """The shared memory that a worker has seen by the time that it loads each chunk.
+    """The shared memory that a worker has mapped while it loads each chunk: it reads ahead, up to
+    the chunks in flight.
 
     Args:
         sizes: bytes of each chunk.
@@ -81,7 +82,7 @@ def touched_bytes(
             slot = index % chunks_in_flight
             slots[slot] = max(slots[slot], nbytes)
         touched.append(sum(slots) + kept)
-    return touched
+    return touched[chunks_in_flight - 1 :] + touched[-1:] * min(chunks_in_flight - 1, len(touched))
 
 
 @dataclass(frozen=True)

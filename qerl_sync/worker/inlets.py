@@ -92,6 +92,7 @@ class ShmInlet(Inlet):
                 f"{meta.name!r} is said to lie at {offset:,} in segment {segment}, outside of the "
                 "memory that this sync was announced with"
             )
+        self._table[segment].map_pages(offset, meta.nbytes)
         return self._table[segment].tensor(offset, meta.shape, dtype)
 
 

@@ -154,6 +154,7 @@ class Receiver:
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
         self._monitor = SyncMonitor(self.model, layer_map, self._device, borrowed=borrowed)
         with self._aborting():
+            tied = refresh.tied_parameters(self.model)
             self._observing.enter_context(compat.observe_loads(self._monitor))
             with compat.loading_context(self._config):
                 # vLLM's reload goes on with layers that another one has left half open.
@@ -164,7 +165,7 @@ class Receiver:
                 self._rollback.begin(self.model)
                 self._monitor.before_processing = self._rollback.keep
             self.working_bytes = compat.working_bytes(self.model)
-            self.finishing_bytes = refresh.packed_anew_bytes(self.model, self.working_bytes)
+            self.finishing_bytes = refresh.packed_anew_bytes(self.model, tied, self.working_bytes)
 
     def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the next chunk of the plan: one `load_weights` call.

@@ -40,15 +40,19 @@ def after_reload(model: torch.nn.Module) -> list[str]:
     return refreshed
 
 
-def packed_anew_bytes(model: torch.nn.Module, working_bytes: Mapping[str, int]) -> int:
+def packed_anew_bytes(
+    model: torch.nn.Module,
+    tied: Mapping[str, tuple[str, str]],
+    working_bytes: Mapping[str, int],
+) -> int:
     """The memory that `after_reload` needs: a new packed head, while the old one is still there.
 
     Args:
+        tied: see `tied_parameters`; in an open reload nothing is tied.
         working_bytes: see `compat.working_bytes`; of a layer that is packed, two copies.
     """
-    heads = tied_parameters(model).items()
-    packed = (owner for path, (owner, _) in heads if compat.packs(model.get_submodule(path)))
-    return max((working_bytes[owner] // 2 for owner in packed), default=0)
+    packed = (path for path in tied if compat.packs(model.get_submodule(path)))
+    return max((working_bytes[path] // 2 for path in packed), default=0)
 
 
 def tied_layers(model: torch.nn.Module) -> list[str]:
