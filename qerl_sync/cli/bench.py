@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -104,7 +106,8 @@ def ray(
         from qerl_sync.report.bench_tables import ray_tables
 
         console = Console(stderr=as_json)
-        with telling(console) as note:
+        # Ray prints what becomes of its workers, which is no part of the answer.
+        with telling(console) as note, redirect_stdout(sys.stderr):
             found = measure(config, rounds=rounds, workers=wanted, note=note)
         if as_json:
             print(json.dumps(found.to_json(), indent=2))
