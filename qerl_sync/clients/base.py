@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -146,6 +147,20 @@ def why_refused(reason: str) -> str:
         f"this engine does not generate: {reason}. Its weights may be a mix of two versions, "
         "and it is paused; run a full sync (`session.push()`) to make them right"
     )
+
+
+def in_thread(name: str, call: Callable[[], Any]) -> Future[Any]:
+    """Make a call in a thread of its own, which dies with the process. See `answers`."""
+    answer: Future[Any] = Future()
+
+    def fulfil() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as exc:
+            answer.set_exception(exc)
+
+    threading.Thread(target=fulfil, name=name, daemon=True).start()
+    return answer
 
 
 def answers(

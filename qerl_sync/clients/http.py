@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from qerl_sync.clients.base import (
@@ -15,6 +14,7 @@ from qerl_sync.clients.base import (
     PauseMode,
     answers,
     complaint,
+    in_thread,
     lost,
     read_prompt_logprobs,
     timed_out,
@@ -149,7 +149,8 @@ class HTTPClient:
         import requests
 
         try:
-            response = self._watched(method, route, body, params, read_seconds)
+            send = partial(self._send, method, route, body, params, read_seconds)
+            response = self._watched(route, send)
             if may_lack and response.status_code == 404:
                 return {}
             return self._answer(route, response)
@@ -166,28 +167,14 @@ class HTTPClient:
         except requests.RequestException as exc:
             raise TransportError(f"{route}: {self} cannot be asked: {exc}") from exc
 
-    def _watched(
-        self,
-        method: str,
-        route: str,
-        body: dict[str, Any] | None,
-        params: Params | None,
-        read_seconds: float | None,
-    ) -> Any:
-        """As `_send`. vLLM leaves calls unanswered in which its engine dies: PeerLostError then."""
-        answer: Future[Any] = Future()
-
-        def send() -> None:
-            try:
-                answer.set_result(self._send(method, route, body, params, read_seconds))
-            except BaseException as exc:
-                answer.set_exception(exc)
+    def _watched(self, route: str, send: Callable[[], Any]) -> Any:
+        """As `send`. vLLM leaves calls unanswered in which its engine dies: PeerLostError then."""
 
         def glance() -> None:
             if self._is_gone():
                 raise lost(str(self), route)
 
-        threading.Thread(target=send, name=route, daemon=True).start()
+        answer = in_thread(route, send)
         answers(answer, None, WATCH_SECONDS, glance)
         return answer.result()
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
@@ -12,6 +10,7 @@ from qerl_sync.clients.base import (
     PROBING,
     PauseMode,
     answers,
+    in_thread,
     read_prompt_logprobs,
     refusal,
     require_alive,
@@ -131,18 +130,10 @@ class LLMClient:
 
     def _wait_for(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
         """vLLM itself waits without end, also for an engine that has died."""
-        answer: Future[Any] = Future()
-        threading.Thread(target=_fulfil, args=(answer, call), name=method, daemon=True).start()
+        answer = in_thread(method, call)
         core = getattr(self.llm.llm_engine, "engine_core", None)
         glance = partial(require_alive, core, ENGINE, method)
         if answers(answer, timeout_seconds, POLL_SECONDS, glance):
             return answer.result()
         self._stuck_in = method
         raise timed_out(ENGINE, method, self.timeout_seconds)
-
-
-def _fulfil(answer: Future[Any], call: Callable[[], Any]) -> None:
-    try:
-        answer.set_result(call())
-    except BaseException as exc:
-        answer.set_exception(exc)

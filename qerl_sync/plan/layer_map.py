@@ -99,7 +99,7 @@ class LayerMap:
             return layers
         return tuple(layer for layer in layers if layer not in self._deferred)
 
-    def parents_of(self, name: str) -> str:
+    def parents_text(self, name: str) -> str:
         """For a person; "" where it has none."""
         return ", ".join(dict.fromkeys(c.parent_layer for c in self.contributions.get(name, ())))
 

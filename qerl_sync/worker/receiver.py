@@ -147,18 +147,18 @@ class Receiver:
         self._rollback, self.kept_bytes, self._poisoned_before = None, 0, self.poisoned
         self._state.caches_suspect |= self.poisoned is not None
         self.poison("a sync is in progress")
-        self._awaited, self._parents = iter(plan.metas), layer_map.parents_of
+        self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
         self._check_finite = check_finite
         self.verify_seconds, self._held = 0.0, None
         self._check = self._kernel_check(layer_map) if self.terms.checksums else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
         self._monitor = SyncMonitor(self.model, layer_map, self._device, borrowed=borrowed)
         with self._aborting():
+            # vLLM's reload goes on with layers that another one has left half open.
+            compat.restore(self.model)
             tied = refresh.tied_parameters(self.model)
             self._observing.enter_context(compat.observe_loads(self._monitor))
             with compat.loading_context(self._config):
-                # vLLM's reload goes on with layers that another one has left half open.
-                compat.restore(self.model)
                 compat.begin_reload(self.model)
             if self.terms.on_failure == "rollback":
                 self._rollback = Rollback()

@@ -118,9 +118,7 @@ class RolloutActor:
         )
 
     def _require(self, version: int) -> None:
-        if (
-            self._paused
-        ):  # also between two calls of a sync, when weights, caches and version differ
+        if self._paused:  # between two calls of a sync too: weights, caches and version differ
             raise PoisonedError(
                 f"{self.name} does not generate: a sync is under way, or one has failed. Ask again "
                 "when it is over, or sync in full"

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from typing_extensions import Self
@@ -55,7 +56,7 @@ class WorkerPool:
         self.generate_seconds = generate_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _pool, (self.handles, self.generate_seconds)
+        return partial(WorkerPool, generate_seconds=self.generate_seconds), (self.handles,)
 
     @classmethod
     def start(
@@ -547,11 +548,6 @@ class Worker:
 
     def _status(self) -> Any:
         return self.handle.status.options(concurrency_group=CONTROL).remote()
-
-
-def _pool(workers: Mapping[str, Any], generate_seconds: float) -> WorkerPool:
-    """For pickle, which passes no keyword arguments."""
-    return WorkerPool(workers, generate_seconds=generate_seconds)
 
 
 def start_actor(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.errors import PeerLostError, TransportError, TransportTimeout
+from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
 from qerl_sync.transports.remote.call import EngineCall
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire.channel import proof
@@ -138,6 +138,15 @@ class EngineControl:
         self.paused = False
         if hasattr(client, "admit"):
             client.admit()
+
+    def go_on(self, reason: str) -> None:
+        """Resume an engine whose workers are as they were before a sync that failed."""
+        if not self.paused:
+            return
+        try:
+            self.resume(caches=False)
+        except SyncError:  # it may do so later, and then nobody resumes it
+            self.refuse(reason)
 
     def leave_paused(self, reason: str) -> None:
         """Until the next sync that succeeds. Whoever asks the engine for something hears why."""

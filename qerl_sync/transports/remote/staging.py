@@ -28,7 +28,8 @@ Planned = tuple[ParamMeta, torch.Tensor]
 
 @dataclass(frozen=True)
 class Piece:
-    """The bytes of so many tensors that follow each other in a chunk (`plan.staging.spans`)."""
+    """The bytes of so many tensors that follow each other in a chunk (`plan.staging.spans`): of a
+    slot, or one tensor as it is."""
 
     tensors: int
     bytes: torch.Tensor
@@ -168,7 +169,7 @@ class Staging:
         staying: dict[int, torch.Tensor] = {}
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
             if self._stays(tensor):
-                staying[place] = _bytes_of(tensor)
+                staying[place] = tensor
             else:
                 _write(slot, offset, meta, tensor)
         pieces, first = [], 0
@@ -216,7 +217,7 @@ def _write(
     """
     if tensor.device.type == "cpu" and tensor.is_contiguous() and meta.nbytes:
         target = slot.bytes[offset : offset + meta.nbytes].numpy()
-        target[:] = _bytes_of(tensor).numpy()
+        target[:] = tensor.detach().view(-1).view(torch.uint8).numpy()
     else:
         slot.tensor(offset, meta.shape, tensor.dtype).copy_(tensor)
 
@@ -225,7 +226,3 @@ def _counts(total: int, alone: Collection[int]) -> list[int]:
     """How many of `total` tensors each piece has, where those in `alone` make one each."""
     ends = sorted({0, total, *alone, *(place + 1 for place in alone)})
     return [end - begin for begin, end in pairwise(ends)]
-
-
-def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().view(-1).view(torch.uint8)

@@ -190,7 +190,7 @@ class RemoteTransport(Transport):
             store: Any = self._client
             store.require_store(sum(slots))
         staging = self._staging = staging or self._staging_for(slots)
-        staging.lasting, staging.parents = self.lasting, layer_map.parents_of
+        staging.lasting, staging.parents = self.lasting, layer_map.parents_text
         staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
         self._control.pause()
         self._control.lend(self._peers)
@@ -283,21 +283,16 @@ class RemoteTransport(Transport):
         version, go on."""
         lent, committing, self._committing = self._control.lent, self._committing, False
         if lent:
-            touched = [peer for peer in self._peers if not self._abort(peer, reason)]
-            unharmed = self._end_failed_talk() and not touched
+            untouched = [self._abort(peer, reason) for peer in self._peers]
+            unharmed = self._end_failed_talk() and all(untouched)
         else:
-            unharmed = not any(peer.hello.poisoned for peer in self._peers)
-        if committing or not unharmed:
-            if lent or committing or self._control.paused:
-                self._control.leave_paused(reason)
-        elif self._control.paused:
-            try:
-                self._control.resume(caches=False)
-            except SyncError:  # it may do so later, and then nobody resumes it
-                self._control.refuse(reason)
-        if committing or not (
-            lent and unharmed
-        ):  # what state the engine's update is in is not known
+            unharmed = not any(hello.poisoned for hello in self.hellos)
+        unharmed = unharmed and not committing
+        if unharmed:
+            self._control.go_on(reason)
+        elif lent or committing or self._control.paused:
+            self._control.leave_paused(reason)
+        if not (lent and unharmed):  # what state the engine's update is in is not known
             self.disconnect()
 
     @property
