@@ -19,7 +19,7 @@ def fault_table(outcomes: Sequence[Outcome]) -> Table:
     """A row for each case on each engine."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in ("case", "engine", "ended", "requests", "noticed", "next sync", ""):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for outcome in outcomes:
         if outcome.by == OURS:
             table.add_row(*map(escape, _row(outcome)), "ok" if outcome.ok else "[red]not ok[/red]")
@@ -29,7 +29,7 @@ def fault_table(outcomes: Sequence[Outcome]) -> Table:
 def stock_table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="stock vLLM", title_justify="left")
     for column in ("case", "engine", "ended", "next full reload"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for outcome in outcomes:
         if outcome.by == STOCK:
             table.add_row(
