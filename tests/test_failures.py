@@ -17,7 +17,7 @@ from qerl_sync import (
     Source,
     SyncError,
 )
-from qerl_sync.worker import compat
+from qerl_sync.worker import compat, refresh
 from qerl_sync.worker.monitor import SyncMonitor
 from qerl_sync.worker.receiver import Receiver
 
@@ -204,16 +204,51 @@ def test_a_layer_that_was_not_filled_as_planned_is_named(subject, monkeypatch):
     assert one.wrong_weights(NEW) == []
 
 
-def test_a_tied_head_is_counted_in_what_the_end_of_a_sync_takes(subject):
-    """It is packed anew. In an open reload it is not tied: it must be known before."""
+def test_a_tied_head_computes_with_the_packed_copy_of_the_embeddings(subject, monkeypatch):
+    """vLLM packs both. What it would take to pack the head once more is not counted either; in an
+    open reload nothing is tied: it must be known before."""
     one = subject("tied")
+    push(one, NEW)
+    assert one.model.lm_head.cpu_linear is one.model.model.embed_tokens.cpu_linear
+    assert one.wrong_weights(NEW) == []
     receiver = Receiver(compat.in_process_parts(one.engine))
     sync = session(one, HFSource(one.trainers[OLD]))
     receiver.start(*sync._agree())
     try:
-        assert receiver.finishing_bytes == one.trainers[OLD].lm_head.weight.nbytes
+        assert receiver.finishing_bytes == 0
+        tied = {"lm_head": ("model.embed_tokens", "weight")}
+        monkeypatch.setattr(one.model.model.embed_tokens, "quant_method", None)
+        needed = refresh.packed_anew_bytes(one.model, tied, receiver.working_bytes)
+        assert needed == one.trainers[OLD].lm_head.weight.nbytes
     finally:
+        monkeypatch.undo()
         receiver.abort("a sync failed: for a test")
+    assert one.generates_as(NEW), "it had not begun"
+    assert_heals(one)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_a_sync_that_fails_before_its_first_tensor_changes_nothing(subject, poisoned):
+    one = subject("dense")
+    push(one, OLD)
+    receiver = Receiver(compat.in_process_parts(one.engine))
+    if poisoned:
+        receiver.poison("an earlier sync failed")
+    sync = session(one, HFSource(one.trainers[NEW]))
+    plan, layer_map = sync._agree()
+    receiver.start(plan, layer_map)
+    receiver.abort("a sync failed: no trainer")
+    receiver.abort("a sync failed: once more")
+    assert one.wrong_weights(OLD) == []
+    if poisoned:
+        with pytest.raises(PoisonedError, match=r"an earlier sync failed|once more"):
+            generate(one.engine)
+    else:
+        assert one.generates_as(OLD)
+    receiver.start(plan, layer_map)
+    receiver.receive(plan.chunks[0], sync._source.materialize(plan.chunks[0].names))
+    receiver.abort("a sync failed: no trainer")
+    assert_poisoned(one)
     assert_heals(one)
 
 

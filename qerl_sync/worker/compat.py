@@ -294,6 +294,24 @@ def packs(layer: torch.nn.Module) -> bool:
     return packed is not None or (kernel is not None and is_on_cpu())
 
 
+def lend_packing(owner: Any, layer: Any) -> bool:
+    """Have a layer that shares its owner's weight compute with its owner's packed copy, too.
+
+    vLLM packs embeddings on CPU although it only looks rows up in them, and packs the same weight
+    once more for a tied head. Returns whether both would be packed alike.
+    """
+    if not can_lend_packing(owner, layer):
+        return False
+    layer.cpu_linear = owner.cpu_linear
+    return True
+
+
+def can_lend_packing(owner: Any, layer: Any) -> bool:
+    methods = {type(getattr(one, "quant_method", None)) for one in (owner, layer)}
+    unbiased = all(getattr(one, "bias", None) is None for one in (owner, layer))
+    return len(methods) == 1 and unbiased and _packs_linear(owner) and _packs_linear(layer)
+
+
 def packed_products(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Module path, and the product of the weights that its CPU kernel packed with a fixed vector.
 

@@ -48,6 +48,7 @@ class Receiver:
         ready --start--> syncing --finish--> whole --commit--> ready
                          syncing --error, abort--> poisoned --start, finish, commit--> ready
 
+    A sync that fails before its first tensor has touched nothing: the worker is as it was before.
     With `on_failure: rollback` a sync that fails puts the old weights back instead:
 
         syncing, whole --error, abort--> ready, on the version of before
@@ -79,6 +80,7 @@ class Receiver:
         self._device = parts.device
         self._state = _STATES.setdefault(parts.model, _ModelState())
         self._open = False
+        self._untouched = False
         self._awaited: Iterator[ParamMeta] = iter(())
         self._check_finite = True
         self._stager: Stager | None = None
@@ -143,7 +145,7 @@ class Receiver:
         self._require_closed()
         spill, self.peak_staged_bytes = plan.spill, 0
         self._stager = None if spill is None else Stager(plan, spill, self._device)
-        self._open = self._state.syncing = True
+        self._open = self._state.syncing = self._untouched = True
         self._rollback, self.kept_bytes, self._poisoned_before = None, 0, self.poisoned
         self._state.caches_suspect |= self.poisoned is not None
         self.poison("a sync is in progress")
@@ -179,6 +181,7 @@ class Receiver:
             LoadError: vLLM's loader failed. In both cases the worker is poisoned.
         """
         self._require_open()
+        self._untouched = False
         with self._aborting(), compat.loading_context(self._config):
             stream = self._checked(chunk, tensors)
             if self._stager is None:
@@ -208,6 +211,7 @@ class Receiver:
                 )
             if self.terms.verify != "off":
                 self._monitor.require_filled()
+            self._untouched = False
             with compat.loading_context(self._config):
                 compat.finish_reload(self.model, self._config)
                 self._keep_tied()
@@ -243,14 +247,17 @@ class Receiver:
         return overwritten
 
     def abort(self, reason: str) -> None:
-        """Give up a sync that is not committed: whole modules, poisoned or back on the old version
-        (`terms.on_failure`). Idempotent."""
+        """Give up a sync that is not committed: whole modules, poisoned, or on the old version if
+        nothing was touched or `terms.on_failure` says so. Idempotent."""
         if self._open:
             self._close()
             compat.restore(self.model)
         rollback, self._rollback = self._rollback, None
+        old, self._untouched = self._untouched, False
         if rollback is not None and self.terms.on_failure == "rollback":
             rollback.put_back()
+            old = True
+        if old:
             if self._poisoned_before is None:
                 self._heal()
             reason = self._poisoned_before or reason

@@ -25,17 +25,19 @@ def before_processing(layer: torch.nn.Module) -> None:
 
 
 def after_reload(model: torch.nn.Module) -> list[str]:
-    """Tied heads: pack the new embeddings again. Returns the modules that were refreshed.
+    """Tied heads: give them the packed copy of the new embeddings, or have them packed once more.
+    Returns the modules that were refreshed.
 
     No tensor arrives for a head that shares its parameter with the embeddings, so the reload puts
     the shared parameter back (already new) and leaves the head's packed copy old.
     """
     refreshed = []
-    for path in tied_layers(model):
+    for path, (owner, _) in tied_parameters(model).items():
         layer = model.get_submodule(path)
         method = getattr(layer, "quant_method", None)
         if method is not None:
-            method.process_weights_after_loading(layer)
+            if not compat.lend_packing(model.get_submodule(owner), layer):
+                method.process_weights_after_loading(layer)
             refreshed.append(path)
     return refreshed
 
@@ -51,8 +53,12 @@ def packed_anew_bytes(
         tied: see `tied_parameters`; in an open reload nothing is tied.
         working_bytes: see `compat.working_bytes`; of a layer that is packed, two copies.
     """
-    packed = (path for path in tied if compat.packs(model.get_submodule(path)))
-    return max((working_bytes[path] // 2 for path in packed), default=0)
+    found = 0
+    for path, (owner, _) in tied.items():
+        layer = model.get_submodule(path)
+        if compat.packs(layer) and not compat.can_lend_packing(model.get_submodule(owner), layer):
+            found = max(found, working_bytes[path] // 2)
+    return found
 
 
 def tied_layers(model: torch.nn.Module) -> list[str]:

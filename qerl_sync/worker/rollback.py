@@ -31,6 +31,7 @@ class Rollback:
         self.nbytes = 0
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self._attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self._packings: dict[int, Any] = {}
 
     def begin(self, model: torch.nn.Module) -> None:
         """Keep what is written to without its layer being processed.
@@ -56,7 +57,15 @@ class Rollback:
         method = getattr(layer, "quant_method", None)
         if hasattr(method, "__dict__"):
             self._snapshot(method)
-        self.nbytes += compat.packed_bytes(layer)
+        self.nbytes += self._packed_bytes(layer)
+
+    def _packed_bytes(self, layer: torch.nn.Module) -> int:
+        """Of the packed copy, which a tied head may share with the embeddings."""
+        packing = getattr(layer, "cpu_linear", None)
+        if id(packing) in self._packings:
+            return 0
+        self._packings[id(packing)] = packing
+        return compat.packed_bytes(layer)
 
     def put_back(self) -> None:
         """The model as it was. The copies are given up."""
@@ -68,7 +77,7 @@ class Rollback:
         with torch.no_grad():
             for tensor, copy in self._copies.values():
                 tensor.data.copy_(copy)
-        self._copies, self._attributes = {}, {}
+        self._copies, self._attributes, self._packings = {}, {}, {}
 
     def _snapshot(self, owner: Any) -> None:
         found = {name: v for name, v in vars(owner).items() if name not in _NOT_KEPT}
