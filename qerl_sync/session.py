@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
+from qerl_sync.buffers.look_ahead import LookAhead
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError, UnchangedError
 from qerl_sync.meta import ParamMeta, Storage
@@ -152,7 +154,7 @@ class SyncSession:
 
         Raises:
             PlanError, LayerMapError, CoverageError: before the first byte; the workers keep their
-                weights and go on.
+                weights and go on. NaN beyond the first chunk is found while that is loaded.
             CoverageError, LoadError: in the middle; the workers are poisoned and
                 refuse to generate until a later push succeeds, or are back on the old version
                 (`sync.on_failure`). The version has not moved.
@@ -163,8 +165,10 @@ class SyncSession:
         with watch("total"):
             with watch("plan"):
                 plan, layer_map = self._agree()
-            with watch("verify"):
-                checked = self._config.check_finite and self._source.check_finite()
+            checked = self._config.check_finite and self._source.check_finite(())
+            if checked and self._transport.by_reference:
+                with watch("verify"):
+                    self._source.check_finite()
             version = max(self.version, self._transport.committed_version()) + 1
             try:
                 workers = self._send(plan, layer_map, version, watch, checked=checked)
@@ -328,24 +332,28 @@ class SyncSession:
     def _send(
         self, plan: SyncPlan, layer_map: LayerMap, version: int, watch: Stopwatch, *, checked: bool
     ) -> list[WorkerReport]:
-        with watch("start"):
-            check_finite = self._config.check_finite and not checked
-            held = self._source.held_names()
-            self._transport.terms = Terms(
-                verify=self._config.verify, on_failure=self._config.on_failure, finite=checked
-            )
-            self._transport.lasting = self._source.lasting
-            self._transport.start(
-                plan, layer_map, version=version, check_finite=check_finite, held=held
-            )
-        if self._watch is not None:
-            self._watch.begin()
-        verified = watch.seconds["verify"]
-        with watch("load"):
-            for chunk in plan.chunks:
-                names = [n for n in chunk.names if held is None or n in held]
-                tensors = self._source.materialize(names)
-                self._transport.send(chunk, self._timed(tensors, watch))
+        held = self._source.held_names()
+        chunks = [[n for n in c.names if held is None or n in held] for c in plan.chunks]
+        look = partial(self._source.check_finite, alone=False)
+        with LookAhead(
+            look, chunks if checked and not self._transport.by_reference else ()
+        ) as looks:
+            with watch("start"):
+                check_finite = self._config.check_finite and not checked
+                self._transport.terms = Terms(
+                    verify=self._config.verify, on_failure=self._config.on_failure, finite=checked
+                )
+                self._transport.lasting = self._source.lasting
+                self._transport.start(
+                    plan, layer_map, version=version, check_finite=check_finite, held=held
+                )
+            if self._watch is not None:
+                self._watch.begin()
+            verified = watch.seconds["verify"]
+            with watch("load"):
+                for index, (chunk, names) in enumerate(zip(plan.chunks, chunks, strict=True)):
+                    tensors = self._timed(self._source.materialize(names), watch)
+                    self._transport.send(chunk, _until(looks, index, tensors, watch))
         watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified
         with watch("finish"):
             return self._transport.finish()
@@ -397,3 +405,13 @@ class SyncSession:
             workers=[worker.to_json() for worker in workers],
             lost=dict(self._transport.lost),
         )
+
+
+def _until(
+    looks: LookAhead, index: int, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same stream, which ends when chunk `index` was looked at: a transport stages it
+    meanwhile, and sends it afterwards."""
+    yield from tensors
+    with watch("verify"):
+        looks.await_chunk(index)

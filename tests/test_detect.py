@@ -125,10 +125,11 @@ def test_finite_is_told_apart_from_a_sum_that_overflows(values):
         if dtype.itemsize > 2 or dtype == torch.bfloat16:
             exact = torch.tensor(values, dtype=dtype)
         right = bool(torch.isfinite(exact.float()).all())
-        assert is_finite(exact) == right
+        assert is_finite(exact) == is_finite(exact, alone=False) == right
         matrix = torch.zeros(3, 40, dtype=dtype)
         matrix.view(-1)[11 : 11 + len(values)] = exact
-        assert is_finite(matrix) == is_finite(matrix.T) == right
+        for alone in (True, False):
+            assert is_finite(matrix, alone=alone) == is_finite(matrix.T, alone=alone) == right
 
 
 def test_bad_values_are_counted_and_named():

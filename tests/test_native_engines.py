@@ -210,7 +210,7 @@ def test_a_failure_in_the_middle_poisons_and_the_next_sync_heals(subject, group,
         sick = planned(one, NEW)
         name = sick.plan.order[-3]
         parameter = dict(one.trainers[NEW].named_parameters())[name]
-        sick.source.check_finite = lambda: False
+        sick.source.check_finite = lambda *names: False
         before = parameter.detach().clone()
         with torch.no_grad():
             parameter.view(-1)[0] = float("nan")

@@ -52,11 +52,16 @@ class Source(ABC):
         where the receiver gets them by reference."""
         return 0
 
-    def check_finite(self) -> bool:
-        """Look for NaN and infinite values before a sync, where that needs no gathering.
+    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
+        """Look for NaN and infinite values, where that needs no gathering. May be called by another
+        thread than the rest.
+
+        Args:
+            names: where to look; None: everywhere.
+            alone: nothing else is computed meanwhile, so that all cores may look.
 
         Returns:
-            False if this source can tell only when it materialises.
+            False if this source can tell only when it materialises, whatever the names.
 
         Raises:
             CoverageError: naming the first bad tensor.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,9 +81,13 @@ class HFSource(Source):
         own = {s.key: s for p in self._parameters().values() for s in storages_of(p)}
         return sum(storage.nbytes for storage in own.values())
 
-    def check_finite(self) -> bool:
-        for name, parameter in self._parameters().items():
-            require_finite(name, parameter)
+    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
+        parameters = self._parameters()
+        if names is not None:
+            of = (self._group_of[name].parameters for name in names)
+            parameters = {one: parameters[one] for group in of for one in group}
+        for name, parameter in parameters.items():
+            require_finite(name, parameter, alone=alone)
         return True
 
     @torch.no_grad()

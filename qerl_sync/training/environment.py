@@ -19,6 +19,10 @@ ENGINE_VARIABLES = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     # vLLM would pin its threads to cores, and with them the trainer that shares its process.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # How long OpenMP's threads spin for the next piece of work, in rounds of their loop. By default
+    # they do for milliseconds, and wherever another process wants a core too (a trainer on the
+    # engine's host), loading comes to a halt for 0.1 s at a time.
+    "GOMP_SPINCOUNT": "10000",
     "TOKENIZERS_PARALLELISM": "false",
 }
 QUIET_VARIABLES = {

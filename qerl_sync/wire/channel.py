@@ -115,6 +115,13 @@ class Channel:
             raise self._lost(what)
 
     @property
+    def readable(self) -> bool:
+        """Whether something has arrived that `receive` would read. Does not block."""
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return bool(self._received) or bool(poll.poll(0))
+
+    @property
     def local_host(self) -> str:
         """This end's address: one that the other side can reach."""
         return str(self._connection.getsockname()[0])

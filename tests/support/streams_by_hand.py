@@ -35,9 +35,9 @@ class ListSource(Source):
     def metadata(self) -> list[ParamMeta]:
         return list(self.metas)
 
-    def check_finite(self) -> bool:
-        for name, tensor in self.tensors.items():
-            require_finite(name, tensor)
+    def check_finite(self, names=None, *, alone=True) -> bool:
+        for name in self.tensors if names is None else names:
+            require_finite(name, self.tensors[name])
         return True
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

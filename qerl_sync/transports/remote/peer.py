@@ -127,13 +127,23 @@ class Peer:
     def await_loaded(self, index: int) -> None:
         """Until the worker has loaded all chunks up to `index` that we sent it."""
         while self._on_the_way and self._on_the_way[0][0] <= index:
-            first, sending = self._on_the_way[0]
-            credit = self.expect(say.Credit, f"loading chunk {first}")
-            if credit.index != first:
-                raise TransportError(f"{self.name} credits chunk {credit.index}, not {first}")
-            if sending is not None:
-                sending.wait()
-            self._on_the_way.popleft()
+            self._take_credit()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the worker has loaded all that we sent it, as far as it has said so by now."""
+        while self._on_the_way and self._channel.readable:
+            self._take_credit()
+        return not self._on_the_way
+
+    def _take_credit(self) -> None:
+        first, sending = self._on_the_way[0]
+        credit = self.expect(say.Credit, f"loading chunk {first}")
+        if credit.index != first:
+            raise TransportError(f"{self.name} credits chunk {credit.index}, not {first}")
+        if sending is not None:
+            sending.wait()
+        self._on_the_way.popleft()
 
     def open_shm(self) -> None:
         """Show the worker a piece of shared memory; it must read back what is in it."""

@@ -221,7 +221,8 @@ class PoolTransport(Transport):
         index, self._index = self._index, self._index + 1
         assert self._staging is not None
         self._of_all(lambda member: member.transport.await_room(index))
-        staged = self._staging.stage(index, self._chunks[index], tensors)
+        awaited = all(self._of_all(lambda member: member.transport.workers_wait))
+        staged = self._staging.stage(index, self._chunks[index], tensors, awaited=awaited)
         self._of_all(lambda member: member.transport.announce(index, staged))
 
     def finish(self) -> list[WorkerReport]:
@@ -318,9 +319,12 @@ class PoolTransport(Transport):
                 raise outcome
         return done
 
-    def _of_all(self, work: Callable[[Member], None]) -> None:
-        self._active = list(self._each(self._active, work))
+    def _of_all(self, work: Callable[[Member], R]) -> list[R]:
+        """Of the members that are left: those that fail in it are left behind."""
+        done = self._each(self._active, work)
+        self._active = list(done)
         self._require_some(self._active)
+        return list(done.values())
 
     def _lose(self, member: Member, error: BaseException) -> None:
         reason = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"

@@ -24,6 +24,7 @@ PIECE_BYTES = 1 << 20
 
 Named = tuple[str, torch.Tensor]
 Planned = tuple[ParamMeta, torch.Tensor]
+Slot = SharedSegment | PrivateMemory
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,9 @@ class Staging:
         self._in_place = set(kinds) == {"shm"}
         self._in_pieces = set(kinds) == {"gloo"}
         self._sizes: list[int] = []
-        self._slots: list[SharedSegment | PrivateMemory | None] = []
+        self._slots: list[Slot | None] = []
         self._table: list[SharedSegment] = []
+        self._write = _write_beside
 
     @property
     def segments(self) -> list[Segment]:
@@ -112,14 +114,24 @@ class Staging:
                 self._number(slot)
 
     def stage(
-        self, index: int, metas: Sequence[ParamMeta], tensors: Iterable[Named]
+        self,
+        index: int,
+        metas: Sequence[ParamMeta],
+        tensors: Iterable[Named],
+        *,
+        awaited: bool = False,
     ) -> StagedChunk:
         """Put chunk `index` where workers find it. The slot that it gets must be free.
+
+        Args:
+            awaited: workers have nothing else to do until then: copy with all cores. Else copy with
+                one, which is as quick as they load, on all the others.
 
         Raises:
             CoverageError: the source yields something else than `metas`.
         """
         sums: list[int] = []
+        self._write = _write_alone if awaited else _write_beside
         stream = as_planned(metas, tensors, self.parents)
         staged = self._place(index, metas, self._summed(stream, sums))
         staged.checksums = sums
@@ -171,7 +183,7 @@ class Staging:
             if self._stays(tensor):
                 staying[place] = tensor
             else:
-                _write(slot, offset, meta, tensor)
+                self._write(slot, offset, meta, tensor)
         pieces, first = [], 0
         counts = _counts(len(metas), staying)
         for count, (begin, end) in zip(counts, spans(metas, counts), strict=True):
@@ -190,7 +202,7 @@ class Staging:
             and tensor.nbytes >= PIECE_BYTES
         )
 
-    def _slot(self, index: int) -> SharedSegment | PrivateMemory:
+    def _slot(self, index: int) -> Slot:
         index %= len(self._slots)
         slot = self._slots[index]
         if slot is None:
@@ -208,18 +220,18 @@ class Staging:
         return len(self._table) - 1
 
 
-def _write(
-    slot: SharedSegment | PrivateMemory, offset: int, meta: ParamMeta, tensor: torch.Tensor
-) -> None:
-    """Copy by one thread: it is as quick as memory, and the other cores load in the meantime.
+def _write_alone(slot: Slot, offset: int, meta: ParamMeta, tensor: torch.Tensor) -> None:
+    slot.tensor(offset, meta.shape, tensor.dtype).copy_(tensor)
 
-    torch's own copy would share the work among all cores and wait for the slowest.
-    """
+
+def _write_beside(slot: Slot, offset: int, meta: ParamMeta, tensor: torch.Tensor) -> None:
+    """Copy by one thread. torch's own copy would share the work among all cores, and wait for the
+    slowest."""
     if tensor.device.type == "cpu" and tensor.is_contiguous() and meta.nbytes:
         target = slot.bytes[offset : offset + meta.nbytes].numpy()
         target[:] = tensor.detach().view(-1).view(torch.uint8).numpy()
     else:
-        slot.tensor(offset, meta.shape, tensor.dtype).copy_(tensor)
+        _write_alone(slot, offset, meta, tensor)
 
 
 def _counts(total: int, alone: Collection[int]) -> list[int]:

@@ -115,6 +115,7 @@ class RemoteTransport(Transport):
         self._committing = False
         self._free_bytes = 0
         self._map_request: say.MapRequest | None = None
+        self._taken = False
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -208,11 +209,12 @@ class RemoteTransport(Transport):
                     slots=slots,
                 )
             )
-        accepted = [peer.expect(say.Accepted, "taking the plan") for peer in self._peers]
-        for peer in self._peers:
-            peer.plan_digest = plan.digest
         self._announced = staging.segments
-        self._part: Part = part_of(plan, accepted[0].owned)
+        self._taken = False
+        # Of several trainer ranks, workers say what each sends. One alone need not wait for that.
+        self._part: Part = part_of(plan, None)
+        if len(self._endpoints) > 1 or indices is not None:
+            self._part = part_of(plan, self._await_taken())
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
@@ -222,7 +224,7 @@ class RemoteTransport(Transport):
             tensors = (named for named in tensors if named[0] in owned)
         assert self._staging is not None
         self.await_room(index)
-        staged = self._staging.stage(index, metas, tensors)
+        staged = self._staging.stage(index, metas, tensors, awaited=self.workers_wait)
         if metas:
             self.announce(index, staged)
 
@@ -231,9 +233,15 @@ class RemoteTransport(Transport):
         for peer in self._peers:
             peer.await_loaded(index - self._chunks_in_flight)
 
+    @property
+    def workers_wait(self) -> bool:
+        """Whether no worker has anything left to load."""
+        return all(peer.waits for peer in self._peers)
+
     def announce(self, index: int, staged: StagedChunk) -> None:
         """Send a staged chunk to every worker."""
         assert self._staging is not None
+        self._await_taken()
         segments = self._staging.segments
         news = segments if segments != self._announced else []
         self._announced = segments
@@ -257,6 +265,7 @@ class RemoteTransport(Transport):
         """Until every worker has all of the weights, whole, and awaits the commit."""
         if not self._control.lent:
             raise SyncError("no sync is open on these workers; start one first")
+        self._await_taken()
         for peer in self._peers:
             peer.await_loaded(len(self._plan.chunks))
         self._tell(say.Finish())
@@ -325,6 +334,17 @@ class RemoteTransport(Transport):
         if self._reception is not None:
             self._reception.close()
             self._reception = None
+
+    def _await_taken(self) -> list[int] | None:
+        """Until every worker has opened the sync. Returns which of the plan's tensors this trainer
+        rank is to send; None: all."""
+        if self._taken:
+            return None
+        accepted = [peer.expect(say.Accepted, "taking the plan") for peer in self._peers]
+        for peer in self._peers:
+            peer.plan_digest = self._plan.digest
+        self._taken = True
+        return accepted[0].owned
 
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
         try:

@@ -1,0 +1,65 @@
+"""Looks for NaN in what is about to be sent, while what comes before it travels and is loaded."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+from typing_extensions import Self
+
+
+class LookAhead:
+    """Looks at one chunk after the other, in a thread of its own, from `__enter__` on.
+
+    Nobody waits for a look at all of the weights before the first of them are sent; still no chunk
+    leaves before it was looked at, and what is found further on ends the sync at once.
+
+    Args:
+        look: raises if one of the tensors of these names must not be sent.
+        chunks: the names in each, in the order in which they are sent; of others nothing is known.
+    """
+
+    def __init__(self, look: Callable[[Sequence[str]], object], chunks: Sequence[Sequence[str]]):
+        self._look = look
+        self._chunks = chunks
+        self._looked_at = 0
+        self._error: BaseException | None = None
+        self._left = False
+        self._news = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="qerl-sync look ahead", daemon=True)
+
+    def await_chunk(self, index: int) -> None:
+        """Until chunk `index` was looked at. Raises what was found in it, before or behind it."""
+        with self._news:
+            self._news.wait_for(
+                lambda: self._error or self._looked_at >= min(index + 1, len(self._chunks))
+            )
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        if self._chunks:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """After this the weights are looked at no more, and may change."""
+        self._left = True
+        if self._chunks:
+            self._thread.join()
+
+    def _run(self) -> None:
+        for names in self._chunks:
+            error: BaseException | None = None
+            if self._left:
+                return
+            try:
+                self._look(names)
+            except BaseException as exc:
+                error = exc
+            with self._news:
+                self._looked_at += 1
+                self._error = error
+                self._news.notify_all()
+            if error is not None:
+                return
