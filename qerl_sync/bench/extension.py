@@ -29,33 +29,25 @@ class BenchExtension:
 
         return kernel_digests(self._engine.model)
 
-    def bench_load_alone(self, checkpoint: str, order: list[str]) -> dict[str, float]:
-        """Seconds of vLLM's reload of this checkpoint, from memory that is already there.
-
-        Returns `bare`: what vLLM does by itself; `right`: and derived state made anew, without
-        which tied heads and experts keep old weights on CPU.
-        """
+    def bench_load_alone(self, checkpoint: str, order: list[str]) -> float:
+        """Seconds of vLLM's reload of this checkpoint, from memory that is already there; with what
+        makes derived state anew, without which tied heads and experts keep old weights on CPU."""
         if not hasattr(self, "_bench_tensors"):
             from safetensors.torch import load_file
 
             found = load_file(checkpoint)
             self._bench_tensors = {name: found[name].clone() for name in order}
-        return {"bare": self._reload(right=False), "right": self._reload(right=True)}
-
-    def _reload(self, *, right: bool) -> float:
         from qerl_sync.worker import compat, refresh
 
         model, config = self._engine.model, self._engine.vllm_config
         started = time.perf_counter()
         with compat.loading_context(config):
             compat.begin_reload(model)
-            if right:
-                for layer in model.modules():
-                    refresh.before_processing(layer)
+            for layer in model.modules():
+                refresh.before_processing(layer)
             model.load_weights(iter(self._bench_tensors.items()))
             compat.finish_reload(model, config)
-            if right:
-                refresh.after_reload(model)
+            refresh.after_reload(model)
         return time.perf_counter() - started
 
     @property

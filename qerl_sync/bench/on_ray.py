@@ -77,7 +77,7 @@ class BenchActor(RolloutActor):
     def load_alone(self, checkpoint: str, order: list[str]) -> float:
         """Seconds of a reload from memory that is already there."""
         (found,) = self.llm.collective_rpc("bench_load_alone", args=(checkpoint, order))
-        return float(found["right"])
+        return float(found)
 
 
 class EchoActor:

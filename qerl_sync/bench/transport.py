@@ -71,11 +71,15 @@ class Measured:
         found = [
             *(
                 Target(
-                    f"sync less verify / load alone, {kind}",
-                    self.ratios[f"{kind} less verify / load alone"],
+                    f"sync / load alone, {kind}",
+                    self.ratios[f"{kind} / load alone"],
                     1.25,
                     True,
                 )
+                for kind in ("shm", "shared parameters")
+            ),
+            *(
+                Target(f"verify / sync, {kind}", self.ratios[f"verify / sync, {kind}"], 0.03, True)
                 for kind in ("shm", "shared parameters")
             ),
             Target("shm alone / memcpy, bandwidth", self.ratios["shm alone / memcpy"], 0.6, False),
@@ -147,10 +151,6 @@ def measure(
     found.seconds = clock.medians()
     for kind in KINDS:
         found.ratios[f"{kind} / load alone"] = clock.ratio(kind, f"load alone beside {kind}")
-        found.ratios[f"{kind} less verify / load alone"] = clock.ratio(
-            f"{kind} less verify", f"load alone beside {kind}"
-        )
-        found.ratios[f"{kind} / bare load alone"] = clock.ratio(kind, f"bare load beside {kind}")
         found.ratios[f"verify / sync, {kind}"] = clock.ratio(f"verify, {kind}", kind)
         found.ratios[f"{kind} / memcpy"] = found.seconds[kind] / found.seconds["memcpy"]
     found.ratios["shm alone / memcpy"] = clock.ratio("memcpy", "shm alone")
@@ -258,12 +258,10 @@ def _end_to_end(
             reports: list[SyncReport] = []
             for _ in range(found.rounds):
                 (alone,) = llm.collective_rpc("bench_load_alone", args=(checkpoint, order))
-                clock.add(f"load alone beside {kind}", alone["right"])
-                clock.add(f"bare load beside {kind}", alone["bare"])
+                clock.add(f"load alone beside {kind}", alone)
                 report = session.push()
                 clock.add(kind, report.seconds["total"])
                 clock.add(f"verify, {kind}", report.seconds["verify"])
-                clock.add(f"{kind} less verify", report.seconds["total"] - report.seconds["verify"])
                 reports.append(report)
             found.memory[kind] = _memory(reports)
         del shared

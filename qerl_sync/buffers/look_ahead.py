@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 from collections.abc import Callable, Sequence
 
 from typing_extensions import Self
+
+# Of the thread: others that want its core go first.
+NICE = 10
 
 
 class LookAhead:
@@ -49,6 +54,7 @@ class LookAhead:
             self._thread.join()
 
     def _run(self) -> None:
+        _step_back()
         for names in self._chunks:
             error: BaseException | None = None
             if self._left:
@@ -63,3 +69,9 @@ class LookAhead:
                 self._news.notify_all()
             if error is not None:
                 return
+
+
+def _step_back() -> None:
+    """Let everybody else on this machine have the cores first: there is time."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux has priorities of threads
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

@@ -64,6 +64,8 @@ def transport(
         from qerl_sync.training.environment import prepare_environment
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+        # As vLLM does by itself: on CPU it leaves a core to others, here the trainer.
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "auto")
         prepare_environment(verbose=False)
         from qerl_sync.bench.transport import measure
         from qerl_sync.report.bench_tables import transport_tables

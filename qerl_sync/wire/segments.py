@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import math
 import mmap
 import os
@@ -129,7 +130,7 @@ class AttachedSegment:
 
     def drop_pages(self) -> None:
         """Take the segment's pages out of this process's resident memory. They stay shared."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+        _LIBC.madvise(self._address, self.nbytes, mmap.MADV_DONTNEED)
 
 
 def locate(tensor: torch.Tensor) -> tuple[SharedSegment, int] | None:
@@ -161,9 +162,16 @@ def read_only_view(
     memory: Any, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
     """The same over any buffer that must not be written."""
+    _have_torch_warned()
+    return view(memory, offset, shape, dtype)
+
+
+@functools.cache
+def _have_torch_warned() -> None:
+    """Torch says once in a process that what is read-only should not be written."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
-        return view(memory, offset, shape, dtype)
+        torch.frombuffer(b"\0", dtype=torch.uint8)
 
 
 class PrivateMemory:

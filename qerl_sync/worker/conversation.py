@@ -198,9 +198,6 @@ class Conversation:
                 ),
             )
         )
-        for inbox in self._inboxes:
-            assert inbox.inlet is not None
-            inbox.inlet.rest()
         self._in_doubt = True
         commits = self._each(say.Commit, "the other workers")
         overwritten = self._loader.commit(commits[0].version)

@@ -14,7 +14,7 @@ import torch
 from qerl_sync.errors import SyncError, TransportError, TransportTimeout
 from qerl_sync.meta import ParamMeta
 from qerl_sync.wire.channel import Channel
-from qerl_sync.wire.messages import Chunk, Message
+from qerl_sync.wire.messages import Chunk, End, Message
 from qerl_sync.worker.inlets import Inlet
 
 M = TypeVar("M")
@@ -90,6 +90,8 @@ class Inbox:
             while True:
                 message = self.channel.receive(math.inf, "the trainer's next message")
                 self._queue.put(self._fetch(message) if isinstance(message, Chunk) else message)
+                if isinstance(message, End) and self.inlet is not None:
+                    self.inlet.rest()
         except Exception as exc:
             self._lost = exc if isinstance(exc, SyncError) else TransportError(str(exc))
             self._queue.put(self._lost)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ Place = tuple[int, int]
 class Inlet(ABC):
     """One trainer rank's chunks. `prepare` before a sync, `fetch` for each chunk, `rest` after it.
 
-    `fetch` runs in a thread of its own while the worker loads; the others do not.
+    `fetch` and `rest` run in a thread of their own while the worker loads; the others do not.
 
     Attributes:
         standing_bytes: memory of the worker's own that it holds from sync to sync.
@@ -70,7 +71,15 @@ class ShmInlet(Inlet):
             raise TransportError(
                 f"chunk {chunk.index} brings {len(chunk.places)} tensors, the plan has {len(metas)}"
             )
-        return [self._tensor(meta, place) for meta, place in zip(metas, chunk.places, strict=True)]
+        places = list(zip(metas, chunk.places, strict=True))
+        for meta, (number, offset) in places:
+            self._require_inside(meta, number, offset)
+        for number, begin, end in _runs(places):
+            self._table[number].map_pages(begin, end - begin)
+        return [
+            self._table[number].tensor(offset, meta.shape, getattr(torch, meta.dtype))
+            for meta, (number, offset) in places
+        ]
 
     def rest(self) -> None:
         for segment in self._table:
@@ -79,21 +88,26 @@ class ShmInlet(Inlet):
     def close(self) -> None:
         self._attached, self._table = {}, []
 
-    def _tensor(self, meta: ParamMeta, place: Place) -> torch.Tensor:
-        segment, offset = place
-        inside = (
-            0 <= segment < len(self._table)
-            and offset >= 0
-            and offset + meta.nbytes <= self._table[segment].nbytes
-        )
+    def _require_inside(self, meta: ParamMeta, number: int, offset: int) -> None:
         dtype: torch.dtype = getattr(torch, meta.dtype)
+        known = 0 <= number < len(self._table)
+        inside = known and 0 <= offset <= self._table[number].nbytes - meta.nbytes
         if not inside or offset % dtype.itemsize:
             raise TransportError(
-                f"{meta.name!r} is said to lie at {offset:,} in segment {segment}, outside of the "
+                f"{meta.name!r} is said to lie at {offset:,} in segment {number}, outside of the "
                 "memory that this sync was announced with"
             )
-        self._table[segment].map_pages(offset, meta.nbytes)
-        return self._table[segment].tensor(offset, meta.shape, dtype)
+
+
+def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int]]:
+    """The memory of these tensors, as few pieces: (segment, begin, end)."""
+    runs: list[tuple[int, int, int]] = []
+    for number, begin, end in sorted((n, at, at + meta.nbytes) for meta, (n, at) in places):
+        if runs and runs[-1][0] == number and begin <= runs[-1][2] + mmap.PAGESIZE:
+            runs[-1] = number, runs[-1][1], max(runs[-1][2], end)
+        else:
+            runs.append((number, begin, end))
+    return runs
 
 
 class GlooInlet(Inlet):

@@ -124,17 +124,19 @@ class Peer:
             self._store.deliver(self._box, chunk.index, staged.stored_by(self._store.put))
         self._on_the_way.append((chunk.index, sending))
 
-    def await_loaded(self, index: int) -> None:
-        """Until the worker has loaded all chunks up to `index` that we sent it."""
+    def await_loaded(self, index: int) -> bool:
+        """Until the worker has loaded all chunks up to `index` that we sent it. Returns whether it
+        had said so before it was asked."""
+        prompt = True
         while self._on_the_way and self._on_the_way[0][0] <= index:
+            prompt &= self._channel.readable
             self._take_credit()
+        return prompt
 
     @property
-    def waits(self) -> bool:
-        """Whether the worker has loaded all that we sent it, as far as it has said so by now."""
-        while self._on_the_way and self._channel.readable:
-            self._take_credit()
-        return not self._on_the_way
+    def busy(self) -> bool:
+        """Whether there is something that we sent it and that it has not said to have loaded."""
+        return bool(self._on_the_way)
 
     def _take_credit(self) -> None:
         first, sending = self._on_the_way[0]

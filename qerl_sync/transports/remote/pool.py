@@ -220,8 +220,7 @@ class PoolTransport(Transport):
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
         assert self._staging is not None
-        self._of_all(lambda member: member.transport.await_room(index))
-        awaited = all(self._of_all(lambda member: member.transport.workers_wait))
+        awaited = all(self._of_all(lambda member: member.transport.await_room(index)))
         staged = self._staging.stage(index, self._chunks[index], tensors, awaited=awaited)
         self._of_all(lambda member: member.transport.announce(index, staged))
 

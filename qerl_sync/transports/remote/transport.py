@@ -223,20 +223,18 @@ class RemoteTransport(Transport):
             owned = {meta.name for meta in metas}
             tensors = (named for named in tensors if named[0] in owned)
         assert self._staging is not None
-        self.await_room(index)
-        staged = self._staging.stage(index, metas, tensors, awaited=self.workers_wait)
+        awaited = self.await_room(index)
+        staged = self._staging.stage(index, metas, tensors, awaited=awaited)
         if metas:
             self.announce(index, staged)
 
-    def await_room(self, index: int) -> None:
-        """Until every worker has loaded what was in the slot that chunk `index` gets."""
-        for peer in self._peers:
-            peer.await_loaded(index - self._chunks_in_flight)
-
-    @property
-    def workers_wait(self) -> bool:
-        """Whether no worker has anything left to load."""
-        return all(peer.waits for peer in self._peers)
+    def await_room(self, index: int) -> bool:
+        """Until every worker has loaded what was in the slot that chunk `index` gets. Returns
+        whether they are ahead of us: they load quicker than we stage, or have nothing yet."""
+        prompt = [peer.await_loaded(index - self._chunks_in_flight) for peer in self._peers]
+        if index < self._chunks_in_flight:
+            return not any(peer.busy for peer in self._peers)
+        return all(prompt)
 
     def announce(self, index: int, staged: StagedChunk) -> None:
         """Send a staged chunk to every worker."""
