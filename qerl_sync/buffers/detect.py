@@ -120,3 +120,30 @@ def require_finite(name: str, tensor: torch.Tensor, parents: Parents | None = No
             "training step before this sync went wrong (look at the loss and the gradient norm). "
             "sync.check_finite: false sends it all the same"
         )
+
+
+def require_in_range(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, parents: Parents | None = None
+) -> None:
+    """Raises CoverageError, with the largest value, if any would become infinite as `dtype`, in
+    which the engine computes. One pass where the dtypes' ranges differ, none elsewhere."""
+    if tensor.numel() == 0 or not _reaches_further(tensor.dtype, dtype):
+        return
+    low, high = tensor.aminmax()
+    largest = torch.maximum(-low, high)
+    if torch.isinf(largest.to(dtype)):
+        raise CoverageError(
+            f"{named(name, parents)} has values up to {largest.item():.6g}; the engine computes in "
+            f"{dtype_name(dtype)}, where what is larger than {torch.finfo(dtype).max:.6g} becomes "
+            "infinite. Start it with a dtype of more range (bfloat16: rollout.engine.dtype), or "
+            "look at why the weights have grown so. sync.check_finite: false sends it all the same"
+        )
+
+
+def _reaches_further(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """By orders of magnitude: float32 ends a little above bfloat16, where no weight is."""
+    return dtype.is_floating_point and _exponent(dtype) > _exponent(other)
+
+
+def _exponent(dtype: torch.dtype) -> int:
+    return math.frexp(torch.finfo(dtype).max)[1]

@@ -164,8 +164,9 @@ class SyncConfig(Section):
     may reuse what the old weights computed."""
 
     check_finite: bool = True
-    """Refuse to send NaN or infinite weights. vLLM would accept them, and they stay in its KV cache
-    after the weights have healed."""
+    """Refuse NaN and infinite weights, and values that would become infinite in the dtype that the
+    engine computes in, such as 70,000 in float16; the latter are found on the worker. vLLM would
+    accept them, and NaN stays in its KV cache after the weights have healed."""
 
     verify: Literal["off", "coverage", "checksum", "full"] = "coverage"
     """How far a sync is verified before it is committed. `coverage`: each tensor of the plan
