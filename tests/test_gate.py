@@ -514,6 +514,9 @@ NOT_GENERATING = {
 # Of its routers for development, which TRL and qerl-sync drive it by.
 OPEN_TO_ALL = {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
 
+# Of vLLM 0.32. The checker can set all weights to zero.
+LATER = {"/shutdown_weight_transfer_engine", "/weight_checker"}
+
 
 @pytest.mark.vllm
 @pytest.mark.slow
@@ -521,7 +524,8 @@ def test_every_route_that_drives_the_engine_is_guarded():
     found = posts("serve.dev")
     assert CONTROL < GUARDED
     assert found - GUARDED == OPEN_TO_ALL
-    assert {route for route in GUARDED if not route.startswith("/qerl_sync/")} <= found
+    vllms = {route for route in GUARDED if not route.startswith("/qerl_sync/")}
+    assert vllms - found <= LATER
 
 
 def posts(part: str) -> set[str]:

@@ -58,22 +58,23 @@ def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
     plain tensor keeps the whole storage that it is a view of, however small the view.
     """
     found: dict[int | str, Storage] = {}
-    for plain in _plain_tensors(tensor):
+    for plain in plain_tensors(tensor):
         storage = plain.untyped_storage()
         # The address of the StorageImpl: unique among storages that are alive, meta ones included.
         found[storage._cdata] = Storage(storage._cdata, storage.nbytes())
     return tuple(found.values())
 
 
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Those that hold the tensor's bytes here: itself, or what a wrapper subclass keeps inside."""
     to_local: Any = getattr(tensor, "to_local", None)
     if callable(to_local):
-        yield from _plain_tensors(to_local())
+        yield from plain_tensors(to_local())
         return
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if callable(flatten):
         for attribute in flatten()[0]:
-            yield from _plain_tensors(getattr(tensor, attribute))
+            yield from plain_tensors(getattr(tensor, attribute))
         return
     yield tensor
 

@@ -30,11 +30,13 @@ from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof, same_pro
 GUARDED = frozenset(
     {
         "/init_weight_transfer_engine",
+        "/shutdown_weight_transfer_engine",
         "/start_weight_update",
         "/start_draft_weight_update",
         "/update_weights",
         "/finish_weight_update",
         "/update_weight_version",
+        "/weight_checker",
         "/collective_rpc",
         "/pause",
         "/resume",
