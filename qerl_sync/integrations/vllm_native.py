@@ -86,7 +86,8 @@ class AgreeingClient:
         self.check_finite, self.finite = True, False
 
     def introduce(self) -> None:
-        """Raises TransportError: a worker refuses this trainer, and says why."""
+        """Raises AgreementError (TransportError, where the engine is in another process): a worker
+        refuses this trainer, and says why."""
         self.init_weight_transfer_engine({})
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -130,7 +131,7 @@ class _Agreeing:
 
         Raises:
             ConfigError: the source has no plan.
-            TransportError: the workers refuse this trainer, and say why.
+            AgreementError, TransportError: see `AgreeingClient.introduce`.
         """
         if not isinstance(source, PlannedSource):
             raise ConfigError(
