@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qerl_sync.buffers.detect import DeviceRule, is_finite, require_finite, storages_of
+from qerl_sync.buffers.detect import (
+    DeviceRule,
+    dtype_name,
+    is_finite,
+    require_finite,
+    require_in_range,
+    storages_of,
+)
 from qerl_sync.errors import CoverageError
 
 MODE = FakeTensorMode()
@@ -136,3 +143,34 @@ def test_bad_values_are_counted_and_named():
     with pytest.raises(CoverageError, match=r"'w' has 2 NaN or infinite values of 3"):
         require_finite("w", torch.tensor([float("nan"), 0.0, float("-inf")]))
     require_finite("integers", torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "into", "value", "right"),
+    [
+        (torch.float32, torch.float16, 65504.0, True),
+        (torch.float32, torch.float16, -65519.0, True),  # rounded to the largest
+        (torch.float32, torch.float16, 65520.0, False),
+        (torch.float32, torch.float16, -1e5, False),
+        (torch.bfloat16, torch.float16, 65536.0, False),
+        (torch.bfloat16, torch.float16, 65280.0, True),
+        (torch.float64, torch.float32, -1e39, False),
+        (torch.float64, torch.bfloat16, 1e39, False),
+        (torch.float32, torch.bfloat16, 3.38e38, True),
+        (torch.float16, torch.bfloat16, 65504.0, True),
+        (torch.float8_e4m3fn, torch.float16, 448.0, True),
+        (torch.int32, torch.float16, 100_000, True),
+    ],
+)
+def test_what_would_become_infinite_in_the_engines_dtype(dtype, into, value, right):
+    tensor = torch.tensor([[0, value], [1, -1]]).to(dtype)
+    assert bool(torch.isfinite(tensor.to(into)).all()) is right or not dtype.is_floating_point
+    if right:
+        return require_in_range("w", tensor, into)
+    words = rf"'w' has values up to .*computes in {dtype_name(into)}, where"
+    with pytest.raises(CoverageError, match=words):
+        require_in_range("w", tensor, into)
+
+
+def test_an_empty_tensor_is_in_every_range():
+    require_in_range("w", torch.empty(0, 3), torch.float16)

@@ -3,6 +3,8 @@ sync makes it exactly right."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.engines import NEW, OLD, generate
@@ -121,6 +123,47 @@ def test_a_bad_stream_poisons_and_the_next_sync_heals(subject, case):
     assert sync.version == 0
     assert_poisoned(one)
     assert_heals(one)
+
+
+class Wide(Source):
+    """`inner` in float64, which reaches further than the engine's dtype; one value does, too."""
+
+    def __init__(self, inner):
+        self._inner = inner
+
+    def metadata(self):
+        return [replace(meta, dtype="float64") for meta in self._inner.metadata()]
+
+    def check_finite(self):
+        return True
+
+    def materialize(self, names):
+        for name, tensor in self._inner.materialize(names):
+            tensor = tensor.double()
+            if name == GATE:
+                tensor[3, 3] = -1e39
+            yield name, tensor
+
+
+def test_values_that_the_engines_dtype_has_not_poison(subject):
+    """vLLM would load them as infinite."""
+    one = subject("dense")
+    with pytest.raises(
+        CoverageError,
+        match=r"gate_proj\.weight' \(of .*gate_up_proj\) has values up to 1e\+39; the engine "
+        r"computes in float32, .*rollout\.engine\.dtype",
+    ):
+        session(one, Wide(HFSource(one.trainers[NEW]))).push()
+    assert_poisoned(one)
+    assert_heals(one)
+
+
+def test_and_are_sent_to_who_does_not_want_to_know(subject):
+    one = subject("dense")
+    session(one, Wide(HFSource(one.trainers[NEW])), check_finite=False).push()
+    assert len(one.wrong_weights(NEW)) == 1
+    push(one, OLD)
+    assert one.generates_as(OLD)
 
 
 @pytest.mark.parametrize("kernels", ["stock", "plain"])

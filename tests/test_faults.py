@@ -25,6 +25,7 @@ IN_PROCESS = [
     "int64 for a float parameter",
     "doubled in the stream",
     "NaN",
+    "beyond the range of the engine's dtype",
     "receive buffer used again",
     "exception: several layers open",
     "exception: last tensor, rolled back",

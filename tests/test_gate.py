@@ -16,7 +16,7 @@ from support.models import save_model
 from support.remote import push, session
 from support.servers import answering, wait_until
 
-from qerl_sync import HFSource, SyncError
+from qerl_sync import HFSource, SyncError, TransportTimeout
 from qerl_sync.clients.base import why_refused
 from qerl_sync.clients.http import HTTPClient
 from qerl_sync.serving.gate import (
@@ -41,6 +41,7 @@ class Server:
         self.status = 200
         self.asked: list[str] = []
         self.hold: asyncio.Event | None = None
+        self.leave = asyncio.Event()
         self.seconds = 100.0
         self.gate = Gate(self.app, clock=lambda: self.seconds)
 
@@ -65,10 +66,14 @@ class Server:
         sent: list[dict] = []
 
         async def receive():
-            return coming.pop(0)
+            if coming:
+                return coming.pop(0)
+            await self.leave.wait()
+            return {"type": "http.disconnect"}
 
         async def send(message):
             sent.append(message)
+            self.leave.set()  # as uvicorn, which takes who has had his answer for gone
 
         whole = {"type": "http", "method": method, "path": path, **scope}
         await self.gate(whole, receive, send)
@@ -335,6 +340,65 @@ class TestAbandoned:
         assert server.is_open
 
 
+class TestPauseOfOneWhoLeaves:
+    """`/pause?mode=wait` is answered when the requests in flight have ended."""
+
+    async def pause(self, server: Server, *, leaves: bool = True, meanwhile: str = "") -> None:
+        server.hold = asyncio.Event()
+        server.leave.clear()
+        path, query = "/model/pause", b"mode=wait"
+        scope = {"root_path": "/model", "query_string": query}
+        call = asyncio.create_task(server.send("POST", path, **scope))
+        await asyncio.sleep(0)  # the call begins
+        if leaves:
+            server.leave.set()
+        await asyncio.sleep(0)
+        hold, server.hold = server.hold, None
+        if meanwhile:
+            await server.send("POST", meanwhile)
+        hold.set()
+        await call
+
+    def test_is_undone(self, server):
+        asyncio.run(self.pause(server))
+        assert server.asked == ["/model/pause", "/model/resume"]
+        server.control(*UPDATE)
+        server.be_quiet()
+        assert server.is_open, "it still counts as paused"
+
+    def test_of_one_who_stays_is_not(self, server):
+        asyncio.run(self.pause(server, leaves=False))
+        assert server.asked == ["/model/pause"]
+        server.control(*UPDATE)
+        server.be_quiet()
+        assert not server.is_open
+
+    def test_a_pause_from_before_stays(self, server):
+        server.control("pause")
+        asyncio.run(self.pause(server))
+        assert "/model/resume" not in server.asked
+
+    @pytest.mark.parametrize("route", ["/pause", "/resume", "/start_weight_update"])
+    def test_others_have_come_and_go_on(self, server, route):
+        asyncio.run(self.pause(server, meanwhile=route))
+        assert server.asked == ["/model/pause", route]
+
+    def test_one_that_was_resumed_before_it_was_complete_is_none(self, server):
+        asyncio.run(self.pause(server, meanwhile="/resume"))
+        server.control(*UPDATE)
+        server.be_quiet()
+        assert server.is_open
+
+    def test_one_that_vllm_refuses_is_none(self, server):
+        server.status = 400
+        asyncio.run(self.pause(server))
+        assert server.asked == ["/model/pause"]
+
+    def test_who_may_not_pause_undoes_nothing(self, guarded):
+        assert guarded.ask("POST", "/pause") == 403
+        assert guarded.asked == []
+
+
 def shown(route: str, token: str = TOKEN) -> list[tuple[bytes, bytes]]:
     return [(PROOF_HEADER.encode(), proof(token, "http", route).encode())]
 
@@ -450,6 +514,9 @@ NOT_GENERATING = {
 # Of its routers for development, which TRL and qerl-sync drive it by.
 OPEN_TO_ALL = {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
 
+# Of vLLM 0.32. The checker can set all weights to zero.
+LATER = {"/shutdown_weight_transfer_engine", "/weight_checker"}
+
 
 @pytest.mark.vllm
 @pytest.mark.slow
@@ -457,7 +524,8 @@ def test_every_route_that_drives_the_engine_is_guarded():
     found = posts("serve.dev")
     assert CONTROL < GUARDED
     assert found - GUARDED == OPEN_TO_ALL
-    assert {route for route in GUARDED if not route.startswith("/qerl_sync/")} <= found
+    vllms = {route for route in GUARDED if not route.startswith("/qerl_sync/")}
+    assert vllms - found <= LATER
 
 
 def posts(part: str) -> set[str]:
@@ -570,6 +638,28 @@ class TestServer:
         push(engine, OLD)
         assert engine.wrong_weights(OLD) == []
         assert engine.generates_as(OLD)
+
+    def test_who_leaves_while_the_engine_waits_to_pause(self, remote):
+        """As a trainer that is killed does, or one that runs into its timeout."""
+        engine = remote("server")
+        future, grown = engine.stream([5, 6, 7], 480)
+        assert wait_until(lambda: len(grown[0]) > 5)
+        with pytest.raises(TransportTimeout):
+            HTTPClient(engine.process.url, timeout_seconds=0.2).pause("wait")
+        assert not future.done(), "the test tells nothing"
+        assert len(future.result(timeout=120)[0]) == 480
+        assert completion(engine, seconds=10).status_code == 200
+        assert not is_paused(engine)
+
+        engine.client().pause("wait")  # whoever is there to hear it has it
+        assert is_paused(engine)
+        engine.client().resume()
+        assert engine.generates_as(OLD)
+
+
+def is_paused(engine) -> bool:
+    answer = requests.get(f"{engine.process.url}/is_paused", timeout=10)
+    return bool(answer.json()["is_paused"])
 
 
 # Stands still in the middle of its first chunk.

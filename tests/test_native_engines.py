@@ -13,6 +13,7 @@ import pytest
 import torch
 from support.engines import NEW, OLD, Subject
 from support.native import Broadcast, backend, without_cuda
+from test_failures import Wide
 from test_vllm_contract import FourMethods
 
 from qerl_sync import (
@@ -26,6 +27,9 @@ from qerl_sync import (
     TransportError,
     build_plan,
 )
+from qerl_sync.wire.channel import TOKEN_VARIABLE
+from qerl_sync.wire.introductions import call
+from qerl_sync.wire.messages import PROTOCOL
 
 pytestmark = pytest.mark.vllm
 
@@ -202,6 +206,155 @@ def test_a_plan_that_was_changed_on_the_way(subject, group):
     assert one.wrong_weights(OLD) == []
 
 
+class Told(FourMethods):
+    """Keeps what it was told, and changes what the trainer says of itself."""
+
+    def __init__(self, llm: Any, **changes: Any) -> None:
+        super().__init__(llm)
+        self.changes = changes
+        self.told: list[dict[str, Any]] = []
+
+    def init_weight_transfer_engine(self, init_info):
+        said = {**init_info["qerl_sync"], **self.changes}
+        self.told.append({**init_info, "qerl_sync": said})
+        super().init_weight_transfer_engine(self.told[-1])
+
+    def update_weights(self, update_info):
+        self.told.append(update_info)
+        super().update_weights(update_info)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"version": "0.0.9"},
+            rf"worker 0 of engine .* runs qerl-sync .* \(protocol {PROTOCOL}\), the trainer 0\.0",
+        ),
+        ({"protocol": 2, "more": "than we know"}, r"the trainer .* \(protocol 2\); install the "),
+        ({"protocol": "?"}, r"under 'qerl_sync' is not of qerl-sync's trainer \(protocol: "),
+    ],
+)
+def test_another_version_is_refused_before_vllm_connects(subject, group, way, changes, words):
+    one = subject("dense")
+    client = Told(one.engine, **changes)
+    with backend(one.engine, WAYS[way][0]), pytest.raises(AgreementError, match=words):
+        connect(one, way, planned(one, NEW), client)
+    assert client.calls == ["init"]
+    assert list(client.told[0]) == ["qerl_sync"], "vLLM's trainer may be waiting for its workers"
+
+
+EXPECTED = {"dtype": "float32", "tensor_parallel_size": 1, "quantization": None}
+
+
+@pytest.mark.parametrize(
+    ("expected", "words"),
+    [
+        ({"dtype": "bfloat16"}, r"has dtype 'float32', the trainer expects 'bfloat16'; start"),
+        (
+            {"tensor_parallel_size": 2, "dtype": "float16"},
+            r"has tensor_parallel_size 1, the trainer expects 2",
+        ),
+        ({"quantization": "fp8"}, r"has quantization None, the trainer expects 'fp8'"),
+        ({"vllm": "0.1"}, r"has vllm '.*', the trainer expects '0\.1'"),
+        ({"dtpye": "float32"}, r"expects dtpye 'float32', of which workers say nothing; .* dtype"),
+    ],
+)
+def test_the_first_thing_that_is_not_as_expected_is_named(subject, group, expected, words):
+    one = subject("dense")
+    client = FourMethods(one.engine)
+    with backend(one.engine, "qerl_nccl") as engine:
+        connect(one, "nccl", planned(one, NEW), expected=EXPECTED).send_weights()
+        assert engine.last_report is not None
+        with pytest.raises(AgreementError, match=words):
+            connect(one, "nccl", planned(one, NEW), client, expected={**expected})
+    assert client.calls == ["init"]
+
+
+class TestToken:
+    @pytest.mark.parametrize("way", WAYS)
+    def test_who_knows_it_is_served(self, subject, group, way, monkeypatch):
+        one = subject("dense")
+        monkeypatch.setenv(TOKEN_VARIABLE, "a secret of both")
+        client = Told(one.engine)
+        with backend(one.engine, WAYS[way][0]):
+            trainer = connect(one, way, planned(one, NEW), client)
+            trainer.send_weights()
+            trainer.send_weights()
+        assert one.wrong_weights(NEW) == []
+        assert "a secret" not in str(client.told)
+        numbers = [told["qerl_sync"].get("number") for told in client.told]
+        assert numbers == [None, None, *range(1, len(numbers) - 1)]
+
+    @pytest.mark.parametrize(
+        ("worker", "trainer", "words"),
+        [
+            ("ours", "", "this worker has a QERL_SYNC_TOKEN and the call does not show it"),
+            ("ours", "theirs", "and the call shows another one; set the same for both"),
+            ("", "theirs", "the trainer has a QERL_SYNC_TOKEN and this worker none"),
+        ],
+    )
+    def test_who_does_not_is_refused(self, subject, group, monkeypatch, worker, trainer, words):
+        one = subject("dense")
+        monkeypatch.setenv(TOKEN_VARIABLE, worker)
+        with backend(one.engine, "qerl_ipc"):
+            monkeypatch.setenv(TOKEN_VARIABLE, trainer)
+            with pytest.raises(AgreementError, match=words):
+                connect(one, "ipc", planned(one, NEW))
+
+    def test_vllms_own_trainer_cannot_show_it(self, subject, group, monkeypatch):
+        from vllm.distributed.weight_transfer.ipc_engine import (
+            IPCTrainerInitInfo,
+            IPCTrainerWeightTransferEngine,
+        )
+
+        one = subject("dense")
+        monkeypatch.setenv(TOKEN_VARIABLE, "a secret")
+        with backend(one.engine, "qerl_ipc"), pytest.raises(AgreementError, match="not show it"):
+            IPCTrainerWeightTransferEngine.trainer_init(
+                IPCTrainerInitInfo(rank=0), client=FourMethods(one.engine), source=planned(one, NEW)
+            )
+
+    def test_a_proof_is_for_these_words_and_this_update(self, subject, group, monkeypatch):
+        one = subject("dense")
+        monkeypatch.setenv(TOKEN_VARIABLE, "a secret")
+        client = Told(one.engine)
+        with backend(one.engine, "qerl_nccl") as engine:
+            connect(one, "nccl", planned(one, NEW), client).send_weights()
+            _, init, plan, _ = client.told
+            admission = engine._admission
+            with pytest.raises(AgreementError, match="shows another one"):
+                admission.introduced({**init, "master_address": "a stranger's"})
+            with pytest.raises(AgreementError, match="update 1 was repeated"):
+                admission.called(plan)
+            with pytest.raises(AgreementError, match="shows another one"):
+                admission.called({"qerl_sync": {**plan["qerl_sync"], "number": 7}})
+            with pytest.raises(AgreementError, match="does not show it"):
+                admission.called({"names": []})
+            admission.called({"qerl_sync": call(3, "a secret").model_dump()})
+
+    def test_a_strangers_update_ends_no_sync(self, subject, group, monkeypatch):
+        """vLLM ends its update, and the trainer hears so; what the model holds is as it was."""
+
+        class Disturbed(FourMethods):
+            def update_weights(self, update_info):
+                if "names" in update_info:
+                    with pytest.raises(AgreementError, match="does not show it"):
+                        self._llm.update_weights({"update_info": {"names": []}})
+                    assert engine._loads.agreed
+                super().update_weights(update_info)
+
+        one = subject("dense")
+        monkeypatch.setenv(TOKEN_VARIABLE, "a secret")
+        with backend(one.engine, "qerl_ipc") as engine:
+            trainer = connect(one, "ipc", planned(one, NEW), Disturbed(one.engine))
+            with pytest.raises(TransportError, match="start_weight_update must be called"):
+                trainer.send_weights()
+            assert engine._receiver.poisoned is None
+        assert one.wrong_weights(OLD) == []
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_failure_in_the_middle_poisons_and_the_next_sync_heals(subject, group, way, monkeypatch):
     one = subject("dense")
@@ -273,7 +426,22 @@ def test_the_source_looks_for_nan_before_anything_is_told(subject, group):
         source.source.check_finite = find
         with pytest.raises(CoverageError, match="has 1 NaN"):
             trainer.send_weights()
-        assert client.calls == ["init"]
+        assert client.calls == ["init", "init"]
+
+
+def test_workers_look_for_what_their_dtype_has_not(subject, group):
+    """Also where the source has looked for NaN."""
+    from qerl_sync.integrations.vllm import PlannedSource
+
+    one = subject("dense")
+    wide = Wide(HFSource(one.trainers[NEW]))
+    with backend(one.engine, "qerl_ipc") as engine:
+        source = PlannedSource(wide, plan_for(one, wide))
+        with pytest.raises(CoverageError, match="has values up to 1e\\+39"):
+            connect(one, "ipc", source).send_weights()
+        assert engine._receiver.poisoned
+        connect(one, "ipc", source, check_finite=False).send_weights()
+    assert len(one.wrong_weights(NEW)) == 1
 
 
 def test_other_trainer_ranks_only_gather(subject, group):

@@ -12,6 +12,7 @@ from support.engines import NEW, OLD, generate
 from support.remote import session as remote_session
 from support.remote import transport_to
 from support.syncs import push, session
+from test_detect import TwoTensors
 
 from qerl_sync import (
     ConfigError,
@@ -23,9 +24,12 @@ from qerl_sync import (
     SyncSession,
 )
 from qerl_sync.buffers.checksum import checksum
+from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.transports.remote import staging
 from qerl_sync.worker import compat, refresh
+from qerl_sync.worker.kernel_check import KernelCheck, kernel_checksums
+from qerl_sync.worker.kernel_weights import kernel_digests
 
 pytestmark = pytest.mark.vllm
 
@@ -111,6 +115,47 @@ def stepped(model, *names):
             if not names or name in names:
                 parameter.view(-1)[:: max(parameter.numel() // 50, 1)] += 0.01
     return HFSource(twin)
+
+
+def wrapped() -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """As TorchAO's quantised weights are: what its bytes are in, too."""
+    model, parts = torch.nn.Module(), [torch.ones(8, dtype=torch.int8), torch.ones(2)]
+    model.register_buffer("weight", TwoTensors(*parts))
+    return model, parts
+
+
+def shared() -> tuple[torch.nn.Module, list[torch.Tensor]]:
+    """As the transforms of compressed-tensors are."""
+    from vllm.model_executor.parameter import SharedWeightParameter
+
+    model = torch.nn.Module()
+    model.weight = SharedWeightParameter(weight_loader=lambda *arguments: None)
+    for index in range(2):
+        model.weight.add_partition(index, object(), 3, 5)
+    return model, [part.data.fill_(1) for part in model.weight.partitions.values()]
+
+
+@pytest.mark.parametrize("make", [wrapped, shared])
+def test_weights_inside_of_a_parameter_are_seen(subject, make):
+    subject("dense")  # vLLM's parameters ask for the process groups of an engine
+    model, parts = make()
+    for digests in (kernel_checksums, kernel_digests):
+        for part in parts:
+            before = digests(model)
+            part[0] += 1
+            assert digests(model) != before
+            part[0] -= 1
+            assert digests(model) == before
+
+
+def test_a_weight_that_is_quantised_inside_may_stay_as_it_is(subject):
+    """It passes for one of the engine's dtype, and does not change with each step."""
+    check = KernelCheck(subject("dense").model, LayerMap({}, {}), torch.float32, None)
+    assert check._keeps(torch.ones(3))
+    assert not check._keeps(torch.ones(3, dtype=torch.int8))
+    (weight,) = wrapped()[0].buffers()
+    assert weight.dtype == torch.float32
+    assert not check._keeps(weight)
 
 
 @pytest.mark.parametrize(

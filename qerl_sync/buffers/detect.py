@@ -58,22 +58,23 @@ def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
     plain tensor keeps the whole storage that it is a view of, however small the view.
     """
     found: dict[int | str, Storage] = {}
-    for plain in _plain_tensors(tensor):
+    for plain in plain_tensors(tensor):
         storage = plain.untyped_storage()
         # The address of the StorageImpl: unique among storages that are alive, meta ones included.
         found[storage._cdata] = Storage(storage._cdata, storage.nbytes())
     return tuple(found.values())
 
 
-def _plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Those that hold the tensor's bytes here: itself, or what a wrapper subclass keeps inside."""
     to_local: Any = getattr(tensor, "to_local", None)
     if callable(to_local):
-        yield from _plain_tensors(to_local())
+        yield from plain_tensors(to_local())
         return
     flatten: Any = getattr(tensor, "__tensor_flatten__", None)
     if callable(flatten):
         for attribute in flatten()[0]:
-            yield from _plain_tensors(getattr(tensor, attribute))
+            yield from plain_tensors(getattr(tensor, attribute))
         return
     yield tensor
 
@@ -155,3 +156,30 @@ def require_finite(
             "training step before this sync went wrong (look at the loss and the gradient norm). "
             "sync.check_finite: false sends it all the same"
         )
+
+
+def require_in_range(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, parents: Parents | None = None
+) -> None:
+    """Raises CoverageError, with the largest value, if any would become infinite as `dtype`, in
+    which the engine computes. One pass where the dtypes' ranges differ, none elsewhere."""
+    if tensor.numel() == 0 or not _reaches_further(tensor.dtype, dtype):
+        return
+    low, high = tensor.aminmax()
+    largest = torch.maximum(-low, high)
+    if torch.isinf(largest.to(dtype)):
+        raise CoverageError(
+            f"{named(name, parents)} has values up to {largest.item():.6g}; the engine computes in "
+            f"{dtype_name(dtype)}, where what is larger than {torch.finfo(dtype).max:.6g} becomes "
+            "infinite. Start it with a dtype of more range (bfloat16: rollout.engine.dtype), or "
+            "look at why the weights have grown so. sync.check_finite: false sends it all the same"
+        )
+
+
+def _reaches_further(dtype: torch.dtype, other: torch.dtype) -> bool:
+    """By orders of magnitude: float32 ends a little above bfloat16, where no weight is."""
+    return dtype.is_floating_point and _exponent(dtype) > _exponent(other)
+
+
+def _exponent(dtype: torch.dtype) -> int:
+    return math.frexp(torch.finfo(dtype).max)[1]

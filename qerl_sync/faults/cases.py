@@ -68,6 +68,11 @@ def _late(spoil: Any) -> Callable[[Subject], Stream]:
     return lambda subject: (_pairs(subject), spoil(_victim(subject)))
 
 
+def _beyond_range(subject: Subject) -> Stream:
+    victim = _victim(subject)
+    return inputs.as_float64(_pairs(subject), victim), inputs.spoiled_with(1e39)(victim)
+
+
 def _raising(index: int) -> Callable[[Subject], Stream]:
     def make(subject: Subject) -> Stream:
         pairs = _pairs(subject)
@@ -116,6 +121,7 @@ def _bad_inputs() -> list[Case]:
         _input("missing norm", missing_norm, (OLD,)),
         _input("missing bias", missing_bias, (OLD,), models=("bias",)),
         *(_input(name, _late(spoil)) for name, spoil in inputs.LATE.items()),
+        _input("beyond the range of the engine's dtype", _beyond_range),
         _input(
             "receive buffer used again",
             lambda subject: (_pairs(subject), inputs.reusing_its_buffer),

@@ -66,6 +66,11 @@ def as_int64(pairs: Pairs, victim: str) -> Pairs:
     return _changed(pairs, victim, lambda t: (t * 100).to(torch.int64))
 
 
+def as_float64(pairs: Pairs, victim: str) -> Pairs:
+    """No fault: vLLM casts it, and it reaches further than any dtype that an engine computes in."""
+    return _changed(pairs, victim, lambda t: t.double())
+
+
 def _changed(pairs: Pairs, victim: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Pairs:
     return [(n, change(t) if n == victim else t) for n, t in pairs]
 

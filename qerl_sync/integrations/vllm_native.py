@@ -11,7 +11,8 @@ What was run, and what not, stands in `worker.native`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from typing_extensions import Self
@@ -25,8 +26,12 @@ from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLTrainerWeightTransferEngine,
 )
 
+from qerl_sync import __version__
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.vllm import PlannedSource, TranslatedClient
+from qerl_sync.wire import introductions as say
+from qerl_sync.wire.channel import TOKEN_VARIABLE
+from qerl_sync.wire.introductions import Expected
 from qerl_sync.worker import plugin
 
 plugin.register()
@@ -34,53 +39,78 @@ plugin.register()
 
 @dataclass
 class QerlNCCLTrainerInitInfo(NCCLTrainerInitInfo):
-    """vLLM's, and `check_finite`: see `SyncConfig`. Workers look where the source cannot."""
+    """vLLM's, and what is ours.
+
+    Attributes:
+        check_finite: see `SyncConfig`. Workers look where the source cannot.
+        expected: what every worker must say of itself, or refuses: of `model`, `dtype`,
+            `quantization`, `tensor_parallel_size` and the other parallel sizes, `vllm`, `torch`,
+            as many as are known, such as {"dtype": "bfloat16", "tensor_parallel_size": 2}.
+    """
 
     backend: ClassVar[str] = "qerl_nccl"
 
     check_finite: bool = True
+    expected: Expected = field(default_factory=dict)
 
 
 @dataclass
 class QerlIPCTrainerInitInfo(IPCTrainerInitInfo):
-    """vLLM's, and `check_finite`: see `SyncConfig`. Workers look where the source cannot."""
+    """vLLM's, and what is ours: see `QerlNCCLTrainerInitInfo`."""
 
     backend: ClassVar[str] = "qerl_ipc"
 
     check_finite: bool = True
+    expected: Expected = field(default_factory=dict)
 
 
 class AgreeingClient:
-    """A client for vLLM's trainer engines: with the start of an update the workers get its plan.
+    """A client for vLLM's trainer engines: the workers get the trainer's introduction, and with the
+    start of an update its plan.
 
     What they refuse is raised there, before vLLM sends a byte, and would otherwise leave the
-    trainer in a broadcast that nobody joins.
+    trainer in a broadcast that nobody joins. Where QERL_SYNC_TOKEN is set when this is made, each
+    call shows that it is known.
 
     Attributes:
         check_finite: whether workers are to look for NaN in the next update.
+        finite: the source has looked.
     """
 
-    def __init__(self, client: Any, source: PlannedSource) -> None:
+    def __init__(self, client: Any, source: PlannedSource, expected: Expected) -> None:
         self._client = TranslatedClient(client)
         self._source = source
-        self.check_finite = True
+        self._expected = expected
+        self._token = os.environ.get(TOKEN_VARIABLE, "")
+        self._num_updates = 0
+        self.check_finite, self.finite = True, False
+
+    def introduce(self) -> None:
+        """Raises AgreementError (TransportError, where the engine is in another process): a worker
+        refuses this trainer, and says why."""
+        self.init_weight_transfer_engine({})
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._client.init_weight_transfer_engine(init_info)
+        said = say.introduction(init_info, __version__, self._expected, self._token)
+        self._num_updates = 0
+        self._client.init_weight_transfer_engine({**init_info, say.KEY: said.model_dump()})
 
     def start_weight_update(self) -> None:
         self._client.start_weight_update()
         storages = self._source.source.storages()
-        self._client.update_weights(
+        self.update_weights(
             {
                 "plan": self._source.plan.to_json(),
                 "check_finite": self.check_finite,
+                "finite": self.finite,
                 "storages": {name: [s.key, s.nbytes] for name, s in storages.items()},
             }
         )
 
-    def update_weights(self, update_info: Any) -> None:
-        self._client.update_weights(update_info)
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._num_updates += 1
+        said = say.call(self._num_updates, self._token)
+        self._client.update_weights({**update_info, say.KEY: said.model_dump()})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         self._client.finish_weight_update(weight_version)
@@ -97,13 +127,20 @@ class _Agreeing:
     def trainer_init(
         cls, init_info: Any, *, client: Any, source: WeightSource | None = None
     ) -> Self:
-        """As vLLM's. Raises ConfigError if the source has no plan."""
+        """As vLLM's.
+
+        Raises:
+            ConfigError: the source has no plan.
+            AgreementError, TransportError: see `AgreeingClient.introduce`.
+        """
         if not isinstance(source, PlannedSource):
             raise ConfigError(
                 f"{init_info.backend} sends in the order of a plan: give it a PlannedSource, not "
                 f"{type(source).__name__} (vLLM's own {init_info.backend[5:]} takes any)"
             )
-        agreeing = AgreeingClient(client, source)
+        agreeing = AgreeingClient(client, source, init_info.expected)
+        if init_info.is_sender:
+            agreeing.introduce()
         engine: Self = super().trainer_init(init_info, client=agreeing, source=source)  # type: ignore[misc]
         engine._check_finite = init_info.check_finite
         return engine
@@ -116,6 +153,7 @@ class _Agreeing:
         """
         checked = self._check_finite and self.source.source.check_finite()
         self.client.check_finite = self._check_finite and not checked
+        self.client.finite = checked
         super().send_weights()  # type: ignore[misc]
 
 

@@ -26,7 +26,9 @@ poisoned model does not run. A trainer whose sync has failed and left the engine
 the old weights back, resumes and admits.
 
 A pause without an update is somebody's own, and requests wait, as vLLM does. During a control call
-they wait too: its trainer is there, and a worker gives up one that is not.
+they wait too: its trainer is there, and a worker gives up one that is not. `/pause?mode=wait` may
+take minutes, and no worker is asked: who has gone by its answer gets the engine resumed behind him,
+unless it was paused before or another control call has come since, whose sender it is up to.
 
 Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, and the gate none to close it by.
 
@@ -43,6 +45,7 @@ refuses.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import time
@@ -107,13 +110,19 @@ CONTROL = UPDATING | {"/pause", "/resume"}
 
 
 class Watch:
-    """The states above, as they follow from what has passed the gate."""
+    """The states above, as they follow from what has passed the gate.
+
+    Attributes:
+        paused: the engine is, by a pause that was answered.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._told: str | None = None
-        self._paused = self._updating = self._abandoned = False
+        self._updating = self._abandoned = False
         self._open_calls, self._last_end = 0, 0.0
+        self._num_calls = self._resumed_at = 0
+        self.paused = False
 
     def refuse(self, reason: str) -> None:
         self._told = reason
@@ -121,26 +130,33 @@ class Watch:
     def admit(self) -> None:
         self._told, self._abandoned = None, False
 
-    def call_begins(self) -> None:
+    def call_begins(self) -> int:
+        """Returns the call's number."""
         self.reason()  # before this call ends the quiet
         self._open_calls += 1
+        self._num_calls += 1
+        return self._num_calls
 
-    def call_ends(self, route: str, *, ok: bool, version_given: bool) -> None:
+    def is_last(self, call: int) -> bool:
+        return call == self._num_calls
+
+    def call_ends(self, call: int, route: str, *, ok: bool, version_given: bool) -> None:
         self._open_calls -= 1
         self._last_end = self._clock()
         if route in UPDATING:
-            self._updating |= self._paused
+            self._updating |= self.paused
         if ok and version_given:
             self.admit()
-        if ok and route == "/pause":
-            self._paused = True
+        if ok and route == "/pause" and call > self._resumed_at:
+            self.paused = True
         if ok and route == "/resume":
-            self._paused = self._updating = self._abandoned = False
+            self.paused = self._updating = self._abandoned = False
+            self._resumed_at = call
 
     def reason(self) -> str | None:
         """Why the gate is closed; None: it is open."""
         quiet_seconds = 0.0 if self._open_calls else self._clock() - self._last_end
-        if self._paused and self._updating and quiet_seconds > QUIET_SECONDS:
+        if self.paused and self._updating and quiet_seconds > QUIET_SECONDS:
             self._abandoned = True
         if self._told is None and self._abandoned:
             return "a weight update was begun, and its trainer has not gone on with it"
@@ -169,8 +185,11 @@ class Gate:
             why = why_not(route, scope.get("headers", ()), self._token)
             if why is not None:
                 return await _answer(send, 403, _error(403, why))
+            if route == "/pause":
+                return await self._pause(scope, receive, send)
             if route in CONTROL:
-                return await self._control(route, scope, receive, send)
+                await self._control(route, scope, receive, send)
+                return
             if route == "/qerl_sync/refuse":
                 return await self._refuse(receive, send)
             if route == "/qerl_sync/admit":
@@ -193,10 +212,31 @@ class Gate:
         reason = self._watch.reason()
         if reason is not None:
             return await _answer(send, 503, _error(503, why_refused(reason)))
-        path = scope.get("root_path", "") + "/health"
-        await self._app({**scope, "path": path, "raw_path": path.encode()}, receive, send)
+        await self._app(_moved(scope, "/health"), receive, send)
 
-    async def _control(self, route: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pause(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Undone if nobody is there any more to hear that it is complete."""
+        was_paused, left = self._watch.paused, False
+        leaving = asyncio.ensure_future(_disconnect(receive))
+
+        async def answer(message: Message) -> None:
+            nonlocal left
+            # Servers report those as gone, too, who have had their answer.
+            if message["type"] == "http.response.start":
+                left = leaving.done()
+            await send(message)
+
+        try:
+            call = await self._control("/pause", scope, _empty_until(leaving), answer)
+        finally:
+            leaving.cancel()
+        if left and not was_paused and self._watch.paused and self._watch.is_last(call):
+            # Not before vLLM has answered: with data parallelism it resumes no engine until then.
+            never = asyncio.get_running_loop().create_future()
+            await self._control("/resume", _moved(scope, "/resume"), _empty_until(never), _unheard)
+
+    async def _control(self, route: str, scope: Scope, receive: Receive, send: Send) -> int:
+        """Returns the call's number."""
         body, status = bytearray(), 500
 
         async def overhear() -> Message:
@@ -210,14 +250,15 @@ class Gate:
             status = message.get("status", status)
             await send(message)
 
-        self._watch.call_begins()
+        call = self._watch.call_begins()
         try:
             await self._app(scope, overhear, answer)
         finally:
             gives_version = route == "/finish_weight_update" and (
                 _field(body, "weight_version") is not None
             )
-            self._watch.call_ends(route, ok=status == 200, version_given=gives_version)
+            self._watch.call_ends(call, route, ok=status == 200, version_given=gives_version)
+        return call
 
     async def _refuse(self, receive: Receive, send: Send) -> None:
         body, more = bytearray(), True
@@ -241,6 +282,36 @@ def _route(scope: Scope) -> str:
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _moved(scope: Scope, route: str) -> Scope:
+    """The same request for another route, without its query."""
+    path = scope.get("root_path", "") + route
+    return {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Until the client has gone. What it sends before is dropped."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _empty_until(gone: asyncio.Future[None]) -> Receive:
+    """A request without a body, whose client stays until then."""
+    coming = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive() -> Message:
+        message = next(coming, None)
+        if message is None:
+            await asyncio.shield(gone)
+            message = {"type": "http.disconnect"}
+        return message
+
+    return receive
+
+
+async def _unheard(message: Message) -> None:
+    pass
 
 
 def _field(body: bytearray, name: str) -> Any:

@@ -13,8 +13,9 @@ The token keeps out who does not know it, and no more:
 
 - Nothing is encrypted, and a proof is the same each time: who can read the traffic can repeat it.
   The connection between trainer and workers can be read, but not repeated (`wire.channel`).
-- `qerl_nccl`, `qerl_ipc` and vLLM's own backends know no token: these routes alone are protected,
-  and not what goes between trainer and workers.
+- vLLM's own backends know no token: these routes alone are protected, and not what goes between
+  trainer and workers. Workers of `qerl_nccl` and `qerl_ipc` ask for it too, in the calls that
+  bring them a trainer or an update; the bytes are vLLM's.
 - Routes that generate, tell, or empty caches stay open, as TRL needs them. vLLM's --api-key is for
   those below /v1.
 - A token that can be guessed is none: `python -c "import secrets; print(secrets.token_hex(32))"`.
@@ -29,11 +30,13 @@ from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof, same_pro
 GUARDED = frozenset(
     {
         "/init_weight_transfer_engine",
+        "/shutdown_weight_transfer_engine",
         "/start_weight_update",
         "/start_draft_weight_update",
         "/update_weights",
         "/finish_weight_update",
         "/update_weight_version",
+        "/weight_checker",
         "/collective_rpc",
         "/pause",
         "/resume",

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from qerl_sync.buffers.detect import plain_tensors
 from qerl_sync.errors import CompatError
 from qerl_sync.worker.copy_count import CopyCount
 
@@ -285,6 +286,14 @@ def packed_bytes(layer: torch.nn.Module) -> int:
     if not _packs_linear(layer):
         return 0
     return sum(t.nbytes for t in loadable_tensors(layer).values() if t.is_meta)
+
+
+def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """Those that hold a parameter's or buffer's bytes: itself, what TorchAO's kind keep inside, or
+    the partitions of vLLM's `SharedWeightParameter`, which itself is empty."""
+    partitions = getattr(parameter, "partitions", None)
+    parts = partitions.values() if isinstance(partitions, dict) else [parameter]
+    return [plain for part in parts for plain in plain_tensors(part)]
 
 
 def packs(layer: torch.nn.Module) -> bool:

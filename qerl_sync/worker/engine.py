@@ -16,8 +16,6 @@ call would find them: the last rank alone raises, whatever the exception.
 from __future__ import annotations
 
 import logging
-import os
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, cast
 
 import torch
@@ -29,19 +27,12 @@ from vllm.distributed.weight_transfer.base import (
 
 from qerl_sync.errors import SyncError
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.host import host_id
 from qerl_sync.worker import compat
 from qerl_sync.worker.connection import TrainerConnection
+from qerl_sync.worker.identity import hello_of
 from qerl_sync.worker.receiver import Receiver
 
 logger = logging.getLogger(__name__)
-
-PARALLEL_SIZES = (
-    "tensor_parallel_size",
-    "pipeline_parallel_size",
-    "data_parallel_size",
-    "enable_expert_parallel",
-)
 
 
 class QerlInitInfo(dict[str, Any], WeightTransferInitInfo):
@@ -107,23 +98,7 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         self._connection.close()
 
     def _hello(self) -> say.Hello:
-        parallel, model = self.parallel_config, self.model_config
-        return say.Hello(
-            protocol=say.PROTOCOL,
-            packages=packages(),
-            engine=str(self.vllm_config.instance_id),
-            rank=parallel.rank,
-            world_size=parallel.world_size,
-            layout={name: int(getattr(parallel, name)) for name in PARALLEL_SIZES},
-            model=type(self.model).__name__,
-            dtype=str(model.dtype).removeprefix("torch."),
-            quantization=model.quantization,
-            host=host_id(),
-            pid=os.getpid(),
-            version=self._receiver.version,
-            poisoned=self._receiver.poisoned,
-            update_open=self._update_open,
-        )
+        return hello_of(self._receiver, self.vllm_config, update_open=self._update_open)
 
     @property
     def _is_last_rank(self) -> bool:
@@ -136,13 +111,3 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         logger.error(text, exc_info=not expected)
         if self._is_last_rank:
             raise ValueError(text) from exc
-
-
-def packages() -> dict[str, str]:
-    """Versions that matter to a sync."""
-    found = {"torch": str(torch.__version__), "vllm": compat.vllm_version()}
-    try:
-        found["qerl-sync"] = version("qerl-sync")
-    except PackageNotFoundError:
-        found["qerl-sync"] = "?"
-    return found

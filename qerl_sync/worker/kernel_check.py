@@ -111,7 +111,7 @@ class KernelCheck:
             if layer in self._packings and not parameter.endswith("bias"):
                 if _same(before, now, packed_key(layer)) and not self._renewed(layer):
                     yield layer
-            elif key in tensors and tensors[key].dtype == self._dtype and _same(before, now, key):
+            elif key in tensors and self._keeps(tensors[key]) and _same(before, now, key):
                 yield layer
 
     def _strange(self, before: Held, now: Held) -> Iterator[str]:
@@ -124,6 +124,11 @@ class KernelCheck:
             layer = key.removesuffix(PACKED) if key.endswith(PACKED) else key.rpartition(".")[0]
             if layer in same and before.kernels.get(key, found) != found:
                 yield layer
+
+    def _keeps(self, tensor: torch.Tensor) -> bool:
+        """Whether it changes with what is loaded: one that is quantised inside need not."""
+        inside = compat.tensors_of(tensor)
+        return len(inside) == 1 and inside[0] is tensor and tensor.dtype == self._dtype
 
     def _renewed(self, layer: str) -> bool:
         old = self._packings[layer].holder()
@@ -140,13 +145,20 @@ def packed_key(layer: str) -> str:
 @torch.no_grad()
 def kernel_checksums(model: torch.nn.Module) -> dict[str, int]:
     """Of each parameter and buffer, and of each packed copy by its product with a fixed vector."""
-    found = {name: checksum(tensor) for name, tensor in named_tensors(model)}
+    found = {name: _checksum_inside(tensor) for name, tensor in named_tensors(model)}
     packs = compat.packings(model)
     for layer, product in compat.packed_products(model):
         if layer in packs:
             key = packed_key(layer)
             found[key] = zlib.crc32(checksum(product).to_bytes(4, "big"), found.get(key, 0))
     return found
+
+
+def _checksum_inside(tensor: torch.Tensor) -> int:
+    total = 0
+    for one in compat.tensors_of(tensor):
+        total = zlib.crc32(checksum(one).to_bytes(4, "big"), total)
+    return total
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from qerl_sync.worker import compat
+from qerl_sync.worker.kernel_check import named_tensors
 
 
 @torch.no_grad()
@@ -21,20 +21,16 @@ def kernel_digests(model: torch.nn.Module) -> dict[str, str]:
     that kept other weights is found, a change below the rounding of that product may not be.
     """
     found: dict[str, Any] = {}  # hashlib's objects have no public type
-    for name, tensor in _tensors(model):
+    for name, tensor in named_tensors(model):
         path = name.rpartition(".")[0]
         digest = found.setdefault(path, hashlib.blake2b(digest_size=8))
         digest.update(name.encode())
-        digest.update(_raw(tensor))
+        for one in compat.tensors_of(tensor):
+            digest.update(_raw(one))
     for path, product in compat.packed_products(model):
         digest = found.setdefault(path, hashlib.blake2b(digest_size=8))
         digest.update(_raw(product))
     return {path: digest.hexdigest() for path, digest in found.items()}
-
-
-def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _raw(tensor: torch.Tensor) -> bytes:

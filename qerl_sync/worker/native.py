@@ -1,5 +1,6 @@
 """vLLM's own nccl and ipc engines, with our plan, checks, monitor and report around the load.
 
+    init_weight_transfer_engine  does the trainer fit? Then again, with what vLLM has there
     start_weight_update    (nothing; vLLM opens its reload here)
     update_weights         {"plan": ...}: the trainer's plan, agreed on before any byte moves
     update_weights         vLLM's own: its code receives, and loads through us
@@ -21,7 +22,12 @@ ipc, not packed: tensors are the trainer's own memory, which it keeps until afte
     `finish_weight_update`.
 
 A trainer that tells no plan (vLLM's own trainer engines) is served as well, in its own order, as
-long as one update brings everything: packed ipc does not.
+long as one update brings everything (packed ipc does not) and QERL_SYNC_TOKEN is not set here.
+
+What goes one way only, vLLM's calls, is what both sides agree by (`wire.introductions`): protocol
+and version, the token where there is one, and what the trainer expects of the engine, when it
+connects; the plan with each sync. The trainer learns nothing of a worker that does not refuse.
+The token proves who calls. It does not protect the bytes, which are vLLM's.
 
 Errors are raised into vLLM, as its own engines do: the trainer has no other way to hear of them.
 With several worker ranks vLLM does not recover from that; start its engine anew. A trainer that is
@@ -35,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,6 +52,8 @@ from qerl_sync.errors import AgreementError, ConfigError, SyncError, TransportEr
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.worker import compat
+from qerl_sync.worker.admission import Admission
+from qerl_sync.worker.identity import hello_of
 from qerl_sync.worker.planned_loads import LoadReport, PlannedLoads, packed_storages
 from qerl_sync.worker.receiver import Receiver
 
@@ -64,17 +73,32 @@ class _Planned:
         self._receiver = Receiver(parts)
         self._loads = PlannedLoads(self._receiver, parts.device)
         self._told_storages: dict[str, Storage] = {}
+        self._admission = Admission(partial(hello_of, self._receiver, vllm_config))
 
     @property
     def last_report(self) -> LoadReport | None:
         """Of the last sync that was finished."""
         return self._loads.last_report
 
+    def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
+        """vLLM's own; None where the trainer only introduces itself.
+
+        Raises:
+            AgreementError: the trainer does not fit, or may not.
+        """
+        rest = self._admission.introduced(init_dict)
+        return super().parse_init_info(rest) if rest else None  # type: ignore[misc]
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        if init_info is not None:
+            super().init_transfer_engine(init_info)  # type: ignore[misc]
+
     def start_weight_update(self) -> None:
         self._loads.abort("a new update was started before the last had finished")
         self._told_storages = {}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
+        update_info = self._admission.called(update_info)  # a stranger's ends no sync of ours
         with self._aborting():
             if PLAN in update_info:
                 self._agree(**update_info)
@@ -107,9 +131,10 @@ class _Planned:
         self,
         plan: dict[str, Any],
         check_finite: bool = True,
+        finite: bool = False,
         storages: Mapping[str, tuple[int | str, int]] | None = None,
     ) -> None:
-        self._loads.agree(SyncPlan.from_json(plan), check_finite=check_finite)
+        self._loads.agree(SyncPlan.from_json(plan), check_finite=check_finite, finite=finite)
         self._told_storages = {name: Storage(*s) for name, s in (storages or {}).items()}
 
     def _metas_of(self, info: Any) -> list[ParamMeta]:

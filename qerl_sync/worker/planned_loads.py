@@ -17,6 +17,7 @@ from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan, build_plan
+from qerl_sync.plan.terms import Terms
 from qerl_sync.worker.memory import PeakMemory
 from qerl_sync.worker.receiver import Receiver
 
@@ -106,14 +107,18 @@ class PlannedLoads:
         """All tensors of the sync have been loaded."""
         return self._outstanding == 0
 
-    def agree(self, plan: SyncPlan, *, check_finite: bool = True) -> None:
+    def agree(self, plan: SyncPlan, *, check_finite: bool = True, finite: bool = False) -> None:
         """Whether this model takes that stream. Leaves its weights untouched.
+
+        Args:
+            finite: see `plan.terms.Terms`.
 
         Raises:
             LayerMapError, CoverageError: it does not.
         """
         self._probe(list(plan.metas))
         self._agreed, self._check_finite = plan, check_finite
+        self._receiver.terms = Terms(finite=finite)
 
     def agree_as_given(self, metas: list[ParamMeta]) -> None:
         """The same for a stream without a plan. Raises PlanError, too."""

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from qerl_sync.buffers.detect import dtype_name, require_finite
+from qerl_sync.buffers.detect import dtype_name, require_finite, require_in_range
 from qerl_sync.buffers.stream import as_planned
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import CoverageError, LoadError, PoisonedError, SyncError
@@ -78,6 +78,7 @@ class Receiver:
         self.model = parts.model
         self._config = parts.vllm_config
         self._device = parts.device
+        self._dtype: torch.dtype = parts.vllm_config.model_config.dtype
         self._state = _STATES.setdefault(parts.model, _ModelState())
         self._open = False
         self._untouched = False
@@ -111,8 +112,7 @@ class Receiver:
     @property
     def precision(self) -> tuple[str, str | None]:
         """The dtype that the model computes in, and its quantisation."""
-        model = self._config.model_config
-        return dtype_name(model.dtype), model.quantization
+        return dtype_name(self._dtype), self._config.model_config.quantization
 
     @property
     def version(self) -> int:
@@ -151,6 +151,8 @@ class Receiver:
         self.poison("a sync is in progress")
         self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
         self._check_finite = check_finite
+        # A source that has looked itself does not know the engine's dtype.
+        self._check_range = check_finite or self.terms.finite
         self.verify_seconds, self._held = 0.0, None
         self._check = self._kernel_check(layer_map) if self.terms.checksums else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
@@ -347,14 +349,15 @@ class Receiver:
         for meta, tensor in as_planned(awaited, tensors, self._parents):
             if self._check_finite:
                 require_finite(meta.name, tensor, self._parents)
+            if self._check_range:
+                require_in_range(meta.name, tensor, self._dtype, self._parents)
             if self._check is not None:
                 with self._verifying():
                     self._check.arrived(meta.name, tensor)
             yield meta, tensor
 
     def _kernel_check(self, layer_map: LayerMap) -> KernelCheck:
-        dtype = self._config.model_config.dtype
-        return KernelCheck(self.model, layer_map, dtype, self._state.held)
+        return KernelCheck(self.model, layer_map, self._dtype, self._state.held)
 
     @contextlib.contextmanager
     def _verifying(self) -> Iterator[None]:

@@ -1,0 +1,53 @@
+"""What a worker says of itself."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from qerl_sync.wire.host import host_id
+from qerl_sync.wire.messages import PROTOCOL, Hello
+from qerl_sync.worker import compat
+from qerl_sync.worker.receiver import Receiver
+
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+)
+
+
+def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False) -> Hello:
+    """Of the worker rank whose model that receiver loads."""
+    parallel = vllm_config.parallel_config
+    dtype, quantization = receiver.precision
+    return Hello(
+        protocol=PROTOCOL,
+        packages=packages(),
+        engine=str(vllm_config.instance_id),
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        layout={name: int(getattr(parallel, name)) for name in PARALLEL_SIZES},
+        model=type(receiver.model).__name__,
+        dtype=dtype,
+        quantization=quantization,
+        host=host_id(),
+        pid=os.getpid(),
+        version=receiver.version,
+        poisoned=receiver.poisoned,
+        update_open=update_open,
+    )
+
+
+def packages() -> dict[str, str]:
+    """Versions that matter to a sync."""
+    found = {"torch": str(torch.__version__), "vllm": compat.vllm_version()}
+    try:
+        found["qerl-sync"] = version("qerl-sync")
+    except PackageNotFoundError:
+        found["qerl-sync"] = "?"
+    return found
