@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qerl_sync.config import TrainConfig
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError
+from qerl_sync.integrations.ray.actors import RolloutActor, world_size
 from qerl_sync.integrations.ray.cluster import connect, require_ray, require_room
 from qerl_sync.integrations.ray.pool import resources_of
 from qerl_sync.training.display import Display
@@ -114,9 +115,15 @@ def start_board(ray: Any) -> Any:
 def pool_arguments(config: TrainConfig) -> dict[str, Any]:
     """Of `WorkerPool.start`, for the rollout actors of a run."""
     environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
-    if int(config.rollout.engine.get("tensor_parallel_size", 1)) > 1:
+    actor = RolloutActor
+    if config.rollout.async_engine:
+        from qerl_sync.integrations.ray.in_flight import AsyncRolloutActor
+
+        actor = AsyncRolloutActor
+    if config.rollout.async_engine or world_size(config.rollout.engine) > 1:
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     return {
+        "actor": actor,
         "max_restarts": config.rollout.max_restarts,
         "start_seconds": config.rollout.start_timeout_seconds,
         "generate_seconds": config.rollout.generate_timeout_seconds,

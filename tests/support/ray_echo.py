@@ -41,7 +41,7 @@ class EchoRollout(EchoActor):
         seconds = (sampling or {}).get("seconds", 0.0)
         time.sleep(seconds)
         name = str(os.getpid())
-        return [Rollout(list(p), [1], [0.0], "", self.version, name) for p in prompts]
+        return [Rollout(list(p), [1], [0.0], "", self.version, name, self.version) for p in prompts]
 
 
 class Plain:
