@@ -41,6 +41,8 @@ def test_a_run_with_rollouts_ahead_of_the_trainer_until_ctrl_c(tmp_path: Path):
         "trainer.max_steps=1000",
         "trainer.save_steps=1000",
         "rollout.max_staleness=1",
+        "sync.verify=full",
+        "rollout.engine.max_model_len=32",  # the prompt that engines are asked has 24 tokens
         *SMALL,
     )
     syncs = tmp_path / "run" / "syncs.jsonl"
@@ -59,7 +61,12 @@ def test_a_run_with_rollouts_ahead_of_the_trainer_until_ctrl_c(tmp_path: Path):
 
     reports = [json.loads(line) for line in syncs.read_text().splitlines()]
     assert [report["version"] for report in reports] == list(range(1, len(reports) + 1))
-    assert all(len(report["workers"]) == 2 and not report["lost"] for report in reports)
+    for report in reports:
+        assert len(report["workers"]) == 2
+        assert not report["lost"]
+        assert report["probe_gap"] < 1e-4
+        assert not report["undelivered"]
+    assert all(report["changed_tensors"] for report in reports[2:])
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
     staleness = [entry["rollout/staleness/max"] for entry in log]

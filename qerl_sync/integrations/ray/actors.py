@@ -196,6 +196,10 @@ class RolloutActor:
     def reset_caches(self, running: bool) -> bool:
         return bool(self._client.reset_caches(running=running))
 
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Of each token but the first, given those before it. For `sync.verify: full`."""
+        return list(self._client.prompt_logprobs(token_ids))
+
     # ---- answered at any time (concurrency group CONTROL)
 
     def status(self) -> dict[str, Any]:
