@@ -295,6 +295,7 @@ def test_several_trainers_send_what_each_holds(rollouts: Rollouts):
         assert len(report.workers) == 2
         assert report.num_chunks > 1
         assert rollouts.fingerprints() == [rollouts.started_with[1]] * 2
+        ray.get(trainers[0].end_sync.remote())
     finally:
         for trainer in trainers:
             ray.kill(trainer)

@@ -167,6 +167,29 @@ def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
+def test_a_sync_waits_for_requests_in_flight_where_it_is_told_to(in_flight: Engine):
+    """For longer than a sync that stands still is believed to go on. vLLM waits for those that it
+    has begun; the others begin with the new weights."""
+    in_flight.push(OLD)
+    with in_flight.session(HFSource(in_flight.trainers[NEW]), pause_mode="wait") as session:
+        session._agree()
+        batch = in_flight.pool.submit([PROMPT] * 16, LONG)  # twice as many as it does at a time
+        wait_for(lambda: in_flight.ask("in_flight") == 16)
+        version = session.push().version
+        found = batch.result()
+    assert len(found) == 16
+    assert {one.version for one in found} == {version - 1}, "some were refused, and made anew"
+    assert {one.last_version for one in found} == {version - 1, version}
+    assert in_flight.holds(NEW)
+
+
+def test_one_wrong_request_ends_those_beside_it(in_flight: Engine):
+    in_flight.push(OLD)
+    with pytest.raises(Exception, match="maximum context length"):
+        in_flight.ask("generate", [PROMPT, [1] * 600], LONG)
+    wait_for(lambda: not in_flight.ask("in_flight"), seconds=5)
+
+
 def test_what_a_sync_gives_up_is_generated_anew(in_flight: Engine):
     in_flight.push(OLD)
     session = in_flight.session(HFSource(in_flight.trainers[NEW]), pause_mode="abort")

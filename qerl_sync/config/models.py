@@ -334,8 +334,8 @@ class RolloutConfig(Section):
     async_engine: bool = False
     """With `mode: ray`, for `max_staleness`: each rollout actor has an `AsyncLLM`, in a process of
     its own, and a sync does not wait for completions that are being generated. They pause, and go
-    on with the new weights (`sync.pause_mode`); the version that counts is the one that they were
-    begun with."""
+    on with the new weights (`sync.pause_mode`); the version that counts is the one at which they
+    were asked for."""
 
 
 class RayConfig(Section):

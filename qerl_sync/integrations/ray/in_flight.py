@@ -7,8 +7,9 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import wait
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import ray
@@ -27,21 +28,22 @@ class AsyncRolloutActor(RolloutActor):
     sync does not wait for them.
 
     With `sync.pause_mode: keep` they go on after it with the new weights; a `Rollout` says which
-    versions it began and ended with. With `wait` the sync waits for them. With `abort`, and where a
-    sync fails, they are refused with PoisonedError, and a `WorkerPool` has them generated anew.
+    version it was asked of and which it ended with. With `wait` the sync waits for those that have
+    begun. With `abort`, and where a sync fails, they are refused with PoisonedError, and a
+    `WorkerPool` has them generated anew.
 
     The engine has a process of its own, so that chunks do not come by Ray's object store.
 
     Attributes:
-        STALLED_SECONDS: an engine that is paused is in the middle of a sync; one whose workers have
-            been back for so long is not resumed any more: the sync has failed, or its trainer died.
+        STALLED_SECONDS: an engine that is paused is in the middle of a sync. One with which nothing
+            has been done for so long is not resumed: the sync has failed, or its trainer died.
     """
 
     CONCURRENCY: ClassVar[Mapping[str, int]] = {**RolloutActor.CONCURRENCY, GENERATION: 64}
     STALLED_SECONDS: ClassVar[float] = 10.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        # When the engine's workers were last seen to be in use by a sync.
+        # When a sync last did something with the engine; infinite while it does.
         self._moved = 0.0
         super().__init__(*args, **options)
 
@@ -53,13 +55,19 @@ class AsyncRolloutActor(RolloutActor):
         return super().generate(prompts, sampling, required_version)
 
     def pause(self, mode: PauseMode) -> None:
-        self._moved = time.monotonic()
-        super().pause(mode)
+        with self._moving():  # `wait`: for as long as requests take
+            super().pause(mode)
 
     def update_weights(self, request: Any) -> None:
+        with self._moving():  # a whole sync
+            super().update_weights(request)
+
+    @contextmanager
+    def _moving(self) -> Iterator[None]:
+        """A call that may take its time: nothing has stalled."""
         self._moved = math.inf
         try:
-            super().update_weights(request)
+            yield
         finally:
             self._moved = time.monotonic()
 
@@ -99,7 +107,13 @@ class AsyncRolloutActor(RolloutActor):
         return answers.result()
 
     async def _outputs(self, prompts: list[Any], sampling: Any) -> list[tuple[Any, int]]:
-        return await asyncio.gather(*(self._output(prompt, sampling) for prompt in prompts))
+        tasks = [asyncio.ensure_future(self._output(prompt, sampling)) for prompt in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:  # nobody takes what the others would still generate
+            for task in tasks:
+                task.cancel()
+            raise
 
     async def _output(self, prompt: Any, sampling: Any) -> tuple[Any, int]:
         answers = self.llm.generate(prompt, sampling, uuid.uuid4().hex)

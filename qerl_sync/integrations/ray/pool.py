@@ -238,7 +238,8 @@ class WorkerPool:
     ) -> Batch:
         """Begin to generate, and go on with something else: `result()` of what is returned waits.
 
-        A sync that is begun meanwhile waits for it too, on each worker.
+        A sync that is begun meanwhile waits for it too, on each worker that is no
+        `AsyncRolloutActor`.
         """
         if required_version is None:
             required_version = self.newest_version

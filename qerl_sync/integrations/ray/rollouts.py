@@ -11,7 +11,7 @@ class Rollout:
 
     Attributes:
         logprobs: of each completion token, under the engine's weights.
-        version: of the weights that it was begun with.
+        version: of the weights that the worker had when it was asked: no token is older.
         worker: the actor's name.
         last_version: of the weights that its last token comes from. Larger than `version` only
             where requests in flight go on after a sync (`AsyncRolloutActor`).
