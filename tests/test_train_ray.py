@@ -46,6 +46,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 @pytest.mark.ray
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # two runs, each of which starts a cluster and two engines
 def test_a_run_whose_trainer_is_killed_goes_on_until_ctrl_c(tmp_path: Path):
     """With rollouts ahead of the trainer. After it is resumed requests in flight survive syncs."""
     root = tmp_path / "run"
