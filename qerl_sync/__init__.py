@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         UnchangedError,
     )
     from qerl_sync.integrations.ray.actors import RolloutActor
+    from qerl_sync.integrations.ray.in_flight import AsyncRolloutActor
     from qerl_sync.integrations.ray.pool import WorkerPool
     from qerl_sync.integrations.ray.trainer import TrainerActor
     from qerl_sync.integrations.trl import WeightSyncCallback, engine_arguments
@@ -50,6 +51,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AgreementError",
+    "AsyncRolloutActor",
     "BufferLedger",
     "Chunk",
     "CompatError",
@@ -117,6 +119,7 @@ _MODULES = {
         "UnchangedError",
     ),
     "integrations.ray.actors": ("RolloutActor",),
+    "integrations.ray.in_flight": ("AsyncRolloutActor",),
     "integrations.ray.pool": ("WorkerPool",),
     "integrations.ray.trainer": ("TrainerActor",),
     "integrations.trl": ("WeightSyncCallback", "engine_arguments"),

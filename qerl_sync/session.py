@@ -18,7 +18,7 @@ from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
-from qerl_sync.plan.probe_prompt import Probe, largest_gap, tolerance
+from qerl_sync.plan.probe_prompt import Probe, tolerance
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.plan.terms import Terms
 from qerl_sync.sources.base import Source
@@ -68,7 +68,7 @@ class SyncReport:
         changed_tensors: tensors that differ from those sent before, as far as `sync.on_unchanged`
             looks; None: not known.
         probe_gap: the largest difference between the log-probabilities of a prompt on the trainer
-            and on the engine (`sync.verify: full`).
+            and on an engine (`sync.verify: full`).
         undelivered: names that changed on the trainer and did not travel, where that is a finding.
     """
 
@@ -288,8 +288,8 @@ class SyncSession:
         assert self._probe is not None
         tokens = self._probe.token_ids
         try:
-            right = self._probe.logprobs(tokens)
-            gap = largest_gap(right, self._transport.prompt_logprobs(tokens))
+            gaps = self._transport.probe_gaps(tokens, self._probe.logprobs(tokens))
+            engine, gap = max(gaps.items(), key=lambda item: item[1])
         except BaseException as exc:
             reason = f"version {self.version} was loaded, and could not be verified: {exc}"
             self._transport.condemn(reason)
@@ -300,7 +300,7 @@ class SyncSession:
             ) from exc
         if not gap <= self._tolerance:
             reason = (
-                f"after version {self.version} was loaded, the engine's log-probabilities of a "
+                f"after version {self.version} was loaded, the log-probabilities of {engine} for a "
                 f"prompt part from the trainer's by {gap:.2g}, more than {self._tolerance:g}"
             )
             self._transport.condemn(reason)

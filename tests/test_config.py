@@ -160,6 +160,14 @@ CONTRADICTIONS = {
         ["rollout.engine.tensor_parallel_size=2"],
         {"rollout.engine.tensor_parallel_size": "to subprocess or server"},
     ),
+    "the object store for an engine outside of its actor": (
+        ["rollout.mode=ray", "rollout.async_engine=true", "sync.transport=ray"],
+        {"sync.transport": "'ray' brings chunks to the actor's own process"},
+    ),
+    "Ray's options without it": (
+        ["rollout.async_engine=true", "rollout.max_staleness=1"],
+        {"rollout.async_engine": "mode is colocate", "rollout.max_staleness": "mode is colocate"},
+    ),
     "the server's log probabilities": (
         ["rollout.mode=server", "rollout.engine.max_logprobs=5"],
         {"rollout.engine.max_logprobs": "is ours"},
@@ -184,6 +192,8 @@ def test_what_does_not_go_together_is_listed_like_all_else(write, case):
         ["rollout.mode=subprocess", "rollout.engine.tensor_parallel_size=2"],
         ["rollout.mode=server", "rollout.server_url=http://x", "rollout.engine={}"],
         ["rollout.mode=server", "rollout.server_port=8000", "rollout.engine.dtype=float32"],
+        ["rollout.mode=ray", "rollout.async_engine=true", "sync.transport=auto"],
+        ["rollout.mode=ray", "rollout.engine.tensor_parallel_size=1", "sync.transport=ray"],
         ["sync.transport=inproc", "rollout.start_timeout_seconds=10"],
     ],
 )

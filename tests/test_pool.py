@@ -5,15 +5,23 @@ No vLLM and no Ray: engines that load nothing, behind the real connections, in t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from support.loaders import TensorSource, tensors
 
-from qerl_sync import AgreementError, ConfigError, SyncConfig, SyncSession, TransportError
+from qerl_sync import (
+    AgreementError,
+    ConfigError,
+    CoverageError,
+    SyncConfig,
+    SyncSession,
+    TransportError,
+)
 from qerl_sync.bench.echo import EchoLoader, hello
+from qerl_sync.plan.probe_prompt import Probe
 from qerl_sync.transports.remote.pool import PoolTransport
 from qerl_sync.worker import deliveries
 from qerl_sync.worker.connection import TrainerConnection
@@ -61,6 +69,17 @@ class Engine:
         self.connection.serve(call)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+
+class ProbedEngine(Engine):
+    """Says of each token of a prompt what it is told to."""
+
+    says: float | Exception = 0.0
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        if isinstance(self.says, Exception):
+            raise self.says
+        return [self.says] * (len(token_ids) - 1)
 
 
 class StoringEngine(Engine):
@@ -119,12 +138,16 @@ def test_the_store_is_tried_where_shared_memory_fails_on_the_same_host(monkeypat
 
 def test_an_engine_that_raises_what_nobody_expects_is_left_behind_alone():
     odd = Engine()
-    with session_of(pool_of(Engine(), odd)) as session:
+    pool = pool_of(Engine(), odd)
+    with session_of(pool) as session:
         session.push()
         odd.fails["start"] = AttributeError("no such engine")
         report = session.push()
-    assert len(report.workers) == 1
-    assert report.lost == {"engine-1": "AttributeError: no such engine"}
+        assert len(report.workers) == 1
+        assert report.lost == {"engine-1": "AttributeError: no such engine"}
+        pool._members["engine-1"].is_up = lambda: False
+        away = "not up again since version 1: AttributeError: no such engine"
+        assert session.push().lost == {"engine-1": away}
 
 
 def test_an_engine_with_another_quantisation_is_named_before_the_first_sync():
@@ -159,6 +182,53 @@ def test_workers_that_connect_later_are_told_the_address_of_then():
     assert [e.rpartition(":")[0] for e in first.endpoints] == ["127.0.0.1"]
     assert [e.rpartition(":")[0] for e in late.endpoints] == ["127.0.0.2"]
     assert [e.rpartition(":")[0] for e in back.endpoints] == ["127.0.0.1", "127.0.0.2"]
+
+
+# ---- the engines' answers to a prompt
+
+
+def probing(pool: PoolTransport) -> SyncSession:
+    """By a trainer that gives every token a probability of 1."""
+    probe = Probe((1, 2, 3), lambda ids: [0.0] * (len(ids) - 1))
+    config = SyncConfig.of(chunk_bytes=900, verify="full")
+    return SyncSession(TensorSource(WEIGHTS), pool, config, probe=probe)
+
+
+def test_every_engine_is_asked_and_the_one_that_differs_is_named():
+    right, wrong = ProbedEngine(dtype="float32"), ProbedEngine(dtype="float32")
+    pool = pool_of(right, wrong)
+    with probing(pool) as session:
+        wrong.says = -1e-6
+        assert session.push().probe_gap == 1e-6
+        wrong.says = -0.5
+        with pytest.raises(CoverageError, match=r"log-probabilities of engine-1 .* by 0\.5, more"):
+            session.push()
+        assert pool.versions == {"engine-0": 0, "engine-1": 0}
+        wrong.says = 0.0
+        report = session.push()
+        assert not report.lost
+        assert pool.versions == dict.fromkeys(pool.versions, report.version)
+
+
+def test_an_engine_that_does_not_answer_a_prompt_is_left_behind():
+    mute = ProbedEngine(dtype="float32")
+    pool = pool_of(ProbedEngine(dtype="float32"), mute)
+    with probing(pool) as session:
+        mute.says = TransportError("it does not answer")
+        report = session.push()
+        assert report.lost == {"engine-1": "it does not answer"}
+        assert pool.versions == {"engine-0": 1, "engine-1": 0}
+
+
+def test_engines_that_cannot_be_asked_are_no_right_ones():
+    with (
+        probing(pool_of(Engine(dtype="float32"))) as session,
+        pytest.raises(ConfigError, match="choose verify: checksum"),
+    ):
+        session.push()
+
+
+# ---- versions
 
 
 def test_a_version_below_that_of_a_worker_is_refused_untouched():

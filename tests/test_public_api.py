@@ -12,6 +12,7 @@ import qerl_sync
 
 PUBLIC = [
     "AgreementError",
+    "AsyncRolloutActor",
     "BufferLedger",
     "Chunk",
     "CompatError",

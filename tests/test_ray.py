@@ -14,10 +14,12 @@ import pytest
 import torch
 from support.engines import PROMPTS
 from support.ray_cluster import GREEDY, Rollouts, start_rollouts, status, two_nodes
+from support.ray_echo import Holder
 
 from qerl_sync import (
     AgreementError,
     ConfigError,
+    CoverageError,
     HFSource,
     PoisonedError,
     RemoteTransport,
@@ -29,6 +31,8 @@ from qerl_sync import (
     WorkerPool,
 )
 from qerl_sync.clients.ray_actor import require_object_store
+from qerl_sync.plan.probe_prompt import Probe
+from qerl_sync.sources.hf import probe_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
 
@@ -52,12 +56,15 @@ def push(rollouts: Rollouts) -> Iterator[Any]:
     """`push(version, ...)`: sync that version of the model to the pool."""
     sessions: list[SyncSession] = []
 
-    def run(version: int, source: Any = None, **options: Any) -> SyncReport:
+    def run(
+        version: int, source: Any = None, probe: Probe | None = None, **options: Any
+    ) -> SyncReport:
         while sessions:
             sessions.pop().close()
         config = SyncConfig.of(**{"chunk_bytes": CHUNK, "timeout_seconds": 60, **options})
         source = source or HFSource(rollouts.trainers[version])
-        sessions.append(SyncSession(source, rollouts.pool.transport(config), config))
+        transport = rollouts.pool.transport(config)
+        sessions.append(SyncSession(source, transport, config, probe=probe))
         return sessions[-1].push()
 
     run.session = lambda: sessions[-1]  # type: ignore[attr-defined]
@@ -93,6 +100,20 @@ def test_each_rollout_says_which_version_and_which_worker_it_comes_from(
     )
     several = rollouts.pool.generate(PROMPTS, {**GREEDY, "n": 2, "temperature": 1.0})
     assert [one.prompt_ids for one in several] == [p for p in PROMPTS for _ in range(2)]
+
+
+def test_each_actor_is_asked_whether_it_thinks_as_the_trainer(rollouts: Rollouts, push: Any):
+    import ray
+
+    old, new = (rollouts.trainers[version] for version in (0, 1))
+    assert 0 < push(1, verify="full", probe=probe_of(new)).probe_gap < 1e-5
+    with pytest.raises(CoverageError, match=r"log-probabilities of rollout-\d for a prompt part"):
+        push(0, verify="full", probe=probe_of(new))
+    for handle in rollouts.pool.handles.values():
+        with pytest.raises(PoisonedError, match="does not generate"):
+            ray.get(handle.generate.remote(PROMPTS, GREEDY))
+    assert push(0, verify="full", probe=probe_of(old)).probe_gap < 1e-5
+    assert rollouts.fingerprints() == [rollouts.started_with[0]] * 2
 
 
 def test_an_actor_that_is_behind_does_not_generate(rollouts: Rollouts, push: Any):
@@ -257,6 +278,27 @@ def test_a_trainer_that_dies_leaves_nobody_on_half_of_the_weights(rollouts: Roll
     assert not report.lost
     assert report.version > before
     assert rollouts.fingerprints() == [rollouts.started_with[1]] * 2
+
+
+def test_several_trainers_send_what_each_holds(rollouts: Rollouts):
+    """Neighbours go to different trainers: no parent layer lies whole on one of them."""
+    import ray
+
+    source = HFSource(rollouts.trainers[1])
+    weights = dict(source.materialize([meta.name for meta in source.metadata()]))
+    names = list(weights)
+    parts = [{name: weights[name].detach().clone() for name in names[i::3]} for i in range(3)]
+    trainers = [ray.remote(num_cpus=0)(Holder).remote(part) for part in parts]
+    try:
+        ray.get(trainers[0].lead.remote(rollouts.pool, trainers[1:], chunk_bytes=CHUNK))
+        report = ray.get(trainers[0].sync_weights.remote())
+        assert len(report.workers) == 2
+        assert report.num_chunks > 1
+        assert rollouts.fingerprints() == [rollouts.started_with[1]] * 2
+        ray.get(trainers[0].end_sync.remote())
+    finally:
+        for trainer in trainers:
+            ray.kill(trainer)
 
 
 class MortalTrainer(TrainerActor):

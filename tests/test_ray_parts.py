@@ -9,7 +9,7 @@ import pytest
 from accelerate import skip_first_batches
 from accelerate.data_loader import DataLoaderShard
 
-from qerl_sync import PoisonedError, RolloutActor, TransportError
+from qerl_sync import AsyncRolloutActor, PoisonedError, RolloutActor, TransportError
 from qerl_sync.config import TrainConfig
 from qerl_sync.integrations.ray.actors import with_defaults, world_size
 from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
@@ -57,7 +57,7 @@ class Pool:
         if self.down:
             raise TransportError("nobody is left")
         self.submitted.append(prompts)
-        rollouts = [Rollout(ids, [1], [0.0], "", 1, "w") for ids in prompts]
+        rollouts = [Rollout(ids, [1], [0.0], "", 1, "w", 1) for ids in prompts]
         return SimpleNamespace(result=lambda oldest: rollouts)
 
 
@@ -171,13 +171,29 @@ def test_what_is_relative_is_so_to_where_the_run_was_started(tmp_path: Any, monk
     assert found.output_dir == str(tmp_path / "runs")
 
 
-def test_the_timeout_of_generating_reaches_the_pool():
-    rollout = {"mode": "ray", "generate_timeout_seconds": 5}
-    config = TrainConfig.of(
+def run_with(**rollout: Any) -> TrainConfig:
+    return TrainConfig.of(
         model={"path": "m"},
         data={"path": "d"},
         reward="exact_match",
         output_dir="o",
-        rollout=rollout,
+        rollout={"mode": "ray", **rollout},
     )
-    assert pool_arguments(config)["generate_seconds"] == 5
+
+
+def test_the_timeout_of_generating_reaches_the_pool():
+    assert pool_arguments(run_with(generate_timeout_seconds=5))["generate_seconds"] == 5
+
+
+def test_which_actors_a_run_starts():
+    asked = {"async_engine": True, "engine": {}}
+    ranks = {"async_engine": False, "engine": {"tensor_parallel_size": 2}}
+    for rollout, kind, apart in (
+        ({}, RolloutActor, None),
+        (ranks, RolloutActor, "1"),
+        (asked, AsyncRolloutActor, "1"),
+    ):
+        found = pool_arguments(run_with(**rollout))
+        assert found["actor"] is kind
+        if apart:
+            assert found["environment"]["VLLM_ENABLE_V1_MULTIPROCESSING"] == apart

@@ -5,6 +5,7 @@ Real actors and real syncs, without vLLM; tests/test_ray.py has the engines."""
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -12,25 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.loaders import TensorSource, tensors
 from support.ray_cluster import environment
-from support.ray_echo import EchoRollout, Plain
+from support.ray_echo import EchoRollout, Holder, Plain
 
 from qerl_sync import (
     ConfigError,
+    CoverageError,
     PeerLostError,
     SyncConfig,
     SyncSession,
+    TrainConfig,
     TransportError,
     TransportTimeout,
     WorkerPool,
 )
 from qerl_sync.clients.ray_actor import RayActorClient, require_object_store
 from qerl_sync.integrations.ray.actors import CONTROL
-from qerl_sync.integrations.ray.cluster import connect
+from qerl_sync.integrations.ray.cluster import connect, require_room_for_chunks
 from qerl_sync.integrations.ray.llm import PooledLLM
 from qerl_sync.integrations.ray.pool import start_actor
-from qerl_sync.training.on_ray import start_board
+from qerl_sync.integrations.ray.shards import JoinedSource, as_bytes
+from qerl_sync.training.on_ray import start_board, train_on_ray
 from qerl_sync.training.relay import RelayDisplay, Replay
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -124,7 +129,8 @@ def test_a_worker_that_does_not_answer_is_lost_and_its_share_done_by_the_others(
         started = time.monotonic()
         report = session.push()
         assert time.monotonic() - started < 2
-        assert report.lost == {"a": "not up"}
+        why = r"not up again since version 1: a did not answer within 1 s, when it was asked to"
+        assert re.match(why, report.lost["a"])
         time.sleep(4.0)
         assert not session.push().lost
 
@@ -243,6 +249,66 @@ def test_a_call_that_an_actor_does_not_have_is_a_transport_error(start: Any):
         client._call("start_weight_update", 1, 2)
 
 
+# ---- trainers that hold parts
+
+
+@pytest.fixture
+def hold() -> Iterator[Any]:
+    """`hold(weights)`: an actor that does."""
+    import ray
+
+    handles: list[Any] = []
+
+    def run(weights: Any = None) -> Any:
+        handles.append(ray.remote(num_cpus=0)(Holder).remote(weights))
+        return handles[-1]
+
+    yield run
+    for handle in handles:
+        ray.kill(handle)
+
+
+def test_a_source_of_parts_yields_the_bits_that_each_holds(hold: Any):
+    torch.manual_seed(0)
+    own = {"a": torch.randn(5, 3), "c": torch.randn(7).to(torch.bfloat16)}
+    other = {
+        "b": torch.arange(-2, 2, dtype=torch.int8).view(2, 2),
+        "a": own["a"],
+        "d": torch.tensor(1.5),
+    }
+    source = JoinedSource(TensorSource(own), [hold(other)])
+    wanted = own | other
+    assert [meta.name for meta in source.metadata()] == ["a", "c", "b", "d"]
+    found = dict(source.materialize(["d", "a", "b", "c"]))
+    assert list(found) == ["d", "a", "b", "c"]
+    for name, tensor in found.items():
+        assert (tensor.dtype, tensor.shape) == (wanted[name].dtype, wanted[name].shape)
+        assert bytes(as_bytes(tensor)) == bytes(as_bytes(wanted[name]))
+    assert dict(source.materialize(["c"])).keys() == {"c"}
+
+
+def test_parts_that_do_not_fit_are_named(hold: Any):
+    import ray
+
+    own = TensorSource({"a": torch.zeros(3)})
+    with pytest.raises(
+        CoverageError, match=r"a is float32 \(3,\) on one .* float32 \(4,\) on Actor"
+    ):
+        JoinedSource(own, [hold({"a": torch.zeros(4)})]).metadata()
+    with pytest.raises(ConfigError, match="holds no part; call hold"):
+        JoinedSource(own, [hold()]).metadata()
+    busy = hold({"b": torch.zeros(4)})
+    busy.sleep.remote(5.0)
+    with pytest.raises(TransportTimeout, match="did not say what it holds within 1 s"):
+        JoinedSource(own, [busy], 1.0).metadata()
+    dead = hold({"b": torch.zeros(4)})
+    source = JoinedSource(own, [dead])
+    source.metadata()
+    ray.kill(dead)
+    with pytest.raises(PeerLostError, match="which holds a part of the weights, was lost"):
+        list(source.materialize(["b"]))
+
+
 # ---- what cannot be right
 
 
@@ -255,6 +321,43 @@ def test_the_object_store_of_nodes_that_do_not_matter_may_be_small():
     with pytest.raises(ConfigError, match="the chunks in flight need"):
         require_object_store(400 << 20)
     require_object_store(400 << 20, nodes={"another"})
+
+
+def test_an_object_store_too_small_is_told_before_an_engine_is_started():
+    from rich.console import Console
+    from trl.generation import vllm_generation
+
+    from qerl_sync.integrations.ray.trl import PoolSyncCallback
+    from qerl_sync.training.display import Display
+
+    sync = {"transport": "ray", "chunk_bytes": "64MiB", "chunks_in_flight": 2}
+    words = "object store of node .* has 100.0 MiB, and the chunks in flight need 128.0 MiB"
+    run = TrainConfig.of(
+        model={"path": "m"},
+        data={"path": "d"},
+        reward="exact_match",
+        output_dir="o",
+        rollout={"mode": "ray"},
+        sync=sync,
+    )
+    with pytest.raises(ConfigError, match=words):
+        train_on_ray(run, Display(Console(quiet=True)), resume=False, verbose=False)
+    with PoolSyncCallback(**sync).connecting(), pytest.raises(ConfigError, match=words):
+        vllm_generation.LLM(model="m")
+
+
+def test_nobody_asks_for_room_that_chunks_do_not_take():
+    import ray
+
+    nodes = [node["NodeID"] for node in ray.nodes()]
+    for sync in (
+        {"transport": "auto"},
+        {"transport": "shm"},
+        {"transport": "ray", "chunk_bytes": 1},
+    ):
+        require_room_for_chunks(SyncConfig.of(**sync), nodes)
+    with pytest.raises(ConfigError, match="need 128"):
+        require_room_for_chunks(SyncConfig.of(transport="auto"), [*nodes, "another"])
 
 
 # ---- the display

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.clients.base import PauseMode, timed_out, translated
@@ -67,6 +67,14 @@ class RayActorClient:
         if self._ours:
             return bool(self._call("reset_caches", running))
         return self._call_if_there("reset_prefix_cache") is not False
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        if not hasattr(self.handle, "prompt_logprobs"):
+            raise ConfigError(
+                f"sync.verify: full asks actor {self.name} what it thinks of a prompt, and it has "
+                "no method prompt_logprobs; inherit RolloutActor, or choose verify: checksum"
+            )
+        return list(self._call("prompt_logprobs", list(token_ids)))
 
     def put(self, chunk: torch.Tensor) -> Any:
         import ray

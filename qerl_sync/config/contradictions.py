@@ -49,6 +49,14 @@ def _of_transport(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
             f"'ray' is for engines in Ray actors, and `rollout.mode` is {mode}; choose auto, or "
             "`rollout.mode: ray`",
         )
+    ranks = value_at(tree, "rollout.engine.tensor_parallel_size")
+    apart = value_at(tree, "rollout.async_engine") or (isinstance(ranks, int) and ranks > 1)
+    if transport == "ray" and mode == "ray" and apart:
+        yield Violation(
+            "sync.transport",
+            "'ray' brings chunks to the actor's own process, and with `rollout.async_engine`, or "
+            "several tensor parallel ranks, the engine has others; choose auto",
+        )
     if mode in ("subprocess", "server", "ray") and transport == "inproc":
         yield Violation(
             "sync.transport",
@@ -101,7 +109,10 @@ def _of_engine(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
 def _of_ray(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
     if mode == "ray":
         return
-    names = ("workers", "max_restarts", "max_staleness", "generate_timeout_seconds")
+    names = (
+        *("workers", "max_restarts", "max_staleness", "async_engine"),
+        "generate_timeout_seconds",
+    )
     for path in ("ray", *(f"rollout.{name}" for name in names)):
         if value_at(tree, path):
             yield Violation(

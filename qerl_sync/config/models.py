@@ -335,6 +335,12 @@ class RolloutConfig(Section):
     on. 0: generating and training take turns. N: the completions of the next N batches are
     generated while the trainer trains; those that are older than N versions are made anew."""
 
+    async_engine: bool = False
+    """With `mode: ray`, for `max_staleness`: each rollout actor has an `AsyncLLM`, in a process of
+    its own, and a sync does not wait for completions that are being generated. They pause, and go
+    on with the new weights (`sync.pause_mode`); the version that counts is the one at which they
+    were asked for."""
+
 
 class RayConfig(Section):
     """The cluster of `rollout.mode: ray`, and what the actors take of it."""

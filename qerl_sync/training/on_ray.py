@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from qerl_sync.config import TrainConfig
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError
-from qerl_sync.integrations.ray.cluster import connect, require_ray, require_room
+from qerl_sync.integrations.ray.actors import RolloutActor, world_size
+from qerl_sync.integrations.ray.cluster import (
+    connect,
+    require_ray,
+    require_room,
+    require_room_for_chunks,
+)
 from qerl_sync.integrations.ray.pool import resources_of
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import ENGINE_VARIABLES, QUIET_VARIABLES, prepare_environment
@@ -47,7 +53,7 @@ def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose
     """See `training.run.train`.
 
     Raises:
-        ConfigError: no cluster is there, or it has too little room for the actors.
+        ConfigError: no cluster is there, or it has too little room for the actors or for chunks.
         PeerLostError: the trainer actor died.
     """
     started = time.perf_counter()
@@ -114,15 +120,26 @@ def start_board(ray: Any) -> Any:
 def pool_arguments(config: TrainConfig) -> dict[str, Any]:
     """Of `WorkerPool.start`, for the rollout actors of a run."""
     environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
-    if int(config.rollout.engine.get("tensor_parallel_size", 1)) > 1:
+    actor = RolloutActor
+    if config.rollout.async_engine:
+        from qerl_sync.integrations.ray.in_flight import AsyncRolloutActor
+
+        actor = AsyncRolloutActor
+    if _is_apart(config):
         environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
     return {
+        "actor": actor,
         "max_restarts": config.rollout.max_restarts,
         "start_seconds": config.rollout.start_timeout_seconds,
         "generate_seconds": config.rollout.generate_timeout_seconds,
         "options": config.ray.rollout,
         "environment": environment,
     }
+
+
+def _is_apart(config: TrainConfig) -> bool:
+    """Whether an engine has processes of its own, which Ray's object store does not reach."""
+    return config.rollout.async_engine or world_size(config.rollout.engine) > 1
 
 
 def _outcome(ray: Any, running: Any) -> Outcome:
@@ -163,7 +180,7 @@ def _cluster(config: TrainConfig, display: Display, verbose: bool) -> Iterator[N
 def _placed(config: TrainConfig, display: Display) -> Iterator[Any]:
     """Room for all actors, reserved at once; those that the trainer starts are placed in it too."""
     ray = require_ray()
-    from ray.util import placement_group, remove_placement_group
+    from ray.util import placement_group, placement_group_table, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     group = placement_group(_bundles(config), strategy=config.ray.placement)
@@ -175,6 +192,9 @@ def _placed(config: TrainConfig, display: Display) -> Iterator[Any]:
                 f"within {config.ray.placement_seconds:g} s; it is taken by others (`ray status`), "
                 "or ray.placement cannot be met"
             )
+        if not _is_apart(config):
+            nodes = placement_group_table(group)["bundles_to_node_id"].values()
+            require_room_for_chunks(config.sync, nodes)
         yield PlacementGroupSchedulingStrategy(
             group, placement_group_bundle_index=0, placement_group_capture_child_tasks=True
         )

@@ -11,6 +11,7 @@ from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.probe_prompt import largest_gap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.plan.terms import Terms
 
@@ -158,6 +159,14 @@ class Transport(ABC):
             f"sync.verify: full asks one engine of its own for log-probabilities, which does not "
             f"go over {type(self).__name__}; choose verify: checksum"
         )
+
+    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> dict[str, float]:
+        """How far each engine parts from these log-probabilities, at most; by its name.
+
+        Raises:
+            ConfigError: the engines behind this transport cannot be asked.
+        """
+        return {"the engine": largest_gap(right, self.prompt_logprobs(token_ids))}
 
     def condemn(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
         """What has been committed is wrong: the workers are poisoned until the next sync."""

@@ -37,13 +37,16 @@ def tensors(version: int, count: int = 6, numel: int = 100) -> dict[str, torch.T
 
 
 class TensorSource(Source):
-    """A dictionary of fp32 tensors."""
+    """A dictionary of tensors."""
 
     def __init__(self, held: Mapping[str, torch.Tensor]) -> None:
         self.held = dict(held)
 
     def metadata(self) -> list[ParamMeta]:
-        return [ParamMeta(n, "float32", tuple(t.shape)) for n, t in self.held.items()]
+        return [
+            ParamMeta(n, str(t.dtype).removeprefix("torch."), tuple(t.shape))
+            for n, t in self.held.items()
+        ]
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, self.held[name]) for name in names)

@@ -7,10 +7,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from qerl_sync import AgreementError, PoisonedError
+from qerl_sync import AgreementError, PoisonedError, TrainerActor, WorkerPool
 from qerl_sync.bench.echo import hello
 from qerl_sync.bench.on_ray import EchoActor
 from qerl_sync.integrations.ray.rollouts import Rollout
+from support.loaders import TensorSource
 
 
 class EchoRollout(EchoActor):
@@ -41,7 +42,22 @@ class EchoRollout(EchoActor):
         seconds = (sampling or {}).get("seconds", 0.0)
         time.sleep(seconds)
         name = str(os.getpid())
-        return [Rollout(list(p), [1], [0.0], "", self.version, name) for p in prompts]
+        return [Rollout(list(p), [1], [0.0], "", self.version, name, self.version) for p in prompts]
+
+
+class Holder(TrainerActor):
+    """A trainer with these weights, or a part of them."""
+
+    def __init__(self, weights: Any = None) -> None:
+        self.weights = weights
+        if weights is not None:
+            self.hold(TensorSource(weights))
+
+    def lead(self, workers: WorkerPool, others: list[Any], **options: Any) -> None:
+        self.sync_to(workers, TensorSource(self.weights), others=others, **options)
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
 
 
 class Plain:

@@ -1,7 +1,8 @@
 """The actor that hosts a vLLM engine. Nothing here imports Ray: `WorkerPool.start` makes it remote.
 
 Its calls run one after the other in one thread, the engine's. Those of `CONTROL` have threads of
-their own, so that they are answered while the engine generates or loads.
+their own, so that they are answered while the engine generates or loads. `in_flight.py` has an
+actor that generates beside a sync.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NoReturn
 
 from qerl_sync.clients.base import PauseMode
 from qerl_sync.clients.ray_actor import CONTROL as CONTROL
@@ -18,8 +21,8 @@ from qerl_sync.errors import AgreementError, PoisonedError
 from qerl_sync.integrations.ray.rollouts import Rollout
 from qerl_sync.worker import deliveries
 
-# Threads of the concurrency group CONTROL.
-CONTROL_THREADS = 2
+# How often an actor looks whether the process of its engine lives.
+LOOK_SECONDS = 0.5
 
 Prompts = Sequence[str] | Sequence[Sequence[int]]
 
@@ -37,7 +40,12 @@ class RolloutActor:
             is among them, the engine runs in the actor's process (with several tensor parallel
             ranks, in processes of its own).
         serve_initial_weights: generate before the first sync too, with version 0.
+
+    Attributes:
+        CONCURRENCY: Ray's concurrency groups, and how many threads each has.
     """
+
+    CONCURRENCY: ClassVar[Mapping[str, int]] = {CONTROL: 2}
 
     def __init__(
         self,
@@ -52,14 +60,21 @@ class RolloutActor:
         self._serves = serve_initial_weights
         self._paused = False
         os.environ.update(environment or {})
-        several = "1" if world_size(engine) > 1 else "0"
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", several)
+        apart = "1" if self._is_apart(engine) else "0"
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", apart)
         self.llm = self._start(engine)
         self._client = self._control(self.llm)
+        core = self._core(self.llm)
+        if hasattr(core, "resources"):  # it has a process of its own
+            threading.Thread(target=_end_with, args=(core,), name="watch", daemon=True).start()
 
     def __repr__(self) -> str:
         """What Ray writes before each line of the actor's log."""
         return self.name
+
+    def _is_apart(self, engine: Mapping[str, Any]) -> bool:
+        """Whether the engine has processes of its own, unless the environment says otherwise."""
+        return world_size(engine) > 1
 
     def _start(self, engine: Mapping[str, Any]) -> Any:
         from vllm import LLM
@@ -71,6 +86,10 @@ class RolloutActor:
 
         logging.getLogger("qerl_sync").setLevel(logging.INFO)
         return LLMClient(llm)
+
+    def _core(self, llm: Any) -> Any:
+        """vLLM's client of its engine core."""
+        return getattr(getattr(llm, "llm_engine", None), "engine_core", None)
 
     # ---- generation
 
@@ -94,18 +113,29 @@ class RolloutActor:
         self._require(required_version)
         from vllm import SamplingParams
 
+        begun = self.version
         given = [p if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts]
         if not isinstance(sampling, SamplingParams):
             sampling = SamplingParams(**{"logprobs": 0, **(sampling or {})})
+        return [
+            self._rollout(output.prompt_token_ids, completion, begun, ended)
+            for output, ended in self._complete(given, sampling)
+            for completion in output.outputs
+        ]
+
+    def _complete(self, prompts: list[Any], sampling: Any) -> list[tuple[Any, int]]:
+        """vLLM's output for each prompt, and the version of the weights when it was complete."""
         try:
-            outputs = self.llm.generate(given, sampling, use_tqdm=False)
+            outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         except BaseException:
             if self._client.in_process:  # it keeps what it could not run; another one would pause
                 self._client.pause("abort")
             raise
-        return [self._rollout(o.prompt_token_ids, one) for o in outputs for one in o.outputs]
+        return [(output, self.version) for output in outputs]
 
-    def _rollout(self, prompt_ids: Sequence[int], completion: Any) -> Rollout:
+    def _rollout(
+        self, prompt_ids: Sequence[int], completion: Any, begun: int, ended: int
+    ) -> Rollout:
         ids = list(completion.token_ids)
         steps = completion.logprobs or []
         return Rollout(
@@ -113,7 +143,8 @@ class RolloutActor:
             completion_ids=ids,
             logprobs=[step[token].logprob for token, step in zip(ids, steps, strict=False)],
             text=completion.text,
-            version=self.version,
+            version=begun,
+            last_version=ended,
             worker=self.name,
         )
 
@@ -165,6 +196,10 @@ class RolloutActor:
     def reset_caches(self, running: bool) -> bool:
         return bool(self._client.reset_caches(running=running))
 
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Of each token but the first, given those before it. For `sync.verify: full`."""
+        return list(self._client.prompt_logprobs(token_ids))
+
     # ---- answered at any time (concurrency group CONTROL)
 
     def status(self) -> dict[str, Any]:
@@ -202,6 +237,14 @@ def with_defaults(engine: Mapping[str, Any]) -> dict[str, Any]:
         # vLLM would find that it is in a placement group, and take actors of its own for its ranks.
         needed["distributed_executor_backend"] = "mp"
     return {**needed, **engine}
+
+
+def _end_with(core: Any) -> NoReturn:
+    """An actor without its engine is of no use, and Ray does not know: it starts both anew."""
+    while not core.resources.engine_dead:
+        time.sleep(LOOK_SECONDS)
+    logging.getLogger(__name__).error("the engine's process has ended, and the actor with it")
+    os._exit(1)
 
 
 def _payload(request: Any, name: str) -> dict[str, Any]:

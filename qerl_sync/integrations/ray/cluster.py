@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from qerl_sync.clients.ray_actor import require_object_store
+from qerl_sync.config import SyncConfig
 from qerl_sync.errors import CompatError, ConfigError
+from qerl_sync.transports.base import Transport
 
 Bundle = Mapping[str, float]
 
@@ -80,3 +83,19 @@ def require_room(bundles: Sequence[Bundle], what: str) -> None:
             raise ConfigError(
                 f"an actor of {what} needs {largest:g} {name} on one node, and no node has as many"
             )
+
+
+def require_room_for_chunks(config: SyncConfig, nodes: Collection[str]) -> None:
+    """Whether the object stores of these nodes hold `sync.chunks_in_flight` full chunks, where
+    chunks come that way. Before a plan is made nobody knows whether they will be full.
+
+    Args:
+        nodes: of the trainer and the workers, by id.
+
+    Raises:
+        ConfigError: one is too small; says which, and what would do.
+    """
+    stored = config.transport == "ray" or (config.transport == "auto" and len(set(nodes)) > 1)
+    chunk_bytes = config.chunk_bytes or Transport.chunk_bytes
+    if stored and chunk_bytes:
+        require_object_store(config.chunks_in_flight * chunk_bytes, nodes)

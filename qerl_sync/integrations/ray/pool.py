@@ -22,7 +22,7 @@ from qerl_sync.errors import (
     TransportError,
     TransportTimeout,
 )
-from qerl_sync.integrations.ray.actors import CONTROL, CONTROL_THREADS, Prompts, RolloutActor
+from qerl_sync.integrations.ray.actors import CONTROL, Prompts, RolloutActor
 from qerl_sync.integrations.ray.cluster import require_ray, require_room
 from qerl_sync.integrations.ray.rollouts import Rollout
 from qerl_sync.transports.remote.pool import PoolTransport
@@ -238,7 +238,8 @@ class WorkerPool:
     ) -> Batch:
         """Begin to generate, and go on with something else: `result()` of what is returned waits.
 
-        A sync that is begun meanwhile waits for it too, on each worker.
+        A sync that is begun meanwhile waits for it too, on each worker that is no
+        `AsyncRolloutActor`.
         """
         if required_version is None:
             required_version = self.newest_version
@@ -560,7 +561,7 @@ def start_actor(
 ) -> Any:
     """One rollout actor, not yet up. See `WorkerPool.start`."""
     ray = require_ray()
-    groups = {CONTROL: CONTROL_THREADS}
+    groups = dict(actor.CONCURRENCY)
     given = {**(options or {}), "max_restarts": max_restarts, "concurrency_groups": groups}
     try:
         return ray.remote(**given)(actor).options(name=name).remote(engine, name=name, **arguments)

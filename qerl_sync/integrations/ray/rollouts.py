@@ -11,8 +11,10 @@ class Rollout:
 
     Attributes:
         logprobs: of each completion token, under the engine's weights.
-        version: of the weights that it was generated with, all of it.
+        version: of the weights that the worker had when it was asked: no token is older.
         worker: the actor's name.
+        last_version: of the weights that its last token comes from. Larger than `version` only
+            where requests in flight go on after a sync (`AsyncRolloutActor`).
     """
 
     prompt_ids: list[int]
@@ -21,3 +23,4 @@ class Rollout:
     text: str
     version: int
     worker: str
+    last_version: int

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.ray.pool import WorkerPool
+from qerl_sync.integrations.ray.shards import JoinedSource, Part
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.base import Source
 
@@ -23,10 +25,15 @@ class TrainerActor:
         ray.get(trainer.sync_weights.remote())
 
     Call everything from one thread.
+
+    Where the weights are divided between several actors, all but one call `hold`, and that one is
+    given their handles: `sync_to(workers, own_part, others=handles)`. Its `sync_weights()` asks the
+    others for what they hold, so that they must not be in a call of their own then.
     """
 
     workers: WorkerPool
     sync_session: SyncSession | None = None
+    _part: Part | None = None
     _steps_tell = False
 
     def sync_to(
@@ -35,6 +42,7 @@ class TrainerActor:
         weights: Any,
         config: SyncConfig | None = None,
         *,
+        others: Sequence[Any] = (),
         version: int = 0,
         **options: Any,
     ) -> None:
@@ -43,26 +51,42 @@ class TrainerActor:
         Args:
             weights: a Hugging Face model in this process, or a `Source`.
             config: the `sync` section; or give its fields as `options`.
+            others: actors that hold the rest of the weights.
             version: the last version, where a run is resumed.
         """
         from qerl_sync.integrations.ray.metrics import SyncMetrics
 
         self.end_sync()
         config = config or SyncConfig.of(**options)
-        trained = None
-        if not isinstance(weights, Source):
-            from qerl_sync.sources.hf import HFSource
-
-            trained, weights = weights.named_parameters, HFSource(weights)
-        self.workers = workers
-        self._pool_transport = workers.transport(config)
+        source, given = _as_source(weights), {}
+        if others:  # what is known of a part is not known of the whole
+            source = JoinedSource(source, others, config.timeout_seconds)
+        elif not isinstance(weights, Source):
+            given = _known_of(weights)
         # Without the trained parameters a second sync of the same weights, for a worker that came
         # back, could not be told from one that fails to bring what has changed.
-        self._steps_tell = trained is not None
+        self._steps_tell = "trained" in given
+        self.workers = workers
+        self._pool_transport = workers.transport(config)
         self.sync_session = SyncSession(
-            weights, self._pool_transport, config, version=version, trained=trained
+            source, self._pool_transport, config, version=version, **given
         )
         self._sync_metrics = SyncMetrics()
+
+    def hold(self, weights: Any) -> None:
+        """Have a part of the weights ready for the actor that syncs.
+
+        Args:
+            weights: a Hugging Face model in this process, or a `Source`; of one with `held_names`
+                those.
+        """
+        self._part = Part(_as_source(weights))
+
+    def held(self, what: str, *arguments: Any) -> Any:
+        """A method of `shards.Part`, for the actor that syncs."""
+        if self._part is None:
+            raise ConfigError("this trainer actor holds no part; call hold(weights) in it first")
+        return getattr(self._part, what)(*arguments)
 
     def sync_weights(self, version: int | None = None) -> SyncReport:
         """Send the current weights to every worker that is up.
@@ -100,3 +124,16 @@ class TrainerActor:
         if self.sync_session is not None:
             self.sync_session.close()
             self.sync_session = None
+
+
+def _as_source(weights: Any) -> Source:
+    from qerl_sync.sources.hf import HFSource
+
+    return weights if isinstance(weights, Source) else HFSource(weights)
+
+
+def _known_of(model: Any) -> dict[str, Any]:
+    """What a session can tell of a sync if it knows the trainer's whole model."""
+    from qerl_sync.sources.hf import probe_of
+
+    return {"trained": model.named_parameters, "probe": probe_of(model)}

@@ -10,13 +10,14 @@ from typing import Any
 
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError, TransportError
+from qerl_sync.integrations.ray.cluster import require_ray, require_room_for_chunks
 from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
 from qerl_sync.integrations.ray.metrics import SyncMetrics
 from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.integrations.trl import WeightSyncCallback
 from qerl_sync.integrations.trl_seams import _replaced
 from qerl_sync.session import SyncReport, SyncSession
-from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.hf import HFSource, probe_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class PoolSyncCallback(WeightSyncCallback):
             yield
 
     def _start(self, engine: dict[str, Any]) -> PooledLLM:
+        require_room_for_chunks(self.config, {require_ray().get_runtime_context().get_node_id()})
         pool = WorkerPool.start(self._count, engine, **self._pool_arguments)
         self.llm = PooledLLM(
             pool, max_model_len=engine.get("max_model_len"), max_staleness=self._max_staleness
@@ -96,7 +98,13 @@ class PoolSyncCallback(WeightSyncCallback):
                 'vllm_mode="colocate" within `with callback.connecting():`'
             )
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self.session = SyncSession(HFSource(model), llm.pool.transport(self.config), self.config)
+        self.session = SyncSession(
+            HFSource(model),
+            llm.pool.transport(self.config),
+            self.config,
+            trained=trainer.model.named_parameters,
+            probe=probe_of(model),
+        )
         llm.recover = self._sync
         self._trainer = trainer
         self._ray_metrics = SyncMetrics()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qerl_sync.errors import AgreementError, ConfigError, LoadError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.probe_prompt import largest_gap
 from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import Transport, WorkerReport
@@ -49,6 +50,8 @@ class Member:
         is_up: whether it can be asked to connect; called before each sync while it is not ready.
         ready: it is connected, and its layer map is one that plans are made for.
         version: of its weights, as far as we know; 0 after it was lost.
+        last_version: that it was known to have.
+        why: it is not ready; empty before it ever was.
         address: under which its workers were told to reach us.
         leaving: ends what a failed sync has left open, in a thread.
     """
@@ -59,8 +62,22 @@ class Member:
     is_up: Callable[[], bool] = _always
     ready: bool = False
     version: int = 0
+    last_version: int = 0
+    why: str = ""
     address: str = ""
     leaving: threading.Thread | None = None
+
+    def needs_full_sync(self, why: str) -> None:
+        self.last_version = self.version or self.last_version
+        self.ready, self.version, self.why = False, 0, why
+
+    @property
+    def absence(self) -> str:
+        """Why a sync goes without it."""
+        if not self.why:
+            return "not up yet"
+        since = f"version {self.last_version}" if self.last_version else "it joined"
+        return f"not up again since {since}: {self.why}"
 
     @property
     def idle(self) -> bool:
@@ -143,7 +160,7 @@ class PoolTransport(Transport):
 
     @property
     def kind(self) -> str:  # type: ignore[override]
-        return "; ".join(dict.fromkeys(m.transport.kind for m in self._members.values() if m.ready))
+        return "; ".join(dict.fromkeys(member.transport.kind for member in self._ready))
 
     def committed_version(self) -> int:
         hellos = (hello for m in self._members.values() for hello in m.transport.hellos)
@@ -173,7 +190,7 @@ class PoolTransport(Transport):
         return joint_map(list(found.values()))
 
     def free_bytes(self) -> int:
-        return min(m.transport.free_bytes() for m in self._members.values() if m.ready)
+        return min(member.transport.free_bytes() for member in self._ready)
 
     def start(
         self,
@@ -186,8 +203,9 @@ class PoolTransport(Transport):
     ) -> None:
         if held is not None:
             raise ConfigError(
-                "a pool is synced by one trainer rank, which sends every tensor; gather on it, or "
-                "sync each engine with a RemoteTransport of its own"
+                "a pool is synced by one trainer rank, which sends every tensor; have it fetch "
+                "what others hold (sync_to(..., others=), docs/ray.md), gather on it, or sync each "
+                "engine with a RemoteTransport of its own"
             )
         if self.terms.on_failure == "rollback":
             raise ConfigError(
@@ -200,9 +218,9 @@ class PoolTransport(Transport):
                 f"already; versions only move forwards, ask for {version} or more"
             )
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
-        self.lost = {m.name: "not up" for m in self._members.values()}
+        self.lost = {m.name: m.absence for m in self._members.values()}
         self._each([m for m in self._those_up() if not m.ready], self._take_in)
-        ready = [m for m in self._members.values() if m.ready]
+        ready = self._ready
         staging = self._staging_for(plan, ready)
 
         def start(member: Member) -> None:
@@ -237,9 +255,24 @@ class PoolTransport(Transport):
     def abort(self, reason: str) -> None:
         active, self._active = self._active, []
         for member in active:
-            member.version = 0
-            member.ready = False
+            member.needs_full_sync(reason)
         in_parallel([partial(_end, member.transport, reason) for member in active])
+
+    @property
+    def precision(self) -> tuple[str, str | None]:
+        return self._ready[0].transport.precision  # they are alike
+
+    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> dict[str, float]:
+        """As the base class. An engine that does not answer is left behind."""
+        told = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
+        self._require_some(list(told))
+        return {member.name: largest_gap(right, answer) for member, answer in told.items()}
+
+    def condemn(self, reason: str) -> None:
+        condemned = self._ready
+        in_parallel([partial(member.transport.condemn, reason) for member in condemned])
+        for member in condemned:
+            member.needs_full_sync(reason)
 
     def close(self) -> None:
         self.abort("the session was closed")
@@ -252,6 +285,10 @@ class PoolTransport(Transport):
             self._staging = None
 
     # ---- parts
+
+    @property
+    def _ready(self) -> list[Member]:
+        return [member for member in self._members.values() if member.ready]
 
     def _member(self, name: str, client: EngineClient, is_up: Callable[[], bool]) -> Member:
         address = self._address()
@@ -329,7 +366,7 @@ class PoolTransport(Transport):
         reason = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
         logger.warning("%s is left behind: %s", member.name, reason)
         self.lost[member.name] = reason
-        member.ready, member.version = False, 0
+        member.needs_full_sync(reason)
         self._active = [other for other in self._active if other is not member]
         # It may take as long as the engine takes to answer; the others do not wait for it.
         member.leaving = threading.Thread(

@@ -1,0 +1,128 @@
+"""Weights of which several trainer actors hold a part each, as the source of one sync."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from qerl_sync.errors import CoverageError, PeerLostError, SyncError, TransportTimeout
+from qerl_sync.integrations.ray.cluster import require_ray
+from qerl_sync.meta import ParamMeta
+from qerl_sync.sources.base import Source
+from qerl_sync.wire.segments import read_only_view
+
+
+class Part:
+    """What one actor holds, as the one that syncs asks for it. See `TrainerActor.hold`."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def metadata(self) -> list[ParamMeta]:
+        held = self._source.held_names()
+        return [meta for meta in self._source.metadata() if held is None or meta.name in held]
+
+    def check_finite(self) -> bool:
+        return self._source.check_finite()
+
+    def tensors(self, names: Sequence[str]) -> list[Any]:
+        """Their bytes: arrays, which Ray brings to the reader without a copy of its own."""
+        return [as_bytes(tensor) for _, tensor in self._source.materialize(names)]
+
+
+class JoinedSource(Source):
+    """The parts of several actors. Each chunk's tensors are asked for when its turn comes, of all
+    actors at the same time; they come through Ray's object store.
+
+    Args:
+        own: this process's part.
+        others: handles of actors that have called `TrainerActor.hold`. They answer between their
+            own calls.
+        timeout_seconds: how long one may take to answer.
+    """
+
+    def __init__(self, own: Source, others: Sequence[Any], timeout_seconds: float = 300.0) -> None:
+        self._own = own
+        self._others = list(others)
+        self._timeout_seconds = timeout_seconds
+        self._metas: dict[str, ParamMeta] = {}
+        self._holder: dict[str, Any] = {}
+
+    def metadata(self) -> list[ParamMeta]:
+        """Of what several hold the first part counts.
+
+        Raises:
+            CoverageError: two parts have a tensor of one name and different dtypes or shapes.
+        """
+        self._metas, self._holder = {}, {}
+        self._take(None, Part(self._own).metadata())
+        for other, metas in zip(self._others, self._ask_all("metadata"), strict=True):
+            self._take(other, metas)
+        return list(self._metas.values())
+
+    def check_finite(self) -> bool:
+        return all([self._own.check_finite(), *self._ask_all("check_finite")])
+
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        shares: dict[Any, list[str]] = {}
+        for name in names:
+            shares.setdefault(self._holder[name], []).append(name)
+        streams = {
+            holder: self._own.materialize(share)
+            if holder is None
+            else self._coming(holder, share, self._ask(holder, "tensors", share))
+            for holder, share in shares.items()
+        }
+        for name in names:
+            yield next(streams[self._holder[name]])
+
+    def _take(self, holder: Any, metas: Sequence[ParamMeta]) -> None:
+        for meta in metas:
+            known = self._metas.setdefault(meta.name, meta)
+            self._holder.setdefault(meta.name, holder)
+            if known != meta:
+                raise CoverageError(
+                    f"{meta.name} is {known.dtype} {known.shape} on one trainer actor and "
+                    f"{meta.dtype} {meta.shape} on {holder}; each must hold whole tensors of one "
+                    "model, with its own names (`Source.held_names`)"
+                )
+
+    def _coming(
+        self, other: Any, names: Sequence[str], answer: Any
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, raw in zip(names, self._answer(other, answer), strict=True):
+            meta = self._metas[name]
+            yield name, read_only_view(raw, 0, meta.shape, getattr(torch, meta.dtype))
+
+    def _ask_all(self, what: str) -> list[Any]:
+        answers = [self._ask(other, what) for other in self._others]
+        return [self._answer(*pair) for pair in zip(self._others, answers, strict=True)]
+
+    def _ask(self, other: Any, what: str, *arguments: Any) -> Any:
+        return other.held.remote(what, *arguments)
+
+    def _answer(self, other: Any, answer: Any) -> Any:
+        ray = require_ray()
+        try:
+            return ray.get(answer, timeout=self._timeout_seconds)
+        except ray.exceptions.GetTimeoutError as exc:
+            raise TransportTimeout(
+                f"{other} did not say what it holds within {self._timeout_seconds:g} s; it answers "
+                "between its own calls: is it in one, or is sync.timeout_seconds too short?"
+            ) from exc
+        except ray.exceptions.RayTaskError as exc:
+            if isinstance(exc.cause, SyncError):
+                raise exc.cause from exc
+            raise
+        except ray.exceptions.RayError as exc:
+            raise PeerLostError(
+                f"{other}, which holds a part of the weights, was lost: {exc}. Start it anew, and "
+                "call sync_to with its handle"
+            ) from exc
+
+
+def as_bytes(tensor: torch.Tensor) -> Any:
+    """An array of them, over the tensor's own memory where that is contiguous and on the host."""
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
