@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
@@ -334,10 +333,8 @@ class SyncSession:
     ) -> list[WorkerReport]:
         held = self._source.held_names()
         chunks = [[n for n in c.names if held is None or n in held] for c in plan.chunks]
-        look = partial(self._source.check_finite, alone=False)
-        with LookAhead(
-            look, chunks if checked and not self._transport.by_reference else ()
-        ) as looks:
+        ahead = chunks if checked and not self._transport.by_reference else []
+        with LookAhead(self._look, ahead) as looks:
             with watch("start"):
                 check_finite = self._config.check_finite and not checked
                 self._transport.terms = Terms(
@@ -357,6 +354,9 @@ class SyncSession:
         watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified
         with watch("finish"):
             return self._transport.finish()
+
+    def _look(self, names: Sequence[str], alone: bool) -> None:
+        self._source.check_finite(names, alone=alone)
 
     def _timed(
         self, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch

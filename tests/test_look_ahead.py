@@ -24,7 +24,8 @@ class Looks:
         self.may = threading.Semaphore(0)
         self.seen: list[str] = []
 
-    def __call__(self, names) -> None:
+    def __call__(self, names, alone) -> None:
+        assert alone == (names == CHUNKS[0])
         assert self.may.acquire(timeout=10)
         self.seen.extend(names)
         if self.bad in names:

@@ -197,6 +197,7 @@ def test_packed_copies_that_stay_old_are_found(subject, monkeypatch, kind, cure,
     push(one, OLD, verify="checksum")
     with monkeypatch.context() as patched:
         patched.setattr(refresh, cure, lambda of: None)
+        patched.setattr(refresh, "heads_of", lambda *of: [])
         with pytest.raises(CoverageError, match=rf"{layer}.*(the same as before|not packed)"):
             push(one, NEW, verify="checksum")
     with pytest.raises(PoisonedError, match=layer):
@@ -225,6 +226,7 @@ def test_without_checksums_the_next_sync_has_nothing_to_compare_with(subject, mo
     push(one, OLD, verify="checksum")
     push(one, NEW)
     monkeypatch.setattr(refresh, "after_reload", lambda model: [])
+    monkeypatch.setattr(refresh, "heads_of", lambda *of: [])
     push(one, OLD, verify="checksum")
     monkeypatch.undo()
     assert one.wrong_weights(OLD) == [f"linear {HEAD}"]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import threading
 from collections.abc import Callable, Sequence
 
 from typing_extensions import Self
-
-# Of the thread: others that want its core go first.
-NICE = 10
 
 
 class LookAhead:
@@ -20,11 +15,14 @@ class LookAhead:
     leaves before it was looked at, and what is found further on ends the sync at once.
 
     Args:
-        look: raises if one of the tensors of these names must not be sent.
+        look: raises if one of the tensors of these names must not be sent; with True if nothing is
+            loaded meanwhile, so that it may take all cores.
         chunks: the names in each, in the order in which they are sent; of others nothing is known.
     """
 
-    def __init__(self, look: Callable[[Sequence[str]], object], chunks: Sequence[Sequence[str]]):
+    def __init__(
+        self, look: Callable[[Sequence[str], bool], object], chunks: Sequence[Sequence[str]]
+    ):
         self._look = look
         self._chunks = chunks
         self._looked_at = 0
@@ -54,13 +52,12 @@ class LookAhead:
             self._thread.join()
 
     def _run(self) -> None:
-        _step_back()
-        for names in self._chunks:
+        for index, names in enumerate(self._chunks):
             error: BaseException | None = None
             if self._left:
                 return
             try:
-                self._look(names)
+                self._look(names, index == 0)
             except BaseException as exc:
                 error = exc
             with self._news:
@@ -69,9 +66,3 @@ class LookAhead:
                 self._news.notify_all()
             if error is not None:
                 return
-
-
-def _step_back() -> None:
-    """Let everybody else on this machine have the cores first: there is time."""
-    with contextlib.suppress(OSError, AttributeError):  # Linux has priorities of threads
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)

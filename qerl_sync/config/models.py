@@ -169,7 +169,7 @@ class SyncConfig(Section):
     accept them, and NaN stays in its KV cache after the weights have healed. A chunk is looked at
     before it leaves, ahead of those that travel and are loaded: what is found in the first leaves
     the engine on its old weights, what is found later ends the sync (see `on_failure`). Where
-    trainer and engine share a process, everything is looked at before the first tensor is loaded."""
+    trainer and engine share a process, all is looked at before the first tensor is loaded."""
 
     verify: Literal["off", "coverage", "checksum", "full"] = "coverage"
     """How far a sync is verified before it is committed. `coverage`: each tensor of the plan

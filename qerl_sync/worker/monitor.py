@@ -26,7 +26,8 @@ class SyncMonitor:
     nobody writes to it while it is held.
 
     Attributes:
-        before_processing: called with each layer before vLLM processes it.
+        before_processing, after_processing: called with each layer before vLLM processes it, and
+            afterwards.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class SyncMonitor:
         self._rule = DeviceRule(device)
         self._ledger = BufferLedger()
         self.before_processing: Callable[[torch.nn.Module], None] = _nothing
+        self.after_processing: Callable[[torch.nn.Module], None] = _nothing
         self._borrowed = borrowed
         self._lent = LentTensors()
         self._received: Counter[str] = Counter()
@@ -79,6 +81,7 @@ class SyncMonitor:
         path = self._paths[id(layer)]
         self._closings[path] += 1
         self._ledger.release(path)
+        self.after_processing(layer)
 
     def require_filled(self) -> None:
         """The stream has ended. Raises CoverageError, naming the first of them, unless each parent

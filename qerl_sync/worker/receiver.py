@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from weakref import WeakKeyDictionary
 
@@ -168,6 +169,7 @@ class Receiver:
                 self._rollback = Rollback()
                 self._rollback.begin(self.model)
                 self._monitor.before_processing = self._rollback.keep
+            self._monitor.after_processing = partial(self._renew_tied, tied)
             self.working_bytes = compat.working_bytes(self.model)
             self.finishing_bytes = refresh.packed_anew_bytes(self.model, tied, self.working_bytes)
 
@@ -325,6 +327,13 @@ class Receiver:
         if self.poisoned is not None:
             return "is poisoned until a full sync succeeds"
         return f"is back on version {self.version}"
+
+    def _renew_tied(self, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module) -> None:
+        """Heads that share this layer's weight let go of their old packed copy of it."""
+        for head in refresh.heads_of(self.model, tied, layer):
+            if self._rollback is not None:
+                self._rollback.keep(head)
+            compat.lend_packing(layer, head)
 
     def _keep_tied(self) -> None:
         if self._rollback is not None:

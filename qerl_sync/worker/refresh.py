@@ -42,6 +42,17 @@ def after_reload(model: torch.nn.Module) -> list[str]:
     return refreshed
 
 
+def heads_of(
+    model: torch.nn.Module, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module
+) -> list[torch.nn.Module]:
+    """The modules that share a parameter of `layer`. Args as `packed_anew_bytes`."""
+    return [
+        model.get_submodule(path)
+        for path, (owner, _) in tied.items()
+        if model.get_submodule(owner) is layer
+    ]
+
+
 def packed_anew_bytes(
     model: torch.nn.Module,
     tied: Mapping[str, tuple[str, str]],

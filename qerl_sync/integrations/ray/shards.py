@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ class Part:
         held = self._source.held_names()
         return [meta for meta in self._source.metadata() if held is None or meta.name in held]
 
-    def check_finite(self) -> bool:
-        return self._source.check_finite()
+    def check_finite(self, names: Collection[str]) -> bool:
+        return self._source.check_finite(names)
 
     def tensors(self, names: Sequence[str]) -> list[Any]:
         """Their bytes: arrays, which Ray brings to the reader without a copy of its own."""
@@ -62,13 +62,16 @@ class JoinedSource(Source):
             self._take(other, metas)
         return list(self._metas.values())
 
-    def check_finite(self) -> bool:
-        return all([self._own.check_finite(), *self._ask_all("check_finite")])
+    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
+        """All that hold some of the names look at the same time."""
+        shares = self._shares(self._holder if names is None else names)
+        asked = [self._ask(other, "check_finite", shares.get(other, [])) for other in self._others]
+        own = self._own.check_finite(shares.get(None, []), alone=alone)
+        told = [self._answer(*pair) for pair in zip(self._others, asked, strict=True)]
+        return own and all(told)
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        shares: dict[Any, list[str]] = {}
-        for name in names:
-            shares.setdefault(self._holder[name], []).append(name)
+        shares = self._shares(names)
         streams = {
             holder: self._own.materialize(share)
             if holder is None
@@ -77,6 +80,13 @@ class JoinedSource(Source):
         }
         for name in names:
             yield next(streams[self._holder[name]])
+
+    def _shares(self, names: Iterable[str]) -> dict[Any, list[str]]:
+        """Who holds which of them; None: this process."""
+        shares: dict[Any, list[str]] = {}
+        for name in names:
+            shares.setdefault(self._holder[name], []).append(name)
+        return shares
 
     def _take(self, holder: Any, metas: Sequence[ParamMeta]) -> None:
         for meta in metas:
