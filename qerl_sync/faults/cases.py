@@ -133,14 +133,18 @@ def _bad_inputs() -> list[Case]:
 
 def _exceptions() -> list[Case]:
     places = {
-        "first tensor": _raising(0),
         "middle tensor": _raising(1),
         "last tensor": _raising(-1),
         "inside an open layer": _raising_before("k_proj.weight"),
         "on a layer's boundary": _raising_before("o_proj.weight"),
     }
     group = "exception in the source"
-    return [_input(f"exception: {where}", make, group=group) for where, make in places.items()]
+    # To engines elsewhere a chunk travels whole: nothing has left.
+    first = _input("exception: first tensor", _raising(0), (OLD, POISONED), group)
+    return [
+        first,
+        *(_input(f"exception: {where}", make, group=group) for where, make in places.items()),
+    ]
 
 
 def _with_several_layers_open() -> list[Case]:

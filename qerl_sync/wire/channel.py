@@ -116,9 +116,12 @@ class Channel:
 
     @property
     def readable(self) -> bool:
-        """Whether something has arrived that `receive` would read. Does not block."""
+        """Whether `receive` has something to read, or to raise, by now. Does not block."""
         poll = select.poll()
-        poll.register(self._connection, select.POLLIN)
+        try:
+            poll.register(self._connection, select.POLLIN)
+        except (OSError, ValueError):  # closed by another thread
+            return True
         return bool(self._received) or bool(poll.poll(0))
 
     @property
