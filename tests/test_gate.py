@@ -569,13 +569,16 @@ def ready(engine) -> bool:
 
 
 class Breaking(HFSource):
-    """Raises in the middle."""
+    """Raises in the middle, if chunks are as small as `SMALL`."""
 
     def materialize(self, names):
-        for index, named in enumerate(super().materialize(names)):
-            if index == 2:
+        for named in super().materialize(names):
+            if named[0] == "model.norm.weight":
                 raise SyncError("the disk is full")
             yield named
+
+
+SMALL = {"chunk_bytes": "16KiB"}
 
 
 @pytest.mark.vllm
@@ -584,7 +587,7 @@ class TestServer:
         engine = remote("server")
         assert ready(engine)
         with (
-            session(engine, Breaking(engine.trainers[NEW])) as sync,
+            session(engine, Breaking(engine.trainers[NEW]), **SMALL) as sync,
             pytest.raises(SyncError, match="the disk is full"),
         ):
             sync.push()
@@ -608,7 +611,7 @@ class TestServer:
         future, grown = engine.stream([5, 6, 7], 300)
         assert wait_until(lambda: len(grown[0]) > 5)
         with (
-            session(engine, Breaking(engine.trainers[NEW])) as sync,
+            session(engine, Breaking(engine.trainers[NEW]), **SMALL) as sync,
             pytest.raises(SyncError, match="the disk is full"),
         ):
             sync.push()
@@ -629,7 +632,7 @@ class TestServer:
         assert "has not gone on with it" in refused.text
 
         with (
-            session(engine, Breaking(engine.trainers[NEW])) as sync,
+            session(engine, Breaking(engine.trainers[NEW]), **SMALL) as sync,
             pytest.raises(SyncError, match="the disk is full"),
         ):
             sync.push()
