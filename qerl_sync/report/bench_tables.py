@@ -59,5 +59,5 @@ def _targets(found: Measured | RayMeasured) -> Table:
     for target in found.targets:
         sign = "≤" if target.at_most else "≥"
         verdict = "met" if target.met else "[red]missed[/red]"
-        table.add_row(target.name, f"{target.value:.2f}", f"{sign} {target.limit:g}", verdict)
+        table.add_row(target.name, f"{target.value:.3g}", f"{sign} {target.limit:g}", verdict)
     return table
