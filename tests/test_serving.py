@@ -351,8 +351,9 @@ def test_a_server_does_not_outlive_its_parent(number, model, tmp_path, monkeypat
     parent = Parent(model, tmp_path / "server.log")
     try:
         assert parent.process.stdout.readline() == "ready\n"
+        # It says so before all of the stand-in's processes are there.
+        assert wait_until(lambda: len(descendants(parent.process.pid)) == 4)
         pids = descendants(parent.process.pid)
-        assert len(pids) == 4
         parent.process.send_signal(number)
         assert wait_until(lambda: not alive(pids)), alive(pids)
     finally:
