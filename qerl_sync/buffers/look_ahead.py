@@ -21,8 +21,8 @@ class LookAhead:
     """
 
     def __init__(
-        self, look: Callable[[Sequence[str], bool], object], chunks: Sequence[Sequence[str]]
-    ):
+        self, look: Callable[[Sequence[str], bool], None], chunks: Sequence[Sequence[str]]
+    ) -> None:
         self._look = look
         self._chunks = chunks
         self._looked_at = 0
@@ -53,16 +53,12 @@ class LookAhead:
 
     def _run(self) -> None:
         for index, names in enumerate(self._chunks):
-            error: BaseException | None = None
-            if self._left:
+            if self._left or self._error is not None:
                 return
             try:
                 self._look(names, index == 0)
             except BaseException as exc:
-                error = exc
+                self._error = exc
             with self._news:
                 self._looked_at += 1
-                self._error = error
                 self._news.notify_all()
-            if error is not None:
-                return
