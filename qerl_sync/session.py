@@ -23,6 +23,7 @@ from qerl_sync.plan.terms import Terms
 from qerl_sync.sources.base import Source
 from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.wire.cores import keep_off
 
 if TYPE_CHECKING:
     import torch
@@ -356,7 +357,8 @@ class SyncSession:
             return self._transport.finish()
 
     def _look(self, names: Sequence[str], alone: bool) -> None:
-        self._source.check_finite(names, alone=alone)
+        with keep_off(() if alone else self._transport.busy_cores):
+            self._source.check_finite(names, alone=alone)
 
     def _timed(
         self, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch

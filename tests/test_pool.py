@@ -252,3 +252,14 @@ def test_who_is_forgotten_needs_a_full_sync_and_a_stranger_is_no_error():
         assert pool.versions == {"engine-0": 1, "engine-1": 0}
         pool.forget("engine-0", "it died too")
         assert pool.newest_version == 1
+
+
+def test_the_cores_of_all_engines_on_this_machine_are_left_to_them():
+    told = ({"cores": [1]}, {"cores": [2, 3]}, {"cores": [4], "host": "far"})
+    pool = pool_of(*(Engine(**words) for words in told))
+    with session_of(pool) as session:
+        session.push()
+        assert pool.busy_cores == {1, 2, 3}
+        pool.remove("engine-1")
+        session.push()
+        assert pool.busy_cores == {1}

@@ -74,12 +74,14 @@ class Transport(ABC):
         terms: what the next sync promises; set before `start`.
         lasting: the next sync's source is (`Source.lasting`); set before `start`.
         verify_seconds: what checksums have taken on this side in the last sync (`sync.verify`).
+        busy_cores: CPUs of this machine that its workers are bound to, and load with.
         lost: workers that did not take the last sync although it succeeded, with the reason.
     """
 
     by_reference = False
     chunk_bytes: int | None = 64 << 20
     kind = "?"
+    busy_cores: Collection[int] = ()
     lost: Mapping[str, str] = {}
     terms = Terms()
     lasting = False

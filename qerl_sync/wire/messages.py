@@ -34,7 +34,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.terms import OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class _Message(BaseModel):
@@ -59,6 +59,8 @@ class Hello(_Message):
     host: str
     """Equal for two processes that see the same shared memory, as far as can be told."""
     pid: int
+    cores: list[int] = []
+    """CPUs of `host` that the worker's thread is on, where it computes on them; else none."""
     version: int
     """The weight version last committed here; 0 if none."""
     poisoned: str | None

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qerl_sync.wire.cores import own_cores
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.messages import PROTOCOL, Hello
 from qerl_sync.worker import compat
@@ -22,7 +23,7 @@ PARALLEL_SIZES = (
 
 
 def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False) -> Hello:
-    """Of the worker rank whose model that receiver loads."""
+    """Of the worker rank whose model that receiver loads. Called by the thread that loads it."""
     parallel = vllm_config.parallel_config
     dtype, quantization = receiver.precision
     return Hello(
@@ -37,6 +38,7 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
         quantization=quantization,
         host=host_id(),
         pid=os.getpid(),
+        cores=sorted(own_cores()) if receiver.device.type == "cpu" else [],
         version=receiver.version,
         poisoned=receiver.poisoned,
         update_open=update_open,

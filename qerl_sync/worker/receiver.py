@@ -78,7 +78,7 @@ class Receiver:
         compat.require_layerwise_reload()
         self.model = parts.model
         self._config = parts.vllm_config
-        self._device = parts.device
+        self.device = parts.device
         self._dtype: torch.dtype = parts.vllm_config.model_config.dtype
         self._state = _STATES.setdefault(parts.model, _ModelState())
         self._open = False
@@ -108,7 +108,7 @@ class Receiver:
 
     def free_bytes(self) -> int:
         """Memory that is free now where the weights live."""
-        return memory.free_bytes(self._device)
+        return memory.free_bytes(self.device)
 
     @property
     def precision(self) -> tuple[str, str | None]:
@@ -145,7 +145,7 @@ class Receiver:
         """
         self._require_closed()
         spill, self.peak_staged_bytes = plan.spill, 0
-        self._stager = None if spill is None else Stager(plan, spill, self._device)
+        self._stager = None if spill is None else Stager(plan, spill, self.device)
         self._open = self._state.syncing = self._untouched = True
         self._rollback, self.kept_bytes, self._poisoned_before = None, 0, self.poisoned
         self._state.caches_suspect |= self.poisoned is not None
@@ -157,7 +157,7 @@ class Receiver:
         self.verify_seconds, self._held = 0.0, None
         self._check = self._kernel_check(layer_map) if self.terms.checksums else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
-        self._monitor = SyncMonitor(self.model, layer_map, self._device, borrowed=borrowed)
+        self._monitor = SyncMonitor(self.model, layer_map, self.device, borrowed=borrowed)
         with self._aborting():
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)

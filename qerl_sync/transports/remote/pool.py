@@ -159,6 +159,10 @@ class PoolTransport(Transport):
         return self._staging.verify_seconds if self._staging is not None else 0.0
 
     @property
+    def busy_cores(self) -> set[int]:  # type: ignore[override]
+        return {core for member in self._ready for core in member.transport.busy_cores}
+
+    @property
     def kind(self) -> str:  # type: ignore[override]
         return "; ".join(dict.fromkeys(member.transport.kind for member in self._ready))
 
@@ -233,6 +237,7 @@ class PoolTransport(Transport):
             self.lost.pop(member.name)
         self._active = ready
         self._active = list(self._each(ready, start))
+        staging.busy_cores = self.busy_cores
         self._require_some(self._active)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -16,6 +16,7 @@ from qerl_sync.buffers.detect import Parents
 from qerl_sync.buffers.stream import as_planned
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
+from qerl_sync.wire.cores import keep_off
 from qerl_sync.wire.messages import Segment
 from qerl_sync.wire.segments import PrivateMemory, SharedSegment, locate, parameters_are_shared
 
@@ -77,9 +78,11 @@ class Staging:
         parents: names a tensor's parent layers, for errors.
         checksums: take those of what is staged, as the source yields it; `verify_seconds` is what
             that has taken.
+        busy_cores: CPUs that workers load with, and that nothing is copied on meanwhile.
     """
 
     lasting = False
+    busy_cores: Collection[int] = ()
     parents: Parents | None = None
     checksums = False
     verify_seconds = 0.0
@@ -92,6 +95,7 @@ class Staging:
         self._slots: list[Slot | None] = []
         self._table: list[SharedSegment] = []
         self._write = _write_beside
+        self._avoided: Collection[int] = ()
 
     @property
     def segments(self) -> list[Segment]:
@@ -125,13 +129,14 @@ class Staging:
 
         Args:
             awaited: workers have nothing else to do until then: copy with all cores. Else copy with
-                one, which is as quick as they load, on all the others.
+                one that is none of theirs, which is as quick as they load.
 
         Raises:
             CoverageError: the source yields something else than `metas`.
         """
         sums: list[int] = []
         self._write = _write_alone if awaited else _write_beside
+        self._avoided = () if awaited else self.busy_cores
         stream = as_planned(metas, tensors, self.parents)
         staged = self._place(index, metas, self._summed(stream, sums))
         staged.checksums = sums
@@ -141,7 +146,8 @@ class Staging:
         for meta, tensor in stream:
             if self.checksums:
                 start = time.perf_counter()
-                sums.append(checksum(tensor))
+                with keep_off(self._avoided):
+                    sums.append(checksum(tensor))
                 self.verify_seconds += time.perf_counter() - start
             yield meta, tensor
 
@@ -183,7 +189,8 @@ class Staging:
             if self._stays(tensor):
                 staying[place] = tensor
             else:
-                self._write(slot, offset, meta, tensor)
+                with keep_off(self._avoided):
+                    self._write(slot, offset, meta, tensor)
         pieces, first = [], 0
         counts = _counts(len(metas), staying)
         for count, (begin, end) in zip(counts, spans(metas, counts), strict=True):

@@ -131,6 +131,11 @@ class RemoteTransport(Transport):
         return self._staging.verify_seconds if self._staging is not None else 0.0
 
     @property
+    def busy_cores(self) -> set[int]:  # type: ignore[override]
+        here = host_id()
+        return {core for hello in self.hellos if hello.host == here for core in hello.cores}
+
+    @property
     def connected(self) -> bool:
         try:
             for peer in self._peers:
@@ -193,6 +198,7 @@ class RemoteTransport(Transport):
         staging = self._staging = staging or self._staging_for(slots)
         staging.lasting, staging.parents = self.lasting, layer_map.parents_text
         staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
+        staging.busy_cores = self.busy_cores
         self._control.pause()
         self._control.lend(self._peers)
         for peer in self._peers:
