@@ -29,6 +29,7 @@ from qerl_sync.integrations.ray.cluster import connect, require_ray
 from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource
+from qerl_sync.wire.cores import own_cores
 from qerl_sync.worker import deliveries
 
 SECOND = {"second": 1}
@@ -39,8 +40,12 @@ COMMIT_SECONDS = 3.0
 class RayMeasured:
     """What a run of the benchmark found.
 
+    Where a trainer and `n` workers have no core each, the time of a sync of `n` says more of that
+    than of the sync: it is shown, and not judged. What a sync asks of the trainer always is.
+
     Attributes:
         nbytes: bytes of one sync.
+        cores: of this machine.
         seconds: medians, by what was timed.
         ratios: medians of the rounds' ratios, by what was compared.
     """
@@ -48,17 +53,25 @@ class RayMeasured:
     nbytes: int = 0
     rounds: int = 0
     workers: tuple[int, ...] = ()
+    cores: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[Target]:
+        needs = {n: "" if n < self.cores else f"{n + 1} cores" for n in self.workers}
         found = [
-            Target(f"sync / {n} loads alone", self.ratios[f"sync of {n} / load"], 1.25, True)
-            for n in self.workers
+            Target(f"sync / {n} loads alone", self.ratios[f"sync of {n} / load"], 1.25, True, why)
+            for n, why in needs.items()
         ]
+        fewest, *more = sorted(self.workers)
+        grown = {n: self.ratios[f"trainer's CPU, {n} / {fewest}"] for n in more}
         return [
             *found,
+            *(
+                Target(f"trainer's CPU, sync of {n} / of {fewest}", ratio, 1.25, True)
+                for n, ratio in grown.items()
+            ),
             Target("put and get / sync, bandwidth", self.ratios["put and get / sync"], 0.7, False),
             Target("kill to commit, s", self.seconds["kill to commit"], COMMIT_SECONDS, True),
         ]
@@ -131,7 +144,7 @@ def measure(
     Raises:
         SyncError: a sync failed, or a tensor that was timed is not what it should be.
     """
-    found = RayMeasured(rounds=rounds, workers=tuple(workers))
+    found = RayMeasured(rounds=rounds, workers=tuple(workers), cores=len(own_cores()))
     clock = Rounds()
     with tempfile.TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
         note("making the model")
@@ -151,6 +164,9 @@ def measure(
     found.seconds = clock.medians()
     for n in workers:
         found.ratios[f"sync of {n} / load"] = clock.ratio(f"sync of {n}", f"{n} loads alone")
+    for n in workers:
+        used, least = found.seconds[_cpu(n)], found.seconds[_cpu(min(workers))]
+        found.ratios[f"trainer's CPU, {n} / {min(workers)}"] = used / least
     found.ratios["put and get / sync"] = clock.ratio("put and get", "sync across nodes")
     return found
 
@@ -243,7 +259,13 @@ def _syncs(
             for _ in range(rounds):
                 alone = ray.get([actor.load_alone.remote(checkpoint, order) for actor in actors])
                 clock.add(f"{n} loads alone", max(alone))
+                before = time.process_time()
                 clock.add(f"sync of {n}", session.push().seconds["total"])
+                clock.add(_cpu(n), time.process_time() - before)
+
+
+def _cpu(n: int) -> str:
+    return f"trainer's CPU, sync of {n}"
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,9 @@ class HFSource(Source):
     checkpoints (fused experts, renamed modules), and vLLM's loaders expect the latter. The
     conversion is transformers' own (`revert_weight_conversion`), applied parameter by parameter.
 
+    Which parameters there are is asked with `metadata`, once a sync: a walk over the modules for
+    each chunk costs more than looking at its values. What they hold is read when it is asked for.
+
     Args:
         model: an unsharded `PreTrainedModel`. Its weights are read, never changed.
         convert: False yields the names and shapes as they are in memory.
@@ -52,13 +55,14 @@ class HFSource(Source):
         _refuse_unsupported(model)
         self._model = model
         self._convert = convert
+        self._parameters = _parameters(model)
         self._layout: tuple[tuple[str, str, torch.Size], ...] = ()
         self._groups: list[_Group] = []
         self._group_of: dict[str, _Group] = {}
         self._conversions: list[Any] = []
 
     def metadata(self) -> list[ParamMeta]:
-        parameters = self._parameters()
+        parameters = self._parameters = _parameters(self._model)
         layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
@@ -68,43 +72,35 @@ class HFSource(Source):
         return [meta for group in self._groups for meta in group.outputs]
 
     def storages(self) -> Mapping[str, Storage]:
-        parameters = self._parameters()
         found = {}
         for group in self._groups:
             for meta, memory in zip(group.outputs, group.memory, strict=True):
                 if isinstance(memory, str):
-                    (memory,) = storages_of(parameters[memory])
+                    (memory,) = storages_of(self._parameters[memory])
                 found[meta.name] = memory
         return found
 
     def resident_bytes(self) -> int:
-        own = {s.key: s for p in self._parameters().values() for s in storages_of(p)}
+        own = {s.key: s for p in self._parameters.values() for s in storages_of(p)}
         return sum(storage.nbytes for storage in own.values())
 
     def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
-        parameters = self._parameters()
+        looked_at: Iterable[str] = self._parameters
         if names is not None:
             of = (self._group_of[name].parameters for name in names)
-            parameters = {one: parameters[one] for group in of for one in group}
-        for name, parameter in parameters.items():
-            require_finite(name, parameter, alone=alone)
+            looked_at = dict.fromkeys(one for group in of for one in group)
+        for name in looked_at:
+            require_finite(name, self._parameters[name].detach(), alone=alone)
         return True
 
     @torch.no_grad()
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        parameters = self._parameters()
         waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
         for name in names:
             if name not in waiting:
-                chosen = {p: parameters[p] for p in self._group_of[name].parameters}
+                chosen = {p: self._parameters[p].detach() for p in self._group_of[name].parameters}
                 waiting |= _converted(self._model, chosen, self._conversions)
             yield name, waiting.pop(name)
-
-    def _parameters(self) -> dict[str, torch.Tensor]:
-        """Under clean names, tied ones once, in the model's order; then what checkpoints hold
-        besides: router corrections, for instance, are buffers."""
-        found = {_clean(name): p.detach() for name, p in self._model.named_parameters()}
-        return found | {_clean(name): b for name, b in _saved_buffers(self._model)}
 
 
 def probe_of(model: Any) -> Probe:
@@ -124,6 +120,13 @@ def probe_of(model: Any) -> Probe:
         return [float(p) for p in told.gather(1, ids[0, 1:, None])[:, 0]]
 
     return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
+
+
+def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Under clean names, tied ones once, in the model's order; then what checkpoints hold besides:
+    router corrections, for instance, are buffers."""
+    found: dict[str, torch.Tensor] = {_clean(name): p for name, p in model.named_parameters()}
+    return found | {_clean(name): b for name, b in _saved_buffers(model)}
 
 
 def _saved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -148,7 +151,7 @@ def _groups(
     Most parameters convert alone. Those whose conversion needs others (several parameters that
     the checkpoint keeps as one) are converted together.
     """
-    twins = {name: p.to("meta") for name, p in parameters.items()}
+    twins = {name: p.detach().to("meta") for name, p in parameters.items()}
     whole = _converted(model, twins, conversions)
     groups, together = [], []
     for name, twin in twins.items():
