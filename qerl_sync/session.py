@@ -17,7 +17,7 @@ from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
-from qerl_sync.plan.probe_prompt import Probe, tolerance
+from qerl_sync.plan.probe_prompt import Probe, shortened, tolerance
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.plan.terms import Terms
 from qerl_sync.sources.base import Source
@@ -134,7 +134,8 @@ class SyncSession:
                 "sync.verify: full holds the engine against the trainer's own model; give the "
                 "session a probe (qerl_sync.sources.hf.probe_of(model)), or choose verify: checksum"
             )
-        self._probe = probe
+        self._probe = probe if config.verify == "full" else None
+        self._prompt: tuple[int, ...] = ()
         self._tolerance = 0.0
         self._source = source
         self._transport = transport
@@ -221,7 +222,9 @@ class SyncSession:
             layer_map = self._transport.layer_map(
                 metas, allow_incomplete=self._config.allow_incomplete
             )
-            self._tolerance = self._allowed_gap()
+            if self._probe is not None:
+                self._tolerance = self._allowed_gap()
+                self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
             self.plan = build_plan(
                 metas,
                 layer_map,
@@ -276,17 +279,14 @@ class SyncSession:
         logger.warning(text)
 
     def _allowed_gap(self) -> float:
-        if self._config.verify != "full":
-            return 0.0
         return tolerance(*self._transport.precision, self._config.verify_tolerance)
 
     def _ask_engine(self) -> float | None:
         """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far, and
         if it cannot be asked."""
-        if self._config.verify != "full":
+        if self._probe is None:
             return None
-        assert self._probe is not None
-        tokens = self._probe.token_ids
+        tokens = self._prompt
         try:
             gaps = self._transport.probe_gaps(tokens, self._probe.logprobs(tokens))
             engine, gap = max(gaps.items(), key=lambda item: item[1])

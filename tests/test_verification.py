@@ -25,6 +25,7 @@ from qerl_sync import (
 )
 from qerl_sync.buffers.checksum import checksum
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.probe_prompt import shortened
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.transports.remote import staging
 from qerl_sync.worker import compat, refresh
@@ -388,3 +389,20 @@ def full_session(one, trainer, source=None, **options):
     config = SyncConfig.of(verify="full", **options)
     transport = InProcessTransport(one.engine)
     return SyncSession(source or HFSource(trainer), transport, config, probe=probe_of(trainer))
+
+
+@pytest.mark.parametrize(("context_tokens", "taken"), [(0, 5), (6, 5), (5, 4), (3, 2)])
+def test_the_prompt_fits_the_engine(context_tokens, taken):
+    assert shortened((1, 2, 3, 4, 5), context_tokens) == (1, 2, 3, 4, 5)[:taken]
+
+
+def test_an_engine_too_short_for_a_prompt_is_named_before_anything_is_sent(subject, monkeypatch):
+    one = subject("dense")
+    sync = full_session(one, one.trainers[NEW])
+    monkeypatch.setattr(InProcessTransport, "context_tokens", 2)
+    with pytest.raises(ConfigError, match="max_model_len is 2"):
+        sync.push()
+    assert sync.version == 0
+    assert sync.plan is None
+    monkeypatch.setattr(InProcessTransport, "context_tokens", 9)
+    assert sync.push().probe_gap < 1e-5

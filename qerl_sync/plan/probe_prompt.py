@@ -34,6 +34,23 @@ def spread_tokens(vocab_size: int) -> tuple[int, ...]:
     return tuple((1 + 7919 * i) % vocab_size for i in range(NUM_TOKENS))
 
 
+def shortened(token_ids: tuple[int, ...], context_tokens: int) -> tuple[int, ...]:
+    """What of the prompt an engine takes, which makes one more token of it; 0: all.
+
+    Raises:
+        ConfigError: too little to tell anything.
+    """
+    if not context_tokens:
+        return token_ids
+    taken = token_ids[: context_tokens - 1]
+    if len(taken) < 2:
+        raise ConfigError(
+            f"the engine's max_model_len is {context_tokens}, and sync.verify: full asks it a "
+            "prompt of at least 2 tokens, for one more; raise it, or choose verify: checksum"
+        )
+    return taken
+
+
 def tolerance(dtype: str, quantization: str | None, asked: float | None) -> float:
     """Raises ConfigError where nobody can know it beforehand."""
     if asked is not None:

@@ -151,6 +151,11 @@ class Transport(ABC):
         """The dtype that the engine computes in, and its quantisation. For `prompt_logprobs`."""
         return "?", None
 
+    @property
+    def context_tokens(self) -> int:
+        """The most that a request to the engine may have, with its completion; 0: not known."""
+        return 0
+
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """What the engine, which serves the last sync, says of a prompt: see `ProbedClient`.
 

@@ -101,6 +101,10 @@ class InProcessTransport(Transport):
     def precision(self) -> tuple[str, str | None]:
         return self._receiver.precision
 
+    @property
+    def context_tokens(self) -> int:
+        return self._receiver.context_tokens
+
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         from qerl_sync.worker import compat
 

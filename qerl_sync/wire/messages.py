@@ -56,6 +56,8 @@ class Hello(_Message):
     model: str
     dtype: str
     quantization: str | None
+    context_tokens: int = 0
+    """The most that one request may have, prompt and completion together; 0: not told."""
     host: str
     """Equal for two processes that see the same shared memory, as far as can be told."""
     pid: int

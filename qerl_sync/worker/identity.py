@@ -36,6 +36,7 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
         model=type(receiver.model).__name__,
         dtype=dtype,
         quantization=quantization,
+        context_tokens=receiver.context_tokens,
         host=host_id(),
         pid=os.getpid(),
         cores=sorted(own_cores()) if receiver.device.type == "cpu" else [],

@@ -111,6 +111,11 @@ class Receiver:
         return memory.free_bytes(self.device)
 
     @property
+    def context_tokens(self) -> int:
+        """The most tokens that one request may have, prompt and completion together."""
+        return int(self._config.model_config.max_model_len)
+
+    @property
     def precision(self) -> tuple[str, str | None]:
         """The dtype that the model computes in, and its quantisation."""
         return dtype_name(self._dtype), self._config.model_config.quantization

@@ -267,6 +267,10 @@ class PoolTransport(Transport):
     def precision(self) -> tuple[str, str | None]:
         return self._ready[0].transport.precision  # they are alike
 
+    @property
+    def context_tokens(self) -> int:
+        return min(member.transport.context_tokens for member in self._ready)
+
     def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> dict[str, float]:
         """As the base class. An engine that does not answer is left behind."""
         told = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))

@@ -312,6 +312,10 @@ class RemoteTransport(Transport):
     def precision(self) -> tuple[str, str | None]:
         return self._peers[0].hello.dtype, self._peers[0].hello.quantization
 
+    @property
+    def context_tokens(self) -> int:
+        return min(hello.context_tokens for hello in self.hellos)
+
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         client: Any = self._client
         if not hasattr(client, "prompt_logprobs"):
