@@ -126,6 +126,14 @@ def test_chunks_cannot_come_by_the_object_store(in_flight: Engine):
         in_flight.push(NEW, transport="ray")
 
 
+def test_where_memory_is_not_shared_bytes_come_over_gloo(in_flight: Engine):
+    report = in_flight.push(OLD, transport="gloo")
+    assert report.transport.startswith("gloo: ")
+    assert in_flight.holds(OLD)
+    in_flight.push(NEW, transport="gloo")
+    assert in_flight.holds(NEW)
+
+
 def test_a_request_in_flight_goes_on_with_the_new_weights(in_flight: Engine):
     """Each logprob is held against the trainer's model of the version that it must come from."""
     one = in_the_middle_of_a_sync(in_flight)

@@ -1,7 +1,9 @@
 """`qerl-sync bench ray`: syncs of rollout actors, beside loads alone and what Ray itself transfers.
 
-A cluster of two raylets on this machine. What is compared runs in turns; medians of the rounds'
-ratios. The tensors that were timed are checked, in the engines' kernels and in the bytes.
+A cluster of two raylets on this machine. The trainer has one of its cores, and the rollout actors
+share the others, when they load alone too: what a sync takes longer is then its own. What is
+compared runs in turns; medians of the rounds' ratios. The tensors that were timed are checked, in
+the engines' kernels and in the bytes.
 """
 
 from __future__ import annotations
@@ -40,12 +42,8 @@ COMMIT_SECONDS = 3.0
 class RayMeasured:
     """What a run of the benchmark found.
 
-    Where a trainer and `n` workers have no core each, the time of a sync of `n` says more of that
-    than of the sync: it is shown, and not judged. What a sync asks of the trainer always is.
-
     Attributes:
         nbytes: bytes of one sync.
-        cores: of this machine.
         seconds: medians, by what was timed.
         ratios: medians of the rounds' ratios, by what was compared.
     """
@@ -53,25 +51,17 @@ class RayMeasured:
     nbytes: int = 0
     rounds: int = 0
     workers: tuple[int, ...] = ()
-    cores: int = 1
     seconds: dict[str, float] = field(default_factory=dict)
     ratios: dict[str, float] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[Target]:
-        needs = {n: "" if n < self.cores else f"{n + 1} cores" for n in self.workers}
         found = [
-            Target(f"sync / {n} loads alone", self.ratios[f"sync of {n} / load"], 1.25, True, why)
-            for n, why in needs.items()
+            Target(f"sync / {n} loads alone", self.ratios[f"sync of {n} / load"], 1.25, True)
+            for n in self.workers
         ]
-        fewest, *more = sorted(self.workers)
-        grown = {n: self.ratios[f"trainer's CPU, {n} / {fewest}"] for n in more}
         return [
             *found,
-            *(
-                Target(f"trainer's CPU, sync of {n} / of {fewest}", ratio, 1.25, True)
-                for n, ratio in grown.items()
-            ),
             Target("put and get / sync, bandwidth", self.ratios["put and get / sync"], 0.7, False),
             Target("kill to commit, s", self.seconds["kill to commit"], COMMIT_SECONDS, True),
         ]
@@ -82,7 +72,11 @@ class RayMeasured:
 
 
 class BenchActor(RolloutActor):
-    """A rollout actor that also loads alone."""
+    """A rollout actor that also loads alone, on the actors' cores."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        leave_one_core()
+        super().__init__(*arguments, **options)
 
     def kernels(self) -> Any:
         return self.llm.collective_rpc("bench_kernels")
@@ -144,7 +138,7 @@ def measure(
     Raises:
         SyncError: a sync failed, or a tensor that was timed is not what it should be.
     """
-    found = RayMeasured(rounds=rounds, workers=tuple(workers), cores=len(own_cores()))
+    found = RayMeasured(rounds=rounds, workers=tuple(workers))
     clock = Rounds()
     with tempfile.TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
         note("making the model")
@@ -164,11 +158,15 @@ def measure(
     found.seconds = clock.medians()
     for n in workers:
         found.ratios[f"sync of {n} / load"] = clock.ratio(f"sync of {n}", f"{n} loads alone")
-    for n in workers:
-        used, least = found.seconds[_cpu(n)], found.seconds[_cpu(min(workers))]
-        found.ratios[f"trainer's CPU, {n} / {min(workers)}"] = used / least
     found.ratios["put and get / sync"] = clock.ratio("put and get", "sync across nodes")
     return found
+
+
+def leave_one_core() -> None:
+    """This process, threads that others have started in it included, gets all cores but one."""
+    cores = sorted(own_cores())[:-1]
+    for thread in os.listdir("/proc/self/task") if cores else ():
+        os.sched_setaffinity(int(thread), cores)
 
 
 @contextmanager
@@ -259,13 +257,7 @@ def _syncs(
             for _ in range(rounds):
                 alone = ray.get([actor.load_alone.remote(checkpoint, order) for actor in actors])
                 clock.add(f"{n} loads alone", max(alone))
-                before = time.process_time()
                 clock.add(f"sync of {n}", session.push().seconds["total"])
-                clock.add(_cpu(n), time.process_time() - before)
-
-
-def _cpu(n: int) -> str:
-    return f"trainer's CPU, sync of {n}"
 
 
 @torch.no_grad()

@@ -36,26 +36,16 @@ NOT_LOOKED_AT: dict[str, Any] = {"check_finite": False, "on_unchanged": "ignore"
 
 @dataclass(frozen=True)
 class Target:
-    """A number to reach: `value` is at most or at least `limit`.
-
-    Attributes:
-        needs: what this machine lacks, so that the number says nothing here; empty: it does.
-    """
+    """A number to reach: `value` is at most or at least `limit`."""
 
     name: str
     value: float
     limit: float
     at_most: bool
-    needs: str = ""
 
     @property
     def met(self) -> bool:
-        """Not missed, at least."""
-        return (
-            bool(self.needs) or self.value <= self.limit
-            if self.at_most
-            else self.value >= self.limit
-        )
+        return self.value <= self.limit if self.at_most else self.value >= self.limit
 
 
 @dataclass

@@ -59,7 +59,5 @@ def _targets(found: Measured | RayMeasured) -> Table:
     for target in found.targets:
         sign = "≤" if target.at_most else "≥"
         verdict = "met" if target.met else "[red]missed[/red]"
-        if target.needs:
-            verdict = f"needs {target.needs}"
         table.add_row(target.name, f"{target.value:.3g}", f"{sign} {target.limit:g}", verdict)
     return table
