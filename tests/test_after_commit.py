@@ -4,10 +4,21 @@ Workers without vLLM (`support.loaders`), behind a control plane that can be pau
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 from support.loaders import KeepingLoader, TensorSource, Workers, tensors
 
-from qerl_sync import RemoteTransport, SyncConfig, SyncError, SyncSession, TransportError
+from qerl_sync import (
+    PeerLostError,
+    RemoteTransport,
+    SyncConfig,
+    SyncError,
+    SyncSession,
+    TransportError,
+)
+from qerl_sync.transports.remote import control
 
 OLD, NEW = tensors(0), tensors(1)
 TIMEOUT_SECONDS = 10
@@ -97,6 +108,37 @@ def test_an_engine_does_not_resume_on_old_caches(engine, call):
         report = sync.push()
         assert report.version == 2, "1 has been used"
         assert engine.said[-3:] == ["reset", "resume", "admit"]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_worker_that_dies_while_the_engine_pauses_is_named_at_once(engine, monkeypatch, late):
+    """An engine may take long to notice. One that pauses in the end is resumed, and one of which
+    that is not known is not."""
+    monkeypatch.setattr(control, "GRACE_SECONDS", 0.5)
+    paused = threading.Event()
+
+    def pause(mode: str) -> None:
+        engine.connections[1].close()
+        assert paused.wait(TIMEOUT_SECONDS)
+        engine.said.append("pause")
+
+    monkeypatch.setattr(engine, "pause", pause)
+    with session(engine) as sync:
+        timer = threading.Timer(0.4, paused.set)
+        if not late:
+            timer.start()
+        started = time.monotonic()
+        with pytest.raises(PeerLostError, match=r"pausing: worker 1 of 2 .* closed the connection"):
+            sync.push()
+        assert time.monotonic() - started < 2
+        mapped = ["start", "finish"]
+        then = ["refuse"] if late else ["pause", "resume", "admit"]
+        assert engine.said == mapped + then
+        assert sync.version == 0
+        paused.set()
+        monkeypatch.undo()
+        assert sync.push().version == 1
+    assert all(loader.has(NEW) for loader in engine.loaders)
 
 
 @pytest.mark.parametrize("call", ["start", "finish"])

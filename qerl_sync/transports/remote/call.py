@@ -27,6 +27,11 @@ class EngineCall:
     def done(self) -> bool:
         return not self._thread.is_alive()
 
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it has ended, well or badly, after at most so long."""
+        self._thread.join(seconds)
+        return self.done
+
     def raise_if_failed(self) -> None:
         """Raises TransportError (or the error of ours that the client raised) if it has failed."""
         if self._error is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
@@ -46,6 +46,7 @@ class EngineControl:
         self._recompute_running = recompute_running
         self._number = 0
         self._call: EngineCall | None = None
+        self._pausing: EngineCall | None = None
         self.lent = self.paused = False
 
     def ask_to_connect(self, call: dict[str, Any]) -> EngineCall | None:
@@ -90,11 +91,7 @@ class EngineControl:
         self.lent = False
         if self._call is not None and self._client is not None:
             # vLLM's server does not answer a call in which its engine has died.
-            def require_peers() -> None:
-                for peer in peers:
-                    peer.require_connected()
-
-            self._call.wait(self._timeout_seconds, require_peers)
+            self._call.wait(self._timeout_seconds, _look_at(peers, "ending the sync"))
             self._client.finish_weight_update(version)
 
     def give_back_failed(self) -> bool:
@@ -110,11 +107,14 @@ class EngineControl:
             return False
         return True
 
-    def pause(self) -> None:
+    def pause(self, peers: Sequence[Peer] = ()) -> None:
+        """Raises PeerLostError if one of them is lost meanwhile: an engine may take seconds to
+        notice that."""
         pause = getattr(self._client, "pause", None)
         if pause is not None:
             self.paused = True
-            pause(self._pause_mode)
+            self._pausing = EngineCall("pause", pause, self._pause_mode)
+            self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, _look_at(peers, "pausing"))
 
     def resume(self, *, caches: bool, overwritten: bool = False) -> None:
         """Let the engine go on.
@@ -143,9 +143,13 @@ class EngineControl:
         """Resume an engine whose workers are as they were before a sync that failed."""
         if not self.paused:
             return
+        # One that pauses or resumes later would stay as it is then, and nobody would know.
+        if self._pausing is not None and not self._pausing.ends_within(GRACE_SECONDS):
+            self.leave_paused(reason)
+            return
         try:
             self.resume(caches=False)
-        except SyncError:  # it may do so later, and then nobody resumes it
+        except SyncError:
             self.refuse(reason)
 
     def leave_paused(self, reason: str) -> None:
@@ -167,3 +171,13 @@ class EngineControl:
                 "the engine returned from update_weights before its workers had answered; look at "
                 "its log"
             )
+
+
+def _look_at(peers: Sequence[Peer], what: str) -> Callable[[], None]:
+    """A glance that raises PeerLostError once one of them is not."""
+
+    def glance() -> None:
+        for peer in peers:
+            peer.require_connected(what)
+
+    return glance

@@ -97,9 +97,10 @@ class Peer:
             )
         return message
 
-    def require_connected(self) -> None:
-        """Raises PeerLostError if the worker has closed the connection or died."""
-        self._channel.require_open("ending the sync")
+    def require_connected(self, what: str) -> None:
+        """Raises PeerLostError if the worker has closed the connection or died; says that we were
+        doing `what`."""
+        self._channel.require_open(what)
 
     def skip_to(self, kind: type[M], what: str, timeout_seconds: float) -> M:
         """The next message of that kind; what was sent before it no longer counts."""

@@ -139,7 +139,7 @@ class RemoteTransport(Transport):
     def connected(self) -> bool:
         try:
             for peer in self._peers:
-                peer.require_connected()
+                peer.require_connected("looking for it")
         except PeerLostError:
             return False
         return bool(self._peers)
@@ -199,7 +199,7 @@ class RemoteTransport(Transport):
         staging.lasting, staging.parents = self.lasting, layer_map.parents_text
         staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
         staging.busy_cores = self.busy_cores
-        self._control.pause()
+        self._control.pause(self._peers)
         self._control.lend(self._peers)
         for peer in self._peers:
             peer.forget_chunks()
