@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from qerl_sync import AgreementError
+from qerl_sync import AgreementError, PeerLostError
 from qerl_sync.wire.channel import Listener, new_token, proof
 
 pytestmark = pytest.mark.slow  # it imports vLLM
 
 HOST = "127.0.0.1"
-MODEL = SimpleNamespace(dtype=torch.float32, quantization=None)
+MODEL = SimpleNamespace(dtype=torch.float32, quantization=None, max_model_len=64)
 SIZES = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "data_parallel_size": 1}
 
 
@@ -107,13 +108,19 @@ def test_each_rank_knows_whether_vllm_has_its_update_open(ranks):
     assert [hello.update_open for hello in hellos(ranks)] == [False, False]
 
 
+def test_a_rank_that_cannot_introduce_itself_lets_go_of_the_trainer(ranks, monkeypatch):
+    monkeypatch.delattr(MODEL, "max_model_len")
+    with pytest.raises(PeerLostError, match="its hello"):
+        hellos(ranks)
+
+
 def hellos(ranks: list[Any]) -> list[Any]:
     """What the ranks tell a trainer that connects and says no more."""
     token, told = new_token(), []
     listener = Listener(HOST, 0, token)
     endpoint = f"{HOST}:{listener.port}"
     init = {"endpoints": [endpoint], "token": token, "proof": proof(token, "init", endpoint)}
-    with ThreadPoolExecutor() as pool:
+    with closing(listener), ThreadPoolExecutor() as pool:
         for one in ranks:
             calling = pool.submit(call, one, "init", init)
             trainer = listener.accept(10)
@@ -121,6 +128,5 @@ def hellos(ranks: list[Any]) -> list[Any]:
             with trainer:
                 told.append(trainer.receive(10, "its hello"))
             calling.result(timeout=10)
-    listener.close()
     assert threading.active_count() < 50
     return told

@@ -137,7 +137,11 @@ class TrainerConnection:
         if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
             raise AgreementError(f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500")
         channel = connect(host, int(port), token, timeout_seconds)
-        channel.send(self._hello(), timeout_seconds)
+        try:
+            channel.send(self._hello(), timeout_seconds)
+        except BaseException:
+            channel.close()
+            raise
         return Inbox(channel, timeout_seconds)
 
 
