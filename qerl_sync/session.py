@@ -223,7 +223,8 @@ class SyncSession:
                 metas, allow_incomplete=self._config.allow_incomplete
             )
             if self._probe is not None:
-                self._tolerance = self._allowed_gap()
+                precision = self._transport.precision
+                self._tolerance = tolerance(*precision, self._config.verify_tolerance)
                 self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
             self.plan = build_plan(
                 metas,
@@ -277,9 +278,6 @@ class SyncSession:
             raise PlanError(f"{text}\nRefused by `sync: {{policy: error}}`; nothing was sent.")
         self._warned.add(plan.digest)
         logger.warning(text)
-
-    def _allowed_gap(self) -> float:
-        return tolerance(*self._transport.precision, self._config.verify_tolerance)
 
     def _ask_engine(self) -> float | None:
         """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far, and

@@ -174,7 +174,7 @@ class EngineControl:
 
 
 def _look_at(peers: Sequence[Peer], what: str) -> Callable[[], None]:
-    """A glance that raises PeerLostError once one of them is not."""
+    """A glance that raises PeerLostError once one of them is lost."""
 
     def glance() -> None:
         for peer in peers:
