@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qerl_sync import __version__
-from qerl_sync.cli import bench, check
+from qerl_sync.cli import bench
 from qerl_sync.cli.plan import plan
 from qerl_sync.cli.serve import serve
 from qerl_sync.cli.train import train
@@ -23,7 +23,6 @@ app.command()(train)
 app.command()(plan)
 app.command()(serve)
 app.add_typer(bench.app, name="bench")
-app.add_typer(check.app, name="check")
 
 
 def _show_version(wanted: bool) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from qerl_sync.faults.extension import fresh_model
+from faults.extension import fresh_model
+
 from support.fingerprint import fingerprint
 
 NAME = f"{__name__}.WorkerExtension"

@@ -1,4 +1,4 @@
-"""A process that breaks one engine: `python -m qerl_sync.faults.host`, a line of JSON each outcome.
+"""A process that breaks one engine: `python -m faults.host`, a line of JSON each outcome.
 
 Lines go to a descriptor of their own; what vLLM prints goes elsewhere.
 """
@@ -15,8 +15,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from qerl_sync.faults.outcomes import CRASH, Outcome
-from qerl_sync.faults.subjects import SUBJECTS, Spec, Subject
+from faults.outcomes import CRASH, Outcome
+from faults.subjects import SUBJECTS, Spec, Subject
 
 READY = "ready"
 
@@ -46,11 +46,11 @@ def _end_with_parent() -> None:
 
 
 def _serve(subject: Subject, told: dict[str, Any], say: Any) -> None:
-    from qerl_sync.faults import judge
-    from qerl_sync.faults.versions import VersionWatch
+    from faults import judge
+    from faults.versions import VersionWatch
 
     if told["random"]:
-        from qerl_sync.faults.random import run_schedules
+        from faults.random import run_schedules
 
         say(state=READY)
         say(schedules=run_schedules(subject, **told["random"]))
@@ -68,9 +68,9 @@ def _serve(subject: Subject, told: dict[str, Any], say: Any) -> None:
 
 
 def _run(subject: Subject, name: str, *, stock: bool) -> tuple[Outcome, bool]:
-    from qerl_sync.faults import judge
-    from qerl_sync.faults import stock as vllm
-    from qerl_sync.faults.cases import all_cases
+    from faults import judge
+    from faults import stock as vllm
+    from faults.cases import all_cases
 
     case = all_cases()[name]
     try:

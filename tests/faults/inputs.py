@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from qerl_sync.faults.triggers import InjectedFault, Named, Stream, Trigger
+from faults.triggers import InjectedFault, Named, Stream, Trigger
 
 if TYPE_CHECKING:
     import torch

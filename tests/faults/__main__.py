@@ -1,4 +1,4 @@
-"""`qerl-sync check`: does it keep its promises here?"""
+"""`scripts/faults`: does qerl-sync keep its promises here?"""
 
 from __future__ import annotations
 
@@ -15,15 +15,10 @@ from qerl_sync.cli.errors import UNEXPECTED, errors_as_text
 from qerl_sync.cli.progress import telling
 
 if TYPE_CHECKING:
-    from qerl_sync.faults.outcomes import Outcome
-    from qerl_sync.faults.subjects import Spec
+    from faults.outcomes import Outcome
+    from faults.subjects import Spec
 
-app = typer.Typer(help="Does it keep its promises here?", no_args_is_help=True)
-
-
-@app.callback()
-def _group() -> None:
-    """Keeps one command alone a command with a name."""
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
@@ -56,7 +51,7 @@ def faults(
 ) -> None:
     """Break syncs of real engines on purpose. Status 0: every case ended as it should."""
     with errors_as_text(debug=debug), tempfile.TemporaryDirectory() as directory:
-        from qerl_sync.faults.suite import Suite, chosen_specs
+        from faults.suite import Suite, chosen_specs
 
         console = Console(stderr=as_json, soft_wrap=True)
         specs = chosen_specs(engine or [])
@@ -70,9 +65,9 @@ def faults(
 
 
 def _show(outcomes: list[Outcome], console: Console, docs: Path | None, *, as_json: bool) -> None:
-    from qerl_sync.faults.outcomes import MEANING
-    from qerl_sync.faults.suite import versions
-    from qerl_sync.report.fault_tables import complaints, fault_page, fault_table, stock_table
+    from faults.outcomes import MEANING
+    from faults.suite import versions
+    from faults.tables import complaints, fault_page, fault_table, stock_table
 
     if as_json:
         told = {"versions": versions(), "outcomes": [outcome.to_json() for outcome in outcomes]}
@@ -100,7 +95,7 @@ def _schedules(
     as_json: bool,
 ) -> None:
     """On the first of `specs`: an in-process engine takes some 0.1 s for a sync."""
-    from qerl_sync.faults.suite import run_random
+    from faults.suite import run_random
 
     note(f"{number} schedules on {specs[0]}, seed {seed}")
     found = run_random(specs[0], number, seed, log)
@@ -114,3 +109,7 @@ def _schedules(
         )
     if found["failure"]:
         raise typer.Exit(UNEXPECTED)
+
+
+if __name__ == "__main__":
+    app(prog_name="scripts/faults")

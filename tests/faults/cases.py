@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from qerl_sync.faults import acts, inputs
-from qerl_sync.faults.acts import Acted, push
-from qerl_sync.faults.outcomes import GONE, LIMIT_SECONDS, NEW, OLD, POISONED
-from qerl_sync.faults.subjects import CALL_SECONDS, TIMEOUT_SECONDS, Spec, Subject
-from qerl_sync.faults.subjects import NEW as NEW_VERSION
-from qerl_sync.faults.triggers import PHASES, Checkpoint, Trigger
+from faults import acts, inputs
+from faults.acts import Acted, push
+from faults.outcomes import GONE, LIMIT_SECONDS, NEW, OLD, POISONED
+from faults.subjects import CALL_SECONDS, TIMEOUT_SECONDS, Spec, Subject
+from faults.subjects import NEW as NEW_VERSION
+from faults.triggers import PHASES, Checkpoint, Trigger
 
 REMOTE = ("own process", "server", "tensor parallel")
 EVERYWHERE = ("in process", *REMOTE)

@@ -15,13 +15,14 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from faults.cases import all_cases
+from faults.outcomes import CRASH, GONE, HANG, Outcome
+from faults.subjects import SUBJECTS, Spec, environment_of
 from qerl_sync.errors import ConfigError, SyncError
-from qerl_sync.faults.cases import all_cases
-from qerl_sync.faults.outcomes import CRASH, GONE, HANG, Outcome
-from qerl_sync.faults.subjects import SUBJECTS, Spec, environment_of
 from qerl_sync.serving.guard import kill
 from qerl_sync.serving.processes import members
 
+TESTS = Path(__file__).resolve().parents[1]
 START_SECONDS = 300.0
 CASE_SECONDS = 120.0
 STOCK_SECONDS = 30.0
@@ -184,19 +185,21 @@ class Host:
         self._buffer = b""
         self._spec, self._log = spec, log
         output = log.open("ab") if log is not None else None
+        # This package and `support`, for the host and for all processes that it starts.
+        path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         try:
             self._process = subprocess.Popen(
                 [
                     sys.executable,
                     "-m",
-                    "qerl_sync.faults.host",
+                    "faults.host",
                     json.dumps({**told, "output": write}),
                 ],
                 pass_fds=[write],
                 stdin=subprocess.PIPE,  # it ends with us
                 stdout=output or subprocess.DEVNULL,
                 stderr=output or subprocess.DEVNULL,
-                env=environment_of(spec),
+                env={**environment_of(spec), "PYTHONPATH": path},
                 start_new_session=True,
             )
         finally:

@@ -12,12 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from faults.subjects import NEW as NEW_VERSION
+from faults.subjects import OLD as OLD_VERSION
+from faults.subjects import Subject
+from faults.trainer import TrainerProcess
+from faults.triggers import Checkpoint, InjectedFault, PhasedTransport, Trigger
 from qerl_sync.errors import SyncError
-from qerl_sync.faults.subjects import NEW as NEW_VERSION
-from qerl_sync.faults.subjects import OLD as OLD_VERSION
-from qerl_sync.faults.subjects import Subject
-from qerl_sync.faults.trainer import TrainerProcess
-from qerl_sync.faults.triggers import Checkpoint, InjectedFault, PhasedTransport, Trigger
 from qerl_sync.session import SyncSession
 
 # An order of the source, kept, in which the query parts of all layers come before the rest of them.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from qerl_sync.faults import outcomes as end
-from qerl_sync.faults.cases import Case
-from qerl_sync.faults.outcomes import Outcome
-from qerl_sync.faults.subjects import NEW, OLD, InProcess
-from qerl_sync.faults.triggers import Stream, Trigger
-from qerl_sync.worker import compat, compat_checks
+from support.reloads import unfinished
+
+from faults import outcomes as end
+from faults.cases import Case
+from faults.outcomes import Outcome
+from faults.subjects import NEW, OLD, InProcess
+from faults.triggers import Stream, Trigger
+from qerl_sync.worker import compat
 
 
 def reload(llm: Any, parts: compat.EngineParts, stream: Stream) -> None:
@@ -62,7 +64,7 @@ def _attempt(subject: InProcess, stream: Any) -> str:
 
 
 def _classify(subject: InProcess, error: str) -> tuple[str, str]:
-    open_layers = compat_checks.unfinished(subject.parts.model)
+    open_layers = unfinished(subject.parts.model)
     how, words = subject.answer()
     if how == "answers":
         version = None if open_layers else subject.version_held()
@@ -75,7 +77,7 @@ def _classify(subject: InProcess, error: str) -> tuple[str, str]:
 
 
 def _is_right(subject: InProcess, version: int) -> bool:
-    if compat_checks.unfinished(subject.parts.model):
+    if unfinished(subject.parts.model):
         return False
     try:
         return subject.version_held() == version and subject.judge_generation(version)

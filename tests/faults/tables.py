@@ -1,4 +1,4 @@
-"""Tables of `qerl-sync check faults`."""
+"""Tables of `scripts/faults`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from qerl_sync.faults.outcomes import Outcome
+    from faults.outcomes import Outcome
 
 OURS, STOCK = "qerl-sync", "stock vLLM"
 
@@ -90,7 +90,7 @@ def fault_page(outcomes: Sequence[Outcome], versions: str, meanings: Mapping[str
     lines = [
         "# What breaks, and what happens then",
         "",
-        "<!-- Written by `qerl-sync check faults --stock --docs docs/faults.md`; do not edit. -->",
+        "<!-- Written by `scripts/faults --stock --docs docs/faults.md`; do not edit. -->",
         "",
         "Each fault happens to a sync of a real engine. Then requests are sent, and two more full",
         "syncs are run, to the new weights and back to the old ones. What the kernels hold is held",

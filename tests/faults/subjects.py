@@ -13,13 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from support.models import CONFIGS, checkpoint_tensors, make_model, save_model
+
+from faults import extension
+from faults.triggers import Checkpoint, PhasedInProcess, PhasedTransport, Trigger
 from qerl_sync.clients.http import HTTPClient
 from qerl_sync.clients.llm import LLMClient
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError, SyncError
-from qerl_sync.faults import extension
-from qerl_sync.faults.models import CONFIGS, checkpoint_tensors, make_model, save_model
-from qerl_sync.faults.triggers import Checkpoint, PhasedInProcess, PhasedTransport, Trigger
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.gate import QUIET_SECONDS
 from qerl_sync.serving.server import ServerProcess
@@ -392,9 +393,9 @@ def _kernels(kernels: str) -> Iterator[None]:
     they are, as by unquantised GPU kernels; for the rest of the process, since vLLM decides when it
     processes a layer."""
     if kernels == "plain":
-        from qerl_sync.worker import compat_checks
+        from support.reloads import use_plain_kernels
 
-        compat_checks.use_plain_kernels()
+        use_plain_kernels()
     yield
 
 

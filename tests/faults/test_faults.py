@@ -1,23 +1,23 @@
-"""A representative part of `qerl-sync check faults`, its random schedules, and its tables."""
+"""A representative part of `scripts/faults`, its random schedules, and its tables."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from support.models import CONFIGS, checkpoint_tensors, make_model, save_model
 from typer.testing import CliRunner
 
+from faults.__main__ import app
+from faults.cases import all_cases
+from faults.inputs import reusing_its_buffer, transposed, victim_of
+from faults.outcomes import Outcome
+from faults.suite import SPECS, Spec, Suite, chosen_specs, run_random
+from faults.tables import complaints, fault_page
+from faults.triggers import PHASES, Checkpoint, Trigger
+from faults.versions import VersionWatch
 from qerl_sync import PoisonedError
-from qerl_sync.cli.main import app
 from qerl_sync.errors import ConfigError
-from qerl_sync.faults.cases import all_cases
-from qerl_sync.faults.inputs import reusing_its_buffer, transposed, victim_of
-from qerl_sync.faults.models import CONFIGS, checkpoint_tensors, make_model, save_model
-from qerl_sync.faults.outcomes import Outcome
-from qerl_sync.faults.suite import SPECS, Spec, Suite, chosen_specs, run_random
-from qerl_sync.faults.triggers import PHASES, Checkpoint, Trigger
-from qerl_sync.faults.versions import VersionWatch
-from qerl_sync.report.fault_tables import complaints, fault_page
 
 # Of each group something; all of them take minutes.
 IN_PROCESS = [
@@ -207,7 +207,7 @@ def test_what_no_engine_can_be_is_refused(text, words):
 
 
 def test_a_case_that_does_not_exist_is_named():
-    found = CliRunner().invoke(app, ["check", "faults", "--engine", "server", "--case", "nothing"])
+    found = CliRunner().invoke(app, ["--engine", "server", "--case", "nothing"])
     assert found.exit_code == 2
     assert "no case is called nothing" in found.output
 

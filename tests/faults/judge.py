@@ -8,15 +8,15 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from faults import outcomes as end
+from faults.acts import Acted
+from faults.cases import Case
+from faults.extension import own_inventory
+from faults.outcomes import Outcome
+from faults.subjects import NEW, OLD, Subject
+from faults.triggers import InjectedFault
+from faults.versions import VersionWatch
 from qerl_sync.errors import PoisonedError, SyncError
-from qerl_sync.faults import outcomes as end
-from qerl_sync.faults.acts import Acted
-from qerl_sync.faults.cases import Case
-from qerl_sync.faults.extension import own_inventory
-from qerl_sync.faults.outcomes import Outcome
-from qerl_sync.faults.subjects import NEW, OLD, Subject
-from qerl_sync.faults.triggers import InjectedFault
-from qerl_sync.faults.versions import VersionWatch
 from qerl_sync.serving.processes import descendants
 from qerl_sync.wire import segments
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from faults import judge
+from faults import outcomes as end
+from faults.cases import all_cases
+from faults.subjects import NEW, OLD, Subject
+from faults.triggers import Checkpoint
+from faults.versions import VersionWatch
 from qerl_sync.errors import ConfigError
-from qerl_sync.faults import judge
-from qerl_sync.faults import outcomes as end
-from qerl_sync.faults.cases import all_cases
-from qerl_sync.faults.subjects import NEW, OLD, Subject
-from qerl_sync.faults.triggers import Checkpoint
-from qerl_sync.faults.versions import VersionWatch
 
 STEPS = 8
 # Killing and stopping take seconds, and a new engine: not here.

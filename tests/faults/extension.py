@@ -8,7 +8,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from qerl_sync.worker import compat, compat_checks
+from support.reloads import unfinished
+
+from qerl_sync.worker import compat
 from qerl_sync.worker.kernel_weights import kernel_digests
 from qerl_sync.worker.receiver import Receiver
 
@@ -70,7 +72,7 @@ def state_of(model: Any, vllm_config: Any) -> dict[str, Any]:
     return {
         "poisoned": receiver.poisoned or "",
         "version": receiver.version,
-        "unfinished": compat_checks.unfinished(model),
+        "unfinished": unfinished(model),
         "hooks": len(model._forward_pre_hooks),
         **own_inventory(),
     }

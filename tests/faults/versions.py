@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from qerl_sync.faults.subjects import Subject
+from faults.subjects import Subject
 
 
 class VersionWatch:

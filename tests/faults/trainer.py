@@ -128,10 +128,11 @@ def say(**told: Any) -> None:
 
 
 def main() -> None:
+    from support.models import checkpoint_tensors
+
+    from faults.subjects import TIMEOUT_SECONDS
+    from faults.triggers import Checkpoint, PhasedTransport, Trigger
     from qerl_sync.config import SyncConfig
-    from qerl_sync.faults.models import checkpoint_tensors
-    from qerl_sync.faults.subjects import TIMEOUT_SECONDS
-    from qerl_sync.faults.triggers import Checkpoint, PhasedTransport, Trigger
     from qerl_sync.session import SyncSession
 
     checkpoint, phase, action = sys.argv[1:]

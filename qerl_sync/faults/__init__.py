@@ -1,1 +1,0 @@
-"""`qerl-sync check faults`: break syncs of real engines on purpose, and judge what is left."""

@@ -1,0 +1,1 @@
+"""`scripts/faults`: break syncs of real engines on purpose, and judge what is left."""
