@@ -1,22 +1,19 @@
-"""What a sync through a cluster's object store costs at a size that nobody here can run.
+"""Print the table of scale.md: what syncs that nobody ran would cost through an object store.
 
-    python -m qerl_sync.plan.scale
+    python docs/scale.py
 
-`estimate` is a formula, `simulate` plays the same sync transfer by transfer; tests hold them
-together. Both know a chunk's way: gathered and put on the trainer, announced to each worker, pulled
-by each node from the nodes that have it, loaded by the node's workers at the same time; chunk i is
-begun when chunk i - `chunks_in_flight` is loaded everywhere.
+`estimate` is the formula of the page, `simulate` plays the same sync transfer by transfer. Both
+know a chunk's way: gathered and put on the trainer, announced to each worker, pulled by each node
+from the nodes that have it, loaded by the node's workers at the same time. Chunk i is begun when
+chunk i - `chunks_in_flight` is loaded everywhere.
 """
-
-from __future__ import annotations
 
 import heapq
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Rates:
+class Rates(NamedTuple):
     """Measured, or assumed, of one machine each. Bytes per second, but for `message_seconds`.
 
     Attributes:
@@ -34,8 +31,7 @@ class Rates:
     message_seconds: float = 2e-4
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A sync.
 
     Attributes:
@@ -128,29 +124,13 @@ def _broadcast(
 MODELS = {"30B": 61e9, "235B": 470e9}
 WORKERS = (8, 64, 512)
 
-
-def table() -> str:
-    """Both models, all numbers of workers, as text."""
-    head = ("model", "workers", "nodes", "formula", "simulated", "store/node", "trainer host")
-    rows = [head, *(_row(name, count) for name in MODELS for count in WORKERS)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join(lines)
-
-
-def _row(name: str, workers: int) -> tuple[str, ...]:
-    setting, rates = Setting(MODELS[name], workers), Rates()
-    gib = setting.store_bytes / (1 << 30)
-    return (
-        name,
-        str(workers),
-        str(setting.nodes),
-        f"{estimate(setting, rates):.0f} s",
-        f"{simulate(setting, rates):.0f} s",
-        f"{gib:.0f} GiB",
-        f"{2 * gib:.0f} GiB",
-    )
-
-
 if __name__ == "__main__":
-    print(table())
+    print("model  workers  nodes  formula  simulated  store/node  trainer host")
+    for name, nbytes in MODELS.items():
+        for workers in WORKERS:
+            setting = Setting(nbytes, workers)
+            gib = setting.store_bytes / (1 << 30)
+            print(
+                f"{name:>5} {workers:8} {setting.nodes:6} {estimate(setting, Rates()):6.0f} s"
+                f" {simulate(setting, Rates()):8.0f} s {gib:7.0f} GiB {2 * gib:9.0f} GiB"
+            )
