@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.engines import NEW, OLD, generate
 from support.syncs import push, session
+from support.worker_extension import unfinished
 
 from qerl_sync import (
     CoverageError,
@@ -416,14 +417,7 @@ def test_a_vllm_without_layerwise_reload_is_named(monkeypatch):
 
 def assert_poisoned(one):
     """Whole modules, no wrappers, and a model that says why it does not run."""
-    from vllm.model_executor.model_loader.reload import layerwise
-
-    for module in one.model.modules():
-        assert not layerwise.LAYERWISE_INFO[module].can_load()
-        for name, tensor in layerwise.get_layer_tensors(module).items():
-            assert not tensor.is_meta, name
-            assert layerwise._get_weight_loader(tensor).__name__ != "online_process_loader"
-    assert not layerwise.LOADING_LAYERS
+    assert unfinished(one.model) == []
     with pytest.raises(PoisonedError, match="does not generate: a sync failed"):
         generate(one.engine)
 

@@ -2,114 +2,99 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 import tempfile
-from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Any
 
-import typer
 from rich.console import Console
 
-from qerl_sync.cli.errors import UNEXPECTED, errors_as_text
-from qerl_sync.cli.progress import telling
+from faults.outcomes import OURS, STOCK
+from faults.suite import Suite, chosen_specs, run_random
+from faults.tables import complaints, fault_page, fault_table
+from qerl_sync import SyncError, __version__
+from qerl_sync.worker.compat import vllm_version
 
-if TYPE_CHECKING:
-    from faults.outcomes import Outcome
-    from faults.subjects import Spec
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+# Exit codes, as those of `qerl-sync`.
+BROKEN, REFUSED = 1, 2
 
 
-@app.command()
-def faults(
-    engine: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only these: an engine, or engine/model/kernels such as 'own process/moe/stock'."
-        ),
-    ] = None,
-    case: Annotated[
-        list[str] | None, typer.Option(help="Only cases of this name; * stands for anything.")
-    ] = None,
-    stock: Annotated[
-        bool, typer.Option("--stock", help="Break vLLM's own reload in the same ways, beside.")
-    ] = False,
-    random: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            help="Instead: this many random schedules of faults and syncs. SIGKILL and SIGSTOP, "
-            "which take seconds and new engines, are left out.",
-        ),
-    ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the random schedules.")] = 0,
-    docs: Annotated[Path | None, typer.Option(help="Write the page docs/faults.md here.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Where the engines' output goes.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
-) -> None:
+def main(words: list[str] | None = None) -> int:
     """Break syncs of real engines on purpose. Status 0: every case ended as it should."""
-    with errors_as_text(debug=debug), tempfile.TemporaryDirectory() as directory:
-        from faults.suite import Suite, chosen_specs
+    options = _parser().parse_args(words)
+    console = Console(stderr=options.json, soft_wrap=True, highlight=False)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            log = options.log or Path(directory) / "engines.log"
+            return (_schedules if options.random else _cases)(options, log, console)
+    except SyncError as exc:
+        if options.debug:
+            raise
+        print(f"error: {exc}", file=sys.stderr)
+        return REFUSED
 
-        console = Console(stderr=as_json, soft_wrap=True)
-        specs = chosen_specs(engine or [])
-        output = log or Path(directory) / "engines.log"
-        if random:
-            _schedules(specs, random, seed, output, console.print, as_json=as_json)
-            return
-        with telling(console) as note:
-            outcomes = Suite(specs, case or (), stock, output, note).run()
-        _show(outcomes, console, docs, as_json=as_json)
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="scripts/faults", description=main.__doc__)
+    add = parser.add_argument
+    several: dict[str, Any] = {"action": "append", "default": []}
+    engines = "only these: an engine, or engine/model/kernels such as 'own process/moe/stock'"
+    add("--engine", **several, help=engines)
+    add("--case", **several, help="only cases of this name; * stands for anything")
+    add("--stock", action="store_true", help="break vLLM's own reload in the same ways, beside")
+    schedules = (
+        "instead: this many random schedules of faults and syncs, without SIGKILL and SIGSTOP"
+    )
+    add("--random", type=int, default=0, metavar="NUMBER", help=schedules)
+    add("--seed", type=int, default=0, help="of the random schedules")
+    add("--docs", type=Path, metavar="FILE", help="write the page docs/faults.md here")
+    add("--log", type=Path, metavar="FILE", help="where the engines' output goes")
+    add("--json", action="store_true", help="print JSON")
+    add("--debug", action="store_true", help="show tracebacks of errors")
+    return parser
 
 
-def _show(outcomes: list[Outcome], console: Console, docs: Path | None, *, as_json: bool) -> None:
-    from faults.outcomes import MEANING
-    from faults.suite import versions
-    from faults.tables import complaints, fault_page, fault_table, stock_table
+def _cases(options: argparse.Namespace, log: Path, console: Console) -> int:
+    def note(text: str) -> None:
+        console.print(text, markup=False)
 
-    if as_json:
-        told = {"versions": versions(), "outcomes": [outcome.to_json() for outcome in outcomes]}
+    specs = chosen_specs(options.engine)
+    suite = Suite(specs, options.case or ("*",), options.stock, log, note)
+    outcomes = list(suite.run())
+    names = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+    versions = ", ".join([f"qerl-sync {__version__}", f"vLLM {vllm_version()}", *names])
+    if options.json:
+        told = {"versions": versions, "outcomes": [outcome.to_json() for outcome in outcomes]}
         print(json.dumps(told, indent=2))
     else:
-        console.print(fault_table(outcomes))
-        if any(outcome.by != "qerl-sync" for outcome in outcomes):
-            console.print(stock_table(outcomes))
-    if docs is not None:
-        docs.write_text(fault_page(outcomes, versions(), MEANING))
+        for by in (OURS, STOCK)[: 1 + options.stock]:
+            console.print(fault_table(outcomes, by))
+    if options.docs is not None:
+        options.docs.write_text(fault_page(outcomes, versions))
     wrong = complaints(outcomes)
     for line in wrong:
-        console.print(line, markup=False)
-    if wrong:
-        raise typer.Exit(UNEXPECTED)
+        note(line)
+    return BROKEN if wrong else 0
 
 
-def _schedules(
-    specs: list[Spec],
-    number: int,
-    seed: int,
-    log: Path,
-    note: Callable[[str], None],
-    *,
-    as_json: bool,
-) -> None:
-    """On the first of `specs`: an in-process engine takes some 0.1 s for a sync."""
-    from faults.suite import run_random
-
-    note(f"{number} schedules on {specs[0]}, seed {seed}")
-    found = run_random(specs[0], number, seed, log)
-    if as_json:
+def _schedules(options: argparse.Namespace, log: Path, console: Console) -> int:
+    """On the first engine: one of this process takes some 0.1 s for a sync."""
+    spec = chosen_specs(options.engine)[0]
+    console.print(f"{options.random} schedules on {spec}, seed {options.seed}")
+    found = run_random(spec, options.random, options.seed, log)
+    if options.json:
         print(json.dumps(found, indent=2))
     else:
-        note(
+        console.print(
             f"seed {found['seed']}: {found['schedules']} schedules, {found['steps']} steps, "
             f"{found['faults']} faults, {found['syncs']} good syncs: "
             f"{found['failure'] or 'every state was right'}"
         )
-    if found["failure"]:
-        raise typer.Exit(UNEXPECTED)
+    return BROKEN if found["failure"] else 0
 
 
 if __name__ == "__main__":
-    app(prog_name="scripts/faults")
+    sys.exit(main())

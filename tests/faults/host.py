@@ -5,6 +5,8 @@ Lines go to a descriptor of their own; what vLLM prints goes elsewhere.
 
 from __future__ import annotations
 
+import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM reads when imported
+
 import json
 import os
 import signal
@@ -12,30 +14,33 @@ import sys
 import tempfile
 import threading
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faults.outcomes import CRASH, Outcome
-from faults.subjects import SUBJECTS, Spec, Subject
-
-READY = "ready"
+from faults import oracle
+from faults import stock as vllm
+from faults.cases import Case, all_cases
+from faults.engines import FaultEngine, Spec
+from faults.outcomes import OURS, Outcome, one_line
 
 
 def main() -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     told = json.loads(sys.argv[1])
-    with os.fdopen(told["output"], "w") as output:
+    with (
+        os.fdopen(told.pop("output"), "w") as output,
+        tempfile.TemporaryDirectory(prefix="qerl-sync-faults-") as directory,
+    ):
 
         def say(**line: Any) -> None:
             print(json.dumps(line), file=output, flush=True)
 
-        spec = Spec.parse(told["subject"])
-        with tempfile.TemporaryDirectory(prefix="qerl-sync-faults-") as directory:
-            subject = SUBJECTS[spec.engine](spec, Path(directory))
-            try:
-                _serve(subject, told, say)
-            finally:
-                subject.stop()
+        engine = Spec.parse(told.pop("spec")).start(Path(directory))
+        try:
+            _serve(engine, say, **told)
+        finally:
+            engine.close()
 
 
 def _end_with_parent() -> None:
@@ -45,45 +50,40 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
-def _serve(subject: Subject, told: dict[str, Any], say: Any) -> None:
-    from faults import judge
-    from faults.versions import VersionWatch
+def _serve(
+    engine: FaultEngine,
+    say: Callable[..., None],
+    cases: list[str] | None = None,
+    by: str = OURS,
+    **schedules: int,
+) -> None:
+    if cases is None:
+        from faults.schedules import run_schedules
 
-    if told["random"]:
-        from faults.random import run_schedules
-
-        say(state=READY)
-        say(schedules=run_schedules(subject, **told["random"]))
+        say(ready=True)
+        say(schedules=run_schedules(engine, **schedules))
         return
     # Versions are each case's to judge.
-    if not judge.heals(subject, VersionWatch(subject)):
-        raise AssertionError("syncs without a fault are not exact")
-    say(state=READY)
-    for name in told["cases"]:
+    assert oracle.heals(engine, oracle.VersionWatch(engine)), "syncs without a fault are not exact"
+    say(ready=True)
+    for name in cases:
         say(begin=name)
-        outcome, goes_on = _run(subject, name, stock=told["stock"])
+        outcome, goes_on = _judge(engine, all_cases()[name], by)
         say(outcome=outcome.to_json())
         if not goes_on:  # its state is not known: the next case gets a new engine
             return
 
 
-def _run(subject: Subject, name: str, *, stock: bool) -> tuple[Outcome, bool]:
-    from faults import judge
-    from faults import stock as vllm
-    from faults.cases import all_cases
-
-    case = all_cases()[name]
+def _judge(engine: Any, case: Case, by: str) -> tuple[Outcome, bool]:
     try:
-        if stock:
-            assert subject.spec.engine == "in process"
-            outcome = vllm.run(subject, case)  # type: ignore[arg-type]
-            return outcome, vllm.mend(subject)  # type: ignore[arg-type]
-        outcome = judge.run(subject, case)
+        if by != OURS:
+            return vllm.judge(engine, case), vllm.mend(engine)
+        outcome = oracle.judge(engine, case)
         return outcome, bool(outcome.healed)
     except Exception as exc:
         traceback.print_exc()
-        text = f"{type(exc).__name__}: {exc}"
-        return Outcome(str(subject.spec), name, ended=CRASH, error=text[:300], healed=False), False
+        spec, error = str(engine.spec), one_line(exc)
+        return Outcome(spec, case.name, by, error=error, healed=False), False
 
 
 if __name__ == "__main__":

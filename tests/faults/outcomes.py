@@ -21,6 +21,7 @@ MEANING = {
     UNNAMED: "an error that does not say what happened",
     SERVES: "serves although it should not",
 }
+OURS, STOCK = "qerl-sync", "stock vLLM"
 LIMIT_SECONDS = 2.0
 
 
@@ -29,6 +30,8 @@ class Outcome:
     """Of one case on one engine.
 
     Attributes:
+        spec: the engine; see `engines.Spec`.
+        by: whose reload was broken.
         ended: one of the words above.
         expected: those that the contract allows.
         error: what the trainer was told.
@@ -41,9 +44,9 @@ class Outcome:
         allowed_seconds: how long that may take: a timeout where only that can tell, and 2 s.
     """
 
-    subject: str
+    spec: str
     case: str
-    by: str = "qerl-sync"
+    by: str = OURS
     ended: str = CRASH
     expected: tuple[str, ...] = ()
     error: str = ""
@@ -57,20 +60,13 @@ class Outcome:
 
     @property
     def is_late(self) -> bool:
-        return self.detection_seconds is not None and (
-            self.detection_seconds > self.allowed_seconds
-        )
+        return (self.detection_seconds or 0) > self.allowed_seconds
 
     @property
     def ok(self) -> bool:
-        """Did it end as the contract says?"""
-        return (
-            self.ended in self.expected
-            and self.healed is True
-            and not self.leaks
-            and not self.version_faults
-            and not self.is_late
-        )
+        """Whether it ended as the contract says."""
+        as_promised = self.ended in self.expected and self.healed is True
+        return as_promised and not (self.leaks or self.version_faults or self.is_late)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
@@ -79,3 +75,10 @@ class Outcome:
     def from_json(cls, told: dict[str, Any]) -> Outcome:
         fields = {name: told[name] for name in cls.__dataclass_fields__}
         return cls(**{**fields, "expected": tuple(fields["expected"])})
+
+
+def one_line(error: BaseException | str | None) -> str:
+    if error is None:
+        return ""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:300]

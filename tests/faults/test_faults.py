@@ -5,19 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from support.models import CONFIGS, checkpoint_tensors, make_model, save_model
-from typer.testing import CliRunner
 
-from faults.__main__ import app
+from faults.__main__ import main
 from faults.cases import all_cases
-from faults.inputs import reusing_its_buffer, transposed, victim_of
+from faults.oracle import VersionWatch
 from faults.outcomes import Outcome
+from faults.spoilers import changed, reusing_its_buffer, transposed, victim_of
 from faults.suite import SPECS, Spec, Suite, chosen_specs, run_random
 from faults.tables import complaints, fault_page
-from faults.triggers import PHASES, Checkpoint, Trigger
-from faults.versions import VersionWatch
-from qerl_sync import PoisonedError
-from qerl_sync.errors import ConfigError
+from faults.triggers import PHASES, FaultySource, Trigger
+from qerl_sync import ConfigError, PoisonedError
 
 # Of each group something; all of them take minutes.
 IN_PROCESS = [
@@ -46,8 +45,8 @@ OWN_PROCESS = [
 ]
 
 
-def outcomes(tmp_path, spec: str, cases: list[str], **options) -> dict[str, Outcome]:
-    suite = Suite([Spec.parse(spec)], cases, log=tmp_path / "engine.log", **options)
+def outcomes(tmp_path, spec: str, cases: list[str]) -> dict[str, Outcome]:
+    suite = Suite([Spec.parse(spec)], cases, log=tmp_path / "engine.log")
     return {outcome.case: outcome for outcome in suite.run()}
 
 
@@ -74,7 +73,7 @@ def test_random_schedules_keep_every_promise(tmp_path):
 def outcome(**told) -> Outcome:
     return Outcome(
         **{
-            "subject": "server/dense/stock",
+            "spec": "server/dense/stock",
             "case": "NaN",
             "ended": "poisoned",
             "expected": ("poisoned",),
@@ -105,16 +104,15 @@ def test_the_page_has_a_row_for_each_case_and_a_column_for_each_engine():
     page = fault_page(
         [
             outcome(),
-            outcome(subject="in process/dense/stock"),
-            outcome(subject="in process/moe/stock", ended="old"),
-            outcome(subject="in process/dense/stock", by="stock vLLM", ended="wrong weights"),
+            outcome(spec="in process/dense/stock"),
+            outcome(spec="in process/moe/stock", ended="old"),
+            outcome(spec="in process/dense/stock", by="stock vLLM", ended="wrong weights"),
         ],
         "vLLM 0",
-        {"poisoned": "refuses"},
     )
     assert "| fault | server | in process | stock vLLM | its next full reload |" in page
     assert "| NaN | poisoned | poisoned (1), old (1) | wrong weights | exact |" in page
-    assert "| poisoned | refuses |" in page
+    assert "| poisoned | refuses to generate, and says why, until the next full sync |" in page
     assert "vLLM 0." in page
 
 
@@ -127,7 +125,6 @@ def test_the_page_counts_what_was_noticed_in_time():
             outcome(case="nothing to notice"),
         ],
         "vLLM 0",
-        {},
     )
     assert "Of 3 faults whose detection was timed, 2 were noticed within their limit" in page
     assert "The slowest for its limit took 2.50 s of 2 s: late (server/dense/stock)." in page
@@ -139,8 +136,8 @@ class Versions:
     def __init__(self, *held: int) -> None:
         self.held = list(held)
 
-    def weight_versions(self) -> list[int]:
-        return self.held
+    def state(self) -> list[dict[str, int]]:
+        return [{"version": version} for version in self.held]
 
 
 def test_versions_that_go_back_or_stand_still_are_found():
@@ -165,14 +162,13 @@ def test_versions_that_go_back_or_stand_still_are_found():
 def test_a_wrong_shape_is_another_shape(tmp_path, kind):
     tensors = checkpoint_tensors(save_model(make_model(kind, 0), tmp_path))
     victim = victim_of(list(tensors))
-    assert dict(transposed(list(tensors.items()), victim))[victim].shape != tensors[victim].shape
+    spoiled = dict(changed(transposed)(list(tensors.items()), victim))
+    assert spoiled[victim].shape != tensors[victim].shape
 
 
 def test_a_square_matrix_is_no_victim():
-    import torch
-
     with pytest.raises(AssertionError, match=r"shape \[2, 2\] keeps its shape"):
-        transposed([("a", torch.ones(2, 2))], "a")
+        transposed(torch.ones(2, 2))
 
 
 def test_trainers_and_workers_are_stopped_and_killed_in_every_phase():
@@ -206,15 +202,12 @@ def test_what_no_engine_can_be_is_refused(text, words):
         chosen_specs([text])
 
 
-def test_a_case_that_does_not_exist_is_named():
-    found = CliRunner().invoke(app, ["--engine", "server", "--case", "nothing"])
-    assert found.exit_code == 2
-    assert "no case is called nothing" in found.output
+def test_a_case_that_does_not_exist_is_named(capsys):
+    assert main(["--engine", "server", "--case", "nothing"]) == 2
+    assert "no case is called nothing" in capsys.readouterr().err
 
 
 def test_a_buffer_that_is_used_again_has_one_address():
-    import torch
-
     held = {"a": torch.ones(3), "b": torch.zeros(2, 2)}
     seen = list(reusing_its_buffer(iter(held.items()), Trigger()))
     assert len({tensor.data_ptr() for _, tensor in seen}) == 1
@@ -224,9 +217,7 @@ def test_a_buffer_that_is_used_again_has_one_address():
 def test_a_trigger_fires_once_and_knows_when():
     fired = []
     trigger = Trigger("in a chunk", lambda: fired.append(1))
-    import torch
-
-    source = Checkpoint({"a": torch.ones(1), "b": torch.ones(1)}, trigger)
+    source = FaultySource({"a": torch.ones(1), "b": torch.ones(1)}, trigger)
     source.metadata()
     list(source.materialize(["a"]))
     assert trigger.fired_at is None

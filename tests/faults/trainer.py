@@ -21,16 +21,7 @@ from qerl_sync.errors import TransportError
 
 # How long a trainer stays stopped that no worker waits for.
 PATIENCE_SECONDS = 4.0
-
-METHODS = (
-    "init_weight_transfer_engine",
-    "start_weight_update",
-    "update_weights",
-    "finish_weight_update",
-    "pause",
-    "resume",
-    "reset_caches",
-)
+SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 class TrainerProcess:
@@ -43,7 +34,7 @@ class TrainerProcess:
     """
 
     def __init__(self, client: Any, checkpoint: Path, phase: str, action: str) -> None:
-        self._client = client
+        self._client, self._action = client, action
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(checkpoint), phase, action],
             stdin=subprocess.PIPE,
@@ -55,17 +46,14 @@ class TrainerProcess:
         self.ended_at: float | None = None
         self.freed_at: float | None = None
         self.error: str | None = None
-        self._action = action
 
     def run(self) -> None:
         """Serve its calls until it ends."""
         watch = threading.Thread(target=self._watch, name="trainer's end", daemon=True)
         watch.start()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
             for line in self._process.stdout:
-                self._hear(json.loads(line))
+                self._hear(**json.loads(line))
         finally:
             self._process.kill()
             watch.join()
@@ -73,83 +61,94 @@ class TrainerProcess:
                 self._process.stdin.close()
             self._process.stdout.close()
 
-    def _hear(self, told: dict[str, Any]) -> None:
-        if "fired_at" in told:
-            self.fired_at = told["fired_at"]
+    def _watch(self) -> None:
+        self._process.wait()
+        self.ended_at = time.monotonic()
+
+    def _hear(
+        self,
+        fired_at: float | None = None,
+        error: str | None = None,
+        call: str = "",
+        arguments: Any = (),
+        options: Any = None,
+    ) -> None:
+        if call:
+            self._answer(call, arguments, options)
+        elif error is not None:
+            self.error = error
+        else:
+            self.fired_at = fired_at
             if self._action == "stop":  # nobody waits for it, so that nobody can notice
                 later = threading.Timer(PATIENCE_SECONDS, os.kill, (self.pid, signal.SIGCONT))
                 later.daemon = True
                 later.start()
-        elif "error" in told:
-            self.error = told["error"]
-        else:
-            self._answer(told["call"], told["arguments"], told["options"])
 
     def _answer(self, method: str, arguments: list[Any], options: dict[str, Any]) -> None:
         try:
-            result, error = getattr(self._client, method)(*arguments, **options), None
+            answer = [getattr(self._client, method)(*arguments, **options), None]
         except Exception as exc:
-            result, error = None, f"{type(exc).__name__}: {exc}"
+            answer = [None, f"{type(exc).__name__}: {exc}"]
         if method == "update_weights":
             self.freed_at = time.monotonic()
             if self._action == "stop":  # the worker has given it up: let it find that out
                 os.kill(self.pid, signal.SIGCONT)
         with contextlib.suppress(OSError):
-            assert self._process.stdin is not None
-            print(json.dumps([result, error]), file=self._process.stdin, flush=True)
+            print(json.dumps(answer), file=self._process.stdin, flush=True)
 
-    def _watch(self) -> None:
-        self._process.wait()
-        self.ended_at = time.monotonic()
+
+# ------------------------------------------------------------------------------ that process
 
 
 class _PipeClient:
-    """The engine's client, in the trainer's process."""
+    """The engine's client there."""
+
+    METHODS = (
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "pause",
+        "resume",
+        "reset_caches",
+    )
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
 
     def __getattr__(self, method: str) -> Any:
-        if method not in METHODS:
+        if method not in self.METHODS:
             raise AttributeError(method)
-        return lambda *arguments, **options: self._call(method, arguments, options)
 
-    def _call(self, method: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        with self._lock:
-            say(call=method, arguments=arguments, options=options)
-            result, error = json.loads(sys.stdin.readline())
-        if error is not None:
-            raise TransportError(f"the engine refuses: {error}")
-        return result
+        def call(*arguments: Any, **options: Any) -> Any:
+            with self._lock:
+                say(call=method, arguments=arguments, options=options)
+                result, error = json.loads(sys.stdin.readline())
+            if error is not None:
+                raise TransportError(f"the engine refuses: {error}")
+            return result
+
+        return call
 
 
 def say(**told: Any) -> None:
     print(json.dumps(told), flush=True)
 
 
-def main() -> None:
+def main(checkpoint: str, phase: str, action: str) -> None:
     from support.models import checkpoint_tensors
 
-    from faults.subjects import TIMEOUT_SECONDS
-    from faults.triggers import Checkpoint, PhasedTransport, Trigger
-    from qerl_sync.config import SyncConfig
-    from qerl_sync.session import SyncSession
-
-    checkpoint, phase, action = sys.argv[1:]
-    number = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action]
+    from faults.engines import TIMEOUT_SECONDS
+    from faults.triggers import FaultySource, PhasedRemote, Trigger
+    from qerl_sync import SyncConfig, SyncSession
 
     def act() -> None:
         say(fired_at=time.monotonic())
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), SIGNALS[action])
 
-    trigger = Trigger(phase, act)
-    transport = PhasedTransport(
-        _PipeClient(),
-        transport="shm",
-        timeout_seconds=TIMEOUT_SECONDS,
-    )
-    transport.trigger = trigger
-    source = Checkpoint(checkpoint_tensors(Path(checkpoint)), trigger)
+    transport = PhasedRemote(_PipeClient(), transport="shm", timeout_seconds=TIMEOUT_SECONDS)
+    transport.trigger = Trigger(phase, act)
+    source = FaultySource(checkpoint_tensors(Path(checkpoint)), transport.trigger)
     config = SyncConfig.of(chunk_bytes="64KiB", timeout_seconds=TIMEOUT_SECONDS)
     try:
         with SyncSession(source, transport, config) as session:
@@ -161,4 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

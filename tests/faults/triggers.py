@@ -47,16 +47,14 @@ class Trigger:
             self.action()
 
     def mark(self) -> None:
-        if self.fired_at is None:
-            self.fired_at = time.monotonic()
+        self.fired_at = self.fired_at or time.monotonic()
 
     def detected(self) -> None:
-        if self.detected_at is None:
-            self.detected_at = time.monotonic()
+        self.detected_at = self.detected_at or time.monotonic()
 
 
-class Checkpoint(Source):
-    """Checkpoint tensors, which may be spoiled on their way.
+class FaultySource(Source):
+    """Tensors of a checkpoint, which may be spoiled on their way.
 
     Args:
         tensors: what the metadata says. A name may come twice.
@@ -69,11 +67,9 @@ class Checkpoint(Source):
         trigger: Trigger | None = None,
         spoil: Callable[[Stream, Trigger], Iterator[Named]] | None = None,
     ) -> None:
-        pairs = list(tensors.items()) if isinstance(tensors, Mapping) else list(tensors)
-        self._pairs: list[Named] = pairs
-        self._by_name = dict(pairs)
-        self.trigger = trigger or Trigger()
-        self._spoil = spoil
+        self._pairs = list(tensors.items() if isinstance(tensors, Mapping) else tensors)
+        self._trigger = trigger or Trigger()
+        self._spoil = spoil or (lambda stream, trigger: iter(stream))
         self._calls = 0
 
     def metadata(self) -> list[ParamMeta]:
@@ -82,20 +78,48 @@ class Checkpoint(Source):
 
     def materialize(self, names: Sequence[str]) -> Iterator[Named]:
         self._calls += 1
-        stream: Stream = self._named(names, self._calls)
-        return iter(stream) if self._spoil is None else self._spoil(stream, self.trigger)
+        return self._spoil(self._named(names, self._calls), self._trigger)
 
     def _named(self, names: Sequence[str], call: int) -> Iterator[Named]:
+        by_name = dict(self._pairs)
         for i, name in enumerate(names):
             if call == 2 and i == len(names) // 2:
-                self.trigger.at("in a chunk")
-            yield name, self._by_name[name]
+                self._trigger.at("in a chunk")
+            yield name, by_name[name]
 
 
-class PhasedTransport(RemoteTransport):
-    """To workers in other processes; `trigger` is told of each phase."""
+class _Phased:
+    """A transport whose `trigger` is told of each phase."""
 
     trigger = Trigger()
+    _sent = 0
+
+    def start(self, *arguments: Any, **options: Any) -> None:
+        self._sent = 0
+        self.trigger.at("before start")
+        super().start(*arguments, **options)
+
+    def send(self, chunk: Chunk, tensors: Stream) -> None:
+        if self._sent > 0:
+            self.trigger.at("between chunks")
+        self._sent += 1
+        super().send(chunk, tensors)
+
+    def finish(self) -> list[WorkerReport]:
+        self.trigger.at("before finish")
+        return super().finish()
+
+    def abort(self, reason: str) -> None:
+        self.trigger.detected()
+        super().abort(reason)
+
+
+class PhasedInProcess(_Phased, InProcessTransport):
+    """To the model in this process."""
+
+
+class PhasedRemote(_Phased, RemoteTransport):
+    """To workers in other processes."""
 
     def pids(self) -> list[int]:
         """Of the workers that are connected."""
@@ -106,49 +130,6 @@ class PhasedTransport(RemoteTransport):
         for peer in self._peers:
             peer.close()
 
-    def start(self, *arguments: Any, **options: Any) -> None:
-        self.trigger.at("before start")
-        super().start(*arguments, **options)
-
-    def send(self, chunk: Chunk, tensors: Stream) -> None:
-        if self._index > 0:
-            self.trigger.at("between chunks")
-        super().send(chunk, tensors)
-
-    def complete(self) -> None:
-        self.trigger.at("before finish")
-        super().complete()
-
     def commit(self) -> list[WorkerReport]:
         self.trigger.at("before commit")
         return super().commit()
-
-    def abort(self, reason: str) -> None:
-        self.trigger.detected()
-        super().abort(reason)
-
-
-class PhasedInProcess(InProcessTransport):
-    """To the model in this process; `trigger` is told of each phase."""
-
-    trigger = Trigger()
-    _index = 0
-
-    def start(self, *arguments: Any, **options: Any) -> None:
-        self._index = 0
-        self.trigger.at("before start")
-        super().start(*arguments, **options)
-
-    def send(self, chunk: Chunk, tensors: Stream) -> None:
-        if self._index > 0:
-            self.trigger.at("between chunks")
-        self._index += 1
-        super().send(chunk, tensors)
-
-    def finish(self) -> list[WorkerReport]:
-        self.trigger.at("before finish")
-        return super().finish()
-
-    def abort(self, reason: str) -> None:
-        self.trigger.detected()
-        super().abort(reason)

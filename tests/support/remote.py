@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar
@@ -37,17 +37,23 @@ ENGINE: dict[str, Any] = {
 class RemoteEngine(ABC):
     """One engine with the backend `qerl`, on version 0, and what it takes to judge it.
 
-    Attributes:
+    Args:
         trainers: the trainer's model of each version.
+        arguments: more engine arguments.
+
+    Attributes:
         weights: what a fresh engine of that version holds, for each rank. It is loaded beside the
             engine's own model, by the same worker.
-        generations: what a fresh engine of that version says, the one of `subject` for the new one.
+        generations: what a fresh engine of that version says: this one when it started, and one
+            that whoever made this adds for the new version.
     """
 
     num_workers = 1
+    prompts: ClassVar = PROMPTS
+    arguments: Mapping[str, Any] = {}
 
-    def __init__(self, subject: Subject, directory: Path) -> None:
-        self.kind, self.trainers = subject.kind, subject.trainers
+    def __init__(self, trainers: dict[int, Any], directory: Path, **arguments: Any) -> None:
+        self.trainers, self.arguments = trainers, {**self.arguments, **arguments}
         self.paths = {
             seed: save_model(model, directory / str(seed)) for seed, model in self.trainers.items()
         }
@@ -55,7 +61,7 @@ class RemoteEngine(ABC):
         self.weights = {seed: self.rpc("fresh_weights", str(p)) for seed, p in self.paths.items()}
         assert self.wrong_weights(OLD) == [], "two fresh engines hold different weights"
         assert self.wrong_weights(NEW) != [], "both versions are the same"
-        self.generations = {OLD: self.generate(), NEW: _generate(subject.fresh)}
+        self.generations: dict[int, list[Generation]] = {OLD: self.generate()}
 
     @abstractmethod
     def start(self, path: Path) -> None: ...
@@ -65,7 +71,7 @@ class RemoteEngine(ABC):
         """One of qerl_sync.clients."""
 
     @abstractmethod
-    def rpc(self, method: str, *arguments: str) -> list[dict[str, str]]:
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
         """A method of `WorkerExtension` on every rank."""
 
     @abstractmethod
@@ -77,7 +83,7 @@ class RemoteEngine(ABC):
 
     def generate(self) -> list[Generation]:
         """One prompt after the other: what else is in a batch changes the last bits."""
-        return [self.complete(prompt, MAX_TOKENS) for prompt in PROMPTS]
+        return [self.complete(prompt, MAX_TOKENS) for prompt in self.prompts]
 
     def generates_as(self, version: int) -> bool:
         """Tokens and logprobs, to the bit."""
@@ -87,7 +93,7 @@ class RemoteEngine(ABC):
         """Largest difference between its logprobs and the trainer's."""
         return max(
             gap(self.trainers[version], prompt, generation)
-            for prompt, generation in zip(PROMPTS, self.generate(), strict=True)
+            for prompt, generation in zip(self.prompts, self.generate(), strict=True)
         )
 
     def wrong_weights(self, version: int) -> list[str]:
@@ -112,7 +118,7 @@ class InProcess(RemoteEngine):
     """A `LLM` of this process: a subject, as tests of the colocated mode have it."""
 
     def __init__(self, subject: Subject) -> None:
-        self.subject, self.kind, self.trainers = subject, subject.kind, subject.trainers
+        self.subject, self.trainers = subject, subject.trainers
         self.generations = {OLD: self.generate(), NEW: _generate(subject.fresh)}
 
     @property
@@ -124,7 +130,7 @@ class InProcess(RemoteEngine):
     def client(self) -> Any:
         return _llm_client(self.subject.engine)
 
-    def rpc(self, method: str, *arguments: str) -> list[dict[str, str]]:
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
         raise NotImplementedError
 
     def complete(self, prompt: list[int], max_tokens: int) -> Generation:
@@ -140,7 +146,6 @@ class OwnProcess(RemoteEngine):
     """A `LLM` whose engine has a process of its own, its worker another one."""
 
     environment: ClassVar = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    arguments: ClassVar[dict[str, Any]] = {}
 
     def start(self, path: Path) -> None:
         with engine_environment(self.environment):
@@ -149,8 +154,9 @@ class OwnProcess(RemoteEngine):
     def client(self) -> Any:
         return _llm_client(self.llm)
 
-    def rpc(self, method: str, *arguments: str) -> list[dict[str, str]]:
-        return list(self.llm.collective_rpc(method, args=arguments))
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
+        # The client's calls come back from an engine that has died; vLLM's own do not.
+        return list(self.client()._call("collective_rpc", method, args=arguments))
 
     def complete(self, prompt: list[int], max_tokens: int) -> Generation:
         return _complete(self.llm, prompt, max_tokens)
@@ -181,7 +187,7 @@ class Async(RemoteEngine):
         from vllm.v1.engine.async_llm import AsyncLLM
 
         arguments = AsyncEngineArgs(
-            model=str(path), enable_prefix_caching=False, **SERVED, **ENGINE
+            model=str(path), enable_prefix_caching=False, **{**SERVED, **ENGINE, **self.arguments}
         )
         with engine_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}):
             return AsyncLLM.from_engine_args(arguments)
@@ -194,7 +200,7 @@ class Async(RemoteEngine):
 
         return AsyncLLMClient(self.engine, self.loop, timeout_seconds=60)
 
-    def rpc(self, method: str, *arguments: str) -> list[dict[str, str]]:
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
         return list(self.run(self.engine.collective_rpc(method, args=arguments)))
 
     def complete(self, prompt: list[int], max_tokens: int) -> Generation:
@@ -236,12 +242,10 @@ class Server(RemoteEngine):
         from qerl_sync.serving.command import ServerSpec
         from qerl_sync.serving.server import ServerProcess
 
-        tests = str(Path(__file__).parents[1])
-        spec = ServerSpec(
-            str(path), engine={**SERVED, "worker_extension_cls": worker_extension.NAME}
-        )
-        self.process = ServerProcess(spec, log=path.parent / "server.log")
-        with engine_environment({"PYTHONPATH": tests}):
+        engine = {**SERVED, "worker_extension_cls": worker_extension.NAME, **self.arguments}
+        spec = ServerSpec(str(path), engine=engine)
+        self.process = ServerProcess(spec, log=path.parent / "server.log", grace_seconds=5)
+        with engine_environment({"PYTHONPATH": import_path()}):
             self.process.__enter__()
 
     def client(self) -> Any:
@@ -249,7 +253,7 @@ class Server(RemoteEngine):
 
         return HTTPClient(self.process.url, timeout_seconds=60)
 
-    def rpc(self, method: str, *arguments: str) -> list[dict[str, str]]:
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
         body = {"method": method, "args": list(arguments)}
         return list(self._post("collective_rpc", body).json()["results"])
 
@@ -345,7 +349,9 @@ class RemotePool:
             return InProcess(self._subjects.subject(kind, kernels))
         kind_of_engine, kind = ENGINES[name]
         subject = self._subjects.subject(kind, "stock")
-        return kind_of_engine(subject, self._directory / name.replace(" ", "-"))
+        engine = kind_of_engine(subject.trainers, self._directory / name.replace(" ", "-"))
+        engine.generations[NEW] = _generate(subject.fresh)
+        return engine
 
 
 def session(engine: RemoteEngine, source: Source, **options: Any) -> SyncSession:
@@ -390,6 +396,12 @@ def gaps(trainer_model: Any, prompt: list[int], generation: Generation) -> list[
         logits = trainer_model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
     right = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
     return (right - torch.tensor(logprobs)).abs().tolist()
+
+
+def import_path() -> str:
+    """PYTHONPATH with which other processes find `support` and `faults`."""
+    inherited = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(Path(__file__).parents[1]), *([inherited] if inherited else [])])
 
 
 @contextlib.contextmanager

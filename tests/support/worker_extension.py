@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import threading
+from pathlib import Path
 from typing import Any
 
-from faults.extension import fresh_model
+import torch
 
+from qerl_sync.worker import compat
+from qerl_sync.worker.receiver import Receiver
 from support.fingerprint import fingerprint
 
 NAME = f"{__name__}.WorkerExtension"
+# In the middle, of the layers that vLLM processes when they are whole.
+BREAKABLE = ("layers.1.mlp.gate_up_proj", "layers.1.mlp.experts.routed_experts")
 
 
 class WorkerExtension:
@@ -23,4 +31,78 @@ class WorkerExtension:
 
     def fresh_weights(self, path: str) -> dict[str, str]:
         """What they would hold, had this rank been started with the checkpoint at `path`."""
-        return fingerprint(fresh_model(self.vllm_config, path))
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader import get_model
+
+        config = copy.copy(self.vllm_config)
+        config.model_config = copy.copy(config.model_config)
+        config.model_config.model = path
+        # Where layers register by name, each once.
+        config.compilation_config = copy.copy(config.compilation_config)
+        config.compilation_config.static_forward_context = {}
+        config.compilation_config.static_all_moe_layers = []
+        with set_current_vllm_config(config):
+            return fingerprint(get_model(vllm_config=config))
+
+    def sync_state(self) -> dict[str, Any]:
+        """Why this rank does not serve (or ""), its version, what a reload left open, what it has
+        open."""
+        model = self.model_runner.model
+        receiver = Receiver(compat.EngineParts(model, self.vllm_config, torch.device("cpu")))
+        return {
+            "poisoned": receiver.poisoned or "",
+            "version": receiver.version,
+            "unfinished": unfinished(model),
+            "resources": {**open_resources(), "hooks": len(model._forward_pre_hooks)},
+        }
+
+    def break_loader(self, rank: int, path: str) -> None:
+        """Make vLLM fail when it processes a layer, on rank `rank` alone; -1 on all.
+
+        Args:
+            path: what the layer's name ends with; "": one in the middle.
+        """
+        if rank not in (-1, self.vllm_config.parallel_config.rank):
+            return
+        model, ends = self.model_runner.model, (path,) if path else BREAKABLE
+        layer = next(module for name, module in model.named_modules() if name.endswith(ends))
+
+        def fail(_: Any) -> None:
+            states = [compat.layer_state(one) for one in model.modules() if one is not layer]
+            begun = sum(0 < state.loaded_numel < (state.total_numel or 0) for state in states)
+            raise RuntimeError(f"no kernel for this shape; {begun} other layers have begun")
+
+        layer.quant_method.process_weights_after_loading = fail
+
+    def mend_loader(self) -> None:
+        for layer in self.model_runner.model.modules():
+            if (method := getattr(layer, "quant_method", None)) is not None:
+                vars(method).pop("process_weights_after_loading", None)
+
+
+def open_resources() -> dict[str, int]:
+    """What this process has open that belongs to a sync, or may."""
+    links = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    return {
+        "threads": sum(thread.name.startswith("qerl-sync") for thread in threading.enumerate()),
+        "sockets": sum("/socket:[" in link for link in links),
+        "mapped segments": Path("/proc/self/maps").read_text().count("/qerl_sync-"),
+    }
+
+
+def unfinished(model: torch.nn.Module) -> list[str]:
+    """What a reload has left open: tensors on meta, layers half loaded, loading wrappers. Empty for
+    a model that was restored, or never reloaded."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    found = []
+    for path, layer in model.named_modules():
+        info = layerwise.LAYERWISE_INFO.get(layer)
+        if info is not None and info.can_load():
+            found.append(f"{path}: {info.load_numel} of {info.load_numel_total} elements")
+        for name, tensor in layerwise.get_layer_tensors(layer).items():
+            if tensor.is_meta:
+                found.append(f"{path}.{name} is on meta")
+            if layerwise._get_weight_loader(tensor).__name__ == "online_process_loader":
+                found.append(f"{path}.{name} has a loading wrapper")
+    return found + [f"{len(layerwise.LOADING_LAYERS)} loading"] * bool(layerwise.LOADING_LAYERS)

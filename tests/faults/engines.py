@@ -1,0 +1,238 @@
+"""The engines that syncs are broken on, one a process of the suite."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from support import remote
+from support.engines import ENGINE_ARGUMENTS, NEW, OLD, kernels_in_use
+from support.models import CONFIGS, checkpoint_tensors, make_model
+
+from faults.spoilers import Pairs
+from faults.triggers import FaultySource, PhasedInProcess, PhasedRemote, Trigger
+from qerl_sync import ConfigError, Source, SyncConfig, SyncReport, SyncSession, Transport
+from qerl_sync.clients.http import HTTPClient
+from qerl_sync.serving.gate import QUIET_SECONDS
+
+TIMEOUT_SECONDS = 3.0
+CALL_SECONDS = 60.0
+# How long a request must have stayed without an answer for it to count as one that waits.
+WAITING_SECONDS = 1.5
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Which engine, and what it serves. Written as `own process/moe/stock`."""
+
+    engine: str
+    model: str
+    kernels: str = "stock"
+
+    @classmethod
+    def parse(cls, text: str) -> Spec:
+        return cls(*text.split("/"))
+
+    def require_possible(self) -> None:
+        """Raise ConfigError where there is no such engine, model or kernels."""
+        known = {"engine": ENGINES, "model": [*CONFIGS, "fp8"], "kernels": ["stock", "plain"]}
+        for what, names in known.items():
+            given = getattr(self, what)
+            if given not in names:
+                raise ConfigError(f"there is no {what} {given!r}; choose from {', '.join(names)}")
+        if self.kernels == "plain" and self.engine != "in process":
+            raise ConfigError(
+                f"{self}: plain kernels are put in place in this process, where the engine of "
+                f"{self.engine!r} does not run; choose 'in process/{self.model}/plain', or stock"
+            )
+
+    def start(self, directory: Path) -> FaultEngine:
+        return ENGINES[self.engine](self, directory)
+
+    def __str__(self) -> str:
+        return f"{self.engine}/{self.model}/{self.kernels}"
+
+
+class FaultEngine(remote.RemoteEngine):
+    """An engine on version OLD that syncs are broken on.
+
+    Attributes:
+        generations: no second engine is started for what NEW says: it is what this one says from
+            empty caches, after the first push that left its kernels as in a fresh one.
+    """
+
+    # The first is longer than a block of cached keys, which has 128 tokens on CPU: what vLLM keeps
+    # of one request for the next are whole blocks.
+    prompts: ClassVar = [[i * 7 % 199 for i in range(150)], [1, 2, 3, 0], [1, 2, 3, 1]]
+    in_process = False
+    # Whether requests are refused also where the trainer has died and cannot say so.
+    outlives_trainers = False
+
+    def __init__(self, spec: Spec, directory: Path) -> None:
+        self.spec = spec
+        self._waiting: list[threading.Thread] = []
+        kind = "dense" if spec.model == "fp8" else spec.model  # it is vLLM that quantises
+        models = {version: make_model(kind, version) for version in (OLD, NEW)}
+        arguments = ENGINE_ARGUMENTS.get(spec.model, {})
+        super().__init__(models, directory, max_model_len=256, **arguments)
+        self.tensors = {v: checkpoint_tensors(path) for v, path in self.paths.items()}
+
+    @property
+    def pairs(self) -> Pairs:
+        """The checkpoint that faults happen to."""
+        return list(self.tensors[NEW].items())
+
+    # ---- syncs
+
+    def transport(self, trigger: Trigger) -> Transport:
+        found = PhasedRemote(self.client(), transport="shm", timeout_seconds=TIMEOUT_SECONDS)
+        found.trigger = trigger
+        return found
+
+    def session(
+        self, source: Source, trigger: Trigger | None = None, **options: Any
+    ) -> SyncSession:
+        # A source in the model's own order, which would open several layers; the default policy
+        # sends it so that one is open. Options may keep the order: `injectors.SEVERAL_OPEN`.
+        sized = {"chunk_bytes": "64KiB", "timeout_seconds": TIMEOUT_SECONDS}
+        config = SyncConfig.of(**{**sized, **options})
+        return SyncSession(source, self.transport(trigger or Trigger()), config)
+
+    def push(self, version: int) -> SyncReport:
+        """A good sync, in a session of its own."""
+        with self.session(FaultySource(self.tensors[version])) as session:
+            return session.push()
+
+    def restart(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
+        self.start(self.paths[OLD])
+
+    # ---- judging
+
+    def state(self) -> list[dict[str, Any]]:
+        """What `WorkerExtension.sync_state` says of each rank."""
+        return self.rpc("sync_state")
+
+    def version_held(self) -> int | None:
+        """OLD or NEW, if every rank holds exactly that."""
+        held = self.rpc("held_weights")
+        return next((v for v, fresh in self.weights.items() if fresh == held), None)
+
+    def answer(self) -> tuple[str, str]:
+        """What becomes of a request: `answers`, `refuses` or `waits`; and the words."""
+        found: list[tuple[str, str]] = []
+        thread = threading.Thread(target=lambda: found.append(self._ask()), daemon=True)
+        thread.start()
+        self._waiting.append(thread)
+        thread.join(WAITING_SECONDS)
+        for _ in range(100):
+            if found or self._is_paused():
+                break
+            thread.join(0.2)  # slow is not the same as waiting
+        return found[0] if found else ("waits", "")
+
+    def _ask(self) -> tuple[str, str]:
+        try:
+            self.generate()
+        except Exception as exc:
+            return "refuses", f"{type(exc).__name__}: {exc}"
+        return "answers", ""
+
+    def _is_paused(self) -> bool:
+        return False
+
+    def generates_as(self, version: int) -> bool:
+        """Tokens and logprobs, to the bit. Its kernels must hold that version's weights."""
+        while self._waiting:  # requests of a paused engine go on, and must not share a batch
+            self._waiting.pop().join(CALL_SECONDS)
+        said = self.generate()
+        if version not in self.generations:
+            emptied = self.client().reset_caches(running=False)
+            assert emptied, f"{self.spec}: vLLM does not empty its caches; are requests in flight?"
+            self.generations[version] = self.generate()
+        return said == self.generations[version]
+
+
+class OwnProcess(FaultEngine, remote.OwnProcess):
+    """A `LLM` whose engine has a process of its own."""
+
+
+class TensorParallel(FaultEngine, remote.TensorParallel):
+    """The same with two worker ranks."""
+
+
+class InProcess(FaultEngine, remote.OwnProcess):
+    """A `LLM` of this process; tensors go by reference."""
+
+    environment: ClassVar = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    in_process = outlives_trainers = True
+
+    def start(self, path: Path) -> None:
+        # To the end of the process: vLLM decides when it processes a layer.
+        self._kernels = kernels_in_use(self.spec.kernels)
+        self._kernels.__enter__()
+        super().start(path)
+
+    @cached_property
+    def parts(self) -> Any:
+        from qerl_sync.worker import compat
+
+        return compat.in_process_parts(self.llm)
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self.parts.model
+
+    def transport(self, trigger: Trigger) -> Transport:
+        found = PhasedInProcess(self.llm)
+        found.trigger = trigger
+        return found
+
+    def answer(self) -> tuple[str, str]:
+        return self._ask()
+
+    def close(self) -> None:
+        """It ends with its process."""
+
+
+class Server(FaultEngine, remote.Server):
+    """vLLM's OpenAI server, with our gate in front."""
+
+    outlives_trainers = True
+
+    def client(self) -> Any:
+        # With a worker that is stopped, pausing takes that long, and so does resuming after it.
+        return HTTPClient(self.process.url, timeout_seconds=CALL_SECONDS / 2)
+
+    def answer(self) -> tuple[str, str]:
+        """Of a request that comes when the gate has had time to see that the trainer is gone."""
+        deadline = time.monotonic() + QUIET_SECONDS + WAITING_SECONDS
+        while self._is_paused() and self._is_ready() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return super().answer()
+
+    def _is_paused(self) -> bool:
+        return bool(self._get("is_paused").json().get("is_paused"))
+
+    def _is_ready(self) -> bool:
+        return bool(self._get("qerl_sync/ready").status_code == 200)
+
+    def _get(self, route: str) -> Any:
+        import requests
+
+        return requests.get(f"{self.process.url}/{route}", timeout=CALL_SECONDS)
+
+
+ENGINES: dict[str, type[FaultEngine]] = {
+    "in process": InProcess,
+    "own process": OwnProcess,
+    "server": Server,
+    "tensor parallel": TensorParallel,
+}
