@@ -78,6 +78,8 @@ def remote_transport(
         chunks_in_flight=sync.chunks_in_flight,
         timeout_seconds=sync.timeout_seconds,
         address=sync.trainer_address,
+        port=sync.trainer_port,
+        bind=sync.trainer_bind or "",
         pause_mode=sync.pause_mode,
         recompute_running=sync.recompute_running,
         **options,

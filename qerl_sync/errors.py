@@ -11,7 +11,9 @@
     ├── AgreementError      trainer and worker differ: versions, layout, plan, token
     ├── TransportError      tensors or messages do not get through
     │   ├── TransportTimeout    the other side did not answer in time
-    │   └── PeerLostError       the other side is gone
+    │   ├── PeerLostError       the other side is gone
+    │   ├── IntegrityError      bytes arrived that the other side did not send
+    │   └── NoRoomError         shared memory has less room than the sync needs
     └── PoisonedError       the worker holds half of a sync and refuses to generate
 
 Each message names the thing, the value and the next step. Errors of vLLM, TRL and torch are
@@ -68,6 +70,24 @@ class TransportTimeout(TransportError):
 
 class PeerLostError(TransportError):
     """The other side closed the connection or died."""
+
+
+class IntegrityError(TransportError):
+    """Bytes arrived that the other side did not send, or not then: they were changed on the way."""
+
+
+class NoRoomError(TransportError):
+    """Shared memory has less room than is needed.
+
+    Attributes:
+        needed_bytes, free_bytes: of it; None where the error comes from another process.
+    """
+
+    def __init__(
+        self, text: str, *, needed_bytes: int | None = None, free_bytes: int | None = None
+    ) -> None:
+        super().__init__(text)
+        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
 
 
 class PoisonedError(SyncError):

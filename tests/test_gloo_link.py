@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import signal
 import socket
 import time
@@ -310,18 +311,17 @@ def test_strangers_get_nothing_and_do_not_end_the_wait(aside):
 
 
 def test_who_connects_to_gloo_without_the_key_is_refused(aside):
-    """Between the two, the key of the link is replaced: Gloo connects, its ends differ."""
+    """Each talks to somebody in between: Gloo connects, and the keys of its ends differ."""
 
     def channels() -> tuple[Channel, Channel]:
         with socket.create_server((HOST, 0)) as server:
             one = socket.create_connection(server.getsockname())
-            return Channel(one, "the other side"), Channel(server.accept()[0], "the other side")
+            two, key = server.accept()[0], secrets.token_bytes(32)
+            return Channel(one, "it", key, "trainer"), Channel(two, "it", key, "worker")
 
     (trainer, from_trainer), (to_worker, worker) = channels(), channels()
 
     def relay() -> None:
-        from_trainer.receive_bytes(LONG_SECONDS, "key")
-        to_worker.send_bytes(bytes(32), LONG_SECONDS, "key")
         to_worker.send_bytes(from_trainer.receive_bytes(LONG_SECONDS, "to"), LONG_SECONDS, "to")
         from_trainer.send_bytes(to_worker.receive_bytes(LONG_SECONDS, "fro"), LONG_SECONDS, "fro")
 

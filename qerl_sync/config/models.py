@@ -58,6 +58,16 @@ def _server_url(value: str | None) -> str | None:
     return value
 
 
+def _one_address(value: str) -> str:
+    host = value.strip("[]")
+    if host in ("", "0.0.0.0", "::"):
+        raise ValueError(
+            f"{value!r} is no address that workers can connect to; name one of this machine's, and "
+            "write trainer_bind: 0.0.0.0 (or ::) to listen on all of them"
+        )
+    return host
+
+
 def _absolute(value: str | None) -> str | None:
     if value is not None and not PurePosixPath(value).is_absolute():
         raise ValueError(
@@ -137,8 +147,9 @@ class SyncConfig(Section):
     transport: Literal["auto", "inproc", "shm", "gloo", "ray"] = "auto"
     """How chunks reach vLLM workers in other processes. `shm`: shared memory, same host only;
     `gloo`: torch's Gloo over TCP, any host; `ray`: Ray's object store, for engines in Ray actors;
-    `auto`: shared memory where a worker can open the trainer's, elsewhere Ray's object store in
-    Ray actors and Gloo for the rest; the report says which and why. An engine in the trainer's own
+    `auto`: shared memory where a worker can open the trainer's and /dev/shm has room for the chunks
+    in flight (Docker gives it 64 MB), elsewhere Ray's object store in Ray actors and Gloo for the
+    rest; the report says which and why. An engine in the trainer's own
     process (`rollout.mode: colocate`) gets tensors by reference, `inproc`."""
 
     chunks_in_flight: PositiveInt = 2
@@ -148,10 +159,21 @@ class SyncConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """How long either side waits for the other, for each message and each call."""
 
-    trainer_address: str = "127.0.0.1"
-    """The address, of this machine, under which workers reach the trainer. Set it where they are on
-    other hosts; the trainer listens there, and only there. With `rollout.mode: ray` the default
-    leaves it to Ray: the address of the trainer's node, where the cluster has several."""
+    trainer_address: Annotated[str, AfterValidator(_one_address)] = "127.0.0.1"
+    """The address, IPv4 or IPv6, or the name under which workers reach the trainer. Set it where
+    they are on other hosts. The trainer listens there, and only there, unless `trainer_bind` says
+    otherwise. With `rollout.mode: ray` the default leaves it to Ray: the address of the trainer's
+    node, where the cluster has several."""
+
+    trainer_bind: str | None = None
+    """The address that the trainer listens on, where workers reach it under another: in a container
+    whose port is published, behind NAT. `0.0.0.0` or `::` is every address of this machine. Null:
+    `trainer_address`. Gloo opens more connections, in both directions and at free ports: where only
+    one port leads to the trainer, chunks need `transport: shm` or `ray`."""
+
+    trainer_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """The port that the trainer listens on, for a firewall or a published port; workers are told
+    the same. With `rollout.mode: ray`, the first: each rollout actor takes one. 0: a free one."""
 
     pause_mode: Literal["keep", "wait", "abort"] = "keep"
     """What becomes of requests in flight on a server during a sync: `keep`, they wait and go on

@@ -5,8 +5,10 @@
       <--- nonce_t, HMAC(token, trainer, nonces)
       ---- HMAC(token, worker, nonces) ->
 
-After that, frames of eight bytes of length and as many of JSON, in both directions. Nothing is
-unpickled. The token keeps strangers out; the bytes are not encrypted.
+After that, frames in both directions: eight bytes of length, a tag, JSON. Nothing is unpickled.
+The tag is a keyed hash of the JSON and of the frame's number in its direction; the key is derived
+from token and nonces. Who does not know the token can neither change, repeat, reorder nor drop
+frames unseen. The bytes are not encrypted.
 """
 
 from __future__ import annotations
@@ -25,8 +27,16 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from qerl_sync.errors import AgreementError, PeerLostError, TransportError, TransportTimeout
+from qerl_sync.errors import (
+    AgreementError,
+    IntegrityError,
+    PeerLostError,
+    TransportError,
+    TransportTimeout,
+)
+from qerl_sync.wire.forks import close_in_children
 from qerl_sync.wire.messages import Message, decode, encode
+from qerl_sync.wire.tags import TAG_BYTES, Tags, derived
 
 # A token that trainer and workers share beforehand; without it the trainer makes one up and sends
 # it with its first call.
@@ -35,12 +45,24 @@ TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
 PROOF_HEADER = "x-qerl-sync-proof"
 
 MAX_FRAME_BYTES = 1 << 30
+# Of a whole handshake, however its bytes trickle in.
 HANDSHAKE_SECONDS = 5.0
+# Handshakes at a time on one listener. One more waits until the oldest has had FAIR_SECONDS, which
+# is cut off then: strangers that say nothing delay a worker by no more than that.
+MAX_HANDSHAKES = 64
+FAIR_SECONDS = 1.0
+# How soon a listener tries again after the process ran out of descriptors, memory or threads.
+RECOVERY_SECONDS = 0.1
+# An idle connection is probed after the first of these, so often, this far apart: routers and
+# firewalls forget idle connections after minutes (AWS: 350 s, Azure: 240 s), and the kernel's own
+# probes would begin after two hours. Data that nobody acknowledges ends it as soon as probes do.
+KEEPALIVE_IDLE_SECONDS, KEEPALIVE_PROBES, KEEPALIVE_INTERVAL_SECONDS = 30, 6, 10
 # How long a worker asks again where nobody listens: the ranks of a trainer do not all open their
 # listeners at the moment at which the first of them has the workers connect.
 REFUSED_SECONDS = 10.0
 _RETRY_SECONDS = 0.1
 _NONCE = 32
+TRAINER, WORKER = "trainer", "worker"
 _LENGTH = struct.Struct("!Q")
 # A wait looks this often whether there is still something to wait for.
 _GLANCE_SECONDS = 0.1
@@ -51,16 +73,21 @@ class Channel:
 
     Args:
         peer: what the other side is, for error messages ("worker 0", "the trainer").
+        key: of this connection, known to both ends.
+        role: TRAINER or WORKER, whichever this end is.
     """
 
-    def __init__(self, connection: socket.socket, peer: str) -> None:
+    def __init__(self, connection: socket.socket, peer: str, key: bytes, role: str) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        _keep_alive(connection)
         connection.setblocking(False)
         self.peer = peer
         self._connection = connection
+        self._key = key
         self._received = bytearray()
         self._sending = threading.Lock()
+        self._own_tags = Tags(key, role)
+        self._other_tags = Tags(key, TRAINER if role == WORKER else WORKER)
 
     def send(self, message: Message, timeout_seconds: float) -> None:
         """Raises PeerLostError, or TransportTimeout if the other side does not read."""
@@ -69,7 +96,8 @@ class Channel:
     def send_bytes(self, frame: bytes, timeout_seconds: float, what: str) -> None:
         """A frame that is no message, for protocols of their own. Raises as `send`."""
         with self._sending:
-            self._write(memoryview(_LENGTH.pack(len(frame)) + frame), timeout_seconds, what)
+            head = _LENGTH.pack(TAG_BYTES + len(frame)) + self._own_tags.next(frame)
+            self._write(memoryview(head + frame), timeout_seconds, what)
 
     def receive(
         self,
@@ -86,6 +114,7 @@ class Channel:
         Raises:
             PeerLostError: the other side has closed the connection or died.
             TransportTimeout: nothing arrived in time.
+            IntegrityError: what arrived is not what the other side sent next.
         """
         return decode(self.receive_bytes(timeout_seconds, what, glance))
 
@@ -97,12 +126,23 @@ class Channel:
     ) -> bytes:
         """The next frame, whatever it holds. Raises as `receive`."""
         deadline = time.monotonic() + timeout_seconds
-        length = _LENGTH.unpack(self._read(_LENGTH.size, deadline, timeout_seconds, what, glance))[
-            0
-        ]
-        if length > MAX_FRAME_BYTES:
+        wait = (deadline, timeout_seconds, what, glance)
+        self._fill(_LENGTH.size, *wait)
+        (length,) = _LENGTH.unpack_from(self._received)
+        if not TAG_BYTES <= length <= MAX_FRAME_BYTES:
             raise TransportError(f"{self.peer} announces a message of {length:,} bytes; closing")
-        return self._read(length, deadline, timeout_seconds, what, glance)
+        self._fill(_LENGTH.size + length, *wait)
+        # A frame is taken whole or not at all: whoever gives up in its middle can come back for it.
+        body = bytes(self._received[_LENGTH.size : _LENGTH.size + length])
+        del self._received[: _LENGTH.size + length]
+        tag, frame = body[:TAG_BYTES], body[TAG_BYTES:]
+        if not hmac.compare_digest(tag, self._other_tags.next(frame)):
+            raise IntegrityError(
+                f"{what}: what arrived is not what {self.peer} sent (its authentication tag does "
+                "not fit): it was changed on the way, or the two run different versions of "
+                "qerl-sync; look at who can reach the network between them"
+            )
+        return frame
 
     def require_open(self, what: str) -> None:
         """Raises PeerLostError if the other side has closed the connection or died."""
@@ -129,12 +169,17 @@ class Channel:
         """This end's address: one that the other side can reach."""
         return str(self._connection.getsockname()[0])
 
+    def derive(self, purpose: str) -> bytes:
+        """Return a secret that both ends of this connection know, and that never travels."""
+        return derived(self._key, purpose)
+
     def close(self) -> None:
         self._connection.close()
 
-    def _read(
+    def _fill(
         self, size: int, deadline: float, given: float, what: str, glance: Callable[[], None]
-    ) -> bytes:
+    ) -> None:
+        """Block until `size` bytes have arrived."""
         while len(self._received) < size:
             self._wait(select.POLLIN, deadline, given, what, glance)
             try:
@@ -144,9 +189,6 @@ class Channel:
             if not data:
                 raise self._lost(what)
             self._received += data
-        taken = bytes(self._received[:size])
-        del self._received[:size]
-        return taken
 
     def _write(self, rest: memoryview, timeout_seconds: float, what: str) -> None:
         deadline = time.monotonic() + timeout_seconds
@@ -196,24 +238,20 @@ class Channel:
 class Listener:
     """The trainer's end: takes connections in the background, for as long as it is open.
 
-    Strangers are turned away one by one, each in a thread of its own: they delay nobody.
+    Each handshake has a thread of its own, so that strangers delay nobody; their number is bounded.
 
     Args:
-        host: the address to bind to; workers must be able to reach it.
+        host: the address to bind to; a name is bound to the first of its addresses that can be.
         port: 0 for any free one.
     """
 
     def __init__(self, host: str, port: int, token: str) -> None:
-        try:
-            self._socket = socket.create_server((host, port))
-        except OSError as exc:
-            raise TransportError(
-                f"cannot listen on {host}:{port} ({exc.strerror or exc}); choose a free port and "
-                "an address of this machine (sync.trainer_address)"
-            ) from exc
+        self._socket = close_in_children(_bound(host, port))
         self._token = token
         self._accepted: queue.SimpleQueue[Channel] = queue.SimpleQueue()
-        self._closing, self._closed = threading.Lock(), False
+        # Those in progress, oldest first, with their start.
+        self._handshakes: dict[socket.socket, float] = {}
+        self._changed, self._closed = threading.Condition(), False
         self.host = host
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._listen, name="qerl-sync listener", daemon=True).start()
@@ -226,11 +264,13 @@ class Listener:
             return None
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
-        self._socket.close()
-        with self._closing:
+        with self._changed:
             self._closed = True
+            for connection in self._handshakes:
+                _cut_off(connection)
+            self._changed.notify_all()
+        _cut_off(self._socket)  # wakes the thread that accepts
+        self._socket.close()
         while (unwanted := self.accept(0)) is not None:
             unwanted.close()
 
@@ -239,20 +279,95 @@ class Listener:
             try:
                 connection, (host, *_) = self._socket.accept()
             except OSError:
+                if self._closed:
+                    return
+                # Out of descriptors or memory, or the client is gone: the next one may get in.
+                time.sleep(RECOVERY_SECONDS)
+                continue
+            close_in_children(connection)
+            if not self._begin_handshake(connection):
+                connection.close()
                 return
-            threading.Thread(target=self._admit, args=(connection, host), daemon=True).start()
+            try:
+                threading.Thread(target=self._admit, args=(connection, host), daemon=True).start()
+            except RuntimeError:  # no more threads
+                self._end_handshake(connection, None)
+                time.sleep(RECOVERY_SECONDS)
+
+    def _begin_handshake(self, connection: socket.socket) -> bool:
+        """Block until fewer than MAX_HANDSHAKES are in progress. Return False once closed."""
+        with self._changed:
+            while len(self._handshakes) >= MAX_HANDSHAKES and not self._closed:
+                oldest, started = next(iter(self._handshakes.items()))
+                seconds = started + FAIR_SECONDS - time.monotonic()
+                if seconds <= 0:
+                    _cut_off(oldest)  # its thread wakes and takes it out
+                self._changed.wait(max(seconds, RECOVERY_SECONDS))
+            self._handshakes[connection] = time.monotonic()
+            return not self._closed
+
+    def _end_handshake(self, connection: socket.socket, channel: Channel | None) -> None:
+        """Hand on what became of a connection; None: it is no worker's."""
+        with self._changed:
+            del self._handshakes[connection]
+            self._changed.notify_all()
+            if channel is not None and not self._closed:
+                self._accepted.put(channel)
+                return
+        connection.close()
 
     def _admit(self, connection: socket.socket, host: str) -> None:
+        channel = None
         try:
-            _prove(connection, self._token, ours=b"trainer", theirs=b"worker", first=False)
+            key = _prove(connection, self._token, TRAINER)
+            channel = Channel(connection, f"a worker on {host}", key, TRAINER)
         except OSError:
-            connection.close()
-            return
-        with self._closing:
-            if not self._closed:
-                self._accepted.put(Channel(connection, f"a worker on {host}"))
-                return
-        connection.close()  # it proved itself just too late
+            pass
+        finally:
+            self._end_handshake(connection, channel)
+
+
+def parse_endpoint(endpoint: str) -> tuple[str, int]:
+    """Return host and port of `host:port`, an IPv6 address in brackets: `[::1]:29500`.
+
+    Raises:
+        AgreementError: it is not like that.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        host = ""  # an IPv6 address without brackets: its last group is no port
+    # Length first: int() refuses thousands of digits with an error of its own.
+    if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
+        raise AgreementError(
+            f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500 or [::1]:29500"
+        )
+    return host, int(port)
+
+
+def format_endpoint(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket that listens there. Raises TransportError."""
+    try:
+        found = socket.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        for family, _, _, _, address in found[:-1]:
+            with contextlib.suppress(OSError):
+                return socket.create_server(address, family=family)
+        family, _, _, _, address = found[-1]
+        return socket.create_server(address, family=family)
+    except (OSError, UnicodeError) as exc:
+        raise TransportError(
+            f"cannot listen on {format_endpoint(host, port)} "
+            f"({getattr(exc, 'strerror', None) or exc}); choose a free port (sync.trainer_port) "
+            "and an address of this machine (sync.trainer_address, or sync.trainer_bind where "
+            "workers reach it under another)"
+        ) from exc
 
 
 def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel:
@@ -263,22 +378,23 @@ def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel
         TransportTimeout: who listens there says nothing.
         AgreementError: who listens there does not know the token, or does not accept ours.
     """
-    connection = _reach(host, port, timeout_seconds)
+    connection = close_in_children(_reach(host, port, timeout_seconds))
+    at = format_endpoint(host, port)
     try:
-        _prove(connection, token, ours=b"worker", theirs=b"trainer", first=True)
+        key = _prove(connection, token, WORKER)
     except TimeoutError as exc:
         connection.close()
         raise TransportTimeout(
-            f"what listens at {host}:{port} did not answer within {HANDSHAKE_SECONDS:.0f} s; is it "
+            f"what listens at {at} did not answer within {HANDSHAKE_SECONDS:.0f} s; is it "
             "the trainer, and does it still run?"
         ) from exc
     except OSError as exc:
         connection.close()
         raise AgreementError(
-            f"the trainer at {host}:{port} and this worker do not share a token; set the same "
+            f"the trainer at {at} and this worker do not share a token; set the same "
             "QERL_SYNC_TOKEN for both, or for neither"
         ) from exc
-    return Channel(connection, "the trainer")
+    return Channel(connection, "the trainer", key, WORKER)
 
 
 def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
@@ -296,7 +412,8 @@ def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
 
 def _unreachable(host: str, port: int, exc: Exception, seconds: float) -> PeerLostError:
     return PeerLostError(
-        f"cannot reach the trainer at {host}:{port} ({getattr(exc, 'strerror', None) or exc}, "
+        f"cannot reach the trainer at {format_endpoint(host, port)} "
+        f"({getattr(exc, 'strerror', None) or exc}, "
         f"tried for {seconds:.1f} s); give it an address that this worker can reach "
         "(sync.trainer_address), and look whether it still runs"
     )
@@ -322,39 +439,70 @@ def _bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _prove(
-    connection: socket.socket, token: str, *, ours: bytes, theirs: bytes, first: bool
-) -> None:
-    """Both sides show that they know the token. Raises OSError if the other side does not."""
-    connection.settimeout(HANDSHAKE_SECONDS)
+def _prove(connection: socket.socket, token: str, role: str) -> bytes:
+    """Both sides show that they know the token. Return a key that no other connection has.
+
+    Raises OSError if the other side does not, or not within HANDSHAKE_SECONDS.
+    """
+    deadline = time.monotonic() + HANDSHAKE_SECONDS
     nonce = secrets.token_bytes(_NONCE)
-    if first:
+    if role == WORKER:
+        connection.settimeout(HANDSHAKE_SECONDS)
         connection.sendall(nonce)
-        other = _exactly(connection, _NONCE)
-        nonces = nonce + other
-    else:
-        other = _exactly(connection, _NONCE)
-        nonces = other + nonce
-        connection.sendall(nonce + _seal(token, ours, nonces))
-    if not hmac.compare_digest(_exactly(connection, 32), _seal(token, theirs, nonces)):
-        raise ConnectionRefusedError("wrong token")
-    if first:
-        connection.sendall(_seal(token, ours, nonces))
+        nonces = nonce + _exactly(connection, _NONCE, deadline)
+        _require_seal(connection, token, TRAINER, nonces, deadline)
+        connection.sendall(_seal(token, WORKER, nonces))
         # The trainer answers a worker that it admits; one that it turns away finds the line cut.
-        _exactly(connection, 1)
+        _exactly(connection, 1, deadline)
     else:
+        nonces = _exactly(connection, _NONCE, deadline) + nonce
+        connection.sendall(nonce + _seal(token, TRAINER, nonces))
+        _require_seal(connection, token, WORKER, nonces, deadline)
         connection.sendall(b"\1")
+    return _seal(token, "key", nonces)
 
 
-def _seal(token: str, role: bytes, nonces: bytes) -> bytes:
-    return hmac.new(_bytes(token), role + nonces, "sha256").digest()
+def _require_seal(
+    connection: socket.socket, token: str, role: str, nonces: bytes, deadline: float
+) -> None:
+    if not hmac.compare_digest(_exactly(connection, 32, deadline), _seal(token, role, nonces)):
+        raise ConnectionRefusedError("wrong token")
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def _seal(token: str, role: str, nonces: bytes) -> bytes:
+    return hmac.digest(_bytes(token), role.encode() + nonces, "sha256")
+
+
+def _exactly(connection: socket.socket, size: int, deadline: float) -> bytes:
     data = b""
     while len(data) < size:
+        # One deadline for the whole handshake: a wait that began anew with each byte would let a
+        # stranger hold its thread for minutes.
+        connection.settimeout(max(deadline - time.monotonic(), 0.001))
         more = connection.recv(size - len(data))
         if not more:
             raise ConnectionResetError("closed during the handshake")
         data += more
     return data
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Notice within two minutes that an idle connection leads nowhere any more."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (
+        (socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS),
+        (socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS),
+        (socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
+        # In milliseconds.
+        (
+            socket.TCP_USER_TIMEOUT,
+            1000 * (KEEPALIVE_IDLE_SECONDS + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL_SECONDS),
+        ),
+    ):
+        connection.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _cut_off(connection: socket.socket) -> None:
+    """Wake whatever thread waits for it."""
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)

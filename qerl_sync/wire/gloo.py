@@ -4,13 +4,15 @@
     GlooLink.listen: a port  ---- (told) ---->  GlooLink.connect
     <------- a channel on which both prove the secret and swap Gloo's addresses ------->
     <======= Gloo, on which both prove it again; the channel and its port close =======>
-    send: payloads, length                --->  receive
+    send: payloads, length and tag        --->  receive
                                           <---  receipt
 
-Length and receipt make up for two traits of Gloo. It leaves whoever waits for a transfer that is
-in its middle waiting when the other side dies, so both sides wait for what comes after the
-payloads. And a payload larger than the buffer that waits for it ends the process (`std::terminate`,
-no exception), so payloads of different lengths have different tags: they never meet.
+The authentication tag is that of the payloads, where the link is sealed: who can write to the
+network between the two could else change weights unseen. Length and receipt make up for two traits
+of Gloo. It leaves whoever waits for a transfer that is in its middle waiting when the other side
+dies, so both sides wait for what comes after the payloads. And a payload larger than the buffer
+that waits for it ends the process (`std::terminate`, no exception), so payloads of different
+lengths have different (Gloo's) tags: they never meet.
 
 A payload of 16 MiB is as quick as raw TCP; each transfer costs about 0.2 ms besides: pack small
 tensors.
@@ -18,6 +20,7 @@ tensors.
 
 from __future__ import annotations
 
+import hmac
 import time
 from abc import ABC, abstractmethod
 from types import TracebackType
@@ -26,13 +29,15 @@ from typing import Any, TypeVar
 import torch
 from typing_extensions import Self
 
-from qerl_sync.errors import AgreementError, TransportError, TransportTimeout
-from qerl_sync.wire.channel import Listener, connect
-from qerl_sync.wire.gloo_pair import MAX_TAG, TRAINER, WORKER, GlooPair
+from qerl_sync.errors import AgreementError, IntegrityError, TransportError, TransportTimeout
+from qerl_sync.wire.channel import Listener, connect, format_endpoint
+from qerl_sync.wire.gloo_pair import MAX_TAG, ROLES, TRAINER, WORKER, GlooPair
+from qerl_sync.wire.tags import TAG_BYTES, Tags
 
 TransferT = TypeVar("TransferT", bound="Transfer")
 
 _LENGTH_TAG, _RECEIPT_TAG, _FIRST_PAYLOAD_TAG = range(3)
+_LENGTH_BYTES = 8
 
 
 class GlooLink:
@@ -41,25 +46,32 @@ class GlooLink:
     Receives meet sends in the order of both. After an error the link is of no use.
     """
 
-    def __init__(self, pair: GlooPair) -> None:
+    def __init__(self, pair: GlooPair, rank: int, *, sealed: bool) -> None:
         self._pair = pair
         self._transfers: list[Transfer] = []
+        self._own_tags = Tags(pair.key, ROLES[rank]) if sealed else None
+        self._other_tags = Tags(pair.key, ROLES[1 - rank]) if sealed else None
 
     @classmethod
-    def listen(cls, host: str, secret: str, timeout_seconds: float) -> PendingLink:
+    def listen(
+        cls, host: str, secret: str, timeout_seconds: float, *, sealed: bool = False
+    ) -> PendingLink:
         """The trainer's end. Returns at once, with a port to tell the worker.
 
         Args:
             host: an address of this machine that the worker can reach; no other is bound.
             secret: the worker must know it too.
             timeout_seconds: the longest that any single wait of this link may take.
+            sealed: payloads are authenticated; the worker must be told the same.
 
         Raises TransportError if the address cannot be bound.
         """
-        return PendingLink(host, secret, timeout_seconds)
+        return PendingLink(host, secret, timeout_seconds, sealed=sealed)
 
     @classmethod
-    def connect(cls, host: str, port: int, secret: str, timeout_seconds: float) -> GlooLink:
+    def connect(
+        cls, host: str, port: int, secret: str, timeout_seconds: float, *, sealed: bool = False
+    ) -> GlooLink:
         """The worker's end.
 
         Raises:
@@ -71,11 +83,11 @@ class GlooLink:
             channel = connect(host, port, secret, timeout_seconds)
         except AgreementError as exc:
             raise AgreementError(
-                f"{host}:{port} and this worker do not share the link's secret; ask the trainer "
-                "for a new link"
+                f"{format_endpoint(host, port)} and this worker do not share the link's secret; "
+                "ask the trainer for a new link"
             ) from exc
         with channel:
-            return cls(GlooPair(channel, WORKER, timeout_seconds))
+            return cls(GlooPair(channel, WORKER, timeout_seconds), WORKER, sealed=sealed)
 
     def send(self, *tensors: torch.Tensor) -> SendHandle:
         """Start to send the bytes of contiguous CPU tensors, straight from their memory.
@@ -85,7 +97,8 @@ class GlooLink:
 
         Raises TransportError if a tensor is not contiguous or not in host memory.
         """
-        return self._keep(SendHandle(self._pair, [_bytes_of(tensor) for tensor in tensors]))
+        payloads = [_bytes_of(tensor) for tensor in tensors]
+        return self._keep(SendHandle(self._pair, payloads, self._own_tags))
 
     def start_receive(self, *buffers: torch.Tensor) -> ReceiveHandle:
         """Start to receive what one `send` sends: as many contiguous CPU tensors, each of exactly
@@ -93,7 +106,8 @@ class GlooLink:
 
         The sender's `wait` comes back after this one's. Raises as `send`.
         """
-        return self._keep(ReceiveHandle(self._pair, [_bytes_of(buffer) for buffer in buffers]))
+        payloads = [_bytes_of(buffer) for buffer in buffers]
+        return self._keep(ReceiveHandle(self._pair, payloads, self._other_tags))
 
     def receive(self, *buffers: torch.Tensor) -> None:
         """`start_receive`, waited for."""
@@ -124,9 +138,10 @@ class GlooLink:
 class PendingLink:
     """A port that waits for one worker. Strangers are turned away and do not end the wait."""
 
-    def __init__(self, host: str, secret: str, timeout_seconds: float) -> None:
+    def __init__(self, host: str, secret: str, timeout_seconds: float, *, sealed: bool) -> None:
         self._listener = Listener(host, 0, secret)
         self._timeout_seconds = timeout_seconds
+        self._sealed = sealed
 
     @property
     def port(self) -> int:
@@ -149,7 +164,8 @@ class PendingLink:
                     "whether it can reach this address"
                 )
             with channel:
-                return GlooLink(GlooPair(channel, TRAINER, self._timeout_seconds))
+                pair = GlooPair(channel, TRAINER, self._timeout_seconds)
+                return GlooLink(pair, TRAINER, sealed=self._sealed)
         finally:
             self.close()
 
@@ -173,6 +189,7 @@ class Transfer(ABC):
             TransportTimeout: they were not within the link's time, counted from now.
             PeerLostError: the other side hung up or died.
             AgreementError: the receiver's buffer has another size; it is unchanged.
+            IntegrityError: other bytes arrived than were sent; the buffer holds them.
             TransportError: this side hung up.
         """
         if not self.done:
@@ -193,13 +210,16 @@ class Transfer(ABC):
 
 
 class SendHandle(Transfer):
-    def __init__(self, pair: GlooPair, payloads: list[torch.Tensor]) -> None:
+    def __init__(self, pair: GlooPair, payloads: list[torch.Tensor], tags: Tags | None) -> None:
         super().__init__(pair, payloads, "sending")
-        self._length, self._receipt = torch.tensor([self._nbytes]), torch.tensor([0])
+        self._receipt = torch.tensor([0])
         # Posted first: from now on, the other side's death is noticed.
         self._received = pair.receive(self._receipt, _RECEIPT_TAG)
         self._sent = [pair.send(payload, _tag_of(payload)) for payload in payloads]
-        self._sent.append(pair.send(self._length, _LENGTH_TAG))
+        # The payloads travel while their tag is computed.
+        length = self._nbytes.to_bytes(_LENGTH_BYTES, "little")
+        self._end = torch.tensor(list(length + _tag(tags, payloads)), dtype=torch.uint8)
+        self._sent.append(pair.send(self._end, _LENGTH_TAG))
 
     def _wait(self) -> None:
         self._until(self._received, *self._sent)
@@ -209,15 +229,17 @@ class SendHandle(Transfer):
 
 
 class ReceiveHandle(Transfer):
-    def __init__(self, pair: GlooPair, payloads: list[torch.Tensor]) -> None:
+    def __init__(self, pair: GlooPair, payloads: list[torch.Tensor], tags: Tags | None) -> None:
         super().__init__(pair, payloads, "receiving")
-        self._length = torch.tensor([0])
+        self._tags = tags
+        self._end = torch.zeros(_LENGTH_BYTES + TAG_BYTES, dtype=torch.uint8)
         self._filled = [pair.receive(payload, _tag_of(payload)) for payload in payloads]
-        self._ended = pair.receive(self._length, _LENGTH_TAG)
+        self._ended = pair.receive(self._end, _LENGTH_TAG)
 
     def _wait(self) -> None:
         self._until(self._ended)
-        sent_bytes = int(self._length)
+        end = bytes(self._end.tolist())
+        sent_bytes = int.from_bytes(end[:_LENGTH_BYTES], "little")
         if sent_bytes != self._nbytes:
             raise self._pair.fail(
                 AgreementError(
@@ -225,10 +247,25 @@ class ReceiveHandle(Transfer):
                     f"{self._nbytes:,} are expected; the two follow different plans"
                 )
             )
-        self._until(*self._filled, self._pair.send(self._length, _RECEIPT_TAG))
+        self._until(*self._filled)
+        if not hmac.compare_digest(_tag(self._tags, self._payloads), end[_LENGTH_BYTES:]):
+            raise self._pair.fail(
+                IntegrityError(
+                    f"{self._nbytes:,} bytes arrived that the {self._pair.peer} did not send "
+                    "(their authentication tag does not fit); look at who can reach the network "
+                    "between the two"
+                )
+            )
+        receipt = torch.tensor([self._nbytes])
+        self._until(self._pair.send(receipt, _RECEIPT_TAG))
 
     def _let_go(self) -> None:
         self._payloads, self._filled = [], []
+
+
+def _tag(tags: Tags | None, payloads: list[torch.Tensor]) -> bytes:
+    """Return the next authentication tag; zeros where the link is not sealed."""
+    return bytes(TAG_BYTES) if tags is None else tags.next(*(p.numpy() for p in payloads))
 
 
 def _tag_of(payload: torch.Tensor) -> int:

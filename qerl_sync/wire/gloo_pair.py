@@ -8,7 +8,6 @@ no store that a stranger could read or write, and nothing listens on other inter
 from __future__ import annotations
 
 import hmac
-import secrets
 import time
 from contextlib import suppress
 from datetime import timedelta
@@ -44,6 +43,9 @@ class GlooPair:
         rank: TRAINER or WORKER.
         timeout_seconds: the longest that a single wait may take.
 
+    Attributes:
+        key: that both sides know, and nobody else.
+
     Raises:
         PeerLostError, TransportTimeout: the other side does not make its half.
         AgreementError: a third party has connected to Gloo.
@@ -53,7 +55,7 @@ class GlooPair:
         self._peer = 1 - rank
         self._timeout_seconds = timeout_seconds
         self._failure: SyncError | None = None
-        key = _common_key(channel, rank, timeout_seconds)
+        key = self.key = channel.derive("gloo")
         self._group: Any = _connected_group(channel, rank, timeout_seconds)
         self._prove(key, rank)
 
@@ -167,15 +169,6 @@ class _Addresses(Store):
     def get(self, key: str) -> bytes:
         self.wait([key])
         return self._known[key]
-
-
-def _common_key(channel: Channel, rank: int, timeout_seconds: float) -> bytes:
-    """A fresh key, from the trainer."""
-    if rank == WORKER:
-        return channel.receive_bytes(timeout_seconds, "waiting for the key of a Gloo link")
-    key = secrets.token_bytes(32)
-    channel.send_bytes(key, timeout_seconds, "sending the key of a Gloo link")
-    return key
 
 
 def _connected_group(channel: Channel, rank: int, timeout_seconds: float) -> ProcessGroupGloo:

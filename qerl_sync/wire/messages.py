@@ -5,6 +5,8 @@
     <- Hello                                        what the worker is
     -- Welcome                            ->        how bytes will travel
     <- Ready
+    -- Ping                               ->        between syncs, before the engine is paused:
+    <- Pong                                         does the connection still lead anywhere?
     -- MapRequest                         ->
     <- MapReply                                     where each tensor lands
     -- SyncRequest                        ->        the plan
@@ -34,7 +36,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.terms import OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 class _Message(BaseModel):
@@ -88,6 +90,16 @@ class Welcome(_Message):
 class Ready(_Message):
     type: Literal["ready"] = "ready"
     options: dict[str, Any] = {}
+
+
+class Ping(_Message):
+    """Answered at once, whatever the worker's thread does. A byte comes on the link, if any."""
+
+    type: Literal["ping"] = "ping"
+
+
+class Pong(_Message):
+    type: Literal["pong"] = "pong"
 
 
 class MapRequest(_Message):
@@ -211,6 +223,8 @@ Message = (
     Hello
     | Welcome
     | Ready
+    | Ping
+    | Pong
     | MapRequest
     | MapReply
     | SyncRequest

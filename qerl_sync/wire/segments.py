@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import io
 import math
 import mmap
 import os
@@ -25,8 +26,9 @@ from typing import Any
 
 import torch
 
-from qerl_sync.errors import TransportError
+from qerl_sync.errors import NoRoomError, TransportError
 from qerl_sync.meta import format_bytes
+from qerl_sync.wire.forks import close_in_children
 
 DIRECTORY = Path("/dev/shm")
 PREFIX = "qerl_sync-"
@@ -47,8 +49,9 @@ class SharedSegment:
         parameters: tensors of the model live in it, so that `locate` looks for them here.
 
     Raises:
-        TransportError: /dev/shm has not that much room. It is found out here, not by a crash when
+        NoRoomError: /dev/shm has not that much room. It is found out here, not by a crash when
             the memory is first written.
+        TransportError: it cannot be made for another reason.
     """
 
     def __init__(self, nbytes: int, *, parameters: bool = False) -> None:
@@ -56,15 +59,19 @@ class SharedSegment:
         self.name = f"{PREFIX}{os.getpid()}-{secrets.token_hex(8)}"
         self.nbytes = nbytes
         path = DIRECTORY / self.name
-        descriptor = _create_locked(path)
+        lock = _create_locked(path)
         try:
-            os.posix_fallocate(descriptor, 0, nbytes)
-            self._map = mmap.mmap(descriptor, nbytes)
+            os.posix_fallocate(lock.fileno(), 0, nbytes)
+            self._map = _mapped(path, nbytes)
         except OSError as exc:
             path.unlink()
-            os.close(descriptor)
-            raise _no_room(nbytes, exc) from exc
-        self.close = weakref.finalize(self, _release, path, descriptor, os.getpid())
+            lock.close()
+            if exc.errno in (errno.ENOSPC, errno.ENOMEM):
+                raise _no_room(nbytes) from exc
+            raise TransportError(
+                f"shared memory of {format_bytes(nbytes)} cannot be made: {exc}"
+            ) from exc
+        self.close = weakref.finalize(self, _release, path, lock, os.getpid())
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         if parameters:
             _PARAMETERS.add(self)
@@ -187,12 +194,17 @@ class PrivateMemory:
 
 
 def remove_abandoned() -> list[str]:
-    """Remove the segments of owners that no longer live. Returns their names."""
+    """Remove the segments of this user's processes that no longer live. Return their names."""
     removed = []
     unborn = (path for path in DIRECTORY.glob(f".{PREFIX}*") if _age_seconds(path) > BIRTH_SECONDS)
     for path in (*DIRECTORY.glob(f"{PREFIX}*"), *unborn):
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
-            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            # Anybody may put a file here. To open one on which its owner has a lease blocks for as
+            # long as the kernel lets the owner hesitate, 45 s; a pipe blocks for ever.
+            if path.lstat().st_uid != os.geteuid():
+                continue
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            descriptor = os.open(path, flags)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -202,6 +214,29 @@ def remove_abandoned() -> list[str]:
     return removed
 
 
+def free_bytes() -> int:
+    """Return how much room /dev/shm has."""
+    found = os.statvfs(DIRECTORY)
+    return found.f_bavail * found.f_frsize
+
+
+def require_room(nbytes: int) -> None:
+    """Raise NoRoomError if /dev/shm has less."""
+    if nbytes > free_bytes():
+        raise _no_room(nbytes)
+
+
+def _no_room(nbytes: int) -> NoRoomError:
+    free = free_bytes()
+    return NoRoomError(
+        f"{DIRECTORY} has {format_bytes(free)} free, {format_bytes(nbytes)} are needed; make it "
+        "larger (docker: --shm-size, or --ipc=host), or take smaller sync.chunk_bytes or fewer "
+        "sync.chunks_in_flight, or sync.transport: gloo",
+        needed_bytes=nbytes,
+        free_bytes=free,
+    )
+
+
 def _age_seconds(path: Path) -> float:
     try:
         return time.time() - path.stat().st_mtime
@@ -209,28 +244,28 @@ def _age_seconds(path: Path) -> float:
         return 0.0
 
 
-def _create_locked(path: Path) -> int:
+def _create_locked(path: Path) -> io.FileIO:
     """Under another name until it is locked: `remove_abandoned` must never see it without."""
     unlocked = path.with_name(f".{path.name}")
-    descriptor = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    lock = close_in_children(io.FileIO(os.open(unlocked, flags, 0o600), "r+"))
+    fcntl.flock(lock, fcntl.LOCK_EX)
     unlocked.rename(path)
-    return descriptor
+    return lock
 
 
-def _release(path: Path, descriptor: int, owner: int) -> None:
+def _mapped(path: Path, nbytes: int) -> mmap.mmap:
+    """Return the file's memory. By a descriptor of its own: `mmap` keeps a copy of the one that it
+    gets, and a forked child's copy of the locked one would keep the lock."""
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        return mmap.mmap(descriptor, nbytes)
+    finally:
+        os.close(descriptor)
+
+
+def _release(path: Path, lock: io.FileIO, owner: int) -> None:
     if os.getpid() != owner:  # a forked child must not take its parent's memory away
         return
     path.unlink(missing_ok=True)
-    os.close(descriptor)
-
-
-def _no_room(nbytes: int, exc: OSError) -> TransportError:
-    if exc.errno not in (errno.ENOSPC, errno.ENOMEM):
-        return TransportError(f"shared memory of {format_bytes(nbytes)} cannot be made: {exc}")
-    free = os.statvfs(DIRECTORY)
-    return TransportError(
-        f"{DIRECTORY} has {format_bytes(free.f_bavail * free.f_frsize)} free, "
-        f"{format_bytes(nbytes)} are needed; make it larger (docker: --shm-size), or take smaller "
-        "sync.chunk_bytes or fewer sync.chunks_in_flight, or sync.transport: gloo"
-    )
+    lock.close()

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qerl_sync.errors import AgreementError, SyncError, TransportError
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, connect, proof, same_proof
+from qerl_sync.wire.channel import TOKEN_VARIABLE, connect, parse_endpoint, proof, same_proof
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.conversation import Conversation, Loader
 from qerl_sync.worker.inbox import Inbox
@@ -32,7 +32,7 @@ class ConnectCall(_Call):
     """Where the trainer's ranks listen, and what shows that it is the trainer who asks."""
 
     endpoints: Annotated[list[str], Field(min_length=1)]
-    """`host:port` of each trainer rank, in rank order."""
+    """`host:port` of each trainer rank, in rank order; an IPv6 address in brackets."""
     proof: str
     """Shows that who sends this knows the token."""
     token: str = ""
@@ -132,11 +132,7 @@ class TrainerConnection:
         return token
 
     def _connect(self, endpoint: str, token: str, timeout_seconds: float) -> Inbox:
-        host, _, port = endpoint.rpartition(":")
-        # Length first: int() refuses thousands of digits with an error of its own.
-        if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
-            raise AgreementError(f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500")
-        channel = connect(host, int(port), token, timeout_seconds)
+        channel = connect(*parse_endpoint(endpoint), token, timeout_seconds)
         try:
             channel.send(self._hello(), timeout_seconds)
         except BaseException:
@@ -163,20 +159,21 @@ def _open_transport(inbox: Inbox) -> None:
         if not isinstance(proposal, say.Welcome):
             raise TransportError(f"{type(proposal).__name__} arrived where Welcome was next")
         try:
-            inbox.inlet, options = _inlet(proposal)
+            inbox.inlet, options = _inlet(proposal, inbox)
         except (SyncError, KeyError, ValueError) as exc:
             inbox.send(say.failure(exc))
         else:
             inbox.send(say.Ready(options=options))
 
 
-def _inlet(proposal: say.Welcome) -> tuple[Inlet, dict[str, Any]]:
+def _inlet(proposal: say.Welcome, inbox: Inbox) -> tuple[Inlet, dict[str, Any]]:
     if proposal.transport == "shm":
         probe = say.Segment.model_validate(proposal.options["probe"])
         segment = AttachedSegment(probe.name, probe.nbytes)
         return ShmInlet(), {"probe": segment.read(0, probe.nbytes).hex()}
     if proposal.transport == "gloo":
-        return GlooInlet(proposal.options, proposal.timeout_seconds), {}
+        secret = inbox.channel.derive("link").hex()
+        return GlooInlet(proposal.options, secret, proposal.timeout_seconds), {}
     if proposal.transport == "ray":
         return StoreInlet(str(proposal.options["key"]), proposal.timeout_seconds), {}
     raise TransportError(f"this worker's engine does not receive over {proposal.transport}")

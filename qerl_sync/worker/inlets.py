@@ -42,6 +42,9 @@ class Inlet(ABC):
             TransportError: a tensor would lie outside of that memory, or its bytes do not come.
         """
 
+    def check(self) -> None:  # noqa: B027  not every inlet has a connection of its own
+        """Take part in the trainer's look whether the way is still open."""
+
     def rest(self) -> None:  # noqa: B027  not every inlet has something to give back
         """The sync is over: give back what the next one can get anew."""
 
@@ -116,11 +119,15 @@ class GlooInlet(Inlet):
     It stays from sync to sync: getting fresh pages would take about as long as receiving into them.
     """
 
-    def __init__(self, options: dict[str, Any], timeout_seconds: float) -> None:
+    def __init__(self, options: dict[str, Any], secret: str, timeout_seconds: float) -> None:
         from qerl_sync.wire.gloo import GlooLink
 
         self._link = GlooLink.connect(
-            str(options["host"]), int(options["port"]), str(options["secret"]), timeout_seconds
+            str(options["host"]),
+            int(options["port"]),
+            secret,
+            timeout_seconds,
+            sealed=bool(options["sealed"]),
         )
         self._slots: list[PrivateMemory] = []
 
@@ -145,6 +152,9 @@ class GlooInlet(Inlet):
             slot.tensor(offset, meta.shape, getattr(torch, meta.dtype))
             for meta, offset in zip(metas, places, strict=True)
         ]
+
+    def check(self) -> None:
+        self._link.receive(torch.empty(1, dtype=torch.uint8))
 
     def close(self) -> None:
         self._link.close()

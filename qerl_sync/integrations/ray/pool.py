@@ -197,6 +197,8 @@ class WorkerPool:
             chunks_in_flight=config.chunks_in_flight,
             timeout_seconds=config.timeout_seconds,
             address=lambda: address or self._own_address(config.trainer_address),
+            first_port=config.trainer_port,
+            bind=config.trainer_bind or "",
             pause_mode=config.pause_mode,
             recompute_running=config.recompute_running,
         )

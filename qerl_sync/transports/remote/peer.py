@@ -6,6 +6,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 M = TypeVar("M")
 
+# How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
+# interpreter with vLLM. One that takes longer is connected anew.
+PING_SECONDS = 10.0
+
 
 def _nothing() -> None:
     pass
@@ -50,6 +55,7 @@ class Peer:
         self._store: StoringClient | None = None
         self._box = ""
         self._on_the_way: deque[tuple[int, Transfer | None]] = deque()
+        self._pinging: Transfer | None = None
         self.glance: Callable[[], None] = _nothing
         try:
             self.hello = self.expect(say.Hello, "its first message")
@@ -109,6 +115,24 @@ class Peer:
             if isinstance(message, kind):
                 return message
 
+    def ping(self) -> None:
+        """Begin to ask the worker for a sign of life; `await_pong` has the answer."""
+        self._channel.send(say.Ping(), PING_SECONDS)
+        # Gloo's own connection may have been forgotten on the way while the channel was not.
+        if self._link is not None:
+            self._pinging = self._link.send(torch.zeros(1, dtype=torch.uint8))
+
+    def await_pong(self) -> None:
+        """Block until the worker answers `ping`. What it sent before no longer counts.
+
+        Raises:
+            TransportError: the connection leads nowhere, though neither side has closed it.
+        """
+        while not isinstance(self._channel.receive(PING_SECONDS, "a sign of life"), say.Pong):
+            pass
+        if self._pinging is not None:
+            self._pinging.wait()
+
     def announce(self, chunk: say.Chunk, staged: StagedChunk) -> None:
         """Send a chunk. Its memory must stay as it is until the chunk is loaded."""
         if self._link is None and self._store is None:
@@ -162,10 +186,17 @@ class Peer:
             probe.close()
         self.kind = "shm"
 
-    def open_gloo(self, host: str) -> None:
-        pending = GlooLink.listen(host, secret := secrets.token_hex(32), self._timeout_seconds)
+    def open_gloo(self, host: str, bind: str, *, sealed: bool) -> None:
+        """Have the worker open a Gloo link to `host`, an address of the one that we listen on.
+
+        Args:
+            sealed: authenticate what goes over it (`GlooLink.listen`).
+        """
+        secret = self._channel.derive("link").hex()
+        pending = GlooLink.listen(bind, secret, self._timeout_seconds, sealed=sealed)
         try:
-            self.send(self._welcome("gloo", {"host": host, "port": pending.port, "secret": secret}))
+            told = {"host": host, "port": pending.port, "sealed": sealed}
+            self.send(self._welcome("gloo", told))
             self._link = pending.accept()
         finally:
             pending.close()
@@ -206,39 +237,55 @@ class Peer:
         )
 
 
-def choose_transport(
-    peer: Peer, wanted: str, own_host: str, address: str, client: Any = None
-) -> None:
+@dataclass(frozen=True)
+class Ways:
+    """How a trainer can send its chunks.
+
+    Attributes:
+        wanted: `sync.transport`.
+        address, bind: under which workers reach this trainer, and which one it listens on.
+        authenticated: trainer and workers share a token that never travelled, so that tags mean
+            something.
+        client: of the peer's engine; one with `put` and `deliver` has an object store.
+        no_room: why slots do not fit into shared memory; empty where they do, or were not tried.
+    """
+
+    wanted: str
+    address: str
+    bind: str
+    authenticated: bool
+    client: Any = None
+    no_room: str = ""
+
+
+def choose_transport(peer: Peer, ways: Ways, own_host: str) -> None:
     """Open `wanted`, or with "auto" the best that works; the peer remembers which and why.
 
     Shared memory is tried where the worker says that it runs under the same kernel. It may fail
     there too (containers with a /dev/shm of their own): what follows is as for another host.
 
-    Args:
-        client: of the peer's engine; one with `put` and `deliver` has an object store.
-
     Raises:
         SyncError: the transport that was asked for does not work, with the reason.
     """
-    has_store = hasattr(client, "deliver")
-    if wanted == "ray":
-        if not has_store:
+    here = peer.hello.host == own_host
+    # Within one machine, whoever could change bytes on their way can change memory as well.
+    sealed = ways.authenticated and not here
+    has_store = hasattr(ways.client, "deliver")
+    if ways.wanted != "auto":
+        if ways.wanted == "ray" and not has_store:
             raise ConfigError(
                 "sync.transport: ray needs engines in Ray actors; choose auto, shm or gloo"
             )
-        peer.open_store(client)
+        if ways.wanted == "ray":
+            peer.open_store(ways.client)
+        elif ways.wanted == "gloo":
+            peer.open_gloo(ways.address, ways.bind, sealed=sealed)
+        else:
+            peer.open_shm()
         peer.reason = "sync.transport says so"
         return
-    if wanted == "gloo":
-        peer.open_gloo(address)
-        peer.reason = "sync.transport says so"
-        return
-    if wanted == "shm":
-        peer.open_shm()
-        peer.reason = "sync.transport says so"
-        return
-    reason = "the worker is on another host"
-    if peer.hello.host == own_host:
+    reason = ways.no_room if here else "the worker is on another host"
+    if here and not reason:
         try:
             peer.open_shm()
         except SyncError as exc:
@@ -248,11 +295,11 @@ def choose_transport(
             return
     if has_store:
         try:
-            peer.open_store(client)
+            peer.open_store(ways.client)
         except SyncError as exc:
             reason += f", and the object store does not work: {exc}"
         else:
             peer.reason = reason
             return
-    peer.open_gloo(address)
+    peer.open_gloo(ways.address, ways.bind, sealed=sealed)
     peer.reason = reason

@@ -7,9 +7,17 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qerl_sync.errors import AgreementError, ConfigError, LoadError, SyncError, TransportError
+from qerl_sync.errors import (
+    AgreementError,
+    ConfigError,
+    LoadError,
+    NoRoomError,
+    SyncError,
+    TransportError,
+)
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.probe_prompt import largest_gap
@@ -52,7 +60,7 @@ class Member:
         version: of its weights, as far as we know; 0 after it was lost.
         last_version: that it was known to have.
         why: it is not ready; empty before it ever was.
-        address: under which its workers were told to reach us.
+        address: under which its workers were told to reach us, and `port`; 0: any.
         leaving: ends what a failed sync has left open, in a thread.
     """
 
@@ -65,6 +73,7 @@ class Member:
     last_version: int = 0
     why: str = ""
     address: str = ""
+    port: int = 0
     leaving: threading.Thread | None = None
 
     def needs_full_sync(self, why: str) -> None:
@@ -96,6 +105,8 @@ class PoolTransport(Transport):
     Args:
         address: where workers reach this trainer, asked for again whenever one connects: it may
             have come from another host since.
+        first_port: that the trainer listens on, for one engine; each further one takes the next
+            that is unused. 0: any free ones.
         options: of each member's RemoteTransport, `transport`, `timeout_seconds` and so on.
 
     Attributes:
@@ -109,10 +120,11 @@ class PoolTransport(Transport):
         *,
         chunks_in_flight: int = 2,
         address: Callable[[], str] = lambda: "127.0.0.1",
+        first_port: int = 0,
         **options: Any,
     ) -> None:
         self._chunks_in_flight = chunks_in_flight
-        self._address = address
+        self._address, self._first_port = address, first_port
         self._options = options
         self._members: dict[str, Member] = {}
         self._active: list[Member] = []
@@ -224,8 +236,15 @@ class PoolTransport(Transport):
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
         self.lost = {m.name: m.absence for m in self._members.values()}
         self._each([m for m in self._those_up() if not m.ready], self._take_in)
+        try:
+            staging = self._staging_for(plan, self._ready)
+        except NoRoomError as exc:
+            sharing = [member for member in self._ready if "shm" in member.transport.kinds]
+            if not all(member.transport.can_do_without_shm for member in sharing):
+                raise
+            self._each(sharing, partial(_do_without_shm, reason=exc))
+            staging = self._staging_for(plan, self._ready)
         ready = self._ready
-        staging = self._staging_for(plan, ready)
 
         def start(member: Member) -> None:
             member.transport.terms, member.transport.lasting = self.terms, self.lasting
@@ -300,16 +319,20 @@ class PoolTransport(Transport):
         return [member for member in self._members.values() if member.ready]
 
     def _member(self, name: str, client: EngineClient, is_up: Callable[[], bool]) -> Member:
-        address = self._address()
+        address, port = self._address(), 0
+        if self._first_port:
+            used = {member.port for member in self._members.values()}
+            port = next(one for one in count(self._first_port) if one not in used)
         transport = RemoteTransport(
             client,
             chunks_in_flight=self._chunks_in_flight,
             # While we wait for one that has stopped, the others wait for us.
             worker_timeout_seconds=3 * self._options.get("timeout_seconds", 300.0),
             address=address,
+            port=port,
             **self._options,
         )
-        return Member(name, client, transport, is_up, address=address)
+        return Member(name, client, transport, is_up, address=address, port=port)
 
     def _those_up(self) -> list[Member]:
         for name, member in list(self._members.items()):
@@ -388,6 +411,10 @@ class PoolTransport(Transport):
             return
         reasons = "; ".join(f"{name}: {why}" for name, why in self.lost.items())
         raise TransportError(f"no engine of the pool is left ({reasons or 'it has none'})")
+
+
+def _do_without_shm(member: Member, reason: NoRoomError) -> None:
+    member.transport.do_without_shm(reason)
 
 
 def _is_its_own(error: BaseException) -> bool:

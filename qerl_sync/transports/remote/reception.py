@@ -10,25 +10,33 @@ from qerl_sync.transports.remote.agreement import require_alike, require_complet
 from qerl_sync.transports.remote.call import EngineCall
 from qerl_sync.transports.remote.control import GRACE_SECONDS
 from qerl_sync.transports.remote.peer import Peer
-from qerl_sync.wire.channel import Listener
+from qerl_sync.wire.channel import Listener, format_endpoint
 
 
 class Reception:
     """One trainer rank's listener.
 
     Args:
-        endpoint: `host:port` to listen at, and nowhere else; port 0 is any free one.
+        address: under which workers reach it.
+        port: to listen at; 0 is any free one.
+        bind: the address to listen on, and on no other.
         num_workers: how many to wait for where no call of the engine says when all are there.
     """
 
     def __init__(
-        self, endpoint: str, token: str, *, timeout_seconds: float, num_workers: int
+        self,
+        address: str,
+        port: int,
+        token: str,
+        *,
+        bind: str,
+        timeout_seconds: float,
+        num_workers: int,
     ) -> None:
-        host, _, port = endpoint.rpartition(":")
-        self._listener = Listener(host, int(port), token)
+        self._listener = Listener(bind, port, token)
         self._timeout_seconds = timeout_seconds
         self._num_workers = num_workers
-        self.endpoint = f"{host}:{self._listener.port}"
+        self.endpoint = format_endpoint(address, self._listener.port)
 
     def admit(self, call: EngineCall | None, greet: Callable[[Peer], None]) -> list[Peer]:
         """Greet workers until all are there, all alike.

@@ -14,11 +14,18 @@ import torch
 from qerl_sync.buffers.checksum import checksum
 from qerl_sync.buffers.detect import Parents
 from qerl_sync.buffers.stream import as_planned
+from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.wire.cores import keep_off
 from qerl_sync.wire.messages import Segment
-from qerl_sync.wire.segments import PrivateMemory, SharedSegment, locate, parameters_are_shared
+from qerl_sync.wire.segments import (
+    PrivateMemory,
+    SharedSegment,
+    locate,
+    parameters_are_shared,
+    require_room,
+)
 
 # Sent by itself from where it lies; smaller tensors are copied together first.
 PIECE_BYTES = 1 << 20
@@ -106,16 +113,27 @@ class Staging:
         """Have slots of these sizes; `later`: each when it is first needed.
 
         Raises:
-            TransportError: there is not that much shared memory.
+            NoRoomError: there is not that much shared memory. No slot is kept then.
         """
         if list(sizes) != self._sizes:
             self.close()
             self._sizes = list(sizes)
             self._slots = [None] * len(sizes)
-        for index in () if later else range(len(sizes)):
-            slot = self._slot(index)
-            if isinstance(slot, SharedSegment):
-                self._number(slot)
+        if later:
+            return
+        try:
+            # All at once: the first of them may fit where they do not all fit.
+            pairs = zip(self._sizes, self._slots, strict=True)
+            missing_bytes = sum(nbytes for nbytes, slot in pairs if slot is None)
+            if self._shared:
+                require_room(missing_bytes)
+            for index in range(len(sizes)):
+                slot = self._slot(index)
+                if isinstance(slot, SharedSegment):
+                    self._number(slot)
+        except TransportError:
+            self.close()
+            raise
 
     def stage(
         self,

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import ConfigError, PeerLostError, SyncError
+from qerl_sync.errors import ConfigError, NoRoomError, PeerLostError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
@@ -23,11 +23,11 @@ from qerl_sync.transports.remote.agreement import (
     require_same_map,
 )
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
-from qerl_sync.transports.remote.peer import Peer, choose_transport
+from qerl_sync.transports.remote.peer import Peer, Ways, choose_transport
 from qerl_sync.transports.remote.reception import Reception
 from qerl_sync.transports.remote.staging import StagedChunk, Staging
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token, proof
+from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token, parse_endpoint, proof
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.segments import parameters_are_shared
 
@@ -53,7 +53,9 @@ class RemoteTransport(Transport):
         transport: `shm`, `gloo`, or `auto`: for each worker what works best.
         chunks_in_flight: receive buffers; sending runs at most so far ahead of loading.
         timeout_seconds: of each wait, on both sides.
-        address: where workers reach this trainer; it listens there and nowhere else.
+        address: under which workers reach this trainer.
+        port: that it listens on; 0 is any free one. With `endpoints`, theirs counts.
+        bind: the address that it listens on, and no other; empty: `address`.
         pause_mode, recompute_running: see `SyncConfig`.
         endpoints: `host:port` of each trainer rank, where there are several; QERL_SYNC_TOKEN must
             then be set for all of them and for the workers.
@@ -72,6 +74,8 @@ class RemoteTransport(Transport):
         chunks_in_flight: int = 2,
         timeout_seconds: float = 300.0,
         address: str = "127.0.0.1",
+        port: int = 0,
+        bind: str = "",
         pause_mode: PauseMode = "keep",
         recompute_running: bool = True,
         endpoints: Sequence[str] = (),
@@ -84,7 +88,7 @@ class RemoteTransport(Transport):
         self._chunks_in_flight = chunks_in_flight
         self._timeout_seconds = timeout_seconds
         self._worker_timeout_seconds = worker_timeout_seconds or timeout_seconds
-        self._address = address
+        self._address, self._port, self._bind = address, port, bind
         self._endpoints = list(endpoints)
         self._rank = rank
         self._num_workers = num_workers
@@ -116,6 +120,7 @@ class RemoteTransport(Transport):
         self._free_bytes = 0
         self._map_request: say.MapRequest | None = None
         self._taken = False
+        self._no_room = ""
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -195,7 +200,16 @@ class RemoteTransport(Transport):
         if "ray" in self.kinds:
             store: Any = self._client
             store.require_store(sum(slots))
-        staging = self._staging = staging or self._staging_for(slots)
+        if staging is None:
+            try:
+                staging = self._staging_for(slots)
+            except NoRoomError as exc:
+                if not self.can_do_without_shm:
+                    raise
+                self.do_without_shm(exc)
+                self._renew_map(layer_map)
+                staging = self._staging_for(slots)
+        self._staging = staging
         staging.lasting, staging.parents = self.lasting, layer_map.parents_text
         staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
         staging.busy_cores = self.busy_cores
@@ -221,6 +235,9 @@ class RemoteTransport(Transport):
         self._part: Part = part_of(plan, None)
         if len(self._endpoints) > 1 or indices is not None:
             self._part = part_of(plan, self._await_taken())
+        if self._rank and any(self._part.sizes) and not parameters_are_shared():
+            # Before the first byte: what this rank sends, and so needs room for, is known by now.
+            staging.prepare(slots, later=False)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
@@ -373,20 +390,49 @@ class RemoteTransport(Transport):
         if self._map_request is not None and any(peer.layer_map is None for peer in self._peers):
             require_same_map(layer_map, self._ask_map(self._map_request))
 
+    @property
+    def can_do_without_shm(self) -> bool:
+        """Whether workers may be connected anew to send over something else. Several trainer ranks
+        would have to do so at the same time."""
+        return self._wanted == "auto" and len(self._endpoints) <= 1
+
+    def do_without_shm(self, reason: NoRoomError) -> None:
+        """Connect anew, over what works besides shared memory, for as long as this lives."""
+        logger.warning("shared memory is not used: %s", reason)
+        self._no_room = str(reason)
+        self.disconnect()
+        self.open()
+
     def open(self) -> None:
-        """Connect to the workers, unless they are: also where an engine was restarted since.
+        """Connect to the workers, unless they are: also where an engine was restarted since, or
+        where something between them and us has forgotten the connection, while the engine still
+        generates.
 
         Several trainer ranks would have to do so at the same time: there a lost worker is an error.
         """
-        if self._peers and (self.connected or len(self._endpoints) > 1):
-            return
-        self.disconnect()
+        if self._peers:
+            try:
+                for peer in self._peers:
+                    peer.ping()
+                for peer in self._peers:
+                    peer.await_pong()
+                return
+            except TransportError as exc:
+                self.disconnect()
+                if len(self._endpoints) > 1:
+                    raise
+                logger.warning("connecting to the workers anew: %s", exc)
         if self._client is None and self._rank == 0:
             raise ConfigError("trainer rank 0 needs the engine's client")
         if self._reception is None:
+            address, port = self._address, self._port
+            if self._endpoints:
+                address, port = parse_endpoint(self._endpoints[self._rank])
             self._reception = Reception(
-                self._endpoints[self._rank] if self._endpoints else f"{self._address}:0",
+                address,
+                port,
                 self._token,
+                bind=self._bind or address,
                 timeout_seconds=self._timeout_seconds,
                 num_workers=self._num_workers,
             )
@@ -413,7 +459,15 @@ class RemoteTransport(Transport):
         from qerl_sync import __version__
 
         require_protocol(peer.hello, __version__)
-        choose_transport(peer, self._wanted, host_id(), self._address, self._client)
+        ways = Ways(
+            wanted=self._wanted,
+            address=self._address,
+            bind=self._bind or self._address,
+            authenticated=self._shared_token,
+            client=self._client,
+            no_room=self._no_room,
+        )
+        choose_transport(peer, ways, host_id())
         logger.info("%s: %s (%s)", peer.name, peer.kind, peer.reason)
         peer.send(say.End())
 

@@ -1,0 +1,42 @@
+"""Descriptors that a forked child must give up: sockets and locks live until every copy is closed.
+
+A child that keeps its parent's connections open hides the parent's death from the other side, and
+one that keeps a lock open (`flock` belongs to the open file, not to the process) makes the parent's
+shared memory look owned. Closing the child's copies changes nothing for the parent.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from contextlib import suppress
+from typing import Protocol, TypeVar
+
+
+class Closable(Protocol):
+    """A socket or raw file: `close` closes the descriptor and does nothing else."""
+
+    def close(self) -> None: ...
+
+
+C = TypeVar("C", bound=Closable)
+
+_OPEN: weakref.WeakSet[Closable] = weakref.WeakSet()
+
+
+def close_in_children(held: C) -> C:
+    """Have every process that is forked from this one close `held`. Return it.
+
+    A process that is started by exec inherits nothing: Python's descriptors close on exec.
+    """
+    _OPEN.add(held)
+    return held
+
+
+def _close_all() -> None:
+    for held in list(_OPEN):
+        with suppress(OSError):
+            held.close()
+
+
+os.register_at_fork(after_in_child=_close_all)
