@@ -36,6 +36,8 @@ PROOF_HEADER = "x-qerl-sync-proof"
 
 MAX_FRAME_BYTES = 1 << 30
 HANDSHAKE_SECONDS = 5.0
+# A silent peer is asked by the kernel whether its host is there, and lost after so many questions.
+KEEPALIVE_IDLE_SECONDS, KEEPALIVE_INTERVAL_SECONDS, KEEPALIVE_PROBES = 30, 10, 3
 # How long a worker asks again where nobody listens: the ranks of a trainer do not all open their
 # listeners at the moment at which the first of them has the workers connect.
 REFUSED_SECONDS = 10.0
@@ -55,7 +57,12 @@ class Channel:
 
     def __init__(self, connection: socket.socket, peer: str) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A peer whose host is gone sends no FIN. Without this its session would stay alive for the
+        # system's default of two hours, and keep every other trainer out.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
         connection.setblocking(False)
         self.peer = peer
         self._connection = connection

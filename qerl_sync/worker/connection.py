@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qerl_sync.errors import AgreementError, SyncError, TransportError
+from qerl_sync.errors import AgreementError, EngineTakenError, SyncError, TransportError
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, connect, proof, same_proof
+from qerl_sync.wire.channel import TOKEN_VARIABLE, Channel, connect, proof, same_proof
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.conversation import Conversation, Loader
 from qerl_sync.worker.inbox import Inbox
@@ -28,6 +29,18 @@ class _Call(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class TrainerSession(_Call):
+    """Who asks, and for how long it has been there. A token does not tell: several trainers may
+    know it."""
+
+    id: str
+    """Equal for all calls of one session, and for those of no other."""
+    host: str
+    pid: int
+    since: str
+    """When the session began (ISO 8601, UTC)."""
+
+
 class ConnectCall(_Call):
     """Where the trainer's ranks listen, and what shows that it is the trainer who asks."""
 
@@ -35,6 +48,8 @@ class ConnectCall(_Call):
     """`host:port` of each trainer rank, in rank order."""
     proof: str
     """Shows that who sends this knows the token."""
+    session: TrainerSession
+    """The worker keeps it while the trainer is connected, and refuses every other one."""
     token: str = ""
     """The secret of both sides. Empty where the worker has its own, in the environment variable
     QERL_SYNC_TOKEN; it then never travels."""
@@ -66,6 +81,7 @@ class TrainerConnection:
         self._hello = hello
         self._inboxes: list[Inbox] = []
         self._token = ""
+        self._session: TrainerSession | None = None
         self._calls = 0
 
     def open(self, call: object) -> None:
@@ -75,16 +91,24 @@ class TrainerConnection:
             call: from anybody, and of any form; `ConnectCall` says of which it must be.
 
         Raises:
-            AgreementError: the call is none of ours, the token is wrong, another trainer is here.
+            AgreementError: the call is none of ours, or the token is wrong.
+            EngineTakenError: another trainer's session is connected. The caller is told on a
+                connection of its own, too: through vLLM only a text gets back.
             TransportError: the trainer cannot be reached.
         """
         told = _checked(ConnectCall, call)
         token = self._admitted(told)
+        if self._session != told.session and any(inbox.alive for inbox in self._inboxes):
+            refusal = self._taken()
+            for endpoint in told.endpoints:
+                with suppress(SyncError), self._reach(endpoint, token, told) as channel:
+                    channel.send(say.failure(refusal), told.timeout_seconds)
+            raise refusal
         self.close()
         try:
             for endpoint in told.endpoints:
-                self._inboxes.append(self._connect(endpoint, token, told.timeout_seconds))
-            self._token, self._calls = token, 0
+                self._inboxes.append(self._connect(endpoint, token, told))
+            self._token, self._session, self._calls = token, told.session, 0
             self._conversation = Conversation(self._loader, self._inboxes, self._device)
             for inbox in self._inboxes:
                 _open_transport(inbox)
@@ -118,7 +142,7 @@ class TrainerConnection:
         self._inboxes = []
 
     def _admitted(self, told: ConnectCall) -> str:
-        """The token, if who asks knows it and no other trainer is there."""
+        """Return the token, if the caller knows it."""
         own = os.environ.get(TOKEN_VARIABLE, "")
         token = own or told.token
         if not token or not same_proof(proof(token, "init", *told.endpoints), told.proof):
@@ -127,22 +151,36 @@ class TrainerConnection:
                 if own
                 else "the call brings no token, or one that does not fit it"
             )
-        if token != self._token and any(inbox.alive for inbox in self._inboxes):
-            raise AgreementError("another trainer is connected; let it close its session first")
         return token
 
-    def _connect(self, endpoint: str, token: str, timeout_seconds: float) -> Inbox:
+    def _taken(self) -> EngineTakenError:
+        """Name the session that holds this worker."""
+        assert self._session is not None
+        host, pid, since = self._session.host, self._session.pid, self._session.since
+        return EngineTakenError(
+            f"another trainer is connected: process {pid} on {host}, since {since}. Close its "
+            "session, or end that process; then try again. To sync one engine from several "
+            "trainer ranks, give them the same endpoints (RemoteTransport)",
+            host=host,
+            pid=pid,
+            since=since,
+        )
+
+    def _reach(self, endpoint: str, token: str, told: ConnectCall) -> Channel:
         host, _, port = endpoint.rpartition(":")
         # Length first: int() refuses thousands of digits with an error of its own.
         if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
             raise AgreementError(f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500")
-        channel = connect(host, int(port), token, timeout_seconds)
+        return connect(host, int(port), token, told.timeout_seconds)
+
+    def _connect(self, endpoint: str, token: str, told: ConnectCall) -> Inbox:
+        channel = self._reach(endpoint, token, told)
         try:
-            channel.send(self._hello(), timeout_seconds)
+            channel.send(self._hello(), told.timeout_seconds)
         except BaseException:
             channel.close()
             raise
-        return Inbox(channel, timeout_seconds)
+        return Inbox(channel, told.timeout_seconds)
 
 
 def _checked(kind: type[C], call: object) -> C:

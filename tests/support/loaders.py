@@ -28,6 +28,8 @@ from qerl_sync.wire.host import host_id
 from qerl_sync.worker.connection import TrainerConnection
 
 CPU = torch.device("cpu")
+# What a first call says of its trainer (`worker.connection.TrainerSession`).
+CALLER = {"id": "a", "host": "here", "pid": 1, "since": "2026-01-01T00:00:00+00:00"}
 
 
 def tensors(version: int, count: int = 6, numel: int = 100) -> dict[str, torch.Tensor]:
@@ -116,7 +118,7 @@ class Workers:
         self.loaders = loaders
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self._said = said
-        self._pool = ThreadPoolExecutor(len(loaders))
+        self._pool = ThreadPoolExecutor()
         self.connections = [
             TrainerConnection(loader, CPU, self._hello(rank)) for rank, loader in enumerate(loaders)
         ]
@@ -137,6 +139,10 @@ class Workers:
         for connection in self.connections:
             connection.close()
         self._pool.shutdown()
+
+    def calls_of(self, what: str) -> list[dict[str, Any]]:
+        """What was said in each call of that kind."""
+        return [said for kind, said in self.calls if kind == what]
 
     def _on_all(self, method: str, info: dict[str, Any]) -> None:
         # JSON in between, as over HTTP.
