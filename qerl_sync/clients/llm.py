@@ -97,7 +97,9 @@ class LLMClient:
 
     def world_size(self) -> int:
         """See `CountedClient`."""
-        return num_workers(self.llm.llm_engine.vllm_config, getattr(self.llm.llm_engine, "engine_core", None))
+        return num_workers(
+            self.llm.llm_engine.vllm_config, getattr(self.llm.llm_engine, "engine_core", None)
+        )
 
     def _abort_all(self) -> None:
         engine = self.llm.llm_engine

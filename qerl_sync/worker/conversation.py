@@ -1,8 +1,8 @@
 """The worker's side of a conversation: vLLM lends its thread, the trainer's requests are served.
 
-Everything that can go wrong is told to the trainer over its channel. Nothing is raised into vLLM
-unless the trainer is lost before its first request: vLLM's collective calls take the first rank's exception and leave the others' answers in their queues,
-where the next call finds them.
+Everything that can go wrong is told to the trainer over its channel. Nothing is raised into vLLM,
+unless the trainer is lost before its first request: vLLM's collective calls take the first rank's
+exception and leave the others' answers in their queues, where the next call finds them.
 """
 
 from __future__ import annotations

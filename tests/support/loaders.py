@@ -18,6 +18,7 @@ from qerl_sync import (
     ParamMeta,
     ParentLayer,
     Source,
+    SyncError,
     SyncPlan,
     Trace,
     __version__,
@@ -95,6 +96,9 @@ class KeepingLoader:
         return replay(self._plan.metas, self._layer_map)
 
     def commit(self, version: int) -> bool:
+        if version <= self.version:
+            self.abort(reason := f"version {version} was to follow {self.version}")
+            raise SyncError(reason)
         self.version, self.poisoned = version, None
         return False
 

@@ -13,7 +13,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import ConfigError, PeerLostError, SyncError
+from qerl_sync.errors import ConfigError, SyncError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
