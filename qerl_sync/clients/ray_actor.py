@@ -22,8 +22,7 @@ class RayActorClient:
     An actor with vLLM's four methods only is called as vLLM's `RayVLLMWeightSyncClient` calls it,
     with a timeout. Of the others it may have any: `update_weight_version`, `pause`, `resume`,
     `reset_prefix_cache`, `world_size`, `deliver`. What it lacks is left out: its caller sees to it
-    then that
-    nothing is generated during a sync, and that caches are emptied after it.
+    then that nothing is generated during a sync, and that caches are emptied after it.
 
     Args:
         handle: of the actor.
