@@ -142,7 +142,7 @@ class WeightSyncCallback(TrainerCallback):
         would take what a restarted engine has for current."""
         if self.session is not None and self.reports and not self.session.current:
             logger.warning(
-                "an engine was lost or restarted, or another session has synced it: syncing before it "
+                "an engine was lost, restarted, or synced by another session: syncing before it "
                 "generates"
             )
             self._sync()
