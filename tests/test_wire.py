@@ -425,7 +425,7 @@ def test_a_second_trainer_waits_for_the_first(workers, monkeypatch, token):
             second.push()
         held = first._transport._session
         found = {name: getattr(refused.value, name) for name in ("host", "pid", "since")}
-        assert found == {name: held[name] for name in found}
+        assert found == held.facts()
         assert found["pid"] == os.getpid()
         assert serves(engine, NEW)
         assert first.push().version == 2, "it is connected as before"

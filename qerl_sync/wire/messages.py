@@ -24,6 +24,10 @@ out to be wrong `-- Condemn ->`, with the same answer.
 from __future__ import annotations
 
 import json
+import os
+import platform
+import secrets
+from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -39,6 +43,34 @@ PROTOCOL = 5
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainerSession(_Message):
+    """Who drives an engine, and since when. A token does not tell: several trainers may know it."""
+
+    id: str
+    """Equal for all calls of one session, and for those of no other."""
+    host: str
+    pid: int
+    since: str
+    """When the session began (ISO 8601, UTC)."""
+
+    @classmethod
+    def begin(cls) -> TrainerSession:
+        """Return a new session of this process."""
+        return cls(
+            id=secrets.token_hex(16),
+            host=platform.node(),
+            pid=os.getpid(),
+            since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    def facts(self) -> dict[str, Any]:
+        """Return the attributes of an EngineTakenError."""
+        return self.model_dump(exclude={"id"})
 
 
 class Hello(_Message):

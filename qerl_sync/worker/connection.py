@@ -29,18 +29,6 @@ class _Call(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class TrainerSession(_Call):
-    """Who asks, and for how long it has been there. A token does not tell: several trainers may
-    know it."""
-
-    id: str
-    """Equal for all calls of one session, and for those of no other."""
-    host: str
-    pid: int
-    since: str
-    """When the session began (ISO 8601, UTC)."""
-
-
 class ConnectCall(_Call):
     """Where the trainer's ranks listen, and what shows that it is the trainer who asks."""
 
@@ -48,7 +36,7 @@ class ConnectCall(_Call):
     """`host:port` of each trainer rank, in rank order."""
     proof: str
     """Shows that who sends this knows the token."""
-    session: TrainerSession
+    session: say.TrainerSession
     """The worker keeps it while the trainer is connected, and refuses every other one."""
     token: str = ""
     """The secret of both sides. Empty where the worker has its own, in the environment variable
@@ -81,7 +69,7 @@ class TrainerConnection:
         self._hello = hello
         self._inboxes: list[Inbox] = []
         self._token = ""
-        self._session: TrainerSession | None = None
+        self._session: say.TrainerSession | None = None
         self._calls = 0
 
     def open(self, call: object) -> None:
@@ -98,8 +86,14 @@ class TrainerConnection:
         """
         told = _checked(ConnectCall, call)
         token = self._admitted(told)
-        if self._session != told.session and any(inbox.alive for inbox in self._inboxes):
-            refusal = self._taken()
+        held = self._session
+        if held and held != told.session and any(inbox.alive for inbox in self._inboxes):
+            refusal = EngineTakenError(
+                f"another trainer is connected: {held}. Close its session, or end that process; "
+                "then try again. To sync one engine from several trainer ranks, give them the "
+                "same endpoints (RemoteTransport)",
+                **held.facts(),
+            )
             for endpoint in told.endpoints:
                 with suppress(SyncError), self._reach(endpoint, token, told) as channel:
                     channel.send(say.failure(refusal), told.timeout_seconds)
@@ -152,19 +146,6 @@ class TrainerConnection:
                 else "the call brings no token, or one that does not fit it"
             )
         return token
-
-    def _taken(self) -> EngineTakenError:
-        """Name the session that holds this worker."""
-        assert self._session is not None
-        host, pid, since = self._session.host, self._session.pid, self._session.since
-        return EngineTakenError(
-            f"another trainer is connected: process {pid} on {host}, since {since}. Close its "
-            "session, or end that process; then try again. To sync one engine from several "
-            "trainer ranks, give them the same endpoints (RemoteTransport)",
-            host=host,
-            pid=pid,
-            since=since,
-        )
 
     def _reach(self, endpoint: str, token: str, told: ConnectCall) -> Channel:
         host, _, port = endpoint.rpartition(":")

@@ -29,7 +29,7 @@ from qerl_sync.wire.host import host_id
 from qerl_sync.worker.connection import TrainerConnection
 
 CPU = torch.device("cpu")
-# What a first call says of its trainer (`worker.connection.TrainerSession`).
+# What a first call says of its trainer (`wire.messages.TrainerSession`).
 CALLER = {"id": "a", "host": "here", "pid": 1, "since": "2026-01-01T00:00:00+00:00"}
 
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
-import secrets
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
@@ -112,12 +109,7 @@ class RemoteTransport(Transport):
             recompute_running=recompute_running,
         )
         # Workers keep to one session while it is alive, and name it to whoever else asks.
-        self._session = {
-            "id": secrets.token_hex(16),
-            "host": platform.node(),
-            "pid": os.getpid(),
-            "since": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
+        self._session = say.TrainerSession.begin()
         self._reception: Reception | None = None
         self._peers: list[Peer] = []
         self._staging: Staging | None = None
@@ -410,7 +402,7 @@ class RemoteTransport(Transport):
             {
                 "endpoints": endpoints,
                 "proof": proof(self._token, "init", *endpoints),
-                "session": self._session,
+                "session": self._session.model_dump(),
                 "token": "" if self._shared_token else self._token,
                 "timeout_seconds": self._worker_timeout_seconds,
             }
