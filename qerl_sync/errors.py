@@ -9,6 +9,8 @@
     ├── UnchangedError      a sync brought nothing new although the trainer has gone on
     ├── LoadError           vLLM's own loader failed in the middle of a sync
     ├── AgreementError      trainer and worker differ: versions, layout, plan, token
+    │   ├── EngineTakenError    another trainer's session holds the engine
+    │   └── WorldSizeError      an engine has more workers, or fewer, than have connected
     ├── TransportError      tensors or messages do not get through
     │   ├── TransportTimeout    the other side did not answer in time
     │   ├── PeerLostError       the other side is gone
@@ -22,7 +24,16 @@ translated once, where they enter, with ``from exc``.
 
 
 class SyncError(Exception):
-    """Base of all errors that qerl-sync raises on purpose."""
+    """Base of all errors that qerl-sync raises on purpose.
+
+    Args:
+        facts: what the message says, as attributes. They survive pickling, and the way from a
+            worker to its trainer.
+    """
+
+    def __init__(self, text: str = "", **facts: object) -> None:
+        super().__init__(text)
+        vars(self).update(facts)
 
 
 class ConfigError(SyncError):
@@ -58,6 +69,30 @@ class LoadError(SyncError):
 
 class AgreementError(SyncError):
     """Trainer and worker differ in something that both must agree on before a byte moves."""
+
+
+class EngineTakenError(AgreementError):
+    """Another trainer's session holds the engine, and that trainer is alive.
+
+    Attributes:
+        host, pid: of that trainer.
+        since: when its session began (ISO 8601, UTC).
+    """
+
+    host: str
+    pid: int
+    since: str
+
+
+class WorldSizeError(AgreementError):
+    """The workers that have connected are not all the workers that the engine has.
+
+    Attributes:
+        connected, expected: how many.
+    """
+
+    connected: int
+    expected: int
 
 
 class TransportError(SyncError):

@@ -194,9 +194,9 @@ class SyncSession:
     def current(self) -> bool:
         """Whether the workers hold what was last pushed, as far as can be told without asking them.
 
-        False before the first push and after one that failed; and where a connection is lost: its
-        engine has ended, and one in its place has the weights that it was started with. Push then.
-        Does not block.
+        False before the first push and after one that failed; where a connection is lost: its
+        engine has ended, and one in its place has the weights that it was started with; and where
+        another session of this process has synced the same engine since. Push then. Does not block.
         """
         return self._pushed and self._transport.connected
 

@@ -9,8 +9,10 @@ import time
 
 import pytest
 from support.loaders import KeepingLoader, TensorSource, Workers, tensors
+from support.servers import wait_until
 
 from qerl_sync import (
+    CoverageError,
     PeerLostError,
     RemoteTransport,
     SyncConfig,
@@ -19,6 +21,7 @@ from qerl_sync import (
     TransportError,
 )
 from qerl_sync.transports.remote import control
+from qerl_sync.transports.remote.pool import PoolTransport
 
 OLD, NEW = tensors(0), tensors(1)
 TIMEOUT_SECONDS = 10
@@ -185,6 +188,135 @@ def test_a_version_that_another_trainer_has_used_is_not_used_again(engine):
         with session(engine, OLD) as second:
             assert [second.push().version for _ in range(3)] == [2, 3, 4]
         assert first.push().version == 5
+
+
+# ---- a pool
+
+
+@pytest.fixture
+def engines():
+    made = [Engine(KeepingLoader(OLD)) for _ in range(2)]
+    for number, engine in enumerate(made):
+        engine._said["rank0"] = {"engine": f"engine-{number}"}
+    yield made
+    for engine in made:
+        engine.close()
+
+
+def pool_session(engines: list[Engine], **options) -> SyncSession:
+    pool = PoolTransport(timeout_seconds=TIMEOUT_SECONDS)
+    for number, engine in enumerate(engines):
+        pool.add(f"engine-{number}", engine)
+    return SyncSession(TensorSource(NEW), pool, SyncConfig.of(chunk_bytes=500, **options))
+
+
+def versions(engines: list[Engine]) -> list[int]:
+    return [engine.loaders[0].version for engine in engines]
+
+
+@pytest.mark.parametrize("call", ["finish", "reset", "resume"])
+def test_a_pool_whose_engines_all_fail_after_the_commit_goes_on_with_the_next_version(
+    engines, call
+):
+    with pool_session(engines) as sync:
+        sync.push()
+        for engine in engines:
+            engine.fails = call
+        with pytest.raises(TransportError):
+            sync.push()
+        assert versions(engines) == [2, 2], "they had committed"
+        assert wait_until(lambda: all(m.idle for m in sync._transport._members.values()))
+        report = sync.push()
+        assert report.version == 3, "2 has been used"
+        assert not report.lost
+        assert versions(engines) == [3, 3]
+
+
+def test_a_pool_waits_for_an_engine_to_be_out_of_the_sync_that_failed_if_it_has_no_other(
+    engines, monkeypatch
+):
+    alone = engines[:1]
+    with pool_session(alone) as sync:
+        sync.push()
+        out = threading.Event()
+        monkeypatch.setattr(alone[0], "refuse", lambda reason: out.wait(TIMEOUT_SECONDS))
+        alone[0].fails = "resume"
+        with pytest.raises(TransportError):
+            sync.push()
+        threading.Timer(0.5, out.set).start()
+        report = sync.push()
+        assert (report.version, report.lost) == (3, {})
+
+
+def test_an_engine_that_comes_back_with_a_newer_version_moves_the_pool_past_it(engines):
+    """Another trainer has synced it meanwhile."""
+    with pool_session(engines) as sync:
+        sync.push()
+        sync._transport.forget("engine-1", "it was lent to another trainer")
+        assert wait_until(lambda: not sync._transport._members["engine-1"].transport.hellos)
+        with session(engines[1]) as other:
+            assert [other.push().version for _ in range(9)] == list(range(2, 11))
+        report = sync.push()
+        assert report.version == 11
+        assert not report.lost
+        assert versions(engines) == [11, 11]
+
+
+def test_a_version_that_a_lost_engine_may_have_is_not_given_to_the_others(engines):
+    with pool_session(engines) as sync:
+        for engine in engines:
+            engine.fails = "resume"
+        with pytest.raises(TransportError):
+            sync.push()
+        assert versions(engines) == [1, 1]
+        engines.append(restarted := Engine(KeepingLoader(OLD)))
+        engines[0].connections, restarted.connections = (
+            restarted.connections,
+            engines[0].connections,
+        )
+        sync._transport._members["engine-1"].is_up = lambda: False
+        assert sync.push().version == 2
+
+
+def damaged(engine: Engine) -> None:
+    """From here on one value of each chunk arrives as another."""
+    (inbox,) = engine.connections[0]._inboxes
+    fetch = inbox.inlet.fetch
+
+    def damage(chunk, metas):
+        first, *rest = fetch(chunk, metas)
+        first = first.clone()
+        first[0] += 1
+        return [first, *rest]
+
+    inbox.inlet.fetch = damage
+
+
+def test_damage_on_the_way_to_one_engine_is_its_own(engines):
+    with pool_session(engines, verify="checksum") as sync:
+        sync.push()
+        damaged(engines[1])
+        report = sync.push()
+        assert report.version == 2
+        assert list(report.lost) == ["engine-1"]
+        assert versions(engines) == [2, 1]
+        assert engines[0].loaders[0].has(NEW)
+        assert engines[1].loaders[0].poisoned is not None
+        assert sync._transport.versions == {"engine-0": 2, "engine-1": 0}
+        assert wait_until(lambda: sync._transport._members["engine-1"].idle)
+        assert not sync.push().lost
+        assert versions(engines) == [3, 3]
+
+
+def test_damage_on_the_way_to_all_engines_is_in_what_was_sent(engines):
+    with pool_session(engines, verify="checksum") as sync:
+        sync.push()
+        for engine in engines:
+            damaged(engine)
+        with pytest.raises(CoverageError):
+            sync.push()
+        assert versions(engines) == [1, 1]
+        assert sync.push().version == 2
 
 
 def test_ranks_other_than_0_must_know_how_many_workers_there_are():

@@ -121,6 +121,33 @@ def guarded(monkeypatch) -> Server:
     return Server()
 
 
+class TestScaling:
+    """Replicas that vLLM adds to an engine that runs have not had the sync that it has had."""
+
+    def test_a_scaled_engine_refuses_until_the_next_sync(self, server):
+        server.control("pause", *UPDATE)
+        server.commit()
+        server.control("resume")
+        assert server.is_open
+        assert server.ask("POST", "/scale_elastic_ep", {"new_data_parallel_size": 4}) == 200
+        assert not server.is_open
+        server.control("pause", *UPDATE, "finish_weight_update", "resume")
+        assert not server.is_open, "no sync has been committed"
+        server.commit("4")
+        assert server.is_open
+
+    def test_before_the_first_sync_all_have_the_weights_that_they_were_started_with(self, server):
+        server.control("scale_elastic_ep")
+        assert server.is_open
+
+    def test_an_engine_that_vllm_did_not_scale_goes_on(self, server):
+        server.commit()
+        server.status = 400
+        server.control("scale_elastic_ep")
+        server.status = 200
+        assert server.is_open
+
+
 class TestRequests:
     def test_an_open_gate_hands_on_every_piece(self, server):
         sent = asyncio.run(server.send("POST", "/v1/completions", b"{}"))

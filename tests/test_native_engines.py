@@ -7,6 +7,7 @@ received goes into the model of a real engine, whose weights must come out exact
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from qerl_sync import (
     TransportError,
     build_plan,
 )
+from qerl_sync.errors import EngineTakenError
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 from qerl_sync.wire.introductions import call
 from qerl_sync.wire.messages import PROTOCOL
@@ -332,7 +334,20 @@ class TestToken:
                 admission.called({"qerl_sync": {**plan["qerl_sync"], "number": 7}})
             with pytest.raises(AgreementError, match="does not show it"):
                 admission.called({"names": []})
-            admission.called({"qerl_sync": call(3, "a secret").model_dump()})
+            session = plan["qerl_sync"]["session"]
+            admission.called({"qerl_sync": call(3, "a secret", session).model_dump()})
+
+    def test_a_second_trainer_does_not_pass_for_the_first(self, subject, group, monkeypatch):
+        one = subject("dense")
+        monkeypatch.setenv(TOKEN_VARIABLE, "a secret")
+        with backend(one.engine, "qerl_nccl"):
+            first = connect(one, "nccl", planned(one, NEW))
+            first.send_weights()
+            connect(one, "nccl", planned(one, OLD)).send_weights()
+            with pytest.raises(EngineTakenError) as refused:
+                first.send_weights()
+            assert refused.value.pid == os.getpid()
+            assert one.wrong_weights(OLD) == []
 
     def test_a_strangers_update_ends_no_sync(self, subject, group, monkeypatch):
         """vLLM ends its update, and the trainer hears so; what the model holds is as it was."""

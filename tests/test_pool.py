@@ -153,7 +153,9 @@ def test_an_engine_that_raises_what_nobody_expects_is_left_behind_alone():
 def test_an_engine_with_another_quantisation_is_named_before_the_first_sync():
     with (
         session_of(pool_of(Engine(), Engine(quantization="fp8"))) as session,
-        pytest.raises(AgreementError, match=r"engine-0 has quantization None, .* engine-1 'fp8'"),
+        pytest.raises(
+            AgreementError, match=r"engine-0\) has quantization None, .* engine-1\) 'fp8'"
+        ),
     ):
         session.push()
 
@@ -164,7 +166,7 @@ def test_one_that_joins_with_another_dtype_is_left_behind():
         session.push()
         pool.add("late", Engine(dtype="float16"))
         report = session.push()
-    assert "engine late 'float16'" in report.lost["late"]
+    assert "engine late) 'float16'" in report.lost["late"]
     assert len(report.workers) == 1
 
 

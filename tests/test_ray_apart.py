@@ -72,7 +72,7 @@ class Engine:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
-    """`parallel` and `in flight`; they start at the same time."""
+    """`parallel`, `in flight` and `replicas`; they start at the same time."""
     import ray
 
     directory = tmp_path_factory.mktemp("models")
@@ -87,10 +87,11 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
     ranks = {**arguments, "tensor_parallel_size": 2}
     apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     with environment():
-        connect(num_cpus=4, object_store_memory=100 << 20, log_to_driver=False)
+        connect(num_cpus=6, object_store_memory=100 << 20, log_to_driver=False)
         handles = {
             "parallel": start_actor("parallel", ranks, Parallel, environment=apart),
             "in flight": start_actor("in flight", arguments, InFlight),
+            "replicas": start_actor("replicas", {**arguments, "data_parallel_size": 2}, InFlight),
         }
         WorkerPool(handles).wait(240)
         yield {n: Engine(WorkerPool({n: h}), paths, trainers) for n, h in handles.items()}
@@ -103,7 +104,7 @@ def in_flight(engines: dict[str, Engine]) -> Iterator[Engine]:
     engines["in flight"].pool.close()
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("parallel", 2), ("in flight", 1)])
+@pytest.mark.parametrize(("name", "ranks"), [("parallel", 2), ("in flight", 1), ("replicas", 2)])
 def test_every_rank_holds_what_one_started_with_the_weights_holds(
     engines: dict[str, Engine], name: str, ranks: int
 ):

@@ -117,6 +117,19 @@ def test_many_syncs_in_one_session(subject):
         assert report.prediction_exact
 
 
+def test_a_session_knows_that_another_one_has_synced_its_engine(subject):
+    """Both are in the engine's process: nobody is connected, so that nobody can be refused."""
+    one = subject("dense")
+    first, second = (session(one, HFSource(one.trainers[version])) for version in (NEW, OLD))
+    first.push()
+    assert first.current
+    second.push()
+    assert (first.current, second.current) == (False, True)
+    first.push()
+    assert (first.current, second.current) == (True, False)
+    assert one.wrong_weights(NEW) == []
+
+
 def test_the_trainers_weights_are_only_read(subject):
     one = subject("moe_renamed")
     before = {name: p.clone() for name, p in one.trainers[NEW].state_dict().items()}

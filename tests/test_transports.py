@@ -9,9 +9,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 from support.engines import NEW, OLD
-from support.remote import ENGINES, own_segments, push, session
+from support.models import make_model, save_model
+from support.remote import (
+    ENGINES,
+    SERVED,
+    Generation,
+    completion_request,
+    gap,
+    of_choice,
+    own_segments,
+    push,
+    session,
+)
 
 import qerl_sync
 from qerl_sync import (
@@ -19,12 +31,16 @@ from qerl_sync import (
     HFSource,
     InProcessTransport,
     ParamMeta,
+    RemoteTransport,
     Source,
     SyncConfig,
     SyncSession,
     TransportError,
     share_parameters,
 )
+from qerl_sync.clients.http import HTTPClient
+from qerl_sync.serving.command import ServerSpec
+from qerl_sync.serving.server import ServerProcess
 from qerl_sync.transports.remote import agreement
 from qerl_sync.wire import host, segments
 
@@ -90,6 +106,38 @@ def test_equals_a_fresh_engine(remote, name, carrier):
     push(engine, OLD, transport=carrier)
     assert engine.wrong_weights(OLD) == []
     assert engine.generates_as(OLD)
+
+
+@pytest.mark.slow
+def test_every_data_parallel_replica_of_a_server_is_synced(tmp_path):
+    trainers = {version: make_model("dense", version) for version in (OLD, NEW)}
+    path = save_model(trainers[OLD], tmp_path / "model")
+    spec = ServerSpec(str(path), engine={**SERVED, "data_parallel_size": 2})
+    with ServerProcess(spec, log=tmp_path / "server.log") as server:
+
+        def gaps(version: int) -> list[float]:
+            return [
+                gap(trainers[version], [1, 2, 3], asked(server.url, path, replica))
+                for replica in range(2)
+            ]
+
+        assert max(gaps(OLD)) < ROUNDING < min(gaps(NEW))
+        client = HTTPClient(server.url, timeout_seconds=60)
+        assert client.world_size() == 2
+        transport = RemoteTransport(client, timeout_seconds=60)
+        with SyncSession(HFSource(trainers[NEW]), transport, SyncConfig()) as sync:
+            report = sync.push()
+        assert len(report.workers) == 2
+        assert max(gaps(NEW)) < ROUNDING < min(gaps(OLD))
+
+
+def asked(url: str, model: Path, replica: int) -> Generation:
+    """What one data parallel replica of a server generates."""
+    told = completion_request(str(model), [1, 2, 3], 8)
+    headers = {"X-data-parallel-rank": str(replica)}
+    answer = requests.post(f"{url}/v1/completions", json=told, headers=headers, timeout=60)
+    assert answer.status_code == 200, answer.text
+    return of_choice(answer.json()["choices"][0])
 
 
 def test_a_server_knows_its_version(remote):

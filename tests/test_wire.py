@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.loaders import KeepingLoader, TensorSource, Workers, tensors
+from support.loaders import CALLER, KeepingLoader, TensorSource, Workers, tensors
 from support.servers import wait_until
 
 import qerl_sync
@@ -34,6 +34,7 @@ from qerl_sync import (
     TransportTimeout,
     share_parameters,
 )
+from qerl_sync.errors import EngineTakenError, WorldSizeError
 from qerl_sync.plan.staging import touched_bytes
 from qerl_sync.transports.remote import agreement, control, transport
 from qerl_sync.transports.remote.peer import Peer
@@ -405,21 +406,124 @@ def test_endpoints_are_addresses(workers, endpoint):
     engine, token = workers(), new_token()
     with pytest.raises(AgreementError, match="is no endpoint"):
         engine.init_weight_transfer_engine(
-            {"endpoints": [endpoint], "token": token, "proof": proof(token, "init", endpoint)}
+            {
+                "endpoints": [endpoint],
+                "token": token,
+                "proof": proof(token, "init", endpoint),
+                "session": CALLER,
+            }
         )
 
 
-def test_a_second_trainer_waits_for_the_first(workers):
-    engine = workers()
+@pytest.mark.parametrize("token", ["", "that both know"])
+def test_a_second_trainer_waits_for_the_first(workers, monkeypatch, token):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", token)
+    engine = workers(2)
     with session(engine) as first, session(engine, OLD) as second:
         first.push()
-        with pytest.raises(SyncError, match="another trainer is connected"):
+        with pytest.raises(EngineTakenError) as refused:
             second.push()
+        held = first._transport._session
+        found = {name: getattr(refused.value, name) for name in ("host", "pid", "since")}
+        assert found == held.facts()
+        assert found["pid"] == os.getpid()
         assert serves(engine, NEW)
-        assert first.push().version == 2
+        assert first.push().version == 2, "it is connected as before"
         first.close()
         assert second.push().version == 3
     assert serves(engine, OLD)
+
+
+def test_a_dead_trainer_is_followed_by_the_next_and_finds_it_there(workers, monkeypatch):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", "that both know")
+    engine = workers()
+    with session(engine) as first, session(engine, OLD) as second:
+        first.push()
+        for peer in first._transport._peers:
+            peer.close()
+        assert second.push().version == 2
+        with pytest.raises(EngineTakenError):
+            first.push()
+        assert serves(engine, OLD)
+
+
+def test_a_worker_tells_the_caller_when_its_trainer_is_gone_before_it_asked_for_anything(workers):
+    """It has not been synced; a call that returns would say that it has."""
+    engine = workers(2)
+    with session(engine) as sync:
+        sync.push()
+        peers = sync._transport._peers
+        (lost,) = [peer for peer in peers if peer.hello.rank == 1]
+        peers.remove(lost)
+        lost.close()
+        with pytest.raises(TransportError):
+            sync.push()
+        assert [loader.version for loader in engine.loaders] == [2, 1], "the call alone knew"
+        assert sync.push().version == 3
+        assert [loader.version for loader in engine.loaders] == [3, 3]
+
+
+# ----------------------------------------------------------------- who an engine's workers are
+
+
+def replicas(**told):
+    """What two data parallel replicas say: each is rank 0 of its own, by the engine's name."""
+    alone = {"rank": 0, "world_size": 1, "layout": {"tensor_parallel_size": 1}}
+    return {"rank0": {**alone, "replica": 0}, "rank1": {**alone, "replica": 1, "pid": 1, **told}}
+
+
+def test_data_parallel_replicas_are_workers_of_their_own(workers):
+    engine = workers(2, **replicas())
+    with session(engine) as sync:
+        report = sync.push()
+    assert len(report.workers) == 2
+    assert len({worker["worker"] for worker in report.workers}) == 2
+    assert serves(engine, NEW)
+
+
+def test_two_processes_in_one_place_are_refused(workers):
+    engine = workers(2, **replicas(replica=0))
+    with session(engine) as sync, pytest.raises(AgreementError):
+        sync.push()
+    assert serves(engine, OLD)
+    assert [loader.started for loader in engine.loaders] == [0, 0]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_as_many_workers_as_the_engine_has_must_connect(workers, size):
+    engine = workers(2, **replicas())
+    engine.world_size = lambda: size
+    with session(engine) as sync:
+        with pytest.raises(WorldSizeError) as refused:
+            sync.push()
+        assert (refused.value.connected, refused.value.expected) == (2, size)
+        assert serves(engine, OLD)
+        engine.world_size = lambda: 2
+        sync.push()
+    assert serves(engine, NEW)
+
+
+def test_a_server_with_a_part_of_the_replicas_counts_those_of_the_others_too(workers):
+    engine = workers(1, rank0={"server_is_partial": True})
+    engine.world_size = lambda: 4
+    with session(engine) as sync:
+        assert [sync.push().version for _ in range(2)] == [1, 2]
+    assert len(engine.calls_of("init")) == 1
+
+
+def test_a_replica_that_joins_between_two_syncs_takes_part_in_the_next(workers):
+    engine, joined = workers(1), workers(1, rank0={"replica": 1, "pid": 1})
+    engine.world_size = lambda: len(engine.connections)
+    with session(engine) as sync:
+        sync.push()
+        engine.connections += joined.connections
+        report = sync.push()
+        assert report.version == 2
+        assert len(report.workers) == 2
+        assert len(engine.calls_of("init")) == 2
+        sync.push()
+        assert len(engine.calls_of("init")) == 2, "it is connected"
+    assert serves(joined, NEW)
 
 
 def test_a_shared_token_never_travels(workers, monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.loaders import CALLER
 
 from qerl_sync import AgreementError, PeerLostError
 from qerl_sync.wire.channel import Listener, new_token, proof
@@ -19,14 +20,21 @@ pytestmark = pytest.mark.slow  # it imports vLLM
 
 HOST = "127.0.0.1"
 MODEL = SimpleNamespace(dtype=torch.float32, quantization=None, max_model_len=64)
-SIZES = {"tensor_parallel_size": 2, "pipeline_parallel_size": 1, "data_parallel_size": 1}
+SIZES = {
+    "tensor_parallel_size": 2,
+    "pipeline_parallel_size": 1,
+    "data_parallel_size": 1,
+    "data_parallel_index": 0,
+    "enable_expert_parallel": False,
+    "local_engines_only": False,
+}
 
 
 def engine(rank: int) -> Any:
     """That of one of two ranks."""
     from qerl_sync.worker.engine import QerlWeightTransferEngine
 
-    parallel = SimpleNamespace(rank=rank, world_size=2, enable_expert_parallel=False, **SIZES)
+    parallel = SimpleNamespace(rank=rank, world_size=2, **SIZES)
     config = SimpleNamespace(parallel_config=parallel, model_config=MODEL, instance_id="test")
     return QerlWeightTransferEngine(None, config, torch.device("cpu"), torch.nn.Linear(1, 1))
 
@@ -39,10 +47,10 @@ def ranks():
         one.shutdown()
 
 
-def signed(endpoint: str) -> dict[str, Any]:
+def signed(endpoint: str, token: str = "known") -> dict[str, Any]:
     """A first call as anybody can make it where the workers have no token of their own."""
-    token = new_token()
-    return {"endpoints": [endpoint], "token": token, "proof": proof(token, "init", endpoint)}
+    shown = proof(token, "init", endpoint)
+    return {"endpoints": [endpoint], "token": token, "proof": shown, "session": CALLER}
 
 
 ODD = [None, 3, "text", [], [{"number": 1}], {}, {1: 2}, {"proof": 3}, b"\xff"]
@@ -116,10 +124,9 @@ def test_a_rank_that_cannot_introduce_itself_lets_go_of_the_trainer(ranks, monke
 
 def hellos(ranks: list[Any]) -> list[Any]:
     """What the ranks tell a trainer that connects and says no more."""
-    token, told = new_token(), []
-    listener = Listener(HOST, 0, token)
-    endpoint = f"{HOST}:{listener.port}"
-    init = {"endpoints": [endpoint], "token": token, "proof": proof(token, "init", endpoint)}
+    told = []
+    listener = Listener(HOST, 0, token := new_token())
+    init = signed(f"{HOST}:{listener.port}", token)
     with closing(listener), ThreadPoolExecutor() as pool:
         for one in ranks:
             calling = pool.submit(call, one, "init", init)

@@ -12,6 +12,7 @@ from qerl_sync.clients.base import (
     PROBING,
     PauseMode,
     answers,
+    num_workers,
     read_prompt_logprobs,
     refusal,
     require_alive,
@@ -99,8 +100,8 @@ class AsyncLLMClient:
         return str(self._call("get_weight_version"))
 
     def world_size(self) -> int:
-        """How many workers the engine has: tensor times pipeline times data parallel size."""
-        return int(self.engine.vllm_config.parallel_config.world_size_across_dp)
+        """See `CountedClient`."""
+        return num_workers(self.engine.vllm_config, getattr(self.engine, "engine_core", None))
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         return self._run(

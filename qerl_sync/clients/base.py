@@ -81,6 +81,15 @@ class RefusingClient(EngineClient, Protocol):
         """Take requests again. Idempotent."""
 
 
+class CountedClient(EngineClient, Protocol):
+    """An engine that tells how many workers it has. Without it, a data parallel replica that does
+    not connect goes unnoticed where its engine does not tell either."""
+
+    def world_size(self) -> int | None:
+        """Count the workers that `update_weights` reaches, with those of all data parallel
+        replicas. None: it is not known."""
+
+
 class ProbedClient(EngineClient, Protocol):
     """An engine that can be asked what it thinks of a prompt."""
 
@@ -111,6 +120,16 @@ class StoringClient(EngineClient, Protocol):
 
 # Sampling parameters of a request that asks for nothing but the prompt's log-probabilities.
 PROBING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
+
+
+def num_workers(vllm_config: Any, engine_core: Any) -> int:
+    """Count the workers behind a client of vLLM's engine core.
+
+    It drives one engine core for each data parallel replica, and of a deployment on several nodes
+    perhaps only its own: `world_size_across_dp` would count the others too.
+    """
+    replicas = len(getattr(engine_core, "core_engines", [None]))
+    return int(vllm_config.parallel_config.world_size) * replicas
 
 
 def read_prompt_logprobs(token_ids: Sequence[int], told: Sequence[Any]) -> list[float]:

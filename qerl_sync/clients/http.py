@@ -118,7 +118,8 @@ class HTTPClient:
         return str(self._get("weight_info")["weight_version"])
 
     def world_size(self) -> int:
-        """How many workers the engine has: tensor times pipeline times data parallel size."""
+        """See `CountedClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
+        load balancing) it counts the workers of the other servers too."""
         return int(self._get("get_world_size", {"include_dp": "true"})["world_size"])
 
     def _get(self, route: str, params: Params | None = None) -> dict[str, Any]:

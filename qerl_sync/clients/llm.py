@@ -11,6 +11,7 @@ from qerl_sync.clients.base import (
     PauseMode,
     answers,
     in_thread,
+    num_workers,
     read_prompt_logprobs,
     refusal,
     require_alive,
@@ -95,8 +96,10 @@ class LLMClient:
         return str(self._call("get_weight_version"))
 
     def world_size(self) -> int:
-        """How many workers the engine has: tensor times pipeline times data parallel size."""
-        return int(self.llm.llm_engine.vllm_config.parallel_config.world_size_across_dp)
+        """See `CountedClient`."""
+        return num_workers(
+            self.llm.llm_engine.vllm_config, getattr(self.llm.llm_engine, "engine_core", None)
+        )
 
     def _abort_all(self) -> None:
         engine = self.llm.llm_engine

@@ -21,8 +21,8 @@ class RayActorClient:
 
     An actor with vLLM's four methods only is called as vLLM's `RayVLLMWeightSyncClient` calls it,
     with a timeout. Of the others it may have any: `update_weight_version`, `pause`, `resume`,
-    `reset_prefix_cache`, `deliver`. What it lacks is left out: its caller sees to it then that
-    nothing is generated during a sync, and that caches are emptied after it.
+    `reset_prefix_cache`, `world_size`, `deliver`. What it lacks is left out: its caller sees to it
+    then that nothing is generated during a sync, and that caches are emptied after it.
 
     Args:
         handle: of the actor.
@@ -67,6 +67,10 @@ class RayActorClient:
         if self._ours:
             return bool(self._call("reset_caches", running))
         return self._call_if_there("reset_prefix_cache") is not False
+
+    def world_size(self) -> int | None:
+        size = self._call_if_there("world_size")
+        return None if size is None else int(size)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         if not hasattr(self.handle, "prompt_logprobs"):

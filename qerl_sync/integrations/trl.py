@@ -141,7 +141,10 @@ class WeightSyncCallback(TrainerCallback):
         """In place of `VLLMGeneration.generate`. TRL syncs when a step has changed the weights, and
         would take what a restarted engine has for current."""
         if self.session is not None and self.reports and not self.session.current:
-            logger.warning("an engine was lost or restarted: syncing before it generates")
+            logger.warning(
+                "an engine was lost, restarted, or synced by another session: syncing before it "
+                "generates"
+            )
             self._sync()
         return self._generate(*args, **options)
 

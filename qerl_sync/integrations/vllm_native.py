@@ -32,6 +32,7 @@ from qerl_sync.integrations.vllm import PlannedSource, TranslatedClient
 from qerl_sync.wire import introductions as say
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 from qerl_sync.wire.introductions import Expected
+from qerl_sync.wire.messages import TrainerSession
 from qerl_sync.worker import plugin
 
 plugin.register()
@@ -82,6 +83,7 @@ class AgreeingClient:
         self._source = source
         self._expected = expected
         self._token = os.environ.get(TOKEN_VARIABLE, "")
+        self._session = TrainerSession.begin()
         self._num_updates = 0
         self.check_finite, self.finite = True, False
 
@@ -91,7 +93,7 @@ class AgreeingClient:
         self.init_weight_transfer_engine({})
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        said = say.introduction(init_info, __version__, self._expected, self._token)
+        said = say.introduction(init_info, __version__, self._expected, self._token, self._session)
         self._num_updates = 0
         self._client.init_weight_transfer_engine({**init_info, say.KEY: said.model_dump()})
 
@@ -109,7 +111,7 @@ class AgreeingClient:
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._num_updates += 1
-        said = say.call(self._num_updates, self._token)
+        said = say.call(self._num_updates, self._token, self._session.id)
         self._client.update_weights({**update_info, say.KEY: said.model_dump()})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

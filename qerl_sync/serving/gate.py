@@ -7,7 +7,7 @@ Behind it, such an engine is paused and lets requests wait. The gate answers tho
 then on with 503 and the reason; those that are in the engine stay there, and go on with the next
 good sync. Health, status and the RL routes go through.
 
-Two things close it, and each is opened in its own way:
+Three things close it, and each is opened in its own way:
 
                POST /qerl_sync/refuse {"reason": ...}
         open ───────────────────────────────────────▶ told      the trainer knows that a sync failed
@@ -17,6 +17,10 @@ Two things close it, and each is opened in its own way:
                call for QUIET_SECONDS
         open ───────────────────────────────────────▶ abandoned    the trainer is gone
              ◀─ resume; POST /qerl_sync/admit; commit
+
+               /scale_elastic_ep, after a commit
+        open ───────────────────────────────────────▶ told      replicas joined, without that sync
+             ◀─ POST /qerl_sync/admit; commit ───────
 
 A commit is a `finish_weight_update` with a weight version that vLLM has answered with 200: our
 trainers give one only when every worker is whole. One without is how a failed sync ends, and how a
@@ -120,6 +124,7 @@ class Watch:
         self._clock = clock
         self._told: str | None = None
         self._updating = self._abandoned = False
+        self._committed = False
         self._open_calls, self._last_end = 0, 0.0
         self._num_calls = self._resumed_at = 0
         self.paused = False
@@ -129,6 +134,13 @@ class Watch:
 
     def admit(self) -> None:
         self._told, self._abandoned = None, False
+
+    def scaled(self) -> None:
+        """Replicas may have joined. Before the first commit all have the checkpoint's weights."""
+        if self._committed:
+            self._told = (
+                "it was scaled since its last sync, and replicas that have joined have not had one"
+            )
 
     def call_begins(self) -> int:
         """Returns the call's number."""
@@ -146,6 +158,7 @@ class Watch:
         if route in UPDATING:
             self._updating |= self.paused
         if ok and version_given:
+            self._committed = True
             self.admit()
         if ok and route == "/pause" and call > self._resumed_at:
             self.paused = True
@@ -190,6 +203,8 @@ class Gate:
             if route in CONTROL:
                 await self._control(route, scope, receive, send)
                 return
+            if route == "/scale_elastic_ep":
+                return await self._scale(scope, receive, send)
             if route == "/qerl_sync/refuse":
                 return await self._refuse(receive, send)
             if route == "/qerl_sync/admit":
@@ -234,6 +249,15 @@ class Gate:
             # Not before vLLM has answered: with data parallelism it resumes no engine until then.
             never = asyncio.get_running_loop().create_future()
             await self._control("/resume", _moved(scope, "/resume"), _empty_until(never), _unheard)
+
+    async def _scale(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            # Before the answer is sent: from then on vLLM hands requests to the new replicas.
+            if message.get("status") == 200:
+                self._watch.scaled()
+            await send(message)
+
+        await self._app(scope, receive, answer)
 
     async def _control(self, route: str, scope: Scope, receive: Receive, send: Send) -> int:
         """Returns the call's number."""

@@ -89,8 +89,8 @@ class Transport(ABC):
 
     @property
     def connected(self) -> bool:
-        """False: a worker that took the last sync is gone, as far as can be told without asking.
-        Does not block."""
+        """False: a worker that took the last sync is gone, or has had another's since, as far as
+        can be told without asking. Does not block."""
         return True
 
     def committed_version(self) -> int:

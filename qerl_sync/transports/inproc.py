@@ -36,6 +36,12 @@ class InProcessTransport(Transport):
 
         self._llm = llm
         self._receiver = Receiver(compat.in_process_parts(llm))
+        self._committed: int | None = None
+
+    @property
+    def connected(self) -> bool:
+        """False: another session has synced this model since, and the engine serves its weights."""
+        return self._committed in (None, self._receiver.version)
 
     def layer_map(
         self,
@@ -84,6 +90,7 @@ class InProcessTransport(Transport):
                 "weights: a request is still running. Sync between two calls of generate"
             )
         self._receiver.commit(self._version)
+        self._committed = self._version
         staged = self._receiver.peak_staged_bytes
         self.verify_seconds = self._receiver.verify_seconds
         return [

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from qerl_sync.wire.channel import proof
-from qerl_sync.wire.messages import PROTOCOL
+from qerl_sync.wire.messages import PROTOCOL, TrainerSession
 
 KEY = "qerl_sync"
 
@@ -37,6 +37,7 @@ class Introduction(_Said):
     """Of qerl-sync."""
     expected: dict[str, str | int | None] = {}
     """What every worker must say of itself, by the names of `wire.messages.Hello`."""
+    session: TrainerSession
     proof: str = ""
     """Shows that the trainer knows the token, for these words and vLLM's; empty: it has none."""
 
@@ -44,14 +45,22 @@ class Introduction(_Said):
 class Call(_Said):
     number: int
     """Counts the updates since the introduction, so that none can be repeated."""
+    session: str = ""
+    """`id` of the session that was introduced."""
     proof: str = ""
 
 
 def introduction(
-    init_info: Mapping[str, Any], version: str, expected: Expected, token: str
+    init_info: Mapping[str, Any],
+    version: str,
+    expected: Expected,
+    token: str,
+    session: TrainerSession,
 ) -> Introduction:
     """To go with `init_info`. `token`: empty where the trainer has none."""
-    said = Introduction(protocol=PROTOCOL, version=version, expected=dict(expected))
+    said = Introduction(
+        protocol=PROTOCOL, version=version, expected=dict(expected), session=session
+    )
     return said.model_copy(update={"proof": introduction_proof(init_info, said, token)})
 
 
@@ -60,6 +69,7 @@ def introduction_proof(init_info: Mapping[str, Any], said: Introduction, token: 
     return proof(token, "init", json.dumps(whole, sort_keys=True)) if token else ""
 
 
-def call(number: int, token: str) -> Call:
+def call(number: int, token: str, session: str) -> Call:
     """Of update `number`."""
-    return Call(number=number, proof=proof(token, "update", number) if token else "")
+    shown = proof(token, "update", number, session) if token else ""
+    return Call(number=number, session=session, proof=shown)

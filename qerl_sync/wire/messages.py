@@ -26,6 +26,10 @@ out to be wrong `-- Condemn ->`, with the same answer.
 from __future__ import annotations
 
 import json
+import os
+import platform
+import secrets
+from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -43,6 +47,34 @@ class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class TrainerSession(_Message):
+    """Who drives an engine, and since when. A token does not tell: several trainers may know it."""
+
+    id: str
+    """Equal for all calls of one session, and for those of no other."""
+    host: str
+    pid: int
+    since: str
+    """When the session began (ISO 8601, UTC)."""
+
+    @classmethod
+    def begin(cls) -> TrainerSession:
+        """Return a new session of this process."""
+        return cls(
+            id=secrets.token_hex(16),
+            host=platform.node(),
+            pid=os.getpid(),
+            since=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    def facts(self) -> dict[str, Any]:
+        """Return the attributes of an EngineTakenError."""
+        return self.model_dump(exclude={"id"})
+
+
 class Hello(_Message):
     """Who the worker is, and what both sides must agree on."""
 
@@ -50,9 +82,15 @@ class Hello(_Message):
     protocol: int
     packages: dict[str, str]
     engine: str
-    """Names the engine (all ranks of it alike); `rank` of `world_size` within it."""
+    """Names the engine (all workers of it alike)."""
+    replica: int = 0
+    """Index of the data parallel replica."""
     rank: int
     world_size: int
+    """`rank` of `world_size` within the replica: tensor and pipeline parallel ranks."""
+    server_is_partial: bool = False
+    """The engine's server controls a part of its replicas, and others the rest (vLLM's hybrid or
+    external load balancing)."""
     layout: dict[str, int]
     """Parallel sizes by vLLM's names: tensor_parallel_size, ..., enable_expert_parallel."""
     model: str
@@ -70,6 +108,23 @@ class Hello(_Message):
     poisoned: str | None
     update_open: bool
     """vLLM's update route was entered and not left: an earlier trainer died in it."""
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Identify the worker within all engines."""
+        return self.engine, self.replica, self.rank
+
+    @property
+    def process(self) -> tuple[str, int]:
+        """Identify the worker's process."""
+        return self.host, self.pid
+
+    @property
+    def worker(self) -> str:
+        """Name the worker, for errors and reports."""
+        replica = f" of replica {self.replica}" if self.replica else ""
+        place = f"worker {self.rank} of {self.world_size}{replica}"
+        return f"{place} (pid {self.pid}, engine {self.engine})"
 
 
 class Segment(_Message):
@@ -213,6 +268,8 @@ class Failure(_Message):
     error: str
     """The name of a class in `qerl_sync.errors`."""
     text: str
+    facts: dict[str, str | int | float] = {}
+    """The error's attributes."""
 
 
 class End(_Message):
@@ -241,6 +298,8 @@ Message = (
     | Failure
     | End
 )
+# Attributes of an error that travel with it.
+_FACTS = (str, int, float)
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
@@ -282,7 +341,8 @@ def failure(error: BaseException) -> Failure:
     """An error, to be raised again on the other side."""
     kind = type(error).__name__ if isinstance(error, SyncError) else "TransportError"
     text = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
-    return Failure(error=kind, text=text)
+    told = {name: fact for name, fact in vars(error).items() if isinstance(fact, _FACTS)}
+    return Failure(error=kind, text=text, facts=told)
 
 
 def error_of(told: Failure, who: str) -> SyncError:
@@ -290,7 +350,7 @@ def error_of(told: Failure, who: str) -> SyncError:
     kind = getattr(errors, told.error, None)
     if not (isinstance(kind, type) and issubclass(kind, SyncError)):
         kind = TransportError
-    return kind(f"{who}: {told.text}")
+    return kind(f"{who}: {told.text}", **told.facts)
 
 
 def pack_metas(metas: list[ParamMeta]) -> list[tuple[str, str, tuple[int, ...]]]:

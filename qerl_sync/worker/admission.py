@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from qerl_sync.errors import AgreementError
+from qerl_sync.errors import AgreementError, EngineTakenError
 from qerl_sync.wire import introductions as say
 from qerl_sync.wire.channel import TOKEN_VARIABLE, same_proof
-from qerl_sync.wire.messages import PROTOCOL, Hello
+from qerl_sync.wire.messages import PROTOCOL, Hello, TrainerSession
 
 S = TypeVar("S", bound=BaseModel)
 
@@ -29,6 +29,7 @@ class Admission:
     def __init__(self, hello: Callable[[], Hello]) -> None:
         self._hello = hello
         self._token = os.environ.get(TOKEN_VARIABLE, "")
+        self._session: TrainerSession | None = None
         self._calls = 0
 
     def introduced(self, init_info: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,18 +45,36 @@ class Admission:
         self._require_proof(told, lambda t: say.introduction_proof(rest, t, self._token))
         if told is not None:
             self._require_expected(told.expected)
+        # No connection tells whether the trainer before is alive. If it is, its next call fails.
+        self._session = None if told is None else told.session
         self._calls = 0
         return rest
 
     def called(self, update_info: Mapping[str, Any]) -> dict[str, Any]:
-        """What is vLLM's of it. Raises AgreementError: the token, or a call that was repeated."""
+        """What is vLLM's of it.
+
+        Raises:
+            AgreementError: the token is wrong, or the call was repeated.
+            EngineTakenError: another trainer has introduced itself since.
+        """
         rest, told = _parted(update_info, say.Call)
-        self._require_proof(told, lambda t: say.call(t.number, self._token).proof)
+        self._require_proof(told, lambda t: say.call(t.number, self._token, t.session).proof)
         if told is not None:
+            self._require_own_session(told)
             if told.number <= self._calls:
                 raise AgreementError(f"the trainer's update {told.number} was repeated")
             self._calls = told.number
         return rest
+
+    def _require_own_session(self, told: say.Call) -> None:
+        held = self._session
+        if held is None or held.id != told.session:
+            raise EngineTakenError(
+                f"another trainer drives {self._name} since this one has connected: "
+                f"{held or 'one of vLLM, which does not say who it is'}. End one of them, and "
+                "connect the other anew",
+                **(held.facts() if held else {}),
+            )
 
     def _require_proof(self, told: Any, right: Callable[[Any], str]) -> None:
         shown = "" if told is None else told.proof

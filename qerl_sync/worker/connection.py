@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qerl_sync.errors import AgreementError, SyncError, TransportError
+from qerl_sync.errors import AgreementError, EngineTakenError, SyncError, TransportError
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, connect, parse_endpoint, proof, same_proof
+from qerl_sync.wire.channel import (
+    TOKEN_VARIABLE,
+    Channel,
+    connect,
+    parse_endpoint,
+    proof,
+    same_proof,
+)
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.conversation import Conversation, Loader
 from qerl_sync.worker.inbox import Inbox
@@ -35,6 +43,8 @@ class ConnectCall(_Call):
     """`host:port` of each trainer rank, in rank order; an IPv6 address in brackets."""
     proof: str
     """Shows that who sends this knows the token."""
+    session: say.TrainerSession
+    """The worker keeps it while the trainer is connected, and refuses every other one."""
     token: str = ""
     """The secret of both sides. Empty where the worker has its own, in the environment variable
     QERL_SYNC_TOKEN; it then never travels."""
@@ -66,6 +76,7 @@ class TrainerConnection:
         self._hello = hello
         self._inboxes: list[Inbox] = []
         self._token = ""
+        self._session: say.TrainerSession | None = None
         self._calls = 0
 
     def open(self, call: object) -> None:
@@ -75,16 +86,30 @@ class TrainerConnection:
             call: from anybody, and of any form; `ConnectCall` says of which it must be.
 
         Raises:
-            AgreementError: the call is none of ours, the token is wrong, another trainer is here.
+            AgreementError: the call is none of ours, or the token is wrong.
+            EngineTakenError: another trainer's session is connected. The caller is told on a
+                connection of its own, too: through vLLM only a text gets back.
             TransportError: the trainer cannot be reached.
         """
         told = _checked(ConnectCall, call)
         token = self._admitted(told)
+        held = self._session
+        if held and held != told.session and any(inbox.alive for inbox in self._inboxes):
+            refusal = EngineTakenError(
+                f"another trainer is connected: {held}. Close its session, or end that process; "
+                "then try again. To sync one engine from several trainer ranks, give them the "
+                "same endpoints (RemoteTransport)",
+                **held.facts(),
+            )
+            for endpoint in told.endpoints:
+                with suppress(SyncError), self._reach(endpoint, token, told) as channel:
+                    channel.send(say.failure(refusal), told.timeout_seconds)
+            raise refusal
         self.close()
         try:
             for endpoint in told.endpoints:
-                self._inboxes.append(self._connect(endpoint, token, told.timeout_seconds))
-            self._token, self._calls = token, 0
+                self._inboxes.append(self._connect(endpoint, token, told))
+            self._token, self._session, self._calls = token, told.session, 0
             self._conversation = Conversation(self._loader, self._inboxes, self._device)
             for inbox in self._inboxes:
                 _open_transport(inbox)
@@ -118,7 +143,7 @@ class TrainerConnection:
         self._inboxes = []
 
     def _admitted(self, told: ConnectCall) -> str:
-        """The token, if who asks knows it and no other trainer is there."""
+        """Return the token, if the caller knows it."""
         own = os.environ.get(TOKEN_VARIABLE, "")
         token = own or told.token
         if not token or not same_proof(proof(token, "init", *told.endpoints), told.proof):
@@ -127,18 +152,19 @@ class TrainerConnection:
                 if own
                 else "the call brings no token, or one that does not fit it"
             )
-        if token != self._token and any(inbox.alive for inbox in self._inboxes):
-            raise AgreementError("another trainer is connected; let it close its session first")
         return token
 
-    def _connect(self, endpoint: str, token: str, timeout_seconds: float) -> Inbox:
-        channel = connect(*parse_endpoint(endpoint), token, timeout_seconds)
+    def _reach(self, endpoint: str, token: str, told: ConnectCall) -> Channel:
+        return connect(*parse_endpoint(endpoint), token, told.timeout_seconds)
+
+    def _connect(self, endpoint: str, token: str, told: ConnectCall) -> Inbox:
+        channel = self._reach(endpoint, token, told)
         try:
-            channel.send(self._hello(), timeout_seconds)
+            channel.send(self._hello(), told.timeout_seconds)
         except BaseException:
             channel.close()
             raise
-        return Inbox(channel, timeout_seconds)
+        return Inbox(channel, told.timeout_seconds)
 
 
 def _checked(kind: type[C], call: object) -> C:

@@ -1,8 +1,8 @@
 """The worker's side of a conversation: vLLM lends its thread, the trainer's requests are served.
 
-Everything that can go wrong is told to the trainer over its channel. Nothing is raised into vLLM:
-its collective calls take the first rank's exception and leave the others' answers in their queues,
-where the next call finds them.
+Everything that can go wrong is told to the trainer over its channel. Nothing is raised into vLLM,
+unless the trainer is lost before its first request: vLLM's collective calls take the first rank's
+exception and leave the others' answers in their queues, where the next call finds them.
 """
 
 from __future__ import annotations
@@ -114,10 +114,17 @@ class Conversation:
         self._in_doubt = False
 
     def serve(self) -> None:
-        """Answer requests until the trainer says End, or is lost. Raises nothing."""
+        """Answer requests until the trainer says End, or is lost.
+
+        Raises:
+            SyncError: the trainer was lost before its first request. Whoever made the call would
+                otherwise take this worker for one that has been synced.
+        """
+        heard = False
         try:
             while True:
                 requests = [inbox.next("its next request") for inbox in self._inboxes]
+                heard = True
                 if isinstance(requests[0], say.End):
                     return
                 self._answer(requests)
@@ -128,6 +135,8 @@ class Conversation:
             self._tell(say.failure(exc))
             for inbox in self._inboxes:
                 inbox.close()
+            if not heard:
+                raise
 
     def _give_up(self, reason: str, *, keep_old: bool) -> None:
         """Args:

@@ -30,8 +30,11 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
         protocol=PROTOCOL,
         packages=packages(),
         engine=str(vllm_config.instance_id),
+        # Not data_parallel_rank: vLLM sets that to 0 on every replica of a model without experts.
+        replica=parallel.data_parallel_index,
         rank=parallel.rank,
         world_size=parallel.world_size,
+        server_is_partial=parallel.local_engines_only,
         layout={name: int(getattr(parallel, name)) for name in PARALLEL_SIZES},
         model=type(receiver.model).__name__,
         dtype=dtype,

@@ -18,6 +18,7 @@ from qerl_sync import (
     ParamMeta,
     ParentLayer,
     Source,
+    SyncError,
     SyncPlan,
     Trace,
     __version__,
@@ -28,6 +29,8 @@ from qerl_sync.wire.host import host_id
 from qerl_sync.worker.connection import TrainerConnection
 
 CPU = torch.device("cpu")
+# What a first call says of its trainer (`wire.messages.TrainerSession`).
+CALLER = {"id": "a", "host": "here", "pid": 1, "since": "2026-01-01T00:00:00+00:00"}
 
 
 def tensors(version: int, count: int = 6, numel: int = 100) -> dict[str, torch.Tensor]:
@@ -93,6 +96,9 @@ class KeepingLoader:
         return replay(self._plan.metas, self._layer_map)
 
     def commit(self, version: int) -> bool:
+        if version <= self.version:
+            self.abort(reason := f"version {version} was to follow {self.version}")
+            raise SyncError(reason)
         self.version, self.poisoned = version, None
         return False
 
@@ -116,7 +122,7 @@ class Workers:
         self.loaders = loaders
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self._said = said
-        self._pool = ThreadPoolExecutor(len(loaders))
+        self._pool = ThreadPoolExecutor()
         self.connections = [
             TrainerConnection(loader, CPU, self._hello(rank)) for rank, loader in enumerate(loaders)
         ]
@@ -137,6 +143,10 @@ class Workers:
         for connection in self.connections:
             connection.close()
         self._pool.shutdown()
+
+    def calls_of(self, what: str) -> list[dict[str, Any]]:
+        """What was said in each call of that kind."""
+        return [said for kind, said in self.calls if kind == what]
 
     def _on_all(self, method: str, info: dict[str, Any]) -> None:
         # JSON in between, as over HTTP.

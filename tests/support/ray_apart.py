@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from qerl_sync.integrations.ray.actors import RolloutActor
 from qerl_sync.integrations.ray.in_flight import AsyncRolloutActor
+from support.worker_extension import ask_every_worker
 
 
 class Parallel(RolloutActor):
@@ -22,7 +23,7 @@ class InFlight(AsyncRolloutActor):
     STALLED_SECONDS: ClassVar[float] = 1.0
 
     def rpc(self, method: str, *arguments: str) -> list[dict[str, str]]:
-        asked = self.llm.collective_rpc(method, args=arguments)
+        asked = ask_every_worker(self.llm, method, *arguments)
         return list(asyncio.run_coroutine_threadsafe(asked, self._loop).result(60))
 
     def in_flight(self) -> int:

@@ -49,6 +49,7 @@ class RemoteEngine(ABC):
     """
 
     num_workers = 1
+    num_replicas = 1
     prompts: ClassVar = PROMPTS
     arguments: Mapping[str, Any] = {}
 
@@ -93,7 +94,9 @@ class RemoteEngine(ABC):
         """Largest difference between its logprobs and the trainer's."""
         return max(
             gap(self.trainers[version], prompt, generation)
-            for prompt, generation in zip(self.prompts, self.generate(), strict=True)
+            for prompt, generation in zip(
+                self.prompts * self.num_replicas, self.generate(), strict=True
+            )
         )
 
     def wrong_weights(self, version: int) -> list[str]:
@@ -201,10 +204,12 @@ class Async(RemoteEngine):
         return AsyncLLMClient(self.engine, self.loop, timeout_seconds=60)
 
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
-        return list(self.run(self.engine.collective_rpc(method, args=arguments)))
+        return list(self.run(worker_extension.ask_every_worker(self.engine, method, *arguments)))
 
-    def complete(self, prompt: list[int], max_tokens: int) -> Generation:
-        return self.run(self._stream(prompt, max_tokens, ([], [])))
+    def complete(
+        self, prompt: list[int], max_tokens: int, replica: int | None = None
+    ) -> Generation:
+        return self.run(self._stream(prompt, max_tokens, ([], []), replica))
 
     def stream(self, prompt: list[int], max_tokens: int) -> tuple[Any, Generation]:
         """A future, and what has been generated so far: it grows."""
@@ -212,10 +217,14 @@ class Async(RemoteEngine):
         coroutine = self._stream(prompt, max_tokens, grown)
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop), grown
 
-    async def _stream(self, prompt: list[int], max_tokens: int, grown: Generation) -> Generation:
+    async def _stream(
+        self, prompt: list[int], max_tokens: int, grown: Generation, replica: int | None = None
+    ) -> Generation:
         options = _sampling(max_tokens)
         name = f"{time.monotonic_ns()}"
-        async for output in self.engine.generate({"prompt_token_ids": prompt}, options, name):
+        asked = {"prompt_token_ids": prompt}
+        answers = self.engine.generate(asked, options, name, data_parallel_rank=replica)
+        async for output in answers:
             tokens, logprobs = _read(output)
             grown[0].extend(tokens[len(grown[0]) :])
             grown[1].extend(logprobs[len(grown[1]) :])
@@ -233,6 +242,20 @@ class Async(RemoteEngine):
         with contextlib.suppress(asyncio.CancelledError):
             await handler
         _shut_down(self.engine.engine_core)
+
+
+class DataParallel(Async):
+    """The same with two replicas, of one worker each: both generate for each prompt."""
+
+    num_workers = num_replicas = 2
+    arguments: Mapping[str, Any] = {"data_parallel_size": 2}
+
+    def generate(self) -> list[Generation]:
+        return [
+            self.complete(prompt, MAX_TOKENS, replica)
+            for replica in range(self.num_replicas)
+            for prompt in self.prompts
+        ]
 
 
 class Server(RemoteEngine):
@@ -259,7 +282,7 @@ class Server(RemoteEngine):
 
     def complete(self, prompt: list[int], max_tokens: int) -> Generation:
         answer = self._post("v1/completions", self._request(prompt, max_tokens)).json()
-        return _of_choice(answer["choices"][0])
+        return of_choice(answer["choices"][0])
 
     def stream(self, prompt: list[int], max_tokens: int) -> tuple[Any, Generation]:
         """As `Async.stream`."""
@@ -281,22 +304,13 @@ class Server(RemoteEngine):
                 word = line.decode().removeprefix("data: ")
                 if word and word != "[DONE]":
                     for target, more in zip(
-                        grown, _of_choice(json.loads(word)["choices"][0]), strict=True
+                        grown, of_choice(json.loads(word)["choices"][0]), strict=True
                     ):
                         target.extend(more)
         return grown
 
     def _request(self, prompt: list[int], max_tokens: int) -> dict[str, Any]:
-        return {
-            "model": str(self.paths[OLD]),
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "return_tokens_as_token_ids": True,  # there is no tokenizer
-        }
+        return completion_request(str(self.paths[OLD]), prompt, max_tokens)
 
     def _post(self, route: str, body: dict[str, Any], **options: Any) -> Any:
         import requests
@@ -304,6 +318,20 @@ class Server(RemoteEngine):
         response = requests.post(f"{self.process.url}/{route}", json=body, timeout=60, **options)
         assert response.status_code == 200, response.text
         return response
+
+
+def completion_request(model: str, prompt: list[int], max_tokens: int) -> dict[str, Any]:
+    """For a server: greedy, to the full length."""
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 0,
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,  # there is no tokenizer
+    }
 
 
 # Engines that serve requests while they are synced: long ones, too.
@@ -322,6 +350,7 @@ ENGINES: dict[str, tuple[type[RemoteEngine], str]] = {
     "own process": (OwnProcess, "moe"),
     "tensor parallel": (TensorParallel, "moe"),
     "async": (Async, "dense"),
+    "data parallel": (DataParallel, "dense"),
     "server": (Server, "dense"),
 }
 
@@ -350,7 +379,7 @@ class RemotePool:
         kind_of_engine, kind = ENGINES[name]
         subject = self._subjects.subject(kind, "stock")
         engine = kind_of_engine(subject.trainers, self._directory / name.replace(" ", "-"))
-        engine.generations[NEW] = _generate(subject.fresh)
+        engine.generations[NEW] = _generate(subject.fresh) * engine.num_replicas
         return engine
 
 
@@ -447,5 +476,5 @@ def _read(output: Any) -> Generation:
     return list(one.token_ids), [next(iter(step.values())).logprob for step in one.logprobs]
 
 
-def _of_choice(choice: dict[str, Any]) -> Generation:
+def of_choice(choice: dict[str, Any]) -> Generation:
     return list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])

@@ -19,6 +19,18 @@ NAME = f"{__name__}.WorkerExtension"
 BREAKABLE = ("layers.1.mlp.gate_up_proj", "layers.1.mlp.experts.routed_experts")
 
 
+async def ask_every_worker(engine: Any, method: str, *arguments: str) -> list[Any]:
+    """Call a method of `WorkerExtension` on all data parallel replicas of an `AsyncLLM`, whose own
+    `collective_rpc` returns what the first one answers."""
+    core = engine.engine_core
+    told = ("collective_rpc", method, None, list(arguments), {})
+    return [
+        answer
+        for replica in core.core_engines
+        for answer in await core._call_utility_async(*told, engine=replica)
+    ]
+
+
 class WorkerExtension:
     """A base that vLLM gives to its worker class (`worker_extension_cls`)."""
 

@@ -196,6 +196,10 @@ class RolloutActor:
     def reset_caches(self, running: bool) -> bool:
         return bool(self._client.reset_caches(running=running))
 
+    def world_size(self) -> int:
+        """Count the workers, with those of all data parallel replicas."""
+        return int(self._client.world_size())
+
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Of each token but the first, given those before it. For `sync.verify: full`."""
         return list(self._client.prompt_logprobs(token_ids))
@@ -226,7 +230,7 @@ class RolloutActor:
 
 def world_size(engine: Mapping[str, Any]) -> int:
     """How many ranks an engine with these arguments has."""
-    sizes = ("tensor_parallel_size", "pipeline_parallel_size")
+    sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     return math.prod(int(engine.get(size) or 1) for size in sizes)
 
 

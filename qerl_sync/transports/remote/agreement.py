@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qerl_sync.errors import AgreementError
+from qerl_sync.errors import AgreementError, WorldSizeError
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.wire.messages import PROTOCOL, Hello
 
@@ -30,23 +30,46 @@ def require_alike(hellos: Sequence[Hello]) -> None:
             mine, theirs = getattr(first, name), getattr(other, name)
             if mine != theirs:
                 raise AgreementError(
-                    f"worker {first.rank} of engine {first.engine} has {name} {mine!r}, worker "
-                    f"{other.rank} of engine {other.engine} {theirs!r}; sync them in sessions of "
-                    "their own, or start them alike"
+                    f"{first.worker} has {name} {mine!r}, {other.worker} {theirs!r}; sync them in "
+                    "sessions of their own, or start them alike"
                 )
 
 
-def require_complete(hellos: Sequence[Hello]) -> None:
-    """Raises AgreementError, naming the ranks that did not connect."""
-    engines = {hello.engine: hello.world_size for hello in hellos}
-    for engine, world_size in engines.items():
-        present = {hello.rank for hello in hellos if hello.engine == engine}
-        missing = sorted(set(range(world_size)) - present)
+def require_complete(hellos: Sequence[Hello], world_size: int | None) -> None:
+    """Require that every worker of the engines has connected.
+
+    A worker that has not would go on serving old weights as the new version.
+
+    Args:
+        world_size: workers in all, with those of all data parallel replicas; None: not known.
+
+    Raises:
+        AgreementError: names the ranks that did not connect.
+        WorldSizeError: all ranks of the replicas that have connected are there, and the engine
+            has another number of workers.
+    """
+    replicas = {(hello.engine, hello.replica): hello.world_size for hello in hellos}
+    for (engine, replica), size in replicas.items():
+        present = {h.rank for h in hellos if (h.engine, h.replica) == (engine, replica)}
+        missing = sorted(set(range(size)) - present)
         if missing:
             raise AgreementError(
-                f"of engine {engine} the worker ranks {missing} of {world_size} did not connect; "
-                "look at their log"
+                f"of engine {engine}, replica {replica}, the worker ranks {missing} of {size} did "
+                "not connect; look at their log",
+                engine=engine,
+                replica=replica,
+                ranks=missing,
             )
+    # Such a server tells the size of the whole deployment, whose rest other servers control.
+    partial = any(hello.server_is_partial for hello in hellos)
+    if world_size is not None and world_size != len(hellos) and not partial:
+        raise WorldSizeError(
+            f"{len(hellos)} workers have connected, and the engine has {world_size}: "
+            f"{', '.join(hello.worker for hello in hellos)}. A worker that is not connected would "
+            "keep its old weights; look at the engine's log",
+            connected=len(hellos),
+            expected=world_size,
+        )
 
 
 def require_same_map(planned: LayerMap, now: LayerMap) -> None:

@@ -58,6 +58,11 @@ class EngineControl:
             "init_weight_transfer_engine", self._client.init_weight_transfer_engine, call
         )
 
+    def world_size(self) -> int | None:
+        """Ask how many workers the engine has now; None: its client cannot tell."""
+        ask: Callable[[], int | None] | None = getattr(self._client, "world_size", None)
+        return None if ask is None else ask()
+
     def leave_open_update(self) -> None:
         """An earlier trainer died in one. Where vLLM has closed it on a rank by itself, that rank
         refuses, and all ranks are out of it then, too."""

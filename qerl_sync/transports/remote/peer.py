@@ -69,8 +69,7 @@ class Peer:
 
     @property
     def name(self) -> str:
-        hello = self.hello
-        return f"worker {hello.rank} of {hello.world_size} (pid {hello.pid}, engine {hello.engine})"
+        return self.hello.worker
 
     def send(self, message: say.Message) -> None:
         try:
@@ -96,7 +95,8 @@ class Peer:
         """
         message = self._channel.receive(self._timeout_seconds, what, self.glance)
         if isinstance(message, say.Failure):
-            raise say.error_of(message, self.name)
+            # Not `name`: a worker that another trainer holds refuses before it says who it is.
+            raise say.error_of(message, self._channel.peer)
         if not isinstance(message, kind):
             raise TransportError(
                 f"{self._channel.peer} sent {message.type!r} where {what} was next"
@@ -107,6 +107,14 @@ class Peer:
         """Raises PeerLostError if the worker has closed the connection or died; says that we were
         doing `what`."""
         self._channel.require_open(what)
+
+    @property
+    def connected(self) -> bool:
+        """Return whether the connection is open, as far as can be told without asking."""
+        with suppress(PeerLostError):
+            self.require_connected("looking for it")
+            return True
+        return False
 
     def skip_to(self, kind: type[M], what: str, timeout_seconds: float) -> M:
         """The next message of that kind; what was sent before it no longer counts."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qerl_sync.errors import (
     AgreementError,
     ConfigError,
+    CoverageError,
     LoadError,
     NoRoomError,
     SyncError,
@@ -98,9 +99,9 @@ class PoolTransport(Transport):
 
         new, lost --is up, next sync--> ready --error of its own--> lost
 
-    An engine that dies, or does not answer in time, is left out of the rest of the sync, which the
-    others finish and commit. It gets a full sync when it is there again. Only when all are lost, or
-    the weights themselves are refused, the sync fails.
+    An engine that dies, does not answer in time, or gets other bytes than were sent is left out of
+    the rest of the sync, which the others finish and commit. It gets a full sync when it is there
+    again. Only when all are lost, or the weights themselves are refused, the sync fails.
 
     Args:
         address: where workers reach this trainer, asked for again whenever one connects: it may
@@ -136,6 +137,8 @@ class PoolTransport(Transport):
         self._hello: Hello | None = None
         self.lost: dict[str, str] = {}
         self.newest_version = 0
+        # The last version that an engine may have committed, whatever became of the sync.
+        self._spent_version = 0
         self.required_version: int | None = None
 
     # ---- members
@@ -179,8 +182,24 @@ class PoolTransport(Transport):
         return "; ".join(dict.fromkeys(member.transport.kind for member in self._ready))
 
     def committed_version(self) -> int:
-        hellos = (hello for m in self._members.values() for hello in m.transport.hellos)
-        return max((hello.version for hello in hellos), default=0)
+        """See the base class. Connect to the engines that are up and not ready: they are part of
+        the sync that follows.
+
+        Each states its version here, before one is chosen, since a worker refuses a version that
+        it has already. Which one that is after a sync that failed late, or that another trainer
+        made, is not known here.
+        """
+        self.lost = {member.name: member.absence for member in self._members.values()}
+
+        def state(member: Member) -> int:
+            if not (member.ready and member.transport.connected):
+                self._take_in(member)
+            return member.transport.committed_version()
+
+        stated = self._each(self._those_up(), state)
+        for member in stated:
+            self.lost.pop(member.name)
+        return max([self._spent_version, *stated.values()])
 
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
@@ -234,8 +253,7 @@ class PoolTransport(Transport):
                 f"already; versions only move forwards, ask for {version} or more"
             )
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
-        self.lost = {m.name: m.absence for m in self._members.values()}
-        self._each([m for m in self._those_up() if not m.ready], self._take_in)
+        self._require_some(self._ready)
         try:
             staging = self._staging_for(plan, self._ready)
         except NoRoomError as exc:
@@ -252,8 +270,6 @@ class PoolTransport(Transport):
                 plan, layer_map, version=version, check_finite=check_finite, staging=staging
             )
 
-        for member in ready:
-            self.lost.pop(member.name)
         self._active = ready
         self._active = list(self._each(ready, start))
         staging.busy_cores = self.busy_cores
@@ -268,6 +284,7 @@ class PoolTransport(Transport):
 
     def finish(self) -> list[WorkerReport]:
         complete = self._each(self._active, lambda member: member.transport.complete())
+        self._spent_version = self._version
         reports = self._each(list(complete), lambda member: member.transport.commit())
         self._require_some(list(reports))
         for member in reports:
@@ -339,7 +356,14 @@ class PoolTransport(Transport):
             if not member.ready and member.idle and member.address != self._address():
                 member.transport.close()
                 self._members[name] = self._member(name, member.client, member.is_up)
-        return [m for m in self._members.values() if m.ready or (m.idle and m.is_up())]
+        up = [m for m in self._members.values() if m.ready or (m.idle and m.is_up())]
+        leaving = [m.leaving for m in self._members.values() if m.leaving and not m.idle]
+        if up or not leaving:
+            return up
+        # There is no one to go on with until one of them is out of the sync that has failed.
+        for thread in leaving:
+            thread.join(self._options.get("timeout_seconds", 300.0))
+        return [m for m in self._members.values() if m.idle and m.is_up()]
 
     def _require_alike(self, members: Iterable[Member]) -> None:
         """Raises AgreementError if one has another model, dtype, quantisation or layout than those
@@ -375,13 +399,19 @@ class PoolTransport(Transport):
     def _each(
         self, members: Sequence[Member], work: Callable[[Member], R], *, leave_behind: bool = True
     ) -> dict[Member, R]:
-        """Do it for all at the same time. Returns what came of it, without those left behind."""
+        """Do it for all at the same time. Returns what came of it, without those left behind.
+
+        A CoverageError is about the weights if no member can do it. One that others do not have is
+        the member's own: bytes that changed on the way to it, kernels that do not hold them.
+        """
         outcomes = in_parallel([partial(work, member) for member in members])
+        some_can = any(not isinstance(outcome, BaseException) for outcome in outcomes)
+        own = (*MEMBERS_OWN, CoverageError) if some_can else MEMBERS_OWN
         done: dict[Member, R] = {}
         for member, outcome in zip(members, outcomes, strict=True):
             if not isinstance(outcome, BaseException):
                 done |= {member: outcome}
-            elif leave_behind and _is_its_own(outcome):
+            elif leave_behind and _is_its_own(outcome, own):
                 self._lose(member, outcome)
             else:
                 raise outcome
@@ -417,9 +447,8 @@ def _do_without_shm(member: Member, reason: NoRoomError) -> None:
     member.transport.do_without_shm(reason)
 
 
-def _is_its_own(error: BaseException) -> bool:
-    ours = isinstance(error, SyncError)
-    return isinstance(error, MEMBERS_OWN) if ours else isinstance(error, Exception)
+def _is_its_own(error: BaseException, own: tuple[type[SyncError], ...]) -> bool:
+    return isinstance(error, own if isinstance(error, SyncError) else Exception)
 
 
 def _end(transport: RemoteTransport, reason: str) -> None:

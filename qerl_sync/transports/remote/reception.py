@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from qerl_sync.errors import TransportError, TransportTimeout
+from qerl_sync.errors import AgreementError, TransportError, TransportTimeout
 from qerl_sync.transports.remote.agreement import require_alike, require_complete
 from qerl_sync.transports.remote.call import EngineCall
 from qerl_sync.transports.remote.control import GRACE_SECONDS
@@ -38,11 +38,17 @@ class Reception:
         self._num_workers = num_workers
         self.endpoint = format_endpoint(address, self._listener.port)
 
-    def admit(self, call: EngineCall | None, greet: Callable[[Peer], None]) -> list[Peer]:
+    def admit(
+        self,
+        call: EngineCall | None,
+        greet: Callable[[Peer], None],
+        world_size: Callable[[], int | None],
+    ) -> list[Peer]:
         """Greet workers until all are there, all alike.
 
         Args:
             call: the engine's, which returns when all its workers have been greeted.
+            world_size: returns how many workers the engine has; None if nobody knows.
 
         Raises:
             SyncError: of any kind; nobody is connected then.
@@ -51,7 +57,7 @@ class Reception:
         try:
             self._admit(call, greet, peers)
             hellos = [peer.hello for peer in peers]
-            require_complete(hellos)
+            require_complete(hellos, world_size())
             require_alike(hellos)
         except BaseException:
             for peer in peers:
@@ -76,7 +82,7 @@ class Reception:
             channel = self._listener.accept(0.05)
             if channel is not None:
                 peer = Peer(channel, self._timeout_seconds)
-                _forget_older(peers, peer)
+                _forget_lost(peers, peer)
                 peers.append(peer)
                 greet(peer)
             elif time.monotonic() > deadline:
@@ -106,9 +112,20 @@ class Reception:
                 late.close()
 
 
-def _forget_older(peers: list[Peer], new: Peer) -> None:
-    """A worker that connects again has given up the connection that it had."""
+def _forget_lost(peers: list[Peer], new: Peer) -> None:
+    """Drop the connection that `new` replaces: its own earlier one, or that of a worker that died.
+
+    Raises AgreementError if another process, whose connection is open, claims the same place.
+    """
     for old in list(peers):
-        if (old.hello.engine, old.hello.rank) == (new.hello.engine, new.hello.rank):
-            old.close()
-            peers.remove(old)
+        if old.hello.place != new.hello.place:
+            continue
+        if old.hello.process != new.hello.process and old.connected:
+            # To drop one of two live workers would leave it on its old weights, unnoticed.
+            new.close()
+            raise AgreementError(
+                f"{old.name} and {new.name} claim the same place in the engine; start each engine "
+                "in processes of its own, and sync them in sessions of their own"
+            )
+        old.close()
+        peers.remove(old)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import ConfigError, NoRoomError, PeerLostError, SyncError, TransportError
+from qerl_sync.errors import ConfigError, NoRoomError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
@@ -112,6 +112,8 @@ class RemoteTransport(Transport):
             pause_mode=pause_mode,
             recompute_running=recompute_running,
         )
+        # Workers keep to one session while it is alive, and name it to whoever else asks.
+        self._session = say.TrainerSession.begin()
         self._reception: Reception | None = None
         self._peers: list[Peer] = []
         self._staging: Staging | None = None
@@ -142,12 +144,7 @@ class RemoteTransport(Transport):
 
     @property
     def connected(self) -> bool:
-        try:
-            for peer in self._peers:
-                peer.require_connected("looking for it")
-        except PeerLostError:
-            return False
-        return bool(self._peers)
+        return bool(self._peers) and all(peer.connected for peer in self._peers)
 
     @property
     def hellos(self) -> list[say.Hello]:
@@ -155,6 +152,14 @@ class RemoteTransport(Transport):
         return [peer.hello for peer in self._peers]
 
     def committed_version(self) -> int:
+        """See the base class. Connect anew where workers were lost, or have joined the engine."""
+        if self._peers and self._has_grown():
+            if len(self._endpoints) > 1:
+                raise SyncError(
+                    f"the engine no longer has the {len(self._peers)} workers that this trainer's "
+                    "ranks are connected to; close the session on every rank and make a new one"
+                )
+            self.disconnect()
         self.open()  # others may have synced them since we were connected
         return max(hello.version for hello in self.hellos)
 
@@ -443,17 +448,25 @@ class RemoteTransport(Transport):
             {
                 "endpoints": endpoints,
                 "proof": proof(self._token, "init", *endpoints),
+                "session": self._session.model_dump(),
                 "token": "" if self._shared_token else self._token,
                 "timeout_seconds": self._worker_timeout_seconds,
             }
         )
-        self._peers = self._reception.admit(call, self._greet)
+        self._peers = self._reception.admit(call, self._greet, self._control.world_size)
         if any(peer.hello.update_open for peer in self._peers):
             try:
                 self._control.leave_open_update()
             except BaseException:
                 self.disconnect()
                 raise
+
+    def _has_grown(self) -> bool:
+        """Return whether the engine has other workers than those that are connected: vLLM can add
+        data parallel replicas to an engine that runs (elastic expert parallelism)."""
+        if any(hello.server_is_partial for hello in self.hellos):
+            return False
+        return self._control.world_size() not in (None, len(self._peers))
 
     def _greet(self, peer: Peer) -> None:
         from qerl_sync import __version__
