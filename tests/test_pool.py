@@ -4,8 +4,10 @@ No vLLM and no Ray: engines that load nothing, behind the real connections, in t
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, ClassVar
 
 import pytest
@@ -16,6 +18,7 @@ from qerl_sync import (
     AgreementError,
     ConfigError,
     CoverageError,
+    NoRoomError,
     SyncConfig,
     SyncSession,
     TransportError,
@@ -184,6 +187,44 @@ def test_workers_that_connect_later_are_told_the_address_of_then():
     assert [e.rpartition(":")[0] for e in first.endpoints] == ["127.0.0.1"]
     assert [e.rpartition(":")[0] for e in late.endpoints] == ["127.0.0.2"]
     assert [e.rpartition(":")[0] for e in back.endpoints] == ["127.0.0.1", "127.0.0.2"]
+
+
+def test_each_engine_is_told_a_port_of_its_own_from_the_first_that_may_be_used():
+    for port in range(20_000, 30_000, 2):  # two that are free, below those that are given out
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            socket.create_server(("127.0.0.1", port + 1)).close()
+            break
+    engines = Engine(), Engine()
+    with session_of(pool_of(*engines, first_port=port)) as session:
+        session.push()
+    told = [engine.endpoints for engine in engines]
+    assert told == [[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]
+
+
+def test_without_room_in_shared_memory_all_engines_get_chunks_another_way(monkeypatch):
+    from qerl_sync.wire import segments
+
+    monkeypatch.setattr(segments, "free_bytes", lambda: 100)
+    pool = pool_of(Engine(), Engine(), StoringEngine(Store()))
+    with session_of(pool) as session:
+        for version in (1, 2):
+            report = session.push()
+            assert report.version == version
+            assert not report.lost
+            ways = {name: m.transport.kinds for name, m in pool._members.items()}
+            assert ways == {"engine-0": {"gloo"}, "engine-1": {"gloo"}, "engine-2": {"ray"}}
+
+
+def test_shared_memory_that_was_asked_for_and_is_too_small_is_refused_for_all(monkeypatch):
+    from qerl_sync.wire import segments
+
+    monkeypatch.setattr(segments, "free_bytes", lambda: 100)
+    with (
+        session_of(pool_of(Engine(), Engine(), transport="shm")) as session,
+        pytest.raises(NoRoomError) as caught,
+    ):
+        session.push()
+    assert caught.value.free_bytes == 100 < caught.value.needed_bytes
 
 
 # ---- the engines' answers to a prompt

@@ -90,7 +90,8 @@ class Inbox:
             # reads would wait for the rest of a chunk. The channel's end is the trainer's.
             try:
                 self.channel.require_open(what)
-            except PeerLostError:
+            except PeerLostError as exc:
+                self._lost = exc
                 if self.inlet is not None:
                     self.inlet.close()
                 raise
@@ -116,7 +117,9 @@ class Inbox:
                 if isinstance(message, End) and self.inlet is not None:
                     self.inlet.rest()
         except Exception as exc:
-            self._lost = exc if isinstance(exc, SyncError) else TransportError(str(exc))
+            # The first error is the cause, and what closing the inlet raises here its consequence.
+            own = exc if isinstance(exc, SyncError) else TransportError(str(exc))
+            self._lost = self._lost or own
             self._queue.put(self._lost)
 
     def _fetch(self, chunk: Chunk) -> Arrived:
