@@ -4,6 +4,7 @@ No vLLM and no Ray: engines that load nothing, behind the real connections, in t
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from qerl_sync import (
     TransportError,
 )
 from qerl_sync.bench.echo import EchoLoader, hello
+from qerl_sync.errors import EngineTakenError
 from qerl_sync.plan.probe_prompt import Probe
 from qerl_sync.transports.remote.pool import PoolTransport
 from qerl_sync.worker import deliveries
@@ -269,6 +271,23 @@ def test_engines_that_cannot_be_asked_are_no_right_ones():
         pytest.raises(ConfigError, match="choose verify: checksum"),
     ):
         session.push()
+
+
+# ---- another trainer
+
+
+def test_a_second_pool_is_refused_by_the_engines_of_the_first(monkeypatch):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", "that both know")
+    engines = Engine(), Engine()
+    with session_of(pool_of(*engines)) as first, session_of(pool_of(*engines)) as second:
+        first.push()
+        with pytest.raises(EngineTakenError) as refused:
+            second.push()
+        assert refused.value.pid == os.getpid()
+        assert first.push().version == 2
+        assert not first.push().lost
+        first.close()
+        assert not second.push().lost
 
 
 # ---- versions

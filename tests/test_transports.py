@@ -3,6 +3,7 @@ said before."""
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -39,10 +40,12 @@ from qerl_sync import (
     share_parameters,
 )
 from qerl_sync.clients.http import HTTPClient
+from qerl_sync.errors import EngineTakenError
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.transports.remote import agreement
 from qerl_sync.wire import host, segments
+from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 pytestmark = pytest.mark.vllm
 
@@ -109,7 +112,8 @@ def test_equals_a_fresh_engine(remote, name, carrier):
 
 
 @pytest.mark.slow
-def test_every_data_parallel_replica_of_a_server_is_synced(tmp_path):
+def test_every_data_parallel_replica_of_a_server_is_synced_by_one_trainer(tmp_path, monkeypatch):
+    monkeypatch.setenv(TOKEN_VARIABLE, "that both trainers and the server know")
     trainers = {version: make_model("dense", version) for version in (OLD, NEW)}
     path = save_model(trainers[OLD], tmp_path / "model")
     spec = ServerSpec(str(path), engine={**SERVED, "data_parallel_size": 2})
@@ -124,11 +128,20 @@ def test_every_data_parallel_replica_of_a_server_is_synced(tmp_path):
         assert max(gaps(OLD)) < ROUNDING < min(gaps(NEW))
         client = HTTPClient(server.url, timeout_seconds=60)
         assert client.world_size() == 2
-        transport = RemoteTransport(client, timeout_seconds=60)
-        with SyncSession(HFSource(trainers[NEW]), transport, SyncConfig()) as sync:
-            report = sync.push()
-        assert len(report.workers) == 2
-        assert max(gaps(NEW)) < ROUNDING < min(gaps(OLD))
+        first, second = (
+            SyncSession(
+                HFSource(trainers[v]), RemoteTransport(client, timeout_seconds=60), SyncConfig()
+            )
+            for v in (NEW, OLD)
+        )
+        with first, second:
+            assert len(first.push().workers) == 2
+            assert max(gaps(NEW)) < ROUNDING < min(gaps(OLD))
+            with pytest.raises(EngineTakenError) as refused:
+                second.push()
+            assert refused.value.pid == os.getpid()
+            assert max(gaps(NEW)) < ROUNDING
+            assert first.push().version == 2
 
 
 def asked(url: str, model: Path, replica: int) -> Generation:

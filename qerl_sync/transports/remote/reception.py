@@ -78,13 +78,19 @@ class Reception:
         self, call: EngineCall | None, greet: Callable[[Peer], None], peers: list[Peer]
     ) -> None:
         deadline = time.monotonic() + self._timeout_seconds
-        while not self._complete(call, peers):
-            channel = self._listener.accept(0.05)
+        while True:
+            complete = self._complete(call, peers)
+            if complete and call is None:
+                break
+            # What has connected before the engine's call ended may say why the call has failed.
+            channel = self._listener.accept(0.0 if complete else 0.05)
             if channel is not None:
                 peer = Peer(channel, self._timeout_seconds)
                 _forget_lost(peers, peer)
                 peers.append(peer)
                 greet(peer)
+            elif complete:
+                break
             elif time.monotonic() > deadline:
                 raise TransportTimeout(
                     f"{len(peers)} workers connected to the trainer within "
