@@ -39,7 +39,7 @@ def make_transport(
 ) -> Transport:
     """The way to an engine, as `sync.transport` and the engine's whereabouts have it.
 
-    Opens nothing yet. By reference to an engine in this process; over shared memory or Gloo, which
+    Opens nothing yet. By reference to an engine in this process; over shared memory or TCP, which
     the workers then find out, to one in another.
 
     Args:
@@ -90,7 +90,7 @@ def _refuse_inproc(sync: SyncConfig, where: str) -> None:
     if sync.transport == "inproc":
         raise ConfigError(
             "sync.transport: 'inproc' hands tensors over within one process, and the engine "
-            f"{where}; choose auto, shm or gloo"
+            f"{where}; choose auto, shm or tcp"
         )
 
 

@@ -23,7 +23,7 @@ def llm(*, in_process: bool, backend: str | None):
     return SimpleNamespace(llm_engine=SimpleNamespace(model_executor=executor, vllm_config=config))
 
 
-@pytest.mark.parametrize("transport", ["auto", "shm", "gloo"])
+@pytest.mark.parametrize("transport", ["auto", "shm", "tcp"])
 @pytest.mark.parametrize(
     "engine",
     [{"server_url": URL}, {"llm": llm(in_process=False, backend="qerl")}],
@@ -52,12 +52,12 @@ NOWHERE = {
     "inproc to a server": (
         "inproc",
         {"server_url": URL},
-        rf"sync\.transport: 'inproc' .* is a server \({URL}\); choose auto, shm or gloo",
+        rf"sync\.transport: 'inproc' .* is a server \({URL}\); choose auto, shm or tcp",
     ),
     "inproc to another process": (
         "inproc",
         {"llm": llm(in_process=False, backend="qerl")},
-        "'inproc' .* the engine has a process of its own; choose auto, shm or gloo",
+        "'inproc' .* the engine has a process of its own; choose auto, shm or tcp",
     ),
     "shm to an engine in this process that does not receive": (
         "shm",
@@ -70,9 +70,9 @@ NOWHERE = {
         "'auto' needs .* it has none; .*VLLM_ENABLE_V1_MULTIPROCESSING=0",
     ),
     "vLLM's own backend": (
-        "gloo",
+        "tcp",
         {"llm": llm(in_process=False, backend="nccl")},
-        "'gloo' needs .* backend 'nccl'",
+        "'tcp' needs .* backend 'nccl'",
     ),
     "no engine": ("auto", {}, "give either llm or server_url"),
     "two engines": ("auto", {"llm": llm(in_process=True, backend=None), "server_url": URL}, "one"),

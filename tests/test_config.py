@@ -153,7 +153,7 @@ CONTRADICTIONS = {
         ["rollout.mode=server", "trainer.vllm_max_model_length=8", "sync.transport=inproc"],
         {
             "trainer.vllm_max_model_length": "`rollout.engine.max_model_len`",
-            "sync.transport": "choose auto, shm or gloo",
+            "sync.transport": "choose auto, shm or tcp",
         },
     ),
     "an engine that TRL cannot share its process with": (
@@ -188,7 +188,7 @@ def test_what_does_not_go_together_is_listed_like_all_else(write, case):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["rollout.mode=subprocess", "sync.transport=gloo", "rollout.server_url=null"],
+        ["rollout.mode=subprocess", "sync.transport=tcp", "rollout.server_url=null"],
         ["rollout.mode=subprocess", "rollout.engine.tensor_parallel_size=2"],
         ["rollout.mode=server", "rollout.server_url=http://x", "rollout.engine={}"],
         ["rollout.mode=server", "rollout.server_port=8000", "rollout.engine.dtype=float32"],

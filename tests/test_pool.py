@@ -214,7 +214,7 @@ def test_without_room_in_shared_memory_all_engines_get_chunks_another_way(monkey
             assert report.version == version
             assert not report.lost
             ways = {name: m.transport.kinds for name, m in pool._members.items()}
-            assert ways == {"engine-0": {"gloo"}, "engine-1": {"gloo"}, "engine-2": {"ray"}}
+            assert ways == {"engine-0": {"tcp"}, "engine-1": {"tcp"}, "engine-2": {"ray"}}
 
 
 def test_shared_memory_that_was_asked_for_and_is_too_small_is_refused_for_all(monkeypatch):

@@ -127,11 +127,11 @@ def test_chunks_cannot_come_by_the_object_store(in_flight: Engine):
         in_flight.push(NEW, transport="ray")
 
 
-def test_where_memory_is_not_shared_bytes_come_over_gloo(in_flight: Engine):
-    report = in_flight.push(OLD, transport="gloo")
-    assert report.transport.startswith("gloo: ")
+def test_where_memory_is_not_shared_bytes_come_over_tcp(in_flight: Engine):
+    report = in_flight.push(OLD, transport="tcp")
+    assert report.transport.startswith("tcp: ")
     assert in_flight.holds(OLD)
-    in_flight.push(NEW, transport="gloo")
+    in_flight.push(NEW, transport="tcp")
     assert in_flight.holds(NEW)
 
 

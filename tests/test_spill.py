@@ -558,7 +558,7 @@ REMOTE = {"policy": "spill", "chunk_bytes": "40KiB"}
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("carrier", ["shm", "gloo"])
+@pytest.mark.parametrize("carrier", ["shm", "tcp"])
 @pytest.mark.parametrize("in_files", [False, True])
 def test_memory_that_chunks_arrive_in_is_used_again(remote, carrier, in_files, tmp_path):
     """Staged tensors are copies: slots hold the next chunks, deferred layers keep nothing."""

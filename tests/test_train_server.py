@@ -290,13 +290,13 @@ class TestPlainTRL:
 
     def test_a_second_trainer_goes_on_with_the_servers_version(self, served, tmp_path):
         """After the first test, which left the server on other weights."""
-        callback = WeightSyncCallback(transport="gloo")
+        callback = WeightSyncCallback(transport="tcp")
         with callback.connecting():
             trainer = server_trainer(served, tmp_path, callback, num_iterations=2)
         with closing(callback.bind(trainer)):
             trainer.train()
         assert [report.version for report in callback.reports] == [5, 6]
-        assert {report.transport for report in callback.reports} == {"gloo: sync.transport says so"}
+        assert {report.transport for report in callback.reports} == {"tcp: sync.transport says so"}
         assert gap(trainer.state.log_history) <= 1e-5
 
     def test_trl_alone_cannot_be_built_here(self, served, tmp_path):
@@ -384,14 +384,14 @@ def test_a_run_starts_its_server_trains_on_it_and_stops_it(tmp_path):
 @pytest.mark.slow
 def test_ctrl_c_ends_a_run_with_an_engine_process_after_its_step(tmp_path):
     """The engine's process, of the same group, does not hear it."""
-    more = ["rollout.mode=subprocess", "sync.transport=gloo", "trainer.max_steps=200"]
+    more = ["rollout.mode=subprocess", "sync.transport=tcp", "trainer.max_steps=200"]
     run = start(*more, "--output-dir", tmp_path)
     text, processes = finish(run, wait_for="training 20/200")
     assert run.returncode == 130, text
     assert "stopped before the end; --resume goes on" in text
     steps = json.loads((tmp_path / "summary.json").read_text())["num_steps"]
     assert 20 <= steps < 200
-    check_run(tmp_path, text, "gloo", steps)
+    check_run(tmp_path, text, "tcp", steps)
     assert len(processes) > 1
     assert wait_until(lambda: not alive(processes))
     assert not segments_of(run.pid)

@@ -303,10 +303,10 @@ def test_summary_of_a_run():
 
 
 def test_the_summary_says_how_the_weights_travelled():
-    shm, gloo = "shm: the worker can open it", "gloo: sync.transport says so"
-    syncs = [sync(0, transport=shm), sync(1, transport=shm), sync(2, transport=gloo)]
+    shm, tcp = "shm: the worker can open it", "tcp: sync.transport says so"
+    syncs = [sync(0, transport=shm), sync(1, transport=shm), sync(2, transport=tcp)]
     summary = summary_of(log([0.5] * 3), syncs)
-    assert summary.transport == f"{shm}; {gloo}"
+    assert summary.transport == f"{shm}; {tcp}"
     assert summary_of(log([0.5]), [sync(0)]).transport == ""  # written by an earlier version
 
 

@@ -50,7 +50,7 @@ from qerl_sync.wire.channel import TOKEN_VARIABLE
 pytestmark = pytest.mark.vllm
 
 IN_PROCESS, OWN = "in process", "own process"
-CARRIERS = ["shm", "gloo"]
+CARRIERS = ["shm", "tcp"]
 # What different thread counts and shards do to the last bits of a logprob.
 ROUNDING = 1e-5
 
@@ -300,26 +300,26 @@ def test_auto_takes_shared_memory_and_says_why(remote):
     assert report.transport == "shm: the worker can open the trainer's shared memory"
 
 
-def test_auto_takes_gloo_where_shared_memory_is_another(remote, monkeypatch, tmp_path):
+def test_auto_takes_tcp_where_shared_memory_is_another(remote, monkeypatch, tmp_path):
     """As in two containers with a /dev/shm each."""
     engine = remote(OWN)
     monkeypatch.setattr(segments, "DIRECTORY", tmp_path)
     report = push(engine, NEW, transport="auto")
-    assert report.transport.startswith("gloo: shared memory does not work: worker 0 of 1")
+    assert report.transport.startswith("tcp: shared memory does not work: worker 0 of 1")
     assert "cannot be opened here" in report.transport
     assert engine.wrong_weights(NEW) == []
 
-    with pytest.raises(TransportError, match=r"use sync\.transport: gloo"):
+    with pytest.raises(TransportError, match=r"use sync\.transport: tcp"):
         push(engine, OLD, transport="shm")
     assert engine.generates_as(NEW)
 
 
-def test_auto_takes_gloo_between_hosts(remote, monkeypatch, tmp_path):
+def test_auto_takes_tcp_between_hosts(remote, monkeypatch, tmp_path):
     engine = remote(OWN)
     (tmp_path / "boot_id").write_text("another")
     monkeypatch.setattr(host, "BOOT_ID", tmp_path / "boot_id")
     report = push(engine, NEW, transport="auto")
-    assert report.transport == "gloo: the worker is on another host"
+    assert report.transport == "tcp: the worker is on another host"
     assert engine.wrong_weights(NEW) == []
 
 

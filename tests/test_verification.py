@@ -233,7 +233,7 @@ def test_without_checksums_the_next_sync_has_nothing_to_compare_with(subject, mo
     assert one.wrong_weights(OLD) == [f"linear {HEAD}"]
 
 
-@pytest.mark.parametrize("carrier", ["shm", "gloo"])
+@pytest.mark.parametrize("carrier", ["shm", "tcp"])
 def test_checksums_over_a_connection(remote, carrier):
     engine = remote("own process")
     with session_over(engine, HFSource(engine.trainers[NEW]), carrier) as sync:

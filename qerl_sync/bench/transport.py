@@ -29,7 +29,7 @@ from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.wire.baselines import loopback_tcp_seconds
 from qerl_sync.wire.segments import PrivateMemory
 
-KINDS = ("shm", "shared parameters", "gloo")
+KINDS = ("shm", "shared parameters", "tcp")
 # Where a transport is timed by itself: nobody looks at the weights.
 NOT_LOOKED_AT: dict[str, Any] = {"check_finite": False, "on_unchanged": "ignore"}
 
@@ -83,7 +83,7 @@ class Measured:
                 for kind in ("shm", "shared parameters")
             ),
             Target("shm alone / memcpy, bandwidth", self.ratios["shm alone / memcpy"], 0.6, False),
-            Target("gloo alone / TCP, bandwidth", self.ratios["gloo alone / TCP"], 0.8, False),
+            Target("tcp alone / raw, bandwidth", self.ratios["tcp alone / raw"], 0.8, False),
         ]
         for kind, memory in self.memory.items():
             off = abs(memory["measured"] / memory["predicted"] - 1)
@@ -154,7 +154,7 @@ def measure(
         found.ratios[f"verify / sync, {kind}"] = clock.ratio(f"verify, {kind}", kind)
         found.ratios[f"{kind} / memcpy"] = found.seconds[kind] / found.seconds["memcpy"]
     found.ratios["shm alone / memcpy"] = clock.ratio("memcpy", "shm alone")
-    found.ratios["gloo alone / TCP"] = clock.ratio("TCP", "gloo alone")
+    found.ratios["tcp alone / raw"] = clock.ratio("raw TCP", "tcp alone")
     return found
 
 
@@ -193,13 +193,13 @@ def _alone(
     memory = PrivateMemory(offsets(source.metadata())[1])
     with (
         _echo(source, "shm", sync, chunks_in_flight) as shm,
-        _echo(source, "gloo", sync, chunks_in_flight) as gloo,
+        _echo(source, "tcp", sync, chunks_in_flight) as tcp,
     ):
         for _ in range(rounds):
             clock.add("memcpy", _copy_seconds(source, memory))
             clock.add("shm alone", shm.push().seconds["total"])
-            clock.add("TCP", loopback_tcp_seconds(nbytes, 64 << 20))
-            clock.add("gloo alone", gloo.push().seconds["total"])
+            clock.add("raw TCP", loopback_tcp_seconds(nbytes, 64 << 20))
+            clock.add("tcp alone", tcp.push().seconds["total"])
 
 
 @contextmanager
@@ -246,11 +246,11 @@ def _end_to_end(
 
     fresh = llm.collective_rpc("bench_kernels")
     order = [meta.name for meta in HFSource(model).metadata()]
-    for kind in ("shm", "gloo", "shared parameters"):
+    for kind in ("shm", "tcp", "shared parameters"):
         shared = share_parameters(model) if kind == "shared parameters" else None
         transport = RemoteTransport(
             LLMClient(llm),
-            transport="gloo" if kind == "gloo" else "shm",
+            transport="tcp" if kind == "tcp" else "shm",
             chunks_in_flight=chunks_in_flight,
         )
         with SyncSession(HFSource(model), transport, SyncConfig.of(**sync)) as session:

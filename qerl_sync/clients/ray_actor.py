@@ -106,7 +106,7 @@ class RayActorClient:
         if not hasattr(self.handle, "deliver"):
             raise TransportError(
                 f"actor {self.name} has no method `deliver`, by which Ray hands out objects; "
-                "inherit RolloutActor, or choose sync.transport: auto, shm or gloo"
+                "inherit RolloutActor, or choose sync.transport: auto, shm or tcp"
             )
         if hasattr(self.handle, "status"):
             status = self.handle.status.options(concurrency_group=CONTROL).remote()

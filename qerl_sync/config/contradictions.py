@@ -37,7 +37,7 @@ def contradictions(tree: Mapping[str, Any]) -> list[Violation]:
 
 def _of_transport(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
     transport = value_at(tree, "sync.transport")
-    if mode == "colocate" and transport in ("shm", "gloo"):
+    if mode == "colocate" and transport in ("shm", "tcp"):
         yield Violation(
             "sync.transport",
             f"{transport!r} is for workers in other processes, and with `rollout.mode: colocate` "
@@ -61,7 +61,7 @@ def _of_transport(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
         yield Violation(
             "sync.transport",
             "'inproc' hands tensors over within one process, and with `rollout.mode: "
-            f"{mode}` the engine is in another; choose auto, shm or gloo",
+            f"{mode}` the engine is in another; choose auto, shm or tcp",
         )
 
 

@@ -144,13 +144,13 @@ class SyncConfig(Section):
     of in memory. It must exist and belong to the user whom the workers run as (or be like /tmp).
     The files have no names, so that nothing is left behind, however a worker ends."""
 
-    transport: Literal["auto", "inproc", "shm", "gloo", "ray"] = "auto"
+    transport: Literal["auto", "inproc", "shm", "tcp", "ray"] = "auto"
     """How chunks reach vLLM workers in other processes. `shm`: shared memory, same host only;
-    `gloo`: torch's Gloo over TCP, any host; `ray`: Ray's object store, for engines in Ray actors;
-    `auto`: shared memory where a worker can open the trainer's and /dev/shm has room for the chunks
-    in flight (Docker gives it 64 MB), elsewhere Ray's object store in Ray actors and Gloo for the
-    rest; the report says which and why. An engine in the trainer's own
-    process (`rollout.mode: colocate`) gets tensors by reference, `inproc`."""
+    `tcp`: the connection that each worker has to the trainer, any host; `ray`: Ray's object store,
+    for engines in Ray actors; `auto`: shared memory where a worker can open the trainer's and
+    /dev/shm has room for the chunks in flight (Docker gives it 64 MB), elsewhere Ray's object store
+    in Ray actors and TCP for the rest; the report says which and why. An engine in the trainer's
+    own process (`rollout.mode: colocate`) gets tensors by reference, `inproc`."""
 
     chunks_in_flight: PositiveInt = 2
     """How many chunks may be on their way or being loaded at once. Two overlap gathering and
@@ -168,8 +168,7 @@ class SyncConfig(Section):
     trainer_bind: str | None = None
     """The address that the trainer listens on, where workers reach it under another: in a container
     whose port is published, behind NAT. `0.0.0.0` or `::` is every address of this machine. Null:
-    `trainer_address`. Gloo opens more connections, in both directions and at free ports: where only
-    one port leads to the trainer, chunks need `transport: shm` or `ray`."""
+    `trainer_address`."""
 
     trainer_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """The port that the trainer listens on, for a firewall or a published port; workers are told

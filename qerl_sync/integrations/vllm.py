@@ -119,7 +119,7 @@ def _transport(info: QerlTrainerInitInfo, client: Any) -> RemoteTransport:
     if sync.transport == "inproc":
         raise ConfigError(
             "sync.transport: inproc is for InProcessTransport; workers with the backend qerl are "
-            "reached over shm or gloo, whatever process they are in"
+            "reached over shm or tcp, whatever process they are in"
         )
     if info.endpoints and info.rank >= len(info.endpoints):
         raise ConfigError(

@@ -6,6 +6,7 @@
       ---- HMAC(token, worker, nonces) ->
 
 After that, frames in both directions: eight bytes of length, a tag, JSON. Nothing is unpickled.
+A message may be followed by its payload, raw bytes whose sizes both sides know from it.
 The tag is a keyed hash of the JSON and of the frame's number in its direction; the key is derived
 from token and nonces. Who does not know the token can neither change, repeat, reorder nor drop
 frames unseen. The bytes are not encrypted.
@@ -22,7 +23,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from typing_extensions import Self
@@ -36,7 +37,7 @@ from qerl_sync.errors import (
 )
 from qerl_sync.wire.forks import close_in_children
 from qerl_sync.wire.messages import Message, decode, encode
-from qerl_sync.wire.tags import TAG_BYTES, Tags, derived
+from qerl_sync.wire.tags import TAG_BYTES, Tags
 
 # A token that trainer and workers share beforehand; without it the trainer makes one up and sends
 # it with its first call.
@@ -75,6 +76,10 @@ class Channel:
         peer: what the other side is, for error messages ("worker 0", "the trainer").
         key: of this connection, known to both ends.
         role: TRAINER or WORKER, whichever this end is.
+
+    Attributes:
+        sealed: payloads carry authentication tags, as messages always do. Set at both ends before
+            the first payload.
     """
 
     def __init__(self, connection: socket.socket, peer: str, key: bytes, role: str) -> None:
@@ -82,22 +87,41 @@ class Channel:
         _keep_alive(connection)
         connection.setblocking(False)
         self.peer = peer
+        self.sealed = False
         self._connection = connection
-        self._key = key
         self._received = bytearray()
         self._sending = threading.Lock()
         self._own_tags = Tags(key, role)
         self._other_tags = Tags(key, TRAINER if role == WORKER else WORKER)
 
-    def send(self, message: Message, timeout_seconds: float) -> None:
-        """Raises PeerLostError, or TransportTimeout if the other side does not read."""
-        self.send_bytes(encode(message), timeout_seconds, f"sending {message.type!r}")
+    def send(
+        self, message: Message, timeout_seconds: float, payload: Sequence[memoryview] = ()
+    ) -> None:
+        """Send a message, and behind it bytes that are its own.
 
-    def send_bytes(self, frame: bytes, timeout_seconds: float, what: str) -> None:
-        """A frame that is no message, for protocols of their own. Raises as `send`."""
-        with self._sending:
+        Args:
+            timeout_seconds: the longest that the other side may go without reading.
+            payload: contiguous bytes. They must not change until this returns. The other side
+                passes `receive_into` buffers of these sizes next.
+
+        Raises:
+            PeerLostError: the other side has closed the connection or died.
+            TransportTimeout: it does not read.
+        """
+        what = f"sending {message.type!r}"
+        frame = encode(message)
+        # A message of another thread waits until the payload before it has left.
+        if not self._sending.acquire(timeout=timeout_seconds):
+            raise self._too_slow(what, timeout_seconds)
+        try:
             head = _LENGTH.pack(TAG_BYTES + len(frame)) + self._own_tags.next(frame)
             self._write(memoryview(head + frame), timeout_seconds, what)
+            if payload:
+                tag = self._own_tags.next(*payload) if self.sealed else b""
+                for part in (*payload, memoryview(tag)):
+                    self._write(part, timeout_seconds, what)
+        finally:
+            self._sending.release()
 
     def receive(
         self,
@@ -116,15 +140,6 @@ class Channel:
             TransportTimeout: nothing arrived in time.
             IntegrityError: what arrived is not what the other side sent next.
         """
-        return decode(self.receive_bytes(timeout_seconds, what, glance))
-
-    def receive_bytes(
-        self,
-        timeout_seconds: float,
-        what: str,
-        glance: Callable[[], None] = lambda: None,
-    ) -> bytes:
-        """The next frame, whatever it holds. Raises as `receive`."""
         deadline = time.monotonic() + timeout_seconds
         wait = (deadline, timeout_seconds, what, glance)
         self._fill(_LENGTH.size, *wait)
@@ -136,13 +151,49 @@ class Channel:
         body = bytes(self._received[_LENGTH.size : _LENGTH.size + length])
         del self._received[: _LENGTH.size + length]
         tag, frame = body[:TAG_BYTES], body[TAG_BYTES:]
-        if not hmac.compare_digest(tag, self._other_tags.next(frame)):
+        self._require_tag(tag, (memoryview(frame),), what)
+        return decode(frame)
+
+    def receive_into(
+        self, buffers: Sequence[memoryview], timeout_seconds: float, what: str
+    ) -> None:
+        """Receive the payload of the message that was received last.
+
+        Args:
+            buffers: writable bytes, of the sizes in which the payload was sent.
+            timeout_seconds: the longest that nothing may arrive.
+
+        Raises as `receive`.
+        """
+        tag = bytearray(TAG_BYTES if self.sealed else 0)
+        for buffer in (*buffers, memoryview(tag)):
+            # What was read beyond the message is the beginning of its payload.
+            early = min(len(self._received), buffer.nbytes)
+            buffer[:early] = self._received[:early]
+            del self._received[:early]
+            rest = buffer[early:]
+            while rest:
+                try:
+                    count = self._connection.recv_into(rest)
+                except BlockingIOError:
+                    deadline = time.monotonic() + timeout_seconds
+                    self._wait(select.POLLIN, deadline, timeout_seconds, what)
+                    continue
+                except (OSError, ValueError) as exc:  # the latter: closed by another thread
+                    raise self._lost(what) from exc
+                if not count:
+                    raise self._lost(what)
+                rest = rest[count:]
+        if self.sealed:
+            self._require_tag(tag, buffers, what)
+
+    def _require_tag(self, tag: bytes | bytearray, parts: Sequence[memoryview], what: str) -> None:
+        if not hmac.compare_digest(tag, self._other_tags.next(*parts)):
             raise IntegrityError(
                 f"{what}: what arrived is not what {self.peer} sent (its authentication tag does "
                 "not fit): it was changed on the way, or the two run different versions of "
                 "qerl-sync; look at who can reach the network between them"
             )
-        return frame
 
     def require_open(self, what: str) -> None:
         """Raises PeerLostError if the other side has closed the connection or died."""
@@ -164,14 +215,9 @@ class Channel:
             return True
         return bool(self._received) or bool(poll.poll(0))
 
-    @property
-    def local_host(self) -> str:
-        """This end's address: one that the other side can reach."""
-        return str(self._connection.getsockname()[0])
-
-    def derive(self, purpose: str) -> bytes:
-        """Return a secret that both ends of this connection know, and that never travels."""
-        return derived(self._key, purpose)
+    def cut_off(self) -> None:
+        """End the connection. Threads of either side that wait for it raise PeerLostError."""
+        _cut_off(self._connection)
 
     def close(self) -> None:
         self._connection.close()
@@ -191,13 +237,16 @@ class Channel:
             self._received += data
 
     def _write(self, rest: memoryview, timeout_seconds: float, what: str) -> None:
-        deadline = time.monotonic() + timeout_seconds
         while rest:
-            self._wait(select.POLLOUT, deadline, timeout_seconds, what)
             try:
-                rest = rest[self._connection.send(rest) :]
-            except OSError as exc:
+                sent = self._connection.send(rest)
+            except BlockingIOError:
+                deadline = time.monotonic() + timeout_seconds
+                self._wait(select.POLLOUT, deadline, timeout_seconds, what)
+                continue
+            except (OSError, ValueError) as exc:  # the latter: closed by another thread
                 raise self._lost(what) from exc
+            rest = rest[sent:]
 
     def _wait(
         self,
@@ -215,10 +264,13 @@ class Channel:
         while not poll.poll(1000 * min(_GLANCE_SECONDS, max(deadline - time.monotonic(), 0.0))):
             glance()
             if time.monotonic() >= deadline:
-                raise TransportTimeout(
-                    f"{what}: {self.peer} did not answer within {given:.0f} s; it is stopped, "
-                    "overloaded or cut off. Look at its log, or raise sync.timeout_seconds"
-                )
+                raise self._too_slow(what, given)
+
+    def _too_slow(self, what: str, seconds: float) -> TransportTimeout:
+        return TransportTimeout(
+            f"{what}: {self.peer} did not answer within {seconds:.0f} s; it is stopped, "
+            "overloaded or cut off. Look at its log, or raise sync.timeout_seconds"
+        )
 
     def _lost(self, what: str) -> PeerLostError:
         return PeerLostError(f"{what}: {self.peer} closed the connection or died; look at its log")

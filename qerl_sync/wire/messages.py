@@ -136,10 +136,10 @@ class Segment(_Message):
 
 class Welcome(_Message):
     type: Literal["welcome"] = "welcome"
-    transport: Literal["shm", "gloo", "ray", "nccl", "ipc"]
+    transport: Literal["shm", "tcp", "ray", "nccl", "ipc"]
     timeout_seconds: float
     options: dict[str, Any] = {}
-    """What the transport needs to begin: a store's port, a probe segment."""
+    """What the transport needs to begin: a probe segment, whether payloads are sealed."""
 
 
 class Ready(_Message):
@@ -202,9 +202,9 @@ class Chunk(_Message):
     index: int
     places: list[tuple[int, int]]
     """For each of its tensors, in plan order: the segment and the offset in bytes in it. Empty
-    where bytes follow on a link of their own."""
+    where its bytes follow the message, or come from an object store."""
     pieces: list[int] = []
-    """Where they do: how many tensors, in plan order, each piece of what follows has."""
+    """Where they do: how many tensors, in plan order, each piece of them has."""
     in_place: bool = False
     """Its tensors lie where the trainer keeps its parameters, not in a slot."""
     checksums: list[int] = []

@@ -106,7 +106,7 @@ class AttachedSegment:
             raise TransportError(
                 f"the trainer's shared memory {name} cannot be opened here ({exc.strerror}); are "
                 "both on one host, with one /dev/shm and one user? Otherwise use sync.transport: "
-                "gloo"
+                "tcp"
             ) from exc
         try:
             actual = os.fstat(descriptor).st_size
@@ -231,7 +231,7 @@ def _no_room(nbytes: int) -> NoRoomError:
     return NoRoomError(
         f"{DIRECTORY} has {format_bytes(free)} free, {format_bytes(nbytes)} are needed; make it "
         "larger (docker: --shm-size, or --ipc=host), or take smaller sync.chunk_bytes or fewer "
-        "sync.chunks_in_flight, or sync.transport: gloo",
+        "sync.chunks_in_flight, or sync.transport: tcp",
         needed_bytes=nbytes,
         free_bytes=free,
     )

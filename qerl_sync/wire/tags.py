@@ -26,7 +26,7 @@ class Tags:
     """
 
     def __init__(self, key: bytes, direction: str) -> None:
-        self._key = derived(key, direction)
+        self._key = hmac.digest(key, direction.encode(), "sha256")
         self._count = 0
 
     def next(self, *parts: Any) -> bytes:
@@ -55,8 +55,3 @@ class Tags:
     def _digest(self, piece: memoryview) -> bytes:
         # Another `person` than the whole's: a message that holds digests is none of pieces.
         return hashlib.blake2b(piece, key=self._key, person=b"piece").digest()
-
-
-def derived(key: bytes, purpose: str) -> bytes:
-    """Return a key for one purpose; it says nothing about `key` or those for other purposes."""
-    return hmac.digest(key, purpose.encode(), "sha256")

@@ -27,7 +27,7 @@ from qerl_sync.wire.channel import (
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.conversation import Conversation, Loader
 from qerl_sync.worker.inbox import Inbox
-from qerl_sync.worker.inlets import GlooInlet, Inlet, ShmInlet, StoreInlet
+from qerl_sync.worker.inlets import Inlet, ShmInlet, StoreInlet, TcpInlet
 
 C = TypeVar("C", bound="_Call")
 
@@ -197,9 +197,9 @@ def _inlet(proposal: say.Welcome, inbox: Inbox) -> tuple[Inlet, dict[str, Any]]:
         probe = say.Segment.model_validate(proposal.options["probe"])
         segment = AttachedSegment(probe.name, probe.nbytes)
         return ShmInlet(), {"probe": segment.read(0, probe.nbytes).hex()}
-    if proposal.transport == "gloo":
-        secret = inbox.channel.derive("link").hex()
-        return GlooInlet(proposal.options, secret, proposal.timeout_seconds), {}
+    if proposal.transport == "tcp":
+        inbox.channel.sealed = bool(proposal.options["sealed"])
+        return TcpInlet(inbox.channel, proposal.timeout_seconds), {}
     if proposal.transport == "ray":
         return StoreInlet(str(proposal.options["key"]), proposal.timeout_seconds), {}
     raise TransportError(f"this worker's engine does not receive over {proposal.transport}")

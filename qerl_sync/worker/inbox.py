@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 import queue
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 
-from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
+from qerl_sync.errors import SyncError, TransportError, TransportTimeout
 from qerl_sync.meta import ParamMeta
 from qerl_sync.wire.channel import Channel
 from qerl_sync.wire.messages import Chunk, End, Message, Ping, Pong
 from qerl_sync.worker.inlets import Inlet
 
 M = TypeVar("M")
-
-# How often a wait for the trainer looks whether it is still there.
-LOOK_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,28 +69,13 @@ class Inbox:
         """Raises the error that ended the connection, or TransportTimeout."""
         if self._lost is not None and self._queue.empty():
             raise self._lost
-        deadline = time.monotonic() + self.timeout_seconds
-        while True:
-            try:
-                left = deadline - time.monotonic()
-                item = self._queue.get(timeout=max(min(left, LOOK_SECONDS), 0.0))
-                break
-            except queue.Empty:
-                if left <= LOOK_SECONDS:
-                    raise TransportTimeout(
-                        f"this worker waited {self.timeout_seconds:.0f} s for {self.channel.peer}: "
-                        f"{what}. It is stopped or slow; raise sync.timeout_seconds if it needs "
-                        "longer"
-                    ) from None
-            # Gloo's sockets outlive a trainer whose forked children have them too: the thread that
-            # reads would wait for the rest of a chunk. The channel's end is the trainer's.
-            try:
-                self.channel.require_open(what)
-            except PeerLostError as exc:
-                self._lost = exc
-                if self.inlet is not None:
-                    self.inlet.close()
-                raise
+        try:
+            item = self._queue.get(timeout=self.timeout_seconds)
+        except queue.Empty:
+            raise TransportTimeout(
+                f"this worker waited {self.timeout_seconds:.0f} s for {self.channel.peer}: {what}. "
+                "It is stopped or slow; raise sync.timeout_seconds if it needs longer"
+            ) from None
         if isinstance(item, SyncError):
             raise item
         return item
@@ -109,17 +90,13 @@ class Inbox:
             while True:
                 message = self.channel.receive(math.inf, "the trainer's next message")
                 if isinstance(message, Ping):
-                    if self.inlet is not None:
-                        self.inlet.check()
                     self.send(Pong())
                     continue
                 self._queue.put(self._fetch(message) if isinstance(message, Chunk) else message)
                 if isinstance(message, End) and self.inlet is not None:
                     self.inlet.rest()
         except Exception as exc:
-            # The first error is the cause, and what closing the inlet raises here its consequence.
-            own = exc if isinstance(exc, SyncError) else TransportError(str(exc))
-            self._lost = self._lost or own
+            self._lost = exc if isinstance(exc, SyncError) else TransportError(str(exc))
             self._queue.put(self._lost)
 
     def _fetch(self, chunk: Chunk) -> Arrived:

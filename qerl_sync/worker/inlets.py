@@ -5,13 +5,13 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
+from qerl_sync.wire.channel import Channel
 from qerl_sync.wire.messages import Chunk, Segment
 from qerl_sync.wire.segments import AttachedSegment, PrivateMemory, read_only_view
 from qerl_sync.worker import deliveries
@@ -41,9 +41,6 @@ class Inlet(ABC):
         Raises:
             TransportError: a tensor would lie outside of that memory, or its bytes do not come.
         """
-
-    def check(self) -> None:  # noqa: B027  not every inlet has a connection of its own
-        """Take part in the trainer's look whether the way is still open."""
 
     def rest(self) -> None:  # noqa: B027  not every inlet has something to give back
         """The sync is over: give back what the next one can get anew."""
@@ -113,22 +110,14 @@ def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int
     return runs
 
 
-class GlooInlet(Inlet):
-    """Private memory that each chunk is received into.
+class TcpInlet(Inlet):
+    """Private memory that each chunk is received into: it follows its message on the channel.
 
     It stays from sync to sync: getting fresh pages would take about as long as receiving into them.
     """
 
-    def __init__(self, options: dict[str, Any], secret: str, timeout_seconds: float) -> None:
-        from qerl_sync.wire.gloo import GlooLink
-
-        self._link = GlooLink.connect(
-            str(options["host"]),
-            int(options["port"]),
-            secret,
-            timeout_seconds,
-            sealed=bool(options["sealed"]),
-        )
+    def __init__(self, channel: Channel, timeout_seconds: float) -> None:
+        self._channel, self._timeout_seconds = channel, timeout_seconds
         self._slots: list[PrivateMemory] = []
 
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
@@ -147,17 +136,18 @@ class GlooInlet(Inlet):
             raise TransportError(
                 f"chunk {chunk.index} has {nbytes:,} bytes, its slot {slot.nbytes:,}"
             )
-        self._link.receive(*(slot.bytes[begin:end] for begin, end in pieces))
+        memory = slot.bytes.numpy().data
+        self._channel.receive_into(
+            [memory[begin:end] for begin, end in pieces],
+            self._timeout_seconds,
+            f"receiving chunk {chunk.index}",
+        )
         return [
             slot.tensor(offset, meta.shape, getattr(torch, meta.dtype))
             for meta, offset in zip(metas, places, strict=True)
         ]
 
-    def check(self) -> None:
-        self._link.receive(torch.empty(1, dtype=torch.uint8))
-
     def close(self) -> None:
-        self._link.close()
         self._slots = []
 
 

@@ -19,9 +19,9 @@ from qerl_sync.errors import (
     TransportError,
 )
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.transports.remote.sender import ChunkSender
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.channel import Channel
-from qerl_sync.wire.gloo import GlooLink, Transfer
 from qerl_sync.wire.segments import SharedSegment
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Peer:
     """A connection, what the worker said of itself, and how bytes get to it.
 
     Attributes:
-        kind: shm or gloo, once a transport is open, and `reason`, why so.
+        kind: shm, tcp or ray, once a transport is open, and `reason`, why so.
         layer_map: where this rank's tensors land, once it was asked.
         plan_digest: of the plan that it took last.
     """
@@ -51,11 +51,10 @@ class Peer:
     def __init__(self, channel: Channel, timeout_seconds: float) -> None:
         self._channel = channel
         self._timeout_seconds = timeout_seconds
-        self._link: GlooLink | None = None
+        self._sender: ChunkSender | None = None
         self._store: StoringClient | None = None
         self._box = ""
-        self._on_the_way: deque[tuple[int, Transfer | None]] = deque()
-        self._pinging: Transfer | None = None
+        self._on_the_way: deque[int] = deque()
         self.glance: Callable[[], None] = _nothing
         try:
             self.hello = self.expect(say.Hello, "its first message")
@@ -93,7 +92,12 @@ class Peer:
             SyncError: the worker's own, with its class, if that is what it sends.
             TransportError: something else arrived, or nothing.
         """
-        message = self._channel.receive(self._timeout_seconds, what, self.glance)
+        try:
+            message = self._channel.receive(self._timeout_seconds, what, self.glance)
+        except PeerLostError:
+            if self._sender is not None and self._sender.error is not None:
+                raise self._sender.error from None  # it gave the connection up
+            raise
         if isinstance(message, say.Failure):
             # Not `name`: a worker that another trainer holds refuses before it says who it is.
             raise say.error_of(message, self._channel.peer)
@@ -126,9 +130,6 @@ class Peer:
     def ping(self) -> None:
         """Begin to ask the worker for a sign of life; `await_pong` has the answer."""
         self._channel.send(say.Ping(), PING_SECONDS)
-        # Gloo's own connection may have been forgotten on the way while the channel was not.
-        if self._link is not None:
-            self._pinging = self._link.send(torch.zeros(1, dtype=torch.uint8))
 
     def await_pong(self) -> None:
         """Block until the worker answers `ping`. What it sent before no longer counts.
@@ -138,30 +139,26 @@ class Peer:
         """
         while not isinstance(self._channel.receive(PING_SECONDS, "a sign of life"), say.Pong):
             pass
-        if self._pinging is not None:
-            self._pinging.wait()
 
     def announce(self, chunk: say.Chunk, staged: StagedChunk) -> None:
         """Send a chunk. Its memory must stay as it is until the chunk is loaded."""
-        if self._link is None and self._store is None:
+        self._on_the_way.append(chunk.index)
+        if self._sender is None and self._store is None:
             self.send(chunk)
-            self._on_the_way.append((chunk.index, None))
             return
-        pieces = staged.pieces
-        told = {"places": [], "segments": [], "pieces": [piece.tensors for piece in pieces]}
-        self.send(chunk.model_copy(update=told))
-        sending = None
-        if self._link is not None:
-            sending = self._link.send(*(piece.bytes for piece in pieces))
+        pieces = [piece.tensors for piece in staged.pieces]
+        chunk = chunk.model_copy(update={"places": [], "segments": [], "pieces": pieces})
+        if self._sender is not None:
+            self._sender.send(chunk, [piece.bytes for piece in staged.pieces])
         elif self._store is not None:
+            self.send(chunk)
             self._store.deliver(self._box, chunk.index, staged.stored_by(self._store.put))
-        self._on_the_way.append((chunk.index, sending))
 
     def await_loaded(self, index: int) -> bool:
         """Until the worker has loaded all chunks up to `index` that we sent it. Returns whether it
         had said so before it was asked."""
         prompt = True
-        while self._on_the_way and self._on_the_way[0][0] <= index:
+        while self._on_the_way and self._on_the_way[0] <= index:
             prompt &= self._channel.readable
             self._take_credit()
         return prompt
@@ -172,12 +169,10 @@ class Peer:
         return bool(self._on_the_way)
 
     def _take_credit(self) -> None:
-        first, sending = self._on_the_way[0]
+        first = self._on_the_way[0]
         credit = self.expect(say.Credit, f"loading chunk {first}")
         if credit.index != first:
             raise TransportError(f"{self.name} credits chunk {credit.index}, not {first}")
-        if sending is not None:
-            sending.wait()
         self._on_the_way.popleft()
 
     def open_shm(self) -> None:
@@ -194,22 +189,12 @@ class Peer:
             probe.close()
         self.kind = "shm"
 
-    def open_gloo(self, host: str, bind: str, *, sealed: bool) -> None:
-        """Have the worker open a Gloo link to `host`, an address of the one that we listen on.
-
-        Args:
-            sealed: authenticate what goes over it (`GlooLink.listen`).
-        """
-        secret = self._channel.derive("link").hex()
-        pending = GlooLink.listen(bind, secret, self._timeout_seconds, sealed=sealed)
-        try:
-            told = {"host": host, "port": pending.port, "sealed": sealed}
-            self.send(self._welcome("gloo", told))
-            self._link = pending.accept()
-        finally:
-            pending.close()
-        self.expect(say.Ready, "opening gloo")
-        self.kind = "gloo"
+    def open_tcp(self, *, sealed: bool) -> None:
+        """Send chunks behind their messages. `sealed`: with authentication tags."""
+        self._propose("tcp", {"sealed": sealed})
+        self._channel.sealed = sealed
+        self._sender = ChunkSender(self._channel, self._timeout_seconds)
+        self.kind = "tcp"
 
     def open_store(self, client: StoringClient) -> None:
         """Have chunks brought by a store that all nodes share."""
@@ -219,16 +204,14 @@ class Peer:
         self.kind = "ray"
 
     def forget_chunks(self) -> None:
-        """What is on its way belongs to a sync that is over. The worker has taken all of it."""
-        for _, sending in self._on_the_way:
-            if sending is not None:
-                with suppress(SyncError):
-                    sending.wait()
+        """Drop what was not yet sent, and expect no credits: the sync of these chunks is over."""
+        if self._sender is not None:
+            self._sender.cancel()
         self._on_the_way.clear()
 
     def close(self) -> None:
-        if self._link is not None:
-            self._link.close()
+        if self._sender is not None:
+            self._sender.close()
         self._channel.close()
 
     def _propose(self, transport: str, options: dict[str, object]) -> say.Ready:
@@ -251,7 +234,6 @@ class Ways:
 
     Attributes:
         wanted: `sync.transport`.
-        address, bind: under which workers reach this trainer, and which one it listens on.
         authenticated: trainer and workers share a token that never travelled, so that tags mean
             something.
         client: of the peer's engine; one with `put` and `deliver` has an object store.
@@ -259,8 +241,6 @@ class Ways:
     """
 
     wanted: str
-    address: str
-    bind: str
     authenticated: bool
     client: Any = None
     no_room: str = ""
@@ -282,12 +262,12 @@ def choose_transport(peer: Peer, ways: Ways, own_host: str) -> None:
     if ways.wanted != "auto":
         if ways.wanted == "ray" and not has_store:
             raise ConfigError(
-                "sync.transport: ray needs engines in Ray actors; choose auto, shm or gloo"
+                "sync.transport: ray needs engines in Ray actors; choose auto, shm or tcp"
             )
         if ways.wanted == "ray":
             peer.open_store(ways.client)
-        elif ways.wanted == "gloo":
-            peer.open_gloo(ways.address, ways.bind, sealed=sealed)
+        elif ways.wanted == "tcp":
+            peer.open_tcp(sealed=sealed)
         else:
             peer.open_shm()
         peer.reason = "sync.transport says so"
@@ -309,5 +289,5 @@ def choose_transport(peer: Peer, ways: Ways, own_host: str) -> None:
         else:
             peer.reason = reason
             return
-    peer.open_gloo(ways.address, ways.bind, sealed=sealed)
+    peer.open_tcp(sealed=sealed)
     peer.reason = reason

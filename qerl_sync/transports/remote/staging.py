@@ -97,7 +97,7 @@ class Staging:
     def __init__(self, kinds: Collection[str]) -> None:
         self._shared = "shm" in kinds
         self._in_place = set(kinds) == {"shm"}
-        self._in_pieces = set(kinds) == {"gloo"}
+        self._in_pieces = set(kinds) == {"tcp"}
         self._sizes: list[int] = []
         self._slots: list[Slot | None] = []
         self._table: list[SharedSegment] = []

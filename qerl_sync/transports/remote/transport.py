@@ -50,7 +50,7 @@ class RemoteTransport(Transport):
 
     Args:
         client: the engines' control plane; None on trainer ranks other than 0.
-        transport: `shm`, `gloo`, or `auto`: for each worker what works best.
+        transport: `shm`, `tcp`, or `auto`: for each worker what works best.
         chunks_in_flight: receive buffers; sending runs at most so far ahead of loading.
         timeout_seconds: of each wait, on both sides.
         address: under which workers reach this trainer.
@@ -474,8 +474,6 @@ class RemoteTransport(Transport):
         require_protocol(peer.hello, __version__)
         ways = Ways(
             wanted=self._wanted,
-            address=self._address,
-            bind=self._bind or self._address,
             authenticated=self._shared_token,
             client=self._client,
             no_room=self._no_room,
@@ -502,6 +500,7 @@ class RemoteTransport(Transport):
     def _abort(self, peer: Peer, reason: str) -> bool:
         """Returns whether the worker was not touched and goes on with what it has."""
         try:
+            peer.forget_chunks()
             peer.send(say.Abort(reason=reason, keep_old=not self._committing))
             told = peer.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
             return told.poisoned is None
