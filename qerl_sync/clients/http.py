@@ -20,7 +20,7 @@ from qerl_sync.clients.base import (
     timed_out,
 )
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
-from qerl_sync.wire.channel import SOCKET_OPTIONS, PROOF_HEADER, TOKEN_VARIABLE, proof
+from qerl_sync.wire.channel import PROOF_HEADER, SOCKET_OPTIONS, TOKEN_VARIABLE, proof
 
 logger = logging.getLogger(__name__)
 
