@@ -49,8 +49,8 @@ MAX_FRAME_BYTES = 1 << 30
 HANDSHAKE_SECONDS = 5.0
 # Handshakes at a time on one listener. One more waits until the oldest has had FAIR_SECONDS, which
 # is cut off then: strangers that say nothing delay a worker by no more than that.
-MAX_HANDSHAKES = 64
-FAIR_SECONDS = 1.0
+MAX_HANDSHAKES = 128
+FAIR_SECONDS = 2.0
 # How soon a listener tries again after the process ran out of descriptors, memory or threads.
 RECOVERY_SECONDS = 0.1
 # An idle connection is probed after the first of these, so often, this far apart: routers and
