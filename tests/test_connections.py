@@ -4,6 +4,7 @@ No vLLM: the workers are those of `support.loaders`."""
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import signal
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,7 @@ from qerl_sync import (
     TransportError,
 )
 from qerl_sync.build import remote_transport
+from qerl_sync.clients.http import HTTPClient
 from qerl_sync.transports.remote import peer as peers
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire import channel, segments
@@ -313,6 +316,34 @@ def test_a_connection_that_was_forgotten_on_the_way_is_renewed_while_the_engine_
     assert serves(engine, OLD)
     names = [name for name, _ in engine.calls]
     assert names.index("init") < names.index("pause")
+
+
+class Telling(BaseHTTPRequestHandler):
+    """Answers with the kernel's timer on the client's connection; 2: it is probed when idle."""
+
+    def do_POST(self) -> None:
+        ends = (line.split() for line in Path("/proc/net/tcp6").read_text().splitlines()[1:])
+        port = f"{self.client_address[1]:04X}"
+        (timer,) = (one[5].partition(":")[0] for one in ends if one[1].endswith(f":{port}"))
+        body = json.dumps({"timer": timer}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None: ...
+
+
+class IPv6Server(ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+def test_a_call_over_http_is_probed_while_nothing_is_said_over_ipv6_too():
+    with IPv6Server(("::1", 0), Telling) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = HTTPClient(f"http://[::1]:{server.server_address[1]}")
+        assert client._post("update_weights") == {"timer": "02"}
+        server.shutdown()
 
 
 def test_both_ends_probe_idle_connections():

@@ -20,7 +20,7 @@ from qerl_sync.clients.base import (
     timed_out,
 )
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
-from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof
+from qerl_sync.wire.channel import PROOF_HEADER, SOCKET_OPTIONS, TOKEN_VARIABLE, proof
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +205,10 @@ class HTTPClient:
         with requests.Session() as session:
             # Nor a proxy, which is for the internet, nor a .netrc.
             session.trust_env = False
+            # One call lasts as long as a sync and says nothing meanwhile: a router that forgets it
+            # would take its answer away.
+            pool = session.get_adapter(self.base_url).poolmanager  # type: ignore[attr-defined]
+            pool.connection_pool_kw["socket_options"] = SOCKET_OPTIONS
             return session.request(
                 method,
                 f"{self.base_url}/{route}",

@@ -50,14 +50,26 @@ MAX_FRAME_BYTES = 1 << 30
 HANDSHAKE_SECONDS = 5.0
 # Handshakes at a time on one listener. One more waits until the oldest has had FAIR_SECONDS, which
 # is cut off then: strangers that say nothing delay a worker by no more than that.
-MAX_HANDSHAKES = 64
-FAIR_SECONDS = 1.0
+MAX_HANDSHAKES = 128
+FAIR_SECONDS = 2.0
 # How soon a listener tries again after the process ran out of descriptors, memory or threads.
 RECOVERY_SECONDS = 0.1
 # An idle connection is probed after the first of these, so often, this far apart: routers and
 # firewalls forget idle connections after minutes (AWS: 350 s, Azure: 240 s), and the kernel's own
 # probes would begin after two hours. Data that nobody acknowledges ends it as soon as probes do.
 KEEPALIVE_IDLE_SECONDS, KEEPALIVE_PROBES, KEEPALIVE_INTERVAL_SECONDS = 30, 6, 10
+SOCKET_OPTIONS = (
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
+    (
+        socket.IPPROTO_TCP,
+        socket.TCP_USER_TIMEOUT,  # in milliseconds
+        1000 * (KEEPALIVE_IDLE_SECONDS + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL_SECONDS),
+    ),
+)
 # How long a worker asks again where nobody listens: the ranks of a trainer do not all open their
 # listeners at the moment at which the first of them has the workers connect.
 REFUSED_SECONDS = 10.0
@@ -83,8 +95,8 @@ class Channel:
     """
 
     def __init__(self, connection: socket.socket, peer: str, key: bytes, role: str) -> None:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        _keep_alive(connection)
+        for option in SOCKET_OPTIONS:
+            connection.setsockopt(*option)
         connection.setblocking(False)
         self.peer = peer
         self.sealed = False
@@ -536,22 +548,6 @@ def _exactly(connection: socket.socket, size: int, deadline: float) -> bytes:
             raise ConnectionResetError("closed during the handshake")
         data += more
     return data
-
-
-def _keep_alive(connection: socket.socket) -> None:
-    """Notice within two minutes that an idle connection leads nowhere any more."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        (socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS),
-        (socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_SECONDS),
-        (socket.TCP_KEEPCNT, KEEPALIVE_PROBES),
-        # In milliseconds.
-        (
-            socket.TCP_USER_TIMEOUT,
-            1000 * (KEEPALIVE_IDLE_SECONDS + KEEPALIVE_PROBES * KEEPALIVE_INTERVAL_SECONDS),
-        ),
-    ):
-        connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _cut_off(connection: socket.socket) -> None:
