@@ -112,6 +112,7 @@ def test_equals_a_fresh_engine(remote, name, carrier):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)  # two engines start, one behind the other
 def test_every_data_parallel_replica_of_a_server_is_synced_by_one_trainer(tmp_path, monkeypatch):
     monkeypatch.setenv(TOKEN_VARIABLE, "that both trainers and the server know")
     trainers = {version: make_model("dense", version) for version in (OLD, NEW)}
