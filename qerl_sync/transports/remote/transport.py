@@ -202,9 +202,6 @@ class RemoteTransport(Transport):
         if held is not None:
             indices = [i for i, meta in enumerate(plan.metas) if meta.name in held]
         slots = slot_bytes(part_of(plan, indices).sizes, self._chunks_in_flight)
-        if "ray" in self.kinds:
-            store: Any = self._client
-            store.require_store(sum(slots))
         if staging is None:
             try:
                 staging = self._staging_for(slots)
@@ -214,6 +211,9 @@ class RemoteTransport(Transport):
                 self.do_without_shm(exc)
                 self._renew_map(layer_map)
                 staging = self._staging_for(slots)
+        if "ray" in self.kinds:
+            store: Any = self._client
+            store.require_store(sum(slots))
         self._staging = staging
         staging.lasting, staging.parents = self.lasting, layer_map.parents_text
         staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
