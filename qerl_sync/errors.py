@@ -12,6 +12,7 @@
     ├── TransportError      tensors or messages do not get through
     │   ├── TransportTimeout    the other side did not answer in time
     │   └── PeerLostError       the other side is gone
+    ├── StaleCacheError     an engine keeps what old weights have computed
     └── PoisonedError       the worker holds half of a sync and refuses to generate
 
 Each message names the thing, the value and the next step. Errors of vLLM, TRL and torch are
@@ -20,7 +21,16 @@ translated once, where they enter, with ``from exc``.
 
 
 class SyncError(Exception):
-    """Base of all errors that qerl-sync raises on purpose."""
+    """Base of all errors that qerl-sync raises on purpose.
+
+    Args:
+        facts: what the message says, as attributes. They survive pickling, and the way from a
+            worker to its trainer.
+    """
+
+    def __init__(self, text: str = "", **facts: object) -> None:
+        super().__init__(text)
+        vars(self).update(facts)
 
 
 class ConfigError(SyncError):
@@ -28,7 +38,13 @@ class ConfigError(SyncError):
 
 
 class CompatError(SyncError):
-    """The installed vLLM or TRL lacks something that a sync needs."""
+    """The installed vLLM or TRL lacks something that a sync needs.
+
+    Attributes:
+        missing: the names of what is missing, where these are known.
+    """
+
+    missing: tuple[str, ...] = ()
 
 
 class LayerMapError(SyncError):
@@ -68,6 +84,16 @@ class TransportTimeout(TransportError):
 
 class PeerLostError(TransportError):
     """The other side closed the connection or died."""
+
+
+class StaleCacheError(SyncError):
+    """An engine keeps keys, values or embeddings of old weights where a sync cannot remove them.
+
+    Attributes:
+        connector: the class name of the vLLM connector that keeps them.
+    """
+
+    connector: str = ""
 
 
 class PoisonedError(SyncError):

@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qerl_sync.errors import AgreementError, ConfigError, LoadError, SyncError, TransportError
+from qerl_sync.errors import (
+    AgreementError,
+    ConfigError,
+    LoadError,
+    StaleCacheError,
+    SyncError,
+    TransportError,
+)
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.probe_prompt import largest_gap
@@ -35,7 +42,7 @@ R = TypeVar("R")
 # Of our errors, a member that fails in one of these ways is left behind; the others go on. The rest
 # is about the weights themselves, and ends the sync for all. What is no error of ours comes from
 # the member's engine or client, and is its own too.
-MEMBERS_OWN = (TransportError, LoadError, AgreementError)
+MEMBERS_OWN = (TransportError, LoadError, AgreementError, StaleCacheError)
 
 
 def _always() -> bool:
