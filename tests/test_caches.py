@@ -12,6 +12,7 @@ from support.vision import gap, make_vision_model, picture, save_vision_model
 from qerl_sync import SyncConfig
 from qerl_sync.build import make_session
 from qerl_sync.errors import PoisonedError, StaleCacheError
+from qerl_sync.integrations.ray.actors import RolloutActor
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.worker.compat_caches import connector_of
 
@@ -52,6 +53,23 @@ def caching(engine_pool, tmp_path_factory):
 
 def session_of(llm, model):
     return make_session(HFSource(model), SyncConfig(), llm=llm)
+
+
+def test_an_actor_generates_from_images_too(caching):
+    class Hosting(RolloutActor):
+        def _start(self, engine):
+            return caching.llm
+
+    caching.session.push()
+    actor = Hosting({}, serve_initial_weights=True)
+    tokens = {"prompt_token_ids": [8, 9]}
+    told = [
+        actor.generate(
+            [{**tokens, "multi_modal_data": {"image": picture(seed)}}], {"temperature": 0}
+        )
+        for seed in (1, 2)
+    ]
+    assert told[0][0].logprobs != told[1][0].logprobs
 
 
 @torch.no_grad()
