@@ -13,9 +13,10 @@
     │   └── WorldSizeError      an engine has more workers, or fewer, than have connected
     ├── TransportError      tensors or messages do not get through
     │   ├── TransportTimeout    the other side did not answer in time
-    │   ├── PeerLostError       the other side is gone
-    │   ├── IntegrityError      bytes arrived that the other side did not send
-    │   └── NoRoomError         shared memory has less room than the sync needs
+    â   âââ PeerLostError       the other side is gone
+    â   âââ IntegrityError      bytes arrived that the other side did not send
+    â   âââ NoRoomError         shared memory has less room than the sync needs
+    âââ StaleCacheError     an engine keeps what old weights have computed
     └── PoisonedError       the worker holds half of a sync and refuses to generate
 
 Each message names the thing, the value and the next step. Errors of vLLM, TRL and torch are
@@ -41,7 +42,13 @@ class ConfigError(SyncError):
 
 
 class CompatError(SyncError):
-    """The installed vLLM or TRL lacks something that a sync needs."""
+    """The installed vLLM or TRL lacks something that a sync needs.
+
+    Attributes:
+        missing: the names of what is missing, where these are known.
+    """
+
+    missing: tuple[str, ...] = ()
 
 
 class LayerMapError(SyncError):
@@ -123,6 +130,16 @@ class NoRoomError(TransportError):
     ) -> None:
         super().__init__(text)
         self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
+
+
+class StaleCacheError(SyncError):
+    """An engine keeps keys, values or embeddings of old weights where a sync cannot remove them.
+
+    Attributes:
+        connector: the class name of the vLLM connector that keeps them.
+    """
+
+    connector: str = ""
 
 
 class PoisonedError(SyncError):

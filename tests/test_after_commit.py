@@ -20,6 +20,7 @@ from qerl_sync import (
     SyncSession,
     TransportError,
 )
+from qerl_sync.errors import StaleCacheError
 from qerl_sync.transports.remote import control
 from qerl_sync.transports.remote.pool import PoolTransport
 
@@ -36,6 +37,7 @@ class Engine(Workers):
         self.fails = ""
         self.running: bool | None = None
         self.updating = False
+        self.empties = True
 
     def start_weight_update(self) -> None:
         if self.updating:
@@ -58,7 +60,7 @@ class Engine(Workers):
     def reset_caches(self, *, running: bool) -> bool:
         self.running = running
         self._note("reset")
-        return True
+        return self.empties
 
     def refuse(self, reason: str) -> None:
         self._note("refuse")
@@ -74,8 +76,12 @@ class Engine(Workers):
 
     def _set_updating(self, updating: bool) -> None:
         self.updating = updating
+        self.says(update_open=updating)
+
+    def says(self, **facts: object) -> None:
+        """What its workers say of themselves from here on."""
         for rank in range(len(self.loaders)):
-            self._said[f"rank{rank}"] = {"update_open": updating}
+            self._said[f"rank{rank}"] = {**self._said.get(f"rank{rank}", {}), **facts}
 
 
 @pytest.fixture
@@ -176,6 +182,31 @@ def test_requests_are_computed_anew_where_the_kv_cache_is_gone(engine, monkeypat
     with session(engine, recompute_running=False) as sync:
         sync.push()
     assert engine.running is overwritten
+
+
+def test_an_engine_whose_connector_keeps_old_work_stays_paused(engine):
+    """Without a connector False means requests in flight, which are the user's choice."""
+    engine.empties = False
+    with session(engine, recompute_running=False) as sync:
+        sync.push()
+    engine.says(connector="SomeConnector")
+    with session(engine, recompute_running=False) as sync:
+        with pytest.raises(StaleCacheError) as raised:
+            sync.push()
+        assert raised.value.connector == "SomeConnector"
+        assert engine.said[-2:] == ["reset", "refuse"]
+        engine.empties = True
+        sync.push()
+        assert engine.said[-3:] == ["reset", "resume", "admit"]
+
+
+def test_a_connector_that_cannot_be_emptied_is_refused_before_anything_is_asked(engine):
+    engine.says(connector="SomeConnector", connector_keeps="it does not implement reset_cache()")
+    with session(engine) as sync, pytest.raises(StaleCacheError) as raised:
+        sync.push()
+    assert raised.value.connector == "SomeConnector"
+    assert engine.said == []
+    assert all(loader.has(OLD) for loader in engine.loaders)
 
 
 def test_a_version_that_another_trainer_has_used_is_not_used_again(engine):

@@ -86,20 +86,21 @@ class TestHTTP:
         ]
 
     @pytest.mark.parametrize("running", [True, False])
-    def test_caches(self, running, client, answers):
+    @pytest.mark.parametrize("emptied", [True, False])
+    def test_caches(self, running, emptied, client, answers):
+        """All of them, also where requests in flight hold on to what they have computed."""
         answers.by_route = {
-            "POST /reset_prefix_cache": (200, '{"success": true}'),
+            "POST /reset_prefix_cache": (200, json.dumps({"success": emptied})),
             "POST /reset_encoder_cache": (200, ""),
+            "POST /reset_mm_cache": (200, ""),
         }
-        assert client.reset_caches(running=running)
+        assert client.reset_caches(running=running) is emptied
+        given = f"reset_running_requests={str(running).lower()}&reset_external=true"
         assert answers.asked == [
-            (f"POST /reset_prefix_cache?reset_running_requests={str(running).lower()}", None),
+            (f"POST /reset_prefix_cache?{given}", None),
             ("POST /reset_encoder_cache", None),
+            ("POST /reset_mm_cache", None),
         ]
-
-    def test_caches_that_requests_in_flight_hold(self, client, answers):
-        answers.by_route = {"POST /reset_prefix_cache": (200, '{"success": false}')}
-        assert not client.reset_caches(running=False)
 
     def test_facts(self, client, answers):
         answers.by_route = {

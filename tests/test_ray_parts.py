@@ -9,7 +9,7 @@ import pytest
 from accelerate import skip_first_batches
 from accelerate.data_loader import DataLoaderShard
 
-from qerl_sync import AsyncRolloutActor, PoisonedError, RolloutActor, TransportError
+from qerl_sync import AsyncRolloutActor, ConfigError, PoisonedError, RolloutActor, TransportError
 from qerl_sync.config import TrainConfig
 from qerl_sync.integrations.ray.actors import with_defaults, world_size
 from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
@@ -94,6 +94,19 @@ def test_the_loss_of_all_workers_is_recovered_from_a_few_times():
     with pytest.raises(TransportError, match="nobody is left"):
         ask(llm, 1)
     assert pool.down > 90
+
+
+def test_images_go_with_their_prompts_and_are_not_generated_ahead():
+    pool = Pool()
+    prompts = [
+        {"prompt_token_ids": [1], "multi_modal_data": {"image": "one"}},
+        {"prompt_token_ids": [2]},
+    ]
+    PooledLLM(pool).generate(prompts, None)  # type: ignore[arg-type]
+    assert pool.submitted == [[prompts[0], [2]]]
+    with pytest.raises(ConfigError) as raised:
+        PooledLLM(pool, max_staleness=1).generate(prompts, None)  # type: ignore[arg-type]
+    assert raised.value.extra == ("multi_modal_data",)
 
 
 # ---- engines

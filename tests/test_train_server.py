@@ -170,14 +170,30 @@ def trainer_of(**changes):
         "weight_transfer_config": {"backend": "qerl"},
         "model_config": {"logprobs_mode": "processed_logprobs"},
     }
-    client = SimpleNamespace(base_url="http://x", get_server_info=lambda: {**config, **changes})
+    client = SimpleNamespace(
+        base_url="http://x",
+        get_server_info=lambda: {**config, **changes},
+        generate=lambda *given: given,
+    )
     generation = SimpleNamespace(
-        mode="server", tensor_parallel_size=1, vllm_client=client, generate=lambda *given: given
+        mode="server",
+        tensor_parallel_size=1,
+        enable_sleep_mode=False,
+        vllm_client=client,
+        generate=lambda *given: client.generate(*given),
+        sync_weights=lambda: None,
     )
     accelerator = SimpleNamespace(
         num_processes=2, is_main_process=True, unwrap_model=lambda model: model
     )
-    return SimpleNamespace(vllm_generation=generation, accelerator=accelerator, model=model)
+    return SimpleNamespace(
+        vllm_generation=generation,
+        accelerator=accelerator,
+        model=model,
+        args=SimpleNamespace(),
+        state=SimpleNamespace(global_step=0),
+        _metrics={"train": defaultdict(list)},
+    )
 
 
 @pytest.mark.parametrize("transfer", [None, {"backend": "nccl"}])
@@ -210,13 +226,11 @@ def test_only_the_main_process_syncs():
     trainer = trainer_of()
     trainer.accelerator.is_main_process = False
     del trainer.vllm_generation.vllm_client  # TRL makes it in the main process alone
-    trainer._last_loaded_step = 3
     callback = WeightSyncCallback().bind(trainer)
     callback.on_train_begin(None, SimpleNamespace(stateful_callbacks={}), None)
     trainer.vllm_generation.sync_weights()
     assert callback.session is None
     assert callback.reports == []
-    assert trainer._last_loaded_step == -1
     callback.close()
 
 
@@ -310,11 +324,13 @@ class TestPlainTRL:
         recorded = []
         trainer = SimpleNamespace(
             model=make_model("tied", 1),
-            accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+            accelerator=SimpleNamespace(is_main_process=True, unwrap_model=lambda model: model),
             state=SimpleNamespace(global_step=7),
             _metrics={"train": defaultdict(list)},
         )
-        transfer = AsyncWeightTransfer(served[1], recorder=recorded.append).bind(trainer)
+        transfer = AsyncWeightTransfer(served[1], recorder=recorded.append)
+        trainer.weight_transfer = transfer
+        transfer.bind(trainer)
         transfer.init_weight_transfer()
         transfer.pause()
         transfer.send_weights(iter(()))

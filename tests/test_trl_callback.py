@@ -7,9 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 from support.fingerprint import difference, fingerprint
-from support.trainers import build_trainer, gap, save_policy
+from support.trainers import build_gold_trainer, build_trainer, gap, gap_now, save_policy
 
-from qerl_sync import ConfigError, SyncConfig, WeightSyncCallback, engine_arguments
+from qerl_sync import CompatError, ConfigError, SyncConfig, WeightSyncCallback, engine_arguments
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -83,6 +83,7 @@ def test_weights_of_a_lost_engine_are_not_taken_for_current(train, monkeypatch):
     session, generation = run.callback.session, run.trainer.vllm_generation
     syncs = len(run.callback.reports)
     prompts = {"prompts": [[5, 6]], "images": None, "num_generations": 1}
+    run.callback._synced_step = run.trainer.state.global_step  # the training's end aside
     generation.generate(**prompts)
     assert len(run.callback.reports) == syncs
     monkeypatch.setattr(type(session._transport), "connected", False)
@@ -125,6 +126,42 @@ def test_a_second_training_syncs_weights_that_changed_in_between(train):
     assert gap(run.trainer.state.log_history) <= 1e-5
 
 
+def test_weights_that_change_without_a_step_reach_whoever_asks_the_engine(train):
+    """Also past `VLLMGeneration`, as custom rollouts do."""
+    run = train(max_steps=1)
+    llm, syncs = run.trainer.vllm_generation.llm, len(run.callback.reports)
+    llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)
+    assert len(run.callback.reports) == syncs + 1, "the training has ended: the best model, maybe"
+    llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)
+    assert len(run.callback.reports) == syncs + 1
+    run.callback.expect_new_weights()
+    llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)
+    assert len(run.callback.reports) == syncs + 2
+
+
+def test_gold_generates_with_current_weights_in_a_second_training(policy, tmp_path, monkeypatch):
+    """It remembers the step of its last sync, which is ahead of all steps of the next training."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    callback = WeightSyncCallback()
+    trainer = build_gold_trainer(policy, tmp_path, [callback], max_steps=3)
+    callback.bind(trainer)
+    generation = trainer.vllm_generation
+    generate, gaps = generation.generate, []
+
+    def generate_and_measure(*args, **options):
+        found = generate(*args, **options)
+        gaps.append(gap_now(trainer))
+        return found
+
+    generation.generate = generate_and_measure
+    trainer.train()
+    assert steps_of(callback) == [0, 1, 2]
+    trainer.train()
+    assert steps_of(callback) == [0, 1, 2, 0, 1, 2]
+    assert len(gaps) == 6
+    assert max(gaps) <= 1e-5
+
+
 def test_warns_before_the_first_sync_and_only_once(train, caplog):
     with caplog.at_level("WARNING", logger="qerl_sync"):
         run = train(max_steps=2, options={"policy": "warn", "source_order": "random:0"})
@@ -151,24 +188,76 @@ def test_a_callback_that_was_not_bound_says_so(policy, tmp_path):
         trainer.train()
 
 
+def colocated(**changes):
+    """As much of a trainer as `bind` looks at before it looks at the model and the engine."""
+    generation = SimpleNamespace(
+        mode="colocate",
+        tensor_parallel_size=1,
+        enable_sleep_mode=False,
+        llm=SimpleNamespace(generate=None),
+        generate=None,
+        sync_weights=None,
+    )
+    accelerator = SimpleNamespace(num_processes=1)
+    given = {"vllm_generation": generation, "accelerator": accelerator, "model": None}
+    rest = {"args": SimpleNamespace(), "state": None, "_metrics": {}}
+    trainer = SimpleNamespace(**given, **rest)
+    for target in (generation, accelerator):
+        for name in changes.keys() & vars(target).keys():
+            setattr(target, name, changes[name])
+    return trainer
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"vllm_generation": None}, "does not generate with vLLM; set use_vllm=True"),
         ({"num_processes": 2}, "in 2 processes"),
         ({"tensor_parallel_size": 2}, "tensor parallel size 2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_trainers_that_it_cannot_serve_are_refused(changes, words):
-    generation = SimpleNamespace(mode="colocate", tensor_parallel_size=1)
-    accelerator = SimpleNamespace(num_processes=1)
-    trainer = SimpleNamespace(vllm_generation=generation, accelerator=accelerator)
-    for target in (trainer, generation, accelerator):
-        for name in changes.keys() & vars(target).keys():
-            setattr(target, name, changes[name])
     with pytest.raises(ConfigError, match=words):
+        WeightSyncCallback().bind(colocated(**changes))
+
+
+@pytest.mark.parametrize(
+    ("attributes", "wanted", "not_wanted"),
+    [
+        ({"args": SimpleNamespace(use_vllm=False)}, "use_vllm=True", "AsyncWeightTransfer"),
+        # OnlineDPOTrainer and its kin: vLLM, without a `vllm_generation`.
+        ({"use_vllm": True}, "TRL's own weight sync", "use_vllm=True"),
+        ({"weight_transfer": None}, "AsyncWeightTransfer", "use_vllm"),
+        ({"args": SimpleNamespace()}, "GRPOTrainer", "use_vllm"),
+    ],
+    ids=["use_vllm=False", "OnlineDPO", "AsyncGRPO", "SFT"],
+)
+def test_nobody_is_told_to_set_what_is_set(attributes, wanted, not_wanted):
+    with pytest.raises(ConfigError) as raised:
+        WeightSyncCallback().bind(SimpleNamespace(**attributes))
+    assert wanted in str(raised.value)
+    assert not_wanted not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        *(("trainer", name) for name in ("model", "args", "state", "_metrics")),
+        *(("generation", name) for name in ("mode", "generate", "sync_weights", "llm")),
+        ("llm", "generate"),
+    ],
+)
+def test_what_trl_has_renamed_is_named(owner, name):
+    """A renamed `sync_weights` would be set on the instance, and never be called."""
+    import trl
+
+    trainer = colocated()
+    generation = trainer.vllm_generation
+    delattr({"trainer": trainer, "generation": generation, "llm": generation.llm}[owner], name)
+    with pytest.raises(CompatError) as raised:
         WeightSyncCallback().bind(trainer)
+    assert raised.value.missing == (name,)
+    assert (raised.value.trainer, raised.value.trl) == ("SimpleNamespace", trl.__version__)
 
 
 def test_options_are_the_fields_of_the_sync_section():

@@ -20,6 +20,7 @@ from qerl_sync.clients.base import (
     translated,
 )
 from qerl_sync.errors import TransportError
+from qerl_sync.worker.compat_caches import forget_caches
 
 ENGINE = "the vLLM engine"
 POLL_SECONDS = 0.2
@@ -68,10 +69,7 @@ class AsyncLLMClient:
         self._call("resume_generation")
 
     def reset_caches(self, *, running: bool) -> bool:
-        done = bool(self._call("reset_prefix_cache", reset_running_requests=running))
-        if done:
-            self._call("reset_encoder_cache")
-        return done
+        return forget_caches(self._call, running=running)
 
     def refuse(self, reason: str) -> None:
         refuse = refusal(reason)

@@ -60,12 +60,14 @@ class PausableClient(EngineClient, Protocol):
         """Schedule again."""
 
     def reset_caches(self, *, running: bool) -> bool:
-        """Forget cached keys and values. `running`: those of requests in flight too, which compute
-        them anew with the new weights.
+        """Empty every cache that holds work of old weights: prefix, encoder, multimodal, and what
+        a KV connector keeps outside. `running`: requests in flight forget their keys and values
+        too, and compute them anew with the new weights.
 
         Returns:
-            Whether all is forgotten. False: requests in flight hold on to theirs, and vLLM then
-            keeps the whole prefix cache; later requests with the same prefix would reuse it.
+            Whether all are empty. False: requests in flight hold on to their blocks, and vLLM then
+            keeps the whole prefix cache; or the KV connector did not empty its own. Later requests
+            with the same prefix would reuse what is left.
         """
 
 

@@ -21,6 +21,7 @@ from qerl_sync.clients.base import (
 )
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
 from qerl_sync.wire.channel import PROOF_HEADER, SOCKET_OPTIONS, TOKEN_VARIABLE, proof
+from qerl_sync.worker.compat_caches import forget_caches
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +82,13 @@ class HTTPClient:
         self._post("resume")
 
     def reset_caches(self, *, running: bool) -> bool:
-        params = {"reset_running_requests": "true" if running else "false"}
-        done = bool(self._post("reset_prefix_cache", params=params).get("success"))
-        if done:
-            self._post("reset_encoder_cache")
-        return done
+        def call(route: str, **options: bool) -> Any:
+            # The route has another name for the connector than vLLM's methods have.
+            names = {"reset_connector": "reset_external"}
+            params = {names.get(name, name): str(on).lower() for name, on in options.items()}
+            return self._post(route, params=params).get("success")
+
+        return forget_caches(call, running=running)
 
     def refuse(self, reason: str) -> None:
         try:

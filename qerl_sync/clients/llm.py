@@ -19,6 +19,7 @@ from qerl_sync.clients.base import (
     translated,
 )
 from qerl_sync.errors import TransportError, TransportTimeout
+from qerl_sync.worker.compat_caches import forget_caches, llm_method
 
 ENGINE = "the vLLM engine"
 POLL_SECONDS = 0.2
@@ -70,11 +71,11 @@ class LLMClient:
             self._call("wake_up", tags=["scheduling"])
 
     def reset_caches(self, *, running: bool) -> bool:
-        done = bool(self._call("reset_prefix_cache", reset_running_requests=running))
-        if done:
-            reset = self.llm.llm_engine.reset_encoder_cache
-            self._run("reset_encoder_cache", reset, self.timeout_seconds)
-        return done
+        def call(method: str, **options: bool) -> Any:
+            reset = partial(llm_method(self.llm, method), **options)
+            return self._run(method, reset, self.timeout_seconds)
+
+        return forget_caches(call, running=running)
 
     def refuse(self, reason: str) -> None:
         # Of this object alone: all ways to ask a `LLM` for something come by here.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.clients.base import PauseMode, timed_out, translated
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
 from qerl_sync.meta import format_bytes
+from qerl_sync.worker.compat_caches import forget_caches
 
 if TYPE_CHECKING:
     import torch
@@ -21,21 +22,26 @@ class RayActorClient:
 
     An actor with vLLM's four methods only is called as vLLM's `RayVLLMWeightSyncClient` calls it,
     with a timeout. Of the others it may have any: `update_weight_version`, `pause`, `resume`,
-    `reset_prefix_cache`, `world_size`, `deliver`. What it lacks is left out: its caller sees to it
-    then that nothing is generated during a sync, and that caches are emptied after it.
+    `reset_prefix_cache`, `reset_encoder_cache`, `reset_mm_cache`, `world_size`, `deliver`. What it
+    lacks is left out: its caller sees to it then that nothing is generated during a sync, and that
+    caches are emptied after it.
 
     Args:
         handle: of the actor.
         name: of the actor, for error messages.
         timeout_seconds: how long one call but `update_weights` may take. One that takes longer goes
             on in the actor.
+
+    Attributes:
+        resets_connector: `reset_caches` reaches what a KV connector keeps. The `reset_prefix_cache`
+            of an actor that is not a RolloutActor takes no argument that could ask for it.
     """
 
     def __init__(self, handle: Any, name: str, timeout_seconds: float = 300) -> None:
         self.handle = handle
         self.name = name
         self.timeout_seconds = timeout_seconds
-        self._ours = hasattr(handle, "reset_caches")
+        self._ours = self.resets_connector = hasattr(handle, "reset_caches")
         self._node: str | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -66,7 +72,11 @@ class RayActorClient:
     def reset_caches(self, *, running: bool) -> bool:
         if self._ours:
             return bool(self._call("reset_caches", running))
-        return self._call_if_there("reset_prefix_cache") is not False
+
+        def call(method: str, **options: bool) -> bool:
+            return self._call_if_there(method) is not False
+
+        return forget_caches(call, running=running)
 
     def world_size(self) -> int | None:
         size = self._call_if_there("world_size")

@@ -5,9 +5,11 @@
         trainer = GRPOTrainer(..., callbacks=[callback])
     callback.bind(trainer)
 
-TRL keeps deciding when to sync. The one seam is the attribute `sync_weights` of
-`trainer.vllm_generation`, which TRL calls before it generates with weights that have changed.
-What must be different while a trainer is built stands in `trl_seams`.
+TRL keeps deciding when to sync: it calls `trainer.vllm_generation.sync_weights`, which this
+callback replaces. TRL counts steps for that, each trainer in attributes of its own, and misses
+weights that change without a step. So the calls by which an engine generates are guarded too: none
+passes while the engine may have other weights than the trainer. What must be different while a
+trainer is built stands in `trl_seams`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qerl_sync.build import BACKEND, make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
-from qerl_sync.integrations.trl_seams import engine_arguments, own_process, without_nccl
+from qerl_sync.integrations.trl_seams import (
+    engine_arguments,
+    own_process,
+    require_attributes,
+    without_nccl,
+)
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource, probe_of
 
@@ -33,14 +40,21 @@ STATE_KEY = "qerl_sync"
 # What vLLM must return for TRL's importance sampling.
 LOGPROBS_MODE = "processed_logprobs"
 
+# What is read, set or called of a trainer and of its `vllm_generation`.
+OF_TRAINER = ("model", "accelerator", "args", "state", "_metrics")
+OF_GENERATION = ("mode", "generate", "sync_weights", "tensor_parallel_size", "enable_sleep_mode")
+# By these an engine computes with its weights: of a `vllm.LLM`, and of TRL's client of a server.
+COMPUTING = ("generate", "chat", "get_sequence_logprobs")
+
 logger = logging.getLogger(__name__)
 
 
 class WeightSyncCallback(TrainerCallback):
     """Plans, orders, watches and reports every weight sync of a TRL trainer.
 
-    Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO, ...),
-    with an engine in the trainer's process, in its own, or behind a server. Each sync appends
+    Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO,
+    Distillation, SDPO, SDFT, GOLD, IW-OPD), with an engine in the trainer's process, in its own, or
+    behind a server. Each sync appends
     `sync/*` metrics to the trainer's own log. In several processes (server mode) make and bind it
     in each; the main one syncs.
 
@@ -70,6 +84,9 @@ class WeightSyncCallback(TrainerCallback):
         self.session: SyncSession | None = None
         self._recorder = recorder
         self._trainer: Any = None
+        # The step whose weights the engine has; None where they may have changed without a step.
+        self._synced_step: int | None = None
+        self._syncing = False
 
     @contextmanager
     def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
@@ -99,7 +116,7 @@ class WeightSyncCallback(TrainerCallback):
         Raises:
             ConfigError: the trainer does not generate with vLLM, or with one that cannot be synced
                 as configured, or its model is sharded or carries adapters.
-            CompatError: the installed vLLM cannot do it.
+            CompatError: the installed vLLM cannot do it, or the installed TRL has other attributes.
         """
         generation = _generation(trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -110,11 +127,27 @@ class WeightSyncCallback(TrainerCallback):
         elif trainer.accelerator.is_main_process:
             url = _server_of(generation.vllm_client)
             self.session = make_session(HFSource(model), self.config, server_url=url, **given)
-        self._trainer = trainer
-        generation.sync_weights = self._sync
-        self._generate = generation.generate
-        generation.generate = self._generate_with_current_weights
+        self._take_over(trainer)
         return self
+
+    def _take_over(self, trainer: Any) -> None:
+        """Sync when TRL says so, and before an engine computes with weights that may be old."""
+        self._trainer = trainer
+        generation = trainer.vllm_generation
+        generation.sync_weights = self._sync
+        # TRL makes the client of a server in the main process only.
+        engine = getattr(
+            generation, "llm" if generation.mode == "colocate" else "vllm_client", None
+        )
+        for name in COMPUTING:
+            if hasattr(engine, name):
+                setattr(engine, name, self._guarded(getattr(engine, name)))
+
+    def expect_new_weights(self) -> None:
+        """Sync before the engine computes again: the model's weights have changed, or may have,
+        without an optimizer step. Called where training begins (a checkpoint may have been loaded)
+        and ends (the best model may have been); call it after changing weights yourself."""
+        self._synced_step = None
 
     def close(self) -> None:
         """Let go of the engine and of shared memory, when the trainer will not generate again.
@@ -128,7 +161,12 @@ class WeightSyncCallback(TrainerCallback):
         if session is None:  # the main process sends the weights; TRL then waits for it
             return
         _wake_up(trainer.vllm_generation)
-        report = session.push(step=trainer.state.global_step)
+        self._syncing = True  # which asks the engine for log-probabilities (verify: full)
+        try:
+            report = session.push(step=trainer.state.global_step)
+        finally:
+            self._syncing = False
+        self._synced_step = trainer.state.global_step
         self.reports.append(report)
         trainer.state.stateful_callbacks[STATE_KEY] = {"version": report.version}
         mode = "train" if trainer.model.training else "eval"
@@ -137,16 +175,31 @@ class WeightSyncCallback(TrainerCallback):
         if self._recorder is not None:
             self._recorder(report)
 
-    def _generate_with_current_weights(self, *args: Any, **options: Any) -> Any:
-        """In place of `VLLMGeneration.generate`. TRL syncs when a step has changed the weights, and
-        would take what a restarted engine has for current."""
-        if self.session is not None and self.reports and not self.session.current:
+    def _guarded(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        """The same call, after a sync where the engine may have other weights than the trainer."""
+
+        def with_current_weights(*args: Any, **options: Any) -> Any:
+            if not self._syncing and self._may_be_stale():
+                self._sync()
+            return compute(*args, **options)
+
+        return with_current_weights
+
+    def _may_be_stale(self) -> bool:
+        if self.session is None:
+            return False
+        if self.reports and not self.session.current:
             logger.warning(
                 "an engine was lost, restarted, or synced by another session: syncing before it "
                 "generates"
             )
-            self._sync()
-        return self._generate(*args, **options)
+            return True
+        if self._synced_step is None:
+            return True
+        # Some trainers let completions be a number of steps behind. A second training counts from 0
+        # again, while what TRL remembers of the last sync is of the first one.
+        behind = self._trainer.state.global_step - self._synced_step
+        return not 0 <= behind < getattr(self._trainer.args, "vllm_sync_frequency", 1)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -159,18 +212,13 @@ class WeightSyncCallback(TrainerCallback):
         resumed = state.stateful_callbacks.get(STATE_KEY, {}).get("version", 0)
         if self.session is not None:
             self.session.version = max(self.session.version, resumed)
-        self._expect_new_weights()
+        self.expect_new_weights()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         # `load_best_model_at_end` has just put other weights into the model.
-        self._expect_new_weights()
-
-    def _expect_new_weights(self) -> None:
-        """TRL syncs when `global_step` moves, and would miss weights that change without it: a
-        resumed or second training, the best model loaded at the end."""
-        self._trainer._last_loaded_step = -1
+        self.expect_new_weights()
 
 
 def metrics(report: SyncReport) -> dict[str, float]:
@@ -193,9 +241,22 @@ def _generation(trainer: Any) -> Any:
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:
         raise ConfigError(
-            f"this {kind} does not generate with vLLM; set use_vllm=True and "
-            'vllm_mode="colocate" or "server" in its config'
+            f"this {kind} cannot be synced by WeightSyncCallback: {_why_not(trainer)}"
         )
+    require_attributes(trainer, OF_TRAINER, trainer)
+    require_attributes(generation, OF_GENERATION, trainer)
+    if generation.mode == "colocate":
+        require_attributes(generation, ("llm",), trainer)
+        require_attributes(generation.llm, ("generate",), trainer)
+    elif trainer.accelerator.is_main_process:
+        require_attributes(generation, ("vllm_client",), trainer)
+        client = ("base_url", "get_server_info", "generate")
+        require_attributes(generation.vllm_client, client, trainer)
+    if generation.mode == "colocate" and generation.enable_sleep_mode:
+        from trl.generation import vllm_generation
+
+        require_attributes(generation, ("_llm_weights_sleeping",), trainer)
+        require_attributes(vllm_generation, ("empty_cache",), trainer)
     processes = trainer.accelerator.num_processes
     if generation.mode == "colocate" and (processes != 1 or generation.tensor_parallel_size != 1):
         raise ConfigError(
@@ -204,6 +265,33 @@ def _generation(trainer: Any) -> Any:
             'colocated engine. Train in one process, or with a server (vllm_mode="server")'
         )
     return generation
+
+
+def _why_not(trainer: Any) -> str:
+    """Why a trainer has no `vllm_generation`, and what to do."""
+    kind = type(trainer).__name__
+    if hasattr(trainer, "weight_transfer"):
+        return (
+            "it hands its weights to an object of its own; build it with "
+            f"{kind}(..., weight_transfer=transfer), where transfer = "
+            "AsyncWeightTransfer(server_url) of qerl_sync.integrations.trl_async, then call "
+            "transfer.bind(trainer)"
+        )
+    if getattr(trainer, "use_vllm", False):
+        return (
+            "it has code of its own for vLLM and no `vllm_generation`; leave the callback away and "
+            "keep TRL's own weight sync, or train with a trainer that has one (GRPOTrainer, "
+            "RLOOTrainer)"
+        )
+    if hasattr(getattr(trainer, "args", None), "use_vllm"):
+        return (
+            "it does not generate with vLLM; set use_vllm=True and "
+            'vllm_mode="colocate" or "server" in its config'
+        )
+    return (
+        "it does not generate with vLLM, nor has it a setting for that; train with one that has "
+        "(GRPOTrainer, RLOOTrainer), or leave the callback away"
+    )
 
 
 def _refuse_to_wake(config: SyncConfig, generation: Any) -> None:

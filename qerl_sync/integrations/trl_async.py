@@ -14,6 +14,7 @@ from qerl_sync.build import make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.trl import metrics
+from qerl_sync.integrations.trl_seams import require_attributes
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource, probe_of
 
@@ -53,7 +54,26 @@ class AsyncWeightTransfer:
         self._trainer: Any = None
 
     def bind(self, trainer: Any) -> AsyncWeightTransfer:
-        """Say whose weights they are. Call it once, when the trainer has been built."""
+        """Say whose weights they are. Call it once, when the trainer has been built.
+
+        Raises:
+            ConfigError: the trainer was not built with this object.
+            CompatError: the installed TRL has other attributes.
+        """
+        kind = type(trainer).__name__
+        if not hasattr(trainer, "weight_transfer"):
+            raise ConfigError(
+                f"{kind} takes no weight_transfer: AsyncWeightTransfer is for AsyncGRPOTrainer and "
+                "AsyncDistillationTrainer; use WeightSyncCallback for those with vllm_generation"
+            )
+        require_attributes(trainer, ("model", "accelerator", "state", "_metrics"), trainer)
+        # TRL keeps it in the main process only.
+        if trainer.accelerator.is_main_process and trainer.weight_transfer is not self:
+            raise ConfigError(
+                f"this {kind} was built without this AsyncWeightTransfer, and syncs by "
+                f"{type(trainer.weight_transfer).__name__}; build it with "
+                f"{kind}(..., weight_transfer=transfer), and bind that one"
+            )
         self._trainer = trainer
         return self
 
@@ -75,7 +95,10 @@ class AsyncWeightTransfer:
     def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Sync. TRL's stream is left alone: the plan takes the same weights in another order."""
         if self.session is None:
-            raise ConfigError("init_weight_transfer comes before send_weights")
+            raise ConfigError(
+                "TRL asks for a sync before the training has begun or after it has ended; an "
+                "asynchronous trainer connects once, so build a new one for a second train()"
+            )
         report = self.session.push(step=self._trainer.state.global_step)
         self.reports.append(report)
         for name, value in metrics(report).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
@@ -78,6 +78,27 @@ def without_nccl() -> Iterator[None]:
 
     with _replaced(VLLMClient, "init_communicator", skipped):
         yield
+
+
+def require_attributes(owner: Any, names: Sequence[str], trainer: Any) -> None:
+    """Check that TRL has what we read, set or call of `owner`, which belongs to `trainer`.
+
+    Raises:
+        CompatError: naming what is missing. To set an attribute that TRL has renamed would replace
+            nothing, and the engine would keep the weights that it was started with.
+    """
+    missing = tuple(name for name in names if not hasattr(owner, name))
+    if missing:
+        import trl
+
+        kind, where = type(trainer).__name__, getattr(owner, "__name__", type(owner).__name__)
+        raise CompatError(
+            f"{kind} of TRL {trl.__version__} cannot be synced: its {where} has no "
+            f"{', '.join(missing)}; install TRL 1.16, with which qerl-sync is tested",
+            missing=missing,
+            trainer=kind,
+            trl=trl.__version__,
+        )
 
 
 @contextmanager

@@ -46,13 +46,14 @@ class HFSource(Source):
         convert: False yields the names and shapes as they are in memory.
 
     Raises:
-        ConfigError: the model is sharded or carries adapters.
+        ConfigError: the model is sharded or carries adapters; `metadata` raises it too, if it has
+            become so since.
     """
 
     lasting = True
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
-        _refuse_unsupported(model)
+        _require_whole(model)
         self._model = model
         self._convert = convert
         self._parameters = _parameters(model)
@@ -62,6 +63,9 @@ class HFSource(Source):
         self._conversions: list[Any] = []
 
     def metadata(self) -> list[ParamMeta]:
+        # Each time: accelerate and transformers shard a model in `train()`, long after this source
+        # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
+        _require_whole(self._model, since=" since this source was made")
         parameters = self._parameters = _parameters(self._model)
         layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
         if layout != self._layout:
@@ -218,16 +222,39 @@ def _converted(
             del model._weight_conversions
 
 
-def _refuse_unsupported(model: Any) -> None:
+def _require_whole(model: Any, *, since: str = "") -> None:
+    """Refuse a model whose parameters are not what a checkpoint holds.
+
+    Args:
+        since: what has become of a model that was whole when the source was made.
+
+    Raises:
+        ConfigError: it is sharded, or carries adapters; `parameter` and `sharding` say which and
+            how.
+    """
     if hasattr(model, "peft_config"):
         raise ConfigError(
-            "the model carries PEFT adapters, which this source does not merge; train full "
+            f"the model carries PEFT adapters{since}, which this source does not merge; train full "
             "parameters (no peft_config), or keep TRL's own weight sync for this run"
         )
     for name, parameter in model.named_parameters():
-        sharded = hasattr(parameter, "to_local") or hasattr(parameter, "ds_id")
-        if sharded or "_fsdp_wrapped_module" in name:
+        if sharding := _sharding_of(name, parameter):
             raise ConfigError(
-                f"{name!r} is sharded over several processes (FSDP or ZeRO-3), which this source "
-                "does not gather; train in one process, or keep TRL's own weight sync for this run"
+                f"{name!r} is sharded by {sharding}{since}, and this source does not gather; "
+                "train in one process, keep TRL's own weight sync for this run, or yield gathered "
+                "tensors from a StreamSource",
+                parameter=name,
+                sharding=sharding,
             )
+
+
+def _sharding_of(name: str, parameter: torch.Tensor) -> str:
+    """Return what keeps only a part of this parameter in this process; empty if nothing does."""
+    if hasattr(parameter, "to_local"):
+        return "torch's fully_shard or tensor parallelism (DTensor)"
+    if hasattr(parameter, "ds_id"):
+        return "DeepSpeed ZeRO-3"
+    # With use_orig_params the names may stay, and the parameters are views into a flat one.
+    if hasattr(parameter, "_fsdp_flattened") or "_fsdp_wrapped_module" in name:
+        return "FullyShardedDataParallel"
+    return "FullyShardedDataParallel" if name.endswith("_flat_param") else ""

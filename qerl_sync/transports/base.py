@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.probe_prompt import largest_gap
@@ -59,6 +59,41 @@ class WorkerReport:
             "peak_staged_bytes": self.peak_staged_bytes,
             "kept_bytes": self.kept_bytes,
         }
+
+
+def require_emptied(connector: str, keeps: str) -> None:
+    """Refuse an engine whose connector would reuse old weights' work after a sync.
+
+    Args:
+        connector: the name of its connector; empty if it has none.
+        keeps: why a sync cannot have it empty what it keeps; empty if it can.
+
+    Raises:
+        StaleCacheError: it cannot.
+    """
+    if keeps:
+        raise StaleCacheError(
+            f"the engine has the connector {connector}, which would hand out what old weights have "
+            f"computed after a sync: {keeps}. Start the engine without it, or with one that can be "
+            "reset (OffloadingConnector without secondary_tiers, MooncakeStoreConnector)",
+            connector=connector,
+        )
+
+
+def still_cached(connector: str) -> StaleCacheError:
+    """Return the error for caches that vLLM did not empty after a sync."""
+    if not connector:
+        return StaleCacheError(
+            "vLLM does not empty its prefix cache, whose keys and values belong to the old "
+            "weights: a request is still running. Sync between two calls of generate"
+        )
+    return StaleCacheError(
+        f"the connector {connector} did not empty what it keeps of the old weights, or requests in "
+        "flight hold blocks of it; the engine does not generate. Set sync.recompute_running: true "
+        "if requests are in flight during a sync; otherwise look at the engine's log, sync again, "
+        "or start the engine without the connector",
+        connector=connector,
+    )
 
 
 class Transport(ABC):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.errors import PlanError, SyncError
+from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.transports.base import Transport, WorkerReport, require_emptied, still_cached
+from qerl_sync.worker.compat_caches import connector_of, forget_caches, llm_method
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +20,12 @@ class InProcessTransport(Transport):
     """Hands chunks to the model of a vLLM `LLM` that runs in this process. Copies nothing.
 
     Args:
-        llm: the engine. After each sync its prefix cache is emptied: cached keys and values belong
-            to the old weights.
+        llm: the engine. After each sync its caches are emptied: cached keys, values and
+            embeddings belong to the old weights.
 
     Raises:
         CompatError: the engine's model is in another process, or vLLM lacks layerwise reload.
+        StaleCacheError: the engine has a cache connector that cannot be emptied.
     """
 
     by_reference = True
@@ -35,7 +37,10 @@ class InProcessTransport(Transport):
         from qerl_sync.worker.receiver import Receiver
 
         self._llm = llm
-        self._receiver = Receiver(compat.in_process_parts(llm))
+        parts = compat.in_process_parts(llm)
+        self._connector, keeps = connector_of(parts.vllm_config)
+        require_emptied(self._connector, keeps)
+        self._receiver = Receiver(parts)
         self._committed: int | None = None
 
     @property
@@ -84,11 +89,9 @@ class InProcessTransport(Transport):
 
     def finish(self) -> list[WorkerReport]:
         trace = self._receiver.finish()
-        if not self._llm.reset_prefix_cache():
-            raise SyncError(
-                "vLLM does not empty its prefix cache, whose keys and values belong to the old "
-                "weights: a request is still running. Sync between two calls of generate"
-            )
+        # Before the commit: a model that would compute with old keys and values must not run.
+        if not forget_caches(self._reset, running=False):
+            raise still_cached(self._connector)
         self._receiver.commit(self._version)
         self._committed = self._version
         staged = self._receiver.peak_staged_bytes
@@ -103,6 +106,9 @@ class InProcessTransport(Transport):
                 kept_bytes=self._receiver.kept_bytes,
             )
         ]
+
+    def _reset(self, method: str, **options: bool) -> Any:
+        return llm_method(self._llm, method)(**options)
 
     @property
     def precision(self) -> tuple[str, str | None]:

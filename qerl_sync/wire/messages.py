@@ -106,6 +106,10 @@ class Hello(_Message):
     version: int
     """The weight version last committed here; 0 if none."""
     poisoned: str | None
+    connector: str = ""
+    """vLLM's connector that keeps keys and values, or embeddings, outside of the engine."""
+    connector_keeps: str = ""
+    """Why a sync cannot have that connector empty what it keeps; empty if it can."""
     update_open: bool
     """vLLM's update route was entered and not left: an earlier trainer died in it."""
 

@@ -12,6 +12,7 @@ from qerl_sync.wire.cores import own_cores
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.messages import PROTOCOL, Hello
 from qerl_sync.worker import compat
+from qerl_sync.worker.compat_caches import connector_of
 from qerl_sync.worker.receiver import Receiver
 
 PARALLEL_SIZES = (
@@ -26,6 +27,7 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
     """Of the worker rank whose model that receiver loads. Called by the thread that loads it."""
     parallel = vllm_config.parallel_config
     dtype, quantization = receiver.precision
+    connector, connector_keeps = connector_of(vllm_config)
     return Hello(
         protocol=PROTOCOL,
         packages=packages(),
@@ -45,6 +47,8 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
         cores=sorted(own_cores()) if receiver.device.type == "cpu" else [],
         version=receiver.version,
         poisoned=receiver.poisoned,
+        connector=connector,
+        connector_keeps=connector_keeps,
         update_open=update_open,
     )
 

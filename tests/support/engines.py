@@ -159,6 +159,10 @@ class EnginePool:
             self._subjects[kind, kernels] = self._start(kind, kernels)
         return self._subjects[kind, kernels]
 
+    def keep(self, engine: Any) -> None:
+        """Have an engine live as long as the others."""
+        self._kept.append(engine)
+
     def _start(self, kind: str, kernels: str) -> Subject:
         trainers = {seed: make_model(kind, seed) for seed in (OLD, NEW)}
         paths = {

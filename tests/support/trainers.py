@@ -71,6 +71,84 @@ def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: 
     return trainer
 
 
+def build_gold_trainer(path: Path, output_dir: Path, callbacks: Any, **changes: Any) -> Any:
+    """On policy only, with itself as it was saved for a teacher."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl.experimental.gold import GOLDConfig, GOLDTrainer
+
+    from qerl_sync import engine_arguments
+
+    arguments: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "bf16": False,
+        "use_vllm": True,
+        "vllm_mode": "colocate",
+        "vllm_max_model_length": 64,
+        "lmbda": 1.0,
+        "use_uld_loss": False,
+        "beta": 0.5,
+        "num_generations": 1,
+        "max_length": 48,
+        "max_completion_length": 8,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    rows = [
+        [{"role": "user", "content": f"w{i} w{i + 1} ="}, {"role": "assistant", "content": f"w{i}"}]
+        for i in range(16)
+    ]
+    with engine_arguments(dtype="float32", enforce_eager=True, num_gpu_blocks_override=64):
+        trainer = GOLDTrainer(
+            model=AutoModelForCausalLM.from_pretrained(path),
+            teacher_model=AutoModelForCausalLM.from_pretrained(path),
+            args=GOLDConfig(**{**arguments, **changes}),
+            train_dataset=Dataset.from_dict({"messages": rows}),
+            processing_class=_bytes_tokenizer(),
+            callbacks=list(callbacks),
+        )
+    _KEPT.append(trainer.vllm_generation.llm)
+    return trainer
+
+
+def _bytes_tokenizer() -> Any:
+    """A token for each byte; GOLD takes byte-level ones only."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())[:200]]
+    bpe = models.BPE({letter: i for i, letter in enumerate(letters)}, merges=[])
+    tokenizer = Tokenizer(bpe)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
+    )
+
+
+def gap_now(trainer: Any) -> float:
+    """The engine's logprobs of a prompt against the trainer's, past whatever guards the engine."""
+    from functools import partial
+    from types import SimpleNamespace
+
+    from qerl_sync.sources.hf import probe_of
+    from qerl_sync.worker import compat
+
+    llm, tokens = trainer.vllm_generation.llm, list(range(5, 15))
+    bare = SimpleNamespace(generate=partial(type(llm).generate, llm))
+    right = probe_of(trainer.model).logprobs(tokens)
+    said = compat.prompt_logprobs(bare, tokens)
+    return max(abs(a - b) for a, b in zip(right, said, strict=True))
+
+
 def gap(log: list[dict[str, Any]]) -> float:
     """TRL's own measure of trainer against engine, the largest over the run."""
     return max(entry.get("sampling/sampling_logp_difference/max", 0.0) for entry in log)

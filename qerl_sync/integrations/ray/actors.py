@@ -24,7 +24,8 @@ from qerl_sync.worker import deliveries
 # How often an actor looks whether the process of its engine lives.
 LOOK_SECONDS = 0.5
 
-Prompts = Sequence[str] | Sequence[Sequence[int]]
+# Text, token ids, or vLLM's own mappings, which may hold images.
+Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
 
 
 class RolloutActor:
@@ -114,7 +115,10 @@ class RolloutActor:
         from vllm import SamplingParams
 
         begun = self.version
-        given = [p if isinstance(p, str) else {"prompt_token_ids": list(p)} for p in prompts]
+        given = [
+            prompt if isinstance(prompt, str | Mapping) else {"prompt_token_ids": list(prompt)}
+            for prompt in prompts
+        ]
         if not isinstance(sampling, SamplingParams):
             sampling = SamplingParams(**{"logprobs": 0, **(sampling or {})})
         return [

@@ -9,7 +9,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
-from qerl_sync.errors import TransportError
+from qerl_sync.errors import ConfigError, TransportError
 from qerl_sync.integrations.ray.pool import Batch, WorkerPool
 from qerl_sync.integrations.ray.rollouts import Rollout
 
@@ -55,25 +55,38 @@ class PooledLLM:
     def generate(
         self, prompts: Sequence[Any], sampling_params: Any, use_tqdm: bool = False
     ) -> list[Any]:
-        """As `vllm.LLM.generate`, of the outputs what TRL reads."""
+        """As `vllm.LLM.generate`, of the outputs what TRL reads.
+
+        Raises:
+            ConfigError: prompts have images or the like, and batches are generated ahead.
+        """
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
         key = _key(ids)
-        self.last = self._generated(ids, sampling_params, key, RECOVERIES)
+        # What belongs to a prompt besides its tokens, such as images, goes with it.
+        given = [prompt if len(prompt) > 1 else prompt["prompt_token_ids"] for prompt in prompts]
+        if self.max_staleness and given != ids:
+            extra = sorted({name for prompt in prompts for name in prompt} - {"prompt_token_ids"})
+            raise ConfigError(
+                f"prompts have {', '.join(extra)}, and batches are announced by their tokens "
+                "alone: those generated ahead would be without it; set max_staleness to 0",
+                extra=tuple(extra),
+            )
+        self.last = self._generated(given, sampling_params, key, RECOVERIES)
         self._begin_next(sampling_params, key)
         return [_as_output(rollout) for rollout in self.last]
 
     def _generated(
-        self, ids: list[list[int]], sampling: Any, key: Key, recoveries: int
+        self, prompts: list[Any], sampling: Any, key: Key, recoveries: int
     ) -> list[Rollout]:
         try:
-            batch = self._begun.pop(key, None) or self.pool.submit(ids, sampling)
+            batch = self._begun.pop(key, None) or self.pool.submit(prompts, sampling)
             return batch.result(self.pool.newest_version - self.max_staleness)
         except TransportError as exc:
             if self.recover is None or not recoveries:
                 raise
             logger.warning("waiting for a worker, to sync it and go on: %s", exc)
         self.recover()
-        return self._generated(ids, sampling, key, recoveries - 1)
+        return self._generated(prompts, sampling, key, recoveries - 1)
 
     def _begin_next(self, sampling: Any, done: Key) -> None:
         """Generate ahead with the weights as they are now."""

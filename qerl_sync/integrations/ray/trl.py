@@ -14,8 +14,8 @@ from qerl_sync.integrations.ray.cluster import require_ray, require_room_for_chu
 from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
 from qerl_sync.integrations.ray.metrics import SyncMetrics
 from qerl_sync.integrations.ray.pool import WorkerPool
-from qerl_sync.integrations.trl import WeightSyncCallback
-from qerl_sync.integrations.trl_seams import _replaced
+from qerl_sync.integrations.trl import OF_GENERATION, OF_TRAINER, WeightSyncCallback
+from qerl_sync.integrations.trl_seams import _replaced, require_attributes
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource, probe_of
 
@@ -89,6 +89,7 @@ class PoolSyncCallback(WeightSyncCallback):
 
         Raises:
             ConfigError: the trainer was not built while `connecting` was open.
+            CompatError: the installed TRL has other attributes.
         """
         generation = getattr(trainer, "vllm_generation", None)
         llm = getattr(generation, "llm", None)
@@ -97,6 +98,8 @@ class PoolSyncCallback(WeightSyncCallback):
                 "this trainer has no rollout actors; build it with use_vllm=True and "
                 'vllm_mode="colocate" within `with callback.connecting():`'
             )
+        require_attributes(trainer, OF_TRAINER, trainer)
+        require_attributes(generation, OF_GENERATION, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
         self.session = SyncSession(
             HFSource(model),
@@ -106,9 +109,8 @@ class PoolSyncCallback(WeightSyncCallback):
             probe=probe_of(model),
         )
         llm.recover = self._sync
-        self._trainer = trainer
         self._ray_metrics = SyncMetrics()
-        trainer.vllm_generation.sync_weights = self._sync
+        self._take_over(trainer)
         trainer.vllm_generation.generate = self._noting(trainer.vllm_generation.generate)
         if self._max_staleness:
             self._generate_ahead(trainer)

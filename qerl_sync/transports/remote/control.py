@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
+from qerl_sync.transports.base import still_cached
 from qerl_sync.transports.remote.call import EngineCall
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire.channel import proof
@@ -121,17 +122,23 @@ class EngineControl:
             self._pausing = EngineCall("pause", pause, self._pause_mode)
             self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, _look_at(peers, "pausing"))
 
-    def resume(self, *, caches: bool, overwritten: bool = False) -> None:
+    def resume(self, *, caches: bool, overwritten: bool = False, connector: str = "") -> None:
         """Let the engine go on.
 
         Args:
             caches: its weights are new, what it computed is not.
             overwritten: what requests in flight have in the KV cache is gone: they are computed
                 anew, whatever the configuration says.
+            connector: of the engine, which must have emptied its cache with the others.
+
+        Raises:
+            StaleCacheError: it has not. The engine stays paused.
         """
         client: Any = self._client
         if caches and hasattr(client, "reset_caches"):
             forgotten = client.reset_caches(running=self._recompute_running or overwritten)
+            if not forgotten and connector:
+                raise still_cached(connector)
             if not forgotten:
                 logger.warning(
                     "requests in flight keep what they computed with the old weights, and vLLM "

@@ -16,6 +16,7 @@ from qerl_sync.errors import (
     CoverageError,
     LoadError,
     NoRoomError,
+    StaleCacheError,
     SyncError,
     TransportError,
 )
@@ -44,7 +45,7 @@ R = TypeVar("R")
 # Of our errors, a member that fails in one of these ways is left behind; the others go on. The rest
 # is about the weights themselves, and ends the sync for all. What is no error of ours comes from
 # the member's engine or client, and is its own too.
-MEMBERS_OWN = (TransportError, LoadError, AgreementError)
+MEMBERS_OWN = (TransportError, LoadError, AgreementError, StaleCacheError)
 
 
 def _always() -> bool:

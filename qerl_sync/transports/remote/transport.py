@@ -16,7 +16,7 @@ from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.transports.base import Transport, WorkerReport, require_emptied
 from qerl_sync.transports.remote.agreement import (
     joint_map,
     require_protocol,
@@ -306,7 +306,8 @@ class RemoteTransport(Transport):
             overwritten |= peer.expect(say.Committed, "committing").caches_overwritten
             peer.hello = peer.hello.model_copy(update={"version": self._version, "poisoned": None})
         self._end_talk(version=str(self._version))
-        self._control.resume(caches=True, overwritten=overwritten)
+        connector = next((h.connector for h in self.hellos if h.connector), "")
+        self._control.resume(caches=True, overwritten=overwritten, connector=connector)
         self._committing = False
         return [
             self._report(peer, told) for peer, told in zip(self._peers, self._told, strict=True)
@@ -472,6 +473,12 @@ class RemoteTransport(Transport):
         from qerl_sync import __version__
 
         require_protocol(peer.hello, __version__)
+        keeps = peer.hello.connector_keeps
+        if peer.hello.connector and not getattr(self._client, "resets_connector", True):
+            keeps = (
+                keeps or "this actor's reset_prefix_cache does not reach it; inherit RolloutActor"
+            )
+        require_emptied(peer.hello.connector, keeps)
         ways = Ways(
             wanted=self._wanted,
             authenticated=self._shared_token,

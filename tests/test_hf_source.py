@@ -1,0 +1,78 @@
+"""A model in this process, and what may become of it between two syncs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.models import make_model
+
+from qerl_sync.errors import ConfigError
+from qerl_sync.sources.hf import HFSource
+
+
+@pytest.fixture
+def group(tmp_path):
+    started = not dist.is_initialized()  # vLLM engines of earlier tests keep one
+    if started:
+        store = f"file://{tmp_path / 'store'}"
+        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    yield
+    if started:
+        dist.destroy_process_group()
+
+
+def fully_shard(model):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+
+
+def wrap(model, **options):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    alone = dist.new_group([0])
+    FullyShardedDataParallel(model, alone, device_id=torch.device("cpu"), **options)
+
+
+def wrap_with_names(model):
+    wrap(model, use_orig_params=True)
+
+
+def partition(model):
+    for parameter in model.parameters():  # as DeepSpeed marks what it has partitioned
+        parameter.ds_id = 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("shard", "sharding"),
+    [
+        (fully_shard, "fully_shard"),
+        (wrap, "FullyShardedDataParallel"),
+        (wrap_with_names, "FullyShardedDataParallel"),
+        (partition, "ZeRO-3"),
+    ],
+)
+def test_a_model_that_is_sharded_later_is_refused_by_name(shard, sharding, group):
+    """As accelerate and transformers do in `train()`, when the source was made long ago."""
+    model = make_model("tied", 0)
+    source = HFSource(model)
+    assert source.metadata()
+    shard(model)
+    with pytest.raises(ConfigError) as raised:
+        source.metadata()
+    assert sharding in raised.value.sharding
+    assert raised.value.parameter in dict(model.named_parameters())
+
+
+def test_adapters_that_are_added_later_are_refused():
+    from peft import LoraConfig
+
+    model = make_model("tied", 0)
+    source = HFSource(model)
+    assert source.metadata()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError):
+        source.metadata()
