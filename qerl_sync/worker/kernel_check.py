@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import xxhash
 
-from qerl_sync.buffers.checksum import checksum
+from qerl_sync.buffers.checksum import fingerprint
 from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.worker import compat, refresh
@@ -26,11 +26,14 @@ class Held:
         arrived: of each parameter, a checksum of what arrived for it.
         rounded: the same, rounded to the dtype that the model computes in.
         kernels: of each tensor of the model, and of each packed copy, a checksum.
+        device: the kind of device that the tensors arrived on. Its fingerprints cannot be compared
+            with those of another kind.
     """
 
     arrived: Mapping[Place, int]
     rounded: Mapping[Place, int]
     kernels: Mapping[str, int]
+    device: str
 
 
 class KernelCheck:
@@ -57,16 +60,18 @@ class KernelCheck:
         self._arrived: dict[Place, int] = defaultdict(int)
         self._rounded: dict[Place, int] = defaultdict(int)
         self._divided: set[Place] = set()
+        self._device = ""
 
     def arrived(self, name: str, tensor: torch.Tensor) -> None:
-        exact = rounded = checksum(tensor)
+        self._device = tensor.device.type
+        exact = rounded = fingerprint(tensor)
         if tensor.is_floating_point() and tensor.dtype != self._dtype:
-            rounded = checksum(tensor.to(self._dtype))
+            rounded = fingerprint(tensor.to(self._dtype))
         for given in self._map.contributions.get(name, ()):
             place = (given.parent_layer, given.parameter)
             # Sums: the order in which tensors come does not matter.
-            self._arrived[place] += zlib.crc32(name.encode(), exact)
-            self._rounded[place] += zlib.crc32(name.encode(), rounded)
+            self._arrived[place] += xxhash.xxh3_64_intdigest(name.encode(), exact)
+            self._rounded[place] += xxhash.xxh3_64_intdigest(name.encode(), rounded)
             if given.loaded_numel < tensor.numel():
                 self._divided.add(place)
 
@@ -76,8 +81,9 @@ class KernelCheck:
         self._packings_now = compat.packings(self._model)
         if unpacked := [layer for layer in self._got() if self._left_unpacked(layer)]:
             raise CoverageError(_complaint(unpacked, NOT_PACKED))
-        now = Held(dict(self._arrived), dict(self._rounded), kernel_checksums(self._model))
-        if self._before is not None:
+        kernels = kernel_checksums(self._model)
+        now = Held(dict(self._arrived), dict(self._rounded), kernels, self._device)
+        if self._before is not None and self._before.device == self._device:
             if stale := list(self._stale(self._before, now)):
                 raise CoverageError(_complaint(stale, STALE))
             if strange := list(self._strange(self._before, now)):
@@ -150,15 +156,19 @@ def kernel_checksums(model: torch.nn.Module) -> dict[str, int]:
     for layer, product in compat.packed_products(model):
         if layer in packs:
             key = packed_key(layer)
-            found[key] = zlib.crc32(checksum(product).to_bytes(4, "big"), found.get(key, 0))
+            found[key] = _chained(product, found.get(key, 0))
     return found
 
 
 def _checksum_inside(tensor: torch.Tensor) -> int:
     total = 0
     for one in compat.tensors_of(tensor):
-        total = zlib.crc32(checksum(one).to_bytes(4, "big"), total)
+        total = _chained(one, total)
     return total
+
+
+def _chained(tensor: torch.Tensor, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(fingerprint(tensor).to_bytes(8, "big"), seed)
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
