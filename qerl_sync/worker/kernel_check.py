@@ -47,15 +47,22 @@ class KernelCheck:
     Args:
         dtype: that the model computes in.
         before: of the sync that was committed last; None: not known.
+        views: buffers that must hold what arrives for a parameter.
     """
 
     def __init__(
-        self, model: torch.nn.Module, layer_map: LayerMap, dtype: torch.dtype, before: Held | None
+        self,
+        model: torch.nn.Module,
+        layer_map: LayerMap,
+        dtype: torch.dtype,
+        before: Held | None,
+        views: Mapping[Place, Place] | None = None,
     ) -> None:
         self._model = model
         self._map = layer_map
         self._dtype = dtype
         self._before = before
+        self._views = views or {}
         self._packings = compat.packings(model)
         self._arrived: dict[Place, int] = defaultdict(int)
         self._rounded: dict[Place, int] = defaultdict(int)
@@ -77,7 +84,7 @@ class KernelCheck:
 
     def conclude(self) -> Held:
         """Raises CoverageError, naming the layers whose kernels hold something else."""
-        self._lend_to_tied()
+        self._lend()
         self._packings_now = compat.packings(self._model)
         if unpacked := [layer for layer in self._got() if self._left_unpacked(layer)]:
             raise CoverageError(_complaint(unpacked, NOT_PACKED))
@@ -90,14 +97,21 @@ class KernelCheck:
                 raise CoverageError(_complaint(strange, STRANGE))
         return now
 
-    def _lend_to_tied(self) -> None:
-        """A layer that shares another's parameter must hold what arrived for that."""
-        for path, (owner, parameter) in refresh.tied_parameters(self._model).items():
+    def _lend(self) -> None:
+        """What shares another layer's parameter, or was a view of it, must hold what arrived."""
+        tied = refresh.tied_parameters(self._model)
+        lent = {(path, place[1]): place for path, place in tied.items()} | dict(self._views)
+        for place, source in lent.items():
             for found in (self._arrived, self._rounded):
-                if (owner, parameter) in found:
-                    found[path, parameter] = found[owner, parameter]
-            if (owner, parameter) in self._divided:
-                self._divided.add((path, parameter))
+                if source in found:
+                    found[place] = found[source]
+            if source in self._divided or (place in self._views and not self._covers(place)):
+                self._divided.add(place)
+
+    def _covers(self, place: Place) -> bool:
+        """Whether a buffer was a view of the whole parameter: a part may rightly stay the same."""
+        buffer = self._model.get_submodule(place[0])._buffers[place[1]]
+        return buffer is not None and buffer.nbytes == buffer.untyped_storage().nbytes()
 
     def _got(self) -> list[str]:
         return list(dict.fromkeys(layer for layer, _ in self._arrived))
@@ -132,9 +146,15 @@ class KernelCheck:
                 yield layer
 
     def _keeps(self, tensor: torch.Tensor) -> bool:
-        """Whether it changes with what is loaded: one that is quantised inside need not."""
+        """Whether it changes with what is loaded: one that is quantised inside, or was emptied when
+        its values were packed elsewhere, need not."""
         inside = compat.tensors_of(tensor)
-        return len(inside) == 1 and inside[0] is tensor and tensor.dtype == self._dtype
+        return (
+            tensor.numel() > 0
+            and len(inside) == 1
+            and inside[0] is tensor
+            and tensor.dtype == self._dtype
+        )
 
     def _renewed(self, layer: str) -> bool:
         old = self._packings[layer].holder()

@@ -167,6 +167,12 @@ class TensorParallel(OwnProcess):
     arguments: ClassVar = {"tensor_parallel_size": 2}
 
 
+class PipelineParallel(TensorParallel):
+    """Each of two worker ranks has half of the layers."""
+
+    arguments: ClassVar = {"pipeline_parallel_size": 2}
+
+
 class Async(RemoteEngine):
     """An `AsyncLLM` on an event loop in a thread, without a cache of prefixes."""
 
@@ -317,6 +323,7 @@ SERVED: dict[str, Any] = {
 ENGINES: dict[str, tuple[type[RemoteEngine], str]] = {
     "own process": (OwnProcess, "moe"),
     "tensor parallel": (TensorParallel, "moe"),
+    "pipeline parallel": (PipelineParallel, "tied"),
     "async": (Async, "dense"),
     "server": (Server, "dense"),
 }
