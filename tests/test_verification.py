@@ -23,7 +23,7 @@ from qerl_sync import (
     SyncConfig,
     SyncSession,
 )
-from qerl_sync.buffers.checksum import checksum
+from qerl_sync.buffers.checksum import PAGE_BYTES, checksum, page_sums
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.probe_prompt import shortened
 from qerl_sync.sources.hf import probe_of
@@ -246,14 +246,15 @@ def test_checksums_over_a_connection(remote, carrier):
 
 
 def test_bytes_that_change_on_the_way_are_found(remote, monkeypatch):
-    """The trainer's slot is written to after the checksum was taken, as by a page that is lost."""
+    """The trainer's slot is written to after the checksum was taken: two signs flip."""
     engine = remote("in process")
     stage = staging.Staging._copy
 
     def spoil(self, index, metas, tensors):
         staged = stage(self, index, metas, tensors)
         if index == 2:
-            staged.pieces[0].bytes[40] ^= 1
+            for sign in (7, 15):
+                staged.pieces[0].bytes[sign] ^= 0x80
         return staged
 
     monkeypatch.setattr(staging.Staging, "_copy", spoil)
@@ -297,6 +298,33 @@ def test_a_checksum_sees_swapped_pages_and_words_and_reads_any_view():
     odd = torch.empty(1001, dtype=torch.uint8)[1:]
     odd.copy_(torch.arange(1000))
     assert checksum(odd) == checksum(odd.clone())
+
+
+def on_an_accelerator(tensor):
+    """What `fingerprint` hashes of whole pages there; the reduction runs on any device."""
+    raw = tensor.contiguous().view(-1).view(torch.uint8)
+    assert raw.numel() % PAGE_BYTES == 0
+    return page_sums(raw).tolist()
+
+
+@pytest.mark.parametrize("hashed", [checksum, on_an_accelerator])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_signs_that_flip_and_words_that_change_places_are_seen(hashed, dtype):
+    torch.manual_seed(0)
+    right = torch.randn(4 * PAGE_BYTES // dtype.itemsize).to(dtype)
+    half = len(right) // 2
+    wrong = {"all": -right, "swapped": torch.cat([right[half:], right[:half]]), "": right.flip(0)}
+    for pair in [(0, 1), (3, 7), (1, half)]:
+        wrong[f"signs of {pair}"] = right.clone()
+        wrong[f"signs of {pair}"][list(pair)] *= -1
+        wrong[f"places of {pair}"] = right.clone()
+        wrong[f"places of {pair}"][list(pair)] = right[list(pair)[::-1]]
+    # Words that differ in their top bits alone.
+    signs = wrong["alternating"] = torch.ones_like(right)
+    signs[::2] = -1
+    wrong["alternating, moved"] = signs.roll(1)
+    found = {str(hashed(one)) for one in [right, *wrong.values()]}
+    assert len(found) == 1 + len(wrong)
 
 
 # ------------------------------------------------------------------------------ log-probabilities

@@ -193,16 +193,28 @@ class SyncConfig(Section):
     trainer and engine share a process, all is looked at before the first tensor is loaded."""
 
     verify: Literal["off", "coverage", "checksum", "full"] = "coverage"
-    """How far a sync is verified before it is committed. `coverage`: each tensor of the plan
-    arrives once, with its name, dtype and shape, and fills its parent layer. `off`: the same
-    without looking whether vLLM has filled each layer as it did in the dry run. `checksum`, besides
-    `coverage`: a checksum of each tensor, taken from the trainer's own before it is sent, must be
-    that of what arrives; and from sync to sync what each layer's kernel holds, packed copies
-    included, must have changed where its tensors have, and nowhere else. That reads all weights
-    about four times; the report says what it took (`seconds.verify`). `full`,
-    besides: the engine's log-probabilities of a fixed prompt must be those of the trainer's model,
-    within `verify_tolerance`; the engine is asked when it runs again, and is poisoned if it differs
-    or cannot be asked, so that it may have answered others for the moment that this takes."""
+    """How far a sync is verified before it is committed.
+
+    `off`: each tensor of the plan arrives once, with its name, dtype and shape. Seen: tensors that
+    are missing, doubled or misshapen. Not seen: a layer that vLLM filled otherwise than planned.
+
+    `coverage`, besides: each parent layer got the elements that the dry run counted, and was
+    processed once. Not seen: values. It costs nothing that can be measured.
+
+    `checksum`, besides: the XXH3 hash (64 bits) of each tensor's bytes, taken from the trainer's
+    own before it is sent, must be that of what arrives: any byte that changed or moved is seen. And
+    from sync to sync what each layer's kernel holds, packed copies included, must have changed
+    where its tensors have, and nowhere else. Not seen: wrong values that changed all the same (a
+    transposed shard), and on the first sync, which has nothing to be compared with, a kernel that
+    did not change. A packed copy is compared by its product with a fixed vector, which hides what
+    is below that product's rounding. It reads all weights about four times, at the speed of
+    memory on one core; the report says what it took (`seconds.verify`).
+
+    `full`, besides: the engine's log-probabilities of a fixed prompt must be those of the trainer's
+    model, within `verify_tolerance`. Not seen: weights that the prompt does not use (experts, a
+    vision tower), and what moves the answer by less than the tolerance. The engine is asked when it
+    runs again, and is poisoned if it differs or cannot be asked, so that it may have answered
+    others for the moment that this takes."""
 
     verify_tolerance: Annotated[float | None, Field(gt=0)] = None
     """With `verify: full`: by how much a log-probability may differ. Null: what rounding explains

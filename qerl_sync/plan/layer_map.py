@@ -66,10 +66,15 @@ class LayerMap:
     It holds for one stream (names, dtypes, shapes) and one model layout (architecture,
     quantisation, tensor-parallel rank). A name with no contribution is written by vLLM on arrival
     or known to be ignored, and costs no buffer.
+
+    Attributes:
+        elsewhere: names that this rank, a pipeline stage, does nothing with: another must take
+            them.
     """
 
     layers: Mapping[str, ParentLayer]
     contributions: Mapping[str, tuple[Contribution, ...]]
+    elsewhere: frozenset[str] = frozenset()
 
     @cached_property
     def digest(self) -> str:
@@ -110,6 +115,7 @@ class LayerMap:
                 for layer in self.layers.values()
             ],
             "contributions": {n: [list(c) for c in cs] for n, cs in self.contributions.items()},
+            "elsewhere": sorted(self.elsewhere),
         }
 
     @classmethod
@@ -121,4 +127,5 @@ class LayerMap:
                 name: tuple(Contribution(*c) for c in contributions)
                 for name, contributions in data["contributions"].items()
             },
+            elsewhere=frozenset(data.get("elsewhere", ())),
         )

@@ -9,6 +9,7 @@ Coupling points, all in vLLM's `model_executor/model_loader/reload`:
     layerwise.get_numel_loaded            called for each tensor that is held, counts its elements
     layerwise.is_deferred_attention_layer asked next, with the layer that the tensor is held for
     layerwise._layerwise_process          processes a layer that is whole
+    layerwise._copy_and_restore_kernel_tensors  copies a processed layer into its live tensors
     layerwise._place_kernel_tensors       puts a layer's live tensors back
 """
 
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from qerl_sync.buffers.detect import plain_tensors
-from qerl_sync.errors import CompatError
+from qerl_sync.errors import CompatError, LoadError
 from qerl_sync.worker.copy_count import CopyCount
 
 # "bias" and a few more stay real during a reload, and vLLM writes them on arrival: see SKIP_TENSORS
@@ -40,6 +41,7 @@ _REQUIRED = (
     "_get_weight_loader",
     "_get_original_loader",
     "_layerwise_process",
+    "_copy_and_restore_kernel_tensors",
     "_place_kernel_tensors",
 )
 
@@ -179,6 +181,8 @@ class LoadObserver(Protocol):
 
     def processed(self, layer: torch.nn.Module) -> None: ...
 
+    def path_of(self, layer: torch.nn.Module) -> str: ...
+
 
 @contextlib.contextmanager
 def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[None]:
@@ -186,18 +190,20 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
 
     vLLM's loading wrapper calls `get_numel_loaded` for a tensor that it has just put into the
     layer's list, then asks `is_deferred_attention_layer`, then `_layerwise_process` if the layer
-    is whole. These three names of its module are wrapped: the loading wrappers themselves outlive a
+    is whole. These names of its module are wrapped: the loading wrappers themselves outlive a
     reload (vLLM leaves them on its meta tensors), so wrapping their factory would see the first
-    reload only.
+    reload only. Before a processed layer is copied into its live tensors, `_fit_live_tensors` mends
+    what vLLM's copy cannot do.
 
     Args:
         process: False keeps vLLM from processing a layer that is whole (dry runs).
     """
     layerwise = _layerwise()
-    real_count, is_deferred_layer, process_layer = (
+    real_count, is_deferred_layer, process_layer, copy_back = (
         layerwise.get_numel_loaded,
         layerwise.is_deferred_attention_layer,
         layerwise._layerwise_process,
+        layerwise._copy_and_restore_kernel_tensors,
     )
     count = real_count if process else CopyCount(real_count, load_numel_of)
     counted: list[int] = []
@@ -219,9 +225,14 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
             process_layer(layer, info)
             observer.processed(layer)
 
+    def _copy_and_restore_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
+        _fit_live_tensors(layer, info, observer)
+        copy_back(layer, info)
+
     layerwise.get_numel_loaded = get_numel_loaded
     layerwise.is_deferred_attention_layer = is_deferred_attention_layer
     layerwise._layerwise_process = _layerwise_process
+    layerwise._copy_and_restore_kernel_tensors = _copy_and_restore_kernel_tensors
     try:
         with count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext():
             yield
@@ -229,6 +240,110 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
         layerwise.get_numel_loaded = real_count
         layerwise.is_deferred_attention_layer = is_deferred_layer
         layerwise._layerwise_process = process_layer
+        layerwise._copy_and_restore_kernel_tensors = copy_back
+
+
+def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: LoadObserver) -> None:
+    """Prepare a layer's live tensors for what processing has made of the new weights.
+
+    A parameter that another layer has emptied when it was loaded (MLA frees `kv_b_proj` on CPUs
+    with AMX) gets its memory back: that layer reads it, and empties it again. Non-persistent
+    buffers that processing registers are derived from the weights; vLLM takes all of that kind for
+    constants and would put the old ones back.
+
+    Raises:
+        LoadError: a parameter that has another size now was not emptied. Kernels may hold its
+            address, so that it cannot be exchanged.
+    """
+    parameters, buffers = info.kernel_tensors
+    for name, live in parameters.items():
+        new = getattr(layer, name)
+        if live.numel() == new.numel():
+            continue
+        if live.numel():
+            raise LoadError(
+                f"{observer.path_of(layer)}.{name} ({type(layer).__name__}) has shape "
+                f"{list(live.shape)} in the engine, and {list(new.shape)} when it is loaded again: "
+                "something has changed it since the engine was started. Restart the engine to get "
+                "these weights"
+            )
+        live.data = torch.empty_like(new.data)
+    for name in info.kernel_non_persistent_buffers - info.restore_metadata[1].keys():
+        live, derived = buffers.get(name), layer._buffers.get(name)
+        if live is None or derived is None or derived is live or derived.is_meta:
+            continue
+        if derived.shape == live.shape:
+            live.data.copy_(derived)
+
+
+def unfit_parameters(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Of parameters whose layer cannot be loaded again, the live shape and that of loading.
+
+    A layer that has no `quant_method` is copied into its live tensors as it was loaded. In an open
+    reload. See `_fit_live_tensors` for parameters that are empty.
+    """
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    found = {}
+    for path, layer in model.named_modules():
+        info = _layerwise().LAYERWISE_INFO.get(layer)
+        processes = isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase)
+        if info is None or info.kernel_tensors is None or processes or is_deferred(layer):
+            continue
+        for name, live in info.kernel_tensors[0].items():
+            new = layer._parameters.get(name)
+            if new is not None and live.numel() and live.numel() != new.numel():
+                found[f"{path}.{name}"] = (live.shape, new.shape)
+    return found
+
+
+def recorded_parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The layer's parameters as they were when the model was built, on meta."""
+    info = _layerwise().LAYERWISE_INFO.get(layer)
+    return {} if info is None else dict(info.restore_metadata[0])
+
+
+def unrecorded_buffers(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Non-persistent buffers that vLLM's record of the layer does not have: it leaves those out
+    that were views of parameters when the model was built. Asked outside of a reload."""
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
+
+    info = _layerwise().LAYERWISE_INFO.get(layer)
+    known = SKIP_TENSORS if info is None else SKIP_TENSORS | info.restore_metadata[1].keys()
+    return [
+        (name, buffer)
+        for name, buffer in layer._buffers.items()
+        if buffer is not None
+        and not buffer.is_meta
+        and name not in known
+        and name in layer._non_persistent_buffers_set
+    ]
+
+
+def live_buffer(layer: torch.nn.Module, name: str) -> torch.Tensor:
+    """The buffer that the layer's kernels read, in a reload and outside of one."""
+    info = _layerwise().LAYERWISE_INFO[layer]
+    held: Any = info.kernel_tensors[1] if info.kernel_tensors is not None else layer._buffers
+    buffer: torch.Tensor = held[name]
+    return buffer
+
+
+def arrived_value(layer: torch.nn.Module, parameter: str) -> torch.Tensor:
+    """What has arrived for a parameter, loaded by vLLM's own loader into memory of its own. Asked
+    when the layer is whole and before it is processed."""
+    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+
+    layerwise = _layerwise()
+    info = layerwise.LAYERWISE_INFO[layer]
+    awaiting = getattr(layer, parameter)
+    load = layerwise._get_original_loader(awaiting)
+    with info.restore_device:
+        value: torch.Tensor = materialize_meta_tensor(awaiting)
+    for name, bound in info.loaded_weights:
+        if name == parameter:
+            bound.arguments["param"] = value  # vLLM puts its own there when it loads the layer
+            load(*bound.args, **bound.kwargs)
+    return value
 
 
 def credit_padding(layer: torch.nn.Module) -> None:
@@ -328,7 +443,9 @@ def packed_products(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
     """
     for path, layer in model.named_modules():
         linear, weight = getattr(layer, "cpu_linear", None), getattr(layer, "weight", None)
-        if linear is not None and isinstance(weight, torch.Tensor) and not weight.is_meta:
+        # What is not packed is the parameter itself, and of MLA's `kv_b_proj` may be empty.
+        if _packs_linear(layer) and isinstance(weight, torch.Tensor) and not weight.is_meta:
+            assert linear is not None
             probe = torch.linspace(-1, 1, _input_size(layer)).to(weight.dtype)
             yield path, linear(probe.expand(2, -1).contiguous(), weight, None)
         kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)

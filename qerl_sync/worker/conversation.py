@@ -292,10 +292,10 @@ class Conversation:
                 found = checksum(tensor)
             if found != told[name]:
                 raise CoverageError(
-                    f"{name!r} of chunk {index} arrived with checksum {found:08x}, and the trainer "
-                    f"sent {told[name]:08x}: its bytes changed on the way. Somebody has written to "
-                    "them (shared memory, a parameter that was stepped during the sync), or a "
-                    "network card or memory is broken"
+                    f"{name!r} of chunk {index} arrived with checksum {found:016x}, and the "
+                    f"trainer sent {told[name]:016x}: its bytes changed on the way. Somebody has "
+                    "written to them (shared memory, a parameter that was stepped during the "
+                    "sync), or a network card or memory is broken"
                 )
             yield name, tensor
 

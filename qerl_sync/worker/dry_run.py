@@ -100,6 +100,9 @@ class DryRun:
 
     processed = processing
 
+    def path_of(self, layer: torch.nn.Module) -> str:
+        return self._paths[id(layer)]
+
     def _check_cast(self, meta: ParamMeta, parameter: torch.Tensor) -> None:
         wanted = dtype_name(parameter.dtype)
         if meta.dtype != wanted and not {meta.dtype, wanted} <= CASTABLE_FLOATS:

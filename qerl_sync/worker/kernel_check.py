@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import xxhash
 
-from qerl_sync.buffers.checksum import checksum
+from qerl_sync.buffers.checksum import fingerprint
 from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.worker import compat, refresh
@@ -26,11 +26,14 @@ class Held:
         arrived: of each parameter, a checksum of what arrived for it.
         rounded: the same, rounded to the dtype that the model computes in.
         kernels: of each tensor of the model, and of each packed copy, a checksum.
+        device: the kind of device that the tensors arrived on. Its fingerprints cannot be compared
+            with those of another kind.
     """
 
     arrived: Mapping[Place, int]
     rounded: Mapping[Place, int]
     kernels: Mapping[str, int]
+    device: str
 
 
 class KernelCheck:
@@ -44,54 +47,71 @@ class KernelCheck:
     Args:
         dtype: that the model computes in.
         before: of the sync that was committed last; None: not known.
+        views: buffers that must hold what arrives for a parameter.
     """
 
     def __init__(
-        self, model: torch.nn.Module, layer_map: LayerMap, dtype: torch.dtype, before: Held | None
+        self,
+        model: torch.nn.Module,
+        layer_map: LayerMap,
+        dtype: torch.dtype,
+        before: Held | None,
+        views: Mapping[Place, Place] | None = None,
     ) -> None:
         self._model = model
         self._map = layer_map
         self._dtype = dtype
         self._before = before
+        self._views = views or {}
         self._packings = compat.packings(model)
         self._arrived: dict[Place, int] = defaultdict(int)
         self._rounded: dict[Place, int] = defaultdict(int)
         self._divided: set[Place] = set()
+        self._device = ""
 
     def arrived(self, name: str, tensor: torch.Tensor) -> None:
-        exact = rounded = checksum(tensor)
+        self._device = tensor.device.type
+        exact = rounded = fingerprint(tensor)
         if tensor.is_floating_point() and tensor.dtype != self._dtype:
-            rounded = checksum(tensor.to(self._dtype))
+            rounded = fingerprint(tensor.to(self._dtype))
         for given in self._map.contributions.get(name, ()):
             place = (given.parent_layer, given.parameter)
             # Sums: the order in which tensors come does not matter.
-            self._arrived[place] += zlib.crc32(name.encode(), exact)
-            self._rounded[place] += zlib.crc32(name.encode(), rounded)
+            self._arrived[place] += xxhash.xxh3_64_intdigest(name.encode(), exact)
+            self._rounded[place] += xxhash.xxh3_64_intdigest(name.encode(), rounded)
             if given.loaded_numel < tensor.numel():
                 self._divided.add(place)
 
     def conclude(self) -> Held:
         """Raises CoverageError, naming the layers whose kernels hold something else."""
-        self._lend_to_tied()
+        self._lend()
         self._packings_now = compat.packings(self._model)
         if unpacked := [layer for layer in self._got() if self._left_unpacked(layer)]:
             raise CoverageError(_complaint(unpacked, NOT_PACKED))
-        now = Held(dict(self._arrived), dict(self._rounded), kernel_checksums(self._model))
-        if self._before is not None:
+        kernels = kernel_checksums(self._model)
+        now = Held(dict(self._arrived), dict(self._rounded), kernels, self._device)
+        if self._before is not None and self._before.device == self._device:
             if stale := list(self._stale(self._before, now)):
                 raise CoverageError(_complaint(stale, STALE))
             if strange := list(self._strange(self._before, now)):
                 raise CoverageError(_complaint(strange, STRANGE))
         return now
 
-    def _lend_to_tied(self) -> None:
-        """A layer that shares another's parameter must hold what arrived for that."""
-        for path, (owner, parameter) in refresh.tied_parameters(self._model).items():
+    def _lend(self) -> None:
+        """What shares another layer's parameter, or was a view of it, must hold what arrived."""
+        tied = refresh.tied_parameters(self._model)
+        lent = {(path, place[1]): place for path, place in tied.items()} | dict(self._views)
+        for place, source in lent.items():
             for found in (self._arrived, self._rounded):
-                if (owner, parameter) in found:
-                    found[path, parameter] = found[owner, parameter]
-            if (owner, parameter) in self._divided:
-                self._divided.add((path, parameter))
+                if source in found:
+                    found[place] = found[source]
+            if source in self._divided or (place in self._views and not self._covers(place)):
+                self._divided.add(place)
+
+    def _covers(self, place: Place) -> bool:
+        """Whether a buffer was a view of the whole parameter: a part may rightly stay the same."""
+        buffer = self._model.get_submodule(place[0])._buffers[place[1]]
+        return buffer is not None and buffer.nbytes == buffer.untyped_storage().nbytes()
 
     def _got(self) -> list[str]:
         return list(dict.fromkeys(layer for layer, _ in self._arrived))
@@ -126,9 +146,15 @@ class KernelCheck:
                 yield layer
 
     def _keeps(self, tensor: torch.Tensor) -> bool:
-        """Whether it changes with what is loaded: one that is quantised inside need not."""
+        """Whether it changes with what is loaded: one that is quantised inside, or was emptied when
+        its values were packed elsewhere, need not."""
         inside = compat.tensors_of(tensor)
-        return len(inside) == 1 and inside[0] is tensor and tensor.dtype == self._dtype
+        return (
+            tensor.numel() > 0
+            and len(inside) == 1
+            and inside[0] is tensor
+            and tensor.dtype == self._dtype
+        )
 
     def _renewed(self, layer: str) -> bool:
         old = self._packings[layer].holder()
@@ -150,15 +176,19 @@ def kernel_checksums(model: torch.nn.Module) -> dict[str, int]:
     for layer, product in compat.packed_products(model):
         if layer in packs:
             key = packed_key(layer)
-            found[key] = zlib.crc32(checksum(product).to_bytes(4, "big"), found.get(key, 0))
+            found[key] = _chained(product, found.get(key, 0))
     return found
 
 
 def _checksum_inside(tensor: torch.Tensor) -> int:
     total = 0
     for one in compat.tensors_of(tensor):
-        total = zlib.crc32(checksum(one).to_bytes(4, "big"), total)
+        total = _chained(one, total)
     return total
+
+
+def _chained(tensor: torch.Tensor, seed: int) -> int:
+    return xxhash.xxh3_64_intdigest(fingerprint(tensor).to_bytes(8, "big"), seed)
 
 
 def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -83,6 +83,9 @@ class SyncMonitor:
         self._ledger.release(path)
         self.after_processing(layer)
 
+    def path_of(self, layer: torch.nn.Module) -> str:
+        return self._paths[id(layer)]
+
     def require_filled(self) -> None:
         """The stream has ended. Raises CoverageError, naming the first of them, unless each parent
         layer got its elements and was processed, once. Deferred layers are, at the end."""

@@ -175,8 +175,15 @@ class PlannedLoads:
 
     def _probe(self, metas: list[ParamMeta]) -> LayerMap:
         if self._layer_map is None or metas != self._probed:
-            self._layer_map = self._receiver.layer_map(metas)
-            self._probed = metas
+            found = self._receiver.layer_map(metas)
+            if found.elsewhere:
+                raise AgreementError(
+                    f"this worker is a pipeline stage that has no place for "
+                    f"{min(found.elsewhere)!r}. Whether another stage takes it is not known here: "
+                    "vLLM's own engines have no channel between trainer and workers. Start the "
+                    "engine with the backend qerl, or with pipeline_parallel_size: 1"
+                )
+            self._layer_map, self._probed = found, metas
         return self._layer_map
 
     def _warn(self, plan: SyncPlan, layer_map: LayerMap, storages: Mapping[str, Storage]) -> None:

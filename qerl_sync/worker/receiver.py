@@ -21,6 +21,7 @@ from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.plan.terms import Terms
 from qerl_sync.worker import compat, memory, refresh
+from qerl_sync.worker.aliases import LostView, Views, lost_views
 from qerl_sync.worker.kernel_check import Held, KernelCheck
 from qerl_sync.worker.monitor import SyncMonitor
 from qerl_sync.worker.probe import observe_layer_map
@@ -38,6 +39,8 @@ class _ModelState:
     version: int = 0
     caches_suspect: bool = False
     held: Held | None = None
+    # Found in whole weights: after a sync that failed, values no longer tell what was a view.
+    lost_views: list[LostView] | None = None
 
 
 _STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
@@ -104,6 +107,7 @@ class Receiver:
     ) -> LayerMap:
         """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open."""
         self._require_closed()
+        self._find_lost_views()
         return observe_layer_map(self.model, self._config, metas, allow_incomplete=allow_incomplete)
 
     def free_bytes(self) -> int:
@@ -166,6 +170,8 @@ class Receiver:
         with self._aborting():
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)
+            lost = self._find_lost_views()
+            self._views = Views(self.model)
             tied = refresh.tied_parameters(self.model)
             self._observing.enter_context(compat.observe_loads(self._monitor))
             with compat.loading_context(self._config):
@@ -173,7 +179,7 @@ class Receiver:
             if self.terms.on_failure == "rollback":
                 self._rollback = Rollback()
                 self._rollback.begin(self.model)
-                self._monitor.before_processing = self._rollback.keep
+            self._monitor.before_processing = partial(self._before_processing, lost)
             self._monitor.after_processing = partial(self._renew_tied, tied)
             self.working_bytes = compat.working_bytes(self.model)
             self.finishing_bytes = refresh.packed_anew_bytes(self.model, tied, self.working_bytes)
@@ -225,6 +231,7 @@ class Receiver:
                 compat.finish_reload(self.model, self._config)
                 self._keep_tied()
                 refresh.after_reload(self.model)
+                self._views.restore()
             if self._check is not None:
                 with self._verifying():
                     self._held = self._check.conclude()
@@ -333,6 +340,19 @@ class Receiver:
             return "is poisoned until a full sync succeeds"
         return f"is back on version {self.version}"
 
+    def _find_lost_views(self) -> list[LostView]:
+        if self._state.lost_views is None:
+            self._state.lost_views = lost_views(self.model)
+        return self._state.lost_views
+
+    def _before_processing(self, lost: Sequence[LostView], layer: torch.nn.Module) -> None:
+        renewed = [view for view in lost if view.source is layer]
+        if self._rollback is not None:
+            for module in (layer, *(view.owner for view in renewed)):
+                self._rollback.keep(module)
+        for view in renewed:
+            view.renew()
+
     def _renew_tied(self, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module) -> None:
         """Heads that share this layer's weight let go of their old packed copy of it."""
         for head in refresh.heads_of(self.model, tied, layer):
@@ -371,7 +391,11 @@ class Receiver:
             yield meta, tensor
 
     def _kernel_check(self, layer_map: LayerMap) -> KernelCheck:
-        return KernelCheck(self.model, layer_map, self._dtype, self._state.held)
+        views = {
+            (view.path, view.name): (view.source_path, view.parameter)
+            for view in self._find_lost_views()
+        }
+        return KernelCheck(self.model, layer_map, self._dtype, self._state.held, views)
 
     @contextlib.contextmanager
     def _verifying(self) -> Iterator[None]:

@@ -54,9 +54,10 @@ class Rollback:
         for tensor in compat.live_tensors(layer):
             self._copy(tensor)
         self._snapshot(layer)
-        method = getattr(layer, "quant_method", None)
-        if hasattr(method, "__dict__"):
-            self._snapshot(method)
+        # Attention layers keep what they derive from weights in `impl` (MLA on CPUs with AMX).
+        for part in ("quant_method", "impl"):
+            if hasattr(owner := getattr(layer, part, None), "__dict__"):
+                self._snapshot(owner)
         self.nbytes += self._packed_bytes(layer)
 
     def _packed_bytes(self, layer: torch.nn.Module) -> int:
@@ -76,7 +77,10 @@ class Rollback:
             now.update(before)
         with torch.no_grad():
             for tensor, copy in self._copies.values():
-                tensor.data.copy_(copy)
+                if tensor.shape == copy.shape:
+                    tensor.data.copy_(copy)
+                else:  # it was empty, and was given memory to be loaded into
+                    tensor.data = copy.to(tensor.device)
         self._copies, self._attributes, self._packings = {}, {}, {}
 
     def _snapshot(self, owner: Any) -> None:

@@ -21,7 +21,9 @@ def fingerprint(model: torch.nn.Module) -> dict[str, str]:
         hashes[f"tensor {name}"] = _hash(tensor)
     for name, module in model.named_modules():
         linear, weight = getattr(module, "cpu_linear", None), getattr(module, "weight", None)
-        if linear is not None and weight is not None:
+        packed = getattr(linear, "__closure__", None) is not None
+        emptied = weight is not None and not weight.numel() and not packed
+        if linear is not None and weight is not None and not emptied:
             eye = torch.eye(_input_size(module), dtype=weight.dtype)
             hashes[f"linear {name}"] = _hash(linear(eye, weight, None))
     return hashes

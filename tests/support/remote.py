@@ -176,6 +176,12 @@ class TensorParallel(OwnProcess):
     arguments: ClassVar = {"tensor_parallel_size": 2}
 
 
+class PipelineParallel(TensorParallel):
+    """Each of two worker ranks has half of the layers."""
+
+    arguments: ClassVar = {"pipeline_parallel_size": 2}
+
+
 class Async(RemoteEngine):
     """An `AsyncLLM` on an event loop in a thread, without a cache of prefixes."""
 
@@ -349,6 +355,7 @@ SERVED: dict[str, Any] = {
 ENGINES: dict[str, tuple[type[RemoteEngine], str]] = {
     "own process": (OwnProcess, "moe"),
     "tensor parallel": (TensorParallel, "moe"),
+    "pipeline parallel": (PipelineParallel, "tied"),
     "async": (Async, "dense"),
     "data parallel": (DataParallel, "dense"),
     "server": (Server, "dense"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from qerl_sync.errors import AgreementError, WorldSizeError
+from qerl_sync.errors import AgreementError, LayerMapError, WorldSizeError
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.wire.messages import PROTOCOL, Hello
 
@@ -95,7 +95,16 @@ def joint_map(maps: Sequence[LayerMap]) -> LayerMap:
 
     A tensor's parents are those that it has on any rank, with what most elements of it are worth
     on one, so that a plan that holds for the joint map holds for each rank.
+
+    Raises:
+        LayerMapError: no rank does anything with a tensor.
     """
+    if untaken := frozenset.intersection(*(one.elsewhere for one in maps)):
+        raise LayerMapError(
+            f"no pipeline stage of the engine does anything with {min(untaken)!r} (and "
+            f"{len(untaken) - 1} more); its weights would stay as they are. Do not send it, or, if "
+            "that is right, name it in sync.ignore_names"
+        )
     if all(other.digest == maps[0].digest for other in maps[1:]):
         return maps[0]
     layers: dict[str, ParentLayer] = {}
