@@ -8,7 +8,9 @@ to the file OUT; standard output and error are vLLM's to write on.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
+import re
 import sys
 import tempfile
 import time
@@ -43,15 +45,16 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
     May be called more than once in a process that has no process group.
 
     Args:
-        request: `checkpoint`, a `Checkpoint` as JSON; `engine`, vLLM's arguments; `dtype` of the
-            trainer's tensors, None for the model's own.
+        request: `checkpoint`, a `Checkpoint` as JSON; `engine`, vLLM's arguments; `dtype` that the
+            trainer loads the model in, None for `Checkpoint.dtype`.
 
     Raises:
         SyncError: as `offline_map` does.
     """
     seconds: dict[str, float] = {}
-    engine, dtype = request["engine"], request["dtype"]
+    engine = request["engine"]
     checkpoint = Checkpoint.from_json(request["checkpoint"])
+    dtype = request["dtype"] or checkpoint.dtype
     with _model_directory(checkpoint) as directory:
         # First, since vLLM puts configuration classes of its own in transformers' place.
         with _timed(seconds, "imports"):
@@ -59,7 +62,7 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
 
             build = trainer_model(directory, dtype, trust=bool(engine.get("trust_remote_code")))
         with _timed(seconds, "names"):
-            expected = checkpoint.held_against(HFSource(build()).metadata(), dtype)
+            expected = checkpoint.held_against(HFSource(build()).metadata())
         with _timed(seconds, "imports"):
             from qerl_sync.worker import compat_offline
             from qerl_sync.worker.probe import observe_layer_map
@@ -90,13 +93,16 @@ def _model_directory(checkpoint: Checkpoint) -> Iterator[str]:
 def trainer_model(
     directory: str, dtype: str | None, *, trust: bool
 ) -> Callable[[], torch.nn.Module]:
-    """What builds, on the meta device, the model that a trainer would hold whole.
+    """Return a function that builds, on the meta device, the model that a trainer would load.
 
     Args:
+        dtype: as for `from_pretrained`; None: that of the config.
         trust: may code that comes with the model run?
     """
     import torch
     import transformers
+
+    from qerl_sync.worker.meta_values import meta_device
 
     with _of_transformers(directory):
         config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust)
@@ -105,13 +111,26 @@ def trainer_model(
         from_config = family._from_config if family is not None else auto
 
     def build() -> torch.nn.Module:
-        with _of_transformers(directory), torch.device("meta"):
+        with _of_transformers(directory), meta_device():
             model: torch.nn.Module = from_config(
                 config, dtype=getattr(torch, dtype) if dtype else config.dtype
             )
+            _keep_in_float32(model)
             return model
 
     return build
+
+
+def _keep_in_float32(model: Any) -> None:
+    """Cast what `from_pretrained` would keep in float32, such as router corrections.
+
+    Building a model from its configuration casts everything to one dtype.
+    """
+    plan: dict[str, Any] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in plan]
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()
 
 
 @contextmanager

@@ -214,6 +214,11 @@ class SyncSession:
         """The memory behind each of the tensors that workers get, where several share one."""
         return self._source.storages() if self._transport.by_reference else {}
 
+    @property
+    def chunk_bytes(self) -> int | None:
+        """Upper bound of a chunk: that of the configuration, else that of the transport."""
+        return self._config.chunk_bytes or self._transport.chunk_bytes
+
     def _agree(self) -> tuple[SyncPlan, LayerMap]:
         """The plan for what the source has now: the last one, unless names or shapes changed."""
         given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
@@ -230,7 +235,7 @@ class SyncSession:
                 metas,
                 layer_map,
                 self._config.policy,
-                chunk_bytes=self._config.chunk_bytes or self._transport.chunk_bytes,
+                chunk_bytes=self.chunk_bytes,
                 storages=self.storages(),
                 budget_bytes=self._budget_bytes(),
                 spill_budget_bytes=self._config.spill_budget_bytes,

@@ -215,14 +215,24 @@ def test_what_is_no_checkpoint(tmp_path):
 TRAINER = [ParamMeta("a", "bfloat16", (2,)), ParamMeta("b", "bfloat16", (2,))]
 
 
-def test_a_trainers_tensors_take_the_files_dtypes_unless_told(tmp_path):
+def test_a_trainers_tensors_are_cast_as_they_are_loaded(tmp_path):
     header = {"a": entry(), "b": entry(offsets=(8, 16)), "mtp": entry(offsets=(16, 24))}
     read = read_checkpoint(write_safetensors(tmp_path / "t.safetensors", header, 24))
-    expected = read.held_against(TRAINER, dtype=None)
-    assert [meta.dtype for meta in expected.metas] == ["float32", "float32"]
-    assert read.held_against(TRAINER, dtype="bfloat16").metas == TRAINER
+    expected = read.held_against(TRAINER)
+    assert expected.metas == TRAINER  # the files have both in float32
     assert "1 tensors of the checkpoint" in expected.note
     assert "mtp" in expected.note
+
+
+def test_a_checkpoint_is_loaded_in_the_dtype_of_its_config_else_of_its_files(tmp_path):
+    header = {"a": entry("BF16", (4,)), "b": entry(offsets=(8, 16))}
+    path = write_safetensors(tmp_path / "t.safetensors", header, 16)
+    assert read_checkpoint(path).dtype == "bfloat16"
+    for field in ("dtype", "torch_dtype"):
+        (tmp_path / "config.json").write_text(json.dumps({field: "float16"}))
+        assert read_checkpoint(path).dtype == "float16"
+    (tmp_path / "config.json").write_text("{}")
+    assert read_checkpoint(tmp_path / "config.json").dtype is None
 
 
 def test_experts_that_the_files_keep_as_one_stand_for_their_parts(tmp_path):
@@ -234,27 +244,25 @@ def test_experts_that_the_files_keep_as_one_stand_for_their_parts(tmp_path):
         "mlp.experts.up_proj": entry(shape=(2, 2), offsets=(16, 32)),
     }
     read = read_checkpoint(write_safetensors(tmp_path / "t.safetensors", header, 32))
-    expected = read.held_against(trainer, dtype=None)
+    expected = read.held_against(trainer)
     assert [meta.name for meta in expected.metas] == ["a", "mlp.experts.up_proj", "b"]
     assert expected.metas[1].shape == (2, 2)
-    assert read.held_against(trainer, dtype="bfloat16").metas[1].dtype == "bfloat16"
+    assert expected.metas[1].dtype == "bfloat16"
     assert expected.surplus == []
     assert "planned for as the checkpoint keeps them" in expected.note
     with pytest.raises(ConfigError, match=r"has no 'mlp\.experts\.0\.up_proj\.weight'"):
-        read.held_against(
-            [*trainer, ParamMeta("mlp.experts.2.up_proj.weight", "bfloat16", (2,))], None
-        )
+        read.held_against([*trainer, ParamMeta("mlp.experts.2.up_proj.weight", "bfloat16", (2,))])
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     short = read_checkpoint(write_safetensors(tmp_path / "t.safetensors", {"a": entry()}, 8))
     with pytest.raises(ConfigError, match="has no 'b'"):
-        short.held_against(TRAINER, dtype=None)
+        short.held_against(TRAINER)
     header = {"a": entry(), "b": entry(shape=(1, 2), offsets=(8, 16))}
     other = read_checkpoint(write_safetensors(tmp_path / "u.safetensors", header, 16))
     with pytest.raises(ConfigError, match=r"'b' is \[1, 2\].*\[2\]"):
-        other.held_against(TRAINER, dtype=None)
+        other.held_against(TRAINER)
     renamed = {"a": entry(), "c": entry(offsets=(8, 16))}
     other = read_checkpoint(write_safetensors(tmp_path / "v.safetensors", renamed, 16))
     with pytest.raises(ConfigError, match="has no 'b'"):
-        other.held_against(TRAINER, dtype=None)
+        other.held_against(TRAINER)

@@ -6,15 +6,21 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 from typer.testing import CliRunner
 
 from qerl_sync import build_plan
 from qerl_sync.cli.main import app
+from qerl_sync.cli.plan_run import Request, execute
+from qerl_sync.config import SyncConfig
+from qerl_sync.meta import format_bytes
 from qerl_sync.plan.checkpoint import read_checkpoint
 from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.record import SyncRecord, write_record
+from qerl_sync.report.plan_table import OVER, scenario_table
+from qerl_sync.training.directory import RunDirectory
 from qerl_sync.worker.offline import offline_map
 
 CONFIG = {
@@ -136,6 +142,32 @@ def test_a_budget_is_a_policy_of_its_own(model):
     assert LAYER_BYTES <= kept["peak_pinned_bytes"] <= 200 * 1024
 
 
+def test_what_keeps_the_budget_is_neither_red_nor_in_need_of_a_cure(model):
+    """The budget limits what is pinned: receive buffers are not red, and open layers are fine."""
+    packed = ["--budget", "120KiB", "--chunk-bytes", "100KiB", "--order", "random:0"]
+    lines = by_line(run_json(model, *packed))
+    kept = lines["random:0", "within_budget"]
+    assert kept["within_budget"]
+    assert kept["peak_receive_bytes"] > 120 * 1024
+    assert kept["causes"] == []
+    assert lines["random:0", "as_given"]["causes"]
+    roomy = by_line(run_json(model, "--budget", "1MiB", "--order", "random:0"))
+    assert roomy["random:0", "as_given"]["within_budget"]
+    assert {tuple(line["causes"]) for line in roomy.values()} == {()}
+
+    found = execute(Request(model, ["random:0"], budget="120KiB", chunk_bytes="100KiB",
+                            map_mode="rules"), lambda text: nullcontext())  # fmt: skip
+    by_policy = {scenario.policy: i for i, scenario in enumerate(found.scenarios)}
+    table = scenario_table(found.scenarios)
+    red = {
+        (column.header, policy)
+        for column in table.columns[:-1]
+        for policy, i in by_policy.items()
+        if getattr([*column.cells][i], "style", "") == OVER
+    }
+    assert red == {("pinned", "as_given")}
+
+
 def test_spill_is_shown_where_it_is_asked_for(model):
     order = ["--chunk-bytes", "4KiB", "--order", "random:0"]
     assert "staged" not in run(model, *order)[0]
@@ -190,6 +222,18 @@ def test_pictures(model, tmp_path):
     assert not re.search(r"(src|href|url)\s*[=(]|https?://|@import", page)
 
 
+def test_pictures_show_what_is_staged(model, tmp_path):
+    pytest.importorskip("matplotlib")
+    html = tmp_path / "plan.html"
+    spilled = ["--order", "random:0", "--policy", "spill", "--chunk-bytes", "4KiB"]
+    staged = run_json(model, *spilled)["scenarios"][0]["peak_staged_bytes"]
+    run(model, *spilled, "--html", html, "--png", tmp_path / "plan.png")
+    page = html.read_text(encoding="utf-8")
+    assert f'<td class="number">{format_bytes(staged)}</td>' in page
+    (left, width) = re.findall(r'<i class="staged" style="left:([\d.]+)%;width:([\d.]+)%', page)[0]
+    assert float(width) / float(left) == pytest.approx(staged / LAYER_BYTES, rel=0.01)
+
+
 def test_a_training_yaml_plans_what_its_run_would_do(tmp_path):
     pytest.importorskip("transformers")
     path = tmp_path / "train.yaml"
@@ -235,6 +279,36 @@ def test_a_run_that_went_as_planned_is_equal(model, recorded):
     assert found["compare"][0]["equal"] is True
     given = by_line(found)[f"run:{directory}", "as_given"]
     assert given["peak_buffered_bytes"] == plan.predicted.peak_buffered_bytes
+
+
+def test_a_comparison_shows_the_line_that_the_run_has_run(model, recorded):
+    found = run_json(model, "--compare", recorded[0])
+    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:1", "as_given")]
+    assert found["scenarios"][0]["peak_buffered_bytes"] == recorded[1].predicted.peak_buffered_bytes
+
+
+def test_a_comparison_takes_the_budget_and_the_chunks_of_the_run(model, tmp_path):
+    """A transport's own chunk size changes the order within a budget."""
+    found = offline_map(read_checkpoint(model), mode="rules")
+    metas = parse_order("interleaved:4")(found.metas)
+    options = {"chunk_bytes": 100 << 10, "budget_bytes": 200 << 10}
+    plan = build_plan(metas, found.layer_map, "reorder", **options)
+    assert plan.metas != build_plan(metas, found.layer_map, "reorder", budget_bytes=200 << 10).metas
+
+    class Session:
+        last_trace, chunk_bytes = plan.predicted, options["chunk_bytes"]
+
+        def __init__(self):
+            self.plan = plan
+
+        def storages(self):
+            return {}
+
+    RunDirectory(tmp_path / "run").record_plan(Session(), SyncConfig.of(source_order="size"))
+    found = run_json(model, "--compare", tmp_path / "run")
+    assert found["compare"][0]["equal"]
+    assert found["budget_bytes"] == 200 << 10
+    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("size", "within_budget")]
 
 
 def test_a_run_that_went_otherwise_shows_the_first_difference(model, recorded):

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from support.models import CONFIGS
-from support.probes import ENGINE, REFUSED, RULED, config_json, probed
+from support.probes import ENGINE, READING, REFUSED, RULED, config_json, probed
 
 from qerl_sync.errors import CompatError, ConfigError, PlanError
+from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.checkpoint import read_checkpoint
 from qerl_sync.plan.offline_map import OfflineMap
 from qerl_sync.plan.rules import rules_map, rules_metas
@@ -63,6 +64,16 @@ def test_equals_the_map_of_a_live_engine(subject, kind, kernels):
     observed = observe_layer_map(parts.model, parts.vllm_config, found.metas)
     assert found.layer_map == observed
     assert found.layer_map.digest == observed.digest
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", READING)
+def test_constructors_may_read_the_values_of_small_tensors(kind):
+    found = probed()[kind]
+    assert not isinstance(found, str), found
+    assert len(found.metas) == READING[kind][1]
+    landed = [c.loaded_numel for lands in found.layer_map.contributions.values() for c in lands]
+    assert sum(landed) == sum(meta.numel for meta in found.metas)
 
 
 @pytest.mark.vllm
@@ -222,21 +233,59 @@ def test_weights_without_a_config(tmp_path):
         offline_map(tmp_path)
 
 
-def test_the_files_dtypes_are_the_trainers_unless_told(tmp_path):
+def test_planned_in_the_dtypes_that_transformers_loads(tmp_path):
+    """A checkpoint that keeps some tensors in float32 that loading casts to bf16, and some in bf16
+    that loading keeps in float32."""
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from qerl_sync import HFSource
+    from qerl_sync.offline_probe import trainer_model
+
+    config = transformers.Dots1Config(
+        vocab_size=199,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        moe_intermediate_size=48,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    widened = {n: t.float() if n.endswith("norm.weight") else t for n, t in stored.items()}
+    save_file(widened, tmp_path / "model.safetensors", {"format": "pt"})
+
+    read = read_checkpoint(tmp_path)
+    sent = HFSource(transformers.AutoModelForCausalLM.from_pretrained(tmp_path)).metadata()
+    built = trainer_model(str(tmp_path), read.dtype, trust=False)()
+    assert read.held_against(HFSource(built).metadata()).metas == sent
+    (wide,) = [meta for meta in sent if meta.dtype != "bfloat16"]
+    assert wide == ParamMeta("model.layers.1.mlp.gate.e_score_correction_bias", "float32", (4,))
+    assert {meta.dtype for meta in read.metas if meta.name != wide.name} != {"bfloat16"}
+
+
+def test_a_checkpoint_is_planned_in_the_dtype_of_its_config_unless_told(tmp_path):
     import torch
     import transformers
 
     config = RULED["llama"]()
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
-    saved = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(saved | {"dtype": "float16"}))
     found = estimated(tmp_path)
     assert {meta.dtype for meta in found.metas} == {"bfloat16"}
     assert [m.name for m in found.metas] == [name for name, _ in model.named_parameters()]
     assert sorted(found.metas, key=lambda m: m.name) == read_checkpoint(tmp_path).metas
     wide = offline_map(tmp_path, mode="rules", dtype="float32")
     assert sum(m.nbytes for m in wide.metas) == 2 * sum(m.nbytes for m in found.metas)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"dtype": "float16"}))
+    assert {meta.dtype for meta in estimated(tmp_path).metas} == {"float16"}
 
 
 # ----------------------------------------------------------------------------------- the cache

@@ -154,11 +154,12 @@ def plan(
             ),
             notes.status,
         )
+        # Before anything is printed: `| head` ends the command when it has read enough.
+        write_files(outcome, notes, names=names, png=png, html=html)
         if as_json:
             typer.echo(json.dumps(outcome.to_json(), indent=2))
         else:
             show(outcome, Console())
-        write_files(outcome, notes, names=names, png=png, html=html)
         if outcome.refused is not None:
             raise PlanError(outcome.refused)
         for reason in outcome.failures:

@@ -12,7 +12,7 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
 
 if TYPE_CHECKING:
-    from qerl_sync.config import SyncConfig, TinyModelConfig, TrainConfig
+    from qerl_sync.config import TinyModelConfig, TrainConfig
 
 # `config.json` of a run's directory is the training configuration: these sections tell.
 TRAINING_SECTIONS = {"model", "data", "trainer", "rollout", "sync"}
@@ -115,6 +115,7 @@ def _from_training(config: TrainConfig, name: str, run: Path | None = None) -> P
         checkpoint, guess = _tiny(config.model.tiny, config.model.dtype)
         note = f"{guess} {note}".rstrip()
     sync = config.sync
+    budget_bytes = sync.budget_bytes if isinstance(sync.budget_bytes, int) else None
     engine = {"dtype": config.model.dtype, **config.rollout.engine}
     shards = config.trainer.get("vllm_tensor_parallel_size", 1)
     if shards != 1:
@@ -125,19 +126,19 @@ def _from_training(config: TrainConfig, name: str, run: Path | None = None) -> P
         engine=engine,
         dtype=config.model.dtype,
         order=sync.source_order,
-        policy=_policy_of(sync),
-        budget_bytes=sync.budget_bytes if isinstance(sync.budget_bytes, int) else None,
+        policy=policy_name(sync.policy, budget_bytes),
+        budget_bytes=budget_bytes,
         note=note,
     )
 
 
-def _policy_of(sync: SyncConfig) -> str:
-    """The plan's policy that a session with this configuration follows."""
-    if sync.policy == "spill":
+def policy_name(policy: str, budget_bytes: int | None) -> str:
+    """Return the name that a line of the table has for what `sync.policy` does with an order."""
+    if policy == "spill":
         return "spill"
-    if sync.policy != "reorder":
+    if policy != "reorder":
         return "as_given"
-    return "within_budget" if isinstance(sync.budget_bytes, int) else "by_parent_layer"
+    return "by_parent_layer" if budget_bytes is None else "within_budget"
 
 
 def _tiny(tiny: TinyModelConfig, dtype: str) -> tuple[Checkpoint, str]:

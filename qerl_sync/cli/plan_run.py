@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qerl_sync import __version__
-from qerl_sync.cli.plan_input import PlanInput, read_input
+from qerl_sync.cli.plan_input import PlanInput, policy_name, read_input
 from qerl_sync.errors import ConfigError, PlanError
 from qerl_sync.meta import format_bytes, parse_bytes
 from qerl_sync.plan.assertions import Assertion, parse_assertion
@@ -184,7 +184,7 @@ class Outcome:
             "chunk_buffers": self.transport.chunk_buffers,
             "budget_bytes": self.budget_bytes,
             "refused": self.refused,
-            "scenarios": [scenario_json(s, self.budget_bytes) for s in self.scenarios],
+            "scenarios": [scenario_json(s) for s in self.scenarios],
             "assertions": [a.to_json(self.scenarios) for a in self.assertions],
             "compare": [comparison.to_json() for comparison in self.comparisons],
         }
@@ -202,9 +202,10 @@ def execute(request: Request, status: Status) -> Outcome:
     chunk_bytes = parse_bytes(request.chunk_bytes) if request.chunk_bytes is not None else None
     records = read_records(request.compare) if request.compare is not None else []
     asked = read_input(request.model)
-    budget_bytes = budget_bytes or asked.budget_bytes
+    recorded = next((r.plan.budget_bytes for r in records if r.plan.budget_bytes), None)
+    budget_bytes = budget_bytes or asked.budget_bytes or recorded
     transport = Transport(chunk_bytes, request.chunk_buffers, request.packing, budget_bytes)
-    orders, policies = _choose(request, asked, budget_bytes, transport)
+    orders, policies = _choose(request, asked, budget_bytes, transport, records)
     engine = dict(asked.engine)
     if request.tensor_parallel_size is not None:
         engine["tensor_parallel_size"] = request.tensor_parallel_size
@@ -232,24 +233,38 @@ def execute(request: Request, status: Status) -> Outcome:
 
 
 def _choose(
-    request: Request, asked: PlanInput, budget_bytes: int | None, transport: Transport
+    request: Request,
+    asked: PlanInput,
+    budget_bytes: int | None,
+    transport: Transport,
+    records: Sequence[SyncRecord],
 ) -> tuple[dict[str, Reorder], dict[str, Order]]:
-    """The orders and policies to look at: those asked for, else all, or, with assertions to judge,
-    the one that would run."""
+    """Return the orders and policies to look at: those asked for, else all.
+
+    With assertions to judge it is the one line that would run, with a run to compare those that it
+    has run.
+    """
     known = dict(POLICIES)
     if budget_bytes is not None:
         known[BUDGET_POLICY] = partial(
             within_budget, budget_bytes=budget_bytes, chunk_bytes=transport.chunk_bytes
         )
     orders, policies = list(request.orders), list(request.policies)
+    known[SPILL] = load_order
+    if not orders and not policies and records:
+        # Not strict: if the run is of another model, the comparison says so.
+        ran = {r.source_order: by_name(r.source_names, "the run", strict=False) for r in records}
+        return ran, {
+            name: known[name]
+            for name in (policy_name(r.plan.policy, r.plan.budget_bytes) for r in records)
+        }
     if not orders and not policies and request.assertions:
         orders = [asked.order or "hf"]
         policies = [asked.policy or "by_parent_layer"]
     orders = orders or default_orders(asked.files)
     if not request.orders and asked.order is not None and asked.order not in orders:
         orders.append(asked.order)
-    policies = policies or [*known, *([SPILL] if asked.policy == SPILL else [])]
-    known[SPILL] = load_order
+    policies = policies or [p for p in known if p != SPILL or asked.policy == SPILL]
     for name in policies:
         _refuse_unknown_policy(name, known)
     return (

@@ -18,7 +18,7 @@ def show(outcome: Outcome, console: Console) -> None:
     """The model, the table, the causes and the worst moment; then the comparisons."""
     console.print(_head(outcome))
     console.print()
-    console.print(scenario_table(outcome.scenarios, outcome.budget_bytes))
+    console.print(scenario_table(outcome.scenarios))
     console.print()
     if any(scenario.causes for scenario in outcome.scenarios):
         console.print(causes(outcome.scenarios))
@@ -37,6 +37,8 @@ def _head(outcome: Outcome) -> Text:
         f"Largest parent layer: {layer}, {format_bytes(held)}.",
         " ".join(filter(None, (outcome.origin, outcome.packed))),
     ]
+    if outcome.budget_bytes is not None:
+        lines.append(f"Budget: at most {format_bytes(outcome.budget_bytes)} pinned.")
     head = Text(outcome.asked.name, style="bold")
     if outcome.architecture:
         head.append(f"  {outcome.architecture}", style="not bold")

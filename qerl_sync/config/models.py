@@ -121,7 +121,9 @@ class SyncConfig(Section):
 
     chunk_bytes: Annotated[PositiveInt | None, BeforeValidator(_bytes)] = None
     """Upper bound of one chunk, the unit of transfer, as a number or like `64MiB`. A chunk holds
-    whole parent layers; a larger layer is a chunk of its own. Null: everything is one chunk."""
+    whole parent layers; a larger layer is a chunk of its own. Null: 64 MiB; in the trainer's own
+    process (`inproc`), where nothing is copied, everything is one chunk unless the policy is
+    `spill`."""
 
     budget_bytes: Annotated[PositiveInt | Literal["auto"] | None, BeforeValidator(_budget)] = None
     """Upper bound of the memory that tensors may hold on a worker while they wait for the rest of

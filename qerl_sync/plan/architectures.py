@@ -120,8 +120,7 @@ def blocks_of(config: Mapping[str, Any]) -> list[Block]:
     if architecture is None:
         raise PlanError(
             f"the rules do not know the architecture {architecture_name(config)!r}, only "
-            f"{', '.join(sorted(ARCHITECTURES))}; with vLLM installed any model that it knows can "
-            "be asked for"
+            f"{', '.join(sorted(ARCHITECTURES))}; install vLLM, whose own model class is then asked"
         )
     if config.get("quantization_config") is not None:
         raise PlanError("the rules do not know quantised checkpoints; install vLLM to ask it")

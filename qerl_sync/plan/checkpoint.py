@@ -112,14 +112,23 @@ class Checkpoint:
         is_config = not self.shards and self.path.name != "config.json"
         return None if is_config else self.path.parent
 
-    def held_against(self, metas: Sequence[ParamMeta], dtype: str | None) -> Expected:
-        """`metas`, which a trainer of this model would send, as far as the files agree.
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that transformers loads this checkpoint in by default; None: torch's default.
+
+        It is the dtype of the config, else that of the first floating-point tensor in the files.
+        """
+        config = self.config or {}
+        named = config.get("dtype") or config.get("torch_dtype")
+        floating = (meta.dtype for meta in self.metas or () if "float" in meta.dtype)
+        return str(named) if named else next(floating, None)
+
+    def held_against(self, metas: Sequence[ParamMeta]) -> Expected:
+        """Return `metas`, which a trainer of this model would send, as far as the files agree.
 
         Where the files keep as one what a trainer sends in parts (all experts of a block), the
-        tensor of the files stands in their place.
-
-        Args:
-            dtype: what the trainer sends; None for the files' own dtypes, where there are files.
+        tensor of the files stands in their place. Dtypes are those of `metas`: loading casts what
+        the files keep in another one.
 
         Raises:
             ConfigError: a tensor is not in the files, or has another shape there.
@@ -132,7 +141,7 @@ class Checkpoint:
         kept: dict[str, ParamMeta] = {}
         for meta in metas:
             if meta.name in fused:
-                kept |= {whole.name: whole for whole in fused[meta.name]}
+                kept |= {w.name: replace(w, dtype=meta.dtype) for w in fused[meta.name]}
                 continue
             if meta.name not in names:
                 raise ConfigError(
@@ -145,10 +154,8 @@ class Checkpoint:
                     f"{self.path}: {meta.name!r} is {list(found.shape)}, by the config.json it "
                     f"should be {list(meta.shape)}; is it that of another model?"
                 )
-            kept[meta.name] = found if dtype is None else meta
+            kept[meta.name] = meta
         wholes = dict.fromkeys(whole.name for parts in fused.values() for whole in parts)
-        if dtype is not None:
-            kept |= {name: replace(kept[name], dtype=dtype) for name in wholes}
         return Expected(list(kept.values()), sorted(names - kept.keys()), list(wholes))
 
 

@@ -26,7 +26,7 @@ class SyncRecord:
         plan: as it was agreed on before the sync.
         measured: the trace of the first sync that ran it.
         source_order: the name of the source's order (`sync.source_order`).
-        chunk_bytes: `sync.chunk_bytes`.
+        chunk_bytes: what the plan was cut by: `sync.chunk_bytes`, else that of the transport.
         storages: the memory behind each of the source's tensors, where several share one.
     """
 

@@ -93,6 +93,7 @@ class Scenario:
         storages: the memory behind each tensor; empty: each has its own.
         peak_staged_bytes: what waits in host memory, if vLLM gets the stream in another order than
             it arrives in.
+        budget_bytes: the most that may be pinned; None: there is no budget.
     """
 
     order: str
@@ -105,6 +106,15 @@ class Scenario:
     receive: Trace
     storages: Mapping[str, Storage] = field(default_factory=dict)
     peak_staged_bytes: int = 0
+    budget_bytes: int | None = None
+
+    @property
+    def within_budget(self) -> bool | None:
+        """Are no more bytes pinned than the budget allows? None without a budget.
+
+        Receive buffers and host memory do not count, as in a sync's own judgement.
+        """
+        return None if self.budget_bytes is None else self.peak_pinned_bytes <= self.budget_bytes
 
     @property
     def peak_buffered_bytes(self) -> int:
@@ -134,7 +144,9 @@ class Scenario:
     @cached_property
     def causes(self) -> tuple[Cause, ...]:
         """What the peak is made of beyond the one layer that must be held, the most important
-        first."""
+        first. Nothing needs a cure within a budget (see `diagnose`)."""
+        if self.within_budget:
+            return ()
         return causes_of(
             self.metas,
             self.trace,
@@ -226,6 +238,7 @@ def scenarios(
                     receive=receive,
                     storages=storages,
                     peak_staged_bytes=_staged(given, layer_map, transport) if spilled else 0,
+                    budget_bytes=transport.budget_bytes,
                 )
             )
     return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -12,7 +13,7 @@ from typing import Any
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import format_bytes
 from qerl_sync.plan.diagnosis import Cause
-from qerl_sync.plan.scenarios import Scenario
+from qerl_sync.plan.scenarios import SPILL, Scenario
 from qerl_sync.report.plan_series import (
     POLICY_WORDS,
     Bucket,
@@ -20,7 +21,9 @@ from qerl_sync.report.plan_series import (
     by_order,
     cause_words,
     details,
+    everywhere,
     highest,
+    staged_words,
     unit_of,
 )
 
@@ -31,8 +34,12 @@ SIDE = 1000  # of the square in which streams are drawn, before it is stretched 
 HEADROOM = 1.06
 EXPLANATION = (
     "vLLM keeps every tensor that it is given until the module that owns it, its parent layer, is "
-    "complete. Buffered are the bytes kept so; pinned is the memory that they keep alive, which is "
-    "more where they are views of larger buffers."
+    "complete. Buffered: the bytes of the tensors that are kept. Pinned: the memory that they keep "
+    "alive, which is more where they are views of larger buffers; a budget limits it."
+)
+RECEIVING = " Receiving: pinned, and the transport's receive buffers."
+STAGED = (
+    " Staged: bytes that wait in the worker's host memory until their parent layer is complete."
 )
 
 
@@ -83,9 +90,19 @@ def render_page(
         "title": escape(title),
         "subtitle": escape(subtitle),
         "footer": escape(footer),
-        "explanation": escape(EXPLANATION),
+        "explanation": escape(
+            EXPLANATION + RECEIVING * _is_packed(scenarios) + STAGED * _stages(scenarios)
+        ),
         "facts": "".join(_fact(*fact) for fact in facts),
-        "receive_head": '<th class="number">Receiving</th>' if _is_packed(scenarios) else "",
+        "more_heads": "".join(
+            f'<th class="number">{head}</th>'
+            for head, shown in (
+                ("Receiving", _is_packed(scenarios)),
+                ("Staged", _stages(scenarios)),
+            )
+            if shown
+        ),
+        "hatched": " Hatched: staged in host memory." * _stages(scenarios),
         "rows": "".join(
             _rows(order, group, scenarios, budget_bytes) for order, group in orders.items()
         ),
@@ -116,7 +133,11 @@ def _fact(what: str, value: str, words: str) -> str:
 
 
 def _is_packed(scenarios: Iterable[Scenario]) -> bool:
-    return any(scenario.storages for scenario in scenarios)
+    return any(scenario.receive is not scenario.trace for scenario in scenarios)
+
+
+def _stages(scenarios: Iterable[Scenario]) -> bool:
+    return any(scenario.policy == SPILL for scenario in scenarios)
 
 
 def _rows(
@@ -126,20 +147,22 @@ def _rows(
     budget_bytes: int | None,
 ) -> str:
     """A table body with a line for each policy."""
-    top = HEADROOM * max(highest(scenarios), budget_bytes or 0, 1)
+    top = HEADROOM * max(*map(everywhere, scenarios), budget_bytes or 0, 1)
     lines = []
     for i, scenario in enumerate(group):
         head = f'<th rowspan="{len(group)}" scope="rowgroup">{escape(order)}</th>' if i == 0 else ""
-        numbers = [scenario.peak_buffered_bytes, scenario.peak_pinned_bytes]
+        numbers = _number(scenario.peak_buffered_bytes)
+        numbers += _number(scenario.peak_pinned_bytes, over=scenario.within_budget is False)
         if _is_packed(scenarios):
-            numbers.append(scenario.peak_receive_bytes)
+            numbers += _number(scenario.peak_receive_bytes)
+        if _stages(scenarios):
+            numbers += _number(scenario.peak_staged_bytes) if _stages([scenario]) else "<td></td>"
         causes = ", ".join(cause_words(cause) for cause in scenario.causes)
         lines.append(
             f'<tr{_class("first", i == 0)} style="--color:var(--{escape(scenario.policy)})">{head}'
             f'<td><span class="swatch"></span>{escape(_words(scenario))}</td>'
             f'<td class="number">{scenario.max_open_layers:,}</td>'
-            + "".join(_number(number, budget_bytes) for number in numbers)
-            + f'<td class="bar">{_bar(scenario, top, budget_bytes)}</td>'
+            f'{numbers}<td class="bar">{_bar(scenario, top, budget_bytes)}</td>'
             f'<td class="cause">{escape(causes)}</td></tr>'
         )
     return f"<tbody>{''.join(lines)}</tbody>"
@@ -153,9 +176,8 @@ def _class(name: str, applies: bool) -> str:
     return f' class="{name}"' if applies else ""
 
 
-def _number(nbytes: int, budget_bytes: int | None) -> str:
-    over = " over" if budget_bytes is not None and nbytes > budget_bytes else ""
-    return f'<td class="number{over}">{format_bytes(nbytes)}</td>'
+def _number(nbytes: int, *, over: bool = False) -> str:
+    return f'<td class="number{" over" * over}">{format_bytes(nbytes)}</td>'
 
 
 def _bar(scenario: Scenario, top: float, budget_bytes: int | None) -> str:
@@ -165,6 +187,10 @@ def _bar(scenario: Scenario, top: float, budget_bytes: int | None) -> str:
     bar = f'<i style="width:{percent(scenario.peak_buffered_bytes)}"></i>'
     if scenario.peak_pinned_bytes > scenario.peak_buffered_bytes:
         bar += f'<i class="pins" style="width:{percent(scenario.peak_pinned_bytes)}"></i>'
+    if scenario.peak_staged_bytes:
+        on_device = percent(everywhere(scenario) - scenario.peak_staged_bytes)
+        width = percent(scenario.peak_staged_bytes)
+        bar += f'<i class="staged" style="left:{on_device};width:{width}"></i>'
     if budget_bytes is not None:
         bar += f'<b style="left:{percent(budget_bytes)}"></b>'
     return f'<div class="track" aria-hidden="true">{bar}</div>'
@@ -174,9 +200,13 @@ def _causes(scenarios: Sequence[Scenario]) -> str:
     found = [cause for cause in Cause if any(cause in scenario.causes for scenario in scenarios)]
     return "".join(
         f"<p><strong>{escape(cause_words(cause)).capitalize()}:</strong> {escape(cause.value)}. "
-        f"<strong>Cure:</strong> {escape(cause.cure)}.</p>"
+        f"<strong>Cure:</strong> {_with_code(cause.cure)}.</p>"
         for cause in found
     )
+
+
+def _with_code(text: str) -> str:
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", escape(text))
 
 
 def _keys(scenarios: Sequence[Scenario], budget_bytes: int | None) -> str:
@@ -213,7 +243,7 @@ def _figure(
         paths += f'<path class="budget" d="M0 {y}H{SIDE}"/>'
     peaks = "; ".join(
         f"{_words(s)}: at most {format_bytes(s.peak_buffered_bytes)} buffered, "
-        f"{format_bytes(s.peak_pinned_bytes)} pinned, {s.max_open_layers} open"
+        f"{format_bytes(s.peak_pinned_bytes)} pinned, {s.max_open_layers} open{staged_words(s)}"
         for s in group
     )
     total = len(group[0].metas)

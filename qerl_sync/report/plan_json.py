@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from qerl_sync.plan.scenarios import Moment, Scenario
@@ -10,7 +9,7 @@ from qerl_sync.plan.scenarios import Moment, Scenario
 LARGEST = 10
 
 
-def scenario_json(scenario: Scenario, budget_bytes: int | None = None) -> dict[str, Any]:
+def scenario_json(scenario: Scenario) -> dict[str, Any]:
     """One order under one policy. Tensors are counted from 0."""
     return {
         "order": scenario.order,
@@ -20,9 +19,7 @@ def scenario_json(scenario: Scenario, budget_bytes: int | None = None) -> dict[s
         "peak_pinned_bytes": scenario.peak_pinned_bytes,
         "peak_receive_bytes": scenario.peak_receive_bytes,
         "peak_staged_bytes": scenario.peak_staged_bytes,
-        "within_budget": None
-        if budget_bytes is None
-        else scenario.peak_pinned_bytes <= budget_bytes,
+        "within_budget": scenario.within_budget,
         "causes": [cause.name.lower() for cause in scenario.causes],
         "most_buffered": _moment(scenario.most_buffered),
         "most_pinned": _moment(scenario.most_pinned),
@@ -40,9 +37,3 @@ def _moment(moment: Moment) -> dict[str, Any]:
         "num_holding": len(moment.held),
         "largest": [{"layer": layer, "held_bytes": held} for layer, held in moment.held[:LARGEST]],
     }
-
-
-def scenarios_json(
-    scenarios: Sequence[Scenario], budget_bytes: int | None = None
-) -> list[dict[str, Any]]:
-    return [scenario_json(scenario, budget_bytes) for scenario in scenarios]

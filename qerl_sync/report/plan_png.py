@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from qerl_sync.report.plan_series import (
     Bucket,
     buckets,
     by_order,
+    everywhere,
     highest,
     shorten,
+    staged_words,
     unit_of,
 )
 from qerl_sync.report.plots import GREY, INK, STYLE
@@ -29,8 +32,10 @@ COLORS = {
     "spill": "#7c3aed",
 }
 COLUMNS, PANEL_INCHES, HEAD_INCHES, BAR_INCHES = 2, (6.2, 2.6), 1.1, 0.21
+SUBTITLE_WIDTH, LINE_INCHES = 165, 0.17
 BUCKETS = 500
 LABELLED_LAYERS, LABEL_WIDTH = 3, 44
+STAGED_HATCH = "////"
 HEADROOM = 1.5  # of a panel's height, so that the labels stand above the stream
 
 
@@ -50,7 +55,9 @@ def plot_plan(
     matplotlib = _matplotlib()
     orders = by_order(scenarios)
     with matplotlib.rc_context({**STYLE, "figure.constrained_layout.use": False}):
-        figure, overview, panels = _figure(len(orders), len(scenarios) + len(orders))
+        subtitle = textwrap.fill(subtitle, SUBTITLE_WIDTH)
+        head = HEAD_INCHES + LINE_INCHES * subtitle.count("\n")
+        figure, overview, panels = _figure(len(orders), len(scenarios) + len(orders), head)
         _draw_peaks(overview, orders, budget_bytes)
         for axes, (order, group) in zip(panels, orders.items(), strict=True):
             _draw_order(axes, order, group, budget_bytes)
@@ -71,7 +78,7 @@ def _matplotlib() -> Any:
     return matplotlib
 
 
-def _figure(orders: int, bars: int) -> tuple[Any, Any, list[Any]]:
+def _figure(orders: int, bars: int, head: float) -> tuple[Any, Any, list[Any]]:
     """The figure, the axes of the overview, and those of the panels. All places are in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -80,7 +87,7 @@ def _figure(orders: int, bars: int) -> tuple[Any, Any, list[Any]]:
     rows = math.ceil(orders / columns)
     overview_inches = BAR_INCHES * bars + 0.3
     width = PANEL_INCHES[0] * COLUMNS
-    height = HEAD_INCHES + overview_inches + 0.75 + PANEL_INCHES[1] * rows
+    height = head + overview_inches + 0.75 + PANEL_INCHES[1] * rows
     figure = Figure(figsize=(width, height), dpi=150)
     FigureCanvasAgg(figure)
 
@@ -89,9 +96,9 @@ def _figure(orders: int, bars: int) -> tuple[Any, Any, list[Any]]:
             (left / width, 1 - (top + high) / height, wide / width, high / height)
         )
 
-    overview = axes_at(2.5, HEAD_INCHES + 0.1, width - 3.4, overview_inches - 0.1)
+    overview = axes_at(2.5, head + 0.1, width - 3.4, overview_inches - 0.1)
     wide = (PANEL_INCHES[0] if columns > 1 else width) - 1.0
-    below = HEAD_INCHES + overview_inches + 0.75
+    below = head + overview_inches + 0.75
     panels = [
         axes_at(
             0.75 + PANEL_INCHES[0] * (place % columns),
@@ -107,9 +114,11 @@ def _figure(orders: int, bars: int) -> tuple[Any, Any, list[Any]]:
 def _draw_peaks(
     axes: Any, orders: Mapping[str, Sequence[Scenario]], budget_bytes: int | None
 ) -> None:
-    """A bar for the peak of each scenario; what is pinned beyond it is drawn in outline."""
+    """A bar for the peak of each scenario; what is pinned beyond it is drawn in outline, and what
+    waits in host memory hatched beside it."""
     everything = [scenario for group in orders.values() for scenario in group]
-    scale, unit = unit_of(max(highest(everything), budget_bytes or 0))
+    top = max(*map(everywhere, everything), budget_bytes or 0)
+    scale, unit = unit_of(top)
     y = 0.0
     ticks = []
     for order, group in orders.items():
@@ -129,9 +138,20 @@ def _draw_peaks(
                     linewidth=0.9,
                     linestyle=(0, (1, 1.2)),
                 )
+            if scenario.peak_staged_bytes:
+                axes.barh(
+                    y,
+                    scenario.peak_staged_bytes / scale,
+                    left=max(buffered, pinned) / scale,
+                    height=0.74,
+                    facecolor="none",
+                    edgecolor=color,
+                    linewidth=0.7,
+                    hatch=STAGED_HATCH,
+                )
             axes.annotate(
                 _peak_words(scenario),
-                (max(buffered, pinned) / scale, y),
+                (everywhere(scenario) / scale, y),
                 xytext=(5, 0),
                 textcoords="offset points",
                 verticalalignment="center",
@@ -145,7 +165,7 @@ def _draw_peaks(
         axes.axvline(budget_bytes / scale, color=RED, linewidth=1.2, linestyle=(0, (5, 3)))
     axes.set_yticks([place for place, _ in ticks], [name for _, name in ticks])
     axes.set_ylim(y - 1.4, -0.6)
-    axes.set_xlim(0, 1.25 * max(highest(everything), budget_bytes or 0) / scale)
+    axes.set_xlim(0, (1.35 if any(s.peak_staged_bytes for s in everything) else 1.25) * top / scale)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0, labelsize=10)
     axes.tick_params(axis="x", labelsize=8.5, length=3, color=GREY)
@@ -155,7 +175,9 @@ def _draw_peaks(
 def _peak_words(scenario: Scenario) -> str:
     buffered, pinned = scenario.peak_buffered_bytes, scenario.peak_pinned_bytes
     pins = f", pins {format_bytes(pinned)}" if pinned > buffered else ""
-    return f"{format_bytes(buffered)}{pins}, {scenario.max_open_layers} open"
+    return (
+        f"{format_bytes(buffered)}{pins}, {scenario.max_open_layers} open{staged_words(scenario)}"
+    )
 
 
 def _draw_order(axes: Any, order: str, group: Sequence[Scenario], budget_bytes: int | None) -> None:
@@ -240,7 +262,8 @@ def _write_head(
     width, height = figure.get_size_inches()
     left = 0.25 / width
     figure.text(left, 1 - 0.36 / height, title, fontsize=15, fontweight="bold", color=INK)
-    figure.text(left, 1 - 0.63 / height, subtitle, fontsize=9.5, color=MUTED)
+    more = LINE_INCHES * subtitle.count("\n")
+    figure.text(left, 1 - (0.63 + more) / height, subtitle, fontsize=9.5, color=MUTED)
     policies = dict.fromkeys(scenario.policy for scenario in scenarios)
     handles: list[Any] = [
         Patch(color=COLORS.get(policy, INK), alpha=0.75, label=POLICY_WORDS.get(policy, policy))
@@ -248,13 +271,16 @@ def _write_head(
     ]
     if any(s.peak_pinned_bytes > s.peak_buffered_bytes for s in scenarios):
         handles.append(Line2D([], [], color=MUTED, linestyle=(0, (1, 1.2)), label="pinned"))
+    if any(s.peak_staged_bytes for s in scenarios):
+        label = "staged in host memory"
+        handles.append(Patch(facecolor="none", edgecolor=MUTED, hatch=STAGED_HATCH, label=label))
     if budget_bytes is not None:
-        label = f"budget {format_bytes(budget_bytes)}"
+        label = f"budget {format_bytes(budget_bytes)} (pinned)"
         handles.append(Line2D([], [], color=RED, linestyle=(0, (5, 3)), label=label))
     figure.legend(
         handles=handles,
         loc="upper left",
-        bbox_to_anchor=(left - 0.1 / width, 1 - 0.68 / height),
+        bbox_to_anchor=(left - 0.1 / width, 1 - (0.68 + more) / height),
         ncols=len(handles),
         fontsize=9.5,
         frameon=False,

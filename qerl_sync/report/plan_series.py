@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from qerl_sync.meta import format_bytes
 from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.scenarios import Scenario
 from qerl_sync.plan.walk import open_at_each
@@ -99,6 +100,17 @@ def by_order(scenarios: Sequence[Scenario]) -> dict[str, list[Scenario]]:
 def highest(scenarios: Sequence[Scenario]) -> int:
     """The most bytes that any of them buffers or pins."""
     return max((max(s.peak_buffered_bytes, s.peak_pinned_bytes) for s in scenarios), default=0)
+
+
+def everywhere(scenario: Scenario) -> int:
+    """The peaks on the device and in the worker's host memory, one after the other."""
+    on_device = max(scenario.peak_buffered_bytes, scenario.peak_pinned_bytes)
+    return on_device + scenario.peak_staged_bytes
+
+
+def staged_words(scenario: Scenario) -> str:
+    staged = scenario.peak_staged_bytes
+    return f", {format_bytes(staged)} staged in host memory" if staged else ""
 
 
 def shorten(path: str, width: int) -> str:

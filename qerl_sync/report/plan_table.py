@@ -23,13 +23,13 @@ from qerl_sync.report.plan_series import (
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ORDER_WIDTH = 15
-STREAM_WIDTHS = 24, 14, 8  # with so many columns more than usual
+STREAM_WIDTHS = 24, 14, 5  # with so many columns more than usual
 SHOWN_LAYERS = 5
 OVER, WARN, CALM = "bold red", "yellow", "green"
 
 
-def scenario_table(scenarios: Sequence[Scenario], budget_bytes: int | None = None) -> Table:
-    """One line for each order and policy; figures above the budget stand out.
+def scenario_table(scenarios: Sequence[Scenario]) -> Table:
+    """One line for each order and policy; pinned bytes above the budget stand out.
 
     The last column is the stream from its first tensor to its last: how many bytes are buffered, on
     one scale for all lines.
@@ -47,8 +47,7 @@ def scenario_table(scenarios: Sequence[Scenario], budget_bytes: int | None = Non
     table.add_column("" if packed and staged else f"█ = {format_bytes(top)}", no_wrap=True)
     for order, group in by_order(scenarios).items():
         for i, scenario in enumerate(group):
-            figures = [scenario.peak_buffered_bytes, scenario.peak_pinned_bytes]
-            figures += [scenario.peak_receive_bytes] if packed else []
+            over = OVER if scenario.within_budget is False else ""
             table.add_row(
                 Text(shorten(order, ORDER_WIDTH)) if i == 0 else "",
                 SHORT_WORDS.get(scenario.policy, scenario.policy),
@@ -56,7 +55,9 @@ def scenario_table(scenarios: Sequence[Scenario], budget_bytes: int | None = Non
                     str(scenario.max_open_layers),
                     style=CALM if scenario.max_open_layers <= 1 else WARN,
                 ),
-                *(_bytes(figure, budget_bytes) for figure in figures),
+                format_bytes(scenario.peak_buffered_bytes),
+                Text(format_bytes(scenario.peak_pinned_bytes), style=over),
+                *([format_bytes(scenario.peak_receive_bytes)] if packed else []),
                 *([_staged(scenario)] if staged else []),
                 Text(sparkline(scenario, top, width), style=_height_style(scenario, top)),
             )
@@ -128,11 +129,6 @@ def moment_lines(scenario: Scenario, moment: Moment) -> str:
 def _staged(scenario: Scenario) -> str:
     """In host memory, of which the budget does not speak."""
     return format_bytes(scenario.peak_staged_bytes) if scenario.policy == SPILL else ""
-
-
-def _bytes(nbytes: int, budget_bytes: int | None) -> Text:
-    over = budget_bytes is not None and nbytes > budget_bytes
-    return Text(format_bytes(nbytes), style=OVER if over else "")
 
 
 def _level(nbytes: int, top_bytes: int) -> int:

@@ -143,7 +143,7 @@ class RunDirectory:
         if plan is None or measured is None or has_record(self.root, plan.digest):
             return
         storages = shared_storages(plan.metas, session.storages())
-        record = SyncRecord(plan, measured, sync.source_order, sync.chunk_bytes, storages)
+        record = SyncRecord(plan, measured, sync.source_order, session.chunk_bytes, storages)
         write_record(self.root, record)
 
     def read_syncs(self) -> list[dict[str, Any]]:

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from qerl_sync.errors import CompatError, ConfigError
 from qerl_sync.worker import compat
 from qerl_sync.worker.compat_registry import import_model_classes
+from qerl_sync.worker.meta_values import meta_device
 
 
 def import_vllm_models(architectures: Sequence[str]) -> str:
@@ -54,7 +56,10 @@ def engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
     try:
         return EngineArgs(**{**weightless, **arguments, "model": path}).create_engine_config()
     except Exception as exc:
-        raise ConfigError(f"vLLM {compat.vllm_version()} does not take this model: {exc}") from exc
+        # pydantic's own text ends in a dump of the arguments and a link.
+        found = exc.errors() if isinstance(exc, ValidationError) else []
+        why = "; ".join(error["msg"].removeprefix("Value error, ") for error in found) or str(exc)
+        raise ConfigError(f"vLLM {compat.vllm_version()} does not take this model: {why}") from exc
 
 
 @contextlib.contextmanager
@@ -65,19 +70,19 @@ def meta_model(config: Any) -> Iterator[compat.EngineParts]:
     in which this process is rank 0 of as many as the configuration asks for.
 
     Raises:
-        CompatError: vLLM cannot build this model without its device.
+        CompatError: vLLM cannot build this model, or not without its device.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.utils import initialize_model
 
     with set_current_vllm_config(config), _fake_group(config.parallel_config):
         try:
-            with torch.device("meta"), _real_expert_maps():
+            with meta_device(), _real_expert_maps():
                 model = initialize_model(config)
         except Exception as exc:
             raise CompatError(
                 f"vLLM {compat.vllm_version()} cannot build "
-                f"{', '.join(config.model_config.architectures)} without its device: "
+                f"{', '.join(config.model_config.architectures)} on the meta device: "
                 f"{type(exc).__name__}: {exc}"
             ) from exc
         compat.record_metadata(model)

@@ -16,7 +16,7 @@ from typing import Any
 from qerl_sync.plan.offline_map import OfflineMap
 
 # Raise it when a map would come out differently from the same key: new fields, other checks.
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_directory() -> Path:

@@ -71,7 +71,8 @@ def offline_map(
         model: what `read_checkpoint` takes. There must be a `config.json`.
         engine: vLLM's engine arguments, where they are not its defaults (`quantization`,
             `tensor_parallel_size`, ...). The map is that of rank 0.
-        dtype: of the trainer's tensors; by default that of the files, then of the config.
+        dtype: what the trainer loads the model in; by default `Checkpoint.dtype`. Modules that
+            transformers keeps in float32 are planned in float32.
         mode: `probe` needs vLLM; `rules` estimates, without vLLM and torch, for the architectures
             that they know; `auto` probes, and estimates where vLLM is not there or does not work.
         cache: False observes anew and keeps nothing.
@@ -118,7 +119,7 @@ def estimate(checkpoint: Checkpoint, engine: Mapping[str, Any], dtype: str | Non
                 f"the rules do not know what {argument}={engine[argument]!r} changes; install "
                 "vLLM to ask it"
             )
-    expected = checkpoint.held_against(rules_metas(config, dtype), dtype)
+    expected = checkpoint.held_against(rules_metas(config, dtype or checkpoint.dtype))
     note = (
         f"An estimate by rules for {architecture_name(config)} (unquantised, on one rank), not "
         "observed from vLLM."

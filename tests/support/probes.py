@@ -70,6 +70,20 @@ RULED: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_HEADS, **_MOE, num_experts=4, mlp_only_layers=[1]),
 }
 
+_ALIBI = {"vocab_size": 199, "hidden_size": 64}
+
+# Models whose constructors in vLLM read the values of tensors, with their numbers of tensors.
+READING: dict[str, tuple[Callable[[], tf.PretrainedConfig], int]] = {
+    "alibi": (lambda: tf.BloomConfig(**_ALIBI, n_layer=2, n_head=4), 29),
+    "alibi without biases": (
+        lambda: tf.FalconConfig(
+            **_ALIBI, num_hidden_layers=2, num_attention_heads=4, alibi=True, bias=False
+        ),
+        15,
+    ),
+    "activation with parameters": (lambda: tf.ApertusConfig(**_COMMON), 45),
+}
+
 # What vLLM would get wrong, by the first words of the refusal.
 REFUSED = {
     "ignored bias": lambda: tf.Qwen3Config(**_HEADS, attention_bias=True),
@@ -97,6 +111,7 @@ def probed() -> dict[str, OfflineMap | str]:
             {**ENGINE, "tensor_parallel_size": 2, "enable_expert_parallel": True},
         ),
         **{kind: (make(), ENGINE) for kind, make in {**RULED, **REFUSED}.items()},
+        **{kind: (make(), ENGINE) for kind, (make, _) in READING.items()},
     }
     configs = {kind: config_json(config) for kind, (config, _) in requests.items()}
     return observe_all({kind: (configs[kind], engine) for kind, (_, engine) in requests.items()})
