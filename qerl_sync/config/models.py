@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from ipaddress import ip_address
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -55,6 +57,28 @@ def _known_order(value: str) -> str:
 def _server_url(value: str | None) -> str | None:
     if value is not None and not value.startswith(("http://", "https://")):
         raise ValueError(f"{value!r} is no address of a server; write http://127.0.0.1:8000")
+    return value
+
+
+def require_announced(address: str) -> None:
+    """Raise ConfigError for an address that is to listen on and not to connect to: 0.0.0.0."""
+    try:
+        numeric = socket.getaddrinfo(address or "0.0.0.0", None, flags=socket.AI_NUMERICHOST)
+    except OSError:  # a name, which is resolved when it is used
+        return
+    if ip_address(numeric[0][4][0]).is_unspecified:
+        raise ConfigError(
+            f"workers connect to the trainer's address, and {address or 'an empty one'} is no "
+            "address of a machine; give one under which they reach this machine (`hostname -I` "
+            "lists its own), or 127.0.0.1 where all are on it"
+        )
+
+
+def _announced(value: str) -> str:
+    try:
+        require_announced(value)
+    except ConfigError as exc:
+        raise ValueError(str(exc)) from exc
     return value
 
 
@@ -148,7 +172,7 @@ class SyncConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """How long either side waits for the other, for each message and each call."""
 
-    trainer_address: str = "127.0.0.1"
+    trainer_address: Annotated[str, AfterValidator(_announced)] = "127.0.0.1"
     """The address, of this machine, under which workers reach the trainer. Set it where they are on
     other hosts; the trainer listens there, and only there. With `rollout.mode: ray` the default
     leaves it to Ray: the address of the trainer's node, where the cluster has several."""
