@@ -288,6 +288,7 @@ def test_nearest():
     assert nearest("zzz", [f"key{i}" for i in range(100)]) == "nothing valid is spelled like it"
 
 
+@pytest.mark.vllm
 class TestForeignSections:
     """The sections that TRL, vLLM and transformers read, held against what is installed."""
 
