@@ -15,6 +15,8 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.serving import gate
 
 LOOPBACK = "127.0.0.1"
+# For TORCH_LOGS: only errors of the module that warns where Triton is not installed.
+QUIET_TRITON = "-torch._library.triton"
 # `vllm serve` is the same program, but fails on the CPU build: it looks for a package "vllm".
 MODULE = "vllm.entrypoints.openai.api_server"
 
@@ -138,6 +140,7 @@ def server_environment(base: Mapping[str, str]) -> dict[str, str]:
         # vLLM would pin its threads to cores that others use too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_LOGS": QUIET_TRITON,
     }
     environment = {**defaults, **base, "VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
     # A trainer silences the vLLM in its own process; a server's log is a file, and wanted.
