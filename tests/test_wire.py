@@ -24,6 +24,7 @@ from support.servers import wait_until
 import qerl_sync
 from qerl_sync import (
     AgreementError,
+    ConfigError,
     CoverageError,
     PeerLostError,
     RemoteTransport,
@@ -766,6 +767,17 @@ def test_no_room_is_told_before_anything_is_written():
     with pytest.raises(TransportError, match=r"free, 1\.0 PiB|TiB are needed; make it larger"):
         SharedSegment(1 << 50)
     assert set(segments.DIRECTORY.iterdir()) <= before
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"address": "0.0.0.0"}, {"endpoints": ["10.0.0.7:1", "[::]:1"]}],
+    ids=["address", "endpoint"],
+)
+def test_nobody_can_connect_to_all_addresses(where, monkeypatch):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", "a secret")
+    with pytest.raises(ConfigError):
+        RemoteTransport(None, **where)
 
 
 def test_no_room_for_a_slot_ends_the_sync_before_it_starts(workers, monkeypatch):
