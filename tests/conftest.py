@@ -6,13 +6,17 @@ import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM r
 
 import os
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
-from support.engines import EnginePool, Subject
-from support.remote import RemoteEngine, RemotePool
 
 from qerl_sync.serving.processes import descendants
+
+# Not torch: pytest-xdist's controller, which runs no test, reads this file too.
+if TYPE_CHECKING:
+    from support.engines import EnginePool, Subject
+    from support.remote import RemoteEngine, RemotePool
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -38,6 +42,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def engine_pool(tmp_path_factory: pytest.TempPathFactory) -> EnginePool:
+    from support.engines import EnginePool
+
     return EnginePool(tmp_path_factory.mktemp("models"))
 
 
@@ -63,6 +69,8 @@ def subject(engine_pool: EnginePool) -> Iterator[Callable[..., Subject]]:
 def remote_pool(
     engine_pool: EnginePool, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[RemotePool]:
+    from support.remote import RemotePool
+
     pool = RemotePool(tmp_path_factory.mktemp("remote"), engine_pool)
     yield pool
     pool.close()

@@ -105,6 +105,12 @@ def test_one_error_lists_everything_with_its_place(write):
         assert any(place in line and words in line for line in lines[1:]), (place, text)
 
 
+def test_addresses_of_the_trainer(write):
+    for address in ("127.0.0.1", "::1", "10.0.0.7", "a-host.example"):
+        config = load(write(SMALLEST), f"sync.trainer_address='{address}'")
+        assert config.sync.trainer_address == address
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -112,6 +118,10 @@ def test_one_error_lists_everything_with_its_place(write):
         ("rollout.mode=servr", "did you mean 'server'"),
         ("rollout.server_url=localhost:8000", "write http://127.0.0.1:8000"),
         ("rollout.server_port=70000", "65535"),
+        ("sync.trainer_address=0.0.0.0", "or 127.0.0.1 where all are on it"),
+        ("sync.trainer_address='0'", "`hostname -I`"),
+        ("sync.trainer_address='::'", "`hostname -I`"),
+        ("sync.trainer_address=''", "`hostname -I`"),
         ("data.path=x", "exactly one of 'path' and 'task'; both"),
         ("data.task=null", "exactly one of 'path' and 'task'; neither"),
         ("reward=[]", "reward"),
@@ -288,6 +298,7 @@ def test_nearest():
     assert nearest("zzz", [f"key{i}" for i in range(100)]) == "nothing valid is spelled like it"
 
 
+@pytest.mark.vllm
 class TestForeignSections:
     """The sections that TRL, vLLM and transformers read, held against what is installed."""
 

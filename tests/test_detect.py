@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from types import SimpleNamespace
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qerl_sync.buffers.detect import (
     DeviceRule,
@@ -21,7 +21,15 @@ from qerl_sync.buffers.detect import (
 )
 from qerl_sync.errors import CoverageError
 
-MODE = FakeTensorMode()
+
+@functools.cache
+def fake_mode():
+    # Takes seconds, and every process that collects tests imports this file.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
 DEVICES = ["meta", "cpu", "cuda", "cuda:1", "xpu"]
 
 
@@ -29,7 +37,7 @@ def tensor(device, numel, dtype):
     """On any device without having it: fake tensors know device, dtype and bytes."""
     if device in ("meta", "cpu"):
         return torch.empty(numel, dtype=dtype, device=device)
-    with MODE:
+    with fake_mode():
         return torch.empty(numel, dtype=dtype, device=device)
 
 
@@ -51,6 +59,7 @@ def bound(values):
     return inspect.signature(loader).bind(*values)
 
 
+@pytest.mark.vllm
 @given(st.lists(st.tuples(VALUES, VALUES, VALUES), max_size=4))
 def test_vllms_rule_agrees_with_vllm(calls):
     utils = pytest.importorskip("vllm.model_executor.model_loader.reload.utils")

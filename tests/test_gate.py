@@ -21,17 +21,47 @@ from qerl_sync.clients.base import why_refused
 from qerl_sync.clients.http import HTTPClient
 from qerl_sync.serving.gate import (
     CONTROL,
-    GENERATING,
     MAX_BODY_BYTES,
     MAX_REASON_CHARACTERS,
     QUIET_SECONDS,
     Gate,
 )
-from qerl_sync.serving.strangers import GUARDED
+from qerl_sync.serving.strangers import GENERATING, is_open
 from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof
 
 TOKEN = "a secret of both"
 UPDATE = ["start_weight_update", "update_weights"]
+
+# POST routes that change or control an engine.
+CLOSED = {
+    "/init_weight_transfer_engine",
+    "/shutdown_weight_transfer_engine",  # since vLLM 0.32, as the checker, which can zero weights
+    "/weight_checker",
+    "/start_weight_update",
+    "/start_draft_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+    "/update_weight_version",
+    "/collective_rpc",
+    "/pause",
+    "/resume",
+    "/abort_requests",
+    "/sleep",
+    "/wake_up",
+    "/release_kv_cache_memory",
+    "/reset_prefix_cache",
+    "/reset_mm_cache",
+    "/reset_encoder_cache",
+    "/scale_elastic_ep",
+    "/fault_tolerance/apply",
+    "/start_profile",
+    "/stop_profile",
+    "/v1/load_lora_adapter",
+    "/v1/unload_lora_adapter",
+    "/adapters",
+}
+# The gate's own.
+OURS = {"/qerl_sync/refuse", "/qerl_sync/admit"}
 
 
 class Server:
@@ -431,11 +461,103 @@ def shown(route: str, token: str = TOKEN) -> list[tuple[bytes, bytes]]:
 
 
 ORIGIN = [(b"origin", b"http://a.page")]
-OPEN = ["/v1/completions", "/reset_prefix_cache", "/tokenize"]
+PAGES = [ORIGIN, [(b"sec-fetch-site", b"cross-site")]]
+OPEN = ["/v1/completions", "/v1/responses/resp_1-a/cancel", "/tokenize"]
+
+
+def disguises(path: str) -> list[str]:
+    """Paths that some part of a server may take for `path`, as they are when they are decoded."""
+    endings = ["", "\n", "\r", "\r\n", "\n\n", "\0", "\t", " ", "\x0b", "\x85", "\u2028", "/", "//"]
+    endings += ["/.", "/..", ";", ";x", "?x", "#x", "%0A", "%0a", "%00", "%2f", ".json"]
+    starts = ["/", "//", "/.", "/x/..", "/health/..", "/v1/completions/..", "/metrics", "\n", ""]
+    others = [path.upper(), path.title(), f"/%{ord(path[1]):x}{path[2:]}", path.replace("/", "\\")]
+    others += [path[:3] + "\n" + path[3:], path.replace("e", "\uff45"), f"http://host{path}"]
+    return [path + end for end in endings] + [start + path for start in starts] + others
+
+
+class Application:
+    """One of Starlette behind the gate, of which `asked` says which routes it has run."""
+
+    def __init__(self, app, routes) -> None:
+        self.app = app
+        self.asked: list[str] = []
+        for route in routes:
+            if getattr(route, "path", "/metrics") != "/metrics":  # instrumented, and only read
+                route.app = self._endpoint(route.path)
+
+    def _endpoint(self, name: str):
+        async def endpoint(scope, receive, send):
+            self.asked.append(name)
+            if scope["type"] == "websocket":
+                return await send({"type": "websocket.close"})
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+
+        return endpoint
+
+    def ask(self, method: str, path: str, headers=()) -> int:
+        """The answer's status; 0 for a websocket."""
+        return asyncio.run(self.send(method, path, headers))
+
+    async def send(self, method: str, path: str, headers=(), root: str = "") -> int:
+        sent = []
+
+        async def receive():
+            return {"type": "websocket.connect" if method == "WS" else "http.request"}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": method, "path": path, "root_path": root}
+        scope |= {"raw_path": b"/health", "query_string": b"", "headers": list(headers)}
+        scope |= {"scheme": "http", "server": ("host", 80), "http_version": "1.1"}
+        if method == "WS":
+            scope |= {"type": "websocket", "scheme": "ws", "subprotocols": []}
+            del scope["method"]
+        await self.app(scope, receive, send)
+        return sent[0].get("status", 0)
+
+    def assert_closed(self, method: str, path: str, headers) -> None:
+        """No path leads to this route for who sends these headers."""
+
+        async def try_all() -> None:
+            for disguise in disguises(path):
+                for how in (method, method.lower(), "WS"):
+                    await self.send(how, disguise, headers)
+                for root in ("/", "/v1", path):
+                    await self.send(method, disguise, headers, root)
+                    await self.send(method, root + disguise, headers, root)
+
+        self.asked.clear()
+        asyncio.run(try_all())
+        assert path not in self.asked
+        assert self.ask(method, path, headers) == 403
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """`small()`: an application with some of vLLM's routes and a mount."""
+    pytest.importorskip("starlette")
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.routing import Mount, Route, WebSocketRoute
+
+    def endpoint() -> None:
+        raise AssertionError("it is replaced")
+
+    inner = [Route("/inner", endpoint, methods=["POST"])]
+    routes = [Route(path, endpoint, methods=["POST"]) for path in (*sorted(CLOSED), "/later")]
+    routes += [Route(path, endpoint, methods=["POST"]) for path in ("/v1/completions", "/ping")]
+    routes += [Route("/health", endpoint), Route("/v1/responses/{of}", endpoint)]
+    routes += [WebSocketRoute("/v1/realtime", endpoint), WebSocketRoute("/console", endpoint)]
+    app = Starlette(routes=[Mount("/rl", routes=inner), *routes], middleware=[Middleware(Gate)])
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+    return Application(app, [*routes, *inner])
 
 
 class TestStrangers:
-    @pytest.mark.parametrize("route", sorted(GUARDED))
+    @pytest.mark.parametrize("route", sorted(CLOSED | OURS))
     def test_who_knows_the_token_may_drive_the_engine(self, guarded, route):
         told = {"reason": "why"}
         for headers in ([], shown("/other"), shown(route, "guessed"), [(b"x", b"y"), *ORIGIN]):
@@ -450,7 +572,7 @@ class TestStrangers:
         for headers, words in (([], "is missing"), (shown("/pause", "x"), "is that of another")):
             answer = asyncio.run(guarded.send("POST", "/pause", headers=headers))
             error = json.loads(answer[1]["body"])["error"]
-            assert f"the header x-qerl-sync-proof {words}; set the same" in error["message"]
+            assert f"The header x-qerl-sync-proof {words}; set the same" in error["message"]
             assert TOKEN not in error["message"]
             assert (error["type"], error["code"]) == ("PermissionDeniedError", 403)
 
@@ -462,26 +584,71 @@ class TestStrangers:
         assert not guarded.is_open
 
     @pytest.mark.parametrize("route", OPEN)
-    def test_what_trl_asks_itself_is_open(self, guarded, route):
+    def test_what_generates_and_reads_is_open(self, guarded, route):
         assert guarded.ask("POST", route) == 200
         assert guarded.ask("GET", "/server_info") == 200
 
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("POST", "/a_route_of_a_later_vllm"),
+            ("GET", "/a_route_of_a_later_vllm"),
+            ("PUT", "/v1/completions"),
+            ("DELETE", "/adapters/one"),
+            ("POST", "/v1/responses/a/b/cancel"),
+            ("POST", "/health"),
+        ],
+    )
+    def test_what_is_not_known_to_be_open_is_closed(self, guarded, method, path):
+        assert guarded.ask(method, path) == 403
+        assert guarded.ask(method, path, headers=shown(path)) == 200
+
+    @pytest.mark.parametrize("driven", ["0", "1"])
+    def test_with_and_without_rl_routes(self, driven, monkeypatch):
+        monkeypatch.setenv("VLLM_SERVER_DEV_MODE", driven)
+        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+        assert Server().ask("POST", "/v1/load_lora_adapter") == 403
+
+    def test_a_browsers_question_before_it_generates(self, guarded):
+        assert guarded.ask("OPTIONS", "/v1/completions", headers=ORIGIN) == 200
+
+    @pytest.mark.parametrize("end", ["\n", "\r\n", "\0", "\x7f", "\u2028"])
+    def test_a_closed_gate_has_no_side_door(self, server, end):
+        server.refuse()
+        assert server.ask("POST", f"/v1/completions{end}") == 400
+        assert server.asked == []
+
     @pytest.mark.parametrize("headers", [[], ORIGIN])
     @pytest.mark.parametrize("root", ["/", "/model", "/model/"])
-    def test_no_path_leads_around_it(self, guarded, root, headers):
-        """Where a server is below a path, Starlette takes routes with and without it."""
+    def test_servers_below_a_path(self, guarded, root, headers):
+        """Starlette takes routes with and without it."""
         pytest.importorskip("starlette")
         from starlette._utils import get_route_path
 
-        for path in ("/pause", "/model/pause", "//pause", "/model//pause", "/modelpause"):
+        for path in ("/ping", "/model/ping", "//ping", "/model//ping", "/modelping"):
             scope = {"path": path, "root_path": root}
             guarded.asked.clear()
             asyncio.run(guarded.send("POST", path, root_path=root, headers=headers))
-            assert (get_route_path(scope) == "/pause") is (guarded.asked == [])
+            assert (get_route_path(scope) == "/ping") is (guarded.asked == [path])
 
-    @pytest.mark.parametrize("route", sorted(GUARDED))
-    def test_web_pages_drive_no_engine(self, server, route):
-        assert server.ask("POST", route, headers=ORIGIN) == 403
+    @pytest.mark.parametrize("token", ["", TOKEN])
+    def test_no_path_leads_around_it(self, small, token, monkeypatch):
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
+        headers = [] if token else ORIGIN
+        for path in ("/collective_rpc", "/pause", "/later", "/rl/inner"):
+            small.assert_closed("POST", path, headers)
+        assert set(small.asked) <= {"/v1/completions", "/health", "/ping", "/v1/responses/{of}"}
+        small.asked.clear()
+        for path in ("/v1/realtime", "/console"):
+            small.ask("WS", path, headers)
+        assert small.asked == ["/v1/realtime"]
+        proof = shown("/pause") if token else []
+        assert small.ask("POST", "/pause", proof) == 200, "the test tells nothing"
+
+    @pytest.mark.parametrize("headers", PAGES)
+    @pytest.mark.parametrize("route", sorted(CLOSED | OURS))
+    def test_web_pages_drive_no_engine(self, server, route, headers):
+        assert server.ask("POST", route, headers=headers) == 403
         assert server.asked == []
         told = {"reason": "why"}
         assert server.ask("POST", route, told, headers=[(b"user-agent", b"a program")]) == 200
@@ -536,23 +703,78 @@ NOT_GENERATING = {
     "/v1/responses/{response_id}/cancel",
     "/ping",
 }
+# Not in vLLM 0.31.
+ELSEWHERE = {"/weight_checker", "/shutdown_weight_transfer_engine"}
 
 
-# Of its routers for development, which TRL and qerl-sync drive it by.
-OPEN_TO_ALL = {"/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache"}
+@pytest.fixture(scope="module")
+def vllms_app():
+    """vLLM's own application, with every route that an option or a variable adds, and no engine."""
+    from typing import get_args
+    from unittest.mock import MagicMock
 
-# Of vLLM 0.32. The checker can set all weights to zero.
-LATER = {"/shutdown_weight_transfer_engine", "/weight_checker"}
+    from vllm.config import ProfilerConfig
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.tasks import SupportedTask
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    switches = ["--enable-tokenizer-info-endpoint", "--enable-fault-tolerance"]
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args([*switches, "--middleware=qerl_sync.serving.gate.Gate"])
+    args.profiler_config = ProfilerConfig(profiler="torch", torch_profiler_dir="/nowhere")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        return build_app(args, get_args(SupportedTask), MagicMock())
 
 
 @pytest.mark.vllm
 @pytest.mark.slow
-def test_every_route_that_drives_the_engine_is_guarded():
-    found = posts("serve.dev")
-    assert CONTROL < GUARDED
-    assert found - GUARDED == OPEN_TO_ALL
-    vllms = {route for route in GUARDED if not route.startswith("/qerl_sync/")}
-    assert vllms - found <= LATER
+class TestEveryRouteOfVLLM:
+    @pytest.fixture
+    def app(self, vllms_app, monkeypatch):
+        """With a token: its gate is made with the first request."""
+        monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+        monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
+        monkeypatch.setattr(vllms_app, "middleware_stack", None)
+        return Application(vllms_app, vllms_app.routes)
+
+    def test_is_open_or_needs_the_token(self, app):
+        """One that is new is in neither list: closed where a token is set, until it is judged."""
+        found = {
+            (method, route.path)
+            for route in app.app.routes
+            for method in getattr(route, "methods", None) or default_method(route)
+        }
+        closed = {(method, path) for method, path in found if not is_open(method, filled(path))}
+        removing = {("DELETE", "/adapters/{adapter_name}")}
+        assert closed - removing == {("POST", path) for path in CLOSED - ELSEWHERE}
+        assert CONTROL < CLOSED
+        assert len(found - closed) > 30
+
+    def test_that_is_closed_has_no_side_door(self, app):
+        for path in sorted(CLOSED - ELSEWHERE):
+            app.assert_closed("POST", path, [])
+            assert set(app.asked).isdisjoint(CLOSED)
+            assert app.ask("POST", path, shown(path)) == 200, "the test tells nothing"
+        assert app.ask("DELETE", "/adapters/one") == 403
+        assert app.ask("DELETE", "/adapters/one", shown("/adapters/one")) == 200
+
+    def test_that_generates_is_open(self, app):
+        for path in sorted(GENERATING):
+            if any(getattr(route, "path", None) == path for route in app.app.routes):
+                app.ask("WS" if path == "/v1/realtime" else "POST", path)
+                assert app.asked[-1] == path
+
+
+def default_method(route) -> set[str]:
+    """The gate's word for a websocket; a mount is read."""
+    return {"POST" if type(route).__name__.endswith("WebSocketRoute") else "GET"}
+
+
+def filled(path: str) -> str:
+    return path.replace("{response_id}", "resp_1").replace("{adapter_name}", "one")
 
 
 def posts(part: str) -> set[str]:
@@ -579,6 +801,7 @@ def test_no_route_of_vllm_that_runs_the_model_is_forgotten():
     # The realtime and Cohere routers are made on demand, of the routes that are left.
     parts = ("openai", "anthropic", "generate", "pooling", "scale_out", "speech_to_text")
     found = set().union(*map(posts, parts))
+    assert all(is_open("POST", filled(path)) for path in found)
     forgotten = found - GENERATING - NOT_GENERATING
     assert len(found) > 10
     assert {path for path in forgotten if not path.endswith("render")} == set()
@@ -632,6 +855,15 @@ class TestServer:
         push(engine, NEW)
         assert ready(engine)
         assert engine.generates_as(NEW)
+
+    def test_a_disguised_path_drives_no_engine(self, remote):
+        """Starlette's router takes a path that ends in a line feed for the route without it."""
+        engine = remote("server")
+        for path in ("pause%0A", "collective_rpc%0A", "v1/completions%0A"):
+            for headers in ({}, {"origin": "http://a.page"}):
+                answer = requests.post(f"{engine.process.url}/{path}", headers=headers, timeout=10)
+                assert answer.status_code == 400, path
+        assert not is_paused(engine)
 
     def test_a_request_in_the_engine_goes_on_with_the_next_good_sync(self, remote):
         engine = remote("server")

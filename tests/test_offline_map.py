@@ -153,6 +153,7 @@ def test_errors_come_through_and_nothing_is_cached(model):
     assert not list(map_cache.cache_directory().glob("*"))
 
 
+@pytest.mark.vllm
 def test_an_architecture_that_nobody_knows(tmp_path):
     config = tmp_path / "config.json"
     config.write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such_model"}')

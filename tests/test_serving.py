@@ -33,6 +33,7 @@ from qerl_sync.serving.command import (
 from qerl_sync.serving.log import complaint_in, last_line
 from qerl_sync.serving.processes import descendants, members, running
 from qerl_sync.serving.server import ServerProcess
+from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 
 @pytest.fixture
@@ -83,7 +84,8 @@ class TestCommand:
 
     def test_without_a_backend_no_weights_are_taken(self, model):
         argv = server_argv(ServerSpec(model, backend=None), 8001)
-        assert not [word for word in argv if "weight-transfer" in word or "middleware" in word]
+        assert not [word for word in argv if "weight-transfer" in word]
+        assert [word for word in argv if "middleware" in word], "collective_rpc is there"
 
     @pytest.mark.parametrize(
         ("changes", "words"),
@@ -223,6 +225,16 @@ class TestServerProcess:
         with server(deaf, grace_seconds=0.2):
             pass
 
+    def test_none_without_a_token_for_other_machines(self, server, started, monkeypatch):
+        monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
+        one = server()
+        one.spec = ServerSpec(one.spec.model, host="0.0.0.0")
+        with pytest.raises(ConfigError, match=TOKEN_VARIABLE), one:
+            pass
+        monkeypatch.setenv(TOKEN_VARIABLE, "a secret")
+        with one:
+            assert started()
+
     def test_no_address_before_it_is_started(self, server):
         with pytest.raises(SyncError, match="enter the `with` block"):
             _ = server().url
@@ -351,9 +363,8 @@ def test_a_server_does_not_outlive_its_parent(number, model, tmp_path, monkeypat
     parent = Parent(model, tmp_path / "server.log")
     try:
         assert parent.process.stdout.readline() == "ready\n"
-        # It says so before all of the stand-in's processes are there.
-        assert wait_until(lambda: len(descendants(parent.process.pid)) == 4)
         pids = descendants(parent.process.pid)
+        assert len(pids) == 4
         parent.process.send_signal(number)
         assert wait_until(lambda: not alive(pids)), alive(pids)
     finally:
@@ -419,26 +430,25 @@ class TestServe:
         [
             ("127.0.0.1", "", "QERL_SYNC_TOKEN is not set: the first trainer that asks is taken"),
             ("127.0.0.1", "secret", None),
-            ("0.0.0.0", "", "QERL_SYNC_TOKEN, the token that trainer and server share, is not set"),
-            ("0.0.0.0", "secret", "share, is set"),
+            ("0.0.0.0", "", "QERL_SYNC_TOKEN was not set"),
+            ("0.0.0.0", "secret", "0.0.0.0 lets other machines reach the server"),
         ],
     )
-    def test_strangers_are_warned_of(self, host, token, words, model, tmp_path):
-        package = stand_in_for_vllm(tmp_path / "package", "sys.exit('no vLLM here')")
-        done = subprocess.run(
-            [sys.executable, "-m", "qerl_sync.cli", "serve", model, "--port=0", f"--host={host}"],
-            env={**os.environ, "PYTHONPATH": str(package), "QERL_SYNC_TOKEN": token},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 2, done.stderr
-        assert "no vLLM here" in done.stderr
-        assert "ended with code 1 before it was ready; its output says why" in done.stderr
-        assert ("warning" in done.stderr) is (host == "0.0.0.0")
-        assert ("QERL_SYNC_TOKEN" in done.stderr) is (words is not None)
-        assert (words or "") in done.stderr
-        assert token == "" or token not in done.stderr
+    def test_strangers_are_kept_out(self, host, token, words, model, tmp_path, monkeypatch, capfd):
+        """Where other machines reach the server it has a token, which is shown if it is new."""
+        ending = "sys.exit('no vLLM here, with ' + os.environ['QERL_SYNC_TOKEN'])"
+        monkeypatch.setenv("PYTHONPATH", str(stand_in_for_vllm(tmp_path / "package", ending)))
+        monkeypatch.setenv(TOKEN_VARIABLE, token)
+        result = CliRunner().invoke(app, ["serve", model, "--port=0", f"--host={host}"])
+        assert result.exit_code == 2, result.output
+        assert "ended with code 1 before it was ready; its output says why" in result.output
+        assert (words is None) is (TOKEN_VARIABLE not in result.output)
+        assert (words or "") in result.output
+        assert ("warning" in result.output) is (host == "0.0.0.0")
+        shown = re.findall(r"^  export QERL_SYNC_TOKEN=(\S{64})$", result.output, re.MULTILINE)
+        assert len(shown) == (host == "0.0.0.0" and not token)
+        assert f"no vLLM here, with {[token, *shown][-1]}" in capfd.readouterr().err.splitlines()
+        assert token == "" or token not in result.output
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from support.engines import NEW, OLD, EnginePool, logprob_gap, start_engine
 from support.models import CONFIGS, make_model, save_model
 from support.syncs import push, session
 
 from qerl_sync import HFSource, InProcessTransport, SyncConfig, SyncSession
+from qerl_sync.worker import compat
 
 pytestmark = pytest.mark.vllm
 
+RELOAD = "vllm.model_executor.model_loader.reload"
 KERNELS = ["stock", "plain"]
 ORDERS = ["hf", "alphabetical", "size", "optimizer", "random:0", "interleaved:3"]
 
@@ -50,6 +54,41 @@ def test_chunks_do_not_change_the_result(subject, kind):
     assert report.num_chunks > 3
     assert one.wrong_weights(NEW) == []
     assert report.prediction_exact, report.first_difference
+
+
+@pytest.fixture
+def warnings_of_reloads():
+    """What vLLM's reload has logged: its loggers hand nothing on to pytest's."""
+    logger, heard = logging.getLogger(f"{RELOAD}.layerwise"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger.addHandler(handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    yield heard
+    logger.setLevel(level)
+    logger.removeHandler(handler)
+
+
+@pytest.mark.parametrize("kind", ["dense", "tied"])
+def test_a_right_sync_warns_of_nothing(subject, kind, warnings_of_reloads):
+    """vLLM has "RotaryEmbedding: Failed to load weights" to say after each, and of tied heads."""
+    one = subject(kind)
+    push(one, NEW)
+    assert one.wrong_weights(NEW) == []
+    assert warnings_of_reloads == []
+
+
+def test_a_layer_that_should_have_got_something_is_warned_of(subject, warnings_of_reloads):
+    parts = compat.in_process_parts(subject("dense").engine)
+    with compat.loading_context(parts.vllm_config):
+        compat.begin_reload(parts.model)
+        compat.finish_reload(parts.model, parts.vllm_config, ["model.norm"])
+        assert warnings_of_reloads
+        assert {line.partition(":")[0] for line in warnings_of_reloads} == {"RMSNorm"}
+        compat.begin_reload(parts.model)
+        compat.finish_reload(parts.model, parts.vllm_config)
+    assert any(line.startswith("RotaryEmbedding") for line in warnings_of_reloads)
 
 
 def _answer(engine, prompt):

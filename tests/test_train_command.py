@@ -82,6 +82,11 @@ class TestRun:
         for words in ("reward, first", "syncs", "peak buffered", "largest logprob gap", "exact"):
             assert words in text
 
+    def test_nothing_looks_like_a_failure(self, run):
+        directory, text = run
+        assert "Triton" not in text
+        assert not list(directory.rglob("README.md")), "TRL's card: a fine-tuned version of None"
+
     def test_the_recorded_run_holds_against_its_plan(self, run):
         held = qerl_sync("plan", run[0] / "model", "--compare", run[0])
         assert held.returncode == 0, held.stdout + held.stderr

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ from support.servers import wait_until
 import qerl_sync
 from qerl_sync import (
     AgreementError,
+    ConfigError,
     CoverageError,
     PeerLostError,
     RemoteTransport,
@@ -877,6 +878,17 @@ def test_no_room_is_told_before_anything_is_written():
     assert set(segments.DIRECTORY.iterdir()) <= before
 
 
+@pytest.mark.parametrize(
+    "where",
+    [{"address": "0.0.0.0"}, {"endpoints": ["10.0.0.7:1", "[::]:1"]}],
+    ids=["address", "endpoint"],
+)
+def test_nobody_can_connect_to_all_addresses(where, monkeypatch):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", "a secret")
+    with pytest.raises(ConfigError):
+        RemoteTransport(None, **where)
+
+
 def test_no_room_for_a_slot_ends_the_sync_before_it_starts(workers, monkeypatch):
     engine = workers()
     room = os.posix_fallocate
@@ -894,41 +906,74 @@ def test_no_room_for_a_slot_ends_the_sync_before_it_starts(workers, monkeypatch)
     assert serves(engine, sync._source.held)
 
 
-OWNER = """
+# Imports torch once: each line that it reads becomes a child with a segment, which ends as a
+# program of its own would, through the end of this one.
+OWNERS = """
 import os, sys, time
 from qerl_sync.wire.segments import SharedSegment
-held = SharedSegment(1 << 16)
-{first}
-print(held.name, flush=True)
-{then}
+for line in sys.stdin:
+    first, then = eval(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    held = SharedSegment(1 << 16)
+    exec(first)
+    print(os.getpid(), held.name, flush=True)
+    exec(then)
+    break
 """
 STAY = "time.sleep(600)"
 
 
-def owner(then: str = STAY, first: str = "") -> tuple[subprocess.Popen[str], Path]:
-    program = OWNER.format(then=then, first=first)
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    with process.stdout as out:
-        return process, segments.DIRECTORY / out.readline().strip()
+@pytest.fixture(scope="module")
+def hosts():
+    """Two programs in which a segment's owner can live."""
+    with ExitStack() as stack:
+        command, pipe = [sys.executable, "-c", OWNERS], subprocess.PIPE
+        processes = [
+            stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+            for _ in range(2)
+        ]
+        yield [Owner(process) for process in processes]
+        for process in processes:
+            process.stdin.close()
+            assert process.wait(60) == 0
+
+
+class Owner:
+    """A process that owns a segment at `path`."""
+
+    def __init__(self, host: subprocess.Popen[str]) -> None:
+        self._host = host
+
+    def begin(self, then: str = STAY, first: str = "") -> Path:
+        print(repr((first, then)), file=self._host.stdin, flush=True)
+        pid, name = self._host.stdout.readline().split()
+        self.pid = int(pid)
+        return segments.DIRECTORY / name
+
+    def end(self, number: int | None = None) -> int:
+        """Its exit code, after this signal."""
+        if number is not None:
+            os.kill(self.pid, number)
+        return int(self._host.stdout.readline())
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_what_a_killed_process_left_is_removed_and_of_a_living_one_nothing(number):
+def test_what_a_killed_process_left_is_removed_and_of_a_living_one_nothing(number, hosts):
     """Neither signal lets Python say a word: the next start removes what they leave."""
-    (living, stays), (killed, goes) = owner(), owner()
+    living, killed = hosts
+    stays, goes = living.begin(), killed.begin()
     try:
-        killed.send_signal(number)
-        killed.wait()
+        assert killed.end(number) == -number
         assert goes.exists()
         with closing(SharedSegment(64)):
             assert not goes.exists()
             assert stays.exists()
     finally:
-        living.kill()
-        living.wait()
-        killed.wait()
-    remove_abandoned()
+        living.end(signal.SIGKILL)
+    remove_abandoned()  # unless another program on this machine has been quicker
     assert not stays.exists()
 
 
@@ -941,25 +986,23 @@ def test_what_a_killed_process_left_is_removed_and_of_a_living_one_nothing(numbe
         ("os.fork() or os._exit(0); os.wait()", 0),
     ],
 )
-def test_nothing_is_left_after_an_exit(then, code):
-    process, path = owner(then)
-    assert process.wait() == code
+def test_nothing_is_left_after_an_exit(then, code, hosts):
+    path = hosts[0].begin(then)
+    assert hosts[0].end() == code
     assert not path.exists()
 
 
-def test_a_forked_child_does_not_take_the_memory_with_it():
-    process, path = owner(first="os.fork() or sys.exit(); os.wait()")
+def test_a_forked_child_does_not_take_the_memory_with_it(hosts):
+    path = hosts[0].begin(first="os.fork() or sys.exit(); os.wait()")
     try:
         assert path.exists()
     finally:
-        process.kill()
-        process.wait(60)
+        hosts[0].end(signal.SIGKILL)
     remove_abandoned()
     assert not path.exists()
 
 
-def test_nothing_is_left_after_an_interrupt():
-    process, path = owner()
-    process.send_signal(signal.SIGINT)
-    process.wait(60)
+def test_nothing_is_left_after_an_interrupt(hosts):
+    path = hosts[0].begin()
+    hosts[0].end(signal.SIGINT)
     assert not path.exists()

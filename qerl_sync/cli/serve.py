@@ -37,7 +37,13 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[
+        str,
+        typer.Option(
+            help="Address to listen on. Where other machines reach it, a token is made unless "
+            "QERL_SYNC_TOKEN is set."
+        ),
+    ] = "127.0.0.1",
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
     ] = 8000,
@@ -54,7 +60,7 @@ def serve(
         from qerl_sync.serving.server import ServerProcess
 
         spec = ServerSpec(model=model, host=host, port=port, backend=backend, extra=arguments or [])
-        _warn_of_strangers(host, console)
+        _secure(host, console)
         _say_where_from(model, console)
         started = time.monotonic()
         with ServerProcess(spec, start_timeout_seconds=start_timeout) as server:
@@ -63,8 +69,11 @@ def serve(
         console.print("[green]✓[/] stopped")
 
 
-def _warn_of_strangers(host: str, console: Console) -> None:
+def _secure(host: str, console: Console) -> None:
+    """Say who may drive the server. Make a token where other machines reach it and there is none:
+    the server is started with this process's environment."""
     from qerl_sync.serving.command import is_loopback
+    from qerl_sync.wire.channel import new_token
 
     known = bool(os.environ.get(TOKEN_VARIABLE))
     if is_loopback(host):
@@ -75,17 +84,18 @@ def _warn_of_strangers(host: str, console: Console) -> None:
                 soft_wrap=True,
             )
         return
-    token = (
-        "is set: who does not know it gets 403 from those that change the engine. Generating stays "
-        "open, and nothing is encrypted"
-        if known
-        else "is not set: give both the same secret"
-    )
     console.print(
-        f"[yellow]warning:[/] vLLM's RL routes are unauthenticated, and {host} lets other machines "
-        f"reach them; {TOKEN_VARIABLE}, the token that trainer and server share, {token}",
+        f"[yellow]warning:[/] {host} lets other machines reach the server: they may generate and "
+        f"read; what changes the engine needs {TOKEN_VARIABLE}. Nothing is encrypted",
         soft_wrap=True,
     )
+    if not known:
+        os.environ[TOKEN_VARIABLE] = token = new_token()
+        console.print(
+            f"{TOKEN_VARIABLE} was not set. This server has a token of its own, shown only here; "
+            f"for the trainer:\n  export {TOKEN_VARIABLE}={token}",
+            soft_wrap=True,
+        )
 
 
 def _say_where_from(model: str, console: Console) -> None:

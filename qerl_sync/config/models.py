@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+from ipaddress import ip_address
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -58,14 +60,27 @@ def _server_url(value: str | None) -> str | None:
     return value
 
 
-def _one_address(value: str) -> str:
-    host = value.strip("[]")
-    if host in ("", "0.0.0.0", "::"):
-        raise ValueError(
-            f"{value!r} is no address that workers can connect to; name one of this machine's, and "
-            "write trainer_bind: 0.0.0.0 (or ::) to listen on all of them"
+def require_announced(address: str) -> None:
+    """Raise ConfigError for an address that is to listen on and not to connect to: 0.0.0.0."""
+    try:
+        numeric = socket.getaddrinfo(address or "0.0.0.0", None, flags=socket.AI_NUMERICHOST)
+    except OSError:  # a name, which is resolved when it is used
+        return
+    if ip_address(numeric[0][4][0]).is_unspecified:
+        raise ConfigError(
+            f"workers connect to the trainer's address, and {address or 'an empty one'} is no "
+            "address of a machine; give one under which they reach this machine (`hostname -I` "
+            "lists its own), or 127.0.0.1 where all are on it. trainer_bind: 0.0.0.0 listens on all"
         )
-    return host
+
+
+def _announced(value: str) -> str:
+    address = value.strip("[]")
+    try:
+        require_announced(address)
+    except ConfigError as exc:
+        raise ValueError(str(exc)) from exc
+    return address
 
 
 def _absolute(value: str | None) -> str | None:
@@ -161,7 +176,7 @@ class SyncConfig(Section):
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
     """How long either side waits for the other, for each message and each call."""
 
-    trainer_address: Annotated[str, AfterValidator(_one_address)] = "127.0.0.1"
+    trainer_address: Annotated[str, AfterValidator(_announced)] = "127.0.0.1"
     """The address, IPv4 or IPv6, or the name under which workers reach the trainer. Set it where
     they are on other hosts. The trainer listens there, and only there, unless `trainer_bind` says
     otherwise. With `rollout.mode: ray` the default leaves it to Ray: the address of the trainer's

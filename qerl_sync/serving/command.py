@@ -15,6 +15,8 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.serving import gate
 
 LOOPBACK = "127.0.0.1"
+# For TORCH_LOGS: only errors of the module that warns where Triton is not installed.
+QUIET_TRITON = "-torch._library.triton"
 # `vllm serve` is the same program, but fails on the CPU build: it looks for a package "vllm".
 MODULE = "vllm.entrypoints.openai.api_server"
 
@@ -45,7 +47,8 @@ class ServerSpec:
         model: a directory, or a name on the Hugging Face hub.
         engine: vLLM's engine arguments under their Python names, as in the YAML section
             `rollout.engine`. None leaves vLLM's default.
-        host: address to listen on. Who reaches it: see `is_loopback` and `serving.strangers`.
+        host: address to listen on. One that other machines reach needs a QERL_SYNC_TOKEN
+            (`serving.strangers`) when the server is started.
         port: None or 0 take a free one.
         backend: the weight transfer backend; None for a server that gets no weights.
         extra: arguments for vLLM as on its command line; they come last and win.
@@ -98,7 +101,8 @@ def server_argv(spec: ServerSpec, port: int) -> list[str]:
         "weight_transfer_config": None if spec.backend is None else {"backend": spec.backend},
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
-        "middleware": None if spec.backend is None else gate.NAME,
+        # Without a backend too: collective_rpc, sleep and the like are there all the same.
+        "middleware": gate.NAME,
     }
     # Its way of being started is said to go away, to everybody who starts it so.
     python = [sys.executable, "-W", "ignore::DeprecationWarning"]
@@ -136,6 +140,7 @@ def server_environment(base: Mapping[str, str]) -> dict[str, str]:
         # vLLM would pin its threads to cores that others use too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_LOGS": QUIET_TRITON,
     }
     environment = {**defaults, **base, "VLLM_SERVER_DEV_MODE": "1", "PYTHONUNBUFFERED": "1"}
     # A trainer silences the vLLM in its own process; a server's log is a file, and wanted.

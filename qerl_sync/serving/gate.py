@@ -36,9 +36,9 @@ unless it was paused before or another control call has come since, whose sender
 
 Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, and the gate none to close it by.
 
-Nor does everybody get through who would drive the engine (`serving.strangers`): where
-QERL_SYNC_TOKEN is set, who does not know it gets 403, and cannot open the gate by a commit of his
-own either; where it is not, web pages do.
+Only requests that generate or read are open to everybody (`serving.strangers`). Where
+QERL_SYNC_TOKEN is set, all others need a proof of it, or get 403: so a stranger's commit does not
+open the gate either. Where it is not set, web pages get 403.
 
     GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
                             and 503 while the gate is closed
@@ -57,7 +57,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from qerl_sync.clients.base import why_refused
-from qerl_sync.serving.strangers import why_not
+from qerl_sync.serving.strangers import GENERATING, why_not
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 Message = MutableMapping[str, Any]
@@ -74,34 +74,10 @@ QUIET_SECONDS = 5.0
 RETRY_SECONDS = 5
 MAX_REASON_CHARACTERS = 500
 MAX_BODY_BYTES = 16 * 1024
+# RFC 6455's "policy violation" and "try again later".
+CLOSE_CODES = {400: 1008, 403: 1008, 503: 1013}
 KINDS = {400: "BadRequestError", 403: "PermissionDeniedError", 503: "ServiceUnavailableError"}
 
-# vLLM's routes that run the model.
-GENERATING = frozenset(
-    {
-        "/v1/completions",
-        "/v1/chat/completions",
-        "/v1/chat/completions/batch",
-        "/v1/responses",
-        "/v1/messages",
-        "/cohere/v2/chat",
-        "/inference/v1/generate",
-        "/invocations",
-        "/generative_scoring",
-        "/v1/audio/transcriptions",
-        "/v1/audio/translations",
-        "/v1/realtime",
-        "/v1/embeddings",
-        "/v2/embed",
-        "/pooling",
-        "/classify",
-        "/score",
-        "/v1/score",
-        "/rerank",
-        "/v1/rerank",
-        "/v2/rerank",
-    }
-)
 UPDATING = frozenset(
     {
         "/start_weight_update",
@@ -190,14 +166,18 @@ class Gate:
             return await self._app(scope, receive, send)
         route = _route(scope)
         method = scope.get("method", "POST")  # a websocket has none
+        # Starlette's patterns end in `$`, which lets a line feed follow: it would take `/pause\n`
+        # for `/pause`, and the comparisons below would not.
+        if not route.isprintable():
+            return await _deny(scope, receive, send, 400, "the path holds control characters")
+        why = why_not(method, route, scope.get("headers", ()), self._token)
+        if why is not None:
+            return await _deny(scope, receive, send, 403, why)
         if method == "POST" and route in GENERATING:
             return await self._generate(scope, receive, send)
         if method == "GET" and route == "/qerl_sync/ready":
             return await self._ready(scope, receive, send)
         if method == "POST" and self._is_driven and scope["type"] == "http":
-            why = why_not(route, scope.get("headers", ()), self._token)
-            if why is not None:
-                return await _answer(send, 403, _error(403, why))
             if route == "/pause":
                 return await self._pause(scope, receive, send)
             if route in CONTROL:
@@ -216,12 +196,8 @@ class Gate:
         reason = self._watch.reason()
         if reason is None:
             await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await receive()
-            # RFC 6455's "try again later", of which a client that is not yet connected sees a 403.
-            await send({"type": "websocket.close", "code": 1013, "reason": reason[:100]})
         else:
-            await _answer(send, 503, _error(503, why_refused(reason)))
+            await _deny(scope, receive, send, 503, why_refused(reason))
 
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         reason = self._watch.reason()
@@ -350,6 +326,15 @@ def _field(body: bytearray, name: str) -> Any:
 def _error(status: int, message: str) -> dict[str, Any]:
     """As OpenAI and vLLM have it."""
     return {"error": {"message": message, "type": KINDS[status], "param": None, "code": status}}
+
+
+async def _deny(scope: Scope, receive: Receive, send: Send, status: int, why: str) -> None:
+    """Answer with an error; close a websocket, of which an unconnected client sees a 403."""
+    if scope["type"] == "websocket":
+        await receive()
+        closing = {"type": "websocket.close", "code": CLOSE_CODES[status], "reason": why[:100]}
+        return await send(closing)
+    await _answer(send, status, _error(status, why))
 
 
 async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:

@@ -13,12 +13,20 @@ from types import TracebackType
 from typing import IO
 
 from qerl_sync.clients.http import HTTPClient
-from qerl_sync.errors import PeerLostError, SyncError, TransportTimeout
-from qerl_sync.serving.command import ServerSpec, local_url, server_argv, server_environment
+from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportTimeout
+from qerl_sync.serving.command import (
+    LOOPBACK,
+    ServerSpec,
+    is_loopback,
+    local_url,
+    server_argv,
+    server_environment,
+)
 from qerl_sync.serving.guard import KILL_SECONDS, kill
 from qerl_sync.serving.log import complaint_in, last_line
 from qerl_sync.serving.ports import port_of, reserve_port
 from qerl_sync.serving.processes import any_listens, is_resource_tracker, members
+from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 GUARD = "qerl_sync.serving.guard"
 POLL_SECONDS = 0.25
@@ -81,10 +89,17 @@ class ServerProcess:
         """Start the server and wait until it answers.
 
         Raises:
-            ConfigError: the port is in use.
+            ConfigError: the port is in use, or other machines reach it and there is no token.
             PeerLostError: the server ended before it was ready; with its last words.
             TransportTimeout: it was not ready in time.
         """
+        if not is_loopback(self.spec.host) and not os.environ.get(TOKEN_VARIABLE):
+            raise ConfigError(
+                f"{self.spec.host} lets other machines reach the server, and without a token all "
+                f"of them may change its weights; set {TOKEN_VARIABLE} to the same secret for this "
+                'process and the trainer (`python -c "import secrets; '
+                f'print(secrets.token_hex(32))"` makes one), or listen on {LOOPBACK}'
+            )
         try:
             with contextlib.closing(reserve_port(self.spec.host, self.spec.port)) as reserved:
                 self._port = port_of(reserved)

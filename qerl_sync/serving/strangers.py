@@ -1,13 +1,19 @@
-"""Who may change or control an engine behind the gate: vLLM's own routes ask nobody who he is.
+"""Authentication at the gate: vLLM's own routes ask for none.
 
-    QERL_SYNC_TOKEN is set for the server: a request to one of the routes in GUARDED needs the
-    header x-qerl-sync-proof, which shows that its sender knows the token, for this route:
-    `wire.channel.proof(token, "http", "/pause")`. `HTTPClient` sends it. Others get 403: no
-    stranger pauses, resumes, opens the gate, or has the workers run anything.
+OPEN lists the requests that anybody may send: they generate, or read. Every other one changes or
+controls the engine, or may do so in a later vLLM, and is refused with 403 unless
 
-    It is not: a request with an `Origin` gets 403, which browsers send and programs do not, since
-    vLLM lets pages of all origins ask. Whoever else reaches the port may do everything; the first
-    trainer that asks is taken.
+    QERL_SYNC_TOKEN is set for the server, and the header x-qerl-sync-proof shows that the sender
+    knows the token, for this route: `wire.channel.proof(token, "http", "/pause")`. `HTTPClient`
+    sends it.
+
+    QERL_SYNC_TOKEN is not set, and the request comes from no web page: browsers send an `Origin`
+    or a `Sec-Fetch-Site`, programs do not, and vLLM lets pages of all origins ask. Any program
+    that reaches the port may do everything; the first trainer that asks is taken.
+
+The paths are compared character by character. Starlette's router takes some other paths for the
+same route (`/pause` and a line feed); those are refused, not resolved, so that no difference
+between its rules and ours opens a route.
 
 The token keeps out who does not know it, and no more:
 
@@ -16,56 +22,127 @@ The token keeps out who does not know it, and no more:
 - vLLM's own backends know no token: these routes alone are protected, and not what goes between
   trainer and workers. Workers of `qerl_nccl` and `qerl_ipc` ask for it too, in the calls that
   bring them a trainer or an update; the bytes are vLLM's.
-- Routes that generate, tell, or empty caches stay open, as TRL needs them. vLLM's --api-key is for
-  those below /v1.
+- vLLM's --api-key is for the routes below /v1 that generate.
 - A token that can be guessed is none: `python -c "import secrets; print(secrets.token_hex(32))"`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof, same_proof
 
-GUARDED = frozenset(
+# vLLM's routes that run the model, by POST or as websockets.
+GENERATING = frozenset(
     {
-        "/init_weight_transfer_engine",
-        "/shutdown_weight_transfer_engine",
-        "/start_weight_update",
-        "/start_draft_weight_update",
-        "/update_weights",
-        "/finish_weight_update",
-        "/update_weight_version",
-        "/weight_checker",
-        "/collective_rpc",
-        "/pause",
-        "/resume",
-        "/abort_requests",
-        "/sleep",
-        "/wake_up",
-        "/release_kv_cache_memory",
-        "/qerl_sync/refuse",
-        "/qerl_sync/admit",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/responses",
+        "/v1/messages",
+        "/cohere/v2/chat",
+        "/inference/v1/generate",
+        "/invocations",
+        "/generative_scoring",
+        "/v1/audio/transcriptions",
+        "/v1/audio/translations",
+        "/v1/realtime",
+        "/v1/embeddings",
+        "/v2/embed",
+        "/pooling",
+        "/classify",
+        "/score",
+        "/v1/score",
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+    }
+)
+# Those that compute without the model, and `cancel`, whose sender knows the request's secret id.
+PREPARING = frozenset(
+    {
+        "/tokenize",
+        "/detokenize",
+        "/v1/messages/count_tokens",
+        "/v1/completions/render",
+        "/v1/completions/derender",
+        "/v1/chat/completions/render",
+        "/v1/chat/completions/derender",
+        "/v1/messages/render",
+        "/v1/responses/render",
+        "/v1/responses/{}/cancel",
+        "/ping",
+        "/is_scaling_elastic_ep",
+    }
+)
+READING = frozenset(
+    {
+        "/health",
+        "/ping",
+        "/load",
+        "/version",
+        "/metrics",
+        "/metrics/",
+        "/v1/models",
+        "/v1/responses/{}",
+        "/tokenizer_info",
+        "/server_info",
+        "/get_world_size",
+        "/weight_info",
+        "/is_paused",
+        "/is_sleeping",
+        "/kv_event_sources",
+        "/fault_tolerance/status",
+        "/openapi.json",
+        "/docs",
+        "/docs/oauth2-redirect",
+        "/redoc",
+        "/static/{}",
+        "/qerl_sync/ready",
     }
 )
 
 
-def why_not(route: str, headers: Iterable[tuple[bytes, bytes]], token: str) -> str | None:
-    """Why a POST with these headers is refused; None: its sender may.
+def _any_of(paths: Iterable[str]) -> re.Pattern[str]:
+    """Match these paths; {} stands for a name or an id."""
+    named = (re.escape(path).replace(r"\{\}", r"[\w.-]+") for path in paths)
+    return re.compile("|".join(named), re.ASCII)
+
+
+OPEN = {
+    "POST": _any_of(GENERATING | PREPARING),
+    "GET": _any_of(READING),
+    "HEAD": _any_of(READING),
+    # What browsers ask before they POST; no route of vLLM answers it.
+    "OPTIONS": re.compile(".*"),
+}
+
+
+def is_open(method: str, route: str) -> bool:
+    """Return whether anybody may send this request."""
+    open_routes = OPEN.get(method)
+    return open_routes is not None and open_routes.fullmatch(route) is not None
+
+
+def why_not(
+    method: str, route: str, headers: Iterable[tuple[bytes, bytes]], token: str
+) -> str | None:
+    """Return why a request with these headers is refused; None if its sender may make it.
 
     Args:
         headers: with names in lower case, as ASGI has them.
         token: the server's own; empty: it has none.
     """
-    if route not in GUARDED:
+    if is_open(method, route):
         return None
     told = dict(headers)
     if token:
         return _why_unproven(route, told.get(PROOF_HEADER.encode(), b"").decode("latin-1"), token)
-    if b"origin" in told:
+    if b"origin" in told or b"sec-fetch-site" in told:
         return (
-            f"{route} is not for web pages, and this request comes from one: it has an Origin. "
-            "Send it from a program"
+            f"{route} is not for web pages, which may only generate and read, and this request "
+            "comes from one: it has an Origin or a Sec-Fetch-Site. Send it from a program"
         )
     return None
 
@@ -75,7 +152,7 @@ def _why_unproven(route: str, told: str, token: str) -> str | None:
         return None
     finding = "is that of another" if told else "is missing"
     return (
-        f"{route} is for those who know this server's {TOKEN_VARIABLE}, and the header "
-        f"{PROOF_HEADER} {finding}; set the same {TOKEN_VARIABLE} for trainer and server. "
-        "qerl-sync's clients then send the header"
+        f"{route} is for those who know this server's {TOKEN_VARIABLE}: without it only the routes "
+        f"that generate and read are open. The header {PROOF_HEADER} {finding}; set the same "
+        f"{TOKEN_VARIABLE} for trainer and server. qerl-sync's clients then send the header"
     )

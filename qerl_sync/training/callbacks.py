@@ -8,9 +8,26 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from qerl_sync.training.display import Steps
+
+
+def quieten(trainer: Any) -> None:
+    """Take away what a trainer prints, and the model card that it writes with each checkpoint.
+
+    Of a policy that was made here the card says "a fine-tuned version of None". One that is
+    uploaded (`push_to_hub`) keeps it.
+    """
+    trainer.remove_callback(PrinterCallback)
+    if not trainer.args.push_to_hub:
+        trainer.create_model_card = lambda *arguments, **options: None
 
 
 class ShowProgress(TrainerCallback):

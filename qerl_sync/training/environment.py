@@ -8,6 +8,7 @@ import warnings
 from importlib.util import find_spec
 
 from qerl_sync.errors import ConfigError
+from qerl_sync.serving.command import QUIET_TRITON
 
 PACKAGES = ("torch", "transformers", "datasets", "trl", "vllm", "matplotlib")
 
@@ -33,6 +34,8 @@ QUIET_VARIABLES = {
     "HF_HUB_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "GLOO_LOG_LEVEL": "ERROR",
+    # "Triton not available": true of every machine without a GPU, and of no consequence there.
+    "TORCH_LOGS": QUIET_TRITON,
 }
 
 

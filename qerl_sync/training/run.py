@@ -186,8 +186,9 @@ def _build(
     config: TrainConfig, parts: _Parts, path: str, url: str | None, directory: RunDirectory
 ) -> tuple[Any, WeightSyncCallback]:
     """TRL's trainer with its engine, or the server at `url`, and our callback bound to it."""
-    from transformers import PrinterCallback
     from trl import GRPOTrainer
+
+    from qerl_sync.training.callbacks import quieten
 
     def record(report: SyncReport) -> None:
         directory.append_sync(report.to_json())
@@ -213,7 +214,7 @@ def _build(
             f"TRL or vLLM refuses this run: {_reason(exc)}; look at the sections `trainer` and "
             "`rollout.engine`"
         ) from exc
-    trainer.remove_callback(PrinterCallback)
+    quieten(trainer)
     callback.bind(trainer)
     return trainer, callback
 

@@ -20,10 +20,9 @@ def warm_up(
     steps: Steps,
 ) -> None:
     """Train `model` in place on the columns `prompt` and `answer` of `rows`."""
-    from transformers import PrinterCallback
     from trl import SFTTrainer
 
-    from qerl_sync.training.callbacks import ShowProgress
+    from qerl_sync.training.callbacks import ShowProgress, quieten
 
     trainer = SFTTrainer(
         model=model,
@@ -32,7 +31,7 @@ def warm_up(
         processing_class=tokenizer,
         callbacks=[ShowProgress(steps, _note)],
     )
-    trainer.remove_callback(PrinterCallback)
+    quieten(trainer)
     trainer.train()
 
 

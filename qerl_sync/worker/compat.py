@@ -16,8 +16,9 @@ Coupling points, all in vLLM's `model_executor/model_loader/reload`:
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -138,6 +139,10 @@ class LayerState:
 
     loaded_numel: int
     total_numel: int | None
+
+    @property
+    def awaits_all(self) -> bool:
+        return self.total_numel is not None and self.loaded_numel <= 0
 
 
 def layer_state(layer: torch.nn.Module) -> LayerState:
@@ -548,9 +553,35 @@ def record_metadata(model: torch.nn.Module) -> None:
     _layerwise().record_metadata_for_reloading(model)
 
 
-def finish_reload(model: torch.nn.Module, vllm_config: Any) -> None:
-    """Process what is left: deferred attention layers, layers that got nothing."""
-    _layerwise().finalize_layerwise_reload(model, vllm_config.model_config)
+def finish_reload(
+    model: torch.nn.Module, vllm_config: Any, expected: Collection[str] | None = None
+) -> None:
+    """Process what is left: deferred attention layers, layers that got nothing.
+
+    vLLM warns "Failed to load weights" of each of the latter, by its class: also of those that no
+    checkpoint has (rotary caches, tied heads), and so after each sync.
+
+    Args:
+        expected: names of the layers that the stream was to fill; vLLM's warnings of others are
+            dropped. None: all are logged.
+    """
+    layerwise = _layerwise()
+    findings = {
+        f"{type(layer).__name__}: Failed to load weights"
+        for name, layer in model.named_modules()
+        if name in (expected or ()) and layer_state(layer).awaits_all
+    }
+
+    def is_finding(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return expected is None or not text.endswith(": Failed to load weights") or text in findings
+
+    logger = logging.getLogger(layerwise.__name__)
+    logger.addFilter(is_finding)
+    try:
+        layerwise.finalize_layerwise_reload(model, vllm_config.model_config)
+    finally:
+        logger.removeFilter(is_finding)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -102,6 +102,11 @@ class SyncMonitor:
                 f"{len(wrong)} parent layers were not filled as planned: {wrong[0]}. vLLM counted "
                 "otherwise than in the dry run; sync.verify: off goes on in spite of it"
             )
+
+    @property
+    def parent_layers(self) -> Collection[str]:
+        """Those that the stream is to fill."""
+        return {path for path, layer in self._layers.items() if layer.expected_numel}
 
     def trace(self) -> Trace:
         return self._ledger.trace()

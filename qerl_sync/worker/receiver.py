@@ -228,7 +228,7 @@ class Receiver:
                 self._monitor.require_filled()
             self._untouched = False
             with compat.loading_context(self._config):
-                compat.finish_reload(self.model, self._config)
+                compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
                 self._keep_tied()
                 refresh.after_reload(self.model)
                 self._views.restore()

@@ -97,9 +97,12 @@ parser.add_argument("--no-use-tqdm-on-load", action="store_true")
 parser.add_argument("--port", type=int)
 parser.parse_args()
 
-# An engine core and its worker, the latter out of reach of a signal to the group.
+# An engine core and its worker, the latter out of reach of a signal to the group. Whoever finds
+# the server ready finds both of them.
 child = "import subprocess, time; subprocess.Popen(['sleep', '600'], start_new_session=True); "
-subprocess.Popen([sys.executable, "-c", child + "time.sleep(600)"])
+child += "print('started', flush=True); time.sleep(600)"
+core = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE)
+core.stdout.readline()
 {before}
 
 class Handler(http.server.BaseHTTPRequestHandler):

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
+from qerl_sync.config.models import require_announced
 from qerl_sync.errors import ConfigError, NoRoomError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
@@ -97,6 +98,11 @@ class RemoteTransport(Transport):
                 f"trainer rank {rank} cannot ask the engine how many workers there are; give "
                 "num_workers"
             )
+        for announced in (
+            address,
+            *(endpoint.rpartition(":")[0].strip("[]") for endpoint in endpoints),
+        ):
+            require_announced(announced)
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         if len(self._endpoints) > 1 and not self._token:
             raise ConfigError(
