@@ -38,6 +38,9 @@ def test_each_command_has_help(command):
     [
         (ConfigError("sync.policy [x] is wrong"), 2, "error: sync.policy [x] is wrong"),
         (ZeroDivisionError("oh"), 1, "unexpected ZeroDivisionError: oh"),
+        (NotADirectoryError(20, "Not a directory", "a/b"), 2, "error: a/b: Not a directory"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ConnectionRefusedError(111, "refused"), 1, "unexpected ConnectionRefusedError"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
