@@ -20,7 +20,11 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "ray.md")
 SHARED_MEMORY = Path("/dev/shm")
+# Programs that import torch and vLLM several times; other tests may want the same cores.
+WAIT_SECONDS = 500.0
 SERVER_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "64")
+
+pytestmark = pytest.mark.timeout(2 * WAIT_SECONDS)
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -67,7 +71,7 @@ def run(model: Path, tmp_path: Path) -> Any:
             env=environment(**variables),
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=WAIT_SECONDS,
             check=False,
         )
         assert done.returncode == 0, done.stdout + done.stderr
@@ -111,7 +115,8 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
             stderr=file,
         )
     try:
-        for _ in range(2400):
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
             found = re.search(r"ready at (http://\S+)", output.read_text())
             if found or process.poll() is not None:
                 break

@@ -342,6 +342,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file. Raises FileError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise FileError(f"there is no file {path.absolute()}", path=str(path)) from exc
     except (OSError, ValueError) as exc:
         raise FileError(
             f"{path} is not readable as JSON ({exc}); is it truncated? Fetch or save it anew",
