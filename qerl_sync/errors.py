@@ -2,6 +2,7 @@
 
     SyncError
     ├── ConfigError         a YAML file, an option or an argument is wrong
+    │   └── FileError           a file or directory cannot be used
     ├── CompatError         the installed vLLM or TRL lacks something that a sync needs
     ├── LayerMapError       vLLM refused, ignored or lost a checkpoint tensor in the dry run
     ├── PlanError           no plan satisfies what was asked (policy, budget, doubled names)
@@ -38,7 +39,27 @@ class SyncError(Exception):
 
 
 class ConfigError(SyncError):
-    """A configuration file, an option or an argument cannot be right."""
+    """A configuration file, an option or an argument cannot be right.
+
+    Attributes:
+        violations: (place, message) of each, where a configuration was checked as a whole.
+    """
+
+    def __init__(self, text: str, *, violations: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(text)
+        self.violations = violations
+
+
+class FileError(ConfigError):
+    """A file or directory is missing, damaged, full, read-only, or of another kind.
+
+    Attributes:
+        path: the file or directory; None where nothing says which.
+    """
+
+    def __init__(self, text: str, *, path: str | None = None) -> None:
+        super().__init__(text)
+        self.path = path
 
 
 class CompatError(SyncError):
@@ -52,7 +73,24 @@ class CompatError(SyncError):
 
 
 class LayerMapError(SyncError):
-    """vLLM refused, ignored or lost a checkpoint tensor while the layer map was observed."""
+    """vLLM refused, ignored or lost a checkpoint tensor while the layer map was observed.
+
+    Attributes:
+        tensor: its checkpoint name.
+        expected, got: the shape that vLLM's model has for it, and its own, where vLLM refused it.
+            All are None where the error comes from another process.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        *,
+        tensor: str | None = None,
+        expected: tuple[int, ...] | None = None,
+        got: tuple[int, ...] | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.tensor, self.expected, self.got = tensor, expected, got
 
 
 class PlanError(SyncError):

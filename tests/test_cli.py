@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from qerl_sync import ConfigError, __version__
 from qerl_sync.cli.errors import errors_as_text, show_warnings
 from qerl_sync.cli.main import app
-from qerl_sync.errors import SyncError
+from qerl_sync.errors import FileError, SyncError
 from qerl_sync.training import trials
 
 runner = CliRunner()
@@ -38,6 +38,9 @@ def test_each_command_has_help(command):
     [
         (ConfigError("sync.policy [x] is wrong"), 2, "error: sync.policy [x] is wrong"),
         (ZeroDivisionError("oh"), 1, "unexpected ZeroDivisionError: oh"),
+        (NotADirectoryError(20, "Not a directory", "a/b"), 2, "error: a/b: Not a directory"),
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (ConnectionRefusedError(111, "refused"), 1, "unexpected ConnectionRefusedError"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
@@ -127,3 +130,15 @@ def test_seeds_that_are_none():
     result = runner.invoke(app, ["bench", "learning", "any.yaml", "--seeds", "a,b"])
     assert result.exit_code == 2
     assert "write 0,1,2" in result.output
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_shape_to_measure_with_that_is_none(tmp_path, content):
+    from qerl_sync.bench.transport import make_model
+
+    shape = tmp_path / "shape.json"
+    if content is not None:
+        shape.write_text(content)
+    with pytest.raises(FileError) as caught:
+        make_model(shape)
+    assert caught.value.path == str(shape)

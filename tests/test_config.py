@@ -185,6 +185,86 @@ CONTRADICTIONS = {
 }
 
 
+# What each of these makes of the options given with it: nothing, without a word.
+WITHOUT_EFFECT = {
+    "a spilling plan's": ["sync.spill_budget_bytes=1GiB", "sync.spill_directory=/tmp"],
+    "a tolerance of what is not measured": ["sync.verify_tolerance=0.1"],
+    "requests that do not wait": [
+        "sync.recompute_running=false",
+        *("rollout.mode=server", "sync.pause_mode=abort"),
+    ],
+    "waits within one process": [
+        *("sync.timeout_seconds=10", "sync.chunks_in_flight=3", "sync.pause_mode=wait"),
+        "rollout.start_timeout_seconds=10",
+    ],
+    "going back, in a pool": ["sync.on_failure=rollback", "rollout.mode=ray"],
+    "more of Ray's": ["rollout.max_restarts=0", "rollout.generate_timeout_seconds=9"],
+    "a cluster that runs": ["ray.num_cpus=3", "rollout.mode=ray", "ray.address=auto"],
+    "a data set on the hub": ["data.split=test", "data.subset=en", "data.prompt_column=question"],
+    "a single file": ["data.split=test", "data.task=null", "data.path=x.jsonl"],
+    "a task": ["data.size=7", "data.task=null", "data.path=x.jsonl"],
+    "TRL's, overridden": [
+        "trainer.vllm_gpu_memory_utilization=0.3",
+        "rollout.engine.gpu_memory_utilization=0.2",
+    ],
+}
+GIVE_OTHERS_NONE = (
+    "rollout.mode",
+    "sync.pause_mode=abort",
+    "ray.address",
+    "data.task",
+    "data.path",
+)
+
+
+@pytest.mark.parametrize("case", WITHOUT_EFFECT)
+def test_an_option_without_effect_is_an_error_that_lists_all_of_them(write, case):
+    overrides = WITHOUT_EFFECT[case]
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(SMALLEST), [*overrides, "sync.source_order=?"], check_foreign=False)
+    places = [place for place, _ in caught.value.violations]
+    refused = [
+        text.partition("=")[0] for text in overrides if not text.startswith(GIVE_OTHERS_NONE)
+    ]
+    refused = [place for place in refused if place != "rollout.engine.gpu_memory_utilization"]
+    assert sorted(places) == sorted([*refused, "sync.source_order"])
+
+
+@pytest.mark.parametrize(
+    ("options", "places"),
+    [
+        (
+            {"verify_tolerance": 0.1, "spill_directory": "/tmp"},
+            {"verify_tolerance", "spill_directory"},
+        ),
+        ({"transport": "inproc", "chunks_in_flight": 3}, {"chunks_in_flight"}),
+        ({"timeout_seconds": float("inf")}, {"timeout_seconds"}),
+        ({"timeout_seconds": float("nan")}, {"timeout_seconds"}),
+        ({"timeout_seconds": 1e300}, {"timeout_seconds"}),
+        ({"verify": "full", "verify_tolerance": float("inf")}, {"verify_tolerance"}),
+    ],
+)
+def test_a_section_from_keywords_is_held_to_the_same(options, places):
+    with pytest.raises(ConfigError) as caught:
+        SyncConfig.of(**options)
+    assert {place for place, _ in caught.value.violations} == places
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "sync.timeout_seconds=.inf",
+        "rollout.start_timeout_seconds=.inf",
+        "rollout.generate_timeout_seconds=.inf",
+        "ray.placement_seconds=.inf",
+    ],
+)
+def test_every_wait_ends(write, override):
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(SMALLEST), ["rollout.mode=ray", override], check_foreign=False)
+    assert [place for place, _ in caught.value.violations] == [override.partition("=")[0]]
+
+
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_what_does_not_go_together_is_listed_like_all_else(write, case):
     overrides, expected = CONTRADICTIONS[case]
@@ -204,7 +284,12 @@ def test_what_does_not_go_together_is_listed_like_all_else(write, case):
         ["rollout.mode=server", "rollout.server_port=8000", "rollout.engine.dtype=float32"],
         ["rollout.mode=ray", "rollout.async_engine=true", "sync.transport=auto"],
         ["rollout.mode=ray", "rollout.engine.tensor_parallel_size=1", "sync.transport=ray"],
-        ["sync.transport=inproc", "rollout.start_timeout_seconds=10"],
+        ["sync.transport=inproc", "rollout.start_timeout_seconds=600"],
+        ["sync.verify=full", "sync.verify_tolerance=0.1"],
+        ["sync.policy=spill", "sync.spill_budget_bytes=1GiB", "sync.spill_directory=/tmp"],
+        ["rollout.mode=server", "sync.recompute_running=false", "sync.timeout_seconds=1e6"],
+        ["data.task=null", "data.path=some/rows", "data.split=test"],
+        ["rollout.mode=ray", "ray.address=auto", "ray.object_store_bytes=512MiB"],
     ],
 )
 def test_what_goes_together(write, overrides):
@@ -337,6 +422,16 @@ class TestForeignSections:
         for place, words in expected.items():
             assert any(f"  {place} " in line and words in line for line in lines), (place, text)
 
+    @pytest.mark.parametrize("place", ["trainer.peft_config", "warmup.trainer.peft_config"])
+    def test_an_argument_of_the_trainer_is_told_from_a_misspelt_setting(self, write, place):
+        with pytest.raises(ConfigError) as caught:
+            load_config(write(SMALLEST), [f"{place}.r=8"])
+        ((found, message),) = caught.value.violations
+        assert found == place
+        assert "fsdp_config" not in message
+        assert "an argument of" in message
+        assert f"{place} (command line)" in str(caught.value)
+
     def test_a_models_own_configuration(self, write):
         tiny = ("model.path=null", "model.tiny.architecture=qwen3_moe")
         text = refusal(write(SMALLEST), *tiny, "model.tiny.config.hidden_siz=8", foreign=True)
@@ -347,4 +442,4 @@ class TestForeignSections:
     def test_a_missing_package_is_named(self, write, monkeypatch):
         monkeypatch.setattr("qerl_sync.config.foreign.find_spec", lambda name: None)
         text = refusal(write(SMALLEST), "trainer.max_steps=1", foreign=True)
-        assert "trainer: trl is not installed; `./scripts/setup`" in text
+        assert "trainer (command line): trl is not installed; `./scripts/setup`" in text

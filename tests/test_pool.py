@@ -28,6 +28,7 @@ from qerl_sync.bench.echo import EchoLoader, hello
 from qerl_sync.errors import EngineTakenError
 from qerl_sync.plan.probe_prompt import Probe
 from qerl_sync.transports.remote.pool import PoolTransport
+from qerl_sync.wire import segments
 from qerl_sync.worker import deliveries
 from qerl_sync.worker.connection import TrainerConnection
 
@@ -128,8 +129,6 @@ def test_each_chunk_is_put_into_the_store_once_for_all_engines():
 
 
 def test_the_store_is_tried_where_shared_memory_fails_on_the_same_host(monkeypatch):
-    from qerl_sync.wire import segments
-
     def missing(self: Any, name: str, nbytes: int) -> None:
         raise TransportError(f"there is no segment {name} here")
 
@@ -139,6 +138,29 @@ def test_the_store_is_tried_where_shared_memory_fails_on_the_same_host(monkeypat
         report = session.push()
     assert report.transport.startswith("ray: shared memory does not work: worker 0")
     assert store.puts
+
+
+def named_segments() -> set[str]:
+    return {path.name for path in segments.DIRECTORY.glob(f"{segments.PREFIX}{os.getpid()}-*")}
+
+
+def test_between_two_syncs_no_memory_has_a_name_that_a_killed_trainer_would_leave():
+    before = named_segments()
+    pool = pool_of(Engine())
+    with session_of(pool, verify="checksum") as session:
+        session.push()
+        assert pool.kind.startswith("shm")
+        assert named_segments() == before
+        pool.add("late", Engine())  # cannot attach what has no name
+        for _ in range(2):
+            report = session.push()
+            assert (len(report.workers), report.lost) == (2, {})
+            assert named_segments() == before
+        pool._members["late"].transport.peers[0].close()
+        session.push()
+        assert named_segments() == before
+        report = session.push()
+        assert (len(report.workers), report.lost) == (2, {})
 
 
 def test_an_engine_that_raises_what_nobody_expects_is_left_behind_alone():

@@ -116,6 +116,28 @@ def test_refuses(subject, case):
     assert one.generates_as(OLD)
 
 
+MISSHAPEN = {
+    "a shard of a merged layer": (GATE, (128, 64), (128, 32)),
+    "a shard of the attention": ("model.layers.0.self_attn.k_proj.weight", (64, 64), (32, 64)),
+    "a row parallel layer": ("model.layers.0.mlp.down_proj.weight", (64, 128), (64, 96)),
+    "a norm": ("model.norm.weight", (64,), (32,)),
+    "resized embeddings": ("model.embed_tokens.weight", (256, 64), (264, 64)),
+}
+
+
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_a_shape_that_vllm_refuses_is_told_with_the_one_that_it_awaits(subject, case):
+    name, expected, got = MISSHAPEN[case]
+    one = subject("dense")
+    with pytest.raises(LayerMapError) as raised:
+        observe(one, _with(name, shape=got)(metas_of(one)))
+    error = raised.value
+    assert (error.tensor, error.expected, error.got) == (name, expected, got)
+    for told in (name, str(list(expected)), str(list(got))):
+        assert told in str(error)
+    assert one.wrong_weights(OLD) == []
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_floats_are_cast_by_vllm_and_allowed(subject, dtype):
     one = subject("dense")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
+import runpy
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -242,25 +242,27 @@ def logprob_gap(rollouts: Any, model: Any) -> float:
 
 
 def test_the_example_of_the_page_runs(rollouts: Rollouts):
-    """The second block of docs/ray.md, with a pool that is there already."""
+    """The trainer of docs/ray.md, with a pool that is there already."""
     import ray
 
-    page = (ROOT / "docs" / "ray.md").read_text()
-    block = re.findall(r"```python\n(.*?)```", page, re.S)[1]
-    names = {"__name__": "__main__", "MODEL": str(rollouts.paths[1]), "pool": rollouts.pool}
-    exec(block, names)
+    example = runpy.run_path(
+        str(ROOT / "examples" / "ray_actors.py"), run_name="__main__ of a user"
+    )
+    trainer = example["Trainer"].remote(str(rollouts.paths[1]), rollouts.pool)
     try:
-        assert len(names["report"].workers) == 2
-        assert {one.version for one in names["rollouts"]} == {names["report"].version + 1}
+        report = ray.get(trainer.sync_weights.remote())
+        assert len(report.workers) == 2
         assert rollouts.fingerprints() == [rollouts.started_with[1]] * 2
-        older = names["report"].version
         with pytest.raises(ConfigError, match="versions only move forwards"):
-            ray.get(names["trainer"].sync_weights.remote(older))
-        later = ray.get(names["trainer"].sync_weights.remote(older + 10))
-        assert later.version == older + 10
-        ray.get(names["trainer"].end_sync.remote())
+            ray.get(trainer.sync_weights.remote(report.version))
+        later = ray.get(trainer.sync_weights.remote(report.version + 10))
+        assert later.version == report.version + 10
+        found = ray.get(trainer.step.remote([[1, 2, 3], [1, 2, 4]]))
+        assert {one.version for one in found} == {later.version + 1}
+        assert rollouts.fingerprints() != [rollouts.started_with[1]] * 2
+        ray.get(trainer.end_sync.remote())
     finally:
-        ray.kill(names["trainer"])
+        ray.kill(trainer)
 
 
 def test_a_trainer_that_dies_leaves_nobody_on_half_of_the_weights(rollouts: Rollouts, push: Any):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
+import shutil
 import signal
 from functools import cache
 from pathlib import Path
@@ -17,7 +19,8 @@ from rich.console import Console
 
 from qerl_sync.buffers.trace import Trace, TraceStep
 from qerl_sync.config import DataConfig, TinyModelConfig, TrainConfig
-from qerl_sync.errors import ConfigError
+from qerl_sync.config.files import file_error, file_errors_explained
+from qerl_sync.errors import ConfigError, FileError
 from qerl_sync.report.plots import moving_mean, plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize
 from qerl_sync.report.tables import summary_table, trials_table
@@ -87,12 +90,30 @@ def test_answers_are_missed_only_where_they_are_needed(rows_file):
     assert "answer" not in train.column_names
 
 
-def test_a_data_file_that_is_not_there_or_no_data(tmp_path):
-    with pytest.raises(ConfigError, match=r"no file .*rows\.jsonl"):
-        load_data(DataConfig(path=str(tmp_path / "rows.jsonl")), seed=0, needs_answers=False)
-    (tmp_path / "broken.jsonl").write_text("{]")
-    with pytest.raises(ConfigError, match=r"broken\.jsonl' cannot be read"):
-        load_data(DataConfig(path=str(tmp_path / "broken.jsonl")), seed=0, needs_answers=False)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("missing.jsonl", None),
+        ("missing/rows", None),
+        ("empty.jsonl", ""),
+        ("broken.jsonl", "{]"),
+        ("cut_off.jsonl", '{"prompt": "a"}\n{"prompt": '),
+        ("null.jsonl", '{"prompt": "a"}\n{"prompt": null}\n'),
+        ("number.jsonl", '{"prompt": 1}\n'),
+        ("binary.parquet", "PAR1, or not"),
+        ("no_rows.csv", "prompt,answer\n"),
+    ],
+)
+def test_data_that_is_not_there_empty_or_broken(tmp_path, name, content, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=r"^data\.(path|prompt_column): ") as caught:
+        load_data(DataConfig(path=name), seed=0, needs_answers=False)
+    if content is None:
+        assert str(tmp_path / name) in str(caught.value)
+    if isinstance(caught.value, FileError):
+        assert caught.value.path == name
 
 
 # --------------------------------------------------------------------------------------- rewards
@@ -176,16 +197,35 @@ def test_tiny_models_follow_the_seed_and_the_configuration():
         make(0, num_attention_heads=0)
 
 
-def test_model_directories_that_are_none(tmp_path):
-    from qerl_sync.training.models import load_tokenizer
+def test_model_directories_that_are_none(tmp_path, monkeypatch):
+    from qerl_sync.training.models import load_model, load_tokenizer
 
-    with pytest.raises(ConfigError, match="no directory"):
-        load_tokenizer(str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"no config\.json"):
-        load_tokenizer(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for path, words in {
+        str(tmp_path / "nowhere"): str(tmp_path / "nowhere"),
+        "runs/7/nowhere": str(tmp_path / "runs" / "7" / "nowhere"),  # too deep for a hub id
+        "adapter/nowhere": str(tmp_path / "adapter" / "nowhere"),
+        "some/model": str(tmp_path / "some" / "model"),  # might be one
+        str(tmp_path): "no config.json",
+        "adapter": "PEFT adapter",
+    }.items():
+        with pytest.raises(FileError) as caught:
+            load_tokenizer(path)
+        assert caught.value.path is not None
+        assert words in str(caught.value)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    with pytest.raises(ConfigError, match=r"no tokenizer .*save_pretrained"):
+    with pytest.raises(FileError, match=r"no tokenizer .*save_pretrained"):
         load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{")
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(FileError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert caught.value.path == str(tmp_path / "model.safetensors")
+    with pytest.raises(FileError):  # safetensors raises an error of its own
+        load_model(str(tmp_path), "float32")
 
 
 def test_trl_refuses_in_our_words():
@@ -253,10 +293,62 @@ def test_resuming_takes_the_last_whole_checkpoint_and_drops_what_is_done_again(d
     assert [report["step"] for report in directory.read_syncs()] == list(range(10))
 
 
-def test_resuming_before_the_first_checkpoint_starts_over(directory):
+def test_resuming_before_the_first_checkpoint_is_refused(directory):
     directory.append_sync({"step": 0})
-    assert directory.resume(run_config()) is None
-    assert directory.read_syncs() == []
+    with pytest.raises(ConfigError, match="no checkpoint yet"):
+        directory.resume(run_config())
+    assert directory.read_syncs() == [{"step": 0}]
+
+
+DAMAGED = {
+    "optimizer.pt": b"PK\x03\x04 and then it was cut off",
+    "scheduler.pt": b"",
+    "model.safetensors": b"\xff" * 100,
+    "config.json": b"{",
+    "trainer_state.json": b'{"global_step"',
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_checkpoint_is_named_before_anything_is_started(directory, name):
+    checkpoint(directory, 2)
+    last = checkpoint(directory, 4)
+    (last / name).write_bytes(DAMAGED[name])
+    with pytest.raises(FileError) as caught:
+        directory.resume(run_config())
+    assert caught.value.path == str(last / name)
+    shutil.rmtree(last)  # as the message says
+    assert directory.resume(run_config()).name == "checkpoint-2"
+
+
+def test_a_run_without_room_or_without_a_directory_is_a_file_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").symlink_to("/dev/full")
+    wrong = {
+        "file": tmp_path / "file",
+        "in a file": tmp_path / "file" / "run",
+        "not allowed": Path("/sys/run"),
+        "full": tmp_path / "full",
+    }
+    for case, path in wrong.items():
+        with pytest.raises(FileError) as caught, file_errors_explained(path):
+            RunDirectory(path).start(run_config())
+        assert caught.value.path == str(path), case
+        assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_what_rust_and_torch_say_of_a_full_disk_is_understood_and_a_socket_is_no_file(tmp_path):
+    full = Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    for error in (full, RuntimeError("PytorchStreamWriter failed writing file data/0")):
+        found = file_error(error, tmp_path)
+        assert found is not None
+        assert found.path == str(tmp_path)
+        wrapped = RuntimeError("while saving")
+        wrapped.__cause__ = error
+        assert file_error(wrapped, tmp_path) is not None
+    for error in (PermissionError(errno.EACCES, "bind"), ConnectionRefusedError(111, "refused")):
+        assert file_error(error) is None
 
 
 def test_resuming_what_is_not_there_or_something_else(directory, tmp_path):

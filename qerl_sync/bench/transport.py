@@ -21,6 +21,7 @@ from qerl_sync.bench.echo import EchoWorker, checksum
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import SyncError
+from qerl_sync.plan.checkpoint import read_json
 from qerl_sync.plan.staging import offsets
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource
@@ -162,6 +163,7 @@ def make_model(config: Path) -> torch.nn.Module:
     """A model of this shape with random weights in bfloat16, the same each time."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    read_json(Path(config))  # transformers would look for a missing or broken one on the hub
     shape = AutoConfig.from_pretrained(config)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)

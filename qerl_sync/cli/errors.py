@@ -25,14 +25,15 @@ def errors_as_text(*, debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         console.print("[yellow]interrupted[/]")
         raise typer.Exit(INTERRUPTED) from None
-    except SyncError as exc:
-        if debug:
-            raise
-        console.print(f"[bold red]error:[/] {escape(str(exc))}", soft_wrap=True)
-        raise typer.Exit(REFUSED) from exc
     except Exception as exc:
         if debug or isinstance(exc, typer.Exit):
             raise
+        from qerl_sync.config.files import file_error  # not for --help, which is to be quick
+
+        refusal = exc if isinstance(exc, SyncError) else file_error(exc)
+        if refusal is not None:
+            console.print(f"[bold red]error:[/] {escape(str(refusal))}", soft_wrap=True)
+            raise typer.Exit(REFUSED) from exc
         console.print(
             f"[bold red]unexpected {type(exc).__name__}:[/] {escape(str(exc))}", soft_wrap=True
         )

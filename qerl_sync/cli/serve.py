@@ -49,7 +49,7 @@ def serve(
     ] = 8000,
     backend: Annotated[str, typer.Option(help="vLLM's weight transfer backend.")] = "qerl",
     start_timeout: Annotated[
-        float, typer.Option(min=1, help="Seconds that vLLM may take until it answers.")
+        float, typer.Option(min=1, max=1e6, help="Seconds that vLLM may take until it answers.")
     ] = 1800,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:

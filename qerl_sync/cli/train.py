@@ -19,10 +19,12 @@ def train(
         typer.Argument(help="Changes to it: sync.policy=reorder trainer.max_steps=20"),
     ] = None,
     output_dir: Annotated[
-        str | None, typer.Option(help="Where checkpoints, reports and plots go.")
+        str | None,
+        typer.Option(help="Where checkpoints, reports and plots go; in place of output_dir."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in it.")
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint in the output directory."),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seeds everything.")] = None,
     verbose: Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from qerl_sync.config.effects import without_effect
 from qerl_sync.config.violations import Violation
 from qerl_sync.config.yaml_tree import value_at
 
@@ -16,6 +17,19 @@ COLOCATED_ARGUMENTS = {
     "vllm_model_impl": "set `rollout.engine.model_impl`",
     "vllm_enable_sleep_mode": "leave it out: a server does not sleep",
 }
+# Options with their defaults, as they are written, that others may leave without effect.
+RAY_OPTIONS = {
+    "workers": 2,
+    "max_restarts": -1,
+    "max_staleness": 0,
+    "async_engine": False,
+    "generate_timeout_seconds": 1800.0,
+}
+CLUSTER_OPTIONS = {"num_cpus": None, "object_store_bytes": "512MiB"}
+# What `datasets` reads as one file.
+FILES = (".jsonl", ".json", ".parquet", ".csv")
+HUB_OPTIONS = {"split": "train", "subset": None}
+FILE_OPTIONS = {"prompt_column": "prompt", "answer_column": "answer"}
 # Engine arguments on which TRL relies while the engine shares its process.
 TRLS_IN_PROCESS = {
     "tensor_parallel_size": "the trainer is one process, and so must the engine be; set "
@@ -28,11 +42,49 @@ def contradictions(tree: Mapping[str, Any]) -> list[Violation]:
     """What in a configuration, as it was written, does not go together."""
     mode = value_at(tree, "rollout.mode") or "colocate"
     return [
+        *_of_sync(tree, mode),
+        *_of_data(tree),
         *_of_transport(tree, mode),
         *_of_server(tree, mode),
         *_of_engine(tree, mode),
         *_of_ray(tree, mode),
     ]
+
+
+def _of_sync(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
+    sync = value_at(tree, "sync")
+    if isinstance(sync, Mapping):
+        for found in without_effect(sync, in_process=mode == "colocate"):
+            yield Violation(f"sync.{found.place}", found.message)
+    if mode == "ray" and value_at(tree, "sync.on_failure") == "rollback":
+        yield Violation(
+            "sync.on_failure",
+            "'rollback' is not for `rollout.mode: ray`: the engines commit without those that "
+            "fail, which therefore cannot go back to the old version; choose poison",
+        )
+
+
+def _of_data(tree: Mapping[str, Any]) -> Iterator[Violation]:
+    path, task = value_at(tree, "data.path"), value_at(tree, "data.task")
+    if path is None and task is not None:
+        for name in _changed(tree, "data", HUB_OPTIONS | FILE_OPTIONS):
+            yield Violation(f"data.{name}", "is for `data.path`, and a `task` is made in memory")
+    if path is not None and task is None:
+        if value_at(tree, "data.size") not in (None, 4096):
+            yield Violation(
+                "data.size", "is for a `task`, and `data.path` has the rows that it has"
+            )
+        if isinstance(path, str) and path.endswith(FILES):
+            for name in _changed(tree, "data", HUB_OPTIONS):
+                yield Violation(f"data.{name}", "has no effect: a single file is read as a whole")
+
+
+def _changed(tree: Mapping[str, Any], section: str, defaults: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the options that are given and differ from their defaults."""
+    for name, default in defaults.items():
+        value = value_at(tree, f"{section}.{name}")
+        if value is not None and value != default:
+            yield name
 
 
 def _of_transport(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
@@ -94,9 +146,22 @@ def _of_server(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
 
 
 def _of_engine(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
+    if mode in ("colocate", "subprocess"):
+        for name in _changed(tree, "rollout", {"start_timeout_seconds": 600.0}):
+            yield Violation(
+                f"rollout.{name}",
+                f"has no effect with `rollout.mode: {mode}`: vLLM itself decides how long its "
+                "engine may take to start; leave it out",
+            )
     engine = value_at(tree, "rollout.engine")
     if not isinstance(engine, Mapping):
         return
+    for name, instead in COLOCATED_ARGUMENTS.items():
+        ours = instead.partition("rollout.engine.")[2].rstrip("`")
+        if ours in engine and value_at(tree, f"trainer.{name}") is not None:
+            yield Violation(
+                f"trainer.{name}", f"`rollout.engine.{ours}` overrides it; leave one of them out"
+            )
     if mode == "colocate":
         for name in TRLS_IN_PROCESS.keys() & engine.keys():
             yield Violation(f"rollout.engine.{name}", TRLS_IN_PROCESS[name])
@@ -108,13 +173,16 @@ def _of_engine(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
 
 def _of_ray(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
     if mode == "ray":
+        if value_at(tree, "ray.address") is not None:
+            for name in _changed(tree, "ray", CLUSTER_OPTIONS):
+                yield Violation(
+                    f"ray.{name}",
+                    "is for a cluster that this run starts, and `ray.address` names one that runs; "
+                    "leave one of them out",
+                )
         return
-    names = (
-        *("workers", "max_restarts", "max_staleness", "async_engine"),
-        "generate_timeout_seconds",
-    )
-    for path in ("ray", *(f"rollout.{name}" for name in names)):
-        if value_at(tree, path):
-            yield Violation(
-                path, f"is for `rollout.mode: ray`, and the mode is {mode}; leave it out"
-            )
+    unfit = [f"rollout.{name}" for name in _changed(tree, "rollout", RAY_OPTIONS)]
+    if value_at(tree, "ray"):
+        unfit.append("ray")
+    for path in unfit:
+        yield Violation(path, f"is for `rollout.mode: ray`, and the mode is {mode}; leave it out")

@@ -7,8 +7,10 @@ or, in a transformers configuration, never.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -38,6 +40,8 @@ class Foreign:
         hints: reads the known keys of the package, which it imports.
         owned: keys that this program sets itself, with the reason and the way to set them.
         complete: the hints name every key that has an effect.
+        trainer: the class of `package` that is made with these arguments, and takes others beside
+            them, which no configuration can hold.
     """
 
     place: str
@@ -46,6 +50,7 @@ class Foreign:
     hints: Callable[[Mapping[str, Any]], Hints | None]
     owned: Mapping[str, str]
     complete: bool = True
+    trainer: str | None = None
 
 
 def _hints_of_grpo(tree: Mapping[str, Any]) -> Hints:
@@ -96,6 +101,7 @@ SECTIONS = (
             "output_dir": OUR_DIRECTORY,
             "seed": OUR_SEED,
         },
+        trainer="GRPOTrainer",
     ),
     Foreign(
         "warmup.trainer",
@@ -103,6 +109,7 @@ SECTIONS = (
         "TRL's SFTConfig",
         _hints_of_sft,
         {"output_dir": OUR_DIRECTORY, "seed": OUR_SEED},
+        trainer="SFTTrainer",
     ),
     Foreign(
         "rollout.engine",
@@ -164,6 +171,15 @@ def _problem(section: Foreign, key: str, value: Any, known: Hints | None) -> str
         return None
     if key in known:
         return _wrong_type(value, known[key])
+    if section.trainer is not None:
+        # A name like it is no hint here: the key is right, and the place is wrong.
+        trainer = getattr(import_module(section.package), section.trainer)
+        if key in inspect.signature(trainer).parameters:
+            return (
+                f"is no setting of {section.owner} but an argument of {section.trainer}, which "
+                "this program makes itself, without that; write a script of your own with "
+                "WeightSyncCallback (examples/trl_colocate.py)"
+            )
     if section.complete or get_close_matches(key, known):
         return f"{section.owner} has no such key; {nearest(key, known.keys() - section.owned)}"
     return None

@@ -34,7 +34,8 @@ def load_config(
     if check_foreign:
         violations += foreign_violations(tree)
     if violations or config is None:
-        raise config_error(str(path), violations, origins)
+        # What a section itself finds is found in the tree too: there also beside wrong values.
+        raise config_error(str(path), list(dict.fromkeys(violations)), origins)
     return config
 
 

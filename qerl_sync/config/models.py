@@ -20,7 +20,8 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from qerl_sync.config.violations import config_error, schema_violations
+from qerl_sync.config.effects import without_effect
+from qerl_sync.config.violations import Contradictions, config_error, schema_violations
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import parse_bytes
 from qerl_sync.plan.orders import parse_order
@@ -93,6 +94,10 @@ def _absolute(value: str | None) -> str | None:
 
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
+
+
+# Every wait ends. What select and poll can wait for is bounded too; eleven days are within it.
+Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
@@ -173,8 +178,9 @@ class SyncConfig(Section):
     """How many chunks may be on their way or being loaded at once. Two overlap gathering and
     sending with loading. Each costs as much memory as its largest chunk."""
 
-    timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """How long either side waits for the other, for each message and each call."""
+    timeout_seconds: Seconds = 300.0
+    """How long either side waits for the other, for each message and each call. At most a million
+    seconds: every wait ends."""
 
     trainer_address: Annotated[str, AfterValidator(_announced)] = "127.0.0.1"
     """The address, IPv4 or IPv6, or the name under which workers reach the trainer. Set it where
@@ -233,7 +239,7 @@ class SyncConfig(Section):
     runs again, and is poisoned if it differs or cannot be asked, so that it may have answered
     others for the moment that this takes."""
 
-    verify_tolerance: Annotated[float | None, Field(gt=0)] = None
+    verify_tolerance: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     """With `verify: full`: by how much a log-probability may differ. Null: what rounding explains
     in the dtype that the engine computes in: 1e-4 in float32, 0.03 in float16, 0.15 in bfloat16. A
     quantised engine needs a number."""
@@ -262,6 +268,13 @@ class SyncConfig(Section):
     allow_incomplete: tuple[str, ...] = ()
     """Parent layers (`fnmatch` patterns) that may be loaded without receiving all their
     elements, because the checkpoint does not have them."""
+
+    @model_validator(mode="after")
+    def _all_have_an_effect(self) -> Self:
+        violations = without_effect(self.model_dump())
+        if violations:
+            raise Contradictions(violations)
+        return self
 
 
 class TinyModelConfig(Section):
@@ -314,7 +327,7 @@ class DataConfig(Section):
     """Number of prompts of a `task`."""
 
     split: str = "train"
-    """The split of the data set at `path`."""
+    """The split of the data set at `path`, if that is no single file."""
 
     subset: str | None = None
     """The configuration name of a hub data set that has several."""
@@ -363,11 +376,11 @@ class RolloutConfig(Section):
     server_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """The port of the server that the run starts. Null: a free one."""
 
-    start_timeout_seconds: Annotated[float, Field(gt=0)] = 600.0
+    start_timeout_seconds: Seconds = 600.0
     """With `mode: server` or `ray`, how long the run waits until the engines answer. With `ray`
     also how long it waits for a worker that is restarted, where no other is left."""
 
-    generate_timeout_seconds: Annotated[float, Field(gt=0)] = 1800.0
+    generate_timeout_seconds: Seconds = 1800.0
     """With `mode: ray`, how long a rollout actor may take for its share of the completions. One
     that takes longer is taken for lost: the others generate its share, and it gets a full sync when
     it answers again."""
@@ -409,7 +422,7 @@ class RayConfig(Section):
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
     """How the actors are spread over nodes, in Ray's words."""
 
-    placement_seconds: Annotated[float, Field(gt=0)] = 60.0
+    placement_seconds: Seconds = 60.0
     """How long to wait until the cluster has room for all actors."""
 
     trainer: dict[str, Any] = {}

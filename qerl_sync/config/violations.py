@@ -36,7 +36,8 @@ def config_error(
         origin = _origin(violation.place, origins or {})
         where = f"{violation.place} ({origin})" if origin else violation.place
         lines.append(f"  {where}: {violation.message}")
-    return ConfigError("\n".join(lines))
+    found = tuple((violation.place, violation.message) for violation in violations)
+    return ConfigError("\n".join(lines), violations=found)
 
 
 def _origin(place: str, origins: Mapping[str, str]) -> str:
@@ -57,9 +58,27 @@ def nearest(word: str, valid: Iterable[str]) -> str:
     return "nothing valid is spelled like it"
 
 
+class Contradictions(ValueError):
+    """Options of one section that contradict each other, for a validator of it to raise."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        super().__init__("; ".join(f"{one.place}: {one.message}" for one in violations))
+        self.violations = violations
+
+
 def schema_violations(error: ValidationError, model: type[BaseModel]) -> list[Violation]:
     """Pydantic's findings in our words."""
-    return [Violation(_dotted(found["loc"]), _in_words(found, model)) for found in error.errors()]
+    violations = []
+    for found in error.errors():
+        cause = found.get("ctx", {}).get("error")
+        if isinstance(cause, Contradictions):
+            violations += [
+                Violation(_dotted((*found["loc"], one.place)), one.message)
+                for one in cause.violations
+            ]
+        else:
+            violations.append(Violation(_dotted(found["loc"]), _in_words(found, model)))
+    return violations
 
 
 def _dotted(loc: Sequence[int | str]) -> str:

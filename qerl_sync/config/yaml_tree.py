@@ -106,9 +106,10 @@ def _apply(tree: Tree, override: str, origins: dict[str, str]) -> Violation | No
     except (yaml.YAMLError, ValueError):
         return Violation(path, f"the value {text!r} is no valid YAML")
     at = tree
-    for name in sections:
+    for depth, name in enumerate(sections, 1):
         if at.get(name) is None:
             at[name] = {}
+            origins[".".join(sections[:depth])] = COMMAND_LINE
         at = at[name]
         if not isinstance(at, dict):
             return Violation(path, f"{name!r} is {at!r}, not a section, so it has no {key!r}")

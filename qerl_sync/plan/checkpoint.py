@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import ConfigError, FileError
 from qerl_sync.meta import DTYPE_BITS, ParamMeta
 
 INDEX = "model.safetensors.index.json"
@@ -235,16 +235,53 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise ConfigError(
             f"{str(path)!r} is neither a .json nor a .safetensors file; other formats are not read"
         )
-    content = _read_json(path)
+    content = read_json(path)
     if "weight_map" in content or path.name.endswith(".index.json"):
         return _read_index(path, path, content)
     return Checkpoint(path, content, shards=[], metas=None, names_by_offset=None)
 
 
+def require_model_directory(path: Path) -> None:
+    """Check that a model can be loaded from this directory, as far as headers show.
+
+    Raises:
+        FileError: it holds something else, or a file in it is damaged.
+    """
+    _refuse_adapter(path)
+    if not (path / "config.json").is_file():
+        raise FileError(
+            f"{path.absolute()} has no config.json, so it holds no model; name a directory that "
+            "save_pretrained has written",
+            path=str(path),
+        )
+    require_whole_files(path)
+
+
+def require_whole_files(path: Path) -> None:
+    """Check the configuration and the headers of the weights in a directory, as far as they are
+    there. Raises FileError for one that is damaged."""
+    for file in (path / "config.json", path / INDEX):
+        if file.is_file():
+            read_json(file)
+    for file in path.glob("*.safetensors"):
+        _read_header(file)
+
+
+def _refuse_adapter(path: Path) -> None:
+    if (path / "adapter_config.json").is_file() and not (path / "config.json").is_file():
+        raise FileError(
+            f"{path.absolute()} is a PEFT adapter, not a model; merge it into its base model "
+            "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)"
+            ") and name that directory",
+            path=str(path),
+        )
+
+
 def _read_directory(path: Path) -> Checkpoint:
+    _refuse_adapter(path)
     index = path / INDEX
     if index.is_file():
-        return _read_index(path, index, _read_json(index))
+        return _read_index(path, index, read_json(index))
     # Mistral's own format lies beside the Hugging Face one and has names of its own.
     files = [f for f in path.glob("*.safetensors") if not f.name.startswith("consolidated")]
     config = _config_beside(index)
@@ -305,16 +342,25 @@ def _in_reading_order(files: Iterable[Path]) -> list[Path]:
 
 def _config_beside(file: Path) -> dict[str, Any] | None:
     config = file.parent / "config.json"
-    return _read_json(config) if config.is_file() else None
+    return read_json(config) if config.is_file() else None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file. Raises FileError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise FileError(f"there is no file {path.absolute()}", path=str(path)) from exc
     except (OSError, ValueError) as exc:
-        raise ConfigError(f"{path} is not readable as JSON ({exc}); is it truncated?") from exc
+        raise FileError(
+            f"{path} is not readable as JSON ({exc}); is it truncated? Fetch or save it anew",
+            path=str(path),
+        ) from exc
     if not isinstance(content, dict):
-        raise ConfigError(f"{path} holds a JSON {type(content).__name__}, not an object")
+        raise FileError(
+            f"{path} holds a JSON {type(content).__name__}, not an object; fetch or save it anew",
+            path=str(path),
+        )
     return content
 
 
@@ -358,11 +404,15 @@ def _read_header(file: Path) -> list[ParamMeta]:
             header_bytes = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             raw = f.read(min(header_bytes, MAX_HEADER_BYTES))
     except OSError as exc:
-        raise ConfigError(f"{file} cannot be read: {exc}") from exc
+        raise FileError(f"{file} cannot be read: {exc}", path=str(file)) from exc
     if start == b"version ":
-        raise ConfigError(f"{file} is a git-lfs pointer; fetch the file itself")
+        raise FileError(f"{file} is a git-lfs pointer; fetch the file itself", path=str(file))
     if not 2 <= header_bytes == len(raw):
-        raise ConfigError(f"{file} has no safetensors header; it is truncated or of another kind")
+        raise FileError(
+            f"{file} has no safetensors header; it is truncated or of another kind: fetch or save "
+            "it anew",
+            path=str(file),
+        )
     try:
         header = json.loads(raw)
         header.pop("__metadata__", None)
@@ -370,11 +420,15 @@ def _read_header(file: Path) -> list[ParamMeta]:
         metas = [_meta(file, name, entry) for name, entry in entries]
         data_bytes = max((entry["data_offsets"][1] for _, entry in entries), default=0)
     except (AttributeError, KeyError, TypeError, ValueError, IndexError) as exc:
-        raise ConfigError(f"{file}: the safetensors header is malformed ({exc!r})") from exc
+        raise FileError(
+            f"{file}: the safetensors header is malformed ({exc!r}); fetch or save it anew",
+            path=str(file),
+        ) from exc
     if size != 8 + header_bytes + data_bytes:
-        raise ConfigError(
+        raise FileError(
             f"{file} has {size:,} bytes, its header promises {8 + header_bytes + data_bytes:,}; "
-            "it is truncated or still being written"
+            "it is truncated or still being written: fetch or save it anew",
+            path=str(file),
         )
     return metas
 

@@ -73,7 +73,7 @@ def _matplotlib() -> Any:
         import matplotlib
     except ImportError as exc:
         raise ConfigError(
-            "matplotlib is not installed, so no picture can be drawn; pip install 'qerl-sync[plot]'"
+            "matplotlib is not installed, so no picture can be drawn; pip install matplotlib"
         ) from exc
     return matplotlib
 

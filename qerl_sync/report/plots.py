@@ -128,7 +128,7 @@ def _drawing(path: Path, columns: int, size: tuple[float, float]) -> Iterator[An
         import matplotlib
     except ImportError as exc:
         raise ConfigError(
-            "matplotlib is not installed, so no plot can be drawn; pip install 'qerl-sync[plot]'"
+            "matplotlib is not installed, so no plot can be drawn; pip install matplotlib"
         ) from exc
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

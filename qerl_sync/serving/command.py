@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_sync.errors import ConfigError
+from qerl_sync.plan.checkpoint import require_model_directory
 from qerl_sync.serving import gate
 
 LOOPBACK = "127.0.0.1"
@@ -80,15 +81,15 @@ class ServerSpec:
 def check_model(model: str) -> None:
     """Raise ConfigError if `model` is neither a model's directory nor can be a name on the hub."""
     path = Path(model).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"{model} holds no model: it has no config.json")
+    if path.is_dir():
+        require_model_directory(path)
     if path.exists():
         return
     is_name = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", model, re.ASCII) is not None
     if not is_name or ("/" in model and path.parent.is_dir()):
         raise ConfigError(
-            f"there is no {model}; give the directory of a model (as `save_pretrained` writes it) "
-            "or its name on the Hugging Face hub"
+            f"there is no {path.absolute()}; give the directory of a model (as `save_pretrained` "
+            "writes it) or its name on the Hugging Face hub"
         )
 
 

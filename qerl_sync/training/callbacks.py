@@ -31,7 +31,13 @@ def quieten(trainer: Any) -> None:
 
 
 class ShowProgress(TrainerCallback):
-    """Moves the bar at each step; the note is made from the last log."""
+    """Moves the bar at each step; the note is made from the last log.
+
+    Attributes:
+        begun: training has begun; a checkpoint to go on from has been read.
+    """
+
+    begun = False
 
     def __init__(self, steps: Steps, note: Callable[[dict[str, Any]], str]) -> None:
         self._steps = steps
@@ -52,6 +58,7 @@ class ShowProgress(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.begun = True
         self._steps.advance(state.global_step, state.max_steps)
 
     def on_step_end(

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qerl_sync.config import DataConfig
+from qerl_sync.config.files import where
 from qerl_sync.config.violations import nearest
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +34,7 @@ def load_data(config: DataConfig, seed: int, *, needs_answers: bool) -> tuple[Da
     """
     rows = _addition(config, seed) if config.task == "addition" else _read(config)
     rows = _rename(rows, "prompt_column", config.prompt_column, "prompt")
+    _require_prompts(rows, "prompt_column")
     if needs_answers or config.answer_column in rows.column_names:
         rows = _rename(rows, "answer_column", config.answer_column, "answer")
     if config.eval_size >= len(rows):
@@ -57,16 +59,52 @@ def _read(config: DataConfig) -> Dataset:
     path = Path(config.path)
     file_format = FILE_FORMATS.get(path.suffix)
     if file_format is not None and not path.is_file():
-        raise ConfigError(f"data.path: no file {config.path}")
+        raise FileError(
+            f"data.path: there is no file {where(config.path)}; name one that is there",
+            path=config.path,
+        )
+    if path.is_file() and not path.stat().st_size:  # `datasets` would raise a bare StopIteration
+        raise FileError(
+            f"data.path: {where(config.path)} is empty; there is nothing to train on",
+            path=config.path,
+        )
     try:
         if file_format is not None:
-            return load_dataset(file_format, data_files=str(path), split="train")
-        return load_dataset(config.path, config.subset, split=config.split)
+            rows = load_dataset(file_format, data_files=str(path), split="train")
+        else:
+            rows = load_dataset(config.path, config.subset, split=config.split)
     except Exception as exc:  # `datasets` raises whatever the hub, the file or Arrow raises
-        raise ConfigError(
-            f"data.path: {config.path!r} cannot be read ({type(exc).__name__}: {exc}); give a "
-            f"{', '.join(FILE_FORMATS)} file, a directory or a hub id"
+        what = "cannot be read"
+        if not path.exists():
+            what = f"is neither at {where(config.path)} nor a data set that the hub gives"
+        raise FileError(
+            f"data.path: {config.path!r} {what} ({_innermost(exc)}); give a "
+            f"{', '.join(FILE_FORMATS)} file, a directory or a hub id",
+            path=config.path,
         ) from exc
+    if not len(rows):
+        raise FileError(
+            f"data.path: {config.path!r} has no rows; there is nothing to train on",
+            path=config.path,
+        )
+    return rows
+
+
+def _innermost(exc: BaseException) -> str:
+    """Return what began it: `datasets` wraps it into words without content."""
+    while exc.__cause__ is not None:
+        exc = exc.__cause__
+    return f"{type(exc).__name__}: {exc}"
+
+
+def _require_prompts(rows: Dataset, option: str) -> None:
+    """Check that each prompt is a text or a list of messages, as TRL takes them."""
+    for number, prompt in enumerate(rows["prompt"]):
+        if not prompt or not isinstance(prompt, str | list):
+            raise ConfigError(
+                f"data.{option}: the prompt of row {number} is {prompt!r}, not a text or a list of "
+                "chat messages; correct or remove that row"
+            )
 
 
 def _rename(rows: Dataset, option: str, column: str, name: str) -> Dataset:

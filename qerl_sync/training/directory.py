@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import ConfigError, FileError
+from qerl_sync.plan.checkpoint import read_json, require_whole_files
 from qerl_sync.plan.record import (
     PLANS,
     SyncRecord,
@@ -70,10 +72,8 @@ class RunDirectory:
 
     def latest_checkpoint(self) -> Path | None:
         """The checkpoint with the highest step that was written to its end."""
-        steps = {
-            int(path.parent.name.removeprefix("checkpoint-")): path.parent
-            for path in self.root.glob("checkpoint-*/trainer_state.json")
-        }
+        found = (path.parent for path in self.root.glob("checkpoint-*/trainer_state.json"))
+        steps = {int(number): path for path in found if (number := path.name[11:]).isdecimal()}
         return steps[max(steps)] if steps else None
 
     def start(self, config: TrainConfig) -> Path | None:
@@ -83,11 +83,13 @@ class RunDirectory:
         self._write_config(config)
         return moved
 
-    def resume(self, config: TrainConfig) -> Path | None:
-        """Make it ready to go on; returns the checkpoint to go on from, None to start over.
+    def resume(self, config: TrainConfig) -> Path:
+        """Make it ready to go on; returns the checkpoint to go on from.
 
         Raises:
-            ConfigError: there is no run here, or it was one of something else.
+            ConfigError: there is no run here, it was one of something else, or it has no checkpoint
+                yet.
+            FileError: the checkpoint is damaged.
         """
         if not self.config.exists():
             raise ConfigError(
@@ -96,7 +98,13 @@ class RunDirectory:
             )
         self._check_same_run(config)
         checkpoint = self.latest_checkpoint()
-        self.keep_syncs_before(step_of(checkpoint) if checkpoint else 0)
+        if checkpoint is None:
+            raise ConfigError(
+                f"nothing to resume: the run in {self.root} has no checkpoint yet "
+                "(trainer.save_steps says when it writes one); leave --resume away to start over"
+            )
+        _require_whole(checkpoint)
+        self.keep_syncs_before(step_of(checkpoint))
         self._write_config(config)
         return checkpoint
 
@@ -104,7 +112,7 @@ class RunDirectory:
         self.config.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
     def _check_same_run(self, config: TrainConfig) -> None:
-        before = json.loads(self.config.read_text(encoding="utf-8"))
+        before = read_json(self.config)
         now = config.model_dump(mode="json")
         changed = [name for name in FIXED_SECTIONS if before.get(name) != now[name]]
         if changed:
@@ -161,5 +169,22 @@ class RunDirectory:
 
 def step_of(checkpoint: Path) -> int:
     """The global step at which a checkpoint was written."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])
+    return int(read_json(checkpoint / "trainer_state.json")["global_step"])
+
+
+def damaged(checkpoint: Path, file: Path, cause: str) -> FileError:
+    """Return the error for a checkpoint that no run can go on from."""
+    return FileError(
+        f"{file} is damaged ({cause}); move {checkpoint} away, and --resume goes on from the "
+        "checkpoint before it",
+        path=str(file),
+    )
+
+
+def _require_whole(checkpoint: Path) -> None:
+    """Raise FileError for files that were cut off or overwritten, before an engine is started."""
+    require_whole_files(checkpoint)
+    step_of(checkpoint)
+    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+        if not zipfile.is_zipfile(file):  # as torch.save writes it; its contents stand at its end
+            raise damaged(checkpoint, file, "it is cut off, or no file of torch's")

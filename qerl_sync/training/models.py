@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.config import ModelConfig, TinyModelConfig
-from qerl_sync.errors import ConfigError
+from qerl_sync.config.files import where
+from qerl_sync.errors import ConfigError, FileError
+from qerl_sync.plan.checkpoint import require_model_directory
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -99,10 +101,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except Exception as exc:  # OSError, ValueError, hub errors: all mean that there is none
-        raise ConfigError(
-            f"model.path: no tokenizer can be loaded from {path!r} ({_first_line(exc)}); check the "
-            "hub id and the connection, or give a local directory"
-        ) from exc
+        raise _unloadable(path, "tokenizer", exc) from exc
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -115,32 +114,51 @@ def load_model(path: str, dtype: str) -> PreTrainedModel:
 
     try:
         return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as exc:
-        raise ConfigError(f"model.path: {path!r} cannot be loaded: {_first_line(exc)}") from exc
+    except Exception as exc:  # each architecture and each file format fails in its own way
+        raise _unloadable(path, "model", exc) from exc
+
+
+def _unloadable(path: str, what: str, exc: Exception) -> FileError:
+    """Return the error for a checkpoint that transformers does not load."""
+    cause = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
+    if Path(path).is_dir():
+        return FileError(
+            f"model.path: no {what} can be loaded from {where(path)} ({cause}); save or fetch it "
+            "anew",
+            path=path,
+        )
+    return FileError(
+        f"model.path: there is no directory {where(path)}, and no {what} of that name can be had "
+        f"from the Hugging Face hub ({cause}); correct the path, or the hub id and the connection",
+        path=path,
+    )
 
 
 def _check_directory(path: str) -> None:
-    """A local path must hold a model and a tokenizer; anything else is taken for a hub id."""
+    """Check that a local path holds a model and a tokenizer. What may be a hub id passes."""
     directory = Path(path)
     if not directory.is_dir():
-        if directory.is_absolute() or path.startswith("."):
-            raise ConfigError(f"model.path: no directory {path}")
+        if directory.exists() or directory.is_absolute() or path.startswith(".") or _is_deep(path):
+            kind = "is a file" if directory.exists() else "does not exist"
+            raise FileError(
+                f"model.path: {where(path)} {kind}; name a directory with a model and a tokenizer",
+                path=path,
+            )
         return
-    if not (directory / "config.json").is_file():
-        raise ConfigError(
-            f"model.path: {path} has no config.json, so it is no model directory; give one written "
-            "by save_pretrained"
-        )
+    require_model_directory(directory)
     kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if not any((directory / kind).is_file() for kind in kinds):
-        raise ConfigError(
+        raise FileError(
             f"model.path: {path} has no tokenizer (none of {', '.join(kinds)}); save it there with "
-            f"tokenizer.save_pretrained({path!r})"
+            f"tokenizer.save_pretrained({path!r})",
+            path=path,
         )
 
 
-def _first_line(exc: Exception) -> str:
-    return f"{type(exc).__name__}: {str(exc).strip().splitlines()[0] if str(exc).strip() else ''}"
+def _is_deep(path: str) -> bool:
+    """Whether it has more parts than a hub id, or its first directory is here."""
+    first, *others = Path(path).parts
+    return len(others) > 1 or (len(others) == 1 and Path(first).is_dir())
 
 
 def texts_of(rows: Iterable[dict[str, Any]]) -> Iterable[str]:

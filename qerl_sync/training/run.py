@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from qerl_sync.config import TrainConfig
-from qerl_sync.errors import ConfigError, PeerLostError
+from qerl_sync.config.files import file_error, file_errors_explained
+from qerl_sync.errors import ConfigError, PeerLostError, SyncError
 from qerl_sync.report.plots import plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
 from qerl_sync.training.arguments import engine_options, grpo_arguments, sft_arguments
 from qerl_sync.training.data import load_data
-from qerl_sync.training.directory import RunDirectory, step_of
+from qerl_sync.training.directory import RunDirectory, damaged, step_of
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush, require_packages
 from qerl_sync.training.models import describe, load_model, load_tokenizer, make_tiny, texts_of
@@ -92,13 +93,26 @@ def train_here(
     """As `train`, with the trainer in this process whatever the mode."""
     started = time.perf_counter() if started is None else started
     directory = RunDirectory(Path(config.output_dir))
+    with file_errors_explained(directory.root):
+        return _run(config, directory, display, resume, verbose, started)
+
+
+def _run(
+    config: TrainConfig,
+    directory: RunDirectory,
+    display: Display,
+    resume: bool,
+    verbose: bool,
+    started: float,
+) -> Outcome:
     with display.phase("checking", "configuration checked"):
         parts = _check(config, verbose)
         checkpoint = _open(directory, config, display, resume)
     path = _policy(config, parts, directory, display)
     log = directory.engine_log if config.rollout.mode == "subprocess" and not verbose else None
     with rollout_server(config, path, directory, display) as url:
-        with display.phase("building the trainer", _built(config)), engine_process(log):
+        phase = display.phase("building the trainer", _built(config))
+        with phase, _refusals_explained(), engine_process(log):
             trainer, callback = _build(config, parts, path, url, directory)
         with closing(callback), _engine_death_explained(log):
             stopped = _learn(trainer, checkpoint, display)
@@ -146,7 +160,7 @@ def _open(
             display.console.print(f"  the earlier run was moved to {moved}", highlight=False)
         return None
     checkpoint = directory.resume(config)
-    done = step_of(checkpoint) if checkpoint else 0
+    done = step_of(checkpoint)
     last = config.trainer.get("max_steps", -1)
     if 0 < last <= done:
         raise ConfigError(
@@ -198,25 +212,40 @@ def _build(
     callback = _callback(config, record)
     apart = config.rollout.mode == "subprocess"
     parts.grpo.vllm_server_base_url = url
-    try:
-        with callback.connecting(in_own_process=apart, **engine_options(config)):
-            trainer = GRPOTrainer(
-                model=path,
-                reward_funcs=parts.rewards,
-                args=parts.grpo,
-                train_dataset=parts.rows,
-                eval_dataset=parts.held_out if len(parts.held_out) else None,
-                processing_class=load_tokenizer(path),
-                callbacks=[callback],
-            )
-    except ValueError as exc:  # both check what they are given with it, vLLM through pydantic
-        raise ConfigError(
-            f"TRL or vLLM refuses this run: {_reason(exc)}; look at the sections `trainer` and "
-            "`rollout.engine`"
-        ) from exc
+    with callback.connecting(in_own_process=apart, **engine_options(config)):
+        trainer = GRPOTrainer(
+            model=path,
+            reward_funcs=parts.rewards,
+            args=parts.grpo,
+            train_dataset=parts.rows,
+            eval_dataset=parts.held_out if len(parts.held_out) else None,
+            processing_class=load_tokenizer(path),
+            callbacks=[callback],
+        )
     quieten(trainer)
     callback.bind(trainer)
     return trainer, callback
+
+
+@contextmanager
+def _refusals_explained() -> Iterator[None]:
+    """Raise ConfigError from whatever TRL or vLLM raise while trainer and engine are made.
+
+    Nothing has been trained then, and the rest has been checked: it is what they were told to do.
+    vLLM refuses with any class of error, such as a missing kernel's (fp8 on a CPU).
+    """
+    import requests
+
+    try:
+        yield
+    except Exception as exc:
+        # A server that cannot be reached, and files, are explained around this.
+        if isinstance(exc, SyncError | requests.RequestException) or file_error(exc):
+            raise
+        raise ConfigError(
+            f"TRL or vLLM refuses this run: {_reason(exc)}; look at the sections `trainer` and "
+            "`rollout.engine` (--debug shows where)"
+        ) from exc
 
 
 def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> WeightSyncCallback:
@@ -236,10 +265,10 @@ def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> Weig
     )
 
 
-def _reason(exc: ValueError) -> str:
+def _reason(exc: Exception) -> str:
     if isinstance(exc, ValidationError):
         return "; ".join(found["msg"] for found in exc.errors())
-    return str(exc)
+    return str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
 
 
 def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
@@ -248,10 +277,20 @@ def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
 
     with display.steps("training", "trained") as steps:
         stop = StopCleanly(steps)
-        trainer.add_callback(ShowProgress(steps, _note))
+        progress = ShowProgress(steps, _note)
+        trainer.add_callback(progress)
         trainer.add_callback(stop)
         with stop.listening():
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            except SyncError:
+                raise
+            except Exception as exc:
+                # transformers reads the checkpoint before training begins, and says of no error
+                # from which file it is.
+                if checkpoint is None or progress.begun:
+                    raise
+                raise damaged(checkpoint, checkpoint, f"{type(exc).__name__}: {exc}") from exc
     return stop.stopped and trainer.state.global_step < trainer.state.max_steps
 
 

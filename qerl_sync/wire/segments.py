@@ -2,7 +2,8 @@
 
 A segment's owner holds a lock on it for as long as it lives. The kernel drops the lock when the
 owner ends, SIGKILL included, so whoever starts next can tell a dead owner's segments from others
-and removes them.
+and removes them. A segment that all its readers have attached needs no name (`unlink`), and leaves
+nothing behind however its owner ends.
 """
 
 from __future__ import annotations
@@ -71,10 +72,15 @@ class SharedSegment:
             raise TransportError(
                 f"shared memory of {format_bytes(nbytes)} cannot be made: {exc}"
             ) from exc
+        self._path = path
         self.close = weakref.finalize(self, _release, path, lock, os.getpid())
         self.bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         if parameters:
             _PARAMETERS.add(self)
+
+    def unlink(self) -> None:
+        """Remove the name. Whoever has attached the segment keeps it; nobody can attach it anew."""
+        self._path.unlink(missing_ok=True)
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
         """Where `tensor` lies in this segment; None if it does not, or not in one piece."""

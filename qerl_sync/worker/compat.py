@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -148,6 +148,12 @@ class LayerState:
 def layer_state(layer: torch.nn.Module) -> LayerState:
     info = _layerwise().LAYERWISE_INFO[layer]
     return LayerState(info.load_numel, info.load_numel_total)
+
+
+def last_load(layer: torch.nn.Module) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the parameter and the arguments of the last call of one of its weight loaders."""
+    loads = _layerwise().LAYERWISE_INFO[layer].loaded_weights
+    return (loads[-1][0], loads[-1][1].arguments) if loads else None
 
 
 def is_deferred(layer: torch.nn.Module) -> bool:
@@ -349,6 +355,30 @@ def arrived_value(layer: torch.nn.Module, parameter: str) -> torch.Tensor:
             bound.arguments["param"] = value  # vLLM puts its own there when it loads the layer
             load(*bound.args, **bound.kwargs)
     return value
+
+
+def awaited_shape(
+    layer: Any, parameter: str, arguments: Mapping[str, Any]
+) -> tuple[int, ...] | None:
+    """Return the shape that a checkpoint's tensor must have in this call of a weight loader.
+
+    None where the layer does not tell. vLLM's loaders assert it and do not say it.
+    """
+    own = tuple(getattr(layer, parameter).shape)
+    shard = arguments.get("loaded_shard_id")
+    if hasattr(layer, "org_vocab_size"):
+        rows, columns = layer.org_vocab_size, own[-1]
+    elif not hasattr(layer, "output_size"):
+        return own if len(own) == 1 else None
+    else:  # the sizes of the whole layer, of which a rank holds a part
+        rows, columns = layer.output_size, layer.input_size
+        if shard == "q":
+            rows = layer.total_num_heads * layer.head_size
+        elif shard in ("k", "v"):
+            rows = layer.total_num_kv_heads * layer.head_size
+        elif isinstance(shard, int):
+            rows = layer.output_sizes[shard]
+    return (rows, columns)[: len(own)] if len(own) <= 2 else None
 
 
 def credit_padding(layer: torch.nn.Module) -> None:

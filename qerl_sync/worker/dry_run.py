@@ -42,18 +42,45 @@ class Stream:
         try:
             self._model.load_weights(self._named())  # type: ignore[operator]
         except Exception as exc:
-            at = self.current
-            what = f"{at.name!r} ({at.dtype}, shape {list(at.shape)})" if at else "the stream"
+            at, family = self.current, type(self._model).__name__
+            if at is None:
+                raise LayerMapError(f"vLLM's {family} loads nothing: {_in_words(exc)}") from exc
+            layer, expected = self._refusing(at)
+            if expected is None or expected == at.shape:
+                cause, expected = _in_words(exc), None
+            else:  # vLLM asserts it without a word
+                cause = f"{layer} awaits shape {list(expected)}"
             raise LayerMapError(
-                f"vLLM's {type(self._model).__name__} refuses {what}: {type(exc).__name__}: {exc}. "
-                "Check that the trainer's model is the one that vLLM was started with, and that "
-                "the source yields checkpoint names and shapes"
+                f"vLLM's {family} refuses {at.name!r} ({at.dtype}, shape {list(at.shape)}): "
+                f"{cause}. Check that the trainer's model is the one that vLLM was started with, "
+                "that its embeddings were not resized since, and that the source yields checkpoint "
+                "names and shapes",
+                tensor=at.name,
+                expected=expected,
+                got=at.shape,
             ) from exc
+
+    def _refusing(self, meta: ParamMeta) -> tuple[str, tuple[int, ...] | None]:
+        """Return the layer whose weight loader was called with `meta` last, and the shape that it
+        awaits, as far as it says so."""
+        for path, layer in self._model.named_modules():
+            load = compat.last_load(layer)
+            if load is None:
+                continue
+            parameter, arguments = load
+            tensors = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
+            if any(self.source_of(tensor) is meta for tensor in tensors):
+                return path, compat.awaited_shape(layer, parameter, arguments)
+        return "", None
 
     def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
         for meta, tensor in zip(self._metas, self._tensors, strict=True):
             self.current = meta
             yield meta.name, tensor
+
+
+def _in_words(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {exc}"
 
 
 @dataclass

@@ -39,7 +39,8 @@ class RolloutActor:
         name: of the actor, in logs, rollouts and errors.
         environment: variables set before vLLM is imported. Unless VLLM_ENABLE_V1_MULTIPROCESSING
             is among them, the engine runs in the actor's process (with several tensor parallel
-            ranks, in processes of its own).
+            ranks, in processes of its own). On a CPU it gets a cache of 1 GiB and no cores of its
+            own unless VLLM_CPU_KVCACHE_SPACE and VLLM_CPU_OMP_THREADS_BIND say otherwise.
         serve_initial_weights: generate before the first sync too, with version 0.
 
     Attributes:
@@ -63,6 +64,10 @@ class RolloutActor:
         os.environ.update(environment or {})
         apart = "1" if self._is_apart(engine) else "0"
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", apart)
+        # On CPUs, each engine of a node would take nearly all of its memory for its cache (GiB), so
+        # that the second does not start, and all would be bound to the same cores.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         self.llm = self._start(engine)
         self._client = self._control(self.llm)
         core = self._core(self.llm)

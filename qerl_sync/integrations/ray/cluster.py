@@ -21,7 +21,7 @@ def require_ray() -> Any:
     try:
         import ray
     except ImportError as exc:
-        raise CompatError("Ray is not installed; pip install 'qerl-sync[ray]'") from exc
+        raise CompatError("Ray is not installed; pip install ray") from exc
     return ray
 
 

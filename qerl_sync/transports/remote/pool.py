@@ -287,6 +287,8 @@ class PoolTransport(Transport):
         complete = self._each(self._active, lambda member: member.transport.complete())
         self._spent_version = self._version
         reports = self._each(list(complete), lambda member: member.transport.commit())
+        assert self._staging is not None
+        self._staging.unlink(peer for member in reports for peer in member.transport.peers)
         self._require_some(list(reports))
         for member in reports:
             member.version = self._version
@@ -299,6 +301,8 @@ class PoolTransport(Transport):
         for member in active:
             member.needs_full_sync(reason)
         in_parallel([partial(_end, member.transport, reason) for member in active])
+        if self._staging is not None:
+            self._staging.unlink(())  # not every worker has attached them
 
     @property
     def precision(self) -> tuple[str, str | None]:
@@ -386,7 +390,7 @@ class PoolTransport(Transport):
         self._require_alike([member])
         member.ready = True
 
-    def _staging_for(self, plan: SyncPlan, members: Iterable[Member]) -> Staging:
+    def _staging_for(self, plan: SyncPlan, members: Sequence[Member]) -> Staging:
         kinds = {kind for member in members for kind in member.transport.kinds}
         if self._staging is None or kinds != self._staging_kinds:
             if self._staging is not None:
@@ -394,7 +398,8 @@ class PoolTransport(Transport):
             self._staging = Staging(kinds)
             self._staging_kinds = kinds
         slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
-        self._staging.prepare(slots, later=parameters_are_shared())
+        peers = [peer for member in members for peer in member.transport.peers]
+        self._staging.prepare(slots, peers, later=parameters_are_shared())
         return self._staging
 
     def _each(

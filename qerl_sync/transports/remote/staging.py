@@ -101,6 +101,7 @@ class Staging:
         self._sizes: list[int] = []
         self._slots: list[Slot | None] = []
         self._table: list[SharedSegment] = []
+        self._unlinked_for: set[object] | None = None
         self._write = _write_beside
         self._avoided: Collection[int] = ()
 
@@ -109,13 +110,19 @@ class Staging:
         """What workers must attach, in the order that places count. It only grows in a sync."""
         return [Segment(name=s.name, nbytes=s.nbytes) for s in self._table]
 
-    def prepare(self, sizes: Sequence[int], *, later: bool) -> None:
-        """Have slots of these sizes; `later`: each when it is first needed.
+    def prepare(self, sizes: Sequence[int], readers: Collection[object], *, later: bool) -> None:
+        """Have slots of these sizes that all of `readers` can attach.
+
+        Args:
+            readers: the peers of the sync, as `unlink` is given them after it.
+            later: make each slot when it is first needed.
 
         Raises:
             NoRoomError: there is not that much shared memory. No slot is kept then.
         """
-        if list(sizes) != self._sizes:
+        # A reader that has joined since the names were removed cannot attach the slots there are.
+        strangers = self._unlinked_for is not None and not self._unlinked_for.issuperset(readers)
+        if strangers or list(sizes) != self._sizes:
             self.close()
             self._sizes = list(sizes)
             self._slots = [None] * len(sizes)
@@ -187,12 +194,24 @@ class Staging:
             return StagedChunk(places, [])
         return self._copy(index, metas, chain(arrived, stream))
 
+    def unlink(self, readers: Iterable[object]) -> None:
+        """Remove the names of the slots. Call it after a sync that all of `readers` have taken.
+
+        A trainer that is killed between two syncs, as Ray kills the actors of a driver that ends,
+        runs no handler that could remove them, and would leave the memory behind.
+        """
+        for slot in self._slots:
+            if isinstance(slot, SharedSegment):
+                slot.unlink()
+        self._unlinked_for = set(readers)
+
     def close(self) -> None:
         """Give the slots' memory back."""
         for slot in self._slots:
             if isinstance(slot, SharedSegment):
                 slot.close()
         self._sizes, self._slots, self._table = [], [], []
+        self._unlinked_for = None
 
     def _copy(
         self,

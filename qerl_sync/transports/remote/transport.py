@@ -135,6 +135,11 @@ class RemoteTransport(Transport):
         return "; ".join(dict.fromkeys(f"{peer.kind}: {peer.reason}" for peer in self._peers))
 
     @property
+    def peers(self) -> Sequence[Peer]:
+        """The workers that are connected. A worker that connects anew is another peer."""
+        return self._peers
+
+    @property
     def kinds(self) -> set[str]:
         """How bytes travel to the workers that are connected."""
         return {peer.kind for peer in self._peers}
@@ -311,6 +316,8 @@ class RemoteTransport(Transport):
         for peer in self._peers:
             overwritten |= peer.expect(say.Committed, "committing").caches_overwritten
             peer.hello = peer.hello.model_copy(update={"version": self._version, "poisoned": None})
+        if self._staging is not None and self._staging_is_mine:
+            self._staging.unlink(self._peers)
         self._end_talk(version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
@@ -336,6 +343,8 @@ class RemoteTransport(Transport):
             self._control.leave_paused(reason)
         if not (lent and unharmed):  # what state the engine's update is in is not known
             self.disconnect()
+        elif self._staging is not None and self._staging_is_mine:
+            self._staging.unlink(())  # not every worker has attached them
 
     @property
     def precision(self) -> tuple[str, str | None]:
@@ -498,7 +507,8 @@ class RemoteTransport(Transport):
     def _staging_for(self, slots: list[int]) -> Staging:
         if self._staging is None:
             self._staging = Staging(self.kinds)
-        self._staging.prepare(slots, later=self._rank > 0 or parameters_are_shared())
+        later = self._rank > 0 or parameters_are_shared()
+        self._staging.prepare(slots, self._peers, later=later)
         return self._staging
 
     def disconnect(self) -> None:
