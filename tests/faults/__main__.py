@@ -62,7 +62,7 @@ def _cases(options: argparse.Namespace, log: Path, console: Console) -> int:
         console.print(text, markup=False)
 
     specs = chosen_specs(options.engine)
-    suite = Suite(specs, options.case or ("*",), options.stock, log, note)
+    suite = Suite(specs, options.case or ["*"], log, options.stock, note)
     outcomes = list(suite.run())
     names = [f"{name} {version(name)}" for name in ("torch", "transformers")]
     versions = ", ".join([f"qerl-sync {__version__}", f"vLLM {vllm_version()}", *names])

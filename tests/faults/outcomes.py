@@ -71,11 +71,6 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
 
-    @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Outcome:
-        fields = {name: told[name] for name in cls.__dataclass_fields__}
-        return cls(**{**fields, "expected": tuple(fields["expected"])})
-
 
 def one_line(error: BaseException | str | None) -> str:
     if error is None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from support.remote import import_path
 
 from faults.cases import all_cases
 from faults.engines import ENGINES, Spec
-from faults.outcomes import CRASH, GONE, HANG, OURS, STOCK, Outcome
+from faults.outcomes import CRASH, GONE, HANG, OURS, STOCK, Outcome, one_line
 from qerl_sync import ConfigError, SyncError
 from qerl_sync.serving.guard import kill
 from qerl_sync.serving.processes import members
@@ -65,16 +63,16 @@ class Suite:
     """What to run.
 
     Args:
-        patterns: fnmatch patterns of cases; none: all.
-        stock: break vLLM's own reload too.
+        patterns: fnmatch patterns of cases.
         log: what engines print.
+        stock: break vLLM's own reload too.
         note: told of each outcome, and of what happens in between.
     """
 
-    specs: Sequence[Spec] = SPECS
-    patterns: Sequence[str] = ("*",)
+    specs: Sequence[Spec]
+    patterns: Sequence[str]
+    log: Path
     stock: bool = False
-    log: Path | None = None
     note: Callable[[str], None] = lambda text: None
 
     def run(self) -> Iterator[Outcome]:
@@ -111,27 +109,30 @@ class Suite:
 
 def _outcomes(host: Host, by: str) -> Iterator[Outcome]:
     """Those of one engine, to its last case or the first that ends the host."""
-    while line := host.next(START_SECONDS, may_end=True):
-        case = all_cases()[line["begin"]]
+    while True:
+        try:
+            case = all_cases()[host.next(START_SECONDS)]
+        except SyncError:  # its end
+            return
         seconds = CASE_SECONDS if by == OURS else STOCK_SECONDS
         if GONE in case.expected:  # it is healed with a new engine
             seconds += START_SECONDS
         outcome = Outcome(str(host.spec), case.name, by, expected=case.expected, healed=False)
         try:
-            yield Outcome.from_json(host.next(seconds)["outcome"])
+            yield host.next(seconds)
             continue
         except TimeoutError:
             outcome.ended = HANG
         except SyncError as exc:
-            outcome.ended, outcome.error = CRASH, str(exc)[:300]
+            outcome.ended, outcome.error = CRASH, one_line(exc)
         yield outcome
         return
 
 
-def run_random(spec: Spec, number: int, seed: int, log: Path | None) -> dict[str, Any]:
+def run_random(spec: Spec, number: int, seed: int, log: Path) -> dict[str, Any]:
     """See `schedules.run_schedules`; in the engine's own process."""
     with Host(spec, log, number=number, seed=seed) as host:
-        return dict(host.next(CASE_SECONDS + SCHEDULE_SECONDS * number)["schedules"])
+        return dict(host.next(CASE_SECONDS + SCHEDULE_SECONDS * number))
 
 
 class Host:
@@ -141,48 +142,37 @@ class Host:
         SyncError: the engine does not start.
     """
 
-    def __init__(self, spec: Spec, log: Path | None, **told: Any) -> None:
-        self._read, write = os.pipe()
-        self._buffer = b""
+    def __init__(self, spec: Spec, log: Path, **told: Any) -> None:
         self.spec, self._log = spec, log
-        with (log or Path(os.devnull)).open("ab") as output:
-            told |= {"spec": str(spec), "output": write}
+        self._pipe, there = Pipe()
+        with log.open("ab") as output, there:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "faults.host", json.dumps(told)],
-                pass_fds=[write],
-                stdin=subprocess.PIPE,  # it ends with us
+                [sys.executable, "-m", "faults.host", str(there.fileno())],
+                pass_fds=[there.fileno()],
+                stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "PYTHONPATH": import_path()},
                 start_new_session=True,
             )
-        os.close(write)
+        self._pipe.send((spec, told))
 
-    def next(self, timeout_seconds: float, *, may_end: bool = False) -> Any:
-        """The next line; None at its end, if it may end there.
+    def next(self, timeout_seconds: float) -> Any:
+        """What it says next.
 
         Raises:
             TimeoutError: it says nothing.
             SyncError: it has ended.
         """
-        deadline = time.monotonic() + timeout_seconds
-        while b"\n" not in self._buffer:
-            if not select.select([self._read], [], [], max(deadline - time.monotonic(), 0))[0]:
-                raise TimeoutError(f"{self.spec} says nothing for {timeout_seconds:g} s")
-            more = os.read(self._read, 1 << 16)
-            if not more and may_end:
-                return None
-            if not more:
-                raise SyncError(f"the process that breaks {self.spec} ended; {self._last_words()}")
-            self._buffer += more
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
-
-    def _last_words(self) -> str:
-        if self._log is None:
-            return "run it with --log FILE to see why"
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return f"the end of {self._log}: {' '.join(lines[-3:])}"
+        if not self._pipe.poll(timeout_seconds):
+            raise TimeoutError(f"{self.spec} says nothing for {timeout_seconds:g} s")
+        try:
+            return self._pipe.recv()
+        except (EOFError, OSError) as exc:
+            words = " ".join(self._log.read_text(errors="replace").strip().splitlines()[-3:])
+            raise SyncError(
+                f"the process that breaks {self.spec} ended; the end of {self._log}: {words}"
+            ) from exc
 
     def __enter__(self) -> Host:
         try:
@@ -199,7 +189,6 @@ class Host:
     def _end(self, seconds: float) -> None:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
-        os.close(self._read)
-        self._process.stdin.close()
+        self._pipe.close()
         kill(members(self._process.pid))
         self._process.wait()
