@@ -49,7 +49,7 @@ class Checkout:
             env={
                 **environment,
                 "PATH": f"{self.programs}:{environment['PATH']}",
-                "CALLS": str(self.root / "calls"),
+                "CALLS": str(self.programs / "calls"),
                 "PIP": pip,
             },
             stderr=subprocess.PIPE,
@@ -66,7 +66,7 @@ class Checkout:
 
     def calls(self) -> list[str]:
         """The steps since this was asked last, by their first words."""
-        path = self.root / "calls"
+        path = self.programs / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
         return [line.partition(" ")[0] for line in lines]
@@ -82,7 +82,7 @@ FROM_NOTHING = ["venv", "pip", "pip", "pip", "imports"]
 
 def test_setup_makes_an_environment_once(checkout: Checkout) -> None:
     assert "set-up done" in checkout.setup("test")
-    asked = (checkout.root / "calls").read_text()
+    asked = (checkout.programs / "calls").read_text()
     assert f"-r {checkout.root}/requirements/cpu.txt" in asked
     assert f"--editable {checkout.root}" in asked
     assert checkout.calls() == FROM_NOTHING
@@ -178,7 +178,9 @@ def test_a_machine_without_python_3_11_is_told_what_to_install(checkout: Checkou
 
 
 def test_a_long_step_gives_signs_of_life(checkout: Checkout) -> None:
-    assert "Collecting torch" in checkout.setup(pip="echo Collecting torch; /bin/sleep 0.5")
+    checkout.program("find", "#!/bin/sh\ntouch $CALLS.looked\n")  # it counts packages with it
+    words = checkout.setup(pip="echo Collecting x; until [ -e $CALLS.looked ]; do :; done")
+    assert "packages in place; Collecting x" in words
 
 
 # ------------------------------------------------------------------- environments of users

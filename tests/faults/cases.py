@@ -100,8 +100,12 @@ def _inputs() -> Iterator[Case]:
         yield case(name, _late(replacement), POISONED)
     yield case("beyond the range of the engine's dtype", _beyond_range, POISONED)
     # Where tensors are staged the memory is the source's again with the next tensor.
-    reused: Input = lambda engine: (engine.pairs, spoilers.reusing_its_buffer)  # noqa: E731
-    yield case("receive buffer used again", reused, POISONED, NEW)
+    yield case(
+        "receive buffer used again",
+        lambda engine: (engine.pairs, spoilers.reusing_its_buffer),
+        POISONED,
+        NEW,
+    )
     # To engines elsewhere a chunk travels whole: nothing has left.
     yield case("exception: first tensor", _failing(lambda total: 0), OLD, POISONED)
     for where, given in {
@@ -125,12 +129,11 @@ def _with_several_layers_open() -> Iterator[Case]:
         return injectors.push(engine, spoil=spoil, open_at=victim, **injectors.SEVERAL_OPEN)
 
     for name, change in {
-        "exception": spoilers.fail,
-        "missing in the stream": spoilers.LATE["missing in the stream"],
-        "NaN": spoilers.LATE["NaN"],
+        "exception: several layers open": spoilers.fail,
+        "missing in the stream, several layers open": spoilers.LATE["missing in the stream"],
+        "NaN, several layers open": spoilers.LATE["NaN"],
     }.items():
-        mark = ":" if name == "exception" else ","
-        yield Case(f"{name}{mark} several layers open", "several open", partial(inject, change))
+        yield Case(name, "several open", partial(inject, change))
     yield Case(
         "exception in a loader, several layers open",
         "several open",

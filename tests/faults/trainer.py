@@ -94,7 +94,15 @@ class TrainerProcess:
 class _PipeClient:
     """The engine's client there."""
 
-    METHODS = ["init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update", "pause", "resume", "reset_caches"]
+    METHODS = (
+        "init_weight_transfer_engine",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "pause",
+        "resume",
+        "reset_caches",
+    )
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._lock = pipe, threading.Lock()
