@@ -6,8 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
 from multiprocessing import Pipe
 from pathlib import Path
@@ -58,68 +57,59 @@ def chosen_specs(wanted: Sequence[str]) -> list[Spec]:
     return found
 
 
-@dataclass
-class Suite:
-    """What to run.
+def run_suite(
+    specs: Sequence[Spec],
+    patterns: Sequence[str],
+    log: Path,
+    *,
+    stock: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[Outcome]:
+    """Run cases on engines, and yield each outcome as it comes.
 
     Args:
         patterns: fnmatch patterns of cases.
         log: what engines print.
-        stock: break vLLM's own reload too.
+        stock: break vLLM's own reload too, beside ours in process.
         note: told of each outcome, and of what happens in between.
+
+    Raises:
+        ConfigError: there is nothing to run.
+        SyncError: an engine does not start.
     """
-
-    specs: Sequence[Spec]
-    patterns: Sequence[str]
-    log: Path
-    stock: bool = False
-    note: Callable[[str], None] = lambda text: None
-
-    def run(self) -> Iterator[Outcome]:
-        """Raises ConfigError where there is nothing to run."""
-        if not any(self._cases(spec, OURS) for spec in self.specs):
-            raise ConfigError(
-                f"no case is called {', '.join(self.patterns)} on these engines; there are "
-                + ", ".join(all_cases())
-            )
-        for spec in self.specs:
-            yield from self._run_on(spec, OURS)
-            if self.stock and spec.engine == "in process":
-                yield from self._run_on(spec, STOCK)
-
-    def _cases(self, spec: Spec, by: str) -> list[str]:
-        return [
-            name
-            for name, case in all_cases().items()
-            if case.suits(spec)
-            and any(fnmatchcase(name, pattern) for pattern in self.patterns)
-            and (by == OURS or case.stock is not None)
-        ]
-
-    def _run_on(self, spec: Spec, by: str) -> Iterator[Outcome]:
-        left = self._cases(spec, by)
+    matching = [c for c in all_cases().values() if any(fnmatchcase(c.name, p) for p in patterns)]
+    if not any(case.suits(spec) for spec in specs for case in matching):
+        raise ConfigError(
+            f"no case is called {', '.join(patterns)} on these engines; there are "
+            + ", ".join(all_cases())
+        )
+    runs = [(spec, by) for spec in specs for by in (OURS, STOCK)]
+    for spec, by in runs:
+        if by == STOCK and not (stock and spec.engine == "in process"):
+            continue
+        left = [c.name for c in matching if c.suits(spec) and (by == OURS or c.stock is not None)]
         while left:  # each time on a new engine, which gets as far as it gets: one case at least
-            self.note(f"starting {spec}")
-            with Host(spec, self.log, cases=left, by=by) as host:
-                for outcome in _outcomes(host, by):
+            note(f"starting {spec}")
+            with hosted(spec, log, cases=left, by=by) as hear:
+                for outcome in _outcomes(spec, by, hear):
                     left = left[1:]
-                    self.note(f"{by}, {spec}: {outcome.case}: {outcome.ended}")
+                    note(f"{by}, {spec}: {outcome.case}: {outcome.ended}")
                     yield outcome
 
 
-def _outcomes(host: Host, by: str) -> Iterator[Outcome]:
-    """Those of one engine, to its last case or the first that ends the host."""
+def _outcomes(spec: Spec, by: str, hear: Callable[[float], Any]) -> Iterator[Outcome]:
+    """Those of one engine, to its last case or the first that ends its process."""
     while True:
         try:
-            case = all_cases()[host.next(START_SECONDS)]
+            case = all_cases()[hear(START_SECONDS)]
         except SyncError:  # its end
             return
         seconds = CASE_SECONDS if by == OURS else STOCK_SECONDS
         if GONE in case.expected:  # it is healed with a new engine
             seconds += START_SECONDS
-        outcome = Outcome(str(host.spec), case.name, by, expected=case.expected, healed=False)
+        outcome = Outcome(str(spec), case.name, by, expected=case.expected, healed=False)
         try:
-            yield host.next(seconds)
+            yield hear(seconds)
             continue
         except TimeoutError:
             outcome.ended = HANG
@@ -131,64 +121,49 @@ def _outcomes(host: Host, by: str) -> Iterator[Outcome]:
 
 def run_random(spec: Spec, number: int, seed: int, log: Path) -> dict[str, Any]:
     """See `schedules.run_schedules`; in the engine's own process."""
-    with Host(spec, log, number=number, seed=seed) as host:
-        return dict(host.next(CASE_SECONDS + SCHEDULE_SECONDS * number))
+    with hosted(spec, log, number=number, seed=seed) as hear:
+        return dict(hear(CASE_SECONDS + SCHEDULE_SECONDS * number))
 
 
-class Host:
-    """The process of `faults.host`, and all that it starts.
+@contextmanager
+def hosted(spec: Spec, log: Path, **told: Any) -> Iterator[Callable[[float], Any]]:
+    """Start the process `faults.host` with an engine, and end all that it has started.
 
-    Raises:
-        SyncError: the engine does not start.
+    Yields a function that waits so many seconds for what it says next: TimeoutError if it says
+    nothing, SyncError if it has ended.
     """
+    pipe, there = Pipe()
+    with log.open("ab") as output, there:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "faults.host", str(there.fileno())],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONPATH": import_path()},
+            start_new_session=True,
+        )
 
-    def __init__(self, spec: Spec, log: Path, **told: Any) -> None:
-        self.spec, self._log = spec, log
-        self._pipe, there = Pipe()
-        with log.open("ab") as output, there:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "faults.host", str(there.fileno())],
-                pass_fds=[there.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**os.environ, "PYTHONPATH": import_path()},
-                start_new_session=True,
-            )
-        self._pipe.send((spec, told))
-
-    def next(self, timeout_seconds: float) -> Any:
-        """What it says next.
-
-        Raises:
-            TimeoutError: it says nothing.
-            SyncError: it has ended.
-        """
-        if not self._pipe.poll(timeout_seconds):
-            raise TimeoutError(f"{self.spec} says nothing for {timeout_seconds:g} s")
+    def hear(timeout_seconds: float) -> Any:
+        if not pipe.poll(timeout_seconds):
+            raise TimeoutError(f"{spec} says nothing for {timeout_seconds:g} s")
         try:
-            return self._pipe.recv()
+            return pipe.recv()
         except (EOFError, OSError) as exc:
-            words = " ".join(self._log.read_text(errors="replace").strip().splitlines()[-3:])
+            words = " ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
             raise SyncError(
-                f"the process that breaks {self.spec} ended; the end of {self._log}: {words}"
+                f"the process that breaks {spec} ended; the end of {log}: {words}"
             ) from exc
 
-    def __enter__(self) -> Host:
-        try:
-            self.next(START_SECONDS)
-        except BaseException:
-            self._end(0)
-            raise
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        # It has a moment to stop its engines.
-        self._end(20 if exc[0] is None else 0.1)
-
-    def _end(self, seconds: float) -> None:
+    grace_seconds = 0.1
+    try:
+        pipe.send((spec, told))
+        hear(START_SECONDS)
+        yield hear
+        grace_seconds = 20  # to stop its engines
+    finally:
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        self._pipe.close()
-        kill(members(self._process.pid))
-        self._process.wait()
+            process.wait(grace_seconds)
+        pipe.close()
+        kill(members(process.pid))
+        process.wait()

@@ -11,7 +11,7 @@ from faults.cases import all_cases
 from faults.oracle import VersionWatch
 from faults.outcomes import Outcome
 from faults.spoilers import changed, reusing_its_buffer, transposed, victim_of
-from faults.suite import SPECS, Spec, Suite, chosen_specs, run_random
+from faults.suite import SPECS, Spec, chosen_specs, run_random, run_suite
 from faults.tables import complaints, fault_page
 from faults.triggers import PHASES, FaultySource, Trigger
 from qerl_sync import ConfigError, PoisonedError
@@ -44,8 +44,8 @@ OWN_PROCESS = [
 
 
 def outcomes(tmp_path, spec: str, cases: list[str]) -> dict[str, Outcome]:
-    suite = Suite([Spec.parse(spec)], cases, tmp_path / "engine.log")
-    return {outcome.case: outcome for outcome in suite.run()}
+    found = run_suite([Spec.parse(spec)], cases, tmp_path / "engine.log")
+    return {outcome.case: outcome for outcome in found}
 
 
 @pytest.mark.vllm
