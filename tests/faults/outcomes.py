@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # How a fault may end.
-OLD, NEW, POISONED, GONE = "old", "new", "poisoned", "gone"
+HOLDS_OLD, HOLDS_NEW, POISONED, GONE = "old", "new", "poisoned", "gone"
 # How none may.
 WRONG, HANG, CRASH, UNNAMED, SERVES = "wrong weights", "hang", "crash", "unnamed error", "serves"
 
 MEANING = {
-    OLD: "exactly the old weights, never left or put back; the engine goes on with them",
-    NEW: "exactly the new weights",
+    HOLDS_OLD: "exactly the old weights, never left or put back; the engine goes on with them",
+    HOLDS_NEW: "exactly the new weights",
     POISONED: "refuses to generate, and says why, until the next full sync",
     GONE: "the engine's process was killed; the trainer is told so",
     WRONG: "generates with weights that are neither version's",
