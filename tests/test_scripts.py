@@ -20,7 +20,9 @@ case "$*" in
 *"-m venv "*)
     for folder; do :; done
     echo venv >>"$CALLS"; mkdir -p "$folder/bin" "$folder/lib"; cp "$0" "$folder/bin/python" ;;
-*"-m pip "*) echo "pip $*" >>"$CALLS"; eval "$PIP" ;;
+*"-m pip "*)
+    for last; do :; done
+    echo "pip $* ($last)" >>"$CALLS"; eval "$PIP" ;;
 *"import vllm"*) echo imports >>"$CALLS" ;;
 esac
 """
@@ -49,8 +51,9 @@ class Checkout:
             env={
                 **environment,
                 "PATH": f"{self.programs}:{environment['PATH']}",
-                "CALLS": str(self.root / "calls"),
+                "CALLS": str(self.programs / "calls"),
                 "PIP": pip,
+                "QERL_SYNC_PIP_ARGS": "--find-links 'two words'",
             },
             stderr=subprocess.PIPE,
             text=True,
@@ -66,7 +69,7 @@ class Checkout:
 
     def calls(self) -> list[str]:
         """The steps since this was asked last, by their first words."""
-        path = self.root / "calls"
+        path = self.programs / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
         return [line.partition(" ")[0] for line in lines]
@@ -82,9 +85,10 @@ FROM_NOTHING = ["venv", "pip", "pip", "pip", "imports"]
 
 def test_setup_makes_an_environment_once(checkout: Checkout) -> None:
     assert "set-up done" in checkout.setup("test")
-    asked = (checkout.root / "calls").read_text()
+    asked = (checkout.programs / "calls").read_text()
     assert f"-r {checkout.root}/requirements/cpu.txt" in asked
     assert f"--editable {checkout.root}" in asked
+    assert "--find-links two words (two words)" in asked
     assert checkout.calls() == FROM_NOTHING
     assert checkout.setup("test") == ""
     assert checkout.calls() == []
@@ -113,11 +117,11 @@ def test_an_environment_of_another_folder_is_made_anew(checkout: Checkout) -> No
 def test_the_call_after_an_interrupted_one_starts_anew(
     checkout: Checkout, number: signal.Signals
 ) -> None:
-    process = checkout.start(pip="/bin/sleep 60")
+    process = checkout.start(pip="exec /bin/sleep 60")
     while "pip" not in checkout.calls():
         time.sleep(0.05)
     os.killpg(process.pid, number)
-    words = process.communicate(timeout=10)[1]
+    words = process.communicate(timeout=60)[1]
     assert process.returncode != 0
     assert number == signal.SIGKILL or "interrupted; the next call" in words
     checkout.setup()
@@ -129,7 +133,7 @@ def test_a_pip_that_outlives_its_setup_is_waited_for(checkout: Checkout) -> None
     while "pip" not in checkout.calls():
         time.sleep(0.05)
     process.kill()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     checkout.setup()
     assert checkout.calls() == ["late", *FROM_NOTHING]
 
@@ -178,7 +182,9 @@ def test_a_machine_without_python_3_11_is_told_what_to_install(checkout: Checkou
 
 
 def test_a_long_step_gives_signs_of_life(checkout: Checkout) -> None:
-    assert "Collecting torch" in checkout.setup(pip="echo Collecting torch; /bin/sleep 0.5")
+    checkout.program("find", "#!/bin/sh\ntouch $CALLS.looked\n")  # it counts packages with it
+    words = checkout.setup(pip="echo Collecting x; until [ -e $CALLS.looked ]; do :; done")
+    assert "packages in place; Collecting x" in words
 
 
 # ------------------------------------------------------------------- environments of users

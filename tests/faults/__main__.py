@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from faults.outcomes import OURS, STOCK
-from faults.suite import Suite, chosen_specs, run_random
+from faults.suite import chosen_specs, run_random, run_suite
 from faults.tables import complaints, fault_page, fault_table
 from qerl_sync import SyncError, __version__
 from qerl_sync.worker.compat import vllm_version
@@ -62,8 +62,8 @@ def _cases(options: argparse.Namespace, log: Path, console: Console) -> int:
         console.print(text, markup=False)
 
     specs = chosen_specs(options.engine)
-    suite = Suite(specs, options.case or ("*",), options.stock, log, note)
-    outcomes = list(suite.run())
+    patterns = options.case or ["*"]
+    outcomes = list(run_suite(specs, patterns, log, stock=options.stock, note=note))
     names = [f"{name} {version(name)}" for name in ("torch", "transformers")]
     versions = ", ".join([f"qerl-sync {__version__}", f"vLLM {vllm_version()}", *names])
     if options.json:

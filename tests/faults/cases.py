@@ -10,7 +10,7 @@ from typing import Any
 from faults import injectors, spoilers
 from faults.engines import CALL_SECONDS, TIMEOUT_SECONDS, FaultEngine, Spec
 from faults.injectors import Injection
-from faults.outcomes import GONE, LIMIT_SECONDS, NEW, OLD, POISONED
+from faults.outcomes import GONE, HOLDS_NEW, HOLDS_OLD, LIMIT_SECONDS, POISONED
 from faults.spoilers import Pairs, Spoil, victim_of
 from faults.triggers import PHASES
 
@@ -92,18 +92,22 @@ def _inputs() -> Iterator[Case]:
         return Case(name, group, partial(_spoiled, given), expected, stock=given, **more)
 
     for name, change in spoilers.ANNOUNCED.items():
-        yield case(name, _announced(change), OLD)
+        yield case(name, _announced(change), HOLDS_OLD)
     norm, bias = "post_attention_layernorm.weight", "q_proj.bias"
-    yield case("missing norm", _announced(spoilers.without, norm), OLD)
-    yield case("missing bias", _announced(spoilers.without, bias), OLD, models=("bias",))
+    yield case("missing norm", _announced(spoilers.without, norm), HOLDS_OLD)
+    yield case("missing bias", _announced(spoilers.without, bias), HOLDS_OLD, models=("bias",))
     for name, replacement in spoilers.LATE.items():
         yield case(name, _late(replacement), POISONED)
     yield case("beyond the range of the engine's dtype", _beyond_range, POISONED)
     # Where tensors are staged the memory is the source's again with the next tensor.
-    reused: Input = lambda engine: (engine.pairs, spoilers.reusing_its_buffer)  # noqa: E731
-    yield case("receive buffer used again", reused, POISONED, NEW)
+    yield case(
+        "receive buffer used again",
+        lambda engine: (engine.pairs, spoilers.reusing_its_buffer),
+        POISONED,
+        HOLDS_NEW,
+    )
     # To engines elsewhere a chunk travels whole: nothing has left.
-    yield case("exception: first tensor", _failing(lambda total: 0), OLD, POISONED)
+    yield case("exception: first tensor", _failing(lambda total: 0), HOLDS_OLD, POISONED)
     for where, given in {
         "middle tensor": _failing(lambda total: total // 2),
         "last tensor": _failing(lambda total: total - 1),
@@ -125,12 +129,11 @@ def _with_several_layers_open() -> Iterator[Case]:
         return injectors.push(engine, spoil=spoil, open_at=victim, **injectors.SEVERAL_OPEN)
 
     for name, change in {
-        "exception": spoilers.fail,
-        "missing in the stream": spoilers.LATE["missing in the stream"],
-        "NaN": spoilers.LATE["NaN"],
+        "exception: several layers open": spoilers.fail,
+        "missing in the stream, several layers open": spoilers.LATE["missing in the stream"],
+        "NaN, several layers open": spoilers.LATE["NaN"],
     }.items():
-        mark = ":" if name == "exception" else ","
-        yield Case(f"{name}{mark} several layers open", "several open", partial(inject, change))
+        yield Case(name, "several open", partial(inject, change))
     yield Case(
         "exception in a loader, several layers open",
         "several open",
@@ -145,7 +148,7 @@ def _rolled_back() -> Iterator[Case]:
         "exception: inside an open layer": _late(spoilers.fail, "k_proj.weight"),
     }.items():
         inject = partial(_spoiled, given, on_failure="rollback")
-        yield Case(f"{name}, rolled back", "rollback", inject, (OLD,))
+        yield Case(f"{name}, rolled back", "rollback", inject, (HOLDS_OLD,))
 
 
 # ------------------------------------------------------------------- processes, and wrong use
@@ -155,7 +158,9 @@ def _others() -> Iterator[Case]:
     yield Case("exception in a loader", "vLLM", injectors.broken_loader)
     one_rank = partial(injectors.broken_loader, rank=1)
     yield Case("exception in one rank's loader", "vLLM", one_rank, engines=("tensor parallel",))
-    yield Case("no room for shared memory", "memory", injectors.no_shared_memory, (OLD,), REMOTE)
+    yield Case(
+        "no room for shared memory", "memory", injectors.no_shared_memory, (HOLDS_OLD,), REMOTE
+    )
     for phase in PHASES:
         yield from _killed_and_cut(phase)
     for phase in PHASES:
@@ -165,26 +170,26 @@ def _others() -> Iterator[Case]:
             f"trainer fails {phase}",
             "exception",
             partial(injectors.fail_trainer, phase),
-            (OLD,) if phase == "before start" else (POISONED,),
+            (HOLDS_OLD,) if phase == "before start" else (POISONED,),
             EVERYWHERE if phase != "before commit" else REMOTE,
         )
     twice = injectors.doubled_start
-    yield Case("doubled start", "use", twice, (NEW,), ("in process",))
+    yield Case("doubled start", "use", twice, (HOLDS_NEW,), ("in process",))
     # Its engine is busy with the first one, which waits for the second: both give up.
-    yield Case("second sync in the middle", "use", twice, (NEW, POISONED), REMOTE)
-    yield Case("finish without start", "use", injectors.finish_without_start, (OLD,))
-    yield Case("two trainers at once", "use", injectors.two_trainers, (OLD,), REMOTE)
+    yield Case("second sync in the middle", "use", twice, (HOLDS_NEW, POISONED), REMOTE)
+    yield Case("finish without start", "use", injectors.finish_without_start, (HOLDS_OLD,))
+    yield Case("two trainers at once", "use", injectors.two_trainers, (HOLDS_OLD,), REMOTE)
 
 
 def _killed_and_cut(phase: str) -> Iterator[Case]:
     before = phase == "before start"
-    ends = (OLD,) if before else (POISONED,)
+    ends = (HOLDS_OLD,) if before else (POISONED,)
     trainer = partial(injectors.signal_trainer, phase, "kill")
     yield Case(f"trainer killed {phase}", "SIGKILL", trainer, ends, REMOTE)
     worker = partial(injectors.kill_worker, phase)
     yield Case(f"worker killed {phase}", "SIGKILL", worker, (GONE,), REMOTE)
     # Before the start it may connect anew and go on.
-    ends = (OLD, NEW) if before else (POISONED,)
+    ends = (HOLDS_OLD, HOLDS_NEW) if before else (POISONED,)
     yield Case(f"connection cut {phase}", "cut", partial(injectors.cut, phase), ends, REMOTE)
 
 
@@ -194,7 +199,7 @@ def _stopped(phase: str) -> Iterator[Case]:
         f"trainer stopped {phase}",
         "SIGSTOP",
         partial(injectors.signal_trainer, phase, "stop"),
-        (NEW,) if before else (POISONED,),  # nobody waits for it yet
+        (HOLDS_NEW,) if before else (POISONED,),  # nobody waits for it yet
         REMOTE,
         ALLOWED_BY_TIMEOUT,
     )
@@ -203,7 +208,7 @@ def _stopped(phase: str) -> Iterator[Case]:
         "SIGSTOP",
         partial(injectors.stop_worker, phase),
         # A worker that reads its messages late reads them all the same.
-        (OLD, POISONED) if before else (POISONED,),
+        (HOLDS_OLD, POISONED) if before else (POISONED,),
         REMOTE,
         # Pausing an engine asks its workers too: the client's timeout, not the channel's.
         CALL_SECONDS + LIMIT_SECONDS if before else ALLOWED_BY_TIMEOUT,

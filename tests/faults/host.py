@@ -1,13 +1,12 @@
-"""A process that breaks one engine: `python -m faults.host`, a line of JSON each outcome.
+"""A process that breaks one engine: `python -m faults.host DESCRIPTOR`.
 
-Lines go to a descriptor of their own; what vLLM prints goes elsewhere.
+It is told over that pipe what to do, and sends each case's name before it and its outcome after it.
 """
 
 from __future__ import annotations
 
 import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM reads when imported
 
-import json
 import os
 import signal
 import sys
@@ -15,44 +14,39 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from faults import oracle
 from faults import stock as vllm
 from faults.cases import Case, all_cases
-from faults.engines import FaultEngine, Spec
+from faults.engines import FaultEngine
 from faults.outcomes import OURS, Outcome, one_line
 
 
-def main() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    told = json.loads(sys.argv[1])
-    with (
-        os.fdopen(told.pop("output"), "w") as output,
-        tempfile.TemporaryDirectory(prefix="qerl-sync-faults-") as directory,
-    ):
-
-        def say(**line: Any) -> None:
-            print(json.dumps(line), file=output, flush=True)
-
-        engine = Spec.parse(told.pop("spec")).start(Path(directory))
+def main(pipe: Connection) -> None:
+    spec, told = pipe.recv()
+    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
+    with tempfile.TemporaryDirectory(prefix="qerl-sync-faults-") as directory:
+        engine = spec.start(Path(directory))
         try:
-            _serve(engine, say, **told)
+            _serve(engine, pipe.send, **told)
         finally:
             engine.close()
 
 
-def _end_with_parent() -> None:
-    """Whoever started this keeps the other end of its input open. Engines end too: they are in the
-    group of processes that this one leads."""
-    os.read(0, 1)
+def _end_with_parent(pipe: Connection) -> None:
+    """Engines end too: they are in the group of processes that this one leads."""
+    with suppress(EOFError, OSError):
+        pipe.recv()
     os.killpg(0, signal.SIGKILL)
 
 
 def _serve(
     engine: FaultEngine,
-    say: Callable[..., None],
+    say: Callable[[Any], None],
     cases: list[str] | None = None,
     by: str = OURS,
     **schedules: int,
@@ -60,16 +54,16 @@ def _serve(
     if cases is None:
         from faults.schedules import run_schedules
 
-        say(ready=True)
-        say(schedules=run_schedules(engine, **schedules))
+        say("ready")
+        say(run_schedules(engine, **schedules))
         return
     # Versions are each case's to judge.
     assert oracle.heals(engine, oracle.VersionWatch(engine)), "syncs without a fault are not exact"
-    say(ready=True)
+    say("ready")
     for name in cases:
-        say(begin=name)
+        say(name)
         outcome, goes_on = _judge(engine, all_cases()[name], by)
-        say(outcome=outcome.to_json())
+        say(outcome)
         if not goes_on:  # its state is not known: the next case gets a new engine
             return
 
@@ -87,4 +81,4 @@ def _judge(engine: Any, case: Case, by: str) -> tuple[Outcome, bool]:
 
 
 if __name__ == "__main__":
-    main()
+    main(Connection(int(sys.argv[1])))

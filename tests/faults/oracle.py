@@ -84,7 +84,7 @@ def _by_weights(engine: FaultEngine) -> tuple[str, str]:
         return f"exact, but {how}: {words[:80]}", how
     if not engine.generates_as(version):
         return end.WRONG, how
-    return (end.NEW if version == NEW else end.OLD), how
+    return (end.HOLDS_NEW if version == NEW else end.HOLDS_OLD), how
 
 
 def heals(engine: FaultEngine, watch: VersionWatch) -> bool:

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 # How a fault may end.
-OLD, NEW, POISONED, GONE = "old", "new", "poisoned", "gone"
+HOLDS_OLD, HOLDS_NEW, POISONED, GONE = "old", "new", "poisoned", "gone"
 # How none may.
 WRONG, HANG, CRASH, UNNAMED, SERVES = "wrong weights", "hang", "crash", "unnamed error", "serves"
 
 MEANING = {
-    OLD: "exactly the old weights, never left or put back; the engine goes on with them",
-    NEW: "exactly the new weights",
+    HOLDS_OLD: "exactly the old weights, never left or put back; the engine goes on with them",
+    HOLDS_NEW: "exactly the new weights",
     POISONED: "refuses to generate, and says why, until the next full sync",
     GONE: "the engine's process was killed; the trainer is told so",
     WRONG: "generates with weights that are neither version's",
@@ -70,11 +70,6 @@ class Outcome:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
-
-    @classmethod
-    def from_json(cls, told: dict[str, Any]) -> Outcome:
-        fields = {name: told[name] for name in cls.__dataclass_fields__}
-        return cls(**{**fields, "expected": tuple(fields["expected"])})
 
 
 def one_line(error: BaseException | str | None) -> str:

@@ -100,11 +100,11 @@ def _machine(engine: FaultEngine, counts: Counter[str]) -> Any:
             ended, _ = oracle.classify(engine, injection, case)
             allowed = {*case.expected}
             if self.version is None:  # it stays poisoned, and may not serve the old weights
-                allowed = allowed - {end.OLD} | {end.POISONED}
-            if self.version == NEW and end.OLD in allowed:  # refused before the first byte
-                allowed.add(end.NEW)
+                allowed = allowed - {end.HOLDS_OLD} | {end.POISONED}
+            if self.version == NEW and end.HOLDS_OLD in allowed:  # refused before the first byte
+                allowed.add(end.HOLDS_NEW)
             assert ended in allowed, f"{name}: {ended} (allowed: {allowed}); {injection.error!r}"
-            self.version = {end.OLD: OLD, end.NEW: NEW}.get(ended)
+            self.version = {end.HOLDS_OLD: OLD, end.HOLDS_NEW: NEW}.get(ended)
 
         @invariant()
         def holds_what_it_should(self) -> None:

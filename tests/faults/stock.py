@@ -57,7 +57,7 @@ def _classify(engine: InProcess) -> tuple[str, str]:
     version = None if unfinished(engine.model) else engine.version_held()
     if version is None or not engine.generates_as(version):
         return end.WRONG, how
-    return (end.NEW if version == NEW else end.OLD), how
+    return (end.HOLDS_NEW if version == NEW else end.HOLDS_OLD), how
 
 
 def _is_right(engine: InProcess, version: int) -> bool:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
-import select
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatchcase
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from support.remote import import_path
 
 from faults.cases import all_cases
 from faults.engines import ENGINES, Spec
-from faults.outcomes import CRASH, GONE, HANG, OURS, STOCK, Outcome
+from faults.outcomes import CRASH, GONE, HANG, OURS, STOCK, Outcome, one_line
 from qerl_sync import ConfigError, SyncError
 from qerl_sync.serving.guard import kill
 from qerl_sync.serving.processes import members
@@ -60,146 +57,113 @@ def chosen_specs(wanted: Sequence[str]) -> list[Spec]:
     return found
 
 
-@dataclass
-class Suite:
-    """What to run.
+def run_suite(
+    specs: Sequence[Spec],
+    patterns: Sequence[str],
+    log: Path,
+    *,
+    stock: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[Outcome]:
+    """Run cases on engines, and yield each outcome as it comes.
 
     Args:
-        patterns: fnmatch patterns of cases; none: all.
-        stock: break vLLM's own reload too.
+        patterns: fnmatch patterns of cases.
         log: what engines print.
+        stock: break vLLM's own reload too, beside ours in process.
         note: told of each outcome, and of what happens in between.
+
+    Raises:
+        ConfigError: there is nothing to run.
+        SyncError: an engine does not start.
     """
-
-    specs: Sequence[Spec] = SPECS
-    patterns: Sequence[str] = ("*",)
-    stock: bool = False
-    log: Path | None = None
-    note: Callable[[str], None] = lambda text: None
-
-    def run(self) -> Iterator[Outcome]:
-        """Raises ConfigError where there is nothing to run."""
-        if not any(self._cases(spec, OURS) for spec in self.specs):
-            raise ConfigError(
-                f"no case is called {', '.join(self.patterns)} on these engines; there are "
-                + ", ".join(all_cases())
-            )
-        for spec in self.specs:
-            yield from self._run_on(spec, OURS)
-            if self.stock and spec.engine == "in process":
-                yield from self._run_on(spec, STOCK)
-
-    def _cases(self, spec: Spec, by: str) -> list[str]:
-        return [
-            name
-            for name, case in all_cases().items()
-            if case.suits(spec)
-            and any(fnmatchcase(name, pattern) for pattern in self.patterns)
-            and (by == OURS or case.stock is not None)
-        ]
-
-    def _run_on(self, spec: Spec, by: str) -> Iterator[Outcome]:
-        left = self._cases(spec, by)
+    matching = [c for c in all_cases().values() if any(fnmatchcase(c.name, p) for p in patterns)]
+    if not any(case.suits(spec) for spec in specs for case in matching):
+        raise ConfigError(
+            f"no case is called {', '.join(patterns)} on these engines; there are "
+            + ", ".join(all_cases())
+        )
+    runs = [(spec, by) for spec in specs for by in (OURS, STOCK)]
+    for spec, by in runs:
+        if by == STOCK and not (stock and spec.engine == "in process"):
+            continue
+        left = [c.name for c in matching if c.suits(spec) and (by == OURS or c.stock is not None)]
         while left:  # each time on a new engine, which gets as far as it gets: one case at least
-            self.note(f"starting {spec}")
-            with Host(spec, self.log, cases=left, by=by) as host:
-                for outcome in _outcomes(host, by):
+            note(f"starting {spec}")
+            with hosted(spec, log, cases=left, by=by) as hear:
+                for outcome in _outcomes(spec, by, hear):
                     left = left[1:]
-                    self.note(f"{by}, {spec}: {outcome.case}: {outcome.ended}")
+                    note(f"{by}, {spec}: {outcome.case}: {outcome.ended}")
                     yield outcome
 
 
-def _outcomes(host: Host, by: str) -> Iterator[Outcome]:
-    """Those of one engine, to its last case or the first that ends the host."""
-    while line := host.next(START_SECONDS, may_end=True):
-        case = all_cases()[line["begin"]]
+def _outcomes(spec: Spec, by: str, hear: Callable[[float], Any]) -> Iterator[Outcome]:
+    """Those of one engine, to its last case or the first that ends its process."""
+    while True:
+        try:
+            case = all_cases()[hear(START_SECONDS)]
+        except SyncError:  # its end
+            return
         seconds = CASE_SECONDS if by == OURS else STOCK_SECONDS
         if GONE in case.expected:  # it is healed with a new engine
             seconds += START_SECONDS
-        outcome = Outcome(str(host.spec), case.name, by, expected=case.expected, healed=False)
+        outcome = Outcome(str(spec), case.name, by, expected=case.expected, healed=False)
         try:
-            yield Outcome.from_json(host.next(seconds)["outcome"])
+            yield hear(seconds)
             continue
         except TimeoutError:
             outcome.ended = HANG
         except SyncError as exc:
-            outcome.ended, outcome.error = CRASH, str(exc)[:300]
+            outcome.ended, outcome.error = CRASH, one_line(exc)
         yield outcome
         return
 
 
-def run_random(spec: Spec, number: int, seed: int, log: Path | None) -> dict[str, Any]:
+def run_random(spec: Spec, number: int, seed: int, log: Path) -> dict[str, Any]:
     """See `schedules.run_schedules`; in the engine's own process."""
-    with Host(spec, log, number=number, seed=seed) as host:
-        return dict(host.next(CASE_SECONDS + SCHEDULE_SECONDS * number)["schedules"])
+    with hosted(spec, log, number=number, seed=seed) as hear:
+        return dict(hear(CASE_SECONDS + SCHEDULE_SECONDS * number))
 
 
-class Host:
-    """The process of `faults.host`, and all that it starts.
+@contextmanager
+def hosted(spec: Spec, log: Path, **told: Any) -> Iterator[Callable[[float], Any]]:
+    """Start the process `faults.host` with an engine, and end all that it has started.
 
-    Raises:
-        SyncError: the engine does not start.
+    Yields a function that waits so many seconds for what it says next: TimeoutError if it says
+    nothing, SyncError if it has ended.
     """
+    pipe, there = Pipe()
+    with log.open("ab") as output, there:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "faults.host", str(there.fileno())],
+            pass_fds=[there.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, "PYTHONPATH": import_path()},
+            start_new_session=True,
+        )
 
-    def __init__(self, spec: Spec, log: Path | None, **told: Any) -> None:
-        self._read, write = os.pipe()
-        self._buffer = b""
-        self.spec, self._log = spec, log
-        with (log or Path(os.devnull)).open("ab") as output:
-            told |= {"spec": str(spec), "output": write}
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "faults.host", json.dumps(told)],
-                pass_fds=[write],
-                stdin=subprocess.PIPE,  # it ends with us
-                stdout=output,
-                stderr=output,
-                env={**os.environ, "PYTHONPATH": import_path()},
-                start_new_session=True,
-            )
-        os.close(write)
-
-    def next(self, timeout_seconds: float, *, may_end: bool = False) -> Any:
-        """The next line; None at its end, if it may end there.
-
-        Raises:
-            TimeoutError: it says nothing.
-            SyncError: it has ended.
-        """
-        deadline = time.monotonic() + timeout_seconds
-        while b"\n" not in self._buffer:
-            if not select.select([self._read], [], [], max(deadline - time.monotonic(), 0))[0]:
-                raise TimeoutError(f"{self.spec} says nothing for {timeout_seconds:g} s")
-            more = os.read(self._read, 1 << 16)
-            if not more and may_end:
-                return None
-            if not more:
-                raise SyncError(f"the process that breaks {self.spec} ended; {self._last_words()}")
-            self._buffer += more
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
-
-    def _last_words(self) -> str:
-        if self._log is None:
-            return "run it with --log FILE to see why"
-        lines = self._log.read_text(errors="replace").strip().splitlines()
-        return f"the end of {self._log}: {' '.join(lines[-3:])}"
-
-    def __enter__(self) -> Host:
+    def hear(timeout_seconds: float) -> Any:
+        if not pipe.poll(timeout_seconds):
+            raise TimeoutError(f"{spec} says nothing for {timeout_seconds:g} s")
         try:
-            self.next(START_SECONDS)
-        except BaseException:
-            self._end(0)
-            raise
-        return self
+            return pipe.recv()
+        except (EOFError, OSError) as exc:
+            words = " ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
+            raise SyncError(
+                f"the process that breaks {spec} ended; the end of {log}: {words}"
+            ) from exc
 
-    def __exit__(self, *exc: object) -> None:
-        # It has a moment to stop its engines.
-        self._end(20 if exc[0] is None else 0.1)
-
-    def _end(self, seconds: float) -> None:
+    grace_seconds = 0.1
+    try:
+        pipe.send((spec, told))
+        hear(START_SECONDS)
+        yield hear
+        grace_seconds = 20  # to stop its engines
+    finally:
         with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
-        os.close(self._read)
-        self._process.stdin.close()
-        kill(members(self._process.pid))
-        self._process.wait()
+            process.wait(grace_seconds)
+        pipe.close()
+        kill(members(process.pid))
+        process.wait()

@@ -1,19 +1,19 @@
 """A trainer in a process of its own, to be killed, stopped or cut off.
 
-Its engine belongs to who started it: it asks for the engine's calls over its output and reads the
-answers from its input, one at a time.
+Its engine belongs to who started it: it asks for the engine's calls over a pipe, one at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -33,68 +33,59 @@ class TrainerProcess:
         error: what its push raised, by name and text; "" if it succeeded; None if it was killed.
     """
 
+    fired_at: float | None = None
+    ended_at: float | None = None
+    freed_at: float | None = None
+    error: str | None = None
+
     def __init__(self, client: Any, checkpoint: Path, phase: str, action: str) -> None:
         self._client, self._action = client, action
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(checkpoint), phase, action],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._pipe, there = Pipe()
+        with there:
+            given = (str(there.fileno()), str(checkpoint), phase, action)
+            command = [sys.executable, "-m", __name__, *given]
+            self._process = subprocess.Popen(command, pass_fds=[there.fileno()])
         self.pid = self._process.pid
-        self.fired_at: float | None = None
-        self.ended_at: float | None = None
-        self.freed_at: float | None = None
-        self.error: str | None = None
 
     def run(self) -> None:
         """Serve its calls until it ends."""
         watch = threading.Thread(target=self._watch, name="trainer's end", daemon=True)
         watch.start()
         try:
-            for line in self._process.stdout:
-                self._hear(**json.loads(line))
+            with suppress(EOFError, OSError):  # its end
+                while True:
+                    self._hear(*self._pipe.recv())
         finally:
             self._process.kill()
             watch.join()
-            with contextlib.suppress(OSError):
-                self._process.stdin.close()
-            self._process.stdout.close()
+            self._pipe.close()
 
     def _watch(self) -> None:
         self._process.wait()
         self.ended_at = time.monotonic()
 
-    def _hear(
-        self,
-        fired_at: float | None = None,
-        error: str | None = None,
-        call: str = "",
-        arguments: Any = (),
-        options: Any = None,
-    ) -> None:
-        if call:
-            self._answer(call, arguments, options)
-        elif error is not None:
-            self.error = error
-        else:
-            self.fired_at = fired_at
+    def _hear(self, what: str, told: Any, options: dict[str, Any] | None = None) -> None:
+        if what == "error":
+            self.error = told
+        elif what == "fired":
+            self.fired_at = told
             if self._action == "stop":  # nobody waits for it, so that nobody can notice
                 later = threading.Timer(PATIENCE_SECONDS, os.kill, (self.pid, signal.SIGCONT))
                 later.daemon = True
                 later.start()
+        else:
+            self._pipe.send(self._call(what, told, options or {}))
 
-    def _answer(self, method: str, arguments: list[Any], options: dict[str, Any]) -> None:
+    def _call(self, method: str, arguments: Any, options: dict[str, Any]) -> tuple[Any, str]:
         try:
-            answer = [getattr(self._client, method)(*arguments, **options), None]
+            return getattr(self._client, method)(*arguments, **options), ""
         except Exception as exc:
-            answer = [None, f"{type(exc).__name__}: {exc}"]
-        if method == "update_weights":
-            self.freed_at = time.monotonic()
-            if self._action == "stop":  # the worker has given it up: let it find that out
-                os.kill(self.pid, signal.SIGCONT)
-        with contextlib.suppress(OSError):
-            print(json.dumps(answer), file=self._process.stdin, flush=True)
+            return None, f"{type(exc).__name__}: {exc}"
+        finally:
+            if method == "update_weights":
+                self.freed_at = time.monotonic()
+                if self._action == "stop":  # the worker has given it up: let it find that out
+                    os.kill(self.pid, signal.SIGCONT)
 
 
 # ------------------------------------------------------------------------------ that process
@@ -113,8 +104,8 @@ class _PipeClient:
         "reset_caches",
     )
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, pipe: Connection) -> None:
+        self._pipe, self._lock = pipe, threading.Lock()
 
     def __getattr__(self, method: str) -> Any:
         if method not in self.METHODS:
@@ -122,20 +113,16 @@ class _PipeClient:
 
         def call(*arguments: Any, **options: Any) -> Any:
             with self._lock:
-                say(call=method, arguments=arguments, options=options)
-                result, error = json.loads(sys.stdin.readline())
-            if error is not None:
+                self._pipe.send((method, arguments, options))
+                result, error = self._pipe.recv()
+            if error:
                 raise TransportError(f"the engine refuses: {error}")
             return result
 
         return call
 
 
-def say(**told: Any) -> None:
-    print(json.dumps(told), flush=True)
-
-
-def main(checkpoint: str, phase: str, action: str) -> None:
+def main(pipe: Connection, checkpoint: str, phase: str, action: str) -> None:
     from support.models import checkpoint_tensors
 
     from faults.engines import TIMEOUT_SECONDS
@@ -143,10 +130,10 @@ def main(checkpoint: str, phase: str, action: str) -> None:
     from qerl_sync import SyncConfig, SyncSession
 
     def act() -> None:
-        say(fired_at=time.monotonic())
+        pipe.send(("fired", time.monotonic()))
         os.kill(os.getpid(), SIGNALS[action])
 
-    transport = PhasedRemote(_PipeClient(), transport="shm", timeout_seconds=TIMEOUT_SECONDS)
+    transport = PhasedRemote(_PipeClient(pipe), transport="shm", timeout_seconds=TIMEOUT_SECONDS)
     transport.trigger = Trigger(phase, act)
     source = FaultySource(checkpoint_tensors(Path(checkpoint)), transport.trigger)
     config = SyncConfig.of(chunk_bytes="64KiB", timeout_seconds=TIMEOUT_SECONDS)
@@ -154,10 +141,10 @@ def main(checkpoint: str, phase: str, action: str) -> None:
         with SyncSession(source, transport, config) as session:
             session.push()
     except Exception as exc:
-        say(error=f"{type(exc).__name__}: {exc}")
+        pipe.send(("error", f"{type(exc).__name__}: {exc}"))
     else:
-        say(error="")
+        pipe.send(("error", ""))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(Connection(int(sys.argv[1])), *sys.argv[2:])

@@ -37,6 +37,16 @@ def kernels_in_use(kernels: str) -> Iterator[None]:
         _custom_ops._supports_onednn, utils.check_cpu_sgl_kernel = before
 
 
+# As small and as quick as an engine can be.
+SMALL: dict[str, Any] = {
+    "skip_tokenizer_init": True,
+    "enforce_eager": True,
+    "max_model_len": 64,
+    "max_num_seqs": 8,
+    "dtype": "float32",
+    "disable_log_stats": True,
+    "num_gpu_blocks_override": 64,  # blocks of 128 tokens or fewer: a few MiB, not GiB
+}
 ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "stock": {},
     "plain": {},
@@ -47,18 +57,8 @@ ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
 def start_engine(path: Path, **arguments: Any) -> Any:
     from vllm import LLM
 
-    defaults: dict[str, Any] = {
-        "model": str(path),
-        "skip_tokenizer_init": True,
-        "enforce_eager": True,
-        "max_model_len": 64,
-        "max_num_seqs": 8,
-        "dtype": "float32",
-        "disable_log_stats": True,
-        "num_gpu_blocks_override": 64,  # blocks of 128 tokens or fewer: a few MiB, not GiB
-        "weight_transfer_config": {"backend": "qerl"},
-    }
-    return LLM(**{**defaults, **arguments})
+    ours = {"model": str(path), "weight_transfer_config": {"backend": "qerl"}}
+    return LLM(**{**SMALL, **ours, **arguments})
 
 
 def model_of(engine: Any) -> torch.nn.Module:

@@ -19,7 +19,7 @@ from qerl_sync import HFSource, RemoteTransport, Source, SyncConfig, SyncReport,
 from qerl_sync.integrations.trl_seams import changed_environment
 from qerl_sync.wire import segments
 from support import worker_extension
-from support.engines import NEW, OLD, EnginePool, Subject, start_engine
+from support.engines import NEW, OLD, SMALL, EnginePool, Subject, start_engine
 from support.fingerprint import difference
 from support.models import save_model
 
@@ -341,15 +341,7 @@ def completion_request(model: str, prompt: list[int], max_tokens: int) -> dict[s
 
 
 # Engines that serve requests while they are synced: long ones, too.
-SERVED: dict[str, Any] = {
-    "skip_tokenizer_init": True,
-    "enforce_eager": True,
-    "max_model_len": 512,
-    "max_num_seqs": 8,
-    "dtype": "float32",
-    "disable_log_stats": True,
-    "num_gpu_blocks_override": 64,
-}
+SERVED = {**SMALL, "max_model_len": 512}
 
 # A kind of model for each, so that experts and shards are met in other processes too.
 ENGINES: dict[str, tuple[type[RemoteEngine], str]] = {
