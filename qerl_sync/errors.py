@@ -45,9 +45,7 @@ class ConfigError(SyncError):
         violations: (place, message) of each, where a configuration was checked as a whole.
     """
 
-    def __init__(self, text: str, *, violations: tuple[tuple[str, str], ...] = ()) -> None:
-        super().__init__(text)
-        self.violations = violations
+    violations: tuple[tuple[str, str], ...] = ()
 
 
 class FileError(ConfigError):
@@ -57,9 +55,7 @@ class FileError(ConfigError):
         path: the file or directory; None where nothing says which.
     """
 
-    def __init__(self, text: str, *, path: str | None = None) -> None:
-        super().__init__(text)
-        self.path = path
+    path: str | None = None
 
 
 class CompatError(SyncError):
@@ -78,19 +74,11 @@ class LayerMapError(SyncError):
     Attributes:
         tensor: its checkpoint name.
         expected, got: the shape that vLLM's model has for it, and its own, where vLLM refused it.
-            All are None where the error comes from another process.
     """
 
-    def __init__(
-        self,
-        text: str,
-        *,
-        tensor: str | None = None,
-        expected: tuple[int, ...] | None = None,
-        got: tuple[int, ...] | None = None,
-    ) -> None:
-        super().__init__(text)
-        self.tensor, self.expected, self.got = tensor, expected, got
+    tensor: str | None = None
+    expected: tuple[int, ...] | None = None
+    got: tuple[int, ...] | None = None
 
 
 class PlanError(SyncError):
@@ -160,14 +148,11 @@ class NoRoomError(TransportError):
     """Shared memory has less room than is needed.
 
     Attributes:
-        needed_bytes, free_bytes: of it; None where the error comes from another process.
+        needed_bytes, free_bytes: of it.
     """
 
-    def __init__(
-        self, text: str, *, needed_bytes: int | None = None, free_bytes: int | None = None
-    ) -> None:
-        super().__init__(text)
-        self.needed_bytes, self.free_bytes = needed_bytes, free_bytes
+    needed_bytes: int = 0
+    free_bytes: int = 0
 
 
 class StaleCacheError(SyncError):

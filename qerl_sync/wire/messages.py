@@ -272,7 +272,7 @@ class Failure(_Message):
     error: str
     """The name of a class in `qerl_sync.errors`."""
     text: str
-    facts: dict[str, str | int | float] = {}
+    facts: dict[str, str | int | float | tuple[int, ...]] = {}
     """The error's attributes."""
 
 
@@ -303,7 +303,6 @@ Message = (
     | End
 )
 # Attributes of an error that travel with it.
-_FACTS = (str, int, float)
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
@@ -345,8 +344,14 @@ def failure(error: BaseException) -> Failure:
     """An error, to be raised again on the other side."""
     kind = type(error).__name__ if isinstance(error, SyncError) else "TransportError"
     text = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
-    told = {name: fact for name, fact in vars(error).items() if isinstance(fact, _FACTS)}
+    told = {name: fact for name, fact in vars(error).items() if _is_plain(fact)}
     return Failure(error=kind, text=text, facts=told)
+
+
+def _is_plain(fact: object) -> bool:
+    if isinstance(fact, tuple):  # a shape
+        return all(isinstance(one, int) for one in fact)
+    return isinstance(fact, (str, int, float))
 
 
 def error_of(told: Failure, who: str) -> SyncError:

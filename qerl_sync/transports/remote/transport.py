@@ -253,7 +253,7 @@ class RemoteTransport(Transport):
             self._part = part_of(plan, self._await_taken())
         if self._rank and any(self._part.sizes) and not parameters_are_shared():
             # Before the first byte: what this rank sends, and so needs room for, is known by now.
-            staging.prepare(slots, later=False)
+            staging.prepare(slots, self._peers, later=False)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
