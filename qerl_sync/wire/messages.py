@@ -302,7 +302,6 @@ Message = (
     | Failure
     | End
 )
-# Attributes of an error that travel with it.
 _MESSAGES: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
