@@ -115,8 +115,8 @@ def soon(condition: Callable[[], bool]) -> bool:
 
 
 def test_every_dtype_arrives_over_two_links_beside_a_default_group():
-    with peer(SECRET, "echo") as process:
-        links = connect(process, *(GlooLink.listen(HOST, SECRET, LONG_SECONDS) for _ in range(2)))
+    with peer(SECRET, "echo") as (process, pipe):
+        links = connect(pipe, *(GlooLink.listen(HOST, SECRET, LONG_SECONDS) for _ in range(2)))
         for number, dtype in enumerate(DTYPES):
             for shape in [(), (0,), (5, 0), (1,), (3, 7), (1 << 20,)]:
                 link, back = links[number % 2], torch.zeros(shape, dtype=dtype)
@@ -129,16 +129,17 @@ def test_every_dtype_arrives_over_two_links_beside_a_default_group():
                 assert as_bytes(back).equal(as_bytes(there)), (dtype, shape)
         for link in links:
             link.send(torch.tensor(END)).wait()
-        assert process.stdout.read() == "ended well\n"
-        assert process.wait() == 0
+        assert pipe.recv() == "ended well"
+        process.join()
+        assert process.exitcode == 0
         for link in links:
             link.close()
 
 
 def test_a_killed_receiver_ends_sends_at_once():
     """Those in the middle, which Gloo alone does not end, and those that wait for their turn."""
-    with peer(SECRET, "take") as process:
-        (link,) = connect(process, GlooLink.listen(HOST, SECRET, LONG_SECONDS))
+    with peer(SECRET, "take") as (process, pipe):
+        (link,) = connect(pipe, GlooLink.listen(HOST, SECRET, LONG_SECONDS))
         payload = some_bytes(TAKEN_BYTES)
         link.send(payload).wait()
         stop(process.pid)  # from here on it takes no more than the kernel's buffers do
@@ -153,8 +154,8 @@ def test_a_killed_receiver_ends_sends_at_once():
 
 
 def test_a_killed_sender_ends_receives_at_once():
-    with peer(SECRET, "give") as process:
-        (link,) = connect(process, GlooLink.listen(HOST, SECRET, LONG_SECONDS))
+    with peer(SECRET, "give") as (process, pipe):
+        (link,) = connect(pipe, GlooLink.listen(HOST, SECRET, LONG_SECONDS))
         buffer = torch.zeros(GIVEN_BYTES, dtype=torch.uint8)
         # One after the other into the same memory: whenever the sender dies, one is in its middle.
         handles = [link.start_receive(buffer) for _ in range(GIVEN_TIMES)]
@@ -168,8 +169,8 @@ def test_a_killed_sender_ends_receives_at_once():
 
 
 def test_a_stopped_peer_is_waited_for_until_the_timeout():
-    with peer(SECRET, "take") as process:
-        (link,) = connect(process, GlooLink.listen(HOST, SECRET, SHORT_SECONDS))
+    with peer(SECRET, "take") as (process, pipe):
+        (link,) = connect(pipe, GlooLink.listen(HOST, SECRET, SHORT_SECONDS))
         payload = some_bytes(TAKEN_BYTES)
         link.send(payload).wait()
         stop(process.pid)

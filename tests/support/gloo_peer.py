@@ -1,21 +1,20 @@
-"""A worker process for the tests of Gloo links: `python gloo_peer.py SECRET WHAT`.
+"""A worker process for the tests of Gloo links. What it does:
 
     echo    on each of its links, sends back what it gets, until told to end
     take    receives buffers of TAKEN_BYTES for ever
     give    sends a buffer of GIVEN_BYTES, GIVEN_TIMES
 
-It writes "started", reads the ports of its links from standard input, and works beside a default
-process group.
+It says "started", is told the ports of its links, and works beside a default process group.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 
 import torch
 import torch.distributed as dist
@@ -29,26 +28,27 @@ END = -1
 
 
 @contextmanager
-def peer(secret: str, what: str) -> Iterator[subprocess.Popen[str]]:
-    """This file as a process that has started and waits for its ports, until it is dead."""
-    process = subprocess.Popen(
-        [sys.executable, __file__, secret, what],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[2],
-    )
-    with process:
-        try:
-            assert process.stdout.readline() == "started\n"
-            yield process
-        finally:
-            process.kill()
+def peer(secret: str, what: str) -> Iterator[tuple[BaseProcess, Connection]]:
+    """A process that has started and waits for its ports, until it is dead."""
+    # Forks of a process that has imported torch, once for all of them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=main, args=(secret, what, theirs))
+    process.start()
+    theirs.close()
+    try:
+        assert ours.recv() == "started"
+        yield process, ours
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
 
 
-def connect(process: subprocess.Popen[str], *pendings: PendingLink) -> list[GlooLink]:
+def connect(pipe: Connection, *pendings: PendingLink) -> list[GlooLink]:
     """The trainer's ends of its links."""
-    print(*(pending.port for pending in pendings), file=process.stdin, flush=True)
+    pipe.send([pending.port for pending in pendings])
     return [pending.accept() for pending in pendings]
 
 
@@ -96,19 +96,14 @@ def default_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def main(secret: str, what: str) -> None:
+def main(secret: str, what: str, pipe: Connection) -> None:
     with default_group():
-        print("started", flush=True)
-        ports = map(int, sys.stdin.readline().split())
-        links = [GlooLink.connect(HOST, port, secret, TIMEOUT_SECONDS) for port in ports]
+        pipe.send("started")
+        links = [GlooLink.connect(HOST, port, secret, TIMEOUT_SECONDS) for port in pipe.recv()]
         if what == "echo":
             echo_all(links)
         else:
             {"take": take, "give": give}[what](*links)
         for link in links:
             link.close()
-    print("ended well", flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    pipe.send("ended well")
