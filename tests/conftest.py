@@ -5,7 +5,9 @@ from __future__ import annotations
 import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM reads when imported
 
 import os
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +27,19 @@ settings.load_profile("default")
 # Engines in other processes leave vLLM's state in this one changed when they are shut down, so
 # that no MoE engine can be started here any more: they come last.
 LAST = ("test_clients", "test_serving", "test_train_server")
+
+
+ENGINES = re.compile(r"^pytestmark = .*pytest\.mark\.(vllm|ray|gpu|slow)\b", re.MULTILINE)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A fast run imports no file whose tests all need an engine, nor what those import."""
+    is_fast = str(config.option.markexpr).startswith("not (vllm or ")
+    return (
+        is_fast
+        and collection_path.suffix == ".py"
+        and (ENGINES.search(collection_path.read_text()) is not None)
+    ) or None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -23,7 +23,8 @@ from support.models import make_model
 from support.servers import stand_in_for_vllm, wait_until
 from support.trainers import build_trainer, gap, save_policy
 
-from qerl_sync import ConfigError, PeerLostError, WeightSyncCallback
+import qerl_sync
+from qerl_sync import ConfigError, PeerLostError
 from qerl_sync.clients.http import HTTPClient
 from qerl_sync.config import TrainConfig
 from qerl_sync.serving.processes import descendants, running
@@ -199,7 +200,7 @@ def trainer_of(**changes):
 @pytest.mark.parametrize("transfer", [None, {"backend": "nccl"}])
 def test_servers_that_do_not_take_our_weights_are_refused(transfer):
     with pytest.raises(ConfigError, match=r"http://x has the .*backend.*\"qerl\".*serve"):
-        WeightSyncCallback().bind(trainer_of(weight_transfer_config=transfer))
+        qerl_sync.WeightSyncCallback().bind(trainer_of(weight_transfer_config=transfer))
 
 
 def test_servers_without_rl_routes_are_refused():
@@ -209,15 +210,15 @@ def test_servers_without_rl_routes_are_refused():
     trainer = trainer_of()
     trainer.vllm_generation.vllm_client.get_server_info = refuse
     with pytest.raises(ConfigError, match=r"DEV_MODE=1\. `qerl-sync serve` starts one"):
-        WeightSyncCallback().bind(trainer)
+        qerl_sync.WeightSyncCallback().bind(trainer)
 
 
 def test_other_log_probabilities_are_warned_of(caplog):
     with caplog.at_level("WARNING", logger="qerl_sync"):
-        WeightSyncCallback().bind(trainer_of()).close()
+        qerl_sync.WeightSyncCallback().bind(trainer_of()).close()
         assert not caplog.records
         other = {"logprobs_mode": "raw_logprobs"}
-        WeightSyncCallback().bind(trainer_of(model_config=other)).close()
+        qerl_sync.WeightSyncCallback().bind(trainer_of(model_config=other)).close()
     (record,) = caplog.records
     assert "raw_logprobs" in record.getMessage()
 
@@ -226,7 +227,7 @@ def test_only_the_main_process_syncs():
     trainer = trainer_of()
     trainer.accelerator.is_main_process = False
     del trainer.vllm_generation.vllm_client  # TRL makes it in the main process alone
-    callback = WeightSyncCallback().bind(trainer)
+    callback = qerl_sync.WeightSyncCallback().bind(trainer)
     callback.on_train_begin(None, SimpleNamespace(stateful_callbacks={}), None)
     trainer.vllm_generation.sync_weights()
     assert callback.session is None
@@ -280,7 +281,7 @@ def server_trainer(served, directory, callback, **changes):
 class TestPlainTRL:
     def test_the_same_sync_metrics_and_report_as_colocated(self, served, tmp_path):
 
-        callback = WeightSyncCallback(chunk_bytes="64KiB")
+        callback = qerl_sync.WeightSyncCallback(chunk_bytes="64KiB")
         with callback.connecting():
             trainer = server_trainer(served, tmp_path, callback)
         callback.bind(trainer)
@@ -304,7 +305,7 @@ class TestPlainTRL:
 
     def test_a_second_trainer_goes_on_with_the_servers_version(self, served, tmp_path):
         """After the first test, which left the server on other weights."""
-        callback = WeightSyncCallback(transport="tcp")
+        callback = qerl_sync.WeightSyncCallback(transport="tcp")
         with callback.connecting():
             trainer = server_trainer(served, tmp_path, callback, num_iterations=2)
         with closing(callback.bind(trainer)):
@@ -316,7 +317,7 @@ class TestPlainTRL:
     def test_trl_alone_cannot_be_built_here(self, served, tmp_path):
         """Why there is `connecting`. When this fails, TRL has learned to do without CUDA."""
         with pytest.raises(NotImplementedError, match="needs a CUDA device"):
-            server_trainer(served, tmp_path, WeightSyncCallback())
+            server_trainer(served, tmp_path, qerl_sync.WeightSyncCallback())
 
     def test_the_asynchronous_door(self, served):
         from qerl_sync.integrations.trl_async import AsyncWeightTransfer

@@ -13,8 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import ExitStack, closing
-from pathlib import Path
+from contextlib import closing
 
 import pytest
 import torch
@@ -906,75 +905,68 @@ def test_no_room_for_a_slot_ends_the_sync_before_it_starts(workers, monkeypatch)
     assert serves(engine, sync._source.held)
 
 
-# Imports torch once: each line that it reads becomes a child with a segment, which ends as a
-# program of its own would, through the end of this one.
+# Imports torch once: each line with a program becomes a child with a segment, which ends as a
+# program of its own would, through the end of this one. A line with a pid asks for its exit code.
 OWNERS = """
 import os, sys, time
 from qerl_sync.wire.segments import SharedSegment
 for line in sys.stdin:
-    first, then = eval(line)
-    child = os.fork()
-    if child:
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    held = SharedSegment(1 << 16)
-    exec(first)
-    print(os.getpid(), held.name, flush=True)
-    exec(then)
-    break
+    told = eval(line)
+    if isinstance(told, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(told, 0)[1]), flush=True)
+    elif os.fork() == 0:
+        held = SharedSegment(1 << 16)
+        exec(told[0])
+        print(os.getpid(), held.name, flush=True)
+        exec(told[1])
+        break
 """
 STAY = "time.sleep(600)"
 
 
 @pytest.fixture(scope="module")
-def hosts():
-    """Two programs in which a segment's owner can live."""
-    with ExitStack() as stack:
-        command, pipe = [sys.executable, "-c", OWNERS], subprocess.PIPE
-        processes = [
-            stack.enter_context(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
-            for _ in range(2)
-        ]
-        yield [Owner(process) for process in processes]
-        for process in processes:
-            process.stdin.close()
-            assert process.wait(60) == 0
+def host():
+    """The program in which owners of segments live."""
+    command, pipe = [sys.executable, "-c", OWNERS], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+        process.stdin.close()
+        assert process.wait(60) == 0
 
 
 class Owner:
-    """A process that owns a segment at `path`."""
+    """A process that owns a segment at `path`, runs `first`, and then `then`."""
 
-    def __init__(self, host: subprocess.Popen[str]) -> None:
+    def __init__(self, host: subprocess.Popen[str], then: str = STAY, first: str = "") -> None:
         self._host = host
+        pid, name = self._ask((first, then)).split()
+        self.pid, self.path = int(pid), segments.DIRECTORY / name
 
-    def begin(self, then: str = STAY, first: str = "") -> Path:
-        print(repr((first, then)), file=self._host.stdin, flush=True)
-        pid, name = self._host.stdout.readline().split()
-        self.pid = int(pid)
-        return segments.DIRECTORY / name
+    def _ask(self, told: object) -> str:
+        print(repr(told), file=self._host.stdin, flush=True)
+        return self._host.stdout.readline()
 
     def end(self, number: int | None = None) -> int:
         """Its exit code, after this signal."""
         if number is not None:
             os.kill(self.pid, number)
-        return int(self._host.stdout.readline())
+        return int(self._ask(self.pid))
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_what_a_killed_process_left_is_removed_and_of_a_living_one_nothing(number, hosts):
+def test_what_a_killed_process_left_is_removed_and_of_a_living_one_nothing(number, host):
     """Neither signal lets Python say a word: the next start removes what they leave."""
-    living, killed = hosts
-    stays, goes = living.begin(), killed.begin()
+    living, killed = Owner(host), Owner(host)
     try:
         assert killed.end(number) == -number
-        assert goes.exists()
+        assert killed.path.exists()
         with closing(SharedSegment(64)):
-            assert not goes.exists()
-            assert stays.exists()
+            assert not killed.path.exists()
+            assert living.path.exists()
     finally:
         living.end(signal.SIGKILL)
     remove_abandoned()  # unless another program on this machine has been quicker
-    assert not stays.exists()
+    assert not living.path.exists()
 
 
 @pytest.mark.parametrize(
@@ -986,23 +978,23 @@ def test_what_a_killed_process_left_is_removed_and_of_a_living_one_nothing(numbe
         ("os.fork() or os._exit(0); os.wait()", 0),
     ],
 )
-def test_nothing_is_left_after_an_exit(then, code, hosts):
-    path = hosts[0].begin(then)
-    assert hosts[0].end() == code
-    assert not path.exists()
+def test_nothing_is_left_after_an_exit(then, code, host):
+    owner = Owner(host, then)
+    assert owner.end() == code
+    assert not owner.path.exists()
 
 
-def test_a_forked_child_does_not_take_the_memory_with_it(hosts):
-    path = hosts[0].begin(first="os.fork() or sys.exit(); os.wait()")
+def test_a_forked_child_does_not_take_the_memory_with_it(host):
+    owner = Owner(host, first="os.fork() or sys.exit(); os.wait()")
     try:
-        assert path.exists()
+        assert owner.path.exists()
     finally:
-        hosts[0].end(signal.SIGKILL)
+        owner.end(signal.SIGKILL)
     remove_abandoned()
-    assert not path.exists()
+    assert not owner.path.exists()
 
 
-def test_nothing_is_left_after_an_interrupt(hosts):
-    path = hosts[0].begin()
-    hosts[0].end(signal.SIGINT)
-    assert not path.exists()
+def test_nothing_is_left_after_an_interrupt(host):
+    owner = Owner(host)
+    owner.end(signal.SIGINT)
+    assert not owner.path.exists()
