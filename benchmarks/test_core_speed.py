@@ -18,10 +18,10 @@ import transformers as tf
 from support.engines import start_engine
 
 from qerl_sync import HFSource, ParamMeta, build_plan
-from qerl_sync.worker import compat
-from qerl_sync.worker.monitor import SyncMonitor
-from qerl_sync.worker.probe import observe_layer_map
-from qerl_sync.worker.receiver import Receiver
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.load.monitor import SyncMonitor
+from qerl_sync.worker.load.observe import observe_layer_map
+from qerl_sync.worker.load.receiver import Receiver
 
 QWEN3_06B = {
     "vocab_size": 151936,
@@ -92,7 +92,7 @@ class Recorder(SyncMonitor):
 def test_ledger_and_detector_cost_little_beside_the_load(parts, metas, monkeypatch):
     """Their own time, clocked inside real loads, against those loads without them: the share can be
     told to a hundredth of a percent, which two noisy load times beside each other cannot."""
-    from qerl_sync.worker import receiver
+    from qerl_sync.worker.load import receiver
 
     tensors = {m.name: torch.randn(m.shape, dtype=torch.bfloat16) * 0.02 for m in metas}
     layer_map = observe_layer_map(parts.model, parts.vllm_config, metas)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import pytest
 
+from qerl_sync.cli.plan.html import render_page
+from qerl_sync.cli.plan.order_specs import default_orders, resolve_order
+from qerl_sync.cli.plan.png import plot_plan
+from qerl_sync.cli.plan.scenarios import Scenario, Transport, scenarios
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.order_specs import default_orders, resolve_order
 from qerl_sync.plan.rules import rules_map, rules_metas
-from qerl_sync.plan.scenarios import Scenario, Transport, scenarios
-from qerl_sync.report.plan_html import render_page
-from qerl_sync.report.plan_png import plot_plan
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "models"
 

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from qerl_sync.offline.layer_map import offline_map
 from qerl_sync.plan.checkpoint import read_checkpoint
 from qerl_sync.plan.rules import rules_map, rules_metas
 from qerl_sync.plan.sync_plan import build_plan
-from qerl_sync.worker.offline import offline_map
 
 ROOT = Path(__file__).parent.parent
 QWEN3_30B_A3B = ROOT / "configs" / "models" / "qwen3-30b-a3b.json"
@@ -37,7 +37,7 @@ WIDER = {
 # A process that reports the high-water mark of its children, whose memory it waits for.
 MEASURED = """
 import json, resource, sys
-from qerl_sync.worker.offline import offline_map
+from qerl_sync.offline.layer_map import offline_map
 found = offline_map(sys.argv[1], mode="probe", cache=False)
 peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
 json.dump({"map": found.to_json(), "bytes": peak_kib * 1024}, sys.stdout)
@@ -45,7 +45,7 @@ json.dump({"map": found.to_json(), "bytes": peak_kib * 1024}, sys.stdout)
 
 CACHED = """
 import sys
-from qerl_sync.worker.offline import offline_map
+from qerl_sync.offline.layer_map import offline_map
 found = offline_map(sys.argv[1], mode="probe")
 assert found.origin == "cache", found.origin
 assert not {"torch", "vllm", "transformers"} & sys.modules.keys()

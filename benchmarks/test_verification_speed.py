@@ -12,8 +12,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qerl_sync.buffers.changes import ChangeWatch
 from qerl_sync.buffers.detect import is_finite
+from qerl_sync.verify.changes import ChangeWatch
 
 HIDDEN, LAYERS = 1024, 28
 SHAPES = [(2048, HIDDEN), (1024, HIDDEN), (1024, HIDDEN), (HIDDEN, 2048)]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qerl_sync import HFSource, RemoteTransport, SyncConfig, SyncSession
-from qerl_sync.clients.http import HTTPClient
+from qerl_sync.engines.http import HTTPClient
 from qerl_sync.sources.hf import probe_of
 
 

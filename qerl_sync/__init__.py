@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from qerl_sync.session import SyncReport, SyncSession
     from qerl_sync.sources.base import Source
     from qerl_sync.sources.hf import HFSource
-    from qerl_sync.sources.shared import share_parameters
+    from qerl_sync.sources.shared_memory import share_parameters
     from qerl_sync.sources.stream import StreamSource
     from qerl_sync.transports.base import Transport, WorkerReport
     from qerl_sync.transports.inproc import InProcessTransport

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from qerl_sync.clients.base import EngineClient
-from qerl_sync.clients.http import HTTPClient
-from qerl_sync.clients.llm import LLMClient
 from qerl_sync.config import SyncConfig
+from qerl_sync.engines.base import EngineClient
+from qerl_sync.engines.http import HTTPClient
+from qerl_sync.engines.llm import LLMClient
 from qerl_sync.errors import ConfigError
-from qerl_sync.plan.probe_prompt import Probe
 from qerl_sync.session import SyncSession, Trained
 from qerl_sync.sources.base import Source
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
 from qerl_sync.transports.remote import RemoteTransport
+from qerl_sync.verify.probe_prompt import Probe
 
 BACKEND = "qerl"
 

@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
-from qerl_sync.buffers.look_ahead import LookAhead
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError, UnchangedError
 from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.options import Terms
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
-from qerl_sync.plan.probe_prompt import Probe, shortened, tolerance
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
-from qerl_sync.plan.terms import Terms
 from qerl_sync.sources.base import Source
 from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.verify.finite import LookAhead
+from qerl_sync.verify.probe_prompt import Probe, shortened, tolerance
 from qerl_sync.wire.cores import keep_off
 
 if TYPE_CHECKING:
     import torch
 
-    from qerl_sync.buffers.changes import Changes, ChangeWatch
     from qerl_sync.config import SyncConfig
+    from qerl_sync.verify.changes import Changes, ChangeWatch
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ class SyncSession:
     def _change_watch(self, trained: Trained | None) -> ChangeWatch | None:
         if self._config.on_unchanged == "ignore":
             return None
-        from qerl_sync.buffers.changes import ChangeWatch
+        from qerl_sync.verify.changes import ChangeWatch
 
         return ChangeWatch(trained)
 

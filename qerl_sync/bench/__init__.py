@@ -1,1 +1,4 @@
-"""Measurements that users can repeat; each also checks what it measured."""
+"""`qerl-sync bench`: syncs beside what the machine can do, each measurement with its target.
+
+Uses the library as a user does.
+"""

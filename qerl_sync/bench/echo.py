@@ -19,10 +19,10 @@ from typing_extensions import Self
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PeerLostError, TransportError
 from qerl_sync.meta import ParamMeta
+from qerl_sync.options import Terms
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.plan.terms import Terms
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
 
@@ -137,7 +137,7 @@ class EchoWorker:
 
 
 def main() -> None:
-    from qerl_sync.worker.connection import TrainerConnection
+    from qerl_sync.worker.protocol.connection import TrainerConnection
 
     loader = EchoLoader()
     connection = TrainerConnection(loader, torch.device("cpu"), hello)

@@ -25,7 +25,7 @@ class BenchExtension:
 
     def bench_kernels(self) -> dict[str, str]:
         """Digests of what the kernels hold."""
-        from qerl_sync.worker.kernel_weights import kernel_digests
+        from qerl_sync.worker.load.kernel_weights import kernel_digests
 
         return kernel_digests(self._engine.model)
 
@@ -37,7 +37,8 @@ class BenchExtension:
 
             found = load_file(checkpoint)
             self._bench_tensors = {name: found[name].clone() for name in order}
-        from qerl_sync.worker import compat, refresh
+        from qerl_sync.worker.compat import engine as compat
+        from qerl_sync.worker.load import refresh
 
         model, config = self._engine.model, self._engine.vllm_config
         started = time.perf_counter()

@@ -32,7 +32,7 @@ from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.wire.cores import own_cores
-from qerl_sync.worker import deliveries
+from qerl_sync.worker.protocol import mailbox as deliveries
 
 SECOND = {"second": 1}
 COMMIT_SECONDS = 3.0
@@ -91,7 +91,7 @@ class EchoActor:
     """The worker's real connection, conversation and inlets, with nobody who loads."""
 
     def __init__(self) -> None:
-        from qerl_sync.worker.connection import TrainerConnection
+        from qerl_sync.worker.protocol.connection import TrainerConnection
 
         self._loader = EchoLoader()
         self._connection = TrainerConnection(self._loader, torch.device("cpu"), hello)

@@ -25,7 +25,7 @@ from qerl_sync.plan.checkpoint import read_json
 from qerl_sync.plan.staging import offsets
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource
-from qerl_sync.sources.shared import share_parameters
+from qerl_sync.sources.shared_memory import share_parameters
 from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.wire.baselines import loopback_tcp_seconds
 from qerl_sync.wire.segments import PrivateMemory
@@ -244,7 +244,7 @@ def _end_to_end(
     chunks_in_flight: int,
 ) -> None:
     """Whole syncs into a real engine, beside vLLM's load from memory that is already there."""
-    from qerl_sync.clients.llm import LLMClient
+    from qerl_sync.engines.llm import LLMClient
 
     fresh = llm.collective_rpc("bench_kernels")
     order = [meta.name for meta in HFSource(model).metadata()]

@@ -1,1 +1,4 @@
-"""What a sync holds in memory: the trace, the ledger that keeps it, the detector of what counts."""
+"""What a sync holds in memory: the detector of device tensors, the ledger, the trace.
+
+Accounts only: it decides nothing, and the ledger and the trace need no torch.
+"""

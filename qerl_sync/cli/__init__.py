@@ -1,1 +1,4 @@
-"""The command `qerl-sync`: one file for each of its commands."""
+"""The commands, one file or folder each: arguments in, text and status out.
+
+No work is done here that a library user would miss.
+"""

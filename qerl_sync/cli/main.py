@@ -8,7 +8,7 @@ import typer
 
 from qerl_sync import __version__
 from qerl_sync.cli import bench
-from qerl_sync.cli.plan import plan
+from qerl_sync.cli.plan.command import plan
 from qerl_sync.cli.serve import serve
 from qerl_sync.cli.train import train
 

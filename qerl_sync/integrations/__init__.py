@@ -1,1 +1,4 @@
-"""Doors into the frameworks of others."""
+"""The seams into TRL, Ray and vLLM's trainer contract.
+
+Whatever patches or subclasses these libraries, and nothing else.
+"""

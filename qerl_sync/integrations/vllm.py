@@ -28,15 +28,15 @@ from vllm.distributed.weight_transfer.base import (
 
 from qerl_sync.buffers.detect import dtype_name
 from qerl_sync.build import remote_transport
-from qerl_sync.clients.base import translated
 from qerl_sync.config import SyncConfig
+from qerl_sync.engines.base import translated
 from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.base import Source
 from qerl_sync.transports.remote import RemoteTransport
-from qerl_sync.worker import plugin
+from qerl_sync.worker.protocol import plugin
 
 # In a trainer's process nobody loads vLLM's plugins.
 plugin.register()

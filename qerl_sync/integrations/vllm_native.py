@@ -29,11 +29,11 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 from qerl_sync import __version__
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.vllm import PlannedSource, TranslatedClient
-from qerl_sync.wire import introductions as say
+from qerl_sync.wire import handshake as say
 from qerl_sync.wire.channel import TOKEN_VARIABLE
-from qerl_sync.wire.introductions import Expected
+from qerl_sync.wire.handshake import Expected
 from qerl_sync.wire.messages import TrainerSession
-from qerl_sync.worker import plugin
+from qerl_sync.worker.protocol import plugin
 
 plugin.register()
 

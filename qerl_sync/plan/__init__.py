@@ -1,1 +1,4 @@
-"""Planning: from metadata and a layer map to a `SyncPlan`. Standard library only, no tensor."""
+"""The plan as a value: layer map, order, chunks, predicted trace. Standard library only.
+
+No tensor, no device, no vLLM may enter.
+"""

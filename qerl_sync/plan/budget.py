@@ -14,10 +14,10 @@ from math import inf
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta, Storage, format_bytes
-from qerl_sync.plan.follow import Follower, Groups
+from qerl_sync.plan.budget_scheduler import Follower, Groups
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import Joined
-from qerl_sync.plan.walk import Walker
+from qerl_sync.plan.simulator import Walker
 
 
 def within_budget(

@@ -14,8 +14,8 @@ from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.replay import OpenLayer, open_layers_at, replay
+from qerl_sync.plan.simulator import Walker
 from qerl_sync.plan.spill import peak_staged_bytes
-from qerl_sync.plan.walk import Walker
 
 SHOWN_LAYERS = 8
 

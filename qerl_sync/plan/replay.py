@@ -10,7 +10,7 @@ from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.walk import Walker
+from qerl_sync.plan.simulator import Walker
 
 
 @dataclass(frozen=True)

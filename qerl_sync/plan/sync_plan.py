@@ -19,8 +19,8 @@ from qerl_sync.plan.chunks import Chunk as Chunk
 from qerl_sync.plan.chunks import cut_anywhere, cut_between_layers
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import as_given, by_parent_layer
+from qerl_sync.plan.simulator import Walker
 from qerl_sync.plan.spill import CHUNK_BYTES, Spill, plan_spill
-from qerl_sync.plan.walk import Walker
 
 PLAN_FORMAT = 1
 

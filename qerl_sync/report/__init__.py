@@ -1,1 +1,4 @@
-"""Tables and plots of what was measured."""
+"""What a run writes: summary, tables, plots.
+
+Reads reports; measures nothing.
+"""

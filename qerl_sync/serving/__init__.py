@@ -1,1 +1,4 @@
-"""vLLM servers that we start ourselves."""
+"""vLLM servers that we start: command, process, guard, and the middleware in front of their routes.
+
+Not how weights travel.
+"""

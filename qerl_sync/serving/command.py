@@ -13,7 +13,7 @@ from typing import Any
 
 from qerl_sync.errors import ConfigError
 from qerl_sync.plan.checkpoint import require_model_directory
-from qerl_sync.serving import gate
+from qerl_sync.serving import middleware as gate
 
 LOOPBACK = "127.0.0.1"
 # For TORCH_LOGS: only errors of the module that warns where Triton is not installed.

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from qerl_sync.clients.http import HTTPClient
+from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportTimeout
 from qerl_sync.serving.command import (
     LOOPBACK,

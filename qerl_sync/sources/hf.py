@@ -11,8 +11,8 @@ import torch
 from qerl_sync.buffers.detect import dtype_name, require_finite, storages_of
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.plan.probe_prompt import Probe, spread_tokens
 from qerl_sync.sources.base import Source
+from qerl_sync.verify.probe_prompt import Probe, spread_tokens
 
 # Added to parameter names by wrappers that leave the parameters whole.
 WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")

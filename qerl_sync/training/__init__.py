@@ -1,1 +1,4 @@
-"""A training run: model, data, rewards, TRL's trainers, and what is written down at the end."""
+"""`qerl-sync train`: a run from its YAML to its report.
+
+Uses the callback like any user; a sync knows nothing of a run.
+"""

@@ -11,8 +11,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
-from qerl_sync.clients.http import HTTPClient
 from qerl_sync.config import TrainConfig
+from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import PeerLostError
 from qerl_sync.integrations.trl_seams import changed_environment
 from qerl_sync.serving.command import ServerSpec

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
+from qerl_sync.options import Terms
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.probe_prompt import largest_gap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.plan.terms import Terms
+from qerl_sync.verify.probe_prompt import largest_gap
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import Transport, WorkerReport, require_emptied, still_cached
-from qerl_sync.worker.compat_caches import connector_of, forget_caches, llm_method
+from qerl_sync.worker.compat.caches import connector_of, forget_caches, llm_method
 
 if TYPE_CHECKING:
     import torch
@@ -33,8 +33,8 @@ class InProcessTransport(Transport):
     kind = "inproc: the engine's model is in this process"
 
     def __init__(self, llm: Any) -> None:
-        from qerl_sync.worker import compat
-        from qerl_sync.worker.receiver import Receiver
+        from qerl_sync.worker.compat import engine as compat
+        from qerl_sync.worker.load.receiver import Receiver
 
         self._llm = llm
         parts = compat.in_process_parts(llm)
@@ -71,7 +71,7 @@ class InProcessTransport(Transport):
         check_finite: bool,
         held: Collection[str] | None = None,
     ) -> None:
-        from qerl_sync.worker import compat
+        from qerl_sync.worker.compat import engine as compat
 
         if held is not None and not set(held).issuperset(plan.order):
             raise PlanError(
@@ -119,7 +119,7 @@ class InProcessTransport(Transport):
         return self._receiver.context_tokens
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        from qerl_sync.worker import compat
+        from qerl_sync.worker.compat import engine as compat
 
         return compat.prompt_logprobs(self._llm, token_ids)
 

@@ -1,1 +1,4 @@
-"""What both sides of a connection share: channels, shared memory, process groups."""
+"""What both ends of a connection share: authenticated frames, messages, shared memory.
+
+Neither trainer nor worker code may enter.
+"""

@@ -37,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from qerl_sync import errors
 from qerl_sync.errors import AgreementError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.plan.terms import OnFailure, Verify
+from qerl_sync.options import OnFailure, Verify
 
 # Raised with every change of what is said here.
 PROTOCOL = 5

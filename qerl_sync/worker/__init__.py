@@ -1,1 +1,4 @@
-"""What runs beside the vLLM model. `compat` and its siblings alone touch vLLM's insides."""
+"""Everything that runs beside the vLLM model, in the worker's process.
+
+`load` fills the model, `protocol` talks to the trainer, `compat` touches vLLM's internals.
+"""

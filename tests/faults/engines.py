@@ -18,8 +18,8 @@ from support.models import CONFIGS, checkpoint_tensors, make_model
 from faults.spoilers import Pairs
 from faults.triggers import FaultySource, PhasedInProcess, PhasedRemote, Trigger
 from qerl_sync import ConfigError, Source, SyncConfig, SyncReport, SyncSession, Transport
-from qerl_sync.clients.http import HTTPClient
-from qerl_sync.serving.gate import QUIET_SECONDS
+from qerl_sync.engines.http import HTTPClient
+from qerl_sync.serving.middleware import QUIET_SECONDS
 
 TIMEOUT_SECONDS = 3.0
 CALL_SECONDS = 60.0
@@ -182,7 +182,7 @@ class InProcess(FaultEngine, remote.OwnProcess):
 
     @cached_property
     def parts(self) -> Any:
-        from qerl_sync.worker import compat
+        from qerl_sync.worker.compat import engine as compat
 
         return compat.in_process_parts(self.llm)
 

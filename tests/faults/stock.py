@@ -11,7 +11,7 @@ from faults.cases import Case
 from faults.engines import NEW, OLD, InProcess
 from faults.outcomes import STOCK, Outcome, one_line
 from faults.triggers import Trigger
-from qerl_sync.worker import compat
+from qerl_sync.worker.compat import engine as compat
 
 
 def judge(engine: InProcess, case: Case) -> Outcome:

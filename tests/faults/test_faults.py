@@ -236,7 +236,7 @@ class FakeLLM:
 
 
 def test_a_refusing_llm_says_why_and_takes_requests_again():
-    from qerl_sync.clients.llm import LLMClient
+    from qerl_sync.engines.llm import LLMClient
 
     llm = FakeLLM()
     client = LLMClient(llm)

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from qerl_sync import HFSource, build_plan
-from qerl_sync.plan.terms import Terms
-from qerl_sync.worker import compat, compat_offline
-from qerl_sync.worker.receiver import Receiver
+from qerl_sync.options import Terms
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat import offline as compat_offline
+from qerl_sync.worker.load.receiver import Receiver
 
 
 def load(path: Path, **arguments: Any) -> compat.EngineParts:

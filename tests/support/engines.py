@@ -62,7 +62,7 @@ def start_engine(path: Path, **arguments: Any) -> Any:
 
 
 def model_of(engine: Any) -> torch.nn.Module:
-    from qerl_sync.worker import compat
+    from qerl_sync.worker.compat import engine as compat
 
     return compat.in_process_parts(engine).model
 

@@ -26,7 +26,7 @@ from qerl_sync import (
 )
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
-from qerl_sync.worker.connection import TrainerConnection
+from qerl_sync.worker.protocol.connection import TrainerConnection
 
 CPU = torch.device("cpu")
 # What a first call says of its trainer (`wire.messages.TrainerSession`).

@@ -25,7 +25,7 @@ def backend(llm: Any, name: str) -> Iterator[Any]:
     from vllm.config.weight_transfer import WeightTransferConfig
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    from qerl_sync.worker import plugin
+    from qerl_sync.worker.protocol import plugin
 
     plugin.register()
     worker = worker_of(llm)

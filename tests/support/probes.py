@@ -22,7 +22,7 @@ PROGRAM = """
 import json, sys
 sys.path.append(sys.argv[1])
 from qerl_sync.errors import SyncError
-from qerl_sync.offline_probe import observe
+from qerl_sync.offline.program import observe
 
 def answer(request):
     try:

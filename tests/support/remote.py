@@ -205,7 +205,7 @@ class Async(RemoteEngine):
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=120)
 
     def client(self) -> Any:
-        from qerl_sync.clients.async_llm import AsyncLLMClient
+        from qerl_sync.engines.async_llm import AsyncLLMClient
 
         return AsyncLLMClient(self.engine, self.loop, timeout_seconds=60)
 
@@ -278,7 +278,7 @@ class Server(RemoteEngine):
             self.process.__enter__()
 
     def client(self) -> Any:
-        from qerl_sync.clients.http import HTTPClient
+        from qerl_sync.engines.http import HTTPClient
 
         return HTTPClient(self.process.url, timeout_seconds=60)
 
@@ -448,7 +448,7 @@ def _shut_down(engine_core: Any) -> None:
 
 
 def _llm_client(llm: Any) -> Any:
-    from qerl_sync.clients.llm import LLMClient
+    from qerl_sync.engines.llm import LLMClient
 
     return LLMClient(llm, timeout_seconds=60)
 

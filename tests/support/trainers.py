@@ -140,7 +140,7 @@ def gap_now(trainer: Any) -> float:
     from types import SimpleNamespace
 
     from qerl_sync.sources.hf import probe_of
-    from qerl_sync.worker import compat
+    from qerl_sync.worker.compat import engine as compat
 
     llm, tokens = trainer.vllm_generation.llm, list(range(5, 15))
     bare = SimpleNamespace(generate=partial(type(llm).generate, llm))

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from qerl_sync.worker import compat
-from qerl_sync.worker.receiver import Receiver
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.load.receiver import Receiver
 from support.fingerprint import fingerprint
 
 NAME = f"{__name__}.WorkerExtension"

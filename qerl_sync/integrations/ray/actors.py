@@ -15,11 +15,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NoReturn
 
-from qerl_sync.clients.base import PauseMode
-from qerl_sync.clients.ray_actor import CONTROL as CONTROL
+from qerl_sync.engines.base import PauseMode
+from qerl_sync.engines.ray_actor import CONTROL as CONTROL
 from qerl_sync.errors import AgreementError, PoisonedError
 from qerl_sync.integrations.ray.rollouts import Rollout
-from qerl_sync.worker import deliveries
+from qerl_sync.worker.protocol import mailbox as deliveries
 
 # How often an actor looks whether the process of its engine lives.
 LOOK_SECONDS = 0.5
@@ -88,7 +88,7 @@ class RolloutActor:
         return LLM(**with_defaults(engine))
 
     def _control(self, llm: Any) -> Any:
-        from qerl_sync.clients.llm import LLMClient
+        from qerl_sync.engines.llm import LLMClient
 
         logging.getLogger("qerl_sync").setLevel(logging.INFO)
         return LLMClient(llm)

@@ -6,8 +6,8 @@ import socket
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from qerl_sync.clients.ray_actor import require_object_store
 from qerl_sync.config import SyncConfig
+from qerl_sync.engines.ray_actor import require_object_store
 from qerl_sync.errors import CompatError, ConfigError
 from qerl_sync.transports.base import Transport
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import ray
 
-from qerl_sync.clients.base import PauseMode
+from qerl_sync.engines.base import PauseMode
 from qerl_sync.errors import PoisonedError
 from qerl_sync.integrations.ray.actors import Prompts, RolloutActor, with_defaults
 from qerl_sync.integrations.ray.rollouts import Rollout
@@ -82,7 +82,7 @@ class AsyncRolloutActor(RolloutActor):
         return asyncio.run_coroutine_threadsafe(_started(engine), self._loop).result()
 
     def _control(self, llm: Any) -> Any:
-        from qerl_sync.clients.async_llm import AsyncLLMClient
+        from qerl_sync.engines.async_llm import AsyncLLMClient
 
         return AsyncLLMClient(llm, self._loop)
 

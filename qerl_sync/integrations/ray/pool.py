@@ -11,9 +11,9 @@ from typing import Any
 
 from typing_extensions import Self
 
-from qerl_sync.clients.base import EngineClient
-from qerl_sync.clients.ray_actor import RayActorClient, how_it_was_lost, is_gone
 from qerl_sync.config import SyncConfig
+from qerl_sync.engines.base import EngineClient
+from qerl_sync.engines.ray_actor import RayActorClient, how_it_was_lost, is_gone
 from qerl_sync.errors import (
     AgreementError,
     ConfigError,

@@ -13,7 +13,7 @@ from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire.channel import proof
 
 if TYPE_CHECKING:
-    from qerl_sync.clients.base import EngineClient, PauseMode
+    from qerl_sync.engines.base import EngineClient, PauseMode
 
 logger = logging.getLogger(__name__)
 

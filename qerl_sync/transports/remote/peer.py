@@ -25,7 +25,7 @@ from qerl_sync.wire.channel import Channel
 from qerl_sync.wire.segments import SharedSegment
 
 if TYPE_CHECKING:
-    from qerl_sync.clients.base import StoringClient
+    from qerl_sync.engines.base import StoringClient
     from qerl_sync.transports.remote.staging import StagedChunk
 
 M = TypeVar("M")

@@ -22,20 +22,20 @@ from qerl_sync.errors import (
 )
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.probe_prompt import largest_gap
 from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import Transport, WorkerReport
-from qerl_sync.transports.remote.agreement import joint_map, require_alike
+from qerl_sync.transports.remote.compatibility import joint_map, require_alike
 from qerl_sync.transports.remote.parallel import in_parallel
 from qerl_sync.transports.remote.staging import Staging
 from qerl_sync.transports.remote.transport import RemoteTransport
+from qerl_sync.verify.probe_prompt import largest_gap
 from qerl_sync.wire.segments import parameters_are_shared
 
 if TYPE_CHECKING:
     import torch
 
-    from qerl_sync.clients.base import EngineClient
+    from qerl_sync.engines.base import EngineClient
     from qerl_sync.wire.messages import Hello
 
 logger = logging.getLogger(__name__)

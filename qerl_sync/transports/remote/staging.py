@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from qerl_sync.buffers.checksum import checksum
 from qerl_sync.buffers.detect import Parents
-from qerl_sync.buffers.stream import as_planned
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
+from qerl_sync.verify.checksum import checksum
+from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire.cores import keep_off
 from qerl_sync.wire.messages import Segment
 from qerl_sync.wire.segments import (

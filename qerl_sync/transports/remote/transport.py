@@ -18,14 +18,14 @@ from qerl_sync.plan.replay import replay
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import Transport, WorkerReport, require_emptied
-from qerl_sync.transports.remote.agreement import (
+from qerl_sync.transports.remote.compatibility import (
     joint_map,
     require_protocol,
     require_same_map,
 )
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
+from qerl_sync.transports.remote.listener import Reception
 from qerl_sync.transports.remote.peer import Peer, Ways, choose_transport
-from qerl_sync.transports.remote.reception import Reception
 from qerl_sync.transports.remote.staging import StagedChunk, Staging
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token, parse_endpoint, proof
@@ -35,7 +35,7 @@ from qerl_sync.wire.segments import parameters_are_shared
 if TYPE_CHECKING:
     import torch
 
-    from qerl_sync.clients.base import EngineClient, PauseMode
+    from qerl_sync.engines.base import EngineClient, PauseMode
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,180 @@
+"""`qerl-sync plan`."""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from qerl_sync.cli.errors import errors_as_text
+from qerl_sync.cli.plan.scenarios import VLLM_CHUNK_BUFFERS
+from qerl_sync.errors import PlanError
+
+# Exit code of a plan that breaks an --assert, or of a run that --compare finds different.
+FAILED = 1
+
+
+class MapMode(str, Enum):
+    """How the layer map is made."""
+
+    auto = "auto"
+    probe = "probe"
+    rules = "rules"
+
+
+class Packing(str, Enum):
+    """Where a stream is cut into chunks."""
+
+    auto = "auto"
+    stream = "stream"
+    layers = "layers"
+
+
+def plan(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            help="A model directory, a config.json, a safetensors index, a training YAML, or the "
+            "output directory of a run. Weights are not needed.",
+            show_default=False,
+        ),
+    ],
+    order: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Order in which the source yields: hf, safetensors, fastsafetensors, "
+            "safetensors:5GB, alphabetical, size, optimizer, random:SEED, interleaved:N, "
+            "file:PATH, run:DIR. Repeatable; all by default."
+        ),
+    ] = None,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What to do about it: as_given, by_parent_layer, within_budget. Repeatable; all "
+            "by default. Also spill, where the source cannot be reordered."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Bytes that may be pinned at any moment, such as 2GiB.")
+    ] = None,
+    chunk_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Size of the transport's chunk buffers, of which the tensors are views "
+            "(vLLM's NCCL engine: 1GiB). Default: each tensor has memory of its own."
+        ),
+    ] = None,
+    chunk_buffers: Annotated[
+        int, typer.Option(min=1, help="How many chunk buffers the receiver rotates.")
+    ] = VLLM_CHUNK_BUFFERS,
+    packing: Annotated[
+        Packing,
+        typer.Option(
+            help="Where the stream is cut into chunks: `stream` wherever one is full, as vLLM "
+            "does; `layers` between parent layers, as our plans are; `auto`: as given like vLLM, "
+            "reordered between layers."
+        ),
+    ] = Packing.auto,
+    tp: Annotated[
+        int | None, typer.Option(min=1, help="Tensor parallel size; the plan is that of rank 0.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Dtype of the trainer's tensors. Default: that of the checkpoint."),
+    ] = None,
+    map_mode: Annotated[
+        MapMode,
+        typer.Option(
+            "--map",
+            help="Layer map: `probe` asks vLLM's own model class; `rules` estimates without vLLM; "
+            "`auto` probes where vLLM is installed.",
+        ),
+    ] = MapMode.auto,
+    png: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the plan into this HTML file, which works offline.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON on standard output, and nothing else there.")
+    ] = False,
+    names: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the names in the first line's order into this file, one a line: to edit, "
+            "for --order file:PATH."
+        ),
+    ] = None,
+    assertions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--assert",
+            metavar="FIELD=LIMIT",
+            help="Exit with 1 if a line of the table has more than LIMIT: max_open_layers=1, "
+            "peak_buffered_bytes=2GiB, peak_pinned_bytes, peak_receive_bytes. Repeatable. Without "
+            "--order and --policy the table then has the one line that would run.",
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            help="Hold the measured traces of this run against the plan; exit with 1 at the first "
+            "difference."
+        ),
+    ] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Show what a weight sync would hold in memory, without weights and without an engine."""
+    with errors_as_text(debug=debug), _no_collecting():
+        from qerl_sync.cli.plan.run import Request, execute
+        from qerl_sync.cli.plan.show import show, write_files
+
+        notes = Console(stderr=True)
+        outcome = execute(
+            Request(
+                model=model,
+                orders=order or [],
+                policies=policy or [],
+                budget=budget,
+                chunk_bytes=chunk_bytes,
+                chunk_buffers=chunk_buffers,
+                packing=packing.value,
+                tensor_parallel_size=tp,
+                dtype=dtype,
+                map_mode=map_mode.value,
+                assertions=assertions or [],
+                compare=compare,
+            ),
+            notes.status,
+        )
+        # Before anything is printed: `| head` ends the command when it has read enough.
+        write_files(outcome, notes, names=names, png=png, html=html)
+        if as_json:
+            typer.echo(json.dumps(outcome.to_json(), indent=2))
+        else:
+            show(outcome, Console())
+        if outcome.refused is not None:
+            raise PlanError(outcome.refused)
+        for reason in outcome.failures:
+            notes.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True, highlight=False)
+        if outcome.failures:
+            raise typer.Exit(FAILED)
+
+
+@contextmanager
+def _no_collecting() -> Iterator[None]:
+    """A plan is many small values and no cycles; looking for cycles takes a fifth of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

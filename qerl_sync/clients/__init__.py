@@ -1,1 +1,0 @@
-"""The control plane of vLLM engines, as a trainer drives it."""

@@ -1,0 +1,146 @@
+"""The control plane of an `AsyncLLM` that runs on an event loop of another thread."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
+from typing import Any
+
+from qerl_sync.engines.base import (
+    PROBING,
+    PauseMode,
+    answers,
+    num_workers,
+    read_prompt_logprobs,
+    refusal,
+    require_alive,
+    timed_out,
+    translated,
+)
+from qerl_sync.errors import TransportError
+from qerl_sync.worker.compat.caches import forget_caches
+
+ENGINE = "the vLLM engine"
+POLL_SECONDS = 0.2
+
+
+class AsyncLLMClient:
+    """A `vllm.v1.engine.async_llm.AsyncLLM` as an EngineClient, for callers that block.
+
+    Args:
+        engine: with weight_transfer_config={"backend": "qerl"}.
+        loop: the running loop on which `engine` was made. Its own thread may not call: it would
+            wait for itself, and is refused.
+        timeout_seconds: how long one call but `update_weights` may take. It is then cancelled.
+    """
+
+    def __init__(
+        self, engine: Any, loop: asyncio.AbstractEventLoop, timeout_seconds: float = 300
+    ) -> None:
+        self.engine = engine
+        self.loop = loop
+        self.timeout_seconds = timeout_seconds
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        self._call("init_weight_transfer_engine", WeightTransferInitRequest(init_info=init_info))
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        # It takes as long as the whole sync, which has timeouts of its own.
+        request = WeightTransferUpdateRequest(update_info=update_info)
+        self._run("update_weights", lambda: self.engine.update_weights(request), None)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", weight_version)
+
+    def pause(self, mode: PauseMode) -> None:
+        # vLLM would empty the caches along with it; `reset_caches` does, when the weights are new.
+        self._call("pause_generation", mode=mode, clear_cache=False)
+
+    def resume(self) -> None:
+        self._call("resume_generation")
+
+    def reset_caches(self, *, running: bool) -> bool:
+        return forget_caches(self._call, running=running)
+
+    def refuse(self, reason: str) -> None:
+        refuse = refusal(reason)
+
+        async def add_request(*arguments: Any, **options: Any) -> None:
+            refuse()
+
+        self.engine.add_request = add_request  # of this object alone
+
+    def admit(self) -> None:
+        vars(self.engine).pop("add_request", None)
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        answer = self._run("generate", lambda: self._ask(list(token_ids)), self.timeout_seconds)
+        return read_prompt_logprobs(token_ids, answer.prompt_logprobs)
+
+    async def _ask(self, token_ids: list[int]) -> Any:
+        from vllm import SamplingParams
+
+        prompt, asked = {"prompt_token_ids": token_ids}, SamplingParams(**PROBING, detokenize=False)
+        name = f"qerl-sync-probe-{uuid.uuid4().hex}"
+        return [answer async for answer in self.engine.generate(prompt, asked, name)][-1]
+
+    def weight_version(self) -> str:
+        """The version that was given with the last finished update; vLLM starts with `default`."""
+        return str(self._call("get_weight_version"))
+
+    def world_size(self) -> int:
+        """See `CountedClient`."""
+        return num_workers(self.engine.vllm_config, getattr(self.engine, "engine_core", None))
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return self._run(
+            method,
+            lambda: getattr(self.engine, method)(*arguments, **options),
+            self.timeout_seconds,
+        )
+
+    def _run(
+        self,
+        method: str,
+        start: Callable[[], Coroutine[Any, Any, Any]],
+        timeout_seconds: float | None,
+    ) -> Any:
+        self._refuse_own_thread(method)
+        call = start()
+        try:
+            answer = asyncio.run_coroutine_threadsafe(call, self.loop)
+        except RuntimeError as exc:
+            call.close()
+            raise TransportError(f"{method}: the event loop of {ENGINE} is closed") from exc
+        try:
+            core = getattr(self.engine, "engine_core", None)
+            glance = partial(require_alive, core, ENGINE, method)
+            if answers(answer, timeout_seconds, POLL_SECONDS, glance):
+                return answer.result()
+            raise timed_out(ENGINE, method, self.timeout_seconds)
+        except Exception as exc:
+            answer.cancel()  # nothing, if it has ended
+            error = translated(exc, ENGINE, method)
+            if error is exc:
+                raise
+            raise error from exc
+
+    def _refuse_own_thread(self, method: str) -> None:
+        try:
+            current = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        if current is self.loop:
+            raise TransportError(
+                f"{method}: called on the event loop of {ENGINE}, which would wait for itself; "
+                "call from another thread, for instance with asyncio.to_thread"
+            )

@@ -1,0 +1,265 @@
+"""The control plane of a vLLM OpenAI server, over its RL routes and those of `serving.gate`, which
+it may lack: requests then wait where they would be refused. Needs no vLLM."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from qerl_sync.engines.base import (
+    PROBING,
+    PauseMode,
+    answers,
+    complaint,
+    in_thread,
+    lost,
+    read_prompt_logprobs,
+    timed_out,
+)
+from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
+from qerl_sync.wire.channel import PROOF_HEADER, SOCKET_OPTIONS, TOKEN_VARIABLE, proof
+from qerl_sync.worker.compat.caches import forget_caches
+
+logger = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5.0
+HEALTH_SECONDS = 5.0
+# How often to ask, during a call that takes long, whether the server is still there.
+WATCH_SECONDS = 2.0
+
+Params = dict[str, str]
+
+
+class HTTPClient:
+    """vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000. May be used by several
+    threads at a time.
+
+    The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does. Where
+    QERL_SYNC_TOKEN is set when this is made, each request shows that it is known.
+
+    Args:
+        timeout_seconds: how long one call but `update_weights` may take on the server's side.
+            Connecting is given 5 s.
+
+    Raises (all methods but `health` and `refuse`):
+        PeerLostError, TransportTimeout, TransportError: as EngineClient says.
+    """
+
+    def __init__(self, base_url: str, timeout_seconds: float = 300) -> None:
+        if not base_url.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"{base_url!r} is no address of a vLLM server; write http://127.0.0.1:8000"
+            )
+        self.base_url = base_url.rstrip("/")
+        self.timeout_seconds = timeout_seconds
+        self._token = os.environ.get(TOKEN_VARIABLE, "")
+
+    def __str__(self) -> str:
+        return f"the vLLM server at {self.base_url}"
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._post("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._post("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # It takes as long as the whole sync, which has timeouts of its own.
+        self._request("POST", "update_weights", {"update_info": update_info}, None, None)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        version = None if weight_version is None else {"weight_version": weight_version}
+        self._post("finish_weight_update", version)
+
+    def pause(self, mode: PauseMode) -> None:
+        # vLLM would empty the caches along with it; `reset_caches` does, when the weights are new.
+        self._post("pause", params={"mode": mode, "clear_cache": "false"})
+
+    def resume(self) -> None:
+        self._post("resume")
+
+    def reset_caches(self, *, running: bool) -> bool:
+        def call(route: str, **options: bool) -> Any:
+            # The route has another name for the connector than vLLM's methods have.
+            names = {"reset_connector": "reset_external"}
+            params = {names.get(name, name): str(on).lower() for name, on in options.items()}
+            return self._post(route, params=params).get("success")
+
+        return forget_caches(call, running=running)
+
+    def refuse(self, reason: str) -> None:
+        try:
+            self._tell_gate("refuse", {"reason": reason})
+        except SyncError as exc:
+            logger.warning("requests to %s are not told why they wait: %s", self, exc)
+
+    def admit(self) -> None:
+        self._tell_gate("admit", None)
+
+    def health(self) -> bool:
+        """Whether the server answers, within 5 s, and its engine lives."""
+        import requests
+
+        try:
+            status = self._send("GET", "health", None, None, HEALTH_SECONDS).status_code
+        except requests.RequestException:
+            return False
+        return bool(status == 200)
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        model = self._get("v1/models")["data"][0]["id"]
+        answer = self._post(
+            "v1/completions", {"model": model, "prompt": list(token_ids), **PROBING}
+        )
+        return read_prompt_logprobs(token_ids, answer["choices"][0]["prompt_logprobs"])
+
+    def weight_version(self) -> str:
+        """The version that was given with the last finished update; vLLM starts with `default`."""
+        return str(self._get("weight_info")["weight_version"])
+
+    def world_size(self) -> int:
+        """See `CountedClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
+        load balancing) it counts the workers of the other servers too."""
+        return int(self._get("get_world_size", {"include_dp": "true"})["world_size"])
+
+    def _get(self, route: str, params: Params | None = None) -> dict[str, Any]:
+        return self._request("GET", route, None, params, self.timeout_seconds)
+
+    def _post(
+        self, route: str, body: dict[str, Any] | None = None, params: Params | None = None
+    ) -> dict[str, Any]:
+        return self._request("POST", route, body, params, self.timeout_seconds)
+
+    def _tell_gate(self, what: str, body: dict[str, Any] | None) -> None:
+        """If the server has one."""
+        seconds = self.timeout_seconds
+        self._request("POST", f"qerl_sync/{what}", body, None, seconds, may_lack=True)
+
+    def _request(
+        self,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None,
+        params: Params | None,
+        read_seconds: float | None,
+        *,
+        may_lack: bool = False,
+    ) -> dict[str, Any]:
+        """`read_seconds`: None waits while the server is there. `may_lack`: a server without that
+        route answers {}."""
+        import requests
+
+        try:
+            send = partial(self._send, method, route, body, params, read_seconds)
+            response = self._watched(route, send)
+            if may_lack and response.status_code == 404:
+                return {}
+            return self._answer(route, response)
+        except requests.ConnectTimeout as exc:
+            raise self._unreachable(route, f"no connection within {CONNECT_SECONDS:g} s") from exc
+        except requests.Timeout as exc:
+            raise timed_out(str(self), route, self.timeout_seconds) from exc
+        except requests.ConnectionError as exc:
+            raise self._unreachable(route, _cause(exc)) from exc
+        except requests.JSONDecodeError as exc:
+            raise TransportError(
+                f"{route}: what answers at {self.base_url} is no vLLM server: {exc.doc[:200]!r}"
+            ) from exc
+        except requests.RequestException as exc:
+            raise TransportError(f"{route}: {self} cannot be asked: {exc}") from exc
+
+    def _watched(self, route: str, send: Callable[[], Any]) -> Any:
+        """As `send`. vLLM leaves calls unanswered in which its engine dies: PeerLostError then."""
+
+        def glance() -> None:
+            if self._is_gone():
+                raise lost(str(self), route)
+
+        answer = in_thread(route, send)
+        answers(answer, None, WATCH_SECONDS, glance)
+        return answer.result()
+
+    def _is_gone(self) -> bool:
+        """Whether it says that its engine is dead, or listens no more. Being slow is neither."""
+        import requests
+
+        try:
+            status = self._send("GET", "health", None, None, HEALTH_SECONDS).status_code
+        except requests.Timeout:
+            return False
+        except requests.ConnectionError:
+            return True
+        return bool(status == 503)
+
+    def _send(
+        self,
+        method: str,
+        route: str,
+        body: dict[str, Any] | None,
+        params: Params | None,
+        read_seconds: float | None,
+    ) -> Any:
+        import requests
+
+        # A session for each call: one that is kept meets connections that the server has closed.
+        with requests.Session() as session:
+            # Nor a proxy, which is for the internet, nor a .netrc.
+            session.trust_env = False
+            # One call lasts as long as a sync and says nothing meanwhile: a router that forgets it
+            # would take its answer away.
+            pool = session.get_adapter(self.base_url).poolmanager  # type: ignore[attr-defined]
+            pool.connection_pool_kw["socket_options"] = SOCKET_OPTIONS
+            return session.request(
+                method,
+                f"{self.base_url}/{route}",
+                json=body,
+                params=params,
+                headers=self._headers(method, route),
+                timeout=(CONNECT_SECONDS, read_seconds),
+                allow_redirects=False,
+            )
+
+    def _headers(self, method: str, route: str) -> dict[str, str]:
+        if method != "POST" or not self._token:
+            return {}
+        return {PROOF_HEADER: proof(self._token, "http", f"/{route}")}
+
+    def _answer(self, route: str, response: Any) -> dict[str, Any]:
+        """The answer as JSON, {} where it has no body. Raises TransportError if it is a refusal."""
+        if response.status_code == 404:
+            raise TransportError(
+                f"{self} has no route /{route}: start it with VLLM_SERVER_DEV_MODE=1 in its "
+                "environment, or by `qerl-sync serve`"
+            )
+        if response.status_code != 200:
+            status = response.status_code
+            raise TransportError(f"{route}: {self} refuses ({status}): {_message(response)}")
+        answer: dict[str, Any] = response.json() if response.content else {}
+        return answer
+
+    def _unreachable(self, route: str, why: str) -> PeerLostError:
+        return PeerLostError(
+            f"{route}: {self} cannot be reached ({why}); is it running, and is this its address?"
+        )
+
+
+def _message(response: Any) -> str:
+    """What the server says about it: vLLM has two forms of errors, FastAPI a third."""
+    try:
+        parsed = response.json()
+    except ValueError:
+        return str(response.text[:500]).strip() or str(response.reason)
+    error = parsed.get("error", parsed.get("detail")) if isinstance(parsed, dict) else None
+    if isinstance(error, dict):
+        error = error.get("message")
+    return complaint(str(error if error is not None else parsed))
+
+
+def _cause(exc: BaseException) -> str:
+    """The words of the operating system, which requests and urllib3 wrap several times."""
+    while (inner := exc.__cause__ or exc.__context__) is not None:
+        exc = inner
+    return str(exc)

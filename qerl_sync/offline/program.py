@@ -1,0 +1,157 @@
+"""Observe a layer map without an engine: `python -m qerl_sync.offline.program OUT`.
+
+A process of its own, since vLLM's models need process groups and a current configuration, and a
+caller may have its own or none. It reads a request (JSON) from standard input and writes the answer
+to the file OUT; standard output and error are vLLM's to write on.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.errors import ConfigError, SyncError
+from qerl_sync.plan.checkpoint import Checkpoint
+from qerl_sync.plan.offline_map import OfflineMap
+
+if TYPE_CHECKING:
+    import torch
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    (out,) = sys.argv[1:] if arguments is None else arguments
+    gc.disable()  # a short life: walking all of vLLM for garbage would be a fifth of it
+    request = json.load(sys.stdin)
+    try:
+        answer = {"map": observe(request).to_json()}
+    except SyncError as exc:
+        answer = {"error": {"type": type(exc).__name__, "message": str(exc)}}
+    Path(out).write_text(json.dumps(answer, separators=(",", ":")), encoding="utf-8")
+
+
+def observe(request: Mapping[str, Any]) -> OfflineMap:
+    """The layer map of a model and the stream it holds for.
+
+    May be called more than once in a process that has no process group.
+
+    Args:
+        request: `checkpoint`, a `Checkpoint` as JSON; `engine`, vLLM's arguments; `dtype` that the
+            trainer loads the model in, None for `Checkpoint.dtype`.
+
+    Raises:
+        SyncError: as `offline_map` does.
+    """
+    seconds: dict[str, float] = {}
+    engine = request["engine"]
+    checkpoint = Checkpoint.from_json(request["checkpoint"])
+    dtype = request["dtype"] or checkpoint.dtype
+    with _model_directory(checkpoint) as directory:
+        # First, since vLLM puts configuration classes of its own in transformers' place.
+        with _timed(seconds, "imports"):
+            from qerl_sync.sources.hf import HFSource
+
+            build = trainer_model(directory, dtype, trust=bool(engine.get("trust_remote_code")))
+        with _timed(seconds, "names"):
+            expected = checkpoint.held_against(HFSource(build()).metadata())
+        with _timed(seconds, "imports"):
+            from qerl_sync.worker.compat import offline as compat_offline
+            from qerl_sync.worker.load.observe import observe_layer_map
+
+            architectures = (checkpoint.config or {}).get("architectures") or []
+            version = compat_offline.import_vllm_models(architectures)
+        with _timed(seconds, "config"):
+            config = compat_offline.engine_config(directory, engine)
+        with _timed(seconds, "build"), compat_offline.meta_model(config) as parts:
+            built = time.perf_counter()
+            layer_map = observe_layer_map(parts.model, parts.vllm_config, expected.metas)
+            seconds["probe"] = time.perf_counter() - built
+    seconds["build"] -= seconds["probe"]
+    return OfflineMap(expected.metas, layer_map, "probe", version, expected.note, seconds)
+
+
+@contextmanager
+def _model_directory(checkpoint: Checkpoint) -> Iterator[str]:
+    """A directory that vLLM and transformers read the configuration from."""
+    if checkpoint.directory is not None:
+        yield str(checkpoint.directory)
+        return
+    with tempfile.TemporaryDirectory(prefix="qerl-sync-") as directory:
+        Path(directory, "config.json").write_text(json.dumps(checkpoint.config), encoding="utf-8")
+        yield directory
+
+
+def trainer_model(
+    directory: str, dtype: str | None, *, trust: bool
+) -> Callable[[], torch.nn.Module]:
+    """Return a function that builds, on the meta device, the model that a trainer would load.
+
+    Args:
+        dtype: as for `from_pretrained`; None: that of the config.
+        trust: may code that comes with the model run?
+    """
+    import torch
+    import transformers
+
+    from qerl_sync.worker.compat.meta_values import meta_device
+
+    with _of_transformers(directory):
+        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=trust)
+        family = getattr(transformers, (config.architectures or ("",))[0], None)
+        auto = partial(transformers.AutoModelForCausalLM.from_config, trust_remote_code=trust)
+        from_config = family._from_config if family is not None else auto
+
+    def build() -> torch.nn.Module:
+        with _of_transformers(directory), meta_device():
+            model: torch.nn.Module = from_config(
+                config, dtype=getattr(torch, dtype) if dtype else config.dtype
+            )
+            _keep_in_float32(model)
+            return model
+
+    return build
+
+
+def _keep_in_float32(model: Any) -> None:
+    """Cast what `from_pretrained` would keep in float32, such as router corrections.
+
+    Building a model from its configuration casts everything to one dtype.
+    """
+    plan: dict[str, Any] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
+    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in plan]
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if any(pattern.search(name) for pattern in patterns):
+            tensor.data = tensor.data.float()
+
+
+@contextmanager
+def _of_transformers(directory: str) -> Iterator[None]:
+    import transformers
+
+    try:
+        yield
+    except Exception as exc:
+        raise ConfigError(
+            f"transformers {transformers.__version__} cannot build the trainer's model of "
+            f"{directory}: {exc}"
+        ) from exc
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()

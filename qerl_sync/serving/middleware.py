@@ -1,0 +1,346 @@
+"""What stands in front of vLLM's OpenAI server and says no: for an engine that may not generate,
+and to who may not drive it.
+
+    vllm serve MODEL --middleware qerl_sync.serving.middleware.Gate
+
+Behind it, such an engine is paused and lets requests wait. The gate answers those that come from
+then on with 503 and the reason; those that are in the engine stay there, and go on with the next
+good sync. Health, status and the RL routes go through.
+
+Three things close it, and each is opened in its own way:
+
+               POST /qerl_sync/refuse {"reason": ...}
+        open ───────────────────────────────────────▶ told      the trainer knows that a sync failed
+             ◀─ POST /qerl_sync/admit; commit ───────
+
+               paused, an update begun, no control
+               call for QUIET_SECONDS
+        open ───────────────────────────────────────▶ abandoned    the trainer is gone
+             ◀─ resume; POST /qerl_sync/admit; commit
+
+               /scale_elastic_ep, after a commit
+        open ───────────────────────────────────────▶ told      replicas joined, without that sync
+             ◀─ POST /qerl_sync/admit; commit ───────
+
+A commit is a `finish_weight_update` with a weight version that vLLM has answered with 200: our
+trainers give one only when every worker is whole. One without is how a failed sync ends, and how a
+new trainer leaves the update that a dead one has left open: it opens nothing. Nor does `resume`
+where a trainer has told why not: code that resumes in a `finally` would end the engine, whose
+poisoned model does not run. A trainer whose sync has failed and left the engine untouched, or put
+the old weights back, resumes and admits.
+
+A pause without an update is somebody's own, and requests wait, as vLLM does. During a control call
+they wait too: its trainer is there, and a worker gives up one that is not. `/pause?mode=wait` may
+take minutes, and no worker is asked: who has gone by its answer gets the engine resumed behind him,
+unless it was paused before or another control call has come since, whose sender it is up to.
+
+Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, and the gate none to close it by.
+
+Only requests that generate or read are open to everybody (`serving.strangers`). Where
+QERL_SYNC_TOKEN is set, all others need a proof of it, or get 403: so a stranger's commit does not
+open the gate either. Where it is not set, web pages get 403.
+
+    GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
+                            and 503 while the gate is closed
+
+The gate is one of its process: with several API servers for one engine, only that which is told
+refuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from qerl_sync.engines.base import why_refused
+from qerl_sync.serving.auth import GENERATING, why_not
+from qerl_sync.wire.channel import TOKEN_VARIABLE
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# `--middleware` of vLLM takes it.
+NAME = "qerl_sync.serving.middleware.Gate"
+
+# How long nobody may have gone on with an update for its trainer to count as dead.
+QUIET_SECONDS = 5.0
+RETRY_SECONDS = 5
+MAX_REASON_CHARACTERS = 500
+MAX_BODY_BYTES = 16 * 1024
+# RFC 6455's "policy violation" and "try again later".
+CLOSE_CODES = {400: 1008, 403: 1008, 503: 1013}
+KINDS = {400: "BadRequestError", 403: "PermissionDeniedError", 503: "ServiceUnavailableError"}
+
+UPDATING = frozenset(
+    {
+        "/start_weight_update",
+        "/start_draft_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+    }
+)
+CONTROL = UPDATING | {"/pause", "/resume"}
+
+
+class Watch:
+    """The states above, as they follow from what has passed the gate.
+
+    Attributes:
+        paused: the engine is, by a pause that was answered.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._told: str | None = None
+        self._updating = self._abandoned = False
+        self._committed = False
+        self._open_calls, self._last_end = 0, 0.0
+        self._num_calls = self._resumed_at = 0
+        self.paused = False
+
+    def refuse(self, reason: str) -> None:
+        self._told = reason
+
+    def admit(self) -> None:
+        self._told, self._abandoned = None, False
+
+    def scaled(self) -> None:
+        """Replicas may have joined. Before the first commit all have the checkpoint's weights."""
+        if self._committed:
+            self._told = (
+                "it was scaled since its last sync, and replicas that have joined have not had one"
+            )
+
+    def call_begins(self) -> int:
+        """Returns the call's number."""
+        self.reason()  # before this call ends the quiet
+        self._open_calls += 1
+        self._num_calls += 1
+        return self._num_calls
+
+    def is_last(self, call: int) -> bool:
+        return call == self._num_calls
+
+    def call_ends(self, call: int, route: str, *, ok: bool, version_given: bool) -> None:
+        self._open_calls -= 1
+        self._last_end = self._clock()
+        if route in UPDATING:
+            self._updating |= self.paused
+        if ok and version_given:
+            self._committed = True
+            self.admit()
+        if ok and route == "/pause" and call > self._resumed_at:
+            self.paused = True
+        if ok and route == "/resume":
+            self.paused = self._updating = self._abandoned = False
+            self._resumed_at = call
+
+    def reason(self) -> str | None:
+        """Why the gate is closed; None: it is open."""
+        quiet_seconds = 0.0 if self._open_calls else self._clock() - self._last_end
+        if self.paused and self._updating and quiet_seconds > QUIET_SECONDS:
+            self._abandoned = True
+        if self._told is None and self._abandoned:
+            return "a weight update was begun, and its trainer has not gone on with it"
+        return self._told
+
+
+class Gate:
+    """An ASGI application around `app`. `clock` tells seconds."""
+
+    def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
+        self._app = app
+        self._watch = Watch(clock)
+        self._is_driven = bool(int(os.environ.get("VLLM_SERVER_DEV_MODE") or 0))
+        self._token = os.environ.get(TOKEN_VARIABLE, "")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        route = _route(scope)
+        method = scope.get("method", "POST")  # a websocket has none
+        # Starlette's patterns end in `$`, which lets a line feed follow: it would take `/pause\n`
+        # for `/pause`, and the comparisons below would not.
+        if not route.isprintable():
+            return await _deny(scope, receive, send, 400, "the path holds control characters")
+        why = why_not(method, route, scope.get("headers", ()), self._token)
+        if why is not None:
+            return await _deny(scope, receive, send, 403, why)
+        if method == "POST" and route in GENERATING:
+            return await self._generate(scope, receive, send)
+        if method == "GET" and route == "/qerl_sync/ready":
+            return await self._ready(scope, receive, send)
+        if method == "POST" and self._is_driven and scope["type"] == "http":
+            if route == "/pause":
+                return await self._pause(scope, receive, send)
+            if route in CONTROL:
+                await self._control(route, scope, receive, send)
+                return
+            if route == "/scale_elastic_ep":
+                return await self._scale(scope, receive, send)
+            if route == "/qerl_sync/refuse":
+                return await self._refuse(receive, send)
+            if route == "/qerl_sync/admit":
+                self._watch.admit()
+                return await _answer(send, 200, {})
+        return await self._app(scope, receive, send)
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reason = self._watch.reason()
+        if reason is None:
+            await self._app(scope, receive, send)
+        else:
+            await _deny(scope, receive, send, 503, why_refused(reason))
+
+    async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reason = self._watch.reason()
+        if reason is not None:
+            return await _answer(send, 503, _error(503, why_refused(reason)))
+        await self._app(_moved(scope, "/health"), receive, send)
+
+    async def _pause(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Undone if nobody is there any more to hear that it is complete."""
+        was_paused, left = self._watch.paused, False
+        leaving = asyncio.ensure_future(_disconnect(receive))
+
+        async def answer(message: Message) -> None:
+            nonlocal left
+            # Servers report those as gone, too, who have had their answer.
+            if message["type"] == "http.response.start":
+                left = leaving.done()
+            await send(message)
+
+        try:
+            call = await self._control("/pause", scope, _empty_until(leaving), answer)
+        finally:
+            leaving.cancel()
+        if left and not was_paused and self._watch.paused and self._watch.is_last(call):
+            # Not before vLLM has answered: with data parallelism it resumes no engine until then.
+            never = asyncio.get_running_loop().create_future()
+            await self._control("/resume", _moved(scope, "/resume"), _empty_until(never), _unheard)
+
+    async def _scale(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(message: Message) -> None:
+            # Before the answer is sent: from then on vLLM hands requests to the new replicas.
+            if message.get("status") == 200:
+                self._watch.scaled()
+            await send(message)
+
+        await self._app(scope, receive, answer)
+
+    async def _control(self, route: str, scope: Scope, receive: Receive, send: Send) -> int:
+        """Returns the call's number."""
+        body, status = bytearray(), 500
+
+        async def overhear() -> Message:
+            message = await receive()
+            if len(body) <= MAX_BODY_BYTES:
+                body.extend(message.get("body", b""))
+            return message
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        call = self._watch.call_begins()
+        try:
+            await self._app(scope, overhear, answer)
+        finally:
+            gives_version = route == "/finish_weight_update" and (
+                _field(body, "weight_version") is not None
+            )
+            self._watch.call_ends(call, route, ok=status == 200, version_given=gives_version)
+        return call
+
+    async def _refuse(self, receive: Receive, send: Send) -> None:
+        body, more = bytearray(), True
+        while more and len(body) <= MAX_BODY_BYTES:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            more = message.get("more_body", False)
+        reason = _field(body, "reason")
+        if more or not isinstance(reason, str) or not reason.strip():
+            said = f'send {{"reason": "why"}}, at most {MAX_BODY_BYTES:,} bytes of JSON'
+            return await _answer(send, 400, _error(400, said))
+        if len(reason) > MAX_REASON_CHARACTERS:
+            reason = reason[: MAX_REASON_CHARACTERS - 1] + "…"
+        self._watch.refuse(reason)
+        await _answer(send, 200, {})
+
+
+def _route(scope: Scope) -> str:
+    """The path below the server's own, by the rules of Starlette, which takes the route: a
+    difference would be a way around."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _moved(scope: Scope, route: str) -> Scope:
+    """The same request for another route, without its query."""
+    path = scope.get("root_path", "") + route
+    return {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Until the client has gone. What it sends before is dropped."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _empty_until(gone: asyncio.Future[None]) -> Receive:
+    """A request without a body, whose client stays until then."""
+    coming = iter([{"type": "http.request", "body": b"", "more_body": False}])
+
+    async def receive() -> Message:
+        message = next(coming, None)
+        if message is None:
+            await asyncio.shield(gone)
+            message = {"type": "http.disconnect"}
+        return message
+
+    return receive
+
+
+async def _unheard(message: Message) -> None:
+    pass
+
+
+def _field(body: bytearray, name: str) -> Any:
+    """None if it is not there, or the body is no JSON object."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return told.get(name) if isinstance(told, dict) else None
+
+
+def _error(status: int, message: str) -> dict[str, Any]:
+    """As OpenAI and vLLM have it."""
+    return {"error": {"message": message, "type": KINDS[status], "param": None, "code": status}}
+
+
+async def _deny(scope: Scope, receive: Receive, send: Send, status: int, why: str) -> None:
+    """Answer with an error; close a websocket, of which an unconnected client sees a 403."""
+    if scope["type"] == "websocket":
+        await receive()
+        closing = {"type": "websocket.close", "code": CLOSE_CODES[status], "reason": why[:100]}
+        return await send(closing)
+    await _answer(send, status, _error(status, why))
+
+
+async def _answer(send: Send, status: int, content: dict[str, Any]) -> None:
+    body = json.dumps(content).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    if status == 503:
+        headers.append((b"retry-after", b"%d" % RETRY_SECONDS))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,680 @@
+"""The file that touches vLLM's internals. It probes by feature, not by version.
+
+Its sister `compat_offline` does so for models without an engine.
+
+Coupling points, all in vLLM's `model_executor/model_loader/reload`:
+
+    layerwise.LAYERWISE_INFO              per-layer state: held tensors, elements loaded, total
+    layerwise.record_metadata_for_reloading, initialize_layerwise_reload, finalize_layerwise_reload
+    layerwise.get_numel_loaded            called for each tensor that is held, counts its elements
+    layerwise.is_deferred_attention_layer asked next, with the layer that the tensor is held for
+    layerwise._layerwise_process          processes a layer that is whole
+    layerwise._copy_and_restore_kernel_tensors  copies a processed layer into its live tensors
+    layerwise._place_kernel_tensors       puts a layer's live tensors back
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from qerl_sync.buffers.detect import plain_tensors
+from qerl_sync.errors import CompatError, LoadError
+from qerl_sync.worker.load.copy_count import CopyCount
+
+# "bias" and a few more stay real during a reload, and vLLM writes them on arrival: see SKIP_TENSORS
+# in its reload/meta.py.
+_REQUIRED = (
+    "LAYERWISE_INFO",
+    "LOADING_LAYERS",
+    "initialize_layerwise_reload",
+    "finalize_layerwise_reload",
+    "record_metadata_for_reloading",
+    "get_numel_loaded",
+    "is_deferred_attention_layer",
+    "get_layer_tensors",
+    "_get_weight_loader",
+    "_get_original_loader",
+    "_layerwise_process",
+    "_copy_and_restore_kernel_tensors",
+    "_place_kernel_tensors",
+)
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version. Raises CompatError without vLLM."""
+    try:
+        import vllm
+    except ImportError as exc:
+        raise CompatError(
+            f"vLLM cannot be imported ({exc}); install it (GPU: `pip install vllm`; this project's "
+            "CPU set-up: ./scripts/setup)"
+        ) from exc
+    return str(vllm.__version__)
+
+
+def _layerwise() -> Any:
+    """vLLM's layerwise module. Raises CompatError naming what the installed vLLM lacks."""
+    version = vllm_version()
+    try:
+        from vllm.model_executor.model_loader.reload import layerwise
+    except ImportError as exc:
+        raise CompatError(
+            f"vLLM {version} has no layerwise reload ({exc}); install vLLM 0.31, with which "
+            "qerl-sync is tested"
+        ) from exc
+    missing = [name for name in _REQUIRED if not hasattr(layerwise, name)]
+    if missing:
+        raise CompatError(
+            f"vLLM {version}'s layerwise reload has no {', '.join(missing)}; install vLLM 0.31, "
+            "with which qerl-sync is tested"
+        )
+    return layerwise
+
+
+def require_layerwise_reload() -> None:
+    """Raises CompatError, naming what is missing, where the installed vLLM cannot be synced."""
+    _layerwise()
+
+
+class EngineParts(NamedTuple):
+    """What a sync needs of an engine that runs in this process."""
+
+    model: torch.nn.Module
+    vllm_config: Any
+    device: torch.device
+
+
+def in_process_parts(llm: Any) -> EngineParts:
+    """The model of a vLLM `LLM` whose worker runs in this process (colocate mode).
+
+    Raises:
+        CompatError: the worker lives in another process.
+    """
+    executor = getattr(llm.llm_engine, "model_executor", None)
+    worker = getattr(executor, "driver_worker", None)
+    runner: Any = getattr(worker, "model_runner", None)
+    # Not `runner.model`, which may be a wrapper that replays CUDA graphs.
+    model = runner.get_model() if hasattr(runner, "get_model") else None
+    if not isinstance(model, torch.nn.Module):
+        raise CompatError(
+            "the engine's model is not in this process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 "
+            "before vLLM is imported"
+        )
+    return EngineParts(model, runner.vllm_config, torch.device(runner.device))
+
+
+def drop_requests(llm: Any) -> int:
+    """Abort the requests that a call of `llm.generate` left behind when it raised.
+
+    vLLM keeps them as scheduled, never finishes them, and the next `generate` waits for them for
+    ever. Returns how many there were.
+    """
+    left = list(llm.llm_engine.output_processor.request_states)
+    if left:
+        llm.llm_engine.abort_request(left, internal=True)
+    return len(left)
+
+
+def prompt_logprobs(llm: Any, token_ids: Sequence[int]) -> list[float]:
+    """Of each token but the first, given those before it."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+    prompt = {"prompt_token_ids": list(token_ids)}
+    (answer,) = llm.generate([prompt], asked, use_tqdm=False)
+    told = zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)
+    return [float(table[token].logprob) for token, table in told]
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """A layer's progress. `total_numel` is None when it awaits nothing."""
+
+    loaded_numel: int
+    total_numel: int | None
+
+    @property
+    def awaits_all(self) -> bool:
+        return self.total_numel is not None and self.loaded_numel <= 0
+
+
+def layer_state(layer: torch.nn.Module) -> LayerState:
+    info = _layerwise().LAYERWISE_INFO[layer]
+    return LayerState(info.load_numel, info.load_numel_total)
+
+
+def last_load(layer: torch.nn.Module) -> tuple[str, Mapping[str, Any]] | None:
+    """Return the parameter and the arguments of the last call of one of its weight loaders."""
+    loads = _layerwise().LAYERWISE_INFO[layer].loaded_weights
+    return (loads[-1][0], loads[-1][1].arguments) if loads else None
+
+
+def is_deferred(layer: torch.nn.Module) -> bool:
+    """Attention layers: vLLM processes their scales at the end of the reload, whatever arrives."""
+    return bool(_layerwise().is_deferred_attention_layer(layer))
+
+
+def loadable_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a layer that vLLM counts as to be loaded (see its `get_layer_size`)."""
+    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+
+    tensors: dict[str, torch.Tensor] = _layerwise().get_layer_tensors(layer)
+    return {name: t for name, t in tensors.items() if name not in SKIP_LOAD_TENSORS}
+
+
+def load_numel_of(tensor: torch.Tensor) -> int:
+    """Elements of a parameter that a checkpoint brings: its own, less declared padding."""
+    return int(getattr(tensor, "weight_loader_numel", tensor.numel()))
+
+
+def is_padded_embedding(layer: torch.nn.Module) -> bool:
+    """Vocabularies (embeddings, heads) are padded to a multiple of 64 rows, which stay zero."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    return isinstance(layer, VocabParallelEmbedding)
+
+
+class LoadObserver(Protocol):
+    """Told of each tensor that vLLM holds for a layer, and when it processes the layer."""
+
+    def held(
+        self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
+    ) -> None: ...
+
+    def processing(self, layer: torch.nn.Module) -> None: ...
+
+    def processed(self, layer: torch.nn.Module) -> None: ...
+
+    def path_of(self, layer: torch.nn.Module) -> str: ...
+
+
+@contextlib.contextmanager
+def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[None]:
+    """Report vLLM's layerwise loading to `observer` while the context is open.
+
+    vLLM's loading wrapper calls `get_numel_loaded` for a tensor that it has just put into the
+    layer's list, then asks `is_deferred_attention_layer`, then `_layerwise_process` if the layer
+    is whole. These names of its module are wrapped: the loading wrappers themselves outlive a
+    reload (vLLM leaves them on its meta tensors), so wrapping their factory would see the first
+    reload only. Before a processed layer is copied into its live tensors, `_fit_live_tensors` mends
+    what vLLM's copy cannot do.
+
+    Args:
+        process: False keeps vLLM from processing a layer that is whole (dry runs).
+    """
+    layerwise = _layerwise()
+    real_count, is_deferred_layer, process_layer, copy_back = (
+        layerwise.get_numel_loaded,
+        layerwise.is_deferred_attention_layer,
+        layerwise._layerwise_process,
+        layerwise._copy_and_restore_kernel_tensors,
+    )
+    count = real_count if process else CopyCount(real_count, load_numel_of)
+    counted: list[int] = []
+
+    def get_numel_loaded(loader: Callable[..., Any], bound: Any) -> tuple[int, Any]:
+        numel, result = count(loader, bound)
+        counted.append(numel)
+        return numel, result
+
+    def is_deferred_attention_layer(layer: torch.nn.Module) -> bool:
+        if counted:
+            parameter, bound = layerwise.LAYERWISE_INFO[layer].loaded_weights[-1]
+            observer.held(layer, parameter, bound.arguments, counted.pop())
+        return bool(is_deferred_layer(layer))
+
+    def _layerwise_process(layer: torch.nn.Module, info: Any) -> None:
+        if process:
+            observer.processing(layer)
+            process_layer(layer, info)
+            observer.processed(layer)
+
+    def _copy_and_restore_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
+        _fit_live_tensors(layer, info, observer)
+        copy_back(layer, info)
+
+    layerwise.get_numel_loaded = get_numel_loaded
+    layerwise.is_deferred_attention_layer = is_deferred_attention_layer
+    layerwise._layerwise_process = _layerwise_process
+    layerwise._copy_and_restore_kernel_tensors = _copy_and_restore_kernel_tensors
+    try:
+        with count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext():
+            yield
+    finally:
+        layerwise.get_numel_loaded = real_count
+        layerwise.is_deferred_attention_layer = is_deferred_layer
+        layerwise._layerwise_process = process_layer
+        layerwise._copy_and_restore_kernel_tensors = copy_back
+
+
+def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: LoadObserver) -> None:
+    """Prepare a layer's live tensors for what processing has made of the new weights.
+
+    A parameter that another layer has emptied when it was loaded (MLA frees `kv_b_proj` on CPUs
+    with AMX) gets its memory back: that layer reads it, and empties it again. Non-persistent
+    buffers that processing registers are derived from the weights; vLLM takes all of that kind for
+    constants and would put the old ones back.
+
+    Raises:
+        LoadError: a parameter that has another size now was not emptied. Kernels may hold its
+            address, so that it cannot be exchanged.
+    """
+    parameters, buffers = info.kernel_tensors
+    for name, live in parameters.items():
+        new = getattr(layer, name)
+        if live.numel() == new.numel():
+            continue
+        if live.numel():
+            raise LoadError(
+                f"{observer.path_of(layer)}.{name} ({type(layer).__name__}) has shape "
+                f"{list(live.shape)} in the engine, and {list(new.shape)} when it is loaded again: "
+                "something has changed it since the engine was started. Restart the engine to get "
+                "these weights"
+            )
+        live.data = torch.empty_like(new.data)
+    for name in info.kernel_non_persistent_buffers - info.restore_metadata[1].keys():
+        live, derived = buffers.get(name), layer._buffers.get(name)
+        if live is None or derived is None or derived is live or derived.is_meta:
+            continue
+        if derived.shape == live.shape:
+            live.data.copy_(derived)
+
+
+def unfit_parameters(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.Size]]:
+    """Of parameters whose layer cannot be loaded again, the live shape and that of loading.
+
+    A layer that has no `quant_method` is copied into its live tensors as it was loaded. In an open
+    reload. See `_fit_live_tensors` for parameters that are empty.
+    """
+    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+    found = {}
+    for path, layer in model.named_modules():
+        info = _layerwise().LAYERWISE_INFO.get(layer)
+        processes = isinstance(getattr(layer, "quant_method", None), QuantizeMethodBase)
+        if info is None or info.kernel_tensors is None or processes or is_deferred(layer):
+            continue
+        for name, live in info.kernel_tensors[0].items():
+            new = layer._parameters.get(name)
+            if new is not None and live.numel() and live.numel() != new.numel():
+                found[f"{path}.{name}"] = (live.shape, new.shape)
+    return found
+
+
+def recorded_parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The layer's parameters as they were when the model was built, on meta."""
+    info = _layerwise().LAYERWISE_INFO.get(layer)
+    return {} if info is None else dict(info.restore_metadata[0])
+
+
+def unrecorded_buffers(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Non-persistent buffers that vLLM's record of the layer does not have: it leaves those out
+    that were views of parameters when the model was built. Asked outside of a reload."""
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
+
+    info = _layerwise().LAYERWISE_INFO.get(layer)
+    known = SKIP_TENSORS if info is None else SKIP_TENSORS | info.restore_metadata[1].keys()
+    return [
+        (name, buffer)
+        for name, buffer in layer._buffers.items()
+        if buffer is not None
+        and not buffer.is_meta
+        and name not in known
+        and name in layer._non_persistent_buffers_set
+    ]
+
+
+def live_buffer(layer: torch.nn.Module, name: str) -> torch.Tensor:
+    """The buffer that the layer's kernels read, in a reload and outside of one."""
+    info = _layerwise().LAYERWISE_INFO[layer]
+    held: Any = info.kernel_tensors[1] if info.kernel_tensors is not None else layer._buffers
+    buffer: torch.Tensor = held[name]
+    return buffer
+
+
+def arrived_value(layer: torch.nn.Module, parameter: str) -> torch.Tensor:
+    """What has arrived for a parameter, loaded by vLLM's own loader into memory of its own. Asked
+    when the layer is whole and before it is processed."""
+    from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
+
+    layerwise = _layerwise()
+    info = layerwise.LAYERWISE_INFO[layer]
+    awaiting = getattr(layer, parameter)
+    load = layerwise._get_original_loader(awaiting)
+    with info.restore_device:
+        value: torch.Tensor = materialize_meta_tensor(awaiting)
+    for name, bound in info.loaded_weights:
+        if name == parameter:
+            bound.arguments["param"] = value  # vLLM puts its own there when it loads the layer
+            load(*bound.args, **bound.kwargs)
+    return value
+
+
+def awaited_shape(
+    layer: Any, parameter: str, arguments: Mapping[str, Any]
+) -> tuple[int, ...] | None:
+    """Return the shape that a checkpoint's tensor must have in this call of a weight loader.
+
+    None where the layer does not tell. vLLM's loaders assert it and do not say it.
+    """
+    own = tuple(getattr(layer, parameter).shape)
+    shard = arguments.get("loaded_shard_id")
+    if hasattr(layer, "org_vocab_size"):
+        rows, columns = layer.org_vocab_size, own[-1]
+    elif not hasattr(layer, "output_size"):
+        return own if len(own) == 1 else None
+    else:  # the sizes of the whole layer, of which a rank holds a part
+        rows, columns = layer.output_size, layer.input_size
+        if shard == "q":
+            rows = layer.total_num_heads * layer.head_size
+        elif shard in ("k", "v"):
+            rows = layer.total_num_kv_heads * layer.head_size
+        elif isinstance(shard, int):
+            rows = layer.output_sizes[shard]
+    return (rows, columns)[: len(own)] if len(own) <= 2 else None
+
+
+def credit_padding(layer: torch.nn.Module) -> None:
+    """Count a layer's padding as loaded, so that vLLM processes it with the tensor at hand.
+
+    vLLM would process it at the end of the reload and hold its tensors until then.
+    """
+    info = _layerwise().LAYERWISE_INFO[layer]
+    info.load_numel = info.load_numel_total
+
+
+def forget_packed_experts(layer: Any) -> None:
+    """Take the kernel from unquantised experts on CPU, so that vLLM packs and builds it anew."""
+    if _packs_experts(layer):
+        layer.quant_method.moe_kernel = None
+
+
+def begin_reload(model: torch.nn.Module) -> None:
+    """Save the live tensors, put the model's parameters on meta, wrap their loaders."""
+    _layerwise().initialize_layerwise_reload(model)
+
+
+def working_bytes(model: torch.nn.Module) -> dict[str, int]:
+    """For each layer, the memory that vLLM needs to process it: the layer materialised, and once
+    more where a CPU kernel packs it. Asked in an open reload only: outside of one, kernels keep
+    their weights where parameters do not show them."""
+    found = {}
+    for path, layer in model.named_modules():
+        nbytes = sum(t.nbytes for t in loadable_tensors(layer).values() if t.is_meta)
+        found[path] = nbytes * (2 if packs(layer) else 1)
+    return found
+
+
+def reloading_bytes(model: torch.nn.Module) -> int:
+    """What the weights of an open reload take, in the model's own format."""
+    layers = model.modules()
+    return sum(t.nbytes for m in layers for t in loadable_tensors(m).values() if t.is_meta)
+
+
+def live_tensors(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """What the layer's kernels read, in a reload and outside of one."""
+    info = _layerwise().LAYERWISE_INFO.get(layer)
+    if info is not None and info.can_load() and info.kernel_tensors is not None:
+        return [tensor for tensors in info.kernel_tensors for tensor in tensors.values()]
+    return list(_layerwise().get_layer_tensors(layer).values())
+
+
+def tensors_written_live(layer: torch.nn.Module) -> list[torch.Tensor]:
+    """In an open reload, those that vLLM writes as they arrive."""
+    return [t for t in _layerwise().get_layer_tensors(layer).values() if not t.is_meta]
+
+
+def packed_bytes(layer: torch.nn.Module) -> int:
+    """What the packed copy outside of the layer's parameters takes; asked in an open reload."""
+    if not _packs_linear(layer):
+        return 0
+    return sum(t.nbytes for t in loadable_tensors(layer).values() if t.is_meta)
+
+
+def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """Those that hold a parameter's or buffer's bytes: itself, what TorchAO's kind keep inside, or
+    the partitions of vLLM's `SharedWeightParameter`, which itself is empty."""
+    partitions = getattr(parameter, "partitions", None)
+    parts = partitions.values() if isinstance(partitions, dict) else [parameter]
+    return [plain for part in parts for plain in plain_tensors(part)]
+
+
+def packs(layer: torch.nn.Module) -> bool:
+    """vLLM's CPU kernels keep a packed copy in the closure of `cpu_linear`, experts in a kernel."""
+    packed = getattr(getattr(layer, "cpu_linear", None), "__closure__", None)
+    kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+    return packed is not None or (kernel is not None and is_on_cpu())
+
+
+def lend_packing(owner: Any, layer: Any) -> bool:
+    """Have a layer that shares its owner's weight compute with its owner's packed copy, too.
+
+    vLLM packs embeddings on CPU although it only looks rows up in them, and packs the same weight
+    once more for a tied head. Returns whether both would be packed alike.
+    """
+    if not can_lend_packing(owner, layer):
+        return False
+    layer.cpu_linear = owner.cpu_linear
+    return True
+
+
+def can_lend_packing(owner: Any, layer: Any) -> bool:
+    methods = {type(getattr(one, "quant_method", None)) for one in (owner, layer)}
+    unbiased = all(getattr(one, "bias", None) is None for one in (owner, layer))
+    return len(methods) == 1 and unbiased and _packs_linear(owner) and _packs_linear(layer)
+
+
+def packed_products(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Module path, and the product of the weights that its CPU kernel packed with a fixed vector.
+
+    Experts, packed in kernels of their own, give those kernels' tensors.
+    """
+    for path, layer in model.named_modules():
+        linear, weight = getattr(layer, "cpu_linear", None), getattr(layer, "weight", None)
+        # What is not packed is the parameter itself, and of MLA's `kv_b_proj` may be empty.
+        if _packs_linear(layer) and isinstance(weight, torch.Tensor) and not weight.is_meta:
+            assert linear is not None
+            probe = torch.linspace(-1, 1, _input_size(layer)).to(weight.dtype)
+            yield path, linear(probe.expand(2, -1).contiguous(), weight, None)
+        kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
+        experts = getattr(kernel, "fused_experts", None)
+        for value in vars(experts).values() if experts is not None else ():
+            if isinstance(value, torch.Tensor):
+                yield path, value
+
+
+class Packing(NamedTuple):
+    """What holds the packed copy that a layer's CPU kernel computes with. Packing makes it anew.
+
+    Attributes:
+        in_place: the copy lies in the parameters themselves, in another layout, so that they change
+            with what arrives whether or not that is packed.
+    """
+
+    holder: weakref.ref[Any]
+    in_place: bool
+
+
+def packings(model: torch.nn.Module) -> dict[str, Packing]:
+    """By module path."""
+    found = {}
+    for path, layer in model.named_modules():
+        if _packs_experts(layer):
+            found[path] = Packing(weakref.ref(layer.quant_method.moe_kernel), in_place=True)
+        elif _packs_linear(layer):
+            found[path] = Packing(weakref.ref(layer.cpu_linear), in_place=False)
+    return found
+
+
+def _packs_linear(layer: torch.nn.Module) -> bool:
+    return getattr(getattr(layer, "cpu_linear", None), "__closure__", None) is not None
+
+
+def _packs_experts(layer: Any) -> bool:
+    """Are these experts those that `forget_packed_experts` is for?"""
+    method = getattr(layer, "quant_method", None)
+    if getattr(method, "moe_kernel", None) is None:
+        return False
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+        UnquantizedFusedMoEMethod,
+    )
+
+    return is_on_cpu() and isinstance(method, UnquantizedFusedMoEMethod)
+
+
+def _input_size(layer: torch.nn.Module) -> int:
+    for name in ("input_size_per_partition", "input_size", "embedding_dim"):
+        size = getattr(layer, name, None)
+        if size:
+            return int(size)
+    raise CompatError(f"vLLM's {type(layer).__name__} does not tell its input size")
+
+
+def is_on_cpu() -> bool:
+    """Is this vLLM's CPU backend?"""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def zero_kv_caches(vllm_config: Any) -> int:
+    """Overwrite all cached keys, values and states. Returns how many bytes that were.
+
+    Freed blocks keep what was computed last, and attention multiplies what is behind the end of a
+    sequence by zero, which leaves NaN what was NaN. Of an engine that sleeps nothing is left to
+    overwrite, and its memory is not mapped.
+    """
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    caches = [cache for layer in layers for cache in _tensors_in(getattr(layer, "kv_cache", None))]
+    if _kv_caches_sleep():
+        return 0
+    for cache in caches:
+        cache.zero_()
+    return sum(cache.nbytes for cache in caches)
+
+
+def _tensors_in(value: Any) -> list[torch.Tensor]:
+    found = value if isinstance(value, list | tuple) else [value]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+
+def _kv_caches_sleep() -> bool:
+    """Has vLLM given the memory of the caches back for a while (`LLM.sleep`)?"""
+    if is_on_cpu():
+        return False
+    try:
+        from vllm.device_allocator.cumem import CuMemAllocator
+    except ImportError:
+        return False
+    allocator = CuMemAllocator.instance
+    known = allocator.pointer_to_data.values() if allocator is not None else ()
+    return any(data.tag == "kv_cache" and data.is_asleep for data in known)
+
+
+def record_metadata(model: torch.nn.Module) -> None:
+    """Remember what a reload restores on meta. Engines do so when they have built their model."""
+    _layerwise().record_metadata_for_reloading(model)
+
+
+def finish_reload(
+    model: torch.nn.Module, vllm_config: Any, expected: Collection[str] | None = None
+) -> None:
+    """Process what is left: deferred attention layers, layers that got nothing.
+
+    vLLM warns "Failed to load weights" of each of the latter, by its class: also of those that no
+    checkpoint has (rotary caches, tied heads), and so after each sync.
+
+    Args:
+        expected: names of the layers that the stream was to fill; vLLM's warnings of others are
+            dropped. None: all are logged.
+    """
+    layerwise = _layerwise()
+    findings = {
+        f"{type(layer).__name__}: Failed to load weights"
+        for name, layer in model.named_modules()
+        if name in (expected or ()) and layer_state(layer).awaits_all
+    }
+
+    def is_finding(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return expected is None or not text.endswith(": Failed to load weights") or text in findings
+
+    logger = logging.getLogger(layerwise.__name__)
+    logger.addFilter(is_finding)
+    try:
+        layerwise.finalize_layerwise_reload(model, vllm_config.model_config)
+    finally:
+        logger.removeFilter(is_finding)
+
+
+@contextlib.contextmanager
+def loading_context(vllm_config: Any) -> Iterator[None]:
+    """No gradients, and vLLM's current config set, as its loaders and quantisers expect."""
+    from vllm.config import set_current_vllm_config
+
+    with torch.no_grad(), set_current_vllm_config(vllm_config):
+        yield
+
+
+def restore(model: torch.nn.Module) -> int:
+    """Bring a model back from the middle of a reload. Returns the number of layers put back.
+
+    Every layer gets its live tensors again, what was held for it is dropped, loading wrappers are
+    taken off. Layers that were already processed keep their new weights: the model is usable,
+    but a mix of old and new, until a full sync has succeeded.
+    """
+    layerwise = _layerwise()
+    restored = 0
+    for layer in model.modules():
+        info = layerwise.LAYERWISE_INFO.get(layer)
+        if info is None:
+            continue
+        if info.can_load():
+            if info.kernel_tensors is not None:
+                layerwise._place_kernel_tensors(layer, info)
+                restored += 1
+            info.reset()
+        for tensor in layerwise.get_layer_tensors(layer).values():
+            if layerwise._get_weight_loader(tensor).__name__ == "online_process_loader":
+                tensor.weight_loader = layerwise._get_original_loader(tensor)
+    if hasattr(model, "_original_do_torchao_reload"):
+        model._do_torchao_reload = model._original_do_torchao_reload
+    layerwise.LOADING_LAYERS.clear()
+    return restored
+
+
+@contextlib.contextmanager
+def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
+    """A reload whose every tensor is on meta, undone at the end: weights and pointers unchanged.
+
+    Yields the storage keys of the meta twins of those tensors that vLLM keeps real during a reload,
+    and writes on arrival (`bias`, router corrections).
+    """
+    from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS, to_meta_tensor
+
+    twins: set[int] = set()
+    stash: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    begin_reload(model)
+    try:
+        for layer in model.modules():
+            owned: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
+            for tensors in owned:
+                for name, tensor in tensors.items():
+                    if tensor is None or (tensor.is_meta and name not in SKIP_TENSORS):
+                        continue
+                    stash.append((tensors, name, tensor))
+                    twin = to_meta_tensor(tensor)
+                    twins.add(twin.untyped_storage()._cdata)
+                    tensors[name] = twin
+        yield twins
+    finally:
+        for tensors, name, tensor in stash:
+            tensors[name] = tensor
+        restore(model)

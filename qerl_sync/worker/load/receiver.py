@@ -1,0 +1,407 @@
+"""The worker's side of a sync: loads what arrives, accounts for it, refuses what is not right."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from weakref import WeakKeyDictionary
+
+import torch
+
+from qerl_sync.buffers.detect import dtype_name, require_finite, require_in_range
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import CoverageError, LoadError, PoisonedError, SyncError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.options import Terms
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.verify.stream import as_planned
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.load import memory, refresh
+from qerl_sync.worker.load.aliases import LostView, Views, lost_views
+from qerl_sync.worker.load.kernel_check import Held, KernelCheck
+from qerl_sync.worker.load.monitor import SyncMonitor
+from qerl_sync.worker.load.observe import observe_layer_map
+from qerl_sync.worker.load.rollback import Rollback
+from qerl_sync.worker.load.spill import Stager
+
+
+@dataclass
+class _ModelState:
+    """What must outlive a receiver: several may be made for the same model, one after the other."""
+
+    syncing: bool = False
+    poison: torch.utils.hooks.RemovableHandle | None = None
+    reason: str | None = None
+    version: int = 0
+    caches_suspect: bool = False
+    held: Held | None = None
+    # Found in whole weights: after a sync that failed, values no longer tell what was a view.
+    lost_views: list[LostView] | None = None
+
+
+_STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
+
+
+class Receiver:
+    """Loads planned streams into one live vLLM model. One per worker rank, not thread-safe.
+
+        ready --start--> syncing --finish--> whole --commit--> ready
+                         syncing --error, abort--> poisoned --start, finish, commit--> ready
+
+    A sync that fails before its first tensor has touched nothing: the worker is as it was before.
+    With `on_failure: rollback` a sync that fails puts the old weights back instead:
+
+        syncing, whole --error, abort--> ready, on the version of before
+
+    With `verify: full` the engine is asked when it is ready, and the answer may condemn it:
+
+        ready --probe parts from the trainer, poison--> poisoned
+
+    A poisoned worker holds a mix of old and new weights: its modules are whole (no meta tensors, no
+    half-open layers), but its model refuses to run until a full sync has been committed.
+
+    Raises:
+        CompatError: the installed vLLM has no layerwise reload, or another one.
+
+    What was computed while the weights were a mix, or not known to be finite, may lie in the KV
+    cache as NaN, which later requests would meet: the next commit overwrites it.
+
+    Attributes:
+        terms: what the next sync promises; set before `start`.
+        kept_bytes: of the last sync, what the old weights took in memory (`on_failure: rollback`).
+        verify_seconds: of the last sync, what checksums took (`sync.verify`).
+        peak_staged_bytes: of the last sync, the most that waited in host memory (policy `spill`).
+    """
+
+    def __init__(self, parts: compat.EngineParts) -> None:
+        compat.require_layerwise_reload()
+        self.model = parts.model
+        self._config = parts.vllm_config
+        self.device = parts.device
+        self._dtype: torch.dtype = parts.vllm_config.model_config.dtype
+        self._state = _STATES.setdefault(parts.model, _ModelState())
+        self._open = False
+        self._untouched = False
+        self._awaited: Iterator[ParamMeta] = iter(())
+        self._check_finite = True
+        self._stager: Stager | None = None
+        self.terms = Terms()
+        self.peak_staged_bytes = 0
+        self.verify_seconds = 0.0
+        self.kept_bytes = 0
+        self._rollback: Rollback | None = None
+        self._poisoned_before: str | None = None
+        self._check: KernelCheck | None = None
+        self._held: Held | None = None
+        self._observing = contextlib.ExitStack()
+
+    def layer_map(
+        self,
+        metas: Sequence[ParamMeta],
+        *,
+        allow_incomplete: Sequence[str] = (),
+    ) -> LayerMap:
+        """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open."""
+        self._require_closed()
+        self._find_lost_views()
+        return observe_layer_map(self.model, self._config, metas, allow_incomplete=allow_incomplete)
+
+    def free_bytes(self) -> int:
+        """Memory that is free now where the weights live."""
+        return memory.free_bytes(self.device)
+
+    @property
+    def context_tokens(self) -> int:
+        """The most tokens that one request may have, prompt and completion together."""
+        return int(self._config.model_config.max_model_len)
+
+    @property
+    def precision(self) -> tuple[str, str | None]:
+        """The dtype that the model computes in, and its quantisation."""
+        return dtype_name(self._dtype), self._config.model_config.quantization
+
+    @property
+    def version(self) -> int:
+        """The weight version last committed; 0 if none."""
+        return self._state.version
+
+    @property
+    def poisoned(self) -> str | None:
+        """Why the model refuses to run; None if it runs."""
+        return self._state.reason
+
+    def start(
+        self,
+        plan: SyncPlan,
+        layer_map: LayerMap,
+        *,
+        check_finite: bool = True,
+        borrowed: bool = False,
+    ) -> None:
+        """Open a sync. From here to `commit` the model must not run.
+
+        Args:
+            borrowed: the memory of received tensors will be used again after each chunk, so what
+                vLLM keeps longer (deferred layers) is copied out.
+
+        Raises:
+            SyncError: a sync is already open.
+            PlanError, ConfigError: what the plan stages cannot be staged here.
+        """
+        self._require_closed()
+        spill, self.peak_staged_bytes = plan.spill, 0
+        self._stager = None if spill is None else Stager(plan, spill, self.device)
+        self._open = self._state.syncing = self._untouched = True
+        self._rollback, self.kept_bytes, self._poisoned_before = None, 0, self.poisoned
+        self._state.caches_suspect |= self.poisoned is not None
+        self.poison("a sync is in progress")
+        self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
+        self._check_finite = check_finite
+        # A source that has looked itself does not know the engine's dtype.
+        self._check_range = check_finite or self.terms.finite
+        self.verify_seconds, self._held = 0.0, None
+        self._check = self._kernel_check(layer_map) if self.terms.checksums else None
+        borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
+        self._monitor = SyncMonitor(self.model, layer_map, self.device, borrowed=borrowed)
+        with self._aborting():
+            # vLLM's reload goes on with layers that another one has left half open.
+            compat.restore(self.model)
+            lost = self._find_lost_views()
+            self._views = Views(self.model)
+            tied = refresh.tied_parameters(self.model)
+            self._observing.enter_context(compat.observe_loads(self._monitor))
+            with compat.loading_context(self._config):
+                compat.begin_reload(self.model)
+            if self.terms.on_failure == "rollback":
+                self._rollback = Rollback()
+                self._rollback.begin(self.model)
+            self._monitor.before_processing = partial(self._before_processing, lost)
+            self._monitor.after_processing = partial(self._renew_tied, tied)
+            self.working_bytes = compat.working_bytes(self.model)
+            self.finishing_bytes = refresh.packed_anew_bytes(self.model, tied, self.working_bytes)
+
+    def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the next chunk of the plan: one `load_weights` call.
+
+        The tensors are kept by reference until their layer is whole, at the latest until the end
+        of this call (deferred layers: until `finish`). A plan that spills has what is whole by now
+        loaded, and the rest of the chunk copied to host memory.
+
+        Raises:
+            CoverageError: a tensor is not the one that the plan has next, or cannot be right.
+            LoadError: vLLM's loader failed. In both cases the worker is poisoned.
+        """
+        self._require_open()
+        self._untouched = False
+        with self._aborting(), compat.loading_context(self._config):
+            stream = self._checked(chunk, tensors)
+            if self._stager is None:
+                self._load((meta.name, tensor) for meta, tensor in stream)
+                return
+            whole = self._stager.take(stream)
+            if self._stager.has_due:
+                self._load(whole)
+            self._stager.keep()
+
+    def finish(self) -> Trace:
+        """All has arrived: process what is left and return the measured trace.
+
+        The weights are whole and new; the model runs again after `commit`.
+
+        Raises:
+            CoverageError: the plan's stream did not arrive completely, a parent layer was not
+                filled, or kernels do not hold what arrived (`sync.verify`); the worker is poisoned.
+        """
+        self._require_open()
+        with self._aborting():
+            missing = list(self._awaited)
+            if missing:
+                raise CoverageError(
+                    f"the sync ended with {len(missing)} tensors outstanding, the first is "
+                    f"{missing[0].name!r}; send every chunk of the plan"
+                )
+            if self.terms.verify != "off":
+                self._monitor.require_filled()
+            self._untouched = False
+            with compat.loading_context(self._config):
+                compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
+                self._keep_tied()
+                refresh.after_reload(self.model)
+                self._views.restore()
+            if self._check is not None:
+                with self._verifying():
+                    self._held = self._check.conclude()
+        self._close()
+        self.kept_bytes = 0 if self._rollback is None else self._rollback.nbytes
+        return self._monitor.trace()
+
+    def commit(self, version: int) -> bool:
+        """The new weights are version `version`; the model may run again.
+
+        Returns whether the KV caches were overwritten: what was computed before is gone then, and
+        whoever refers to it (requests in flight, the prefix cache) must be made to forget it.
+
+        Raises:
+            SyncError: the version is not larger than the last; the worker is poisoned.
+        """
+        if version <= self._state.version:
+            reason = f"version {version} was to follow {self._state.version}"
+            self.abort(f"a sync failed: {reason}")
+            raise SyncError(f"{reason}; versions only move forwards. Begin a new session")
+        self._rollback = None
+        self._state.version = version
+        self._state.held = self._held
+        overwritten = self._state.caches_suspect
+        if overwritten:
+            compat.zero_kv_caches(self._config)
+        self._state.caches_suspect = not (self._check_finite or self.terms.finite)
+        self._heal()
+        return overwritten
+
+    def abort(self, reason: str) -> None:
+        """Give up a sync that is not committed: whole modules, poisoned, or on the old version if
+        nothing was touched or `terms.on_failure` says so. Idempotent."""
+        if self._open:
+            self._close()
+            compat.restore(self.model)
+        rollback, self._rollback = self._rollback, None
+        old, self._untouched = self._untouched, False
+        if rollback is not None and self.terms.on_failure == "rollback":
+            rollback.put_back()
+            old = True
+        if old:
+            if self._poisoned_before is None:
+                self._heal()
+            reason = self._poisoned_before or reason
+        if self.poisoned is not None:
+            self.poison(reason)
+
+    def poison(self, reason: str) -> None:
+        """Make the model refuse to run, with `reason`, until a sync has finished."""
+        self._heal()
+
+        def refuse(*args: object, **options: object) -> None:
+            raise PoisonedError(
+                f"this worker does not generate: {reason}. Its weights may be a mix of two "
+                "versions; run a full sync (`session.push()`) to make them right"
+            )
+
+        self._state.poison = self.model.register_forward_pre_hook(refuse)
+        # A replayed CUDA graph does not come by the hook; what follows it does come by this.
+        vars(self.model)["compute_logits"] = refuse
+        self._state.reason = reason
+
+    def _require_closed(self) -> None:
+        if self._state.syncing:
+            raise SyncError("a sync is already open on this worker; finish or abort it first")
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise SyncError("no sync is open on this worker; start one first")
+
+    def _heal(self) -> None:
+        if self._state.poison is not None:
+            self._state.poison.remove()
+            vars(self.model).pop("compute_logits", None)
+        self._state.poison = self._state.reason = None
+
+    def _close(self) -> None:
+        self._open = self._state.syncing = False
+        self._observing.close()
+        self._check = None
+        if self._stager is not None:
+            self.peak_staged_bytes = self._stager.peak_bytes
+            self._stager.close()
+        self._stager = None
+
+    @contextlib.contextmanager
+    def _aborting(self) -> Iterator[None]:
+        """Whatever fails in here ends the sync, poisoned, with an error of ours."""
+        try:
+            yield
+        except SyncError as exc:
+            self.abort(f"a sync failed: {exc}")
+            raise
+        except BaseException as exc:
+            self.abort(f"a sync failed: {type(exc).__name__}: {exc}")
+            if not isinstance(exc, Exception):
+                raise
+            raise LoadError(
+                f"vLLM failed in the middle of a sync: {type(exc).__name__}: {exc}. The worker "
+                f"{self._outcome()}"
+            ) from exc
+
+    def _outcome(self) -> str:
+        if self.poisoned is not None:
+            return "is poisoned until a full sync succeeds"
+        return f"is back on version {self.version}"
+
+    def _find_lost_views(self) -> list[LostView]:
+        if self._state.lost_views is None:
+            self._state.lost_views = lost_views(self.model)
+        return self._state.lost_views
+
+    def _before_processing(self, lost: Sequence[LostView], layer: torch.nn.Module) -> None:
+        renewed = [view for view in lost if view.source is layer]
+        if self._rollback is not None:
+            for module in (layer, *(view.owner for view in renewed)):
+                self._rollback.keep(module)
+        for view in renewed:
+            view.renew()
+
+    def _renew_tied(self, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module) -> None:
+        """Heads that share this layer's weight let go of their old packed copy of it."""
+        for head in refresh.heads_of(self.model, tied, layer):
+            if self._rollback is not None:
+                self._rollback.keep(head)
+            compat.lend_packing(layer, head)
+
+    def _keep_tied(self) -> None:
+        if self._rollback is not None:
+            for path in refresh.tied_layers(self.model):
+                self._rollback.keep(self.model.get_submodule(path))
+
+    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.model.load_weights(self._watched(tensors))  # type: ignore[operator]
+
+    def _watched(
+        self, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors:
+            self._monitor.begin(name)
+            yield name, tensor
+
+    def _checked(
+        self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[ParamMeta, torch.Tensor]]:
+        """The stream, each tensor held against the plan before vLLM sees it."""
+        awaited = islice(self._awaited, len(chunk.names))
+        for meta, tensor in as_planned(awaited, tensors, self._parents):
+            if self._check_finite:
+                require_finite(meta.name, tensor, self._parents)
+            if self._check_range:
+                require_in_range(meta.name, tensor, self._dtype, self._parents)
+            if self._check is not None:
+                with self._verifying():
+                    self._check.arrived(meta.name, tensor)
+            yield meta, tensor
+
+    def _kernel_check(self, layer_map: LayerMap) -> KernelCheck:
+        views = {
+            (view.path, view.name): (view.source_path, view.parameter)
+            for view in self._find_lost_views()
+        }
+        return KernelCheck(self.model, layer_map, self._dtype, self._state.held, views)
+
+    @contextlib.contextmanager
+    def _verifying(self) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.verify_seconds += time.perf_counter() - start

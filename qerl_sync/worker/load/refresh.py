@@ -1,0 +1,88 @@
+"""State that vLLM derives from weights and does not derive again when they are reloaded.
+
+Both cases leave the old weights in use without an error; both are of vLLM's CPU kernels, which
+compute with packed copies of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from qerl_sync.worker.compat import engine as compat
+
+
+def before_processing(layer: torch.nn.Module) -> None:
+    """Unquantised experts on CPU: make vLLM pack the new weights.
+
+    `UnquantizedFusedMoEMethod` packs only while it has no kernel, and takes every later load for
+    an update in place, which the packed copy does not see. Without its kernel it packs and builds
+    a new one. On GPUs the kernel reads the parameters themselves and captured graphs hold their
+    addresses, so nothing is touched there.
+    """
+    compat.forget_packed_experts(layer)
+
+
+def after_reload(model: torch.nn.Module) -> list[str]:
+    """Tied heads: give them the packed copy of the new embeddings, or have them packed once more.
+    Returns the modules that were refreshed.
+
+    No tensor arrives for a head that shares its parameter with the embeddings, so the reload puts
+    the shared parameter back (already new) and leaves the head's packed copy old.
+    """
+    refreshed = []
+    for path, (owner, _) in tied_parameters(model).items():
+        layer = model.get_submodule(path)
+        method = getattr(layer, "quant_method", None)
+        if method is not None:
+            if not compat.lend_packing(model.get_submodule(owner), layer):
+                method.process_weights_after_loading(layer)
+            refreshed.append(path)
+    return refreshed
+
+
+def heads_of(
+    model: torch.nn.Module, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module
+) -> list[torch.nn.Module]:
+    """The modules that share a parameter of `layer`. Args as `packed_anew_bytes`."""
+    return [
+        model.get_submodule(path)
+        for path, (owner, _) in tied.items()
+        if model.get_submodule(owner) is layer
+    ]
+
+
+def packed_anew_bytes(
+    model: torch.nn.Module,
+    tied: Mapping[str, tuple[str, str]],
+    working_bytes: Mapping[str, int],
+) -> int:
+    """The memory that `after_reload` needs: a new packed head, while the old one is still there.
+
+    Args:
+        tied: see `tied_parameters`; in an open reload nothing is tied.
+        working_bytes: see `compat.working_bytes`; of a layer that is packed, two copies.
+    """
+    found = 0
+    for path, (owner, _) in tied.items():
+        layer = model.get_submodule(path)
+        if compat.packs(layer) and not compat.can_lend_packing(model.get_submodule(owner), layer):
+            found = max(found, working_bytes[path] // 2)
+    return found
+
+
+def tied_layers(model: torch.nn.Module) -> list[str]:
+    """Modules that share a parameter object with an earlier module, in module order."""
+    return list(tied_parameters(model))
+
+
+def tied_parameters(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
+    """Of each of `tied_layers`, the module that has its parameter first, and the name there."""
+    owners: dict[int, tuple[str, str]] = {}
+    tied: dict[str, tuple[str, str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and owners.setdefault(id(parameter), (path, name))[0] != path:
+                tied.setdefault(path, owners[id(parameter)])
+    return tied

@@ -1,0 +1,183 @@
+"""How a chunk's bytes become tensors in the worker: mapped from shared memory, or received."""
+
+from __future__ import annotations
+
+import mmap
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from qerl_sync.errors import TransportError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.staging import offsets, spans
+from qerl_sync.wire.channel import Channel
+from qerl_sync.wire.messages import Chunk, Segment
+from qerl_sync.wire.segments import AttachedSegment, PrivateMemory, read_only_view
+from qerl_sync.worker.protocol import mailbox as deliveries
+
+Place = tuple[int, int]
+
+
+class Inlet(ABC):
+    """One trainer rank's chunks. `prepare` before a sync, `fetch` for each chunk, `rest` after it.
+
+    `fetch` and `rest` run in a thread of their own while the worker loads; the others do not.
+
+    Attributes:
+        standing_bytes: memory of the worker's own that it holds from sync to sync.
+    """
+
+    standing_bytes = 0
+
+    @abstractmethod
+    def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
+        """Get the memory that the next sync arrives in. Raises TransportError."""
+
+    @abstractmethod
+    def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
+        """The chunk's tensors, in memory that is used again `chunks_in_flight` chunks later.
+
+        Raises:
+            TransportError: a tensor would lie outside of that memory, or its bytes do not come.
+        """
+
+    def rest(self) -> None:  # noqa: B027  not every inlet has something to give back
+        """The sync is over: give back what the next one can get anew."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+class ShmInlet(Inlet):
+    """Views of the trainer's shared memory: nothing is copied, nothing can be written."""
+
+    def __init__(self) -> None:
+        self._attached: dict[str, AttachedSegment] = {}
+        self._table: list[AttachedSegment] = []
+
+    def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
+        known = self._attached
+        self._attached = {
+            s.name: known.get(s.name) or AttachedSegment(s.name, s.nbytes) for s in segments
+        }
+        self._table = list(self._attached.values())
+
+    def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
+        if chunk.segments:
+            self.prepare(chunk.segments, ())
+        if len(chunk.places) != len(metas):
+            raise TransportError(
+                f"chunk {chunk.index} brings {len(chunk.places)} tensors, the plan has {len(metas)}"
+            )
+        places = list(zip(metas, chunk.places, strict=True))
+        for meta, (number, offset) in places:
+            self._require_inside(meta, number, offset)
+        for number, begin, end in _runs(places):
+            self._table[number].map_pages(begin, end - begin)
+        return [
+            self._table[number].tensor(offset, meta.shape, getattr(torch, meta.dtype))
+            for meta, (number, offset) in places
+        ]
+
+    def rest(self) -> None:
+        for segment in self._table:
+            segment.drop_pages()
+
+    def close(self) -> None:
+        self._attached, self._table = {}, []
+
+    def _require_inside(self, meta: ParamMeta, number: int, offset: int) -> None:
+        dtype: torch.dtype = getattr(torch, meta.dtype)
+        known = 0 <= number < len(self._table)
+        inside = known and 0 <= offset <= self._table[number].nbytes - meta.nbytes
+        if not inside or offset % dtype.itemsize:
+            raise TransportError(
+                f"{meta.name!r} is said to lie at {offset:,} in segment {number}, outside of the "
+                "memory that this sync was announced with"
+            )
+
+
+def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int]]:
+    """The memory of these tensors, as few pieces: (segment, begin, end)."""
+    runs: list[tuple[int, int, int]] = []
+    for number, begin, end in sorted((n, at, at + meta.nbytes) for meta, (n, at) in places):
+        if runs and runs[-1][0] == number and begin <= runs[-1][2] + mmap.PAGESIZE:
+            runs[-1] = number, runs[-1][1], max(runs[-1][2], end)
+        else:
+            runs.append((number, begin, end))
+    return runs
+
+
+class TcpInlet(Inlet):
+    """Private memory that each chunk is received into: it follows its message on the channel.
+
+    It stays from sync to sync: getting fresh pages would take about as long as receiving into them.
+    """
+
+    def __init__(self, channel: Channel, timeout_seconds: float) -> None:
+        self._channel, self._timeout_seconds = channel, timeout_seconds
+        self._slots: list[PrivateMemory] = []
+
+    def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
+        if [slot.nbytes for slot in self._slots] != list(slots):
+            self._slots = []  # free the old ones first
+            self._slots = [PrivateMemory(nbytes) for nbytes in slots]
+            for slot in self._slots:
+                slot.bytes.fill_(0)
+            self.standing_bytes = sum(slots)
+
+    def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
+        places, nbytes = offsets(metas)
+        pieces = spans(metas, chunk.pieces)
+        slot = self._slots[chunk.index % len(self._slots)]
+        if nbytes > slot.nbytes:
+            raise TransportError(
+                f"chunk {chunk.index} has {nbytes:,} bytes, its slot {slot.nbytes:,}"
+            )
+        memory = slot.bytes.numpy().data
+        self._channel.receive_into(
+            [memory[begin:end] for begin, end in pieces],
+            self._timeout_seconds,
+            f"receiving chunk {chunk.index}",
+        )
+        return [
+            slot.tensor(offset, meta.shape, getattr(torch, meta.dtype))
+            for meta, offset in zip(metas, places, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._slots = []
+
+
+class StoreInlet(Inlet):
+    """Views of objects of a cluster's store, which something else in this process brings here.
+
+    Nothing is copied; an object is let go of when its chunk is loaded.
+    """
+
+    def __init__(self, key: str, timeout_seconds: float) -> None:
+        self._key = key
+        self._timeout_seconds = timeout_seconds
+        deliveries.open_box(key)
+
+    def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
+        deliveries.clear(self._key)
+
+    def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
+        places, _ = offsets(metas)
+        (_, nbytes), *others = spans(metas, chunk.pieces)
+        if others:
+            raise TransportError(f"chunk {chunk.index} comes in pieces, an object is one")
+        found = deliveries.take(self._key, chunk.index, self._timeout_seconds)
+        if found is None or found.nbytes != nbytes:
+            what = "did not arrive" if found is None else f"has {found.nbytes:,} bytes"
+            raise TransportError(f"chunk {chunk.index} of {nbytes:,} bytes {what}")
+        return [
+            read_only_view(found, offset, meta.shape, getattr(torch, meta.dtype))
+            for meta, offset in zip(metas, places, strict=True)
+        ]
+
+    def close(self) -> None:
+        deliveries.close_box(self._key)

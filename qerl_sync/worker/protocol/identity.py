@@ -1,0 +1,63 @@
+"""What a worker says of itself."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from qerl_sync.wire.cores import own_cores
+from qerl_sync.wire.host import host_id
+from qerl_sync.wire.messages import PROTOCOL, Hello
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat.caches import connector_of
+from qerl_sync.worker.load.receiver import Receiver
+
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "enable_expert_parallel",
+)
+
+
+def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False) -> Hello:
+    """Of the worker rank whose model that receiver loads. Called by the thread that loads it."""
+    parallel = vllm_config.parallel_config
+    dtype, quantization = receiver.precision
+    connector, connector_keeps = connector_of(vllm_config)
+    return Hello(
+        protocol=PROTOCOL,
+        packages=packages(),
+        engine=str(vllm_config.instance_id),
+        # Not data_parallel_rank: vLLM sets that to 0 on every replica of a model without experts.
+        replica=parallel.data_parallel_index,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
+        server_is_partial=parallel.local_engines_only,
+        layout={name: int(getattr(parallel, name)) for name in PARALLEL_SIZES},
+        model=type(receiver.model).__name__,
+        dtype=dtype,
+        quantization=quantization,
+        context_tokens=receiver.context_tokens,
+        host=host_id(),
+        pid=os.getpid(),
+        cores=sorted(own_cores()) if receiver.device.type == "cpu" else [],
+        version=receiver.version,
+        poisoned=receiver.poisoned,
+        connector=connector,
+        connector_keeps=connector_keeps,
+        update_open=update_open,
+    )
+
+
+def packages() -> dict[str, str]:
+    """Versions that matter to a sync."""
+    found = {"torch": str(torch.__version__), "vllm": compat.vllm_version()}
+    try:
+        found["qerl-sync"] = version("qerl-sync")
+    except PackageNotFoundError:
+        found["qerl-sync"] = "?"
+    return found

@@ -1,0 +1,176 @@
+"""The examples, each run as a user runs it; and the pages show what the examples hold."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "ray.md")
+SHARED_MEMORY = Path("/dev/shm")
+# Programs that import torch and vLLM several times; other tests may want the same cores.
+WAIT_SECONDS = 500.0
+SERVER_ARGUMENTS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "64")
+
+pytestmark = pytest.mark.timeout(2 * WAIT_SECONDS)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """A user's: nothing of what these tests have set for engines of their own."""
+    kept = ("PATH", "HOME", "LANG", "VIRTUAL_ENV")
+    named = {name: os.environ[name] for name in kept if name in os.environ}
+    # The project itself may not be installed where the tests run from a checkout.
+    return {**named, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with a tokenizer for any text."""
+    from qerl_sync.config import TinyModelConfig
+    from qerl_sync.training.models import make_tiny
+
+    config = TinyModelConfig(
+        vocab_size=300,
+        config={
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+        },
+    )
+    path = tmp_path_factory.mktemp("model")
+    for part in make_tiny(config, "float32", ["1+1=2"], seed=0):
+        part.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def run(model: Path, tmp_path: Path) -> Any:
+    """`run(name, *arguments)`: what an example prints, in a directory where nothing else is."""
+
+    def run(name: str, *arguments: str, **variables: str) -> str:
+        before = set(SHARED_MEMORY.glob("qerl_sync-*"))
+        command = [sys.executable, str(EXAMPLES / f"{name}.py"), str(model), *arguments]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env=environment(**variables),
+            capture_output=True,
+            text=True,
+            timeout=WAIT_SECONDS,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        left = set(SHARED_MEMORY.glob("qerl_sync-*")) - before
+        assert [path for path in left if not alive(int(path.name.split("-")[1]))] == []
+        return done.stdout
+
+    return run
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_session_in_process(run: Any):
+    said = run("session_in_process")
+    assert said.count(": exact True") == 3
+    assert gap_in(said) < 1e-4
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_trl_colocate(run: Any, tmp_path: Path):
+    assert "3 syncs, the prediction was exact: True" in run("trl_colocate")
+    assert (tmp_path / "runs" / "trl_colocate").is_dir()
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server that the command line has started, for both examples of one."""
+    output = tmp_path_factory.mktemp("server") / "output.txt"
+    arguments = ["serve", str(model), "--port", "0", "--", *SERVER_ARGUMENTS]
+    with output.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qerl_sync.cli", *arguments],
+            cwd=output.parent,
+            env=environment(COLUMNS="200"),
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        deadline = time.monotonic() + WAIT_SECONDS
+        while time.monotonic() < deadline:
+            found = re.search(r"ready at (http://\S+)", output.read_text())
+            if found or process.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert found, output.read_text()
+        yield found[1]
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_session_to_a_server(run: Any, server: str):
+    said = run("session_to_server", server)
+    assert said.count(": exact True, shm") == 3
+    assert gap_in(said) < 1e-4
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_trl_with_a_server(run: Any, server: str):
+    assert "3 syncs, the prediction was exact: True" in run("trl_server", server)
+
+
+@pytest.mark.ray
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_ray_actors(run: Any):
+    """Ray kills the trainer at its end, without a word; nothing may stay in /dev/shm."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:  # Ray's sockets need short paths
+        said = run("ray_actors", RAY_TMPDIR=short)
+    assert "version 1: exact True, shm" in said
+    assert set(re.findall(r"rollout-(\d), version 2: \[", said)) == {"0", "1"}
+
+
+def gap_in(said: str) -> float:
+    return float(re.findall(r"log-probabilities: (\S+)", said)[0])
+
+
+def test_each_example_is_run_and_shown():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    tests = (ROOT / "tests" / "test_examples.py").read_text()
+    shown = "".join(page.read_text() for page in PAGES)
+    for name in names:
+        assert f'"{name}"' in tests
+        assert f"examples/{name}.py" in shown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_on_the_pages_is_that_of_the_examples(page: Path):
+    sources = [path.read_text() for path in EXAMPLES.glob("*.py")]
+    blocks = re.findall(r"^```python\n(.*?)^```$", page.read_text(), re.M | re.S)
+    assert blocks
+    for block in blocks:
+        indented = textwrap.indent(block, "    ")
+        assert any(block in source or indented in source for source in sources), block

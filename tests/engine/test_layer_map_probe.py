@@ -1,0 +1,191 @@
+"""The layer map observed from a live model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.engines import OLD
+from support.models import CONFIGS
+
+from qerl_sync import CoverageError, HFSource, LayerMapError, ParamMeta
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.load.observe import observe_layer_map
+
+pytestmark = pytest.mark.vllm
+
+
+def observe(one, metas, **options):
+    parts = compat.in_process_parts(one.engine)
+    return observe_layer_map(parts.model, parts.vllm_config, metas, **options)
+
+
+def metas_of(one):
+    return HFSource(one.trainers[OLD]).metadata()
+
+
+def pointers(model):
+    named = [
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ]
+    return {name: (id(t), t.data_ptr(), tuple(t.shape), type(t).__name__) for name, t in named}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_leaves_weights_pointers_and_generations_untouched(subject, kind):
+    one = subject(kind)
+    before = pointers(one.model)
+    first = observe(one, metas_of(one))
+    assert observe(one, metas_of(one)) == first
+    assert pointers(one.model) == before
+    assert one.wrong_weights(OLD) == []
+    assert one.generates_as(OLD)
+
+
+def test_groups_by_the_module_that_owns_the_parameter(subject):
+    layer_map = observe(subject("dense"), metas_of(subject("dense")))
+    attention = "model.layers.0.self_attn"
+    for part in "qkv":
+        (contribution,) = layer_map.contributions[f"{attention}.{part}_proj.weight"]
+        assert contribution.parent_layer == f"{attention}.qkv_proj"
+    layer = layer_map.layers[f"{attention}.qkv_proj"]
+    assert layer.kind == "QKVParallelLinear"
+    assert layer.total_numel == layer.expected_numel == (128 + 64 + 64) * 64
+
+
+def test_padded_vocabulary_is_expected_short(subject):
+    one = subject("padded")
+    layer = observe(one, metas_of(one)).layers["model.embed_tokens"]
+    assert (layer.expected_numel, layer.total_numel) == (199 * 64, 256 * 64)
+
+
+def test_attention_scales_are_deferred(subject):
+    layer_map = observe(subject("dense"), metas_of(subject("dense")))
+    deferred = {name for name, layer in layer_map.layers.items() if layer.deferred}
+    assert deferred == {f"model.layers.{i}.self_attn.attn" for i in (0, 1)}
+
+
+# What the source may get wrong. Each is refused before a byte moves, and nothing has changed.
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+def _without(name):
+    return lambda metas: [meta for meta in metas if meta.name != name]
+
+
+def _with(name, **changes):
+    return lambda metas: [replace(m, **changes) if m.name == name else m for m in metas]
+
+
+def _and(meta):
+    return lambda metas: [*metas, meta]
+
+
+REFUSED = {
+    "missing shard": (_without(GATE), CoverageError, "model.layers.1.mlp.gate_up_proj.weight"),
+    "missing norm": (_without("model.norm.weight"), CoverageError, "0 of 64"),
+    "missing head": (_without("lm_head.weight"), CoverageError, "lm_head.weight"),
+    "unknown name": (
+        _and(ParamMeta("model.layers.9.mlp.gate_proj.weight", "float32", (128, 64))),
+        LayerMapError,
+        "model.layers.9.mlp.gate_proj.weight",
+    ),
+    "wrong shape": (_with(GATE, shape=(128, 32)), LayerMapError, f"{GATE}' (float32, shape"),
+    "transposed": (_with(GATE, shape=(64, 128)), LayerMapError, GATE),
+    "integers": (_with(GATE, dtype="int64"), LayerMapError, "is int64"),
+    "fp8 bytes": (_with(GATE, dtype="float8_e4m3fn"), LayerMapError, "is float8_e4m3fn"),
+    "doubled name": (
+        _and(ParamMeta(GATE, "float32", (128, 64))),
+        CoverageError,
+        "exactly once",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(subject, case):
+    change, error, words = REFUSED[case]
+    one = subject("dense")
+    with pytest.raises(error) as raised:
+        observe(one, change(metas_of(one)))
+    assert words in str(raised.value)
+    assert one.wrong_weights(OLD) == []
+    assert one.generates_as(OLD)
+
+
+MISSHAPEN = {
+    "a shard of a merged layer": (GATE, (128, 64), (128, 32)),
+    "a shard of the attention": ("model.layers.0.self_attn.k_proj.weight", (64, 64), (32, 64)),
+    "a row parallel layer": ("model.layers.0.mlp.down_proj.weight", (64, 128), (64, 96)),
+    "a norm": ("model.norm.weight", (64,), (32,)),
+    "resized embeddings": ("model.embed_tokens.weight", (256, 64), (264, 64)),
+}
+
+
+@pytest.mark.parametrize("case", MISSHAPEN)
+def test_a_shape_that_vllm_refuses_is_told_with_the_one_that_it_awaits(subject, case):
+    name, expected, got = MISSHAPEN[case]
+    one = subject("dense")
+    with pytest.raises(LayerMapError) as raised:
+        observe(one, _with(name, shape=got)(metas_of(one)))
+    error = raised.value
+    assert (error.tensor, error.expected, error.got) == (name, expected, got)
+    for told in (name, str(list(expected)), str(list(got))):
+        assert told in str(error)
+    assert one.wrong_weights(OLD) == []
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_other_floats_are_cast_by_vllm_and_allowed(subject, dtype):
+    one = subject("dense")
+    assert observe(one, [replace(meta, dtype=dtype) for meta in metas_of(one)])
+
+
+def test_missing_is_allowed_where_the_user_says_so(subject):
+    one = subject("dense")
+    metas = _without("model.norm.weight")(metas_of(one))
+    assert observe(one, metas, allow_incomplete=["model.norm"])
+
+
+def test_a_loader_that_goes_past_the_reload_is_refused(subject, monkeypatch):
+    """Some models copy into a parameter directly; during a reload that is a copy into nothing."""
+    one = subject("dense")
+    load_weights = one.model.load_weights
+
+    def bypassing(weights):
+        def rest():
+            for name, tensor in weights:
+                if name == "model.norm.weight":
+                    one.model.model.norm.weight.data.copy_(tensor)
+                else:
+                    yield name, tensor
+
+        return load_weights(rest())
+
+    monkeypatch.setattr(one.model, "load_weights", bypassing)
+    with pytest.raises(LayerMapError, match=r"model\.norm\.weight.*past the layerwise reload"):
+        observe(one, metas_of(one))
+    assert one.wrong_weights(OLD) == []
+
+
+def test_a_name_that_vllm_drops_without_a_word_is_refused(subject, monkeypatch):
+    one = subject("dense")
+    load_weights = one.model.load_weights
+    monkeypatch.setattr(
+        one.model,
+        "load_weights",
+        lambda weights: load_weights((n, t) for n, t in weights if n != "extra.weight"),
+    )
+    with pytest.raises(LayerMapError, match=r"accepts 'extra\.weight' and does nothing with it"):
+        observe(one, [*metas_of(one), ParamMeta("extra.weight", "float32", (4,))])
+
+
+def test_a_second_probe_during_a_sync_is_no_surprise(subject):
+    """Gradients off, inference mode or not: the probe brings its own context."""
+    one = subject("dense")
+    with torch.inference_mode():
+        assert observe(one, metas_of(one))
+    assert one.wrong_weights(OLD) == []

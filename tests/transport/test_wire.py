@@ -1,0 +1,1001 @@
+"""The connection between trainer and workers: who gets in, what is believed, what is left behind.
+
+No vLLM: the workers are those of `support.loaders`."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from contextlib import closing
+
+import pytest
+import torch
+from support.loaders import CALLER, KeepingLoader, TensorSource, Workers, tensors
+from support.servers import wait_until
+
+import qerl_sync
+from qerl_sync import (
+    AgreementError,
+    ConfigError,
+    CoverageError,
+    PeerLostError,
+    RemoteTransport,
+    SyncConfig,
+    SyncError,
+    SyncSession,
+    TransportError,
+    TransportTimeout,
+    share_parameters,
+)
+from qerl_sync.errors import EngineTakenError, WorldSizeError
+from qerl_sync.plan.staging import touched_bytes
+from qerl_sync.transports.remote import compatibility as agreement
+from qerl_sync.transports.remote import control, transport
+from qerl_sync.transports.remote.peer import Peer
+from qerl_sync.wire import channel, segments
+from qerl_sync.wire import messages as say
+from qerl_sync.wire.channel import HANDSHAKE_SECONDS, Channel, Listener, connect, new_token, proof
+from qerl_sync.wire.segments import AttachedSegment, SharedSegment, remove_abandoned
+
+OLD, NEW = tensors(0), tensors(1)
+HOST = "127.0.0.1"
+TIMEOUT_SECONDS = 20.0
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind():
+    before = set(segments.DIRECTORY.iterdir())
+    yield
+    left = {path.name for path in set(segments.DIRECTORY.iterdir()) - before}
+    assert not {name for name in left if f"{segments.PREFIX}{os.getpid()}-" in name}
+
+
+@pytest.fixture
+def workers():
+    """`workers(number, rank0={...})`: an engine whose ranks hold the old weights."""
+    made = []
+
+    def make(number: int = 1, **said) -> Workers:
+        made.append(Workers(*(KeepingLoader(OLD) for _ in range(number)), **said))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def session(engine, held=NEW, **options) -> SyncSession:
+    config = {"chunk_bytes": 500, "timeout_seconds": TIMEOUT_SECONDS, **options}
+    sync = SyncConfig.of(**config)
+    transport = RemoteTransport(
+        engine,
+        transport=sync.transport,
+        chunks_in_flight=sync.chunks_in_flight,
+        timeout_seconds=sync.timeout_seconds,
+    )
+    return SyncSession(TensorSource(held), transport, sync)
+
+
+def serves(engine, version) -> bool:
+    return all(loader.has(version) for loader in engine.loaders)
+
+
+# --------------------------------------------------------------------------- the way it should go
+
+
+@pytest.mark.parametrize("carrier", ["shm", "tcp", "auto"])
+@pytest.mark.parametrize("chunks_in_flight", [1, 2, 3])
+@pytest.mark.parametrize("number", [1, 3])
+def test_every_rank_gets_everything(workers, number, chunks_in_flight, carrier):
+    engine = workers(number)
+    with session(engine, transport=carrier, chunks_in_flight=chunks_in_flight) as sync:
+        for version in (1, 2):
+            report = sync.push()
+            assert serves(engine, NEW)
+            assert report.version == version
+            assert report.prediction_exact
+            assert len(report.workers) == number
+            assert report.num_chunks == len(NEW)
+    with session(engine, OLD, transport=carrier, chunk_bytes="1MiB") as sync:
+        assert sync.push().version == 3
+    assert serves(engine, OLD)
+
+
+@pytest.mark.parametrize("carrier", ["shm", "tcp"])
+def test_the_trainer_waits_for_a_slow_worker(workers, carrier):
+    engine = workers()
+    loaded, ahead = [], []
+    engine.loaders[0].before_load = lambda: (time.sleep(0.02), loaded.append(1))
+    with session(engine, tensors(1, count=12), transport=carrier, chunks_in_flight=3) as sync:
+        gather = sync._source.materialize
+
+        def watched(names):
+            ahead.append(len(ahead) - len(loaded))
+            yield from gather(names)
+
+        sync._source.materialize = watched
+        sync.push()
+    assert max(ahead) == 2  # and the one that is being gathered: three
+
+
+@pytest.mark.parametrize(
+    ("sizes", "chunks_in_flight", "in_place", "mapped"),
+    [
+        ([5, 1, 2, 9], 2, False, [6, 6, 14, 14]),
+        ([5, 1], 3, False, [6, 6]),
+        ([3, 4, 5], 1, True, [3, 7, 12]),
+        ([3, 4, 5], 2, True, [7, 12, 12]),
+        ([], 2, False, []),
+    ],
+)
+def test_a_worker_has_mapped_what_it_reads_ahead(sizes, chunks_in_flight, in_place, mapped):
+    assert touched_bytes(sizes, chunks_in_flight, [in_place] * len(sizes)) == mapped
+
+
+def test_other_shapes_get_other_slots(workers):
+    engine = workers()
+    with session(engine, transport="shm") as sync:
+        for numel in (10, 5000, 50):
+            sync._source.held = tensors(1, numel=numel)
+            sync.push()
+            assert serves(engine, sync._source.held)
+
+
+def test_parameters_in_shared_memory_are_not_copied(workers):
+    engine = workers(2)
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(3)))
+    parameters = share_parameters(model)
+    held = {name: parameter.data for name, parameter in model.named_parameters()}
+    names = lambda: {p.name for p in segments.DIRECTORY.glob(f"*-{os.getpid()}-*")}  # noqa: E731
+    with closing(parameters), session(engine, held, transport="shm") as sync:
+        seen = []
+        engine.loaders[0].before_load = lambda: seen.append(names())
+        sync.push()
+        assert seen
+        assert all(found == {parameters.name} for found in seen)
+        assert serves(engine, held)
+
+
+# -------------------------------------------------------------------------------------- strangers
+
+
+@pytest.fixture
+def listener():
+    one = Listener(HOST, 0, "secret")
+    yield one
+    one.close()
+
+
+def lets_in(listener: Listener) -> bool:
+    with connect(HOST, listener.port, "secret", 5) as worker:
+        trainer = listener.accept(5)
+        assert trainer is not None
+        with trainer:
+            worker.send(say.End(), 5)
+            return isinstance(trainer.receive(5, "a word"), say.End)
+
+
+def silent(stranger):
+    """Connects and says nothing."""
+
+
+def no_token(stranger):
+    stranger.sendall(bytes(32) + hmac.new(b"", b"worker" + bytes(64), "sha256").digest())
+
+
+def garbage(stranger):
+    stranger.sendall(b"GET / HTTP/1.1\r\nHost: trainer\r\n\r\n" * 20)
+
+
+def huge(stranger):
+    stranger.sendall(struct.pack("!Q", 1 << 62) + bytes(1 << 16))
+
+
+def reflected(stranger):
+    """Sends the trainer's own proof back to it."""
+    stranger.sendall(bytes(32))
+    told = stranger.recv(64, socket.MSG_WAITALL)
+    stranger.sendall(told[32:])
+
+
+def hung_up(stranger) -> bool:
+    try:
+        while stranger.recv(4096):
+            pass
+    except ConnectionResetError:
+        pass
+    return True
+
+
+@pytest.mark.parametrize("approach", [silent, no_token, garbage, huge, reflected])
+def test_strangers_get_nothing_and_delay_nobody(listener, approach):
+    with socket.create_connection((HOST, listener.port)) as stranger:
+        stranger.settimeout(HANDSHAKE_SECONDS * 3)
+        approach(stranger)
+        assert lets_in(listener)
+        assert listener.accept(0.1) is None
+        assert approach is silent or hung_up(stranger)
+
+
+def test_a_wrong_token_is_refused_on_both_sides(listener):
+    with pytest.raises(AgreementError, match="do not share a token"):
+        connect(HOST, listener.port, "another", 5)
+    assert listener.accept(0.1) is None
+    assert lets_in(listener)
+
+
+def test_a_worker_does_not_believe_a_listener_without_the_token():
+    with Opened() as (port, accepted):
+        thread = threading.Thread(target=lambda: accepted().sendall(bytes(64)))
+        thread.start()
+        with pytest.raises(AgreementError, match="do not share a token"):
+            connect(HOST, port, "secret", 5)
+        thread.join()
+
+
+def test_a_listener_that_says_nothing_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(channel, "HANDSHAKE_SECONDS", 0.2)
+    with Opened() as (port, _), pytest.raises(TransportTimeout, match="is it the trainer"):
+        connect(HOST, port, "secret", 5)
+
+
+class Opened:
+    """A port at which anybody listens."""
+
+    def __enter__(self):
+        self.server = socket.create_server((HOST, 0))
+        self.connections = []
+        return self.server.getsockname()[1], self._accept
+
+    def _accept(self):
+        self.connections.append(self.server.accept()[0])
+        return self.connections[-1]
+
+    def __exit__(self, *exc):
+        for one in (*self.connections, self.server):
+            one.close()
+
+
+def unused_port() -> int:
+    with Opened() as (port, _):
+        return port
+
+
+def test_nobody_listens():
+    port = unused_port()
+    words = rf"cannot reach the trainer at {HOST}:{port} \(.* refused, tried for 0\.\d s\)"
+    with pytest.raises(PeerLostError, match=words):
+        connect(HOST, port, "secret", 0.3)
+
+
+def test_a_worker_does_not_wait_long_where_nobody_listens(monkeypatch):
+    monkeypatch.setattr(channel, "REFUSED_SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(PeerLostError, match="cannot reach the trainer"):
+        connect(HOST, unused_port(), "secret", 300)
+    assert time.monotonic() - started < 5
+
+
+def test_a_listener_that_opens_late_is_found():
+    """As those of the trainer's other ranks may."""
+    port, opened = unused_port(), []
+
+    def open_late() -> None:
+        time.sleep(0.5)
+        opened.append(Listener(HOST, port, "secret"))
+
+    thread = threading.Thread(target=open_late)
+    thread.start()
+    with connect(HOST, port, "secret", 10):
+        thread.join()
+    opened[0].close()
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 300, "\u0130" * 70])
+def test_a_name_that_nobody_has_is_not_tried_again(host):
+    started = time.monotonic()
+    with pytest.raises(PeerLostError, match="cannot reach the trainer at"):
+        connect(host, 80, "secret", 300)
+    assert time.monotonic() - started < 5
+
+
+def test_a_port_in_use_is_named(workers):
+    with Opened() as (port, _), pytest.raises(TransportError, match=f"listen on {HOST}:{port}"):
+        Listener(HOST, port, "secret")
+
+
+def pair(listener: Listener) -> tuple[Channel, Channel]:
+    worker = connect(HOST, listener.port, "secret", 5)
+    trainer = listener.accept(5)
+    assert trainer is not None
+    return trainer, worker
+
+
+def send_raw(channel: Channel, frame: bytes) -> None:
+    tag = channel._own_tags.next(frame)
+    channel._connection.send(struct.pack("!Q", len(tag) + len(frame)) + tag + frame)
+
+
+def test_frames_that_cannot_be_are_refused(listener):
+    trainer, worker = pair(listener)
+    with trainer, worker:
+        send_raw(worker, b'{"type": "hello"}')
+        with pytest.raises(TransportError, match="does not understand"):
+            trainer.receive(5, "")
+        send_raw(worker, b"\x80\x04N.")  # a pickle
+        with pytest.raises(TransportError, match="does not understand"):
+            trainer.receive(5, "")
+        worker._connection.send(struct.pack("!Q", 1 << 40))
+        with pytest.raises(TransportError, match="announces a message of 1,099,511,627,776 bytes"):
+            trainer.receive(5, "")
+
+
+def test_waits_end(listener):
+    trainer, worker = pair(listener)
+    with trainer, worker:
+        with pytest.raises(TransportTimeout, match="did not answer within 0 s"):
+            trainer.receive(0.2, "a word")
+        with pytest.raises(TransportTimeout, match="did not answer"):
+            trainer.send(say.Abort(reason="x" * (64 << 20)), 0.3)  # nobody reads
+    trainer, worker = pair(listener)
+    with trainer:
+        worker.close()
+        with pytest.raises(PeerLostError, match="closed the connection or died"):
+            trainer.receive(5, "a word")
+
+
+# ---------------------------------------------------------------------------- the engine's routes
+
+
+def call_of(engine, what):
+    return next(info for name, info in reversed(engine.calls) if name == what)
+
+
+def test_calls_that_do_not_come_from_the_trainer_change_nothing(workers):
+    engine = workers(2)
+    with pytest.raises(AgreementError, match="no trainer is connected"):
+        engine.update_weights({"number": 1, "proof": ""})
+    with session(engine) as sync:
+        sync.push()
+        first = call_of(engine, "update")
+        with pytest.raises(AgreementError, match="was repeated"):
+            engine.update_weights(first)
+        for wrong in ({"number": first["number"] + 1}, {"proof": "pr\u00fcf"}):
+            with pytest.raises(AgreementError, match="does not come from the trainer"):
+                engine.update_weights({**first, **wrong})
+        for garbage in ({}, {"number": "x", "proof": "y"}, {**first, "path": "/etc/passwd"}):
+            with pytest.raises(AgreementError, match="not one of qerl-sync's trainer"):
+                engine.update_weights(garbage)
+        sync.push()
+    assert serves(engine, NEW)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"token": ""}, "brings no token"),
+        ({"token": "another"}, "brings no token, or one that does not fit"),
+        ({"proof": "00"}, "brings no token, or one that does not fit"),
+        ({"proof": "pr\u00fcf"}, "brings no token, or one that does not fit"),
+        ({"proof": "\ud800"}, "brings no token, or one that does not fit"),
+        ({"token": "\ud800"}, "brings no token, or one that does not fit"),
+        ({"endpoints": ["10.0.0.1:80"]}, "brings no token, or one that does not fit"),
+        ({"endpoints": []}, "endpoints"),
+        ({"endpoints": "127.0.0.1:1"}, "endpoints"),
+        ({"timeout_seconds": -1}, "timeout_seconds"),
+        ({"more": 1}, "more"),
+    ],
+)
+def test_garbage_in_the_first_call_does_not_disturb_who_is_connected(workers, change, words):
+    engine = workers()
+    with session(engine) as sync:
+        sync.push()
+        with pytest.raises(AgreementError, match=words):
+            engine.init_weight_transfer_engine({**call_of(engine, "init"), **change})
+        engine.calls = engine.calls[:1]
+        sync.push()
+    assert serves(engine, NEW)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    ["", "x", "host:", ":80", "host:0", "host:65536", "host:8e3", "host:-1", "host:" + "9" * 5000],
+)
+def test_endpoints_are_addresses(workers, endpoint):
+    engine, token = workers(), new_token()
+    with pytest.raises(AgreementError, match="is no endpoint"):
+        engine.init_weight_transfer_engine(
+            {
+                "endpoints": [endpoint],
+                "token": token,
+                "proof": proof(token, "init", endpoint),
+                "session": CALLER,
+            }
+        )
+
+
+@pytest.mark.parametrize("token", ["", "that both know"])
+def test_a_second_trainer_waits_for_the_first(workers, monkeypatch, token):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", token)
+    engine = workers(2)
+    with session(engine) as first, session(engine, OLD) as second:
+        first.push()
+        with pytest.raises(EngineTakenError) as refused:
+            second.push()
+        held = first._transport._session
+        found = {name: getattr(refused.value, name) for name in ("host", "pid", "since")}
+        assert found == held.facts()
+        assert found["pid"] == os.getpid()
+        assert serves(engine, NEW)
+        assert first.push().version == 2, "it is connected as before"
+        first.close()
+        assert second.push().version == 3
+    assert serves(engine, OLD)
+
+
+def test_a_dead_trainer_is_followed_by_the_next_and_finds_it_there(workers, monkeypatch):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", "that both know")
+    engine = workers()
+    with session(engine) as first, session(engine, OLD) as second:
+        first.push()
+        for peer in first._transport._peers:
+            peer.close()
+        assert second.push().version == 2
+        with pytest.raises(EngineTakenError):
+            first.push()
+        assert serves(engine, OLD)
+
+
+def test_a_worker_tells_the_caller_when_its_trainer_is_gone_before_it_asked_for_anything(workers):
+    """It has not been synced; a call that returns would say that it has."""
+    engine = workers(2)
+    with session(engine) as sync:
+        sync.push()
+        peers = sync._transport._peers
+        (lost,) = [peer for peer in peers if peer.hello.rank == 1]
+        peers.remove(lost)
+        lost.close()
+        with pytest.raises(TransportError):
+            sync.push()
+        assert [loader.version for loader in engine.loaders] == [2, 1], "the call alone knew"
+        assert sync.push().version == 3
+        assert [loader.version for loader in engine.loaders] == [3, 3]
+
+
+# ----------------------------------------------------------------- who an engine's workers are
+
+
+def replicas(**told):
+    """What two data parallel replicas say: each is rank 0 of its own, by the engine's name."""
+    alone = {"rank": 0, "world_size": 1, "layout": {"tensor_parallel_size": 1}}
+    return {"rank0": {**alone, "replica": 0}, "rank1": {**alone, "replica": 1, "pid": 1, **told}}
+
+
+def test_data_parallel_replicas_are_workers_of_their_own(workers):
+    engine = workers(2, **replicas())
+    with session(engine) as sync:
+        report = sync.push()
+    assert len(report.workers) == 2
+    assert len({worker["worker"] for worker in report.workers}) == 2
+    assert serves(engine, NEW)
+
+
+def test_two_processes_in_one_place_are_refused(workers):
+    engine = workers(2, **replicas(replica=0))
+    with session(engine) as sync, pytest.raises(AgreementError):
+        sync.push()
+    assert serves(engine, OLD)
+    assert [loader.started for loader in engine.loaders] == [0, 0]
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_as_many_workers_as_the_engine_has_must_connect(workers, size):
+    engine = workers(2, **replicas())
+    engine.world_size = lambda: size
+    with session(engine) as sync:
+        with pytest.raises(WorldSizeError) as refused:
+            sync.push()
+        assert (refused.value.connected, refused.value.expected) == (2, size)
+        assert serves(engine, OLD)
+        engine.world_size = lambda: 2
+        sync.push()
+    assert serves(engine, NEW)
+
+
+def test_a_server_with_a_part_of_the_replicas_counts_those_of_the_others_too(workers):
+    engine = workers(1, rank0={"server_is_partial": True})
+    engine.world_size = lambda: 4
+    with session(engine) as sync:
+        assert [sync.push().version for _ in range(2)] == [1, 2]
+    assert len(engine.calls_of("init")) == 1
+
+
+def test_a_replica_that_joins_between_two_syncs_takes_part_in_the_next(workers):
+    engine, joined = workers(1), workers(1, rank0={"replica": 1, "pid": 1})
+    engine.world_size = lambda: len(engine.connections)
+    with session(engine) as sync:
+        sync.push()
+        engine.connections += joined.connections
+        report = sync.push()
+        assert report.version == 2
+        assert len(report.workers) == 2
+        assert len(engine.calls_of("init")) == 2
+        sync.push()
+        assert len(engine.calls_of("init")) == 2, "it is connected"
+    assert serves(joined, NEW)
+
+
+def test_a_shared_token_never_travels(workers, monkeypatch):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", "from the environment")
+    engine = workers()
+    with session(engine) as sync:
+        sync.push()
+    assert "from the environment" not in str(engine.calls)
+    assert serves(engine, NEW)
+    with session(engine, OLD) as sync:
+        monkeypatch.setenv("QERL_SYNC_TOKEN", "the worker's own")
+        with pytest.raises(AgreementError, match="set the same QERL_SYNC_TOKEN"):
+            sync.push()
+    assert serves(engine, NEW)
+
+
+# -------------------------------------------------------------------------------------- agreement
+
+
+def test_another_protocol_is_refused(workers, monkeypatch):
+    engine = workers(2)
+    with session(engine) as sync:
+        with monkeypatch.context() as patch:
+            patch.setattr(agreement, "PROTOCOL", 99)
+            with pytest.raises(AgreementError, match=r"worker \d runs .* \(protocol 99\)"):
+                sync.push()
+        assert serves(engine, OLD)
+        sync.push()
+        assert len(sync._transport._peers) == 2
+    assert serves(engine, NEW)
+
+
+def test_a_worker_that_speaks_otherwise_is_refused_with_its_versions(workers, monkeypatch):
+    """Its first message has fields that nobody here knows."""
+    engine = workers(2)
+    known = channel.encode
+
+    def unknown(message):
+        own, other = b'"protocol":%d', b'"protocol":%d,"dialect":"new"'
+        return known(message).replace(own % say.PROTOCOL, other % (say.PROTOCOL + 1))
+
+    with session(engine) as sync:
+        with monkeypatch.context() as patch:
+            patch.setattr(channel, "encode", unknown)
+            with pytest.raises(
+                AgreementError, match=rf"speaks protocol {say.PROTOCOL + 1} \(packages: .*qerl-sync"
+            ):
+                sync.push()
+        assert serves(engine, OLD)
+        sync.push()
+    assert serves(engine, NEW)
+
+
+def test_another_package_version_is_refused(workers, monkeypatch):
+    engine = workers()
+    monkeypatch.setattr(qerl_sync, "__version__", "99.0")
+    with session(engine) as sync, pytest.raises(AgreementError, match=r"the trainer 99\.0"):
+        sync.push()
+    assert serves(engine, OLD)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "Another"),
+        ("dtype", "bfloat16"),
+        ("quantization", "fp8"),
+        ("layout", {"tensor_parallel_size": 1}),
+        ("packages", {"qerl-sync": qerl_sync.__version__, "torch": "1.0"}),
+    ],
+)
+def test_ranks_that_differ_are_refused_by_the_first_difference(workers, field, value):
+    engine = workers(2, rank1={field: value})
+    with session(engine) as sync, pytest.raises(AgreementError, match=f"has {field} "):
+        sync.push()
+    assert serves(engine, OLD)
+    assert [loader.started for loader in engine.loaders] == [0, 0]
+
+
+def test_a_missing_rank_is_named(workers):
+    engine = workers(1, rank0={"world_size": 2})
+    with session(engine) as sync, pytest.raises(AgreementError, match=r"the worker ranks \[1\]"):
+        sync.push()
+
+
+def on_the_wire(monkeypatch, kind, change) -> None:
+    """What the trainer sends of that kind is changed on its way."""
+    send = Peer.send
+    monkeypatch.setattr(
+        Peer, "send", lambda peer, m: send(peer, change(m) if isinstance(m, kind) else m)
+    )
+
+
+def with_plan(**changes):
+    return lambda request: request.model_copy(update={"plan": {**request.plan, **changes}})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (with_plan(digest="0" * 64), "the plan was changed after it was made"),
+        (with_plan(format=0), "plan format 0"),
+        (with_plan(metas=[]), "the plan was changed"),
+        (with_plan(chunks=[]), "the plan was changed"),
+        (lambda r: r.model_copy(update={"layer_map": "0" * 64}), "another layer map"),
+        (lambda r: r.model_copy(update={"slots": [1 << 40] * 2}), "not what the plan needs"),
+        (lambda r: r.model_copy(update={"slots": []}), "not what the plan needs"),
+    ],
+)
+def test_a_plan_that_was_changed_is_refused_before_anything_moves(
+    workers, monkeypatch, change, words
+):
+    engine = workers(2)
+    with session(engine) as sync:
+        with monkeypatch.context() as patch:
+            on_the_wire(patch, say.SyncRequest, change)
+            with pytest.raises(SyncError, match=words):
+                sync.push()
+        assert serves(engine, OLD)
+        assert [loader.started for loader in engine.loaders] == [0, 0]
+        sync.push()
+    assert serves(engine, NEW)
+
+
+def test_an_engine_that_was_restarted_gets_a_full_sync(workers):
+    """Its worker has no layer map, and knows nothing of the session's plan."""
+    engine = workers()
+    with session(engine) as sync:
+        assert not sync.current
+        sync.push()
+        assert sync.current
+        engine.connections[0].close()
+        engine.connections = workers().connections
+        assert wait_until(lambda: not sync.current)
+        assert sync.push().version == 2
+        assert sync.current
+    fresh = engine.connections[0]._loader
+    assert fresh.has(NEW)
+    assert fresh.version == 2
+
+
+def test_versions_move_forwards_whoever_is_restarted(workers):
+    engine = workers(2)
+    with session(engine) as sync:
+        assert [sync.push().version for _ in range(3)] == [1, 2, 3]
+    with session(engine) as forgetful:
+        assert forgetful.push().version == 4
+    with session(engine) as resumed:
+        resumed.version = 10
+        assert resumed.push().version == 11
+    assert [loader.version for loader in engine.loaders] == [11, 11]
+
+
+# ----------------------------------------------------------------------- in the middle of a sync
+
+
+@pytest.mark.parametrize("carrier", ["shm", "tcp"])
+def test_a_sync_that_fails_poisons_and_the_next_one_heals(workers, carrier):
+    engine = workers(2)
+
+    def fail():
+        raise CoverageError("no such layer")
+
+    with session(engine, transport=carrier) as sync:
+        sync.push()
+        sync._source.held = OLD
+        engine.loaders[1].before_load = fail
+        with pytest.raises(CoverageError, match=r"worker 1 of 2 .* no such layer"):
+            sync.push()
+        assert all(loader.poisoned for loader in engine.loaders)
+        assert sync.version == 1
+        engine.loaders[1].before_load = lambda: None
+        assert sync.push().version == 2
+    assert serves(engine, OLD)
+
+
+@pytest.mark.parametrize("carrier", ["shm", "tcp"])
+def test_a_source_that_fails_poisons_and_the_next_sync_heals(workers, carrier):
+    engine = workers(2)
+
+    def fail(names):
+        raise RuntimeError("out of memory")
+
+    with session(engine, transport=carrier) as sync:
+        gather = sync._source.materialize
+        sync._source.materialize = fail
+        with pytest.raises(RuntimeError, match="out of memory"):
+            sync.push()
+        assert all("out of memory" in loader.poisoned for loader in engine.loaders)
+        sync._source.materialize = gather
+        sync.push()
+    assert serves(engine, NEW)
+
+
+def moved(place):
+    return lambda chunk: chunk.model_copy(update={"places": [place] * len(chunk.places)})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (moved((0, -64)), "outside of the memory"),
+        (moved((0, 1 << 40)), "outside of the memory"),
+        (moved((0, 3)), "outside of the memory"),
+        (moved((-1, 0)), "outside of the memory"),
+        (moved((7, 0)), "outside of the memory"),
+        (lambda c: c.model_copy(update={"places": []}), "brings 0 tensors"),
+        (lambda c: c.model_copy(update={"index": 99}), "which no sync awaits"),
+        (lambda c: c.model_copy(update={"index": -1}), "which no sync awaits"),
+        (
+            lambda c: c.model_copy(
+                update={"segments": [say.Segment(name="../../etc/passwd", nbytes=64)]}
+            ),
+            "is no shared memory of qerl-sync's",
+        ),
+    ],
+)
+def test_places_outside_of_what_was_announced_are_refused(workers, monkeypatch, change, words):
+    engine = workers()
+    with session(engine, transport="shm") as sync:
+        sync.push()
+        with monkeypatch.context() as patch:
+            on_the_wire(patch, say.Chunk, change)
+            with pytest.raises(TransportError, match=words):
+                sync.push()
+        assert engine.loaders[0].poisoned
+        sync.push()
+    assert serves(engine, NEW)
+
+
+def test_a_worker_that_dies_is_noticed(workers):
+    engine = workers(2)
+    with session(engine) as sync:
+        sync.push()
+        engine.loaders[1].before_load = engine.connections[1].close
+        started = time.monotonic()
+        with pytest.raises(TransportError):
+            sync.push()
+        assert time.monotonic() - started < TIMEOUT_SECONDS
+        engine.loaders[1].before_load = lambda: None
+        sync.push()
+    assert serves(engine, NEW)
+
+
+@pytest.mark.parametrize("carrier", ["shm", "tcp"])
+def test_a_trainer_that_dies_leaves_poisoned_workers_to_the_next_one(workers, carrier):
+    engine = workers(2)
+    first = session(engine, transport=carrier)
+    gather = first._source.materialize
+
+    def vanish(names):
+        if "layer.2.weight" in names:
+            for peer in first._transport._peers:
+                peer.close()
+        return gather(names)
+
+    first._source.materialize = vanish
+    with pytest.raises(TransportError):
+        first.push()
+    assert all("closed the connection or died" in one.poisoned for one in engine.loaders)
+    with session(engine, transport=carrier) as second:
+        second.push()
+    assert serves(engine, NEW)
+    first.close()
+
+
+def test_a_worker_that_hangs_is_given_up(workers, monkeypatch):
+    for module in (control, transport):
+        monkeypatch.setattr(module, "GRACE_SECONDS", 0.3)
+    engine = workers()
+    release = threading.Event()
+    with session(engine, timeout_seconds=1) as sync:
+        sync.push()
+        engine.loaders[0].before_load = lambda: release.wait(30)
+        with pytest.raises(TransportTimeout, match="did not answer within 1 s"):
+            sync.push()
+        release.set()
+    assert not serves(engine, NEW)
+
+
+# ---------------------------------------------------------------------------------- shared memory
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../etc/passwd",
+        "/etc/passwd",
+        "qerl_sync-1-0123456789abcdef/../x",
+        "qerl_sync-1-0123456789abcdef\n",
+        "qerl_sync--0123456789abcdef",
+        "psm_12345678",
+        ".",
+        "",
+    ],
+)
+def test_names_of_others_are_not_opened(name):
+    with pytest.raises(TransportError, match="is no shared memory of qerl-sync's"):
+        AttachedSegment(name, 1)
+
+
+@pytest.fixture
+def planted():
+    """A name that looks like one of ours, to put something there."""
+    path = segments.DIRECTORY / f"{segments.PREFIX}{os.getpid()}-{'0' * 16}"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def test_links_are_not_followed(planted, tmp_path):
+    (tmp_path / "secret").write_bytes(bytes(100))
+    planted.symlink_to(tmp_path / "secret")
+    with pytest.raises(TransportError, match="cannot be opened here"):
+        AttachedSegment(planted.name, 100)
+    remove_abandoned()
+    assert (tmp_path / "secret").exists()
+
+
+def test_a_pipe_with_our_name_does_not_hold_us_up(planted):
+    os.mkfifo(planted)
+    with pytest.raises(TransportError):
+        AttachedSegment(planted.name, 100)
+
+
+def test_a_segment_smaller_than_announced_is_refused():
+    segment = SharedSegment(100)
+    with closing(segment), pytest.raises(TransportError, match="has 100 bytes, not 101"):
+        AttachedSegment(segment.name, 101)
+
+
+def test_a_reader_cannot_write():
+    segment = SharedSegment(64)
+    with closing(segment):
+        reader = AttachedSegment(segment.name, 64)
+        with pytest.raises(TypeError):
+            reader._map[0] = 1
+        segment.bytes[0] = 7
+        assert reader.tensor(0, (1,), torch.uint8).item() == 7
+        assert (segments.DIRECTORY / segment.name).stat().st_mode & 0o077 == 0
+
+
+def test_no_room_is_told_before_anything_is_written():
+    before = set(segments.DIRECTORY.iterdir())
+    with pytest.raises(TransportError, match=r"free, 1\.0 PiB|TiB are needed; make it larger"):
+        SharedSegment(1 << 50)
+    assert set(segments.DIRECTORY.iterdir()) <= before
+
+
+@pytest.mark.parametrize(
+    "where",
+    [{"address": "0.0.0.0"}, {"endpoints": ["10.0.0.7:1", "[::]:1"]}],
+    ids=["address", "endpoint"],
+)
+def test_nobody_can_connect_to_all_addresses(where, monkeypatch):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", "a secret")
+    with pytest.raises(ConfigError):
+        RemoteTransport(None, **where)
+
+
+def test_no_room_for_a_slot_ends_the_sync_before_it_starts(workers, monkeypatch):
+    engine = workers()
+    room = os.posix_fallocate
+
+    def full(descriptor, offset, nbytes):
+        room(descriptor, offset, nbytes if nbytes <= 4096 else 1 << 50)
+
+    with session(engine, tensors(1, numel=5000), transport="shm", chunk_bytes="1MiB") as sync:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(TransportError, match=r"fewer sync\.chunks_in_flight"):
+                sync.push()
+        assert serves(engine, OLD)
+        sync.push()
+    assert serves(engine, sync._source.held)
+
+
+# Imports torch once: each line with a program becomes a child with a segment, which ends as a
+# program of its own would, through the end of this one. A line with a pid asks for its exit code.
+OWNERS = """
+import os, sys, time
+from qerl_sync.wire.segments import SharedSegment
+for line in sys.stdin:
+    told = eval(line)
+    if isinstance(told, int):
+        print(os.waitstatus_to_exitcode(os.waitpid(told, 0)[1]), flush=True)
+    elif os.fork() == 0:
+        held = SharedSegment(1 << 16)
+        exec(told[0])
+        print(os.getpid(), held.name, flush=True)
+        exec(told[1])
+        break
+"""
+STAY = "time.sleep(600)"
+
+
+@pytest.fixture(scope="module")
+def host():
+    """The program in which owners of segments live."""
+    command, pipe = [sys.executable, "-c", OWNERS], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+        process.stdin.close()
+        assert process.wait(60) == 0
+
+
+class Owner:
+    """A process that owns a segment at `path`, runs `first`, and then `then`."""
+
+    def __init__(self, host: subprocess.Popen[str], then: str = STAY, first: str = "") -> None:
+        self._host = host
+        pid, name = self._ask((first, then)).split()
+        self.pid, self.path = int(pid), segments.DIRECTORY / name
+
+    def _ask(self, told: object) -> str:
+        print(repr(told), file=self._host.stdin, flush=True)
+        return self._host.stdout.readline()
+
+    def end(self, number: int | None = None) -> int:
+        """Its exit code, after this signal."""
+        if number is not None:
+            os.kill(self.pid, number)
+        return int(self._ask(self.pid))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_what_a_killed_process_left_is_removed_and_of_a_living_one_nothing(number, host):
+    """Neither signal lets Python say a word: the next start removes what they leave."""
+    living, killed = Owner(host), Owner(host)
+    try:
+        assert killed.end(number) == -number
+        assert killed.path.exists()
+        with closing(SharedSegment(64)):
+            assert not killed.path.exists()
+            assert living.path.exists()
+    finally:
+        living.end(signal.SIGKILL)
+    remove_abandoned()  # unless another program on this machine has been quicker
+    assert not living.path.exists()
+
+
+@pytest.mark.parametrize(
+    ("then", "code"),
+    [
+        ("", 0),
+        ("raise RuntimeError", 1),
+        ("sys.exit(3)", 3),
+        ("os.fork() or os._exit(0); os.wait()", 0),
+    ],
+)
+def test_nothing_is_left_after_an_exit(then, code, host):
+    owner = Owner(host, then)
+    assert owner.end() == code
+    assert not owner.path.exists()
+
+
+def test_a_forked_child_does_not_take_the_memory_with_it(host):
+    owner = Owner(host, first="os.fork() or sys.exit(); os.wait()")
+    try:
+        assert owner.path.exists()
+    finally:
+        owner.end(signal.SIGKILL)
+    remove_abandoned()
+    assert not owner.path.exists()
+
+
+def test_nothing_is_left_after_an_interrupt(host):
+    owner = Owner(host)
+    owner.end(signal.SIGINT)
+    assert not owner.path.exists()
