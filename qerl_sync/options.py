@@ -10,7 +10,7 @@ OnFailure = Literal["poison", "rollback"]
 
 
 @dataclass(frozen=True)
-class Terms:
+class SyncOptions:
     """What the session asks of transport and workers, as the `sync` section has it.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing_extensions import Self
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError, UnchangedError
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.options import Terms
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
@@ -21,9 +21,9 @@ from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.transports.base import Transport, WorkerReport
-from qerl_sync.verify.finite import LookAhead
+from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, shortened, tolerance
-from qerl_sync.wire.cores import keep_off
+from qerl_sync.wire.cores import avoid_cores
 
 if TYPE_CHECKING:
     import torch
@@ -295,7 +295,7 @@ class SyncSession:
             engine, gap = max(gaps.items(), key=lambda item: item[1])
         except BaseException as exc:
             reason = f"version {self.version} was loaded, and could not be verified: {exc}"
-            self._transport.condemn(reason)
+            self._transport.invalidate(reason)
             if isinstance(exc, SyncError) or not isinstance(exc, Exception):
                 raise
             raise CoverageError(
@@ -306,7 +306,7 @@ class SyncSession:
                 f"after version {self.version} was loaded, the log-probabilities of {engine} for a "
                 f"prompt part from the trainer's by {gap:.2g}, more than {self._tolerance:g}"
             )
-            self._transport.condemn(reason)
+            self._transport.invalidate(reason)
             raise CoverageError(
                 f"{reason}. The engine is poisoned: it computes with other weights, or the model "
                 "otherwise. Hold a fresh engine against the trainer; sync.verify_tolerance raises "
@@ -338,13 +338,13 @@ class SyncSession:
         held = self._source.held_names()
         chunks = [[n for n in c.names if held is None or n in held] for c in plan.chunks]
         ahead = chunks if checked and not self._transport.by_reference else []
-        with LookAhead(self._look, ahead) as looks:
+        with FiniteChecker(self._check_finite_ahead, ahead) as looks:
             with watch("start"):
                 check_finite = self._config.check_finite and not checked
-                self._transport.terms = Terms(
+                self._transport.options = SyncOptions(
                     verify=self._config.verify, on_failure=self._config.on_failure, finite=checked
                 )
-                self._transport.lasting = self._source.lasting
+                self._transport.stable = self._source.stable
                 self._transport.start(
                     plan, layer_map, version=version, check_finite=check_finite, held=held
                 )
@@ -359,8 +359,8 @@ class SyncSession:
         with watch("finish"):
             return self._transport.finish()
 
-    def _look(self, names: Sequence[str], alone: bool) -> None:
-        with keep_off(() if alone else self._transport.busy_cores):
+    def _check_finite_ahead(self, names: Sequence[str], alone: bool) -> None:
+        with avoid_cores(() if alone else self._transport.busy_cores):
             self._source.check_finite(names, alone=alone)
 
     def _timed(
@@ -413,7 +413,7 @@ class SyncSession:
 
 
 def _until(
-    looks: LookAhead, index: int, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch
+    looks: FiniteChecker, index: int, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The same stream, which ends when chunk `index` was looked at: a transport stages it
     meanwhile, and sends it afterwards."""

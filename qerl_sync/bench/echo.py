@@ -19,7 +19,7 @@ from typing_extensions import Self
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PeerLostError, TransportError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Terms
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -33,7 +33,7 @@ class EchoLoader:
     working_bytes: Mapping[str, int] = {}
     peak_staged_bytes = finishing_bytes = 0
     poisoned = None
-    terms = Terms()
+    options = SyncOptions()
     verify_seconds = 0.0
     kept_bytes = 0
 

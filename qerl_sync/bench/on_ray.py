@@ -32,7 +32,7 @@ from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.wire.cores import own_cores
-from qerl_sync.worker.protocol import mailbox as deliveries
+from qerl_sync.worker.protocol import mailbox as mailbox
 
 SECOND = {"second": 1}
 COMMIT_SECONDS = 3.0
@@ -114,7 +114,7 @@ class EchoActor:
         return True
 
     def deliver(self, key: str, index: int, chunk: Any) -> bool:
-        return deliveries.put(key, index, chunk)
+        return mailbox.put(key, index, chunk)
 
     def check(self, wanted: bool) -> dict[str, int]:
         """Whether to compute checksums; returns those of the last sync."""

@@ -123,8 +123,8 @@ class AsyncLLMClient:
             raise TransportError(f"{method}: the event loop of {ENGINE} is closed") from exc
         try:
             core = getattr(self.engine, "engine_core", None)
-            glance = partial(require_alive, core, ENGINE, method)
-            if answers(answer, timeout_seconds, POLL_SECONDS, glance):
+            check_alive = partial(require_alive, core, ENGINE, method)
+            if answers(answer, timeout_seconds, POLL_SECONDS, check_alive):
                 return answer.result()
             raise timed_out(ENGINE, method, self.timeout_seconds)
         except Exception as exc:

@@ -116,7 +116,7 @@ class StoringClient(EngineClient, Protocol):
     def require_store(self, nbytes: int) -> None:
         """Raises ConfigError if the store of some node is smaller than that."""
 
-    def require_box(self, key: str) -> None:
+    def require_mailbox(self, key: str) -> None:
         """Raises TransportError if objects do not reach the worker that has opened box `key`."""
 
 
@@ -134,10 +134,10 @@ def num_workers(vllm_config: Any, engine_core: Any) -> int:
     return int(vllm_config.parallel_config.world_size) * replicas
 
 
-def read_prompt_logprobs(token_ids: Sequence[int], told: Sequence[Any]) -> list[float]:
+def read_prompt_logprobs(token_ids: Sequence[int], reported: Sequence[Any]) -> list[float]:
     """Out of vLLM's answer: for each token a table by token id; None for the first."""
     found = []
-    for token, table in zip(token_ids[1:], told[1:], strict=True):
+    for token, table in zip(token_ids[1:], reported[1:], strict=True):
         entry = table[token] if token in table else table[str(token)]
         found.append(float(entry["logprob"] if isinstance(entry, dict) else entry.logprob))
     return found
@@ -188,7 +188,7 @@ def answers(
     call: Future[Any],
     timeout_seconds: float | None,
     poll_seconds: float,
-    glance: Callable[[], None],
+    check_alive: Callable[[], None],
 ) -> bool:
     """Wait for a call that another thread makes. Returns whether it has ended within the time;
     None: it may take any.
@@ -201,7 +201,7 @@ def answers(
     while (left := deadline - time.monotonic()) > 0:
         if wait([call], min(poll_seconds, left)).done:
             return True
-        glance()
+        check_alive()
     return call.done()
 
 

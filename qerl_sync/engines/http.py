@@ -174,12 +174,12 @@ class HTTPClient:
     def _watched(self, route: str, send: Callable[[], Any]) -> Any:
         """As `send`. vLLM leaves calls unanswered in which its engine dies: PeerLostError then."""
 
-        def glance() -> None:
+        def check_alive() -> None:
             if self._is_gone():
                 raise lost(str(self), route)
 
         answer = in_thread(route, send)
-        answers(answer, None, WATCH_SECONDS, glance)
+        answers(answer, None, WATCH_SECONDS, check_alive)
         return answer.result()
 
     def _is_gone(self) -> bool:

@@ -136,8 +136,8 @@ class LLMClient:
         """vLLM itself waits without end, also for an engine that has died."""
         answer = in_thread(method, call)
         core = getattr(self.llm.llm_engine, "engine_core", None)
-        glance = partial(require_alive, core, ENGINE, method)
-        if answers(answer, timeout_seconds, POLL_SECONDS, glance):
+        check_alive = partial(require_alive, core, ENGINE, method)
+        if answers(answer, timeout_seconds, POLL_SECONDS, check_alive):
             return answer.result()
         self._stuck_in = method
         raise timed_out(ENGINE, method, self.timeout_seconds)

@@ -112,7 +112,7 @@ class RayActorClient:
         # As an argument of its own, not in a list: Ray then brings it to the node first.
         self._deliver(key, index, stored)
 
-    def require_box(self, key: str) -> None:
+    def require_mailbox(self, key: str) -> None:
         if not hasattr(self.handle, "deliver"):
             raise TransportError(
                 f"actor {self.name} has no method `deliver`, by which Ray hands out objects; "
@@ -172,13 +172,13 @@ class RayActorClient:
             raise PeerLostError(f"{method}: actor {self.name} {how_it_was_lost(exc)}") from exc
         except ray.exceptions.RayTaskError as exc:
             cause = exc.cause if isinstance(exc.cause, Exception) else exc
-            raise self._told(cause, method) from exc
+            raise self._reported(cause, method) from exc
         except ray.exceptions.RayError as exc:
             raise TransportError(
                 f"{method}: the answer of actor {self.name} was lost: {type(exc).__name__}: {exc}"
             ) from exc
 
-    def _told(self, cause: Exception, method: str) -> SyncError:
+    def _reported(self, cause: Exception, method: str) -> SyncError:
         return translated(cause, f"the engine in actor {self.name}", method)
 
 

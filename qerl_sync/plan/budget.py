@@ -14,10 +14,10 @@ from math import inf
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta, Storage, format_bytes
-from qerl_sync.plan.budget_scheduler import Follower, Groups
+from qerl_sync.plan.budget_scheduler import BudgetScheduler, Groups
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import Joined
-from qerl_sync.plan.simulator import Walker
+from qerl_sync.plan.simulator import Simulator
 
 
 def within_budget(
@@ -67,7 +67,7 @@ def within_budget(
     Raises:
         PlanError: a layer alone needs more than the budget; names it and the bytes that it needs.
     """
-    walker = Walker(metas, layer_map, storages)
+    walker = Simulator(metas, layer_map, storages)
     given = walker.trace()
     order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
     return [metas[place] for place in order]
@@ -94,7 +94,7 @@ def order_within_budget(
     layer_map: LayerMap,
     budget_bytes: int,
     chunk_bytes: int | None,
-    walker: Walker,
+    walker: Simulator,
     given: Trace,
 ) -> Sequence[int]:
     """`within_budget` as places in the source, for those who have walked through its order already.
@@ -123,16 +123,18 @@ def order_within_budget(
         )
     chunk = min(chunk_bytes, budget_bytes) if chunk_bytes else inf
     if largest + deferred.nbytes <= budget_bytes:
-        order = Follower(groups, budget_bytes - deferred.nbytes, chunk).follow(range(len(metas)))
+        order = BudgetScheduler(groups, budget_bytes - deferred.nbytes, chunk).follow(
+            range(len(metas))
+        )
     else:  # what is held to the end comes last
         last = set(deferred.places)
         first = (place for place in range(len(metas)) if place not in last)
-        order = Follower(groups, budget_bytes - deferred.beside_bytes, chunk).follow(first)
+        order = BudgetScheduler(groups, budget_bytes - deferred.beside_bytes, chunk).follow(first)
         order += deferred.places
     return order
 
 
-def _groups(metas: Sequence[ParamMeta], walker: Walker) -> Groups:
+def _groups(metas: Sequence[ParamMeta], walker: Simulator) -> Groups:
     """Groups go by the number of their parent layer, or of one of those that are joined."""
     closes_at = walker.closes_at
     joined = Joined[int]()
@@ -166,7 +168,7 @@ class _Deferred:
         beside_bytes: the part of it that comes with tensors which other layers wait for.
     """
 
-    def __init__(self, groups: Groups, walker: Walker) -> None:
+    def __init__(self, groups: Groups, walker: Simulator) -> None:
         self.places: list[int] = []
         alone: dict[int | str, int] = {}
         beside: dict[int | str, int] = {}

@@ -44,7 +44,7 @@ class Groups:
         return self.ranked[self.start[group] : self.end[group]]
 
 
-class Follower:
+class BudgetScheduler:
     """Follows the source within `capacity` bytes.
 
     At each moment the rest can be delivered: it can if the open groups can be completed one after

@@ -14,7 +14,7 @@ from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.replay import OpenLayer, open_layers_at, replay
-from qerl_sync.plan.simulator import Walker
+from qerl_sync.plan.simulator import Simulator
 from qerl_sync.plan.spill import peak_staged_bytes
 
 SHOWN_LAYERS = 8
@@ -229,7 +229,7 @@ def causes_of(
 
 def _stuck_bytes(metas: Sequence[ParamMeta], trace: Trace, layer_map: LayerMap) -> int:
     """Bytes of the layers that are held to the end of the sync, at the peak."""
-    spans = Walker(metas, layer_map).spans()
+    spans = Simulator(metas, layer_map).spans()
     stuck = (span for span in spans if span.closed is None and span.covers(trace.peak_index))
     return sum(span.held_at(trace.peak_index) for span in stuck)
 

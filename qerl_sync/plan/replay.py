@@ -10,7 +10,7 @@ from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.simulator import Walker
+from qerl_sync.plan.simulator import Simulator
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def replay(
         layer_map: where each tensor lands.
         storages: the memory behind each tensor; a name that is not in it has a storage of its own.
     """
-    return Walker(list(metas), layer_map, storages).trace()
+    return Simulator(list(metas), layer_map, storages).trace()
 
 
 def open_layers_at(

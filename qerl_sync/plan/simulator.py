@@ -62,7 +62,7 @@ class Walk(NamedTuple):
 Landing = tuple[int, int, int, "int | str | None", int]
 
 
-class Walker:
+class Simulator:
     """Walks through a stream, in its own order or in another one.
 
     vLLM keeps what it is given until the elements loaded into a layer reach its total, then

@@ -19,7 +19,7 @@ from qerl_sync.plan.chunks import Chunk as Chunk
 from qerl_sync.plan.chunks import cut_anywhere, cut_between_layers
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import as_given, by_parent_layer
-from qerl_sync.plan.simulator import Walker
+from qerl_sync.plan.simulator import Simulator
 from qerl_sync.plan.spill import CHUNK_BYTES, Spill, plan_spill
 
 PLAN_FORMAT = 1
@@ -191,7 +191,7 @@ def build_plan(
             (policy `spill`) one of the two budgets is too small.
     """
     _refuse_doubled_names(metas)
-    walker = Walker(metas, layer_map, storages)
+    walker = Simulator(metas, layer_map, storages)
     given = walker.trace()
     if policy == "spill":
         chunks = cut_anywhere(metas, chunk_bytes or CHUNK_BYTES)
@@ -258,7 +258,7 @@ def _spilled_trace(
     staged = spill.staged([len(chunk.names) for chunk in chunks])
     copied = {metas[place].name for place in staged}
     arrived = {name: storage for name, storage in storages.items() if name not in copied}
-    return Walker(metas, layer_map, arrived).trace(spill.load_order)
+    return Simulator(metas, layer_map, arrived).trace(spill.load_order)
 
 
 def _refuse_over_budget(predicted: Trace, budget_bytes: int | None) -> None:

@@ -125,7 +125,7 @@ def is_open(method: str, route: str) -> bool:
     return open_routes is not None and open_routes.fullmatch(route) is not None
 
 
-def why_not(
+def authorize(
     method: str, route: str, headers: Iterable[tuple[bytes, bytes]], token: str
 ) -> str | None:
     """Return why a request with these headers is refused; None if its sender may make it.
@@ -136,10 +136,12 @@ def why_not(
     """
     if is_open(method, route):
         return None
-    told = dict(headers)
+    reported = dict(headers)
     if token:
-        return _why_unproven(route, told.get(PROOF_HEADER.encode(), b"").decode("latin-1"), token)
-    if b"origin" in told or b"sec-fetch-site" in told:
+        return _why_unproven(
+            route, reported.get(PROOF_HEADER.encode(), b"").decode("latin-1"), token
+        )
+    if b"origin" in reported or b"sec-fetch-site" in reported:
         return (
             f"{route} is not for web pages, which may only generate and read, and this request "
             "comes from one: it has an Origin or a Sec-Fetch-Site. Send it from a program"
@@ -147,10 +149,10 @@ def why_not(
     return None
 
 
-def _why_unproven(route: str, told: str, token: str) -> str | None:
-    if same_proof(proof(token, "http", route), told):
+def _why_unproven(route: str, reported: str, token: str) -> str | None:
+    if same_proof(proof(token, "http", route), reported):
         return None
-    finding = "is that of another" if told else "is missing"
+    finding = "is that of another" if reported else "is missing"
     return (
         f"{route} is for those who know this server's {TOKEN_VARIABLE}: without it only the routes "
         f"that generate and read are open. The header {PROOF_HEADER} {finding}; set the same "

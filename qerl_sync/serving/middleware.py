@@ -1,7 +1,7 @@
 """What stands in front of vLLM's OpenAI server and says no: for an engine that may not generate,
 and to who may not drive it.
 
-    vllm serve MODEL --middleware qerl_sync.serving.middleware.Gate
+    vllm serve MODEL --middleware qerl_sync.serving.middleware.ServingGuardMiddleware
 
 Behind it, such an engine is paused and lets requests wait. The gate answers those that come from
 then on with 503 and the reason; those that are in the engine stay there, and go on with the next
@@ -57,7 +57,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from qerl_sync.engines.base import why_refused
-from qerl_sync.serving.auth import GENERATING, why_not
+from qerl_sync.serving.auth import GENERATING, authorize
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 Message = MutableMapping[str, Any]
@@ -67,7 +67,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # `--middleware` of vLLM takes it.
-NAME = "qerl_sync.serving.middleware.Gate"
+NAME = "qerl_sync.serving.middleware.ServingGuardMiddleware"
 
 # How long nobody may have gone on with an update for its trainer to count as dead.
 QUIET_SECONDS = 5.0
@@ -89,7 +89,7 @@ UPDATING = frozenset(
 CONTROL = UPDATING | {"/pause", "/resume"}
 
 
-class Watch:
+class ServingState:
     """The states above, as they follow from what has passed the gate.
 
     Attributes:
@@ -98,7 +98,7 @@ class Watch:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._told: str | None = None
+        self._reported: str | None = None
         self._updating = self._abandoned = False
         self._committed = False
         self._open_calls, self._last_end = 0, 0.0
@@ -106,15 +106,15 @@ class Watch:
         self.paused = False
 
     def refuse(self, reason: str) -> None:
-        self._told = reason
+        self._reported = reason
 
     def admit(self) -> None:
-        self._told, self._abandoned = None, False
+        self._reported, self._abandoned = None, False
 
     def scaled(self) -> None:
         """Replicas may have joined. Before the first commit all have the checkpoint's weights."""
         if self._committed:
-            self._told = (
+            self._reported = (
                 "it was scaled since its last sync, and replicas that have joined have not had one"
             )
 
@@ -147,17 +147,17 @@ class Watch:
         quiet_seconds = 0.0 if self._open_calls else self._clock() - self._last_end
         if self.paused and self._updating and quiet_seconds > QUIET_SECONDS:
             self._abandoned = True
-        if self._told is None and self._abandoned:
+        if self._reported is None and self._abandoned:
             return "a weight update was begun, and its trainer has not gone on with it"
-        return self._told
+        return self._reported
 
 
-class Gate:
+class ServingGuardMiddleware:
     """An ASGI application around `app`. `clock` tells seconds."""
 
     def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
-        self._watch = Watch(clock)
+        self._watch = ServingState(clock)
         self._is_driven = bool(int(os.environ.get("VLLM_SERVER_DEV_MODE") or 0))
         self._token = os.environ.get(TOKEN_VARIABLE, "")
 
@@ -170,7 +170,7 @@ class Gate:
         # for `/pause`, and the comparisons below would not.
         if not route.isprintable():
             return await _deny(scope, receive, send, 400, "the path holds control characters")
-        why = why_not(method, route, scope.get("headers", ()), self._token)
+        why = authorize(method, route, scope.get("headers", ()), self._token)
         if why is not None:
             return await _deny(scope, receive, send, 403, why)
         if method == "POST" and route in GENERATING:
@@ -317,10 +317,10 @@ async def _unheard(message: Message) -> None:
 def _field(body: bytearray, name: str) -> Any:
     """None if it is not there, or the body is no JSON object."""
     try:
-        told = json.loads(body)
+        reported = json.loads(body)
     except (ValueError, RecursionError):
         return None
-    return told.get(name) if isinstance(told, dict) else None
+    return reported.get(name) if isinstance(reported, dict) else None
 
 
 def _error(status: int, message: str) -> dict[str, Any]:

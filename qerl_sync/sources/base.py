@@ -27,7 +27,7 @@ class Source(ABC):
     """
 
     any_order = True
-    lasting = False
+    stable = False
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -73,5 +73,5 @@ class Source(ABC):
         """Yield exactly `names`, in that order, as late as possible: a generator.
 
         The tensors are read-only and valid until the next one is asked for or, where the receiver
-        keeps them by reference, until the end of the chunk. See `lasting`.
+        keeps them by reference, until the end of the chunk. See `stable`.
         """

@@ -50,7 +50,7 @@ class HFSource(Source):
             become so since.
     """
 
-    lasting = True
+    stable = True
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
         _require_whole(model)
@@ -117,11 +117,11 @@ def probe_of(model: Any) -> Probe:
         model.eval()
         try:
             ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
-            told = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            reported = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
         finally:
             for module, training in modes:
                 module.training = training
-        return [float(p) for p in told.gather(1, ids[0, 1:, None])[:, 0]]
+        return [float(p) for p in reported.gather(1, ids[0, 1:, None])[:, 0]]
 
     return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Terms
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.probe_prompt import largest_gap
@@ -118,8 +118,8 @@ class Transport(ABC):
     kind = "?"
     busy_cores: Collection[int] = ()
     lost: Mapping[str, str] = {}
-    terms = Terms()
-    lasting = False
+    options = SyncOptions()
+    stable = False
     verify_seconds = 0.0
 
     @property
@@ -210,7 +210,7 @@ class Transport(ABC):
         """
         return {"the engine": largest_gap(right, self.prompt_logprobs(token_ids))}
 
-    def condemn(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
+    def invalidate(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
         """What has been committed is wrong: the workers are poisoned until the next sync."""
 
     def close(self) -> None:  # noqa: B027  not every transport holds something

@@ -81,7 +81,7 @@ class InProcessTransport(Transport):
         # Between two calls of `generate` only those can be left that a failed one never finished.
         compat.drop_requests(self._llm)
         self._plan, self._version = plan, version
-        self._receiver.terms = self.terms
+        self._receiver.options = self.options
         self._receiver.start(plan, layer_map, check_finite=check_finite)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -123,7 +123,7 @@ class InProcessTransport(Transport):
 
         return compat.prompt_logprobs(self._llm, token_ids)
 
-    def condemn(self, reason: str) -> None:
+    def invalidate(self, reason: str) -> None:
         self._receiver.poison(reason)
 
     def abort(self, reason: str) -> None:

@@ -10,7 +10,7 @@ from qerl_sync.errors import CoverageError
 SAMPLES = 8
 
 
-class LentTensors:
+class AliasGuard:
     """Notices that a source wrote to memory which is still held: a receive buffer used again, or
     parameters that an optimizer steps meanwhile.
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing_extensions import Self
 
 
-class LookAhead:
+class FiniteChecker:
     """Looks at one chunk after the other, in a thread of its own, from `__enter__` on.
 
     Nobody waits for a look at all of the weights before the first of them are sent; still no chunk
@@ -23,18 +23,18 @@ class LookAhead:
     def __init__(
         self, look: Callable[[Sequence[str], bool], None], chunks: Sequence[Sequence[str]]
     ) -> None:
-        self._look = look
+        self._check_finite_ahead = look
         self._chunks = chunks
         self._looked_at = 0
         self._error: BaseException | None = None
         self._left = False
-        self._news = threading.Condition()
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="qerl-sync look ahead", daemon=True)
 
     def await_chunk(self, index: int) -> None:
         """Until chunk `index` was looked at. Raises what was found in it, before or behind it."""
-        with self._news:
-            self._news.wait_for(
+        with self._changed:
+            self._changed.wait_for(
                 lambda: self._error or self._looked_at >= min(index + 1, len(self._chunks))
             )
         if self._error is not None:
@@ -56,9 +56,9 @@ class LookAhead:
             if self._left or self._error is not None:
                 return
             try:
-                self._look(names, index == 0)
+                self._check_finite_ahead(names, index == 0)
             except BaseException as exc:
                 self._error = exc
-            with self._news:
+            with self._changed:
                 self._looked_at += 1
-                self._news.notify_all()
+                self._changed.notify_all()

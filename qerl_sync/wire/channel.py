@@ -139,7 +139,7 @@ class Channel:
         self,
         timeout_seconds: float,
         what: str,
-        glance: Callable[[], None] = lambda: None,
+        check_alive: Callable[[], None] = lambda: None,
     ) -> Message:
         """The next message.
 
@@ -153,7 +153,7 @@ class Channel:
             IntegrityError: what arrived is not what the other side sent next.
         """
         deadline = time.monotonic() + timeout_seconds
-        wait = (deadline, timeout_seconds, what, glance)
+        wait = (deadline, timeout_seconds, what, check_alive)
         self._fill(_LENGTH.size, *wait)
         (length,) = _LENGTH.unpack_from(self._received)
         if not TAG_BYTES <= length <= MAX_FRAME_BYTES:
@@ -235,11 +235,11 @@ class Channel:
         self._connection.close()
 
     def _fill(
-        self, size: int, deadline: float, given: float, what: str, glance: Callable[[], None]
+        self, size: int, deadline: float, given: float, what: str, check_alive: Callable[[], None]
     ) -> None:
         """Block until `size` bytes have arrived."""
         while len(self._received) < size:
-            self._wait(select.POLLIN, deadline, given, what, glance)
+            self._wait(select.POLLIN, deadline, given, what, check_alive)
             try:
                 data = self._connection.recv(max(size - len(self._received), 65536))
             except OSError as exc:
@@ -266,7 +266,7 @@ class Channel:
         deadline: float,
         given: float,
         what: str,
-        glance: Callable[[], None] = lambda: None,
+        check_alive: Callable[[], None] = lambda: None,
     ) -> None:
         poll = select.poll()
         try:
@@ -274,7 +274,7 @@ class Channel:
         except (OSError, ValueError) as exc:  # closed by another thread
             raise self._lost(what) from exc
         while not poll.poll(1000 * min(_GLANCE_SECONDS, max(deadline - time.monotonic(), 0.0))):
-            glance()
+            check_alive()
             if time.monotonic() >= deadline:
                 raise self._too_slow(what, given)
 

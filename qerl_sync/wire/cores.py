@@ -13,7 +13,7 @@ def own_cores() -> frozenset[int]:
 
 
 @contextmanager
-def keep_off(cores: Collection[int]) -> Iterator[None]:
+def avoid_cores(cores: Collection[int]) -> Iterator[None]:
     """The calling thread, and threads that it starts, run on other CPUs than these meanwhile.
 
     vLLM binds a CPU worker to cores. The scheduler knows no such bond for a trainer, and where it

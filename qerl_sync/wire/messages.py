@@ -20,7 +20,7 @@
     -- End                                ->        the worker returns to vLLM
 
 At any point `<- Failure`, or `-- Abort ->` with its answer `<- Aborted`; after a commit that turns
-out to be wrong `-- Condemn ->`, with the same answer.
+out to be wrong `-- Invalidate ->`, with the same answer.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class SyncRequest(_Message):
     verify: Verify = "coverage"
     on_failure: OnFailure = "poison"
     finite: bool = False
-    """See `plan.terms.Terms`, whose fields these three are."""
+    """See `plan.terms.SyncOptions`, whose fields these three are."""
     segments: list[Segment]
     slots: list[int]
     """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what
@@ -254,7 +254,7 @@ class Abort(_Message):
     """No worker can have committed: with `on_failure: rollback` go back to the old version."""
 
 
-class Condemn(_Message):
+class Invalidate(_Message):
     """What was committed is wrong: be poisoned. The answer is Aborted."""
 
     type: Literal["condemn"] = "condemn"
@@ -297,7 +297,7 @@ Message = (
     | Commit
     | Committed
     | Abort
-    | Condemn
+    | Invalidate
     | Aborted
     | Failure
     | End
@@ -326,16 +326,16 @@ def decode(frame: bytes) -> Message:
 
 def _require_own_protocol(frame: bytes) -> None:
     try:
-        told = json.loads(frame)
+        reported = json.loads(frame)
     except ValueError:
         return
-    if not isinstance(told, dict) or told.get("type") != "hello":
+    if not isinstance(reported, dict) or reported.get("type") != "hello":
         return
-    theirs = told.get("protocol")
+    theirs = reported.get("protocol")
     if isinstance(theirs, int) and theirs != PROTOCOL:
         raise AgreementError(
-            f"a worker speaks protocol {theirs} (packages: {told.get('packages')!r}), the trainer "
-            f"{PROTOCOL}; install the same qerl-sync for both"
+            f"a worker speaks protocol {theirs} (packages: {reported.get('packages')!r}), the "
+            f"trainer {PROTOCOL}; install the same qerl-sync for both"
         )
 
 
@@ -343,8 +343,8 @@ def failure(error: BaseException) -> Failure:
     """An error, to be raised again on the other side."""
     kind = type(error).__name__ if isinstance(error, SyncError) else "TransportError"
     text = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
-    told = {name: fact for name, fact in vars(error).items() if _is_plain(fact)}
-    return Failure(error=kind, text=text, facts=told)
+    reported = {name: fact for name, fact in vars(error).items() if _is_plain(fact)}
+    return Failure(error=kind, text=text, facts=reported)
 
 
 def _is_plain(fact: object) -> bool:
@@ -353,12 +353,12 @@ def _is_plain(fact: object) -> bool:
     return isinstance(fact, (str, int, float))
 
 
-def error_of(told: Failure, who: str) -> SyncError:
+def error_of(reported: Failure, who: str) -> SyncError:
     """The other side's error, with its own class."""
-    kind = getattr(errors, told.error, None)
+    kind = getattr(errors, reported.error, None)
     if not (isinstance(kind, type) and issubclass(kind, SyncError)):
         kind = TransportError
-    return kind(f"{who}: {told.text}", **told.facts)
+    return kind(f"{who}: {reported.text}", **reported.facts)
 
 
 def pack_metas(metas: list[ParamMeta]) -> list[tuple[str, str, tuple[int, ...]]]:

@@ -312,7 +312,7 @@ def test_a_version_that_a_lost_engine_may_have_is_not_given_to_the_others(engine
 def damaged(engine: Engine) -> None:
     """From here on one value of each chunk arrives as another."""
     (inbox,) = engine.connections[0]._inboxes
-    fetch = inbox.inlet.fetch
+    fetch = inbox.chunk_receiver.fetch
 
     def damage(chunk, metas):
         first, *rest = fetch(chunk, metas)
@@ -320,7 +320,7 @@ def damaged(engine: Engine) -> None:
         first[0] += 1
         return [first, *rest]
 
-    inbox.inlet.fetch = damage
+    inbox.chunk_receiver.fetch = damage
 
 
 def test_damage_on_the_way_to_one_engine_is_its_own(engines):

@@ -32,8 +32,8 @@ class Pair:
         self.weights = [fingerprint(one.model) for one in models]
         assert difference(*self.weights), "both versions are the same: the test could not fail"
 
-    def sync(self, version, **terms):
-        bare.sync(self.parts, self.trainers[version], **terms)
+    def sync(self, version, **options):
+        bare.sync(self.parts, self.trainers[version], **options)
 
     def wrong_weights(self, version):
         return difference(fingerprint(self.model), self.weights[version])

@@ -63,13 +63,13 @@ def test_an_actor_generates_from_images_too(caching):
     caching.session.push()
     actor = Hosting({}, serve_initial_weights=True)
     tokens = {"prompt_token_ids": [8, 9]}
-    told = [
+    reported = [
         actor.generate(
             [{**tokens, "multi_modal_data": {"image": picture(seed)}}], {"temperature": 0}
         )
         for seed in (1, 2)
     ]
-    assert told[0][0].logprobs != told[1][0].logprobs
+    assert reported[0][0].logprobs != reported[1][0].logprobs
 
 
 @torch.no_grad()

@@ -133,8 +133,8 @@ def test_a_shape_that_vllm_refuses_is_told_with_the_one_that_it_awaits(subject, 
         observe(one, _with(name, shape=got)(metas_of(one)))
     error = raised.value
     assert (error.tensor, error.expected, error.got) == (name, expected, got)
-    for told in (name, str(list(expected)), str(list(got))):
-        assert told in str(error)
+    for reported in (name, str(list(expected)), str(list(got))):
+        assert reported in str(error)
     assert one.wrong_weights(OLD) == []
 
 

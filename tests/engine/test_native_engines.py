@@ -214,15 +214,15 @@ class Told(FourMethods):
     def __init__(self, llm: Any, **changes: Any) -> None:
         super().__init__(llm)
         self.changes = changes
-        self.told: list[dict[str, Any]] = []
+        self.reported: list[dict[str, Any]] = []
 
     def init_weight_transfer_engine(self, init_info):
         said = {**init_info["qerl_sync"], **self.changes}
-        self.told.append({**init_info, "qerl_sync": said})
-        super().init_weight_transfer_engine(self.told[-1])
+        self.reported.append({**init_info, "qerl_sync": said})
+        super().init_weight_transfer_engine(self.reported[-1])
 
     def update_weights(self, update_info):
-        self.told.append(update_info)
+        self.reported.append(update_info)
         super().update_weights(update_info)
 
 
@@ -244,7 +244,9 @@ def test_another_version_is_refused_before_vllm_connects(subject, group, way, ch
     with backend(one.engine, WAYS[way][0]), pytest.raises(AgreementError, match=words):
         connect(one, way, planned(one, NEW), client)
     assert client.calls == ["init"]
-    assert list(client.told[0]) == ["qerl_sync"], "vLLM's trainer may be waiting for its workers"
+    assert list(client.reported[0]) == ["qerl_sync"], (
+        "vLLM's trainer may be waiting for its workers"
+    )
 
 
 EXPECTED = {"dtype": "float32", "tensor_parallel_size": 1, "quantization": None}
@@ -285,8 +287,8 @@ class TestToken:
             trainer.send_weights()
             trainer.send_weights()
         assert one.wrong_weights(NEW) == []
-        assert "a secret" not in str(client.told)
-        numbers = [told["qerl_sync"].get("number") for told in client.told]
+        assert "a secret" not in str(client.reported)
+        numbers = [reported["qerl_sync"].get("number") for reported in client.reported]
         assert numbers == [None, None, *range(1, len(numbers) - 1)]
 
     @pytest.mark.parametrize(
@@ -324,7 +326,7 @@ class TestToken:
         client = Told(one.engine)
         with backend(one.engine, "qerl_nccl") as engine:
             connect(one, "nccl", planned(one, NEW), client).send_weights()
-            _, init, plan, _ = client.told
+            _, init, plan, _ = client.reported
             admission = engine._admission
             with pytest.raises(AgreementError, match="shows another one"):
                 admission.introduced({**init, "master_address": "a stranger's"})

@@ -39,7 +39,7 @@ from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.policies import group_labels
 from qerl_sync.plan.spill import load_order, peak_staged_bytes
 from qerl_sync.sources.stream import StreamSource
-from qerl_sync.worker.load.spill import Stager
+from qerl_sync.worker.load.spill import SpillBuffer
 
 CPU = torch.device("cpu")
 
@@ -198,15 +198,15 @@ def _two_layers_interleaved():
 
 def stage(plan, tensors):
     """Run a stream through a stager, in memory that is overwritten after each chunk."""
-    stager, got, staged = Stager(plan, plan.spill, CPU), {}, []
+    stager, got, staged = SpillBuffer(plan, plan.spill, CPU), {}, []
     metas = {meta.name: meta for meta in plan.metas}
     for chunk in plan.chunks:
-        lent = {name: tensors[name].clone() for name in chunk.names}
-        for name, tensor in stager.take((metas[name], lent[name]) for name in chunk.names):
+        in_session = {name: tensors[name].clone() for name in chunk.names}
+        for name, tensor in stager.take((metas[name], in_session[name]) for name in chunk.names):
             got[name] = tensor.clone()
         stager.keep()
         staged.append(stager.staged_bytes)
-        for tensor in lent.values():
+        for tensor in in_session.values():
             tensor.zero_()
     return stager, got, staged
 
@@ -235,7 +235,7 @@ def test_the_stager_gives_back_what_it_got_and_takes_what_was_planned(in_files, 
 def test_files_have_no_names_and_go_with_the_stager(tmp_path):
     metas, layer_map = _two_layers_interleaved()
     plan = build_plan(metas, layer_map, "spill", chunk_bytes=1, spill_directory=str(tmp_path))
-    stager = Stager(plan, plan.spill, CPU)
+    stager = SpillBuffer(plan, plan.spill, CPU)
     for meta in metas[:3]:
         assert list(stager.take([(meta, torch.ones(meta.shape))])) == []
         stager.keep()
@@ -250,7 +250,7 @@ def test_the_budget_holds_at_run_time_too():
     metas, layer_map = _two_layers_interleaved()
     plan = build_plan(metas, layer_map, "spill", chunk_bytes=1)
     small = type(plan.spill)(plan.spill.load_order, plan.spill.num_loaded, budget_bytes=16)
-    stager = Stager(plan, small, CPU)
+    stager = SpillBuffer(plan, small, CPU)
     list(stager.take([(metas[0], torch.ones(4))]))
     stager.keep()
     list(stager.take([(metas[1], torch.ones(4))]))
@@ -261,7 +261,7 @@ def test_the_budget_holds_at_run_time_too():
 def test_a_loader_that_leaves_tensors_is_noticed():
     metas, layer_map = _two_layers_interleaved()
     plan = build_plan(metas, layer_map, "spill")
-    stager = Stager(plan, plan.spill, CPU)
+    stager = SpillBuffer(plan, plan.spill, CPU)
     next(stager.take((meta, torch.ones(4)) for meta in metas))
     with pytest.raises(LoadError, match=r"ended before it had taken 'a\.k'"):
         stager.keep()
@@ -273,7 +273,7 @@ def test_other_peoples_directories_are_refused(tmp_path):
     def refusal(directory):
         plan = build_plan(metas, layer_map, "spill", chunk_bytes=1, spill_directory=directory)
         with pytest.raises(ConfigError, match=r"sync\.spill_directory") as caught:
-            Stager(plan, plan.spill, CPU)
+            SpillBuffer(plan, plan.spill, CPU)
         return str(caught.value)
 
     (tmp_path / "file").write_text("")
@@ -291,7 +291,7 @@ def test_more_than_the_worker_has_is_refused_before_the_first_byte():
     metas = [ParamMeta(name, "int8", (1 << 50,)) for name in ("a.q", "b.q", "a.k", "b.k")]
     plan = build_plan(metas, HandMadeTransport().layer_map(metas), "spill")
     with pytest.raises(PlanError, match=r"host memory has .* free; set sync\.spill_directory"):
-        Stager(plan, plan.spill, CPU)
+        SpillBuffer(plan, plan.spill, CPU)
 
 
 def _mapped_under(directory):

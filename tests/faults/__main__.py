@@ -67,8 +67,8 @@ def _cases(options: argparse.Namespace, log: Path, console: Console) -> int:
     names = [f"{name} {version(name)}" for name in ("torch", "transformers")]
     versions = ", ".join([f"qerl-sync {__version__}", f"vLLM {vllm_version()}", *names])
     if options.json:
-        told = {"versions": versions, "outcomes": [outcome.to_json() for outcome in outcomes]}
-        print(json.dumps(told, indent=2))
+        reported = {"versions": versions, "outcomes": [outcome.to_json() for outcome in outcomes]}
+        print(json.dumps(reported, indent=2))
     else:
         for by in (OURS, STOCK)[: 1 + options.stock]:
             console.print(fault_table(outcomes, by))

@@ -27,12 +27,12 @@ from faults.outcomes import OURS, Outcome, one_line
 
 
 def main(pipe: Connection) -> None:
-    spec, told = pipe.recv()
+    spec, reported = pipe.recv()
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     with tempfile.TemporaryDirectory(prefix="qerl-sync-faults-") as directory:
         engine = spec.start(Path(directory))
         try:
-            _serve(engine, pipe.send, **told)
+            _serve(engine, pipe.send, **reported)
         finally:
             engine.close()
 

@@ -54,8 +54,8 @@ def classify(engine: FaultEngine, injection: Injection, case: Case) -> tuple[str
     try:
         states = engine.state()
     except Exception:
-        told = isinstance(error, SyncError) and end.GONE in case.expected
-        return (end.GONE if told else end.CRASH), ""
+        reported = isinstance(error, SyncError) and end.GONE in case.expected
+        return (end.GONE if reported else end.CRASH), ""
     if not isinstance(error, str | SyncError | InjectedFault | None):
         return end.UNNAMED, ""
     if open_layers := [line for state in states for line in state["unfinished"]]:

@@ -123,6 +123,6 @@ def reusing_its_buffer(stream: Stream, trigger: Trigger) -> Iterator[Named]:
     for name, tensor in stream:
         trigger.mark()
         # Not through autograd's counting of changes: a network card does not take part in it.
-        lent = buffer[: tensor.numel()].view(tensor.shape)
-        lent.data.copy_(tensor)
-        yield name, lent
+        in_session = buffer[: tensor.numel()].view(tensor.shape)
+        in_session.data.copy_(tensor)
+        yield name, in_session

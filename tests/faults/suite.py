@@ -126,7 +126,7 @@ def run_random(spec: Spec, number: int, seed: int, log: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def hosted(spec: Spec, log: Path, **told: Any) -> Iterator[Callable[[float], Any]]:
+def hosted(spec: Spec, log: Path, **reported: Any) -> Iterator[Callable[[float], Any]]:
     """Start the process `faults.host` with an engine, and end all that it has started.
 
     Yields a function that waits so many seconds for what it says next: TimeoutError if it says
@@ -157,7 +157,7 @@ def hosted(spec: Spec, log: Path, **told: Any) -> Iterator[Callable[[float], Any
 
     grace_seconds = 0.1
     try:
-        pipe.send((spec, told))
+        pipe.send((spec, reported))
         hear(START_SECONDS)
         yield hear
         grace_seconds = 20  # to stop its engines

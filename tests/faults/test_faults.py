@@ -68,7 +68,7 @@ def test_random_schedules_keep_every_promise(tmp_path):
     assert found["schedules"] >= 10 <= found["faults"]
 
 
-def outcome(**told) -> Outcome:
+def outcome(**reported) -> Outcome:
     return Outcome(
         **{
             "spec": "server/dense/stock",
@@ -76,7 +76,7 @@ def outcome(**told) -> Outcome:
             "ended": "poisoned",
             "expected": ("poisoned",),
             "healed": True,
-            **told,
+            **reported,
         }
     )
 

@@ -64,17 +64,17 @@ class TrainerProcess:
         self._process.wait()
         self.ended_at = time.monotonic()
 
-    def _hear(self, what: str, told: Any, options: dict[str, Any] | None = None) -> None:
+    def _hear(self, what: str, reported: Any, options: dict[str, Any] | None = None) -> None:
         if what == "error":
-            self.error = told
+            self.error = reported
         elif what == "fired":
-            self.fired_at = told
+            self.fired_at = reported
             if self._action == "stop":  # nobody waits for it, so that nobody can notice
                 later = threading.Timer(PATIENCE_SECONDS, os.kill, (self.pid, signal.SIGCONT))
                 later.daemon = True
                 later.start()
         else:
-            self._pipe.send(self._call(what, told, options or {}))
+            self._pipe.send(self._call(what, reported, options or {}))
 
     def _call(self, method: str, arguments: Any, options: dict[str, Any]) -> tuple[Any, str]:
         try:

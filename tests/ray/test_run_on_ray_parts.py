@@ -25,23 +25,23 @@ def epoch(count: int) -> DataLoaderShard:
 
 @pytest.mark.parametrize("skipped", [0, 2])
 def test_batches_are_announced_ahead_also_after_a_resume_has_skipped_some(skipped: int):
-    told: list[int] = []
-    announcer = Announcer(told.append, ahead=1, every=1)
+    reported: list[int] = []
+    announcer = Announcer(reported.append, ahead=1, every=1)
     loader = skip_first_batches(epoch(6), skipped) if skipped else epoch(6)
     batches = iter(loader)
     seen = []
     for _ in range(6 - skipped):
         seen.append(next(announcer.of(batches)))  # as the trainer asks, once for each step
-        assert told == list(range(skipped, min(seen[-1] + 2, 6)))
+        assert reported == list(range(skipped, min(seen[-1] + 2, 6)))
     assert seen == list(range(skipped, 6))
 
 
 def test_of_batches_that_share_completions_one_is_announced_and_each_epoch_begins_anew():
-    told: list[int] = []
-    announcer = Announcer(told.append, ahead=1, every=2)
+    reported: list[int] = []
+    announcer = Announcer(reported.append, ahead=1, every=2)
     for _ in range(2):
         assert list(announcer.of(iter(epoch(4)))) == [0, 1, 2, 3]
-    assert told == [0, 2, 0, 2]
+    assert reported == [0, 2, 0, 2]
 
 
 class Pool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from qerl_sync import HFSource, build_plan
-from qerl_sync.options import Terms
+from qerl_sync.options import SyncOptions
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat import offline as compat_offline
 from qerl_sync.worker.load.receiver import Receiver
@@ -35,13 +35,13 @@ def load(path: Path, **arguments: Any) -> compat.EngineParts:
 
 
 @contextlib.contextmanager
-def started(parts: compat.EngineParts, source: HFSource, **terms: Any) -> Iterator[Receiver]:
+def started(parts: compat.EngineParts, source: HFSource, **options: Any) -> Iterator[Receiver]:
     """A sync whose last chunk has arrived; what fails in the context ends it."""
     receiver = Receiver(parts)
     metas = source.metadata()
     layer_map = receiver.layer_map(metas)
     plan = build_plan(metas, layer_map, "reorder", chunk_bytes=1 << 16)
-    receiver.terms = Terms(**terms)
+    receiver.options = SyncOptions(**options)
     receiver.start(plan, layer_map)
     try:
         for chunk in plan.chunks:
@@ -52,7 +52,7 @@ def started(parts: compat.EngineParts, source: HFSource, **terms: Any) -> Iterat
         raise
 
 
-def sync(parts: compat.EngineParts, trainer: torch.nn.Module, **terms: Any) -> None:
-    with started(parts, HFSource(trainer), **terms) as receiver:
+def sync(parts: compat.EngineParts, trainer: torch.nn.Module, **options: Any) -> None:
+    with started(parts, HFSource(trainer), **options) as receiver:
         receiver.finish()
         receiver.commit(receiver.version + 1)

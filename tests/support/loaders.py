@@ -161,7 +161,7 @@ class Workers:
     def _hello(self, rank: int) -> Any:
         def hello() -> say.Hello:
             loader = self.loaders[rank]
-            told: dict[str, Any] = {
+            reported: dict[str, Any] = {
                 "protocol": say.PROTOCOL,
                 "packages": {"qerl-sync": __version__, "torch": str(torch.__version__)},
                 "engine": "test",
@@ -178,7 +178,7 @@ class Workers:
                 "update_open": False,
             }
             own = self._said.get(f"rank{rank}", {})
-            return say.Hello(**{**told, **own})
+            return say.Hello(**{**reported, **own})
 
         return hello
 

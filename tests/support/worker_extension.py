@@ -23,11 +23,11 @@ async def ask_every_worker(engine: Any, method: str, *arguments: str) -> list[An
     """Call a method of `WorkerExtension` on all data parallel replicas of an `AsyncLLM`, whose own
     `collective_rpc` returns what the first one answers."""
     core = engine.engine_core
-    told = ("collective_rpc", method, None, list(arguments), {})
+    reported = ("collective_rpc", method, None, list(arguments), {})
     return [
         answer
         for replica in core.core_engines
-        for answer in await core._call_utility_async(*told, engine=replica)
+        for answer in await core._call_utility_async(*reported, engine=replica)
     ]
 
 

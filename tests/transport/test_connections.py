@@ -549,12 +549,12 @@ def test_a_sealed_payload_that_is_changed_on_its_way_is_refused(listener, sealed
 def test_tcp_is_sealed_between_hosts_that_share_a_token(workers, monkeypatch, token, host, sealed):
     monkeypatch.setenv("QERL_SYNC_TOKEN", token)
     engine = workers(1, **({"rank0": {"host": host}} if host else {}))
-    told: list[say.Welcome] = []
+    reported: list[say.Welcome] = []
     send = Peer.send
-    monkeypatch.setattr(Peer, "send", lambda peer, m: (told.append(m), send(peer, m))[1])
+    monkeypatch.setattr(Peer, "send", lambda peer, m: (reported.append(m), send(peer, m))[1])
     with session(engine, transport="tcp") as sync:
         sync.push()
-    (welcome,) = (message for message in told if isinstance(message, say.Welcome))
+    (welcome,) = (message for message in reported if isinstance(message, say.Welcome))
     assert welcome.options["sealed"] is sealed
     assert "secret" not in welcome.options
     assert serves(engine, NEW)

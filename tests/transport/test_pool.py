@@ -29,7 +29,7 @@ from qerl_sync.errors import EngineTakenError
 from qerl_sync.transports.remote.pool import PoolTransport
 from qerl_sync.verify.probe_prompt import Probe
 from qerl_sync.wire import segments
-from qerl_sync.worker.protocol import mailbox as deliveries
+from qerl_sync.worker.protocol import mailbox as mailbox
 from qerl_sync.worker.protocol.connection import TrainerConnection
 
 WEIGHTS = tensors(0)
@@ -52,13 +52,13 @@ class Engine:
 
     started: ClassVar[list[Engine]] = []
 
-    def __init__(self, store: Store | None = None, **told: Any) -> None:
+    def __init__(self, store: Store | None = None, **reported: Any) -> None:
         self.store = store
         self.fails: dict[str, Exception] = {}
         self.endpoints: list[str] = []
 
         def introduce() -> Any:
-            return hello().model_copy(update=told)
+            return hello().model_copy(update=reported)
 
         self.started.append(self)
         self.connection = TrainerConnection(EchoLoader(), torch.device("cpu"), introduce)
@@ -94,11 +94,11 @@ class StoringEngine(Engine):
         return self.store.put(chunk)
 
     def deliver(self, key: str, index: int, stored: Any) -> None:
-        assert deliveries.put(key, index, stored)
+        assert mailbox.put(key, index, stored)
 
     def require_store(self, nbytes: int) -> None: ...
 
-    def require_box(self, key: str) -> None: ...
+    def require_mailbox(self, key: str) -> None: ...
 
 
 @pytest.fixture(autouse=True)
@@ -221,8 +221,8 @@ def test_each_engine_is_told_a_port_of_its_own_from_the_first_that_may_be_used()
     engines = Engine(), Engine()
     with session_of(pool_of(*engines, first_port=port)) as session:
         session.push()
-    told = [engine.endpoints for engine in engines]
-    assert told == [[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]
+    reported = [engine.endpoints for engine in engines]
+    assert reported == [[f"127.0.0.1:{port}"], [f"127.0.0.1:{port + 1}"]]
 
 
 def test_without_room_in_shared_memory_all_engines_get_chunks_another_way(monkeypatch):
@@ -339,8 +339,8 @@ def test_who_is_forgotten_needs_a_full_sync_and_a_stranger_is_no_error():
 
 
 def test_the_cores_of_all_engines_on_this_machine_are_left_to_them():
-    told = ({"cores": [1]}, {"cores": [2, 3]}, {"cores": [4], "host": "far"})
-    pool = pool_of(*(Engine(**words) for words in told))
+    reported = ({"cores": [1]}, {"cores": [2, 3]}, {"cores": [4], "host": "far"})
+    pool = pool_of(*(Engine(**words) for words in reported))
     with session_of(pool) as session:
         session.push()
         assert pool.busy_cores == {1, 2, 3}

@@ -76,7 +76,7 @@ class TestCommand:
             '--weight-transfer-config={"backend": "qerl"}',
             "--logprobs-mode=processed_logprobs",
             "--max-logprobs=-1",
-            "--middleware=qerl_sync.serving.middleware.Gate",
+            "--middleware=qerl_sync.serving.middleware.ServingGuardMiddleware",
             "--max-model-len=64",
             "--seed",
             "3",

@@ -25,7 +25,7 @@ from qerl_sync.serving.middleware import (
     MAX_BODY_BYTES,
     MAX_REASON_CHARACTERS,
     QUIET_SECONDS,
-    Gate,
+    ServingGuardMiddleware,
 )
 from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof
 
@@ -73,7 +73,7 @@ class Server:
         self.hold: asyncio.Event | None = None
         self.leave = asyncio.Event()
         self.seconds = 100.0
-        self.gate = Gate(self.app, clock=lambda: self.seconds)
+        self.gate = ServingGuardMiddleware(self.app, clock=lambda: self.seconds)
 
     async def app(self, scope, receive, send) -> None:
         self.asked.append(scope["path"])
@@ -109,9 +109,9 @@ class Server:
         await self.gate(whole, receive, send)
         return sent
 
-    def ask(self, method: str, path: str, told: object = None, **scope) -> int:
+    def ask(self, method: str, path: str, reported: object = None, **scope) -> int:
         """The answer's status."""
-        body = b"" if told is None else json.dumps(told).encode()
+        body = b"" if reported is None else json.dumps(reported).encode()
         return asyncio.run(self.send(method, path, body, **scope))[0]["status"]
 
     def control(self, *routes: str) -> None:
@@ -260,8 +260,8 @@ class TestWhatIsTold:
         assert server.is_open
 
     def test_a_body_that_is_too_long(self, server):
-        told = {"reason": "x" * MAX_BODY_BYTES}
-        assert server.ask("POST", "/qerl_sync/refuse", told) == 400
+        reported = {"reason": "x" * MAX_BODY_BYTES}
+        assert server.ask("POST", "/qerl_sync/refuse", reported) == 400
         assert server.is_open
 
     def test_a_long_reason_is_cut(self, server):
@@ -550,7 +550,10 @@ def small(monkeypatch):
     routes += [Route(path, endpoint, methods=["POST"]) for path in ("/v1/completions", "/ping")]
     routes += [Route("/health", endpoint), Route("/v1/responses/{of}", endpoint)]
     routes += [WebSocketRoute("/v1/realtime", endpoint), WebSocketRoute("/console", endpoint)]
-    app = Starlette(routes=[Mount("/rl", routes=inner), *routes], middleware=[Middleware(Gate)])
+    app = Starlette(
+        routes=[Mount("/rl", routes=inner), *routes],
+        middleware=[Middleware(ServingGuardMiddleware)],
+    )
     monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
     monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     return Application(app, [*routes, *inner])
@@ -559,14 +562,14 @@ def small(monkeypatch):
 class TestStrangers:
     @pytest.mark.parametrize("route", sorted(CLOSED | OURS))
     def test_who_knows_the_token_may_drive_the_engine(self, guarded, route):
-        told = {"reason": "why"}
+        reported = {"reason": "why"}
         for headers in ([], shown("/other"), shown(route, "guessed"), [(b"x", b"y"), *ORIGIN]):
-            assert guarded.ask("POST", route, told, headers=headers) == 403
+            assert guarded.ask("POST", route, reported, headers=headers) == 403
         for odd in (b"", b"\xff\xfe", b"0" * 64):
             assert guarded.ask("POST", route, headers=[(PROOF_HEADER.encode(), odd)]) == 403
         assert guarded.asked == []
         assert guarded.is_open
-        assert guarded.ask("POST", route, told, headers=shown(route)) == 200
+        assert guarded.ask("POST", route, reported, headers=shown(route)) == 200
 
     def test_what_they_are_told(self, guarded):
         for headers, words in (([], "is missing"), (shown("/pause", "x"), "is that of another")):
@@ -650,8 +653,8 @@ class TestStrangers:
     def test_web_pages_drive_no_engine(self, server, route, headers):
         assert server.ask("POST", route, headers=headers) == 403
         assert server.asked == []
-        told = {"reason": "why"}
-        assert server.ask("POST", route, told, headers=[(b"user-agent", b"a program")]) == 200
+        reported = {"reason": "why"}
+        assert server.ask("POST", route, reported, headers=[(b"user-agent", b"a program")]) == 200
 
     @pytest.mark.parametrize("route", OPEN)
     def test_web_pages_may_generate(self, server, route):
@@ -721,7 +724,9 @@ def vllms_app():
 
     switches = ["--enable-tokenizer-info-endpoint", "--enable-fault-tolerance"]
     parser = make_arg_parser(FlexibleArgumentParser())
-    args = parser.parse_args([*switches, "--middleware=qerl_sync.serving.middleware.Gate"])
+    args = parser.parse_args(
+        [*switches, "--middleware=qerl_sync.serving.middleware.ServingGuardMiddleware"]
+    )
     args.profiler_config = ProfilerConfig(profiler="torch", torch_profiler_dir="/nowhere")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_SERVER_DEV_MODE", "1")

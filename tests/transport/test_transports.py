@@ -147,9 +147,9 @@ def test_every_data_parallel_replica_of_a_server_is_synced_by_one_trainer(tmp_pa
 
 def asked(url: str, model: Path, replica: int) -> Generation:
     """What one data parallel replica of a server generates."""
-    told = completion_request(str(model), [1, 2, 3], 8)
+    reported = completion_request(str(model), [1, 2, 3], 8)
     headers = {"X-data-parallel-rank": str(replica)}
-    answer = requests.post(f"{url}/v1/completions", json=told, headers=headers, timeout=60)
+    answer = requests.post(f"{url}/v1/completions", json=reported, headers=headers, timeout=60)
     assert answer.status_code == 200, answer.text
     return of_choice(answer.json()["choices"][0])
 

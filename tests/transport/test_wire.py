@@ -201,8 +201,8 @@ def huge(stranger):
 def reflected(stranger):
     """Sends the trainer's own proof back to it."""
     stranger.sendall(bytes(32))
-    told = stranger.recv(64, socket.MSG_WAITALL)
-    stranger.sendall(told[32:])
+    reported = stranger.recv(64, socket.MSG_WAITALL)
+    stranger.sendall(reported[32:])
 
 
 def hung_up(stranger) -> bool:
@@ -472,10 +472,13 @@ def test_a_worker_tells_the_caller_when_its_trainer_is_gone_before_it_asked_for_
 # ----------------------------------------------------------------- who an engine's workers are
 
 
-def replicas(**told):
+def replicas(**reported):
     """What two data parallel replicas say: each is rank 0 of its own, by the engine's name."""
     alone = {"rank": 0, "world_size": 1, "layout": {"tensor_parallel_size": 1}}
-    return {"rank0": {**alone, "replica": 0}, "rank1": {**alone, "replica": 1, "pid": 1, **told}}
+    return {
+        "rank0": {**alone, "replica": 0},
+        "rank1": {**alone, "replica": 1, "pid": 1, **reported},
+    }
 
 
 def test_data_parallel_replicas_are_workers_of_their_own(workers):
@@ -943,8 +946,8 @@ class Owner:
         pid, name = self._ask((first, then)).split()
         self.pid, self.path = int(pid), segments.DIRECTORY / name
 
-    def _ask(self, told: object) -> str:
-        print(repr(told), file=self._host.stdin, flush=True)
+    def _ask(self, reported: object) -> str:
+        print(repr(reported), file=self._host.stdin, flush=True)
         return self._host.stdout.readline()
 
     def end(self, number: int | None = None) -> int:

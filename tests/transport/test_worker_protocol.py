@@ -66,21 +66,21 @@ FIRST_CALLS = [
 ]
 
 
-def call(one: Any, method: str, told: Any) -> Exception | None:
+def call(one: Any, method: str, reported: Any) -> Exception | None:
     """As vLLM's worker makes it: what it raises."""
     try:
         if method == "init":
-            one.init_transfer_engine(one.parse_init_info(told))
+            one.init_transfer_engine(one.parse_init_info(reported))
         else:
-            one.update_weights(told)
+            one.update_weights(reported)
     except Exception as exc:
         return exc
     return None
 
 
-@pytest.mark.parametrize("told", FIRST_CALLS, ids=lambda told: repr(told)[:40])
-def test_only_the_last_rank_refuses_a_first_call(ranks, told):
-    first, last = [call(one, "init", told) for one in ranks]
+@pytest.mark.parametrize("told", FIRST_CALLS, ids=lambda reported: repr(reported)[:40])
+def test_only_the_last_rank_refuses_a_first_call(ranks, reported):
+    first, last = [call(one, "init", reported) for one in ranks]
     assert first is None
     assert isinstance(last, ValueError)
     assert "does not connect to the trainer: " in str(last)
@@ -88,15 +88,15 @@ def test_only_the_last_rank_refuses_a_first_call(ranks, told):
 
 
 @pytest.mark.parametrize("told", ODD, ids=repr)
-def test_only_the_last_rank_refuses_an_update(ranks, told):
-    first, last = [call(one, "update", told) for one in ranks]
+def test_only_the_last_rank_refuses_an_update(ranks, reported):
+    first, last = [call(one, "update", reported) for one in ranks]
     assert first is None
     assert "does not take the update: " in str(last)
 
 
 def test_an_error_that_nobody_has_thought_of_is_named(ranks, monkeypatch, caplog):
     for one in ranks:
-        monkeypatch.setattr(one._connection, "serve", lambda told: 1 / 0)
+        monkeypatch.setattr(one._connection, "serve", lambda reported: 1 / 0)
     first, last = [call(one, "update", {}) for one in ranks]
     assert first is None
     assert "ZeroDivisionError: division by zero" in str(last)
@@ -124,7 +124,7 @@ def test_a_rank_that_cannot_introduce_itself_lets_go_of_the_trainer(ranks, monke
 
 def hellos(ranks: list[Any]) -> list[Any]:
     """What the ranks tell a trainer that connects and says no more."""
-    told = []
+    reported = []
     listener = Listener(HOST, 0, token := new_token())
     init = signed(f"{HOST}:{listener.port}", token)
     with closing(listener), ThreadPoolExecutor() as pool:
@@ -133,7 +133,7 @@ def hellos(ranks: list[Any]) -> list[Any]:
             trainer = listener.accept(10)
             assert trainer is not None
             with trainer:
-                told.append(trainer.receive(10, "its hello"))
+                reported.append(trainer.receive(10, "its hello"))
             calling.result(timeout=10)
     assert threading.active_count() < 50
-    return told
+    return reported

@@ -9,7 +9,7 @@ from support.loaders import KeepingLoader, TensorSource, Workers, tensors
 
 from qerl_sync import RemoteTransport, SyncConfig, SyncSession
 from qerl_sync.transports.remote import staging
-from qerl_sync.wire.cores import keep_off, own_cores
+from qerl_sync.wire.cores import avoid_cores, own_cores
 
 OWN = own_cores()
 needs_two = pytest.mark.skipif(len(OWN) < 2, reason="needs two CPUs that threads can be bound to")
@@ -27,17 +27,17 @@ def elsewhere() -> frozenset[int]:
 @needs_two
 def test_a_thread_keeps_off_and_comes_back():
     taken = {min(OWN)}
-    with keep_off(taken):
+    with avoid_cores(taken):
         assert own_cores() == elsewhere() == OWN - taken
     assert own_cores() == OWN
-    with pytest.raises(ZeroDivisionError), keep_off(taken):
+    with pytest.raises(ZeroDivisionError), avoid_cores(taken):
         _ = 1 / 0
     assert own_cores() == OWN
 
 
 @pytest.mark.parametrize("taken", [(), OWN, [*OWN, 100_000], [100_000]])
 def test_a_thread_stays_where_nothing_is_left_to_it_or_nothing_taken(taken):
-    with keep_off(taken):
+    with avoid_cores(taken):
         assert own_cores() == OWN
 
 
@@ -57,7 +57,9 @@ class Noting(TensorSource):
 @needs_two
 @pytest.mark.parametrize("host", ["this machine", "another"])
 def test_what_is_copied_and_looked_at_beside_a_load_is_on_other_cores(monkeypatch, host):
-    told = {"cores": [min(OWN)]} if host == "this machine" else {"cores": [min(OWN)], "host": "far"}
+    reported = (
+        {"cores": [min(OWN)]} if host == "this machine" else {"cores": [min(OWN)], "host": "far"}
+    )
     spare = OWN - {min(OWN)} if host == "this machine" else OWN
     copies: list[frozenset[int]] = []
     write = staging._write_beside
@@ -69,7 +71,7 @@ def test_what_is_copied_and_looked_at_beside_a_load_is_on_other_cores(monkeypatc
     monkeypatch.setattr(staging, "_write_beside", noting)
     weights = tensors(1)
     source, loader = Noting(weights), KeepingLoader(tensors(0))
-    workers = Workers(loader, rank0=told)
+    workers = Workers(loader, rank0=reported)
     transport = RemoteTransport(workers, transport="shm", timeout_seconds=10)
     try:
         with SyncSession(source, transport, SyncConfig.of(chunk_bytes=500)) as session:

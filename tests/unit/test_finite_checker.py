@@ -10,7 +10,7 @@ from support.loaders import KeepingLoader, TensorSource, Workers, tensors
 
 from qerl_sync import CoverageError, RemoteTransport, SyncConfig, SyncSession
 from qerl_sync.buffers.detect import require_finite
-from qerl_sync.verify.finite import LookAhead
+from qerl_sync.verify.finite import FiniteChecker
 
 CHUNKS = [["a"], ["b", "c"], ["d"]]
 OLD, NEW = tensors(0), tensors(1)
@@ -35,7 +35,7 @@ class Looks:
 def test_a_chunk_is_awaited_and_what_comes_later_is_not():
     looks = Looks()
     looks.may.release()
-    with LookAhead(looks, CHUNKS) as ahead:
+    with FiniteChecker(looks, CHUNKS) as ahead:
         ahead.await_chunk(0)
         assert looks.seen == ["a"]
         waiter = threading.Thread(target=ahead.await_chunk, args=(1,), daemon=True)
@@ -52,7 +52,7 @@ def test_a_chunk_is_awaited_and_what_comes_later_is_not():
 def test_what_is_found_further_on_ends_it_at_once():
     looks = Looks(bad="d")
     looks.may.release(3)
-    with LookAhead(looks, CHUNKS) as ahead:
+    with FiniteChecker(looks, CHUNKS) as ahead:
         with pytest.raises(CoverageError, match="d is bad"):
             ahead.await_chunk(2)
         with pytest.raises(CoverageError, match="d is bad"):
@@ -61,7 +61,7 @@ def test_what_is_found_further_on_ends_it_at_once():
 
 def test_who_leaves_early_waits_for_the_look_in_hand_alone():
     looks = Looks()
-    with LookAhead(looks, CHUNKS) as ahead:
+    with FiniteChecker(looks, CHUNKS) as ahead:
         looks.may.release()
         ahead.await_chunk(0)
         looks.may.release()
@@ -69,7 +69,7 @@ def test_who_leaves_early_waits_for_the_look_in_hand_alone():
 
 
 def test_of_unknown_chunks_nothing_is_awaited():
-    with LookAhead(Looks(), []) as ahead:
+    with FiniteChecker(Looks(), []) as ahead:
         ahead.await_chunk(0)
 
 

@@ -13,7 +13,7 @@ from qerl_sync.cli.plan.scenarios import Transport, packed_storages, scenarios
 from qerl_sync.errors import ConfigError
 from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.replay import Replay
-from qerl_sync.plan.simulator import Walker, open_at, open_at_each
+from qerl_sync.plan.simulator import Simulator, open_at, open_at_each
 
 GIB = 1024**3
 
@@ -25,13 +25,13 @@ def test_the_walk_is_the_replay_of_a_ledger(data, stream):
     run = Replay(layer_map, memory)
     for meta in metas:
         run.feed(meta)
-    assert Walker(metas, layer_map, memory).trace() == run.trace()
+    assert Simulator(metas, layer_map, memory).trace() == run.trace()
 
 
 @given(streams())
 def test_spans_add_up_to_the_trace(stream):
     metas, layer_map = stream
-    trace, spans = Walker(metas, layer_map).walk()
+    trace, spans = Simulator(metas, layer_map).walk()
     for index, step in enumerate(trace.steps):
         held = dict(open_at(spans, index))
         # A tensor that lands in several layers may close one before it is held by the next: then
@@ -45,7 +45,7 @@ def test_spans_add_up_to_the_trace(stream):
 @given(streams(), st.data())
 def test_one_sweep_finds_what_each_moment_holds(stream, data):
     metas, layer_map = stream
-    spans = Walker(metas, layer_map).spans()
+    spans = Simulator(metas, layer_map).spans()
     indices = sorted(data.draw(st.sets(st.integers(0, len(metas) - 1))))
     assert list(open_at_each(spans, indices)) == [open_at(spans, index) for index in indices]
 

@@ -12,7 +12,7 @@ from qerl_sync.plan.diagnosis import Cause, StreamFacts, causes_of
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import Reorder
 from qerl_sync.plan.policies import as_given, by_parent_layer
-from qerl_sync.plan.simulator import Span, Walker, open_at
+from qerl_sync.plan.simulator import Simulator, Span, open_at
 from qerl_sync.plan.sync_plan import build_plan
 
 Order = Callable[[Sequence[ParamMeta], LayerMap], list[ParamMeta]]
@@ -139,7 +139,7 @@ class Scenario:
     @cached_property
     def spans(self) -> list[Span]:
         """When each layer is open, in the order of opening."""
-        return Walker(self.metas, self.layer_map).spans()
+        return Simulator(self.metas, self.layer_map).spans()
 
     @cached_property
     def causes(self) -> tuple[Cause, ...]:
@@ -201,7 +201,7 @@ def scenarios(
         ConfigError: an order does not fit the model.
         PlanError: a policy cannot do what is asked of it.
     """
-    walker = Walker(metas, layer_map)
+    walker = Simulator(metas, layer_map)
     facts = StreamFacts.of(metas, layer_map)
     places = {meta.name: place for place, meta in enumerate(metas)}
     result = []
@@ -218,7 +218,7 @@ def scenarios(
                 else transport.storages(stream, layer_map, by_layers=policy != "as_given")
             )
             if storages:
-                trace = Walker(stream, layer_map, storages).trace()
+                trace = Simulator(stream, layer_map, storages).trace()
                 receive = _receive(stream, layer_map, storages, transport.chunk_buffers)
             elif stream is grouped or stream == grouped:
                 trace = receive = ordered
@@ -263,7 +263,7 @@ def _receive(
     chunks = {storage.key: storage for storage in storages.values()}
     # A second name for each chunk: the receiver holds it too, even if it has one tensor only.
     held_twice = {**storages, **{f"chunk buffer {key}": chunk for key, chunk in chunks.items()}}
-    walker = Walker(metas, layer_map, held_twice)
+    walker = Simulator(metas, layer_map, held_twice)
     return walker.trace(chunks=[storages[meta.name] for meta in metas], chunk_buffers=chunk_buffers)
 
 

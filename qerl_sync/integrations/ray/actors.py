@@ -19,7 +19,7 @@ from qerl_sync.engines.base import PauseMode
 from qerl_sync.engines.ray_actor import CONTROL as CONTROL
 from qerl_sync.errors import AgreementError, PoisonedError
 from qerl_sync.integrations.ray.rollouts import Rollout
-from qerl_sync.worker.protocol import mailbox as deliveries
+from qerl_sync.worker.protocol import mailbox as mailbox
 
 # How often an actor looks whether the process of its engine lives.
 LOOK_SECONDS = 0.5
@@ -234,7 +234,7 @@ class RolloutActor:
     def deliver(self, key: str, index: int, chunk: Any) -> bool:
         """A chunk out of Ray's object store, for the worker in this process; False: there is none
         that waits for it."""
-        return deliveries.put(key, index, chunk)
+        return mailbox.put(key, index, chunk)
 
 
 def world_size(engine: Mapping[str, Any]) -> int:

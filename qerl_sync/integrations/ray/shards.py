@@ -67,8 +67,8 @@ class JoinedSource(Source):
         shares = self._shares(self._holder if names is None else names)
         asked = [self._ask(other, "check_finite", shares.get(other, [])) for other in self._others]
         own = self._own.check_finite(shares.get(None, []), alone=alone)
-        told = [self._answer(*pair) for pair in zip(self._others, asked, strict=True)]
-        return own and all(told)
+        reported = [self._answer(*pair) for pair in zip(self._others, asked, strict=True)]
+        return own and all(reported)
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         shares = self._shares(names)

@@ -43,7 +43,7 @@ class EngineCall:
             "at the engine's log"
         ) from self._error
 
-    def wait(self, timeout_seconds: float, glance: Callable[[], None] = lambda: None) -> None:
+    def wait(self, timeout_seconds: float, check_alive: Callable[[], None] = lambda: None) -> None:
         """Raises as `raise_if_failed`, and TransportTimeout if the call does not return.
 
         Args:
@@ -53,7 +53,7 @@ class EngineCall:
         while not self.done and time.monotonic() < deadline:
             self._thread.join(min(GLANCE_SECONDS, timeout_seconds))
             if not self.done:
-                glance()
+                check_alive()
         if not self.done:
             raise TransportTimeout(
                 f"the engine's {self._what} did not return within {timeout_seconds:.0f} s"

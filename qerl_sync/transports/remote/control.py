@@ -27,7 +27,7 @@ class EngineControl:
     Trainer ranks other than 0 have no client: there every call does nothing.
 
     Attributes:
-        lent: from `lend` to `give_back` the workers' threads are ours.
+        lent: from `begin_session` to `end_session` the workers' threads are ours.
         paused: we have paused the engine, and it is ours to resume.
     """
 
@@ -48,7 +48,7 @@ class EngineControl:
         self._number = 0
         self._call: EngineCall | None = None
         self._pausing: EngineCall | None = None
-        self.lent = self.paused = False
+        self.in_session = self.paused = False
 
     def ask_to_connect(self, call: dict[str, Any]) -> EngineCall | None:
         """Begin to have the engine's workers connect; calls are counted anew from here."""
@@ -64,7 +64,7 @@ class EngineControl:
         ask: Callable[[], int | None] | None = getattr(self._client, "world_size", None)
         return None if ask is None else ask()
 
-    def leave_open_update(self) -> None:
+    def close_stale_update(self) -> None:
         """An earlier trainer died in one. Where vLLM has closed it on a rank by itself, that rank
         refuses, and all ranks are out of it then, too."""
         if self._client is None:
@@ -76,13 +76,13 @@ class EngineControl:
         except TransportError as exc:
             logger.warning("closing the update that somebody left open: %s", exc)
 
-    def lend(self, peers: Sequence[Peer]) -> None:
-        """From here to `give_back` the workers' threads are ours."""
+    def begin_session(self, peers: Sequence[Peer]) -> None:
+        """From here to `end_session` the workers' threads are ours."""
         if self._client is None:
-            self.lent = True
+            self.in_session = True
             return
         self._client.start_weight_update()
-        self.lent = True
+        self.in_session = True
         self._number += 1
         self._call = EngineCall(
             "update_weights",
@@ -90,19 +90,19 @@ class EngineControl:
             {"number": self._number, "proof": proof(self._token, "update", self._number)},
         )
         for peer in peers:
-            peer.glance = self._glance
+            peer.check_alive = self._check_alive
 
-    def give_back(self, peers: Sequence[Peer], version: str | None = None) -> None:
+    def end_session(self, peers: Sequence[Peer], version: str | None = None) -> None:
         """Until the engine has its workers again. They have been told End."""
-        self.lent = False
+        self.in_session = False
         if self._call is not None and self._client is not None:
             # vLLM's server does not answer a call in which its engine has died.
             self._call.wait(self._timeout_seconds, _look_at(peers, "ending the sync"))
             self._client.finish_weight_update(version)
 
-    def give_back_failed(self) -> bool:
+    def end_failed_session(self) -> bool:
         """The same after a failure. Returns whether the engine is ready for the next call."""
-        self.lent = False
+        self.in_session = False
         if self._call is None or self._client is None:
             return True
         try:
@@ -174,7 +174,7 @@ class EngineControl:
         if hasattr(client, "refuse"):
             client.refuse(reason)
 
-    def _glance(self) -> None:
+    def _check_alive(self) -> None:
         """Whether the workers still listen, while we wait for one of them."""
         assert self._call is not None
         self._call.raise_if_failed()
@@ -188,8 +188,8 @@ class EngineControl:
 def _look_at(peers: Sequence[Peer], what: str) -> Callable[[], None]:
     """A glance that raises PeerLostError once one of them is lost."""
 
-    def glance() -> None:
+    def check_alive() -> None:
         for peer in peers:
             peer.require_connected(what)
 
-    return glance
+    return check_alive

@@ -13,7 +13,7 @@ from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire.channel import Listener, format_endpoint
 
 
-class Reception:
+class WorkerListener:
     """One trainer rank's listener.
 
     Args:
@@ -62,11 +62,11 @@ class Reception:
         except BaseException:
             for peer in peers:
                 peer.close()
-            self._turn_away(call)
+            self._reject(call)
             raise
         return peers
 
-    def turn_away(self) -> None:
+    def reject(self) -> None:
         """Workers that have come since the last `admit`, too late for it."""
         while (late := self._listener.accept(0.0)) is not None:
             late.close()
@@ -108,7 +108,7 @@ class Reception:
     def _complete(self, call: EngineCall | None, peers: Sequence[Peer]) -> bool:
         return len(peers) >= self._num_workers if call is None else call.done
 
-    def _turn_away(self, call: EngineCall | None) -> None:
+    def _reject(self, call: EngineCall | None) -> None:
         """Workers that come while the engine gives up: the next call must not meet them."""
         deadline = time.monotonic() + GRACE_SECONDS
         coming = call is not None

@@ -53,9 +53,9 @@ class Peer:
         self._timeout_seconds = timeout_seconds
         self._sender: ChunkSender | None = None
         self._store: StoringClient | None = None
-        self._box = ""
+        self._mailbox = ""
         self._on_the_way: deque[int] = deque()
-        self.glance: Callable[[], None] = _nothing
+        self.check_alive: Callable[[], None] = _nothing
         try:
             self.hello = self.expect(say.Hello, "its first message")
         except BaseException:
@@ -93,7 +93,7 @@ class Peer:
             TransportError: something else arrived, or nothing.
         """
         try:
-            message = self._channel.receive(self._timeout_seconds, what, self.glance)
+            message = self._channel.receive(self._timeout_seconds, what, self.check_alive)
         except PeerLostError:
             if self._sender is not None and self._sender.error is not None:
                 raise self._sender.error from None  # it gave the connection up
@@ -123,7 +123,7 @@ class Peer:
     def skip_to(self, kind: type[M], what: str, timeout_seconds: float) -> M:
         """The next message of that kind; what was sent before it no longer counts."""
         while True:
-            message = self._channel.receive(timeout_seconds, what, self.glance)
+            message = self._channel.receive(timeout_seconds, what, self.check_alive)
             if isinstance(message, kind):
                 return message
 
@@ -152,7 +152,7 @@ class Peer:
             self._sender.send(chunk, [piece.bytes for piece in staged.pieces])
         elif self._store is not None:
             self.send(chunk)
-            self._store.deliver(self._box, chunk.index, staged.stored_by(self._store.put))
+            self._store.deliver(self._mailbox, chunk.index, staged.stored_by(self._store.put))
 
     def await_loaded(self, index: int) -> bool:
         """Until the worker has loaded all chunks up to `index` that we sent it. Returns whether it
@@ -199,8 +199,8 @@ class Peer:
     def open_store(self, client: StoringClient) -> None:
         """Have chunks brought by a store that all nodes share."""
         self._propose("ray", {"key": (box := secrets.token_hex(16))})
-        client.require_box(box)
-        self._store, self._box = client, box
+        client.require_mailbox(box)
+        self._store, self._mailbox = client, box
         self.kind = "ray"
 
     def forget_chunks(self) -> None:

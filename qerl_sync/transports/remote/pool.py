@@ -243,7 +243,7 @@ class PoolTransport(Transport):
                 "what others hold (sync_to(..., others=), docs/ray.md), gather on it, or sync each "
                 "engine with a RemoteTransport of its own"
             )
-        if self.terms.on_failure == "rollback":
+        if self.options.on_failure == "rollback":
             raise ConfigError(
                 "a pool commits without the engines that fail, so those cannot go back to the old "
                 "version: choose sync.on_failure: poison"
@@ -266,7 +266,7 @@ class PoolTransport(Transport):
         ready = self._ready
 
         def start(member: Member) -> None:
-            member.transport.terms, member.transport.lasting = self.terms, self.lasting
+            member.transport.options, member.transport.stable = self.options, self.stable
             member.transport.start(
                 plan, layer_map, version=version, check_finite=check_finite, staging=staging
             )
@@ -294,7 +294,7 @@ class PoolTransport(Transport):
             member.version = self._version
         self.newest_version = self._version
         self._active = []
-        return [report for told in reports.values() for report in told]
+        return [report for reported in reports.values() for report in reported]
 
     def abort(self, reason: str) -> None:
         active, self._active = self._active, []
@@ -314,14 +314,14 @@ class PoolTransport(Transport):
 
     def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> dict[str, float]:
         """As the base class. An engine that does not answer is left behind."""
-        told = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
-        self._require_some(list(told))
-        return {member.name: largest_gap(right, answer) for member, answer in told.items()}
+        reported = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
+        self._require_some(list(reported))
+        return {member.name: largest_gap(right, answer) for member, answer in reported.items()}
 
-    def condemn(self, reason: str) -> None:
-        condemned = self._ready
-        in_parallel([partial(member.transport.condemn, reason) for member in condemned])
-        for member in condemned:
+    def invalidate(self, reason: str) -> None:
+        invalidated = self._ready
+        in_parallel([partial(member.transport.invalidate, reason) for member in invalidated])
+        for member in invalidated:
             member.needs_full_sync(reason)
 
     def close(self) -> None:
@@ -374,8 +374,8 @@ class PoolTransport(Transport):
         """Raises AgreementError if one has another model, dtype, quantisation or layout than those
         that were taken in before; names both."""
         for member in members:
-            for told in member.transport.hellos:
-                hello = told.model_copy(update={"engine": member.name})
+            for reported in member.transport.hellos:
+                hello = reported.model_copy(update={"engine": member.name})
                 self._hello = self._hello or hello
                 require_alike([self._hello, hello])
 

@@ -17,7 +17,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
-from qerl_sync.wire.cores import keep_off
+from qerl_sync.wire.cores import avoid_cores
 from qerl_sync.wire.messages import Segment
 from qerl_sync.wire.segments import (
     PrivateMemory,
@@ -88,7 +88,7 @@ class Staging:
         busy_cores: CPUs that workers load with, and that nothing is copied on meanwhile.
     """
 
-    lasting = False
+    stable = False
     busy_cores: Collection[int] = ()
     parents: Parents | None = None
     checksums = False
@@ -171,7 +171,7 @@ class Staging:
         for meta, tensor in stream:
             if self.checksums:
                 start = time.perf_counter()
-                with keep_off(self._avoided):
+                with avoid_cores(self._avoided):
                     sums.append(checksum(tensor))
                 self.verify_seconds += time.perf_counter() - start
             yield meta, tensor
@@ -226,7 +226,7 @@ class Staging:
             if self._stays(tensor):
                 staying[place] = tensor
             else:
-                with keep_off(self._avoided):
+                with avoid_cores(self._avoided):
                     self._write(slot, offset, meta, tensor)
         pieces, first = [], 0
         counts = _counts(len(metas), staying)
@@ -239,7 +239,7 @@ class Staging:
     def _stays(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is sent from where it lies."""
         return (
-            self.lasting
+            self.stable
             and self._in_pieces
             and tensor.device.type == "cpu"
             and tensor.is_contiguous()

@@ -24,7 +24,7 @@ from qerl_sync.transports.remote.compatibility import (
     require_same_map,
 )
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
-from qerl_sync.transports.remote.listener import Reception
+from qerl_sync.transports.remote.listener import WorkerListener
 from qerl_sync.transports.remote.peer import Peer, Ways, choose_transport
 from qerl_sync.transports.remote.staging import StagedChunk, Staging
 from qerl_sync.wire import messages as say
@@ -120,7 +120,7 @@ class RemoteTransport(Transport):
         )
         # Workers keep to one session while it is alive, and name it to whoever else asks.
         self._session = say.TrainerSession.begin()
-        self._reception: Reception | None = None
+        self._listener: WorkerListener | None = None
         self._peers: list[Peer] = []
         self._staging: Staging | None = None
         self._staging_is_mine = True
@@ -226,11 +226,11 @@ class RemoteTransport(Transport):
             store: Any = self._client
             store.require_store(sum(slots))
         self._staging = staging
-        staging.lasting, staging.parents = self.lasting, layer_map.parents_text
-        staging.checksums, staging.verify_seconds = self.terms.checksums, 0.0
+        staging.stable, staging.parents = self.stable, layer_map.parents_text
+        staging.checksums, staging.verify_seconds = self.options.checksums, 0.0
         staging.busy_cores = self.busy_cores
         self._control.pause(self._peers)
-        self._control.lend(self._peers)
+        self._control.begin_session(self._peers)
         for peer in self._peers:
             peer.forget_chunks()
             peer.send(
@@ -240,7 +240,7 @@ class RemoteTransport(Transport):
                     layer_map=peer.layer_map.digest if peer.layer_map else "",
                     held=indices,
                     check_finite=check_finite,
-                    **asdict(self.terms),
+                    **asdict(self.options),
                     segments=staging.segments,
                     slots=slots,
                 )
@@ -280,7 +280,7 @@ class RemoteTransport(Transport):
         assert self._staging is not None
         self._await_taken()
         segments = self._staging.segments
-        news = segments if segments != self._announced else []
+        new_segments = segments if segments != self._announced else []
         self._announced = segments
         for peer in self._peers:
             peer.announce(
@@ -289,7 +289,7 @@ class RemoteTransport(Transport):
                     places=staged.places,
                     in_place=not staged.pieces,
                     checksums=staged.checksums,
-                    segments=news,
+                    segments=new_segments,
                 ),
                 staged,
             )
@@ -300,13 +300,13 @@ class RemoteTransport(Transport):
 
     def complete(self) -> None:
         """Until every worker has all of the weights, whole, and awaits the commit."""
-        if not self._control.lent:
+        if not self._control.in_session:
             raise SyncError("no sync is open on these workers; start one first")
         self._await_taken()
         for peer in self._peers:
             peer.await_loaded(len(self._plan.chunks))
         self._tell(say.Finish())
-        self._told = [peer.expect(say.Report, "finishing the sync") for peer in self._peers]
+        self._reported = [peer.expect(say.Report, "finishing the sync") for peer in self._peers]
 
     def commit(self) -> list[WorkerReport]:
         """Let the workers generate with the new weights. Returns what they measured."""
@@ -323,15 +323,16 @@ class RemoteTransport(Transport):
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
         self._committing = False
         return [
-            self._report(peer, told) for peer, told in zip(self._peers, self._told, strict=True)
+            self._report(peer, reported)
+            for peer, reported in zip(self._peers, self._reported, strict=True)
         ]
 
     def abort(self, reason: str) -> None:
         """End whatever is open. Workers that are poisoned stay paused, and so do those that have
         committed what the others may not have; those that were not touched, or are back on the old
         version, go on."""
-        lent, committing, self._committing = self._control.lent, self._committing, False
-        if lent:
+        in_session, committing, self._committing = self._control.in_session, self._committing, False
+        if in_session:
             untouched = [self._abort(peer, reason) for peer in self._peers]
             unharmed = self._end_failed_talk() and all(untouched)
         else:
@@ -339,9 +340,9 @@ class RemoteTransport(Transport):
         unharmed = unharmed and not committing
         if unharmed:
             self._control.go_on(reason)
-        elif lent or committing or self._control.paused:
+        elif in_session or committing or self._control.paused:
             self._control.leave_paused(reason)
-        if not (lent and unharmed):  # what state the engine's update is in is not known
+        if not (in_session and unharmed):  # what state the engine's update is in is not known
             self.disconnect()
         elif self._staging is not None and self._staging_is_mine:
             self._staging.unlink(())  # not every worker has attached them
@@ -360,16 +361,16 @@ class RemoteTransport(Transport):
             return super().prompt_logprobs(token_ids)
         return list(client.prompt_logprobs(token_ids))
 
-    def condemn(self, reason: str) -> None:
+    def invalidate(self, reason: str) -> None:
         """The engine stays paused, as after a sync that failed; also where it cannot be told."""
         try:
             self._control.pause()
-            self._control.lend(self._peers)
-            self._tell(say.Condemn(reason=reason))
+            self._control.begin_session(self._peers)
+            self._tell(say.Invalidate(reason=reason))
             for peer in self._peers:
                 peer.expect(say.Aborted, "being poisoned")
         finally:
-            if self._control.lent:
+            if self._control.in_session:
                 self._end_failed_talk()
             self._control.leave_paused(reason)
             self.disconnect()
@@ -377,9 +378,9 @@ class RemoteTransport(Transport):
     def close(self) -> None:
         self.abort("the session was closed")
         self.disconnect()
-        if self._reception is not None:
-            self._reception.close()
-            self._reception = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
 
     def _await_taken(self) -> list[int] | None:
         """Until every worker has opened the sync. Returns which of the plan's tensors this trainer
@@ -394,7 +395,7 @@ class RemoteTransport(Transport):
 
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
         try:
-            self._control.lend(self._peers)
+            self._control.begin_session(self._peers)
             self._tell(request)
             replies = [peer.expect(say.MapReply, "its layer map") for peer in self._peers]
             self._end_talk()
@@ -445,11 +446,11 @@ class RemoteTransport(Transport):
                 logger.warning("connecting to the workers anew: %s", exc)
         if self._client is None and self._rank == 0:
             raise ConfigError("trainer rank 0 needs the engine's client")
-        if self._reception is None:
+        if self._listener is None:
             address, port = self._address, self._port
             if self._endpoints:
                 address, port = parse_endpoint(self._endpoints[self._rank])
-            self._reception = Reception(
+            self._listener = WorkerListener(
                 address,
                 port,
                 self._token,
@@ -457,9 +458,9 @@ class RemoteTransport(Transport):
                 timeout_seconds=self._timeout_seconds,
                 num_workers=self._num_workers,
             )
-        endpoints = self._endpoints or [self._reception.endpoint]
+        endpoints = self._endpoints or [self._listener.endpoint]
         if len(endpoints) == 1:  # of several ranks, workers may have come to this one before
-            self._reception.turn_away()
+            self._listener.reject()
         call = self._control.ask_to_connect(
             {
                 "endpoints": endpoints,
@@ -469,10 +470,10 @@ class RemoteTransport(Transport):
                 "timeout_seconds": self._worker_timeout_seconds,
             }
         )
-        self._peers = self._reception.admit(call, self._greet, self._control.world_size)
+        self._peers = self._listener.admit(call, self._greet, self._control.world_size)
         if any(peer.hello.update_open for peer in self._peers):
             try:
-                self._control.leave_open_update()
+                self._control.close_stale_update()
             except BaseException:
                 self.disconnect()
                 raise
@@ -525,38 +526,38 @@ class RemoteTransport(Transport):
         try:
             peer.forget_chunks()
             peer.send(say.Abort(reason=reason, keep_old=not self._committing))
-            told = peer.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
-            return told.poisoned is None
+            reported = peer.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
+            return reported.poisoned is None
         except SyncError as exc:
             logger.warning("%s cannot be told that the sync has failed: %s", peer.name, exc)
             return False
 
     def _end_talk(self, version: str | None = None) -> None:
         self._tell(say.End())
-        self._control.give_back(self._peers, version)
+        self._control.end_session(self._peers, version)
 
     def _end_failed_talk(self) -> bool:
         """Returns whether the engine is ready for the next call."""
         for peer in self._peers:
             with suppress(SyncError):
                 peer.send(say.End())
-        return self._control.give_back_failed()
+        return self._control.end_failed_session()
 
     def _tell(self, message: say.Message) -> None:
         for peer in self._peers:
             peer.send(message)
 
-    def _report(self, peer: Peer, told: say.Report) -> WorkerReport:
+    def _report(self, peer: Peer, reported: say.Report) -> WorkerReport:
         plan = self._plan
         assert peer.layer_map is not None
         same = peer.layer_map.digest == plan.layer_map_digest
         return WorkerReport(
             worker=peer.name,
-            trace=Trace.from_json(told.trace),
+            trace=Trace.from_json(reported.trace),
             predicted=plan.predicted if same else replay(plan.load_metas, peer.layer_map),
-            seconds=told.seconds,
-            peak_extra_bytes=told.peak_extra_bytes,
-            peak_extra_bytes_predicted=told.peak_extra_bytes_predicted,
-            peak_staged_bytes=told.peak_staged_bytes,
-            kept_bytes=told.kept_bytes,
+            seconds=reported.seconds,
+            peak_extra_bytes=reported.peak_extra_bytes,
+            peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,
+            peak_staged_bytes=reported.peak_staged_bytes,
+            kept_bytes=reported.kept_bytes,
         )

@@ -129,8 +129,8 @@ def prompt_logprobs(llm: Any, token_ids: Sequence[int]) -> list[float]:
     asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
     prompt = {"prompt_token_ids": list(token_ids)}
     (answer,) = llm.generate([prompt], asked, use_tqdm=False)
-    told = zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)
-    return [float(table[token].logprob) for token, table in told]
+    reported = zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)
+    return [float(table[token].logprob) for token, table in reported]
 
 
 @dataclass(frozen=True)

@@ -101,8 +101,8 @@ class KernelCheck:
     def _lend(self) -> None:
         """What shares another layer's parameter, or was a view of it, must hold what arrived."""
         tied = refresh.tied_parameters(self._model)
-        lent = {(path, place[1]): place for path, place in tied.items()} | dict(self._views)
-        for place, source in lent.items():
+        in_session = {(path, place[1]): place for path, place in tied.items()} | dict(self._views)
+        for place, source in in_session.items():
             for found in (self._arrived, self._rounded):
                 if source in found:
                     found[place] = found[source]

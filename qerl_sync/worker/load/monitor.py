@@ -13,7 +13,7 @@ from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.verify.alias_guard import LentTensors
+from qerl_sync.verify.alias_guard import AliasGuard
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
 
@@ -46,7 +46,7 @@ class SyncMonitor:
         self.before_processing: Callable[[torch.nn.Module], None] = _nothing
         self.after_processing: Callable[[torch.nn.Module], None] = _nothing
         self._borrowed = borrowed
-        self._lent = LentTensors()
+        self._lent = AliasGuard()
         self._received: Counter[str] = Counter()
         self._closings: Counter[str] = Counter()
         self._name = ""

@@ -13,7 +13,7 @@ import torch
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import AgreementError
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.options import Terms
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
@@ -111,14 +111,14 @@ class PlannedLoads:
         """Whether this model takes that stream. Leaves its weights untouched.
 
         Args:
-            finite: see `plan.terms.Terms`.
+            finite: see `plan.terms.SyncOptions`.
 
         Raises:
             LayerMapError, CoverageError: it does not.
         """
         self._probe(list(plan.metas))
         self._agreed, self._check_finite = plan, check_finite
-        self._receiver.terms = Terms(finite=finite)
+        self._receiver.options = SyncOptions(finite=finite)
 
     def agree_as_given(self, metas: list[ParamMeta]) -> None:
         """The same for a stream without a plan. Raises PlanError, too."""
@@ -194,10 +194,10 @@ class PlannedLoads:
 
     def _log(self, report: LoadReport) -> None:
         """Once for each plan, and for each way in which it was not what was predicted."""
-        told = report.to_json()
+        reported = report.to_json()
         if report.plan_digest not in self._said:
-            logger.info("the first sync with plan %s: %s", report.plan_digest[:12], told)
-        difference = told["first_difference"]
+            logger.info("the first sync with plan %s: %s", report.plan_digest[:12], reported)
+        difference = reported["first_difference"]
         if difference is not None and difference not in self._said:
             logger.warning("the measured trace differs from the predicted one: %s", difference)
         self._said |= {report.plan_digest, str(difference)}

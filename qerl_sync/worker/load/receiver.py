@@ -16,7 +16,7 @@ from qerl_sync.buffers.detect import dtype_name, require_finite, require_in_rang
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import CoverageError, LoadError, PoisonedError, SyncError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Terms
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.stream import as_planned
@@ -27,7 +27,7 @@ from qerl_sync.worker.load.kernel_check import Held, KernelCheck
 from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.rollback import Rollback
-from qerl_sync.worker.load.spill import Stager
+from qerl_sync.worker.load.spill import SpillBuffer
 
 
 @dataclass
@@ -89,8 +89,8 @@ class Receiver:
         self._untouched = False
         self._awaited: Iterator[ParamMeta] = iter(())
         self._check_finite = True
-        self._stager: Stager | None = None
-        self.terms = Terms()
+        self._spill: SpillBuffer | None = None
+        self.options = SyncOptions()
         self.peak_staged_bytes = 0
         self.verify_seconds = 0.0
         self.kept_bytes = 0
@@ -155,7 +155,7 @@ class Receiver:
         """
         self._require_closed()
         spill, self.peak_staged_bytes = plan.spill, 0
-        self._stager = None if spill is None else Stager(plan, spill, self.device)
+        self._spill = None if spill is None else SpillBuffer(plan, spill, self.device)
         self._open = self._state.syncing = self._untouched = True
         self._rollback, self.kept_bytes, self._poisoned_before = None, 0, self.poisoned
         self._state.caches_suspect |= self.poisoned is not None
@@ -163,9 +163,9 @@ class Receiver:
         self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
         self._check_finite = check_finite
         # A source that has looked itself does not know the engine's dtype.
-        self._check_range = check_finite or self.terms.finite
+        self._check_range = check_finite or self.options.finite
         self.verify_seconds, self._held = 0.0, None
-        self._check = self._kernel_check(layer_map) if self.terms.checksums else None
+        self._check = self._kernel_check(layer_map) if self.options.checksums else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
         self._monitor = SyncMonitor(self.model, layer_map, self.device, borrowed=borrowed)
         with self._aborting():
@@ -177,7 +177,7 @@ class Receiver:
             self._observing.enter_context(compat.observe_loads(self._monitor))
             with compat.loading_context(self._config):
                 compat.begin_reload(self.model)
-            if self.terms.on_failure == "rollback":
+            if self.options.on_failure == "rollback":
                 self._rollback = Rollback()
                 self._rollback.begin(self.model)
             self._monitor.before_processing = partial(self._before_processing, lost)
@@ -200,13 +200,13 @@ class Receiver:
         self._untouched = False
         with self._aborting(), compat.loading_context(self._config):
             stream = self._checked(chunk, tensors)
-            if self._stager is None:
+            if self._spill is None:
                 self._load((meta.name, tensor) for meta, tensor in stream)
                 return
-            whole = self._stager.take(stream)
-            if self._stager.has_due:
+            whole = self._spill.take(stream)
+            if self._spill.has_due:
                 self._load(whole)
-            self._stager.keep()
+            self._spill.keep()
 
     def finish(self) -> Trace:
         """All has arrived: process what is left and return the measured trace.
@@ -225,7 +225,7 @@ class Receiver:
                     f"the sync ended with {len(missing)} tensors outstanding, the first is "
                     f"{missing[0].name!r}; send every chunk of the plan"
                 )
-            if self.terms.verify != "off":
+            if self.options.verify != "off":
                 self._monitor.require_filled()
             self._untouched = False
             with compat.loading_context(self._config):
@@ -259,7 +259,7 @@ class Receiver:
         overwritten = self._state.caches_suspect
         if overwritten:
             compat.zero_kv_caches(self._config)
-        self._state.caches_suspect = not (self._check_finite or self.terms.finite)
+        self._state.caches_suspect = not (self._check_finite or self.options.finite)
         self._heal()
         return overwritten
 
@@ -271,7 +271,7 @@ class Receiver:
             compat.restore(self.model)
         rollback, self._rollback = self._rollback, None
         old, self._untouched = self._untouched, False
-        if rollback is not None and self.terms.on_failure == "rollback":
+        if rollback is not None and self.options.on_failure == "rollback":
             rollback.put_back()
             old = True
         if old:
@@ -314,10 +314,10 @@ class Receiver:
         self._open = self._state.syncing = False
         self._observing.close()
         self._check = None
-        if self._stager is not None:
-            self.peak_staged_bytes = self._stager.peak_bytes
-            self._stager.close()
-        self._stager = None
+        if self._spill is not None:
+            self.peak_staged_bytes = self._spill.peak_bytes
+            self._spill.close()
+        self._spill = None
 
     @contextlib.contextmanager
     def _aborting(self) -> Iterator[None]:

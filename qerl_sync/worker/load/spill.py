@@ -24,7 +24,7 @@ from qerl_sync.worker.load import memory
 Named = tuple[str, torch.Tensor]
 
 
-class Stager:
+class SpillBuffer:
     """Turns the stream of one sync into that which vLLM gets. Not thread-safe.
 
         for each chunk:  take(arrived) -> whole groups, to be loaded    keep()    the rest is copied

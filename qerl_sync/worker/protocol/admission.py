@@ -39,14 +39,14 @@ class Admission:
             AgreementError: the token is wrong or missing, the trainer runs another qerl-sync, or
                 expects another worker; the first difference is named.
         """
-        rest, told = _parted(init_info, say.Introduction)
-        if told is not None:
-            self._require_own_version(told)
-        self._require_proof(told, lambda t: say.introduction_proof(rest, t, self._token))
-        if told is not None:
-            self._require_expected(told.expected)
+        rest, reported = _parted(init_info, say.Introduction)
+        if reported is not None:
+            self._require_own_version(reported)
+        self._require_proof(reported, lambda t: say.introduction_proof(rest, t, self._token))
+        if reported is not None:
+            self._require_expected(reported.expected)
         # No connection tells whether the trainer before is alive. If it is, its next call fails.
-        self._session = None if told is None else told.session
+        self._session = None if reported is None else reported.session
         self._calls = 0
         return rest
 
@@ -57,18 +57,18 @@ class Admission:
             AgreementError: the token is wrong, or the call was repeated.
             EngineTakenError: another trainer has introduced itself since.
         """
-        rest, told = _parted(update_info, say.Call)
-        self._require_proof(told, lambda t: say.call(t.number, self._token, t.session).proof)
-        if told is not None:
-            self._require_own_session(told)
-            if told.number <= self._calls:
-                raise AgreementError(f"the trainer's update {told.number} was repeated")
-            self._calls = told.number
+        rest, reported = _parted(update_info, say.Call)
+        self._require_proof(reported, lambda t: say.call(t.number, self._token, t.session).proof)
+        if reported is not None:
+            self._require_own_session(reported)
+            if reported.number <= self._calls:
+                raise AgreementError(f"the trainer's update {reported.number} was repeated")
+            self._calls = reported.number
         return rest
 
-    def _require_own_session(self, told: say.Call) -> None:
+    def _require_own_session(self, reported: say.Call) -> None:
         held = self._session
-        if held is None or held.id != told.session:
+        if held is None or held.id != reported.session:
             raise EngineTakenError(
                 f"another trainer drives {self._name} since this one has connected: "
                 f"{held or 'one of vLLM, which does not say who it is'}. End one of them, and "
@@ -76,14 +76,14 @@ class Admission:
                 **(held.facts() if held else {}),
             )
 
-    def _require_proof(self, told: Any, right: Callable[[Any], str]) -> None:
-        shown = "" if told is None else told.proof
+    def _require_proof(self, reported: Any, right: Callable[[Any], str]) -> None:
+        shown = "" if reported is None else reported.proof
         if not self._token and shown:
             raise AgreementError(
                 f"the trainer has a {TOKEN_VARIABLE} and this worker none; set the same for both, "
                 "or for neither"
             )
-        if self._token and not (shown and same_proof(right(told), shown)):
+        if self._token and not (shown and same_proof(right(reported), shown)):
             finding = "shows another one" if shown else "does not show it"
             raise AgreementError(
                 f"this worker has a {TOKEN_VARIABLE} and the call {finding}; set the same for "
@@ -91,12 +91,13 @@ class Admission:
                 "(qerl_sync.integrations.vllm_native)"
             )
 
-    def _require_own_version(self, told: say.Introduction) -> None:
+    def _require_own_version(self, reported: say.Introduction) -> None:
         own = self._hello().packages["qerl-sync"]
-        if (told.protocol, told.version) != (PROTOCOL, own):
+        if (reported.protocol, reported.version) != (PROTOCOL, own):
             raise AgreementError(
                 f"{self._name} runs qerl-sync {own} (protocol {PROTOCOL}), the trainer "
-                f"{told.version} (protocol {told.protocol}); install the same version for both"
+                f"{reported.version} (protocol {reported.protocol}); install the same version for "
+                "both"
             )
 
     def _require_expected(self, expected: say.Expected) -> None:
@@ -124,11 +125,11 @@ class Admission:
 def _parted(info: Mapping[str, Any], kind: type[S]) -> tuple[dict[str, Any], S | None]:
     """vLLM's part and ours, which may be missing."""
     rest = dict(info)
-    told = rest.pop(say.KEY, None)
-    if told is None:
+    reported = rest.pop(say.KEY, None)
+    if reported is None:
         return rest, None
     try:
-        return rest, kind.model_validate(told)
+        return rest, kind.model_validate(reported)
     except ValidationError as exc:
         first = exc.errors()[0]
         place = ".".join(map(str, first["loc"])) or "it"

@@ -14,12 +14,12 @@ from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.wire.channel import Channel
 from qerl_sync.wire.messages import Chunk, Segment
 from qerl_sync.wire.segments import AttachedSegment, PrivateMemory, read_only_view
-from qerl_sync.worker.protocol import mailbox as deliveries
+from qerl_sync.worker.protocol import mailbox as mailbox
 
 Place = tuple[int, int]
 
 
-class Inlet(ABC):
+class ChunkReceiver(ABC):
     """One trainer rank's chunks. `prepare` before a sync, `fetch` for each chunk, `rest` after it.
 
     `fetch` and `rest` run in a thread of their own while the worker loads; the others do not.
@@ -50,7 +50,7 @@ class Inlet(ABC):
         """Let go of everything."""
 
 
-class ShmInlet(Inlet):
+class ShmReceiver(ChunkReceiver):
     """Views of the trainer's shared memory: nothing is copied, nothing can be written."""
 
     def __init__(self) -> None:
@@ -110,7 +110,7 @@ def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int
     return runs
 
 
-class TcpInlet(Inlet):
+class TcpInlet(ChunkReceiver):
     """Private memory that each chunk is received into: it follows its message on the channel.
 
     It stays from sync to sync: getting fresh pages would take about as long as receiving into them.
@@ -151,7 +151,7 @@ class TcpInlet(Inlet):
         self._slots = []
 
 
-class StoreInlet(Inlet):
+class ObjectStoreReceiver(ChunkReceiver):
     """Views of objects of a cluster's store, which something else in this process brings here.
 
     Nothing is copied; an object is let go of when its chunk is loaded.
@@ -160,17 +160,17 @@ class StoreInlet(Inlet):
     def __init__(self, key: str, timeout_seconds: float) -> None:
         self._key = key
         self._timeout_seconds = timeout_seconds
-        deliveries.open_box(key)
+        mailbox.open_mailbox(key)
 
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
-        deliveries.clear(self._key)
+        mailbox.clear(self._key)
 
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
         places, _ = offsets(metas)
         (_, nbytes), *others = spans(metas, chunk.pieces)
         if others:
             raise TransportError(f"chunk {chunk.index} comes in pieces, an object is one")
-        found = deliveries.take(self._key, chunk.index, self._timeout_seconds)
+        found = mailbox.take(self._key, chunk.index, self._timeout_seconds)
         if found is None or found.nbytes != nbytes:
             what = "did not arrive" if found is None else f"has {found.nbytes:,} bytes"
             raise TransportError(f"chunk {chunk.index} of {nbytes:,} bytes {what}")
@@ -180,4 +180,4 @@ class StoreInlet(Inlet):
         ]
 
     def close(self) -> None:
-        deliveries.close_box(self._key)
+        mailbox.close_mailbox(self._key)

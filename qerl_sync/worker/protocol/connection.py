@@ -25,9 +25,14 @@ from qerl_sync.wire.channel import (
     same_proof,
 )
 from qerl_sync.wire.segments import AttachedSegment
-from qerl_sync.worker.protocol.chunk_receivers import Inlet, ShmInlet, StoreInlet, TcpInlet
+from qerl_sync.worker.protocol.chunk_receivers import (
+    ChunkReceiver,
+    ObjectStoreReceiver,
+    ShmReceiver,
+    TcpInlet,
+)
 from qerl_sync.worker.protocol.inbox import Inbox
-from qerl_sync.worker.protocol.session import Conversation, Loader
+from qerl_sync.worker.protocol.session import Loader, WorkerSession
 
 C = TypeVar("C", bound="_Call")
 
@@ -91,26 +96,26 @@ class TrainerConnection:
                 connection of its own, too: through vLLM only a text gets back.
             TransportError: the trainer cannot be reached.
         """
-        told = _checked(ConnectCall, call)
-        token = self._admitted(told)
+        reported = _checked(ConnectCall, call)
+        token = self._admitted(reported)
         held = self._session
-        if held and held != told.session and any(inbox.alive for inbox in self._inboxes):
+        if held and held != reported.session and any(inbox.alive for inbox in self._inboxes):
             refusal = EngineTakenError(
                 f"another trainer is connected: {held}. Close its session, or end that process; "
                 "then try again. To sync one engine from several trainer ranks, give them the "
                 "same endpoints (RemoteTransport)",
                 **held.facts(),
             )
-            for endpoint in told.endpoints:
-                with suppress(SyncError), self._reach(endpoint, token, told) as channel:
-                    channel.send(say.failure(refusal), told.timeout_seconds)
+            for endpoint in reported.endpoints:
+                with suppress(SyncError), self._reach(endpoint, token, reported) as channel:
+                    channel.send(say.failure(refusal), reported.timeout_seconds)
             raise refusal
         self.close()
         try:
-            for endpoint in told.endpoints:
-                self._inboxes.append(self._connect(endpoint, token, told))
-            self._token, self._session, self._calls = token, told.session, 0
-            self._conversation = Conversation(self._loader, self._inboxes, self._device)
+            for endpoint in reported.endpoints:
+                self._inboxes.append(self._connect(endpoint, token, reported))
+            self._token, self._session, self._calls = token, reported.session, 0
+            self._worker_session = WorkerSession(self._loader, self._inboxes, self._device)
             for inbox in self._inboxes:
                 _open_transport(inbox)
         except BaseException:
@@ -126,15 +131,15 @@ class TrainerConnection:
         Raises:
             AgreementError: nobody is connected, or who calls is not who is.
         """
-        told = _checked(TalkCall, call)
+        reported = _checked(TalkCall, call)
         if not self._inboxes:
             raise AgreementError("no trainer is connected to this worker")
-        if not same_proof(proof(self._token, "update", told.number), told.proof):
+        if not same_proof(proof(self._token, "update", reported.number), reported.proof):
             raise AgreementError("the call does not come from the trainer that is connected")
-        if told.number <= self._calls:
-            raise AgreementError(f"the trainer's call {told.number} was repeated")
-        self._calls = told.number
-        self._conversation.serve()
+        if reported.number <= self._calls:
+            raise AgreementError(f"the trainer's call {reported.number} was repeated")
+        self._calls = reported.number
+        self._worker_session.serve()
 
     def close(self) -> None:
         """Let go of the trainer and of its memory."""
@@ -142,11 +147,11 @@ class TrainerConnection:
             inbox.close()
         self._inboxes = []
 
-    def _admitted(self, told: ConnectCall) -> str:
+    def _admitted(self, reported: ConnectCall) -> str:
         """Return the token, if the caller knows it."""
         own = os.environ.get(TOKEN_VARIABLE, "")
-        token = own or told.token
-        if not token or not same_proof(proof(token, "init", *told.endpoints), told.proof):
+        token = own or reported.token
+        if not token or not same_proof(proof(token, "init", *reported.endpoints), reported.proof):
             raise AgreementError(
                 f"the token is wrong; set the same {TOKEN_VARIABLE} for trainer and server"
                 if own
@@ -154,17 +159,17 @@ class TrainerConnection:
             )
         return token
 
-    def _reach(self, endpoint: str, token: str, told: ConnectCall) -> Channel:
-        return connect(*parse_endpoint(endpoint), token, told.timeout_seconds)
+    def _reach(self, endpoint: str, token: str, reported: ConnectCall) -> Channel:
+        return connect(*parse_endpoint(endpoint), token, reported.timeout_seconds)
 
-    def _connect(self, endpoint: str, token: str, told: ConnectCall) -> Inbox:
-        channel = self._reach(endpoint, token, told)
+    def _connect(self, endpoint: str, token: str, reported: ConnectCall) -> Inbox:
+        channel = self._reach(endpoint, token, reported)
         try:
-            channel.send(self._hello(), told.timeout_seconds)
+            channel.send(self._hello(), reported.timeout_seconds)
         except BaseException:
             channel.close()
             raise
-        return Inbox(channel, told.timeout_seconds)
+        return Inbox(channel, reported.timeout_seconds)
 
 
 def _checked(kind: type[C], call: object) -> C:
@@ -185,21 +190,21 @@ def _open_transport(inbox: Inbox) -> None:
         if not isinstance(proposal, say.Welcome):
             raise TransportError(f"{type(proposal).__name__} arrived where Welcome was next")
         try:
-            inbox.inlet, options = _inlet(proposal, inbox)
+            inbox.chunk_receiver, options = _chunk_receiver(proposal, inbox)
         except (SyncError, KeyError, ValueError) as exc:
             inbox.send(say.failure(exc))
         else:
             inbox.send(say.Ready(options=options))
 
 
-def _inlet(proposal: say.Welcome, inbox: Inbox) -> tuple[Inlet, dict[str, Any]]:
+def _chunk_receiver(proposal: say.Welcome, inbox: Inbox) -> tuple[ChunkReceiver, dict[str, Any]]:
     if proposal.transport == "shm":
         probe = say.Segment.model_validate(proposal.options["probe"])
         segment = AttachedSegment(probe.name, probe.nbytes)
-        return ShmInlet(), {"probe": segment.read(0, probe.nbytes).hex()}
+        return ShmReceiver(), {"probe": segment.read(0, probe.nbytes).hex()}
     if proposal.transport == "tcp":
         inbox.channel.sealed = bool(proposal.options["sealed"])
         return TcpInlet(inbox.channel, proposal.timeout_seconds), {}
     if proposal.transport == "ray":
-        return StoreInlet(str(proposal.options["key"]), proposal.timeout_seconds), {}
+        return ObjectStoreReceiver(str(proposal.options["key"]), proposal.timeout_seconds), {}
     raise TransportError(f"this worker's engine does not receive over {proposal.transport}")

@@ -15,7 +15,7 @@ from qerl_sync.errors import SyncError, TransportError, TransportTimeout
 from qerl_sync.meta import ParamMeta
 from qerl_sync.wire.channel import Channel
 from qerl_sync.wire.messages import Chunk, End, Message, Ping, Pong
-from qerl_sync.worker.protocol.chunk_receivers import Inlet
+from qerl_sync.worker.protocol.chunk_receivers import ChunkReceiver
 
 M = TypeVar("M")
 
@@ -42,7 +42,7 @@ class Inbox:
 
     def __init__(self, channel: Channel, timeout_seconds: float) -> None:
         self.channel = channel
-        self.inlet: Inlet | None = None
+        self.chunk_receiver: ChunkReceiver | None = None
         self.timeout_seconds = timeout_seconds
         self._expected: Sequence[Sequence[ParamMeta]] = ()
         self._queue: queue.SimpleQueue[Message | Arrived | SyncError] = queue.SimpleQueue()
@@ -82,8 +82,8 @@ class Inbox:
 
     def close(self) -> None:
         self.channel.close()
-        if self.inlet is not None:
-            self.inlet.close()
+        if self.chunk_receiver is not None:
+            self.chunk_receiver.close()
 
     def _read(self) -> None:
         try:
@@ -93,14 +93,14 @@ class Inbox:
                     self.send(Pong())
                     continue
                 self._queue.put(self._fetch(message) if isinstance(message, Chunk) else message)
-                if isinstance(message, End) and self.inlet is not None:
-                    self.inlet.rest()
+                if isinstance(message, End) and self.chunk_receiver is not None:
+                    self.chunk_receiver.rest()
         except Exception as exc:
             self._lost = exc if isinstance(exc, SyncError) else TransportError(str(exc))
             self._queue.put(self._lost)
 
     def _fetch(self, chunk: Chunk) -> Arrived:
-        if self.inlet is None or not 0 <= chunk.index < len(self._expected):
+        if self.chunk_receiver is None or not 0 <= chunk.index < len(self._expected):
             raise TransportError(f"chunk {chunk.index} arrived, which no sync awaits")
-        tensors = self.inlet.fetch(chunk, self._expected[chunk.index])
+        tensors = self.chunk_receiver.fetch(chunk, self._expected[chunk.index])
         return Arrived(chunk.index, tensors, chunk.in_place, chunk.checksums)

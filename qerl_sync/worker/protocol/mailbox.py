@@ -12,13 +12,13 @@ _waiting: dict[str, dict[int, Any]] = {}
 _changed = threading.Condition()
 
 
-def open_box(key: str) -> None:
+def open_mailbox(key: str) -> None:
     """From here on chunks with this key are kept."""
     with _changed:
         _waiting[key] = {}
 
 
-def close_box(key: str) -> None:
+def close_mailbox(key: str) -> None:
     """What is still in it is dropped, as is what arrives later. Idempotent."""
     with _changed:
         _waiting.pop(key, None)

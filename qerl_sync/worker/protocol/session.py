@@ -25,7 +25,7 @@ from qerl_sync.errors import (
     TransportTimeout,
 )
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Terms
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -47,7 +47,7 @@ Item = say.Message | Arrived
 class Loader(Protocol):
     """Takes the weights; `worker.receiver.Receiver` has what each part means."""
 
-    terms: Terms
+    options: SyncOptions
 
     @property
     def working_bytes(self) -> Mapping[str, int]: ...
@@ -96,7 +96,7 @@ class _GivenUp(SyncError):
         self.keep_old = request.keep_old
 
 
-class Conversation:
+class WorkerSession:
     """Serves the requests of one trainer, whose ranks say the same things, each on its channel.
 
     Args:
@@ -143,7 +143,7 @@ class Conversation:
         keep_old: no worker can have committed, so that this one may go back to the old version.
         """
         if not keep_old:
-            self._loader.terms = replace(self._loader.terms, on_failure="poison")
+            self._loader.options = replace(self._loader.options, on_failure="poison")
         self._loader.abort(reason)
 
     def _answer(self, requests: list[Item]) -> None:
@@ -157,7 +157,7 @@ class Conversation:
             elif isinstance(lead, say.Abort):
                 self._give_up(lead.reason, keep_old=lead.keep_old)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
-            elif isinstance(lead, say.Condemn):
+            elif isinstance(lead, say.Invalidate):
                 self._loader.poison(lead.reason)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
             # Anything else was sent before the trainer knew that a sync had failed.
@@ -173,8 +173,8 @@ class Conversation:
     def _map(self, request: say.MapRequest) -> None:
         metas = say.unpack_metas(request.metas)
         self._layer_map = self._loader.layer_map(metas, allow_incomplete=request.allow_incomplete)
-        told = self._layer_map.to_json()
-        self._tell(say.MapReply(layer_map=told, free_bytes=self._loader.free_bytes()))
+        reported = self._layer_map.to_json()
+        self._tell(say.MapReply(layer_map=reported, free_bytes=self._loader.free_bytes()))
 
     def _sync(self, requests: list[say.SyncRequest]) -> None:
         plan, layer_map = self._agree(requests)
@@ -182,7 +182,7 @@ class Conversation:
         clock = Stopwatch(PHASES)
         self._wire_clock = Stopwatch(PHASES)
         self._memory.start()
-        self._loader.terms = _terms_of(requests)
+        self._loader.options = _terms_of(requests)
         self._loader.start(plan, layer_map, check_finite=requests[0].check_finite, borrowed=True)
         for inbox, part in zip(self._inboxes, parts, strict=True):
             inbox.send(say.Accepted(owned=None if part.owned is None else list(part.owned)))
@@ -247,10 +247,10 @@ class Conversation:
                     f"trainer rank {rank} announces receive buffers of {request.slots} bytes, "
                     "which is not what the plan needs"
                 )
-            if inbox.inlet is None:
+            if inbox.chunk_receiver is None:
                 raise TransportError(f"trainer rank {rank} has not opened its transport")
             inbox.expect(part.chunks)
-            inbox.inlet.prepare(request.segments, request.slots)
+            inbox.chunk_receiver.prepare(request.segments, request.slots)
         return parts
 
     def _load(self, index: int, plan: SyncPlan, parts: list[Part], clock: Stopwatch) -> list[bool]:
@@ -262,21 +262,23 @@ class Conversation:
                 for i in senders
             }
         found: dict[str, torch.Tensor] = {}
-        told: dict[str, int] = {}
+        reported: dict[str, int] = {}
         for i, one in arrived.items():
             if one.index != index:
                 raise TransportError(f"chunk {one.index} arrived where {index} was next")
             names = [meta.name for meta in senders[i]]
             found |= zip(names, one.tensors, strict=True)
-            if self._loader.terms.checksums:
-                told |= _told_checksums(names, one)
+            if self._loader.options.checksums:
+                reported |= _told_checksums(names, one)
         in_place = [i in arrived and arrived[i].in_place for i in range(len(parts))]
         del arrived, one
         references = {name: _references(tensor) for name, tensor in found.items()}
         chunk = plan.chunks[index]
         stream = ((name, found[name]) for name in chunk.names)
         with clock("load"):
-            self._loader.receive(chunk, self._intact(index, stream, told) if told else stream)
+            self._loader.receive(
+                chunk, self._intact(index, stream, reported) if reported else stream
+            )
         for name, tensor in found.items():
             _require_released(name, _references(tensor) - references[name])
         for i in senders:
@@ -284,17 +286,17 @@ class Conversation:
         return in_place
 
     def _intact(
-        self, index: int, tensors: Iterator[tuple[str, torch.Tensor]], told: Mapping[str, int]
+        self, index: int, tensors: Iterator[tuple[str, torch.Tensor]], reported: Mapping[str, int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The stream, each tensor held against the trainer's checksum before vLLM sees it."""
         for name, tensor in tensors:
             with self._wire_clock("verify"):
                 found = checksum(tensor)
-            if found != told[name]:
+            if found != reported[name]:
                 raise CoverageError(
                     f"{name!r} of chunk {index} arrived with checksum {found:016x}, and the "
-                    f"trainer sent {told[name]:016x}: its bytes changed on the way. Somebody has "
-                    "written to them (shared memory, a parameter that was stepped during the "
+                    f"trainer sent {reported[name]:016x}: its bytes changed on the way. "
+                    "Somebody has written to them (shared memory, a parameter that was stepped during the "
                     "sync), or a network card or memory is broken"
                 )
             yield name, tensor
@@ -304,7 +306,9 @@ class Conversation:
 
     def _extra_bytes(self) -> int | None:
         measured = self._memory.extra_bytes()
-        standing = sum(inbox.inlet.standing_bytes for inbox in self._inboxes if inbox.inlet)
+        standing = sum(
+            inbox.chunk_receiver.standing_bytes for inbox in self._inboxes if inbox.chunk_receiver
+        )
         return None if measured is None else measured + standing
 
     def _arrivals(
@@ -314,7 +318,7 @@ class Conversation:
             Arrivals(
                 sizes=part.sizes,
                 chunks_in_flight=len(request.slots),
-                standing_bytes=inbox.inlet.standing_bytes if inbox.inlet else 0,
+                standing_bytes=inbox.chunk_receiver.standing_bytes if inbox.chunk_receiver else 0,
                 in_place=[chunk[rank] for chunk in in_place],
             )
             for rank, (part, request, inbox) in enumerate(
@@ -342,15 +346,15 @@ def _plan_of(request: say.SyncRequest) -> SyncPlan:
     return plan
 
 
-def _terms_of(requests: list[say.SyncRequest]) -> Terms:
-    asked = [Terms(one.verify, one.on_failure, one.finite) for one in requests]
-    for rank, terms in enumerate(asked):
-        if (terms.verify, terms.on_failure) != (asked[0].verify, asked[0].on_failure):
+def _terms_of(requests: list[say.SyncRequest]) -> SyncOptions:
+    asked = [SyncOptions(one.verify, one.on_failure, one.finite) for one in requests]
+    for rank, options in enumerate(asked):
+        if (options.verify, options.on_failure) != (asked[0].verify, asked[0].on_failure):
             raise AgreementError(
-                f"trainer rank {rank} asks for {terms}, and rank 0 for {asked[0]}; give all ranks "
-                "the same sync.verify and sync.on_failure"
+                f"trainer rank {rank} asks for {options}, and rank 0 for {asked[0]}; give all "
+                "ranks the same sync.verify and sync.on_failure"
             )
-    return replace(asked[0], finite=all(terms.finite for terms in asked))
+    return replace(asked[0], finite=all(options.finite for options in asked))
 
 
 def _told_checksums(names: Sequence[str], one: Arrived) -> dict[str, int]:
