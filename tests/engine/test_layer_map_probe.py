@@ -183,6 +183,22 @@ def test_a_name_that_vllm_drops_without_a_word_is_refused(subject, monkeypatch):
         observe(one, [*metas_of(one), ParamMeta("extra.weight", "float32", (4,))])
 
 
+def test_ignoring_a_name_is_no_advice_where_its_parameter_gets_nothing(subject, monkeypatch):
+    """As GPT-OSS does in some orders: what it copies from is no view of the tensor any more."""
+    one = subject("dense")
+    load_weights = one.model.load_weights
+    monkeypatch.setattr(
+        one.model,
+        "load_weights",
+        lambda weights: load_weights((n, t) for n, t in weights if n != "model.norm.weight"),
+    )
+    with pytest.raises(LayerMapError, match=r"model\.norm\.weight") as raised:
+        observe(one, metas_of(one))
+    assert "ignore_names" not in str(raised.value)
+    with pytest.raises(CoverageError):
+        observe(one, _without("model.norm.weight")(metas_of(one)))
+
+
 def test_a_second_probe_during_a_sync_is_no_surprise(subject):
     """Gradients off, inference mode or not: the probe brings its own context."""
     one = subject("dense")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 
-from qerl_sync.buffers.detect import dtype_name
 from qerl_sync.errors import CoverageError, LayerMapError
 from qerl_sync.meta import CASTABLE_FLOATS, ParamMeta
 from qerl_sync.plan.layer_map import LayerMap, ParentLayer
@@ -116,12 +114,10 @@ def _refuse_dropped(run: DryRun, name: str, missing: Sequence[str]) -> None:
     said = f"vLLM's {type(run.model).__name__} accepts {name!r} and does nothing with it"
     if missing:
         raise LayerMapError(
-            f"{said}, and a parameter gets less than it needs: {missing[0]}. Either {name!r} is "
-            "not the name that this vLLM knows that parameter by (compare it with the names in the "
-            "checkpoint that the engine was started with), or this model's loader writes past the "
-            "layerwise reload in this order of tensors, where its weights would be lost. Then "
-            "sync.policy: warn, with the order of the checkpoint, may help; otherwise this "
-            "architecture cannot be synced with this vLLM"
+            f"{said}, and a parameter gets less than it needs: {missing[0]}. Either vLLM knows "
+            "that parameter by another name (compare the names in the checkpoint that the engine "
+            "was started with), or this model's loader writes past the layerwise reload, where "
+            "weights would be lost. Then this architecture cannot be synced with this vLLM"
         )
     raise LayerMapError(
         f"{said}; its weights would stay as they are. Do not send it, or, if that is right, name "
@@ -145,45 +141,14 @@ def _missing(
         for name, tensor in compat.loadable_tensors(module).items():
             wanted, got = compat.load_numel_of(tensor), run.received.get((path, name), 0)
             derived = name in module._buffers and name in module._non_persistent_buffers_set
+            # Constants of the configuration, such as the mean and deviation of an image processor,
+            # are modules of buffers alone: nothing that is trained, and vLLM's own check of a
+            # checkpoint (`track_weights_loading`) asks for parameters only.
+            constant = not got and not any(True for _ in module.parameters())
             padded = 0 < got < wanted and compat.is_padded_embedding(module)
-            if got == wanted or derived or padded:
-                continue
-            if got or name not in module._buffers or _can_be_loaded(run, path, name, tensor):
+            if got != wanted and not derived and not constant and not padded:
                 missing.append(f"{path}.{name} ({layer.kind}): {got:,} of {wanted:,} elements")
     return missing
-
-
-def _can_be_loaded(run: DryRun, path: str, name: str, buffer: torch.Tensor) -> bool:
-    """Whether vLLM's loader fills a buffer that the stream brings nothing for, if it is sent.
-
-    Constants of the configuration (the mean and deviation of an image processor) are buffers that
-    no checkpoint has: the loader refuses or ignores their names.
-    """
-    for checkpoint_name in _checkpoint_names(run, f"{path}.{name}"):
-        sent = ParamMeta(checkpoint_name, dtype_name(buffer.dtype), tuple(buffer.shape))
-        stream = Stream(run.model, [sent])
-        trial = DryRun(run.model, stream)
-        with suppress(LayerMapError), compat.observe_loads(trial, process=False):
-            stream.load()
-        if trial.received.get((path, name)):
-            return True
-    return False
-
-
-def _checkpoint_names(run: DryRun, place: str) -> list[str]:
-    """Names that checkpoints may have for a tensor of vLLM's model: its own, and with the prefixes
-    that the stream's names have instead of vLLM's."""
-    found = {place: None}
-    for checkpoint_name, given in run.contributions.items():
-        for one in given:
-            theirs = checkpoint_name.split(".")
-            ours = f"{one.parent_layer}.{one.parameter}".split(".")
-            while theirs and ours and theirs[-1] == ours[-1]:
-                theirs.pop(), ours.pop()
-            parts = place.split(".")
-            if parts[: len(ours)] == ours:
-                found[".".join(theirs + parts[len(ours) :])] = None
-    return list(found)
 
 
 def _check_coverage(run: DryRun, missing: Sequence[str]) -> None:
