@@ -171,17 +171,17 @@ def test_a_probe_that_takes_too_long_is_ended(model):
 
 
 @pytest.fixture
-def broken_vllm(tmp_path, monkeypatch):
-    (tmp_path / "vllm.py").write_text("raise RuntimeError('a broken installation')")
+def broken_torch(tmp_path, monkeypatch):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('a broken installation')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 
-def test_a_probe_that_dies_says_its_last_words(model, broken_vllm):
+def test_a_probe_that_dies_says_its_last_words(model, broken_torch):
     with pytest.raises(CompatError, match=r"exit status 1:(?s:.*)a broken installation"):
         offline_map(model, mode="probe")
 
 
-def test_an_estimate_stands_in_for_a_vllm_that_does_not_work(model, broken_vllm):
+def test_an_estimate_stands_in_for_a_vllm_that_does_not_work(model, broken_torch):
     found = offline_map(model)
     assert found.origin == "rules"
     assert "An estimate by rules for Qwen3ForCausalLM" in found.note

@@ -6,6 +6,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import yaml
 
 import qerl_sync
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "ray.md").read_text()
 
 
+@pytest.mark.vllm
 def test_the_job_runs_a_configuration_that_is_there():
     job = yaml.safe_load((ROOT / "docs" / "kuberay-job.yaml").read_text())
     assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
@@ -32,6 +34,7 @@ def test_the_job_runs_a_configuration_that_is_there():
         assert {"/runs", "/dev/shm"} == set(mounts)
 
 
+@pytest.mark.vllm
 def test_the_commands_of_the_page_name_files_and_options_that_there_are():
     commands = re.findall(r"qerl-sync train (\S+)((?: \S+=\S+)*)$", PAGE, re.M)
     jobs = [overrides for _, overrides in commands if "ray.address=auto output_dir=/" in overrides]

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from support.brute_force import (
     Small,
@@ -84,6 +84,7 @@ def test_the_budget_is_kept_or_refused(data, stream):
         assert result == metas
 
 
+@settings(max_examples=50)
 @given(st.data(), streams())
 def test_a_budget_that_grouping_keeps_is_not_refused(data, stream):
     metas, layer_map = stream
