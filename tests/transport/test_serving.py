@@ -96,8 +96,8 @@ class TestCommand:
             ({"extra": ["--port=1"]}, ["--port=1", "before the --"]),
             ({"extra": ["--ssl_keyfile", "k"]}, ["--ssl_keyfile", "proxy"]),
             ({"model": "/no/such/model"}, ["there is no /no/such/model", "Hugging Face"]),
-            ({"model": "runs/no/model"}, [str(Path(__file__).parent.parent / "runs/no/model")]),
-            ({"model": "tests/no_model"}, [str(Path(__file__).parent / "no_model")]),
+            ({"model": "runs/no/model"}, [str(Path(__file__).parents[2] / "runs/no/model")]),
+            ({"model": "tests/no_model"}, [str(Path(__file__).parents[2] / "tests/no_model")]),
             ({"model": str(Path(__file__).parent)}, ["has no config.json"]),
         ],
     )

@@ -107,7 +107,8 @@ def test_one_error_lists_everything_with_its_place(write):
 
 def test_addresses_of_the_trainer(write):
     for address in ("127.0.0.1", "::1", "10.0.0.7", "a-host.example"):
-        config = load(write(SMALLEST), f"sync.trainer_address='{address}'")
+        elsewhere = "rollout.mode=subprocess"
+        config = load(write(SMALLEST), f"sync.trainer_address='{address}'", elsewhere)
         assert config.sync.trainer_address == address
 
 

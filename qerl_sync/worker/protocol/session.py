@@ -296,8 +296,8 @@ class WorkerSession:
                 raise CoverageError(
                     f"{name!r} of chunk {index} arrived with checksum {found:016x}, and the "
                     f"trainer sent {reported[name]:016x}: its bytes changed on the way. "
-                    "Somebody has written to them (shared memory, a parameter that was stepped during the "
-                    "sync), or a network card or memory is broken"
+                    "Somebody has written to them (shared memory, a parameter that was stepped "
+                    "during the sync), or a network card or memory is broken"
                 )
             yield name, tensor
 
