@@ -137,7 +137,7 @@ _MODULES = {
     "session": ("SyncReport", "SyncSession"),
     "sources.base": ("Source",),
     "sources.hf": ("HFSource",),
-    "sources.shared": ("share_parameters",),
+    "sources.shared_memory": ("share_parameters",),
     "sources.stream": ("StreamSource",),
     "transports.base": ("Transport", "WorkerReport"),
     "transports.inproc": ("InProcessTransport",),

@@ -69,7 +69,7 @@ class RemoteEngine(ABC):
 
     @abstractmethod
     def client(self) -> Any:
-        """One of qerl_sync.clients."""
+        """One of qerl_sync.engines."""
 
     @abstractmethod
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
