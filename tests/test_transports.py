@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from support.remote import ENGINES, own_segments, push, session
 import qerl_sync
 from qerl_sync import (
     AgreementError,
+    CoverageError,
     HFSource,
     InProcessTransport,
+    LayerMap,
+    LayerMapError,
     ParamMeta,
     Source,
     SyncConfig,
@@ -26,11 +30,12 @@ from qerl_sync import (
     share_parameters,
 )
 from qerl_sync.transports.remote import agreement
+from qerl_sync.transports.remote.agreement import joint_map
 from qerl_sync.wire import host, segments
 
 pytestmark = pytest.mark.vllm
 
-IN_PROCESS, OWN = "in process", "own process"
+IN_PROCESS, OWN, STAGES = "in process", "own process", "pipeline parallel"
 CARRIERS = ["shm", "gloo"]
 # What different thread counts and shards do to the last bits of a logprob.
 ROUNDING = 1e-5
@@ -74,7 +79,7 @@ def is_right(engine, version) -> bool:
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("name", [IN_PROCESS, *ENGINES])
+@pytest.mark.parametrize("name", [IN_PROCESS, *(n for n in ENGINES if n != STAGES)])
 def test_equals_a_fresh_engine(remote, name, carrier):
     engine = remote(name)
     assert not is_right(engine, NEW)
@@ -90,6 +95,42 @@ def test_equals_a_fresh_engine(remote, name, carrier):
     push(engine, OLD, transport=carrier)
     assert engine.wrong_weights(OLD) == []
     assert engine.generates_as(OLD)
+
+
+class Part(HFSource):
+    """Lacks one tensor of the second pipeline stage, and has one that no stage knows."""
+
+    lacks, extra = "", ""
+
+    def metadata(self):
+        metas = [meta for meta in super().metadata() if meta.name != self.lacks]
+        return metas + [replace(metas[0], name=self.extra)] * bool(self.extra)
+
+
+def test_pipeline_stages_get_their_layers(remote):
+    engine = remote(STAGES)
+    with session(engine, HFSource(engine.trainers[NEW]), transport="shm") as sync:
+        for _ in range(2):
+            report = sync.push()
+            assert engine.wrong_weights(NEW) == []
+            assert report.prediction_exact, report.first_difference
+            assert len(report.workers) == 2
+    source = Part(engine.trainers[OLD])
+    with session(engine, source, transport="shm") as sync:
+        Part.lacks = "model.layers.1.mlp.down_proj.weight"
+        with pytest.raises(CoverageError, match=r"layers\.1\.mlp\.down_proj"):
+            sync.push()
+        Part.lacks, Part.extra = "", "model.extra.weight"
+        with pytest.raises(LayerMapError, match=r"model\.extra"):
+            sync.push()
+        assert engine.wrong_weights(NEW) == [], "before the first byte"
+
+
+def test_what_no_pipeline_stage_takes_is_refused():
+    stages = [LayerMap({}, {"a": (), "b": ()}, frozenset(gone)) for gone in ("a", "b", "ab")]
+    assert joint_map(stages[:2]).elsewhere == frozenset()
+    with pytest.raises(LayerMapError, match="'a'"):
+        joint_map([stages[0], stages[2]])
 
 
 def test_a_server_knows_its_version(remote):
