@@ -85,6 +85,7 @@ class LayerMap:
             map(len, contributions.values()),
             *zip(*chain.from_iterable(contributions.values()), strict=True),
             *zip(*map(_layer_fields, self.layers.values()), strict=True),
+            *([sorted(self.elsewhere)] if self.elsewhere else []),
         )
         digest = hashlib.sha256()
         for values in map(list, columns):

@@ -257,7 +257,7 @@ class Abort(_Message):
 class Invalidate(_Message):
     """What was committed is wrong: be poisoned. The answer is Aborted."""
 
-    type: Literal["condemn"] = "condemn"
+    type: Literal["invalidate"] = "invalidate"
     reason: str
 
 

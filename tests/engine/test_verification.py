@@ -12,7 +12,7 @@ from support.engines import NEW, OLD, generate
 from support.remote import session as remote_session
 from support.remote import transport_to
 from support.syncs import push, session
-from test_detect import TwoTensors
+from support.tensors import TwoTensors
 
 from qerl_sync import (
     ConfigError,

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,11 @@ from support.remote import (
 import qerl_sync
 from qerl_sync import (
     AgreementError,
+    CoverageError,
     HFSource,
     InProcessTransport,
+    LayerMap,
+    LayerMapError,
     ParamMeta,
     RemoteTransport,
     Source,
@@ -44,12 +48,13 @@ from qerl_sync.errors import EngineTakenError
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.transports.remote import compatibility as agreement
+from qerl_sync.transports.remote.compatibility import joint_map
 from qerl_sync.wire import host, segments
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 pytestmark = pytest.mark.vllm
 
-IN_PROCESS, OWN = "in process", "own process"
+IN_PROCESS, OWN, STAGES = "in process", "own process", "pipeline parallel"
 CARRIERS = ["shm", "tcp"]
 # What different thread counts and shards do to the last bits of a logprob.
 ROUNDING = 1e-5
@@ -93,7 +98,7 @@ def is_right(engine, version) -> bool:
 
 
 @pytest.mark.parametrize("carrier", CARRIERS)
-@pytest.mark.parametrize("name", [IN_PROCESS, *ENGINES])
+@pytest.mark.parametrize("name", [IN_PROCESS, *(n for n in ENGINES if n != STAGES)])
 def test_equals_a_fresh_engine(remote, name, carrier):
     engine = remote(name)
     assert not is_right(engine, NEW)
@@ -152,6 +157,42 @@ def asked(url: str, model: Path, replica: int) -> Generation:
     answer = requests.post(f"{url}/v1/completions", json=reported, headers=headers, timeout=60)
     assert answer.status_code == 200, answer.text
     return of_choice(answer.json()["choices"][0])
+
+
+class Part(HFSource):
+    """Lacks one tensor of the second pipeline stage, and has one that no stage knows."""
+
+    lacks, extra = "", ""
+
+    def metadata(self):
+        metas = [meta for meta in super().metadata() if meta.name != self.lacks]
+        return metas + [replace(metas[0], name=self.extra)] * bool(self.extra)
+
+
+def test_pipeline_stages_get_their_layers(remote):
+    engine = remote(STAGES)
+    with session(engine, HFSource(engine.trainers[NEW]), transport="shm") as sync:
+        for _ in range(2):
+            report = sync.push()
+            assert engine.wrong_weights(NEW) == []
+            assert report.prediction_exact, report.first_difference
+            assert len(report.workers) == 2
+    source = Part(engine.trainers[OLD])
+    with session(engine, source, transport="shm") as sync:
+        Part.lacks = "model.layers.1.mlp.down_proj.weight"
+        with pytest.raises(CoverageError, match=r"layers\.1\.mlp\.down_proj"):
+            sync.push()
+        Part.lacks, Part.extra = "", "model.extra.weight"
+        with pytest.raises(LayerMapError, match=r"model\.extra"):
+            sync.push()
+        assert engine.wrong_weights(NEW) == [], "before the first byte"
+
+
+def test_what_no_pipeline_stage_takes_is_refused():
+    stages = [LayerMap({}, {"a": (), "b": ()}, frozenset(gone)) for gone in ("a", "b", "ab")]
+    assert joint_map(stages[:2]).elsewhere == frozenset()
+    with pytest.raises(LayerMapError, match="'a'"):
+        joint_map([stages[0], stages[2]])
 
 
 def test_a_server_knows_its_version(remote):

@@ -78,7 +78,7 @@ def call(one: Any, method: str, reported: Any) -> Exception | None:
     return None
 
 
-@pytest.mark.parametrize("told", FIRST_CALLS, ids=lambda reported: repr(reported)[:40])
+@pytest.mark.parametrize("reported", FIRST_CALLS, ids=lambda reported: repr(reported)[:40])
 def test_only_the_last_rank_refuses_a_first_call(ranks, reported):
     first, last = [call(one, "init", reported) for one in ranks]
     assert first is None
@@ -87,7 +87,7 @@ def test_only_the_last_rank_refuses_a_first_call(ranks, reported):
     assert not isinstance(last, AgreementError)  # it reaches processes without this package
 
 
-@pytest.mark.parametrize("told", ODD, ids=repr)
+@pytest.mark.parametrize("reported", ODD, ids=repr)
 def test_only_the_last_rank_refuses_an_update(ranks, reported):
     first, last = [call(one, "update", reported) for one in ranks]
     assert first is None

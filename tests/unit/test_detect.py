@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.tensors import TwoTensors
 
 from qerl_sync.buffers.detect import (
     DeviceRule,
@@ -107,24 +108,6 @@ def test_dtensor_keeps_its_local_shard(tmp_path):
     finally:
         if started:
             dist.destroy_process_group()
-
-
-class TwoTensors(torch.Tensor):
-    """A wrapper subclass, as quantised weights are: values and scales inside."""
-
-    @staticmethod
-    def __new__(cls, values, scales):
-        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
-
-    def __init__(self, values, scales):
-        self.values_, self.scales = values, scales
-
-    def __tensor_flatten__(self):
-        return ["values_", "scales"], None
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        raise RuntimeError("storages are found without computing")
 
 
 def test_wrapper_subclasses_keep_their_inner_tensors():

@@ -58,7 +58,7 @@ class Receiver:
 
         syncing, whole --error, abort--> ready, on the version of before
 
-    With `verify: full` the engine is asked when it is ready, and the answer may condemn it:
+    With `verify: full` the engine is asked when it is ready, and the answer may invalidate it:
 
         ready --probe parts from the trainer, poison--> poisoned
 
