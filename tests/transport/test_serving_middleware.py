@@ -716,6 +716,7 @@ def vllms_app():
     from typing import get_args
     from unittest.mock import MagicMock
 
+    from vllm import envs
     from vllm.config import ProfilerConfig
     from vllm.entrypoints.launchers.app import build_app
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -729,8 +730,9 @@ def vllms_app():
     )
     args.profiler_config = ProfilerConfig(profiler="torch", torch_profiler_dir="/nowhere")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_SERVER_DEV_MODE", "1")
-        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        # Not the environment, of which vLLM keeps a copy once an engine has started.
+        patch.setitem(envs.__dict__, "VLLM_SERVER_DEV_MODE", True)
+        patch.setitem(envs.__dict__, "VLLM_ALLOW_RUNTIME_LORA_UPDATING", True)
         return build_app(args, get_args(SupportedTask), MagicMock())
 
 
