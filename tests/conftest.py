@@ -26,7 +26,7 @@ settings.load_profile("default")
 
 # Engines in other processes leave vLLM's state in this one changed when they are shut down, so
 # that no MoE engine can be started here any more: they come last.
-LAST = ("test_clients", "test_serving", "test_train_server")
+LAST = ("test_engine_clients", "test_serving", "test_train_server")
 
 
 ENGINES = re.compile(r"^pytestmark = .*pytest\.mark\.(vllm|ray|gpu|slow)\b", re.MULTILINE)
