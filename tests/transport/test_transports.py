@@ -28,10 +28,8 @@ from support.remote import (
 
 import qerl_sync
 from qerl_sync import (
-    AgreementError,
     HFSource,
     InProcessTransport,
-    ParamMeta,
     RemoteTransport,
     Source,
     SyncConfig,
@@ -40,7 +38,8 @@ from qerl_sync import (
     share_parameters,
 )
 from qerl_sync.engines.http import HTTPClient
-from qerl_sync.errors import EngineTakenError
+from qerl_sync.errors import AgreementError, EngineTakenError
+from qerl_sync.meta import ParamMeta
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.transports.remote import compatibility as agreement

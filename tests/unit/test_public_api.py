@@ -11,54 +11,30 @@ import pytest
 import qerl_sync
 
 PUBLIC = [
-    "AgreementError",
+    "AsyncLLMClient",
     "AsyncRolloutActor",
-    "BufferLedger",
-    "Chunk",
-    "CompatError",
     "ConfigError",
-    "Contribution",
-    "CoverageError",
     "HFSource",
+    "HTTPClient",
     "InProcessTransport",
-    "IntegrityError",
-    "LayerMap",
-    "LayerMapError",
-    "LoadError",
-    "NoRoomError",
-    "ParamMeta",
-    "ParentLayer",
-    "PeerLostError",
-    "PlanError",
+    "LLMClient",
     "PoisonedError",
     "RemoteTransport",
     "RolloutActor",
     "Source",
-    "Storage",
     "StreamSource",
     "SyncConfig",
     "SyncError",
-    "SyncPlan",
     "SyncReport",
     "SyncSession",
-    "Trace",
-    "TraceStep",
     "TrainConfig",
     "TrainerActor",
-    "Transport",
     "TransportError",
-    "TransportTimeout",
-    "UnchangedError",
     "WeightSyncCallback",
     "WorkerPool",
-    "WorkerReport",
     "__version__",
-    "as_given",
-    "build_plan",
-    "by_parent_layer",
     "engine_arguments",
     "load_config",
-    "replay",
     "share_parameters",
 ]
 
@@ -88,7 +64,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_planning_imports_neither_torch_nor_vllm():
-    modules = _imported_by("from qerl_sync import build_plan, replay, by_parent_layer, SyncPlan")
+    modules = _imported_by("from qerl_sync.plan import policies, replay, sync_plan")
     assert not modules.intersection(("torch", "vllm", "transformers", "numpy"))
 
 
