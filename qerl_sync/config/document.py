@@ -42,7 +42,9 @@ def _section(place: str, section: type[Section]) -> str:
     title = f"## `{place}`" if place else "## Top level"
     rows = [_row(name, field) for name, field in section.model_fields.items()]
     head = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    return "\n".join([title, "", _text(section.__doc__ or ""), "", *head, *rows, ""])
+    return "\n".join(
+        [title, "", _text((section.__doc__ or "").partition("\n\n")[0]), "", *head, *rows, ""]
+    )
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -125,7 +125,13 @@ class Section(BaseModel):
 
 
 class SyncConfig(Section):
-    """How weights go from the trainer to vLLM."""
+    """How weights go from the trainer to vLLM.
+
+    Example:
+        config = SyncConfig.of(policy="reorder", chunk_bytes="64MiB", verify="checksum")
+        with SyncSession(HFSource(model), transport, config) as session:
+            session.push(step=1)
+    """
 
     policy: Literal["warn", "reorder", "spill", "error"] = "reorder"
     """What to do about a source whose order would keep several parent layers open in vLLM.
@@ -433,7 +439,13 @@ class RayConfig(Section):
 
 
 class TrainConfig(Section):
-    """One run of `qerl-sync train`."""
+    """One run of `qerl-sync train`.
+
+    Example:
+        config = load_config("configs/grpo_cpu.yaml", ["trainer.max_steps=20"])
+        assert isinstance(config, TrainConfig)
+        print(config.sync.policy, config.output_dir)
+    """
 
     model: ModelConfig
     """The policy that is trained."""

@@ -29,6 +29,12 @@ POLL_SECONDS = 0.2
 class AsyncLLMClient:
     """A `vllm.v1.engine.async_llm.AsyncLLM` as an EngineClient, for callers that block.
 
+    Example:
+        engine = AsyncLLM.from_engine_args(arguments)  # in a coroutine
+        client = AsyncLLMClient(engine, asyncio.get_running_loop())
+        session = SyncSession(source, RemoteTransport(client), config)
+        await asyncio.to_thread(session.push, step=1)
+
     Args:
         engine: with weight_transfer_config={"backend": "qerl"}.
         loop: the running loop on which `engine` was made. Its own thread may not call: it would

@@ -28,6 +28,11 @@ POLL_SECONDS = 0.2
 class LLMClient:
     """A `vllm.LLM` as an EngineClient.
 
+    Example:
+        llm = LLM(path, weight_transfer_config={"backend": "qerl"})
+        with SyncSession(source, RemoteTransport(LLMClient(llm)), config) as session:
+            session.push(step=1)
+
     An engine in this process does nothing while nobody calls `generate`, so there pausing has
     nothing to do, and no timeout can end a call. One thread at a time may use `llm`, whether here
     or by `generate`.

@@ -52,6 +52,14 @@ logger = logging.getLogger(__name__)
 class WeightSyncCallback(TrainerCallback):
     """Plans, orders, watches and reports every weight sync of a TRL trainer.
 
+    Example:
+        callback = WeightSyncCallback(policy="reorder")
+        with callback.connecting():  # vllm_mode="server"; a colocated engine does not need it
+            trainer = GRPOTrainer(..., callbacks=[callback])
+        callback.bind(trainer)
+        trainer.train()
+        callback.close()
+
     Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO,
     Distillation, SDPO, SDFT, GOLD, IW-OPD), with an engine in the trainer's process, in its own, or
     behind a server. Each sync appends

@@ -18,7 +18,13 @@ OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_MET
 
 @contextmanager
 def engine_arguments(**arguments: Any) -> Iterator[None]:
-    """While open, the engine that a TRL trainer builds gets these vLLM engine arguments too.
+    """Pass these vLLM engine arguments to the engine that a TRL trainer builds in this context.
+
+    Example:
+        callback = WeightSyncCallback(policy="reorder")
+        with engine_arguments(dtype="float32", enforce_eager=True):
+            trainer = GRPOTrainer(..., callbacks=[callback])
+        callback.bind(trainer)
 
     TRL fixes the arguments of its colocated `LLM` and leaves no way to set `dtype`,
     `enforce_eager`, `quantization` and others. Wrap the construction of the trainer in it; the

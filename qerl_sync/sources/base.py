@@ -15,13 +15,21 @@ if TYPE_CHECKING:
 class Source(ABC):
     """The trainer's weights, under Hugging Face checkpoint names.
 
+    Example:
+        class StateDictSource(Source):
+            def metadata(self):
+                return [ParamMeta(n, "bfloat16", tuple(t.shape)) for n, t in self.state.items()]
+            def materialize(self, names):
+                for name in names:
+                    yield name, self.state[name]
+
     All methods are called on every trainer rank, in the same order: materialising may be a
     collective.
 
     Attributes:
         any_order: `materialize` serves names in any order. False: only in the order of `metadata`,
             each at most once between two calls of `metadata`.
-        lasting: what `materialize` yields stays as it is for as long as somebody holds it, to the
+        stable: what `materialize` yields stays as it is for as long as somebody holds it, to the
             end of the sync: parameters themselves, or copies of which each has its own memory.
             Transports then send from there, instead of copying first.
     """

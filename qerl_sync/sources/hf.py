@@ -34,6 +34,11 @@ class _Group:
 class HFSource(Source):
     """Yields what `save_pretrained` would write, tensor by tensor and without a second copy.
 
+    Example:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        with SyncSession(HFSource(model), transport, SyncConfig(policy="reorder")) as session:
+            session.push(step=1)
+
     transformers keeps some architectures in memory under other names and shapes than in their
     checkpoints (fused experts, renamed modules), and vLLM's loaders expect the latter. The
     conversion is transformers' own (`revert_weight_conversion`), applied parameter by parameter.

@@ -15,6 +15,11 @@ from qerl_sync.wire.segments import SharedSegment
 def share_parameters(model: torch.nn.Module) -> SharedSegment:
     """Move `model`'s parameters, as they are, into shared memory.
 
+    Example:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        memory = share_parameters(model)  # keep it as long as the model
+        optimizer = torch.optim.AdamW(model.parameters())
+
     Call it before an optimizer is made; parameter objects stay the same. A sync over `shm` then
     sends where they lie instead of what they are; the model must not change before the sync has
     returned. Tensors that a checkpoint has in another form (converted experts) are copied as ever.

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 class StreamSource(Source):
     """Yields what a stream yields, as it comes. For policies that leave the order alone.
 
+    Example:
+        metas = [ParamMeta(n, "bfloat16", tuple(t.shape)) for n, t in exporter.stream()]
+        source = StreamSource(metas, open_stream=exporter.stream)
+        with SyncSession(source, transport, SyncConfig(policy="spill")) as session:
+            session.push(step=1)
+
     A sync goes through one stream, once, over all its chunks; the next one, also after a sync that
     failed in the middle, opens another.
 

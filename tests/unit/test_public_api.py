@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import re
 import subprocess
 import sys
+import textwrap
 from importlib import import_module
 
 import pytest
@@ -39,6 +43,9 @@ PUBLIC = [
 ]
 
 
+NO_EXAMPLE = {"InProcessTransport", "RemoteTransport", "SyncReport", "SyncSession"}
+
+
 def test_public_names():
     assert qerl_sync.__all__ == PUBLIC
     assert dir(qerl_sync) == PUBLIC
@@ -46,6 +53,16 @@ def test_public_names():
         assert getattr(qerl_sync, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'WeightSink'"):
         qerl_sync.WeightSink  # noqa: B018
+
+
+@pytest.mark.parametrize("name", sorted(set(PUBLIC) - {"__version__"} - NO_EXAMPLE))
+def test_each_public_name_has_an_example_that_compiles(name):
+    doc = inspect.cleandoc(getattr(qerl_sync, name).__doc__)
+    example = re.search(r"^Example:\n((?:    .*\n?|\n(?=    ))+)", doc, re.M)
+    assert example, f"{name} has no example"
+    code = textwrap.dedent(example[1]).strip()
+    assert 3 <= len(code.splitlines()) <= 8
+    compile(code, name, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
 
 
 HEAVY = ("torch", "vllm", "trl", "ray", "transformers", "pydantic", "numpy", "typer", "rich")

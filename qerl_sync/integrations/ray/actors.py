@@ -31,6 +31,12 @@ Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
 class RolloutActor:
     """A vLLM engine that generates, and takes weights.
 
+    Example:
+        engine = {"model": path, "dtype": "float32", "enforce_eager": True}
+        pool = WorkerPool.start(2, engine, actor=RolloutActor, options={"num_gpus": 1})
+        ray.get(trainer.sync_weights.remote())  # a TrainerActor that has the pool
+        rollouts = pool.generate([[1, 2, 3]], {"max_tokens": 8})
+
     It refuses to generate until it has had a full sync: an actor that Ray restarts is back on the
     weights that it was started with.
 

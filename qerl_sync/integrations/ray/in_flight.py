@@ -24,8 +24,13 @@ POLL_SECONDS = 0.2
 
 
 class AsyncRolloutActor(RolloutActor):
-    """A `RolloutActor` with an `AsyncLLM`: it takes several calls of `generate` at a time, and a
-    sync does not wait for them.
+    """Generate with an `AsyncLLM`: several calls of `generate` at a time, and syncs beside them.
+
+    Example:
+        pool = WorkerPool.start(2, {"model": path}, actor=AsyncRolloutActor)
+        batch = pool.submit(prompts, {"max_tokens": 512})
+        ray.get(trainer.sync_weights.remote())  # does not wait for the batch
+        rollouts = batch.result()
 
     With `sync.pause_mode: keep` they go on after it with the new weights; a `Rollout` says which
     version it was asked of and which it ended with. With `wait` the sync waits for those that have

@@ -37,8 +37,17 @@ PASSING_SECONDS = 10.0
 
 
 class WorkerPool:
-    """Several `RolloutActor`s, or actors of one's own with vLLM's four methods; of those the ones
-    with `generate(prompts, sampling, required_version)` generate too.
+    """Sync and generate with several rollout actors as with one.
+
+    Example:
+        pool = WorkerPool.start(2, {"model": path}, options={"num_gpus": 1})
+        with SyncSession(HFSource(model), pool.transport(config), config) as session:
+            session.push(step=1)
+        rollouts = pool.generate(prompts, {"max_tokens": 8})
+        pool.stop()
+
+    Workers are `RolloutActor`s, or actors with vLLM's four weight transfer methods. Only those that
+    have `generate(prompts, sampling, required_version)` generate.
 
     A pool may be sent to other actors: what arrives there is a pool of the same actors, with
     connections of its own. One trainer at a time syncs them.

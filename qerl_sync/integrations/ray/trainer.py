@@ -14,8 +14,9 @@ from qerl_sync.sources.base import Source
 
 
 class TrainerActor:
-    """Gives an actor `sync_weights()`.
+    """Give a Ray actor `sync_weights()`.
 
+    Example:
         @ray.remote
         class Trainer(TrainerActor):
             def __init__(self, workers):
