@@ -1,4 +1,6 @@
-"""A YAML file and overrides into a `TrainConfig`, or one error with everything that is wrong."""
+"""Load a YAML file and overrides into a `TrainConfig`, or raise one error that lists all
+problems.
+"""
 
 from __future__ import annotations
 

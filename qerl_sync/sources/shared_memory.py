@@ -1,4 +1,4 @@
-"""Parameters that live in shared memory: workers on the same host load them without a copy."""
+"""Put parameters into shared memory: workers on the same host load them without a copy."""
 
 from __future__ import annotations
 

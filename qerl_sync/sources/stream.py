@@ -1,4 +1,4 @@
-"""Somebody else's iterator of tensors, in an order that is theirs."""
+"""Send a third party's iterator of tensors, in its own order."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class StreamSource(Source):
         self._next = 0
 
     def metadata(self) -> list[ParamMeta]:
-        """Called before every sync, so that the next `materialize` opens a stream."""
+        """Return the metadata. Call it before every sync: the next `materialize` then opens a new
+        stream.
+        """
         self._leave()
         metas = self._metadata() if callable(self._metadata) else self._metadata
         held = self._held
@@ -63,7 +65,7 @@ class StreamSource(Source):
         return self._held
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """As `Source.materialize`; names that are never asked for are passed over.
+        """Yield as `Source.materialize` does; skip names that are never asked for.
 
         Raises:
             CoverageError: the stream yields another name than its metadata has next, ends early or
@@ -107,7 +109,7 @@ class StreamSource(Source):
             raise CoverageError(f"the stream goes on with {surplus[0]!r}, which its metadata lacks")
 
     def _leave(self) -> None:
-        """Let go of a stream, generators' `finally` blocks included."""
+        """Close a stream, so that generators run their `finally` blocks."""
         close = getattr(self._stream, "close", None)
         self._stream, self._next = None, 0
         if close is not None:

@@ -1,4 +1,6 @@
-"""An actor whose requests in flight survive a sync: they pause, and go on with the new weights."""
+"""A rollout actor whose requests in flight survive a sync: they pause, and continue with the new
+weights.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ class AsyncRolloutActor(RolloutActor):
     def generate(
         self, prompts: Prompts, sampling: Any = None, required_version: int = 0
     ) -> list[Rollout]:
-        """As the base class, in a thread of its own."""
+        """Generate as the base class does, in a separate thread."""
         return super().generate(prompts, sampling, required_version)
 
     def pause(self, mode: PauseMode) -> None:
@@ -69,7 +71,7 @@ class AsyncRolloutActor(RolloutActor):
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
-        """A call that may take its time: nothing has stalled."""
+        """Mark a call that may be slow, so that it does not count as stalled."""
         self._moved = math.inf
         try:
             yield
