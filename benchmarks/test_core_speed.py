@@ -17,7 +17,9 @@ import torch
 import transformers as tf
 from support.engines import start_engine
 
-from qerl_sync import HFSource, ParamMeta, build_plan
+from qerl_sync import HFSource
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map

@@ -15,18 +15,13 @@ from typing import Any
 
 import pytest
 
-from qerl_sync import (
-    BufferLedger,
-    Contribution,
-    LayerMap,
-    ParamMeta,
-    ParentLayer,
-    Storage,
-    build_plan,
-    by_parent_layer,
-    replay,
-)
+from qerl_sync.buffers.ledger import BufferLedger
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.orders import parse_order
+from qerl_sync.plan.policies import by_parent_layer
+from qerl_sync.plan.replay import replay
+from qerl_sync.plan.sync_plan import build_plan
 
 COUNTS = (1_000, 10_000, 65_000, 100_000)
 ROOM = 6.0

@@ -1,7 +1,8 @@
 """qerl-sync: weight sync from trainers to vLLM workers, grouped by parent layer.
 
-Names are imported when they are first used, so that `import qerl_sync` needs neither torch nor
-vLLM, TRL or Ray.
+The names that a training script needs. Every other name is imported from its module; all errors
+are in `qerl_sync.errors`. Names are imported when they are first used, so that `import qerl_sync`
+needs neither torch nor vLLM, TRL or Ray.
 """
 
 from __future__ import annotations
@@ -10,136 +11,85 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qerl_sync.buffers.ledger import BufferLedger
-    from qerl_sync.buffers.trace import Trace, TraceStep
     from qerl_sync.config import SyncConfig, TrainConfig, load_config
-    from qerl_sync.errors import (
-        AgreementError,
-        CompatError,
-        ConfigError,
-        CoverageError,
-        IntegrityError,
-        LayerMapError,
-        LoadError,
-        NoRoomError,
-        PeerLostError,
-        PlanError,
-        PoisonedError,
-        SyncError,
-        TransportError,
-        TransportTimeout,
-        UnchangedError,
-    )
+    from qerl_sync.engines.async_llm import AsyncLLMClient
+    from qerl_sync.engines.http import HTTPClient
+    from qerl_sync.engines.llm import LLMClient
+    from qerl_sync.errors import ConfigError, PoisonedError, SyncError, TransportError
     from qerl_sync.integrations.ray.actors import RolloutActor
     from qerl_sync.integrations.ray.in_flight import AsyncRolloutActor
     from qerl_sync.integrations.ray.pool import WorkerPool
     from qerl_sync.integrations.ray.trainer import TrainerActor
     from qerl_sync.integrations.trl import WeightSyncCallback, engine_arguments
-    from qerl_sync.meta import ParamMeta, Storage
-    from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
-    from qerl_sync.plan.policies import as_given, by_parent_layer
-    from qerl_sync.plan.replay import replay
-    from qerl_sync.plan.sync_plan import Chunk, SyncPlan, build_plan
     from qerl_sync.session import SyncReport, SyncSession
     from qerl_sync.sources.base import Source
     from qerl_sync.sources.hf import HFSource
     from qerl_sync.sources.shared_memory import share_parameters
     from qerl_sync.sources.stream import StreamSource
-    from qerl_sync.transports.base import Transport, WorkerReport
     from qerl_sync.transports.inproc import InProcessTransport
     from qerl_sync.transports.remote import RemoteTransport
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AgreementError",
+    "AsyncLLMClient",
     "AsyncRolloutActor",
-    "BufferLedger",
-    "Chunk",
-    "CompatError",
     "ConfigError",
-    "Contribution",
-    "CoverageError",
     "HFSource",
+    "HTTPClient",
     "InProcessTransport",
-    "IntegrityError",
-    "LayerMap",
-    "LayerMapError",
-    "LoadError",
-    "NoRoomError",
-    "ParamMeta",
-    "ParentLayer",
-    "PeerLostError",
-    "PlanError",
+    "LLMClient",
     "PoisonedError",
     "RemoteTransport",
     "RolloutActor",
     "Source",
-    "Storage",
     "StreamSource",
     "SyncConfig",
     "SyncError",
-    "SyncPlan",
     "SyncReport",
     "SyncSession",
-    "Trace",
-    "TraceStep",
     "TrainConfig",
     "TrainerActor",
-    "Transport",
     "TransportError",
-    "TransportTimeout",
-    "UnchangedError",
     "WeightSyncCallback",
     "WorkerPool",
-    "WorkerReport",
     "__version__",
-    "as_given",
-    "build_plan",
-    "by_parent_layer",
     "engine_arguments",
     "load_config",
-    "replay",
     "share_parameters",
 ]
 
 _MODULES = {
-    "buffers.ledger": ("BufferLedger",),
-    "buffers.trace": ("Trace", "TraceStep"),
-    "config": ("SyncConfig", "TrainConfig", "load_config"),
+    "config": (
+        "SyncConfig",
+        "TrainConfig",
+        "load_config",
+    ),
+    "engines.async_llm": ("AsyncLLMClient",),
+    "engines.http": ("HTTPClient",),
+    "engines.llm": ("LLMClient",),
     "errors": (
-        "AgreementError",
-        "CompatError",
         "ConfigError",
-        "CoverageError",
-        "IntegrityError",
-        "LayerMapError",
-        "LoadError",
-        "NoRoomError",
-        "PeerLostError",
-        "PlanError",
         "PoisonedError",
         "SyncError",
         "TransportError",
-        "TransportTimeout",
-        "UnchangedError",
     ),
     "integrations.ray.actors": ("RolloutActor",),
     "integrations.ray.in_flight": ("AsyncRolloutActor",),
     "integrations.ray.pool": ("WorkerPool",),
     "integrations.ray.trainer": ("TrainerActor",),
-    "integrations.trl": ("WeightSyncCallback", "engine_arguments"),
-    "meta": ("ParamMeta", "Storage"),
-    "plan.layer_map": ("Contribution", "LayerMap", "ParentLayer"),
-    "plan.policies": ("as_given", "by_parent_layer"),
-    "plan.replay": ("replay",),
-    "plan.sync_plan": ("Chunk", "SyncPlan", "build_plan"),
-    "session": ("SyncReport", "SyncSession"),
+    "integrations.trl": (
+        "WeightSyncCallback",
+        "engine_arguments",
+    ),
+    "session": (
+        "SyncReport",
+        "SyncSession",
+    ),
     "sources.base": ("Source",),
     "sources.hf": ("HFSource",),
     "sources.shared_memory": ("share_parameters",),
     "sources.stream": ("StreamSource",),
-    "transports.base": ("Transport", "WorkerReport"),
     "transports.inproc": ("InProcessTransport",),
     "transports.remote": ("RemoteTransport",),
 }

@@ -28,6 +28,12 @@ translated once, where they enter, with ``from exc``.
 class SyncError(Exception):
     """Base of all errors that qerl-sync raises on purpose.
 
+    Example:
+        try:
+            session.push(step=1)
+        except SyncError as error:
+            print(type(error).__name__, error, vars(error))
+
     Args:
         facts: what the message says, as attributes. They survive pickling, and the way from a
             worker to its trainer.
@@ -40,6 +46,13 @@ class SyncError(Exception):
 
 class ConfigError(SyncError):
     """A configuration file, an option or an argument cannot be right.
+
+    Example:
+        try:
+            load_config("run.yaml")
+        except ConfigError as error:
+            for place, message in error.violations:
+                print(place, message)
 
     Attributes:
         violations: (place, message) of each, where a configuration was checked as a whole.
@@ -129,7 +142,14 @@ class WorldSizeError(AgreementError):
 
 
 class TransportError(SyncError):
-    """Tensors or messages do not get from one side to the other."""
+    """Tensors or messages do not get from one side to the other.
+
+    Example:
+        try:
+            session.push(step=1)
+        except TransportError:  # TransportTimeout and PeerLostError included
+            session.push(step=1)  # the next push is a full sync
+    """
 
 
 class TransportTimeout(TransportError):
@@ -166,4 +186,12 @@ class StaleCacheError(SyncError):
 
 
 class PoisonedError(SyncError):
-    """The worker holds half of a sync and refuses to generate until a full one has succeeded."""
+    """The worker holds half of a sync and refuses to generate until a full one has succeeded.
+
+    Example:
+        try:
+            llm.generate(prompts)
+        except PoisonedError:
+            session.push(step=1)
+            llm.generate(prompts)
+    """

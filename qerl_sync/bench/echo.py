@@ -1,6 +1,7 @@
-"""A worker that loads nothing, in a process of its own: what a transport costs by itself.
+"""Run a worker that loads nothing in its own process, to measure a transport alone.
 
-Connection, conversation and inlets are the real ones; only vLLM and its loaders are missing.
+Connection, worker session and chunk receivers are the real ones; only vLLM and its loaders are
+missing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from qerl_sync.wire.host import host_id
 
 
 class EchoLoader:
-    """Takes tensors and forgets them; each is a layer of its own. Implements `Loader`."""
+    """Count tensors and drop them. Implement `Loader`; each tensor is a layer of its own."""
 
     working_bytes: Mapping[str, int] = {}
     peak_staged_bytes = finishing_bytes = 0
@@ -70,7 +71,7 @@ class EchoLoader:
         return False
 
     def poison(self, reason: str) -> None:
-        """Nothing is served."""
+        """Do nothing: the echo worker serves no requests."""
 
     def abort(self, reason: str) -> None:
         pass
@@ -81,7 +82,9 @@ def checksum(tensor: torch.Tensor) -> int:
 
 
 class EchoWorker:
-    """The worker's process, as its client. A context: the process ends with it."""
+    """Start the echo worker's process and act as its EngineClient. Leaving the context ends the
+    process.
+    """
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
@@ -107,20 +110,20 @@ class EchoWorker:
         self._call("open", init_info)
 
     def start_weight_update(self) -> None:
-        """Nothing to prepare."""
+        """Do nothing: the echo worker has nothing to prepare."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self._call("serve", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Nothing to finish."""
+        """Do nothing: the echo worker has nothing to finish."""
 
     def check(self, wanted: bool) -> None:
-        """Compute checksums of what arrives from now on, or stop to do so."""
+        """Switch the checksums of received tensors on or off."""
         self._call("check", wanted)
 
     def checksums(self) -> dict[str, int]:
-        """Of the tensors of the last sync."""
+        """Return the checksums of the last sync's tensors."""
         return dict(self._call("checksums", None))
 
     def _call(self, method: str, argument: object) -> Any:

@@ -1,4 +1,4 @@
-"""What the benchmark asks of a vLLM worker besides syncs; given to it as `worker_extension_cls`."""
+"""vLLM worker extension for the benchmarks, passed as `worker_extension_cls`."""
 
 from __future__ import annotations
 
@@ -21,17 +21,20 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
 
 
 class BenchExtension:
-    """Methods for vLLM's `collective_rpc`, on whose worker they are mixed in."""
+    """Add the benchmark's methods to the vLLM worker, for `collective_rpc`."""
 
     def bench_kernels(self) -> dict[str, str]:
-        """Digests of what the kernels hold."""
+        """Return digests of the kernels' weights."""
         from qerl_sync.worker.load.kernel_weights import kernel_digests
 
         return kernel_digests(self._engine.model)
 
     def bench_load_alone(self, checkpoint: str, order: list[str]) -> float:
-        """Seconds of vLLM's reload of this checkpoint, from memory that is already there; with what
-        makes derived state anew, without which tied heads and experts keep old weights on CPU."""
+        """Return the seconds that vLLM needs to reload this checkpoint from memory.
+
+        The time includes rebuilding derived state: without that, tied heads and experts keep old
+        weights on a CPU.
+        """
         if not hasattr(self, "_bench_tensors"):
             from safetensors.torch import load_file
 

@@ -40,7 +40,7 @@ COMMIT_SECONDS = 3.0
 
 @dataclass
 class RayMeasured:
-    """What a run of the benchmark found.
+    """Results of one benchmark run.
 
     Attributes:
         nbytes: bytes of one sync.
@@ -82,13 +82,13 @@ class BenchActor(RolloutActor):
         return self.llm.collective_rpc("bench_kernels")
 
     def load_alone(self, checkpoint: str, order: list[str]) -> float:
-        """Seconds of a reload from memory that is already there."""
+        """Return the seconds of a reload from memory that is already there."""
         (found,) = self.llm.collective_rpc("bench_load_alone", args=(checkpoint, order))
         return float(found)
 
 
 class EchoActor:
-    """The worker's real connection, conversation and inlets, with nobody who loads."""
+    """Connect like a worker, with the real session and chunk receivers, and load nothing."""
 
     def __init__(self) -> None:
         from qerl_sync.worker.protocol.connection import TrainerConnection
@@ -117,12 +117,12 @@ class EchoActor:
         return mailbox.put(key, index, chunk)
 
     def check(self, wanted: bool) -> dict[str, int]:
-        """Whether to compute checksums; returns those of the last sync."""
+        """Switch checksums on or off. Return those of the last sync."""
         self._loader.check = wanted
         return self._loader.checksums
 
     def take(self, array: Any) -> int:
-        """An object of the store, mapped; its first and last byte are read."""
+        """Map an object of the store; read its first and last byte."""
         return int(array[0]) + int(array[-1])
 
 
@@ -163,7 +163,7 @@ def measure(
 
 
 def leave_one_core() -> None:
-    """This process, threads that others have started in it included, gets all cores but one."""
+    """Restrict this process and all its threads to all cores but one."""
     cores = sorted(own_cores())[:-1]
     for thread in os.listdir("/proc/self/task") if cores else ():
         os.sched_setaffinity(int(thread), cores)
@@ -171,7 +171,7 @@ def leave_one_core() -> None:
 
 @contextmanager
 def two_nodes(object_store_bytes: int) -> Iterator[None]:
-    """Two raylets on this machine; the second has the resource `second`."""
+    """Start two raylets on this machine; the second has the resource `second`."""
     ray = require_ray()
     from ray.cluster_utils import Cluster
 
@@ -213,7 +213,9 @@ def _pool(model: str, count: int) -> Iterator[WorkerPool]:
 
 
 def _across(clock: Rounds, model: torch.nn.Module, rounds: int) -> None:
-    """Syncs through the object store of two nodes, beside one put and get of the same bytes."""
+    """Measure syncs through the object store of two nodes, and one put and get of the same
+    bytes.
+    """
     ray = require_ray()
     remote = ray.remote(num_cpus=1, resources=SECOND, concurrency_groups={CONTROL: 2})
     actor = remote(EchoActor).remote()
@@ -262,7 +264,9 @@ def _syncs(
 
 @torch.no_grad()
 def _check(session: SyncSession, model: torch.nn.Module, actors: Sequence[Any], fresh: Any) -> None:
-    """Other weights must change the kernels, the right ones bring back what a fresh engine has."""
+    """Check that other weights change the kernels and that the right ones restore a fresh
+    engine's.
+    """
     ray = require_ray()
     held = []
     for _ in range(2):
@@ -275,7 +279,7 @@ def _check(session: SyncSession, model: torch.nn.Module, actors: Sequence[Any], 
 
 
 def _kill(clock: Rounds, pool: WorkerPool, model: torch.nn.Module) -> None:
-    """Kill an actor in the middle of a sync; it must come back with the right weights."""
+    """Kill an actor in the middle of a sync; check that it comes back with the right weights."""
     ray = require_ray()
     with _session(pool, HFSource(model)) as session:
         before = session.push()

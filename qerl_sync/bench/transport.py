@@ -1,7 +1,7 @@
-"""`qerl-sync bench transport`: what syncs between processes cost, beside what they are made of.
+"""`qerl-sync bench transport`: the cost of syncs between processes, next to that of their parts.
 
-Everything that is compared runs in turns in one run; medians of seconds, and medians of the rounds'
-ratios. The tensors that were timed are checked.
+All variants run in turns in one run. Report medians of seconds, and medians of the rounds' ratios.
+Check the tensors that were timed.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Target:
 
 @dataclass
 class Measured:
-    """What a run of the benchmark found.
+    """Results of one benchmark run.
 
     Attributes:
         nbytes: bytes of one sync.
@@ -68,7 +68,7 @@ class Measured:
 
     @property
     def targets(self) -> list[Target]:
-        """The numbers that this project promises."""
+        """Return the numbers that this project promises."""
         found = [
             *(
                 Target(
@@ -97,7 +97,7 @@ class Measured:
 
 
 class Rounds:
-    """Times things in turns."""
+    """Time functions in turns."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, list[float]] = {}
@@ -109,7 +109,7 @@ class Rounds:
         return {name: statistics.median(found) for name, found in self.seconds.items()}
 
     def ratio(self, name: str, to: str) -> float:
-        """Median over the rounds of seconds of `name` over seconds of `to`."""
+        """Return the median over the rounds of seconds of `name` divided by seconds of `to`."""
         pairs = zip(self.seconds[name], self.seconds[to], strict=True)
         return statistics.median(a / b for a, b in pairs)
 
@@ -160,7 +160,9 @@ def measure(
 
 
 def make_model(config: Path) -> torch.nn.Module:
-    """A model of this shape with random weights in bfloat16, the same each time."""
+    """Make a model of this shape with random weights in bfloat16. Equal calls give equal
+    weights.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     read_json(Path(config))  # transformers would look for a missing or broken one on the hub
@@ -176,7 +178,7 @@ def make_model(config: Path) -> torch.nn.Module:
 
 
 def start_engine(path: str, arguments: Mapping[str, Any]) -> Any:
-    """A vLLM `LLM` whose engine has a process of its own."""
+    """Start a vLLM `LLM` whose engine has its own process."""
     from vllm import LLM
 
     ours = {"model": path, "weight_transfer_config": {"backend": "qerl"}}
@@ -190,7 +192,7 @@ def _alone(
     rounds: int,
     chunks_in_flight: int,
 ) -> None:
-    """Transports without a load at the other end, beside what they cannot beat."""
+    """Measure transports without loading at the receiver, and their lower bounds."""
     nbytes = sum(meta.nbytes for meta in source.metadata())
     memory = PrivateMemory(offsets(source.metadata())[1])
     with (
@@ -208,7 +210,7 @@ def _alone(
 def _echo(
     source: HFSource, kind: str, sync: Mapping[str, Any], chunks_in_flight: int
 ) -> Iterator[SyncSession]:
-    """A session with an echo worker, warm, whose bytes were checked."""
+    """Yield a warm session with an echo worker whose bytes were checked."""
     with EchoWorker() as worker:
         transport = RemoteTransport(worker, transport=kind, chunks_in_flight=chunks_in_flight)
         with SyncSession(source, transport, SyncConfig.of(**sync, **NOT_LOOKED_AT)) as session:
@@ -223,7 +225,9 @@ def _echo(
 
 
 def _copy_seconds(source: HFSource, memory: PrivateMemory) -> float:
-    """One pass over the weights, with torch's copy as the transports use it."""
+    """Return the seconds of one pass over the weights with torch's copy, as the transports use
+    it.
+    """
     memory.bytes.fill_(1)  # touched before
     started = time.perf_counter()
     metas = source.metadata()
@@ -243,7 +247,7 @@ def _end_to_end(
     checkpoint: str,
     chunks_in_flight: int,
 ) -> None:
-    """Whole syncs into a real engine, beside vLLM's load from memory that is already there."""
+    """Measure whole syncs into a real engine, and vLLM's load from memory that is already there."""
     from qerl_sync.engines.llm import LLMClient
 
     fresh = llm.collective_rpc("bench_kernels")
@@ -271,7 +275,9 @@ def _end_to_end(
 
 @torch.no_grad()
 def _check(kind: str, llm: Any, session: SyncSession, model: torch.nn.Module, fresh: Any) -> None:
-    """Other weights must change every layer, the right ones bring back what a fresh engine has."""
+    """Check that other weights change every layer and that the right ones restore a fresh
+    engine's.
+    """
     for parameter in model.parameters():
         parameter.neg_()
     session.push()
@@ -286,7 +292,7 @@ def _check(kind: str, llm: Any, session: SyncSession, model: torch.nn.Module, fr
 
 
 def _memory(reports: Sequence[SyncReport]) -> dict[str, int]:
-    """Medians: when malloc gives memory back is not ours to say."""
+    """Return medians: a single run depends on when malloc returns memory."""
     workers = [report.workers[0] for report in reports]
     names = {"measured": "peak_extra_bytes", "predicted": "peak_extra_bytes_predicted"}
     return {

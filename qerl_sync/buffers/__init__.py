@@ -1,4 +1,4 @@
-"""What a sync holds in memory: the detector of device tensors, the ledger, the trace.
+"""Account for the memory that a sync holds: device tensors, the ledger, the trace.
 
-Accounts only: it decides nothing, and the ledger and the trace need no torch.
+This package decides nothing. The ledger and the trace need no torch.
 """

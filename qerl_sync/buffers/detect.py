@@ -1,4 +1,4 @@
-"""Which tensors count as buffered, how many bytes they are, and which storages they keep alive."""
+"""Decide which tensors count as buffered; count their bytes and the storages they keep alive."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 
 class DeviceRule:
-    """Decides whether a tensor occupies memory of the worker.
+    """Decide whether a tensor occupies memory of the worker.
+
+    Meta tensors never do. vLLM's rule (`has_device_tensors` in its reload/utils.py) also excludes
+    host memory, so a CPU worker always counts zero bytes. This rule counts the worker's own device,
+    whichever it is.
 
     Meta tensors never do. vLLM's rule (`has_device_tensors` in its reload/utils.py) leaves out host
     memory too, so that a CPU worker, whose own memory that is, always accounts zero bytes. Ours
@@ -35,15 +39,15 @@ class DeviceRule:
         return isinstance(value, torch.Tensor) and value.device.type not in self._not_counted
 
     def held_tensors(self, arguments: Iterable[object]) -> Iterator[torch.Tensor]:
-        """The tensors among a weight loader's arguments that occupy memory of the worker."""
+        """Return the tensors among a weight loader's arguments that occupy memory of the worker."""
         return (value for value in arguments if self.counts(value))  # type: ignore[misc]
 
     def has_device_tensors(self, bound: BoundArguments) -> bool:
-        """Same question and answer as vLLM's function of this name under vLLM's rule."""
+        """Return what vLLM's function of this name returns under vLLM's rule."""
         return any(self.counts(value) for value in bound.arguments.values())
 
     def get_info_size(self, loaded_weights: Iterable[tuple[str, BoundArguments]]) -> int:
-        """Bytes of the views held for a layer; `loaded_weights` as vLLM keeps them."""
+        """Return the bytes of the views held for a layer; `loaded_weights` as vLLM keeps them."""
         return sum(
             tensor.nbytes
             for _, bound in loaded_weights
@@ -52,7 +56,7 @@ class DeviceRule:
 
 
 def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
-    """The unique storages that a tensor keeps alive.
+    """Return the unique storages that a tensor keeps alive.
 
     A DTensor keeps its local shard, a wrapper subclass (quantised weights) its inner tensors. A
     plain tensor keeps the whole storage that it is a view of, however small the view.
@@ -66,7 +70,9 @@ def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Those that hold the tensor's bytes here: itself, or what a wrapper subclass keeps inside."""
+    """Return the tensors that hold the bytes: `tensor` itself, or the inner tensors of a wrapper
+    subclass.
+    """
     to_local: Any = getattr(tensor, "to_local", None)
     if callable(to_local):
         yield from plain_tensors(to_local())
@@ -88,14 +94,16 @@ Parents = Callable[[str], str]
 
 
 def named(name: str, parents: Parents | None) -> str:
-    """The name and, in parentheses, its parent layers."""
+    """Return the name and, in parentheses, its parent layers."""
     found = parents(name) if parents is not None else ""
     return f"{name!r} (of {found})" if found else repr(name)
 
 
 def is_finite(tensor: torch.Tensor, *, alone: bool = True) -> bool:
-    """Are all values finite? One pass at about the speed of memory: a sum takes over any NaN or
-    infinity. It may also overflow; only then the values are looked at one by one.
+    """Return True if all values are finite.
+
+    One pass at about memory speed: the sum propagates any NaN or infinity. The sum may also
+    overflow; only then look at the values one by one.
 
     Args:
         alone: use all cores. False: one, beside others that load.
@@ -123,7 +131,7 @@ _BLOCK = 1 << 17
 
 
 def _has_finite_bits(tensor: torch.Tensor) -> bool:
-    """The same on one core, exactly."""
+    """Do the same exactly, on one core."""
     integer, infinity = _INFINITY[tensor.dtype]
     signed = tensor.detach().view(-1).view(integer).numpy()
     unsigned = signed.view(f"u{signed.itemsize}")
@@ -147,8 +155,7 @@ def _sum(tensor: torch.Tensor) -> float:
 def require_finite(
     name: str, tensor: torch.Tensor, parents: Parents | None = None, *, alone: bool = True
 ) -> None:
-    """Raises CoverageError, with the number of bad values, if there is any in `tensor`. See
-    `is_finite`."""
+    """Raise CoverageError with the number of bad values if `tensor` has any. See `is_finite`."""
     if not is_finite(tensor, alone=alone):
         bad = int((~torch.isfinite(tensor)).sum())
         raise CoverageError(
@@ -161,8 +168,11 @@ def require_finite(
 def require_in_range(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, parents: Parents | None = None
 ) -> None:
-    """Raises CoverageError, with the largest value, if any would become infinite as `dtype`, in
-    which the engine computes. One pass where the dtypes' ranges differ, none elsewhere."""
+    """Raise CoverageError with the largest value if any would become infinite as `dtype`.
+
+    `dtype` is the one in which the engine computes. One pass where the dtypes' ranges differ, none
+    elsewhere.
+    """
     if tensor.numel() == 0 or not _reaches_further(tensor.dtype, dtype):
         return
     low, high = tensor.aminmax()
@@ -177,7 +187,10 @@ def require_in_range(
 
 
 def _reaches_further(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """By orders of magnitude: float32 ends a little above bfloat16, where no weight is."""
+    """Return True if the range is larger by orders of magnitude.
+
+    float32 ends a little above bfloat16, in a range that no weight reaches.
+    """
     return dtype.is_floating_point and _exponent(dtype) > _exponent(other)
 
 

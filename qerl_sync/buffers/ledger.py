@@ -1,4 +1,4 @@
-"""The ledger: what the receiver holds for layers that are not whole yet. O(1) per tensor."""
+"""The ledger: memory that the receiver holds for incomplete layers. O(1) per tensor."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class BufferLedger:
     """Counts buffered bytes by view and pinned bytes by unique storage, and keeps the trace.
 
     It is told of events and never looks at a tensor, so that the same code accounts for a predicted
-    sync (`plan.replay`) and for a measured one (`worker.monitor`):
+    sync (`plan.replay`) and for a measured one (`worker.load.monitor`):
 
         begin(name)      the stream hands over its next tensor
         hold(layer, ..)  a view of it is kept for a parent layer
@@ -36,7 +36,9 @@ class BufferLedger:
         return len(self._held) - len(self._deferred)
 
     def begin(self, name: str) -> None:
-        """The next tensor of the stream is `name`; what it causes belongs to its step."""
+        """Start the step of the stream's next tensor, `name`. Later events belong to it until the
+        next `begin`.
+        """
         self._end_step()
         self._name = name
         self._high = (self.buffered_bytes, self.pinned_bytes, self.open_layers)
@@ -49,7 +51,7 @@ class BufferLedger:
         *,
         deferred: bool = False,
     ) -> None:
-        """A view of `view_bytes` is kept for `layer` and keeps `storages` alive.
+        """Record that a view of `view_bytes` is kept for `layer` and keeps `storages` alive.
 
         A deferred layer is processed at the end of the sync whatever arrives, so it is not
         counted among the open ones.
@@ -72,7 +74,7 @@ class BufferLedger:
         )
 
     def release(self, layer: str) -> None:
-        """`layer` was processed. Releasing a layer that holds nothing is no error."""
+        """Record that `layer` was processed. Releasing a layer that holds nothing is no error."""
         for view_bytes, storage in self._held.pop(layer, ()):
             self.buffered_bytes -= view_bytes
             self._holders[storage.key] -= 1
@@ -82,11 +84,13 @@ class BufferLedger:
         self._deferred.discard(layer)
 
     def held_bytes(self) -> dict[str, int]:
-        """Buffered bytes of each layer that holds any, in the order in which they opened."""
+        """Return the buffered bytes of each layer that holds any, in the order in which they
+        opened.
+        """
         return {layer: sum(n for n, _ in held) for layer, held in self._held.items()}
 
     def trace(self) -> Trace:
-        """All steps so far, the current one included."""
+        """Return all steps so far, the current one included."""
         self._end_step()
         return Trace(tuple(self._steps))
 

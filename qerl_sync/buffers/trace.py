@@ -1,4 +1,4 @@
-"""The trace of a sync: what is held after each tensor. One type, predicted and measured."""
+"""The trace of a sync: memory held after each tensor. One type for prediction and measurement."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Trace:
         pinned_bytes: Iterable[int],
         open_layers: Iterable[int],
     ) -> Trace:
-        """A trace from the fields of its steps."""
+        """Return a trace made from the columns of its steps."""
         trace = cls.__new__(cls)
         trace._set(names, buffered_bytes, pinned_bytes, open_layers)
         return trace
@@ -94,16 +94,18 @@ class Trace:
 
     @cached_property
     def peak_index(self) -> int:
-        """Index of the first step with the highest buffered bytes."""
+        """Return the index of the first step with the highest buffered bytes."""
         return self._columns[1].index(self.peak_buffered_bytes)
 
     @cached_property
     def peak_pinned_index(self) -> int:
-        """Index of the first step with the highest pinned bytes."""
+        """Return the index of the first step with the highest pinned bytes."""
         return self._columns[2].index(self.peak_pinned_bytes)
 
     def first_difference(self, other: Trace) -> str | None:
-        """None if both are equal, tensor by tensor; else what differs first, for a person."""
+        """Describe the first difference between two traces; None if they are equal, tensor by
+        tensor.
+        """
         for i, (mine, theirs) in enumerate(zip(self.steps, other.steps, strict=False)):
             for field, a, b in zip(TraceStep._fields, mine, theirs, strict=True):
                 if a != b:

@@ -1,4 +1,4 @@
-"""The commands, one file or folder each: arguments in, text and status out.
+"""The commands, one file or folder each: arguments in, text and exit status out.
 
-No work is done here that a library user would miss.
+The commands only call the library.
 """

@@ -31,7 +31,7 @@ def learning(
     ] = Path("runs/learning"),
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """Does it learn? Trains with several seeds and prints what each reached."""
+    """Train with several seeds and print what each reached."""
     wanted = _parse_seeds(seeds)
     with errors_as_text(debug=debug):
         from qerl_sync.report.tables import trials_table
@@ -59,7 +59,7 @@ def transport(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """What does a sync to another process cost? Beside vLLM's load alone, memcpy and TCP."""
+    """Measure a sync to another process, beside vLLM's load alone, memcpy and TCP."""
     with errors_as_text(debug=debug):
         from qerl_sync.training.environment import prepare_environment
 
@@ -98,7 +98,7 @@ def ray(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """What does a sync of Ray actors cost? Beside loads alone, Ray's put and get, and a kill."""
+    """Measure a sync of Ray actors, beside loads alone, Ray's put and get, and a kill."""
     wanted = _parse_numbers(workers)
     with errors_as_text(debug=debug):
         from qerl_sync.training.environment import prepare_environment

@@ -1,4 +1,6 @@
-"""How warnings look, and how errors end a command: a text, an exit code, no traceback unasked."""
+"""Format warnings, and turn exceptions into a message and an exit code. A traceback needs
+--debug.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,7 @@ def errors_as_text(*, debug: bool) -> Iterator[None]:
 
 
 class _ToConsole(logging.Handler):
-    """Prints records as they are, so that their own line breaks and indents survive."""
+    """Print records unchanged, so that their line breaks and indents survive."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()

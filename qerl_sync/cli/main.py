@@ -1,4 +1,4 @@
-"""The command line. Commands import what is heavy when they run, so that help is fast."""
+"""The command line. Each command imports heavy packages when it runs, so that help is fast."""
 
 from __future__ import annotations
 
@@ -38,9 +38,12 @@ def _options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Options before a command. With it, one command alone keeps its name too."""
+    """Take the options that precede a command.
+
+    With this callback typer keeps the command's name even if there is only one.
+    """
 
 
 def main() -> None:
-    """The entry point of the console script."""
+    """Run the command line: the entry point of the console script."""
     app()

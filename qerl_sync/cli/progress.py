@@ -1,4 +1,4 @@
-"""What a long command is doing."""
+"""Progress of a long command."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from rich.markup import escape
 
 @contextmanager
 def telling(console: Console) -> Iterator[Callable[[str], None]]:
-    """A function to be told what is being done: one line that changes, or where nobody watches (a
-    file, a CI's log) a line each time."""
+    """Return a function that shows the current activity.
+
+    On a terminal it updates one line; elsewhere (a file, a CI log) it prints a line each time.
+    """
     if not console.is_terminal:
         yield lambda text: console.print(text, markup=False, highlight=False)
         return

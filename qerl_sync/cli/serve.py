@@ -70,8 +70,10 @@ def serve(
 
 
 def _secure(host: str, console: Console) -> None:
-    """Say who may drive the server. Make a token where other machines reach it and there is none:
-    the server is started with this process's environment."""
+    """Print who may drive the server. Create a token if other machines reach it and none is set.
+
+    The server inherits this process's environment, so the token is set there.
+    """
     from qerl_sync.serving.command import is_loopback
     from qerl_sync.wire.channel import new_token
 
@@ -124,7 +126,7 @@ def _wait(server: ServerProcess, console: Console) -> None:
 
 @contextmanager
 def _signals_as_interrupts() -> Iterator[None]:
-    """SIGTERM and SIGHUP (the terminal is closed) stop the server as Ctrl-C does."""
+    """Stop the server on SIGTERM and SIGHUP (a closed terminal) as on Ctrl-C."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Options that are right each by itself, and wrong or without effect together."""
+"""Find options that are valid alone, and contradictory or without effect together."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ TRLS_IN_PROCESS = {
 
 
 def contradictions(tree: Mapping[str, Any]) -> list[Violation]:
-    """What in a configuration, as it was written, does not go together."""
+    """Return the contradictions in a configuration, as it was written."""
     mode = value_at(tree, "rollout.mode") or "colocate"
     return [
         *_of_sync(tree, mode),

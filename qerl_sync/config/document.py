@@ -1,4 +1,4 @@
-"""docs/configuration.md, made from the models themselves:
+"""Generate docs/configuration.md from the models:
 
 python -m qerl_sync.config.document > docs/configuration.md
 """
@@ -26,7 +26,7 @@ This page is made from the code: `python -m qerl_sync.config.document > docs/con
 
 
 def configuration_page() -> str:
-    """The whole page: one table for each section, in the order in which they occur."""
+    """Return the whole page: one table for each section, in the order in which they occur."""
     sections = [_section(place, section) for place, section in _walk("", TrainConfig)]
     return "\n".join([HEAD, *sections])
 
@@ -42,7 +42,9 @@ def _section(place: str, section: type[Section]) -> str:
     title = f"## `{place}`" if place else "## Top level"
     rows = [_row(name, field) for name, field in section.model_fields.items()]
     head = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    return "\n".join([title, "", _text(section.__doc__ or ""), "", *head, *rows, ""])
+    return "\n".join(
+        [title, "", _text((section.__doc__ or "").partition("\n\n")[0]), "", *head, *rows, ""]
+    )
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -1,7 +1,7 @@
-"""Options of the section `sync` that change nothing, given the others.
+"""Find options of the section `sync` that have no effect, given the others.
 
-An option without effect is refused and not ignored: whoever sets `verify_tolerance` and forgets
-`verify: full` would take the sync for verified.
+Such an option is refused, not ignored: a user who sets `verify_tolerance` and forgets `verify:
+full` would believe that the sync is verified.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BETWEEN_PROCESSES = {
 
 
 def without_effect(sync: Mapping[str, Any], *, in_process: bool = False) -> list[Violation]:
-    """Return what in these options has no effect; places are relative to the section.
+    """Return the options that have no effect; places are relative to the section.
 
     Args:
         sync: the options; those that are missing have their defaults.

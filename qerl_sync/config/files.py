@@ -1,7 +1,7 @@
-"""Errors about files, translated once: which file, what is wrong with it, what to do.
+"""Translate errors about files once: the file, the problem, the next step.
 
-Python, Rust (safetensors) and C++ (torch) say the same in different ways, and only Python sometimes
-says of which file.
+Python, Rust (safetensors) and C++ (torch) word the same problem differently, and only Python
+sometimes names the file.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TORCH_FAILED = "PytorchStreamWriter failed"
 
 @contextmanager
 def file_errors_explained(writing_to: Path | None = None) -> Iterator[None]:
-    """Raise FileError from what is raised in here because of a file; the rest passes.
+    """Raise FileError in place of any error in this context that a file caused; let others pass.
 
     Args:
         writing_to: the directory that is written to, for errors that name no file.
@@ -55,7 +55,7 @@ def file_errors_explained(writing_to: Path | None = None) -> Iterator[None]:
 
 
 def file_error(exc: BaseException, writing_to: Path | None = None) -> FileError | None:
-    """Return what `exc` says of a file, in our words; None if it is about something else."""
+    """Return the FileError for `exc`; None if no file caused it."""
     number, path = _number(exc), getattr(exc, "filename", None)
     if number not in NEXT_STEP:
         return file_error(exc.__cause__, writing_to) if exc.__cause__ is not None else None
@@ -79,5 +79,5 @@ def _number(exc: BaseException) -> int | None:
 
 
 def where(path: str) -> str:
-    """Return `path` as it was looked for, for errors that say that it is not there."""
+    """Return `path` as it was looked up, for errors about a missing file."""
     return str(Path(path).expanduser().absolute())

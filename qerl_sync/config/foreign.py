@@ -1,7 +1,7 @@
-"""The sections handed on to TRL, vLLM and transformers as they are: are their keys known there?
+"""Check the keys of sections that are passed unchanged to TRL, vLLM and transformers.
 
-A typo in one of them would otherwise surface only after the model was built and the engine started,
-or, in a transformers configuration, never.
+Without the check a typo would surface only after the model was built and the engine started or, in
+a transformers configuration, never.
 """
 
 from __future__ import annotations
@@ -141,8 +141,9 @@ SECTIONS = (
 
 
 def foreign_violations(tree: Mapping[str, Any]) -> list[Violation]:
-    """Keys that the package they are meant for does not know or that are ours to set, and values of
-    the wrong type."""
+    """Return violations for unknown keys, keys that this program sets, and values of a wrong
+    type.
+    """
     violations = [found for section in SECTIONS for found in _check(section, tree)]
     return violations + _unknown_architecture(tree)
 
@@ -186,8 +187,10 @@ def _problem(section: Foreign, key: str, value: Any, known: Hints | None) -> str
 
 
 def _wrong_type(value: Any, hint: Any) -> str | None:
-    """What is wrong with `value`, if `hint` says so in plain terms. Null is left to the owner: many
-    hints do not mention it."""
+    """Return the problem if `value` plainly contradicts `hint`.
+
+    Leave null to the package: many hints do not mention it.
+    """
     if value is None or not _is_plain(hint):
         return None
     try:
@@ -198,7 +201,7 @@ def _wrong_type(value: Any, hint: Any) -> str | None:
 
 
 def _is_plain(hint: Any) -> bool:
-    """Made of the types that YAML has: the only ones that can be judged without their owner."""
+    """Return True for types that YAML has. Only those can be checked without the package."""
     if get_origin(hint) is Literal:
         return True
     parts = get_args(hint)

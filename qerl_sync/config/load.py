@@ -1,4 +1,6 @@
-"""A YAML file and overrides into a `TrainConfig`, or one error with everything that is wrong."""
+"""Load a YAML file and overrides into a `TrainConfig`, or raise one error that lists all
+problems.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,12 @@ from qerl_sync.errors import ConfigError
 def load_config(
     path: str | Path, overrides: Sequence[str] = (), *, check_foreign: bool = True
 ) -> TrainConfig:
-    """The configuration in the file at `path` with `overrides` ("section.key=value") put on top.
+    """Read the configuration at `path` and put `overrides` ("section.key=value") on top.
+
+    Example:
+        overrides = ["sync.policy=warn", "trainer.max_steps=20"]
+        config = load_config("configs/grpo_cpu.yaml", overrides)
+        print(config.sync.policy)
 
     Args:
         check_foreign: also check the keys of the sections that are handed on to TRL, vLLM and

@@ -1,4 +1,4 @@
-"""What can be configured. Unknown keys fail; the text under each field is its documentation."""
+"""The configuration models. Unknown keys fail; the text under each field is its documentation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from qerl_sync.plan.orders import parse_order
 
 
 def _bytes(value: object) -> object:
-    """Texts such as "64MiB" and numbers become bytes; None stays."""
+    """Convert texts such as "64MiB" and numbers to bytes; keep None."""
     if not isinstance(value, int | float | str):
         return value
     try:
@@ -38,7 +38,7 @@ def _bytes(value: object) -> object:
 
 
 def _budget(value: Any) -> Any:
-    """As `_bytes`, and "auto"."""
+    """Convert like `_bytes`; also accept "auto"."""
     if value is None or value == "auto":
         return value
     try:
@@ -62,7 +62,9 @@ def _server_url(value: str | None) -> str | None:
 
 
 def require_announced(address: str) -> None:
-    """Raise ConfigError for an address that is to listen on and not to connect to: 0.0.0.0."""
+    """Raise ConfigError for 0.0.0.0 and the like: a server can listen there, but no client can
+    connect.
+    """
     try:
         numeric = socket.getaddrinfo(address or "0.0.0.0", None, flags=socket.AI_NUMERICHOST)
     except OSError:  # a name, which is resolved when it is used
@@ -101,13 +103,13 @@ Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 
 
 class Section(BaseModel):
-    """Closed and immutable. The text under a field is its description."""
+    """Base of all sections: closed and immutable. The text under a field is its description."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @classmethod
     def of(cls, **options: Any) -> Self:
-        """The section with these fields.
+        """Return the section with these fields.
 
         Raises:
             ConfigError: lists every option that is unknown or has a wrong value.
@@ -125,7 +127,13 @@ class Section(BaseModel):
 
 
 class SyncConfig(Section):
-    """How weights go from the trainer to vLLM."""
+    """How weights go from the trainer to vLLM.
+
+    Example:
+        config = SyncConfig.of(policy="reorder", chunk_bytes="64MiB", verify="checksum")
+        with SyncSession(HFSource(model), transport, config) as session:
+            session.push(step=1)
+    """
 
     policy: Literal["warn", "reorder", "spill", "error"] = "reorder"
     """What to do about a source whose order would keep several parent layers open in vLLM.
@@ -433,7 +441,13 @@ class RayConfig(Section):
 
 
 class TrainConfig(Section):
-    """One run of `qerl-sync train`."""
+    """One run of `qerl-sync train`.
+
+    Example:
+        config = load_config("configs/grpo_cpu.yaml", ["trainer.max_steps=20"])
+        assert isinstance(config, TrainConfig)
+        print(config.sync.policy, config.output_dir)
+    """
 
     model: ModelConfig
     """The policy that is trained."""

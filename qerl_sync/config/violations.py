@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: the place, the value and the nearest valid key."""
+"""Describe configuration errors: the place, the value and the nearest valid key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qerl_sync.errors import ConfigError
 
 @dataclass(frozen=True)
 class Violation:
-    """One thing that is wrong. `place` is a dotted path into the configuration."""
+    """One problem of a configuration. `place` is a dotted path."""
 
     place: str
     message: str
@@ -24,7 +24,7 @@ class Violation:
 def config_error(
     source: str, violations: Sequence[Violation], origins: Mapping[str, str] | None = None
 ) -> ConfigError:
-    """One error that lists them all.
+    """Return one error that lists all violations.
 
     Args:
         source: the file or class that is wrong.
@@ -41,14 +41,14 @@ def config_error(
 
 
 def _origin(place: str, origins: Mapping[str, str]) -> str:
-    """Where `place` was written, or else the nearest section around it."""
+    """Return where `place` was written, or else the nearest section around it."""
     while place and place not in origins:
         place = place.rpartition(".")[0]
     return origins.get(place, "")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
-    """A hint to the valid word that was probably meant; else the list of them, if it is short."""
+    """Return a hint to the closest valid word; else the list of valid words, if it is short."""
     known = sorted(valid)
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
@@ -67,7 +67,7 @@ class Contradictions(ValueError):
 
 
 def schema_violations(error: ValidationError, model: type[BaseModel]) -> list[Violation]:
-    """Pydantic's findings in our words."""
+    """Return pydantic's findings as violations."""
     violations = []
     for found in error.errors():
         cause = found.get("ctx", {}).get("error")
@@ -102,7 +102,7 @@ def _in_words(found: Mapping[str, Any], model: type[BaseModel]) -> str:
 
 
 def _nearest_key(loc: Sequence[int | str], model: type[BaseModel]) -> str:
-    """The key probably meant: one like it in this section, or the same one in another section."""
+    """Return the likely key: a similar one in this section, or the same one in another section."""
     key = str(loc[-1])
     siblings = _section(model, loc[:-1]).model_fields
     if not get_close_matches(key, siblings):
@@ -113,14 +113,14 @@ def _nearest_key(loc: Sequence[int | str], model: type[BaseModel]) -> str:
 
 
 def _section(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
-    """The model of the section at `loc`."""
+    """Return the model of the section at `loc`."""
     for part in loc:
         model = _as_section(model.model_fields[str(part)].annotation) or model
     return model
 
 
 def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Dotted paths of all fields."""
+    """Return the dotted paths of all fields."""
     paths = []
     for name, field in model.model_fields.items():
         paths.append(prefix + name)
@@ -131,7 +131,7 @@ def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def _as_section(annotation: Any) -> type[BaseModel] | None:
-    """The model in `Model` or `Model | None`, if there is one."""
+    """Return the model in `Model` or `Model | None`, if there is one."""
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
     for option in options:
         if isinstance(option, type) and issubclass(option, BaseModel):

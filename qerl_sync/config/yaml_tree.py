@@ -1,4 +1,6 @@
-"""YAML into plain values, with the line of each key, and overrides like `sync.policy=warn`."""
+"""Parse YAML into plain values with each key's line, and apply overrides like
+`sync.policy=warn`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,11 @@ COMMAND_LINE = "command line"
 
 
 class _Loader(yaml.SafeLoader):
-    """Scalars as in YAML 1.2. PyYAML follows 1.1, where `1e-3` is a text, `no` is false and `1:30`
-    is 90: the first two are common values of trainer arguments."""
+    """Load scalars as YAML 1.2 does.
+
+    PyYAML follows 1.1, where `1e-3` is a text, `no` is false and `1:30` is 90. The first two are
+    common values of trainer arguments.
+    """
 
 
 _CHANGED = {f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float")}
@@ -45,7 +50,7 @@ _Loader.add_implicit_resolver(
 
 
 def read_tree(text: str, source: str) -> tuple[Tree, dict[str, str], list[Violation]]:
-    """The values in `text`, the line of each dotted path ("line 7"), and keys that stand twice.
+    """Return the values in `text`, the line of each dotted path ("line 7"), and duplicate keys.
 
     Raises:
         ConfigError: it is no YAML, or not a mapping.
@@ -70,7 +75,7 @@ def read_tree(text: str, source: str) -> tuple[Tree, dict[str, str], list[Violat
 
 
 def _walk(node: Any, prefix: str, lines: dict[str, str], doubled: list[Violation]) -> None:
-    """Note each key's line. A key that stands twice is an error: YAML would silently keep one."""
+    """Note each key's line. Report a duplicate key: YAML would silently keep one."""
     if not isinstance(node, yaml.MappingNode):
         return
     seen: dict[Hashable, int] = {}
@@ -87,7 +92,9 @@ def _walk(node: Any, prefix: str, lines: dict[str, str], doubled: list[Violation
 def apply_overrides(
     tree: Tree, overrides: Sequence[str], origins: dict[str, str]
 ) -> list[Violation]:
-    """Put `path.to.key=value` into `tree`, the value read as YAML; note in `origins` whence."""
+    """Put `path.to.key=value` into `tree`, the value parsed as YAML; note its origin in
+    `origins`.
+    """
     violations = []
     for override in overrides:
         problem = _apply(tree, override, origins)
@@ -119,7 +126,7 @@ def _apply(tree: Tree, override: str, origins: dict[str, str]) -> Violation | No
 
 
 def value_at(tree: Any, place: str) -> Any:
-    """The value at a dotted path; None where there is none."""
+    """Return the value at a dotted path; None where there is none."""
     for name in place.split("."):
         if not isinstance(tree, Mapping):
             return None

@@ -1,5 +1,4 @@
-"""The control plane of a vLLM engine: pause, update, reset caches, resume. One file for each kind
-of engine.
+"""Control planes of vLLM engines: pause, update, reset caches, resume. One file for each kind.
 
-No tensor passes here, and nothing is known of plans.
+No tensor passes through these clients, and they know nothing of plans.
 """

@@ -1,4 +1,4 @@
-"""The control plane of an `AsyncLLM` that runs on an event loop of another thread."""
+"""Drive an `AsyncLLM` that runs on another thread's event loop."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ POLL_SECONDS = 0.2
 
 
 class AsyncLLMClient:
-    """A `vllm.v1.engine.async_llm.AsyncLLM` as an EngineClient, for callers that block.
+    """Drive a `vllm.v1.engine.async_llm.AsyncLLM` with blocking calls.
+
+    Example:
+        engine = AsyncLLM.from_engine_args(arguments)  # in a coroutine
+        client = AsyncLLMClient(engine, asyncio.get_running_loop())
+        session = SyncSession(source, RemoteTransport(client), config)
+        await asyncio.to_thread(session.push, step=1)
 
     Args:
         engine: with weight_transfer_config={"backend": "qerl"}.
@@ -94,7 +100,7 @@ class AsyncLLMClient:
         return [answer async for answer in self.engine.generate(prompt, asked, name)][-1]
 
     def weight_version(self) -> str:
-        """The version that was given with the last finished update; vLLM starts with `default`."""
+        """Return the version passed with the last finished update; `default` before the first."""
         return str(self._call("get_weight_version"))
 
     def world_size(self) -> int:

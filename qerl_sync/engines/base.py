@@ -1,4 +1,4 @@
-"""What a transport needs of the control plane of a vLLM engine."""
+"""The control plane that a transport needs of a vLLM engine."""
 
 from __future__ import annotations
 
@@ -50,19 +50,24 @@ class EngineClient(Protocol):
 
 
 class PausableClient(EngineClient, Protocol):
-    """An engine that goes on with requests in flight while it is not told otherwise."""
+    """An engine that keeps scheduling requests in flight unless it is paused."""
 
     def pause(self, mode: PauseMode) -> None:
-        """Stop scheduling; caches stay. `keep`: requests in flight wait and go on after `resume`;
-        `wait`: until they have finished; `abort`: they end now."""
+        """Stop scheduling; keep the caches.
+
+        `keep`: requests in flight wait and continue after `resume`. `wait`: let them finish first.
+        `abort`: end them now.
+        """
 
     def resume(self) -> None:
         """Schedule again."""
 
     def reset_caches(self, *, running: bool) -> bool:
-        """Empty every cache that holds work of old weights: prefix, encoder, multimodal, and what
-        a KV connector keeps outside. `running`: requests in flight forget their keys and values
-        too, and compute them anew with the new weights.
+        """Empty every cache that holds results of old weights.
+
+        These are the prefix, encoder and multimodal caches, and the KV connector's external store.
+        `running`: requests in flight drop their keys and values too, and recompute them with the
+        new weights.
 
         Returns:
             Whether all are empty. False: requests in flight hold on to their blocks, and vLLM then
@@ -72,52 +77,67 @@ class PausableClient(EngineClient, Protocol):
 
 
 class RefusingClient(EngineClient, Protocol):
-    """An engine whose callers are told why it does not answer. Others wait: after a failed sync
-    it stays paused."""
+    """An engine that can refuse requests with a reason.
+
+    Requests to any other engine wait: after a failed sync it stays paused.
+    """
 
     def refuse(self, reason: str) -> None:
-        """Requests are refused with `reason` from here on, instead of waiting: by PoisonedError,
-        over HTTP by status 503. It is called after a failure, and raises nothing of its own."""
+        """Refuse requests with `reason` instead of letting them wait.
+
+        Callers get PoisonedError, or HTTP status 503. This runs after a failure, and raises
+        nothing.
+        """
 
     def admit(self) -> None:
-        """Take requests again. Idempotent."""
+        """Accept requests again. Idempotent."""
 
 
 class CountedClient(EngineClient, Protocol):
-    """An engine that tells how many workers it has. Without it, a data parallel replica that does
-    not connect goes unnoticed where its engine does not tell either."""
+    """An engine that reports its number of workers.
+
+    Without it, a data parallel replica that does not connect can go unnoticed.
+    """
 
     def world_size(self) -> int | None:
-        """Count the workers that `update_weights` reaches, with those of all data parallel
-        replicas. None: it is not known."""
+        """Return the number of workers that `update_weights` reaches, all data parallel replicas
+        included.
+
+        None: unknown.
+        """
 
 
 class ProbedClient(EngineClient, Protocol):
-    """An engine that can be asked what it thinks of a prompt."""
+    """An engine that returns log-probabilities of a prompt."""
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Of each token but the first, given those before it. The engine must not be paused."""
+        """Return each token's log-probability, from the second on. The engine must not be
+        paused.
+        """
 
 
 class StoringClient(EngineClient, Protocol):
-    """An engine that can be handed objects out of a store which all nodes of a cluster share."""
+    """An engine that takes objects from a store which all nodes of a cluster share."""
 
     def put(self, chunk: torch.Tensor) -> Any:
-        """Put a chunk's bytes into the store, once for all engines; they may change afterwards.
+        """Put a chunk's bytes into the store, once for all engines. The caller may change them
+        afterwards.
 
         Returns:
             What `deliver` takes. The object lives as long as this, or somebody who reads it.
         """
 
     def deliver(self, key: str, index: int, stored: Any) -> None:
-        """Have an object brought to the worker that has opened box `key` (`worker.deliveries`).
-        Returns at once; what goes wrong shows in the chunk not being loaded."""
+        """Send an object to the worker that has opened mailbox `key` (`worker.protocol.mailbox`).
+
+        Return at once. A failure shows in the chunk not being loaded.
+        """
 
     def require_store(self, nbytes: int) -> None:
-        """Raises ConfigError if the store of some node is smaller than that."""
+        """Raise ConfigError if the store of some node is smaller than `nbytes`."""
 
     def require_mailbox(self, key: str) -> None:
-        """Raises TransportError if objects do not reach the worker that has opened box `key`."""
+        """Raise TransportError if objects do not reach the worker that has opened mailbox `key`."""
 
 
 # Sampling parameters of a request that asks for nothing but the prompt's log-probabilities.
@@ -135,7 +155,9 @@ def num_workers(vllm_config: Any, engine_core: Any) -> int:
 
 
 def read_prompt_logprobs(token_ids: Sequence[int], reported: Sequence[Any]) -> list[float]:
-    """Out of vLLM's answer: for each token a table by token id; None for the first."""
+    """Read log-probabilities from vLLM's answer: one table by token id per token, None for the
+    first.
+    """
     found = []
     for token, table in zip(token_ids[1:], reported[1:], strict=True):
         entry = table[token] if token in table else table[str(token)]
@@ -148,13 +170,13 @@ _CALLED = re.compile(r"^Call to \w+ method failed: ")
 
 
 def complaint(text: str) -> str:
-    """What an engine's worker said, out of the words that vLLM's processes put around it."""
+    """Extract the worker's own error text from the text that vLLM's processes put around it."""
     wrapped = _WRAPPED.search(text)
     return wrapped[1] if wrapped else _CALLED.sub("", text)
 
 
 def refusal(reason: str) -> Callable[..., NoReturn]:
-    """What stands in for a function that would let a request wait for a paused engine."""
+    """Return a function that refuses a request instead of letting it wait for a paused engine."""
 
     def refuse(*arguments: Any, **options: Any) -> NoReturn:
         raise PoisonedError(why_refused(reason))
@@ -163,7 +185,7 @@ def refusal(reason: str) -> Callable[..., NoReturn]:
 
 
 def why_refused(reason: str) -> str:
-    """What a caller is told whose request a paused engine would let wait."""
+    """Return the error text for a request that a paused engine would let wait."""
     return (
         f"this engine does not generate: {reason}. Its weights may be a mix of two versions, "
         "and it is paused; run a full sync (`session.push()`) to make them right"
@@ -171,7 +193,7 @@ def why_refused(reason: str) -> str:
 
 
 def in_thread(name: str, call: Callable[[], Any]) -> Future[Any]:
-    """Make a call in a thread of its own, which dies with the process. See `answers`."""
+    """Make a call in a daemon thread, which ends with the process. See `answers`."""
     answer: Future[Any] = Future()
 
     def fulfil() -> None:
@@ -190,11 +212,11 @@ def answers(
     poll_seconds: float,
     check_alive: Callable[[], None],
 ) -> bool:
-    """Wait for a call that another thread makes. Returns whether it has ended within the time;
-    None: it may take any.
+    """Wait for a call that another thread makes. Return whether it ended in time; None waits
+    forever.
 
     Args:
-        glance: called again and again meanwhile; raises if waiting has become pointless. vLLM
+        check_alive: called again and again meanwhile; raises if waiting has become pointless. vLLM
             leaves calls unanswered in which its engine dies.
     """
     deadline = time.monotonic() + (math.inf if timeout_seconds is None else timeout_seconds)
@@ -206,8 +228,10 @@ def answers(
 
 
 def require_alive(engine_core: Any, engine: str, method: str) -> None:
-    """Raises PeerLostError if the process of a vLLM engine has died. Its client notices that, and
-    tells only who calls next."""
+    """Raise PeerLostError if the process of a vLLM engine has died.
+
+    vLLM's client notices the death, but tells only the next caller.
+    """
     if getattr(getattr(engine_core, "resources", None), "engine_dead", False):
         raise lost(engine, method)
 
@@ -220,7 +244,7 @@ def timed_out(engine: str, method: str, seconds: float) -> TransportTimeout:
 
 
 def translated(exc: Exception, engine: str, method: str) -> SyncError:
-    """The error to raise from `exc`, which a call of vLLM in Python raised."""
+    """Return the error to raise for `exc`, which a call of vLLM in Python raised."""
     if isinstance(exc, SyncError):
         return exc
     # By name: the class is in different modules in different versions of vLLM.

@@ -1,5 +1,7 @@
-"""The control plane of a vLLM OpenAI server, over its RL routes and those of `serving.gate`, which
-it may lack: requests then wait where they would be refused. Needs no vLLM."""
+"""Drive a vLLM OpenAI server over its RL routes and those of `serving.middleware`.
+
+A server may lack the latter: requests then wait where they would be refused. Needs no vLLM.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,14 @@ Params = dict[str, str]
 
 
 class HTTPClient:
-    """vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000. May be used by several
-    threads at a time.
+    """Drive vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000.
+
+    Example:
+        client = HTTPClient("http://127.0.0.1:8000")
+        with SyncSession(source, RemoteTransport(client), config) as session:
+            session.push(step=1)
+
+    Several threads may use one client at a time.
 
     The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does. Where
     QERL_SYNC_TOKEN is set when this is made, each request shows that it is known.
@@ -100,7 +108,7 @@ class HTTPClient:
         self._tell_gate("admit", None)
 
     def health(self) -> bool:
-        """Whether the server answers, within 5 s, and its engine lives."""
+        """Return whether the server answers within 5 s and its engine lives."""
         import requests
 
         try:
@@ -117,7 +125,7 @@ class HTTPClient:
         return read_prompt_logprobs(token_ids, answer["choices"][0]["prompt_logprobs"])
 
     def weight_version(self) -> str:
-        """The version that was given with the last finished update; vLLM starts with `default`."""
+        """Return the version passed with the last finished update; `default` before the first."""
         return str(self._get("weight_info")["weight_version"])
 
     def world_size(self) -> int:
@@ -134,7 +142,7 @@ class HTTPClient:
         return self._request("POST", route, body, params, self.timeout_seconds)
 
     def _tell_gate(self, what: str, body: dict[str, Any] | None) -> None:
-        """If the server has one."""
+        """Call a route of the serving guard middleware, if the server has it."""
         seconds = self.timeout_seconds
         self._request("POST", f"qerl_sync/{what}", body, None, seconds, may_lack=True)
 
@@ -148,8 +156,10 @@ class HTTPClient:
         *,
         may_lack: bool = False,
     ) -> dict[str, Any]:
-        """`read_seconds`: None waits while the server is there. `may_lack`: a server without that
-        route answers {}."""
+        """Send a request. `read_seconds` None: wait as long as the server lives.
+
+        `may_lack`: return {} if the server lacks the route.
+        """
         import requests
 
         try:
@@ -172,7 +182,9 @@ class HTTPClient:
             raise TransportError(f"{route}: {self} cannot be asked: {exc}") from exc
 
     def _watched(self, route: str, send: Callable[[], Any]) -> Any:
-        """As `send`. vLLM leaves calls unanswered in which its engine dies: PeerLostError then."""
+        """Send as `send` does, and raise PeerLostError if the engine dies: vLLM then leaves calls
+        unanswered.
+        """
 
         def check_alive() -> None:
             if self._is_gone():
@@ -183,7 +195,9 @@ class HTTPClient:
         return answer.result()
 
     def _is_gone(self) -> bool:
-        """Whether it says that its engine is dead, or listens no more. Being slow is neither."""
+        """Return True if the server reports its engine dead, or no longer listens. Slowness is
+        neither.
+        """
         import requests
 
         try:
@@ -228,7 +242,7 @@ class HTTPClient:
         return {PROOF_HEADER: proof(self._token, "http", f"/{route}")}
 
     def _answer(self, route: str, response: Any) -> dict[str, Any]:
-        """The answer as JSON, {} where it has no body. Raises TransportError if it is a refusal."""
+        """Return the answer's JSON, {} without a body. Raise TransportError for an error status."""
         if response.status_code == 404:
             raise TransportError(
                 f"{self} has no route /{route}: start it with VLLM_SERVER_DEV_MODE=1 in its "
@@ -247,7 +261,7 @@ class HTTPClient:
 
 
 def _message(response: Any) -> str:
-    """What the server says about it: vLLM has two forms of errors, FastAPI a third."""
+    """Return the server's error text. vLLM has two forms of errors, FastAPI a third."""
     try:
         parsed = response.json()
     except ValueError:
@@ -259,7 +273,7 @@ def _message(response: Any) -> str:
 
 
 def _cause(exc: BaseException) -> str:
-    """The words of the operating system, which requests and urllib3 wrap several times."""
+    """Return the operating system's error text, which requests and urllib3 wrap several times."""
     while (inner := exc.__cause__ or exc.__context__) is not None:
         exc = inner
     return str(exc)

@@ -1,4 +1,4 @@
-"""The control plane of a `vllm.LLM`, its engine in this process or in its own."""
+"""Drive a `vllm.LLM` whose engine runs in this process or in its own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ POLL_SECONDS = 0.2
 
 
 class LLMClient:
-    """A `vllm.LLM` as an EngineClient.
+    """Drive a `vllm.LLM` as an EngineClient.
+
+    Example:
+        llm = LLM(path, weight_transfer_config={"backend": "qerl"})
+        with SyncSession(source, RemoteTransport(LLMClient(llm)), config) as session:
+            session.push(step=1)
 
     An engine in this process does nothing while nobody calls `generate`, so there pausing has
     nothing to do, and no timeout can end a call. One thread at a time may use `llm`, whether here
@@ -93,7 +98,7 @@ class LLMClient:
         return read_prompt_logprobs(token_ids, answer.prompt_logprobs)
 
     def weight_version(self) -> str:
-        """The version that was given with the last finished update; vLLM starts with `default`."""
+        """Return the version passed with the last finished update; `default` before the first."""
         return str(self._call("get_weight_version"))
 
     def world_size(self) -> int:
@@ -133,7 +138,9 @@ class LLMClient:
             raise error from exc
 
     def _wait_for(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
-        """vLLM itself waits without end, also for an engine that has died."""
+        """Wait for a call with a timeout. vLLM itself waits forever, even for an engine that has
+        died.
+        """
         answer = in_thread(method, call)
         core = getattr(self.llm.llm_engine, "engine_core", None)
         check_alive = partial(require_alive, core, ENGINE, method)

@@ -1,4 +1,4 @@
-"""The control plane of an engine that lives in a Ray actor."""
+"""Drive an engine that lives in a Ray actor."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class RayActorClient:
             ) from exc
 
     def require_store(self, nbytes: int) -> None:
-        """Of the nodes where it matters: this one, and the actor's."""
+        """Check the object stores of this node and the actor's."""
         import ray
 
         here = ray.get_runtime_context().get_node_id()
@@ -132,8 +132,11 @@ class RayActorClient:
         return method.remote(key, index, stored)
 
     def _request(self, name: str, info: dict[str, Any]) -> Any:
-        """What the actor expects: RolloutActor plain dictionaries, others what vLLM's client sends,
-        where vLLM is installed here too."""
+        """Return the request in the form that the actor expects.
+
+        A RolloutActor gets plain dictionaries. Others get what vLLM's client sends, if vLLM is
+        installed here.
+        """
         if self._ours:
             return {name: info}
         try:
@@ -183,7 +186,7 @@ class RayActorClient:
 
 
 def how_it_was_lost(exc: Exception) -> str:
-    """What Ray knows of an actor that raised a RayActorError."""
+    """Return what Ray knows of an actor that raised a RayActorError."""
     if is_gone(exc):
         return (
             "died and is not started again (its max_restarts are used up, or it was ended); add "
@@ -196,14 +199,14 @@ def how_it_was_lost(exc: Exception) -> str:
 
 
 def is_gone(exc: Exception) -> bool:
-    """Whether the actor that raised this RayActorError is dead for good."""
+    """Return whether the actor that raised this RayActorError is dead for good."""
     import ray
 
     return not isinstance(exc, ray.exceptions.ActorUnavailableError)
 
 
 def require_object_store(nbytes: int, nodes: Collection[str] | None = None) -> None:
-    """Raises ConfigError if the object store of one of these nodes is smaller than that.
+    """Raise ConfigError if the object store of one of these nodes is smaller than `nbytes`.
 
     Args:
         nodes: their ids; None: all that are alive.

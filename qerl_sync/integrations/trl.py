@@ -52,6 +52,14 @@ logger = logging.getLogger(__name__)
 class WeightSyncCallback(TrainerCallback):
     """Plans, orders, watches and reports every weight sync of a TRL trainer.
 
+    Example:
+        callback = WeightSyncCallback(policy="reorder")
+        with callback.connecting():  # vllm_mode="server"; a colocated engine does not need it
+            trainer = GRPOTrainer(..., callbacks=[callback])
+        callback.bind(trainer)
+        trainer.train()
+        callback.close()
+
     Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO,
     Distillation, SDPO, SDFT, GOLD, IW-OPD), with an engine in the trainer's process, in its own, or
     behind a server. Each sync appends
@@ -90,7 +98,7 @@ class WeightSyncCallback(TrainerCallback):
 
     @contextmanager
     def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
-        """While open, a TRL trainer that is built gets an engine that this callback can sync.
+        """Give a TRL trainer that is built in this context an engine that this callback can sync.
 
         Build the trainer in it for `vllm_mode="server"`, where TRL would join the server in an NCCL
         group, which needs CUDA on both sides and which this callback does not use. A colocated
@@ -131,7 +139,7 @@ class WeightSyncCallback(TrainerCallback):
         return self
 
     def _take_over(self, trainer: Any) -> None:
-        """Sync when TRL says so, and before an engine computes with weights that may be old."""
+        """Sync when TRL asks for it, and before an engine computes with weights that may be old."""
         self._trainer = trainer
         generation = trainer.vllm_generation
         generation.sync_weights = self._sync
@@ -144,19 +152,25 @@ class WeightSyncCallback(TrainerCallback):
                 setattr(engine, name, self._guarded(getattr(engine, name)))
 
     def expect_new_weights(self) -> None:
-        """Sync before the engine computes again: the model's weights have changed, or may have,
-        without an optimizer step. Called where training begins (a checkpoint may have been loaded)
-        and ends (the best model may have been); call it after changing weights yourself."""
+        """Sync before the engine computes next: the model's weights have changed without an
+        optimizer step.
+
+        Called when training begins (a checkpoint may have been loaded) and ends (the best model may
+        have been). Call it after changing weights yourself.
+        """
         self._synced_step = None
 
     def close(self) -> None:
-        """Let go of the engine and of shared memory, when the trainer will not generate again.
-        Otherwise that happens when the process ends."""
+        """Disconnect from the engine and free shared memory, when the trainer will not generate
+        again.
+
+        Otherwise that happens when the process ends.
+        """
         if self.session is not None:
             self.session.close()
 
     def _sync(self) -> None:
-        """In place of TRL's `VLLMGeneration.sync_weights`."""
+        """Replace TRL's `VLLMGeneration.sync_weights`."""
         trainer, session = self._trainer, self.session
         if session is None:  # the main process sends the weights; TRL then waits for it
             return
@@ -176,7 +190,9 @@ class WeightSyncCallback(TrainerCallback):
             self._recorder(report)
 
     def _guarded(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        """The same call, after a sync where the engine may have other weights than the trainer."""
+        """Return the same call, preceded by a sync if the engine may have other weights than the
+        trainer.
+        """
 
         def with_current_weights(*args: Any, **options: Any) -> Any:
             if not self._syncing and self._may_be_stale():
@@ -222,7 +238,7 @@ class WeightSyncCallback(TrainerCallback):
 
 
 def metrics(report: SyncReport) -> dict[str, float]:
-    """The numbers of a report under the names they have in TRL's logs."""
+    """Return the numbers of a report under the names that they have in TRL's logs."""
     return {
         **{f"sync/seconds/{phase}": s for phase, s in report.seconds.items()},
         "sync/bytes": float(report.sent_bytes),
@@ -236,7 +252,7 @@ def metrics(report: SyncReport) -> dict[str, float]:
 
 
 def _generation(trainer: Any) -> Any:
-    """The trainer's `VLLMGeneration`, if it is one that this callback can serve."""
+    """Return the trainer's `VLLMGeneration`, if this callback can serve it."""
     kind = type(trainer).__name__
     generation = getattr(trainer, "vllm_generation", None)
     if generation is None:
@@ -268,7 +284,7 @@ def _generation(trainer: Any) -> Any:
 
 
 def _why_not(trainer: Any) -> str:
-    """Why a trainer has no `vllm_generation`, and what to do."""
+    """Explain why a trainer has no `vllm_generation`, and give the next step."""
     kind = type(trainer).__name__
     if hasattr(trainer, "weight_transfer"):
         return (
@@ -303,7 +319,7 @@ def _refuse_to_wake(config: SyncConfig, generation: Any) -> None:
 
 
 def _server_of(client: Any) -> str:
-    """The address of TRL's server, if weights can be sent there.
+    """Return the address of TRL's server, if weights can be sent there.
 
     Raises:
         ConfigError: it has another weight transfer backend than ours, or none.
@@ -331,7 +347,7 @@ def _server_of(client: Any) -> str:
 
 
 def _wake_up(generation: Any) -> None:
-    """Sleeping engines have freed their weights' memory: map it before it is written to."""
+    """Wake a sleeping engine: its weights' memory must be mapped before it is written to."""
     if generation.mode == "colocate" and generation.enable_sleep_mode:
         from trl.generation.vllm_generation import empty_cache
 

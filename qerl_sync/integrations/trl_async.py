@@ -23,19 +23,11 @@ if TYPE_CHECKING:
 
 
 class AsyncWeightTransfer:
-    """The `weight_transfer` of `trl.experimental.async_grpo.AsyncGRPOTrainer`
-    (its `WeightTransferProtocol`): each sync planned, measured and reported.
+    """Sync the weights of `trl.experimental.async_grpo.AsyncGRPOTrainer`: its `weight_transfer`.
 
-    TRL calls it in the main process, when it wants to sync. Requests in flight go on afterwards.
+    Implements TRL's `WeightTransferProtocol`; each sync is planned, measured and reported.
 
-    Args:
-        server_url: the vLLM server, which must have the weight transfer backend `qerl`.
-        config: the `sync` section; alternatively its fields as keyword arguments.
-        recorder: called with each report.
-
-    Attributes:
-        reports: one for each sync so far.
-        session: from the beginning of the training to its end.
+    TRL calls it in the main process, when it wants to sync. Requests in flight continue afterwards.
     """
 
     def __init__(
@@ -54,7 +46,7 @@ class AsyncWeightTransfer:
         self._trainer: Any = None
 
     def bind(self, trainer: Any) -> AsyncWeightTransfer:
-        """Say whose weights they are. Call it once, when the trainer has been built.
+        """Set the trainer whose weights are sent. Call it once, when the trainer has been built.
 
         Raises:
             ConfigError: the trainer was not built with this object.
@@ -78,7 +70,7 @@ class AsyncWeightTransfer:
         return self
 
     def init_weight_transfer(self) -> None:
-        """Raises ConfigError if no trainer is bound, or its model is sharded or has adapters."""
+        """Raise ConfigError if no trainer is bound, or its model is sharded or has adapters."""
         if self._trainer is None:
             raise ConfigError(
                 "AsyncWeightTransfer is not bound; call `transfer.bind(trainer)` after building "
@@ -90,10 +82,10 @@ class AsyncWeightTransfer:
         self.session = make_session(source, self.config, server_url=self.server_url, **given)
 
     def pause(self) -> None:
-        """Nothing: the sync pauses the server itself, when its first bytes are ready."""
+        """Do nothing: the sync pauses the server itself, when its first bytes are ready."""
 
     def send_weights(self, iterator: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Sync. TRL's stream is left alone: the plan takes the same weights in another order."""
+        """Sync. Ignore TRL's stream: the plan takes the same weights in another order."""
         if self.session is None:
             raise ConfigError(
                 "TRL asks for a sync before the training has begun or after it has ended; an "
@@ -107,7 +99,7 @@ class AsyncWeightTransfer:
             self._recorder(report)
 
     def resume(self) -> None:
-        """Nothing: the sync has ended, and with it the pause."""
+        """Do nothing: the sync has already resumed the server."""
 
     def destroy(self) -> None:
         if self.session is not None:

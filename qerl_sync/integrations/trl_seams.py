@@ -1,4 +1,4 @@
-"""What must be different in TRL, and in vLLM's environment, while a trainer is being built."""
+"""Changes to TRL, and to vLLM's environment, while a trainer is built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_MET
 
 @contextmanager
 def engine_arguments(**arguments: Any) -> Iterator[None]:
-    """While open, the engine that a TRL trainer builds gets these vLLM engine arguments too.
+    """Pass these vLLM engine arguments to the engine that a TRL trainer builds in this context.
+
+    Example:
+        callback = WeightSyncCallback(policy="reorder")
+        with engine_arguments(dtype="float32", enforce_eager=True):
+            trainer = GRPOTrainer(..., callbacks=[callback])
+        callback.bind(trainer)
 
     TRL fixes the arguments of its colocated `LLM` and leaves no way to set `dtype`,
     `enforce_eager`, `quantization` and others. Wrap the construction of the trainer in it; the
@@ -38,7 +44,7 @@ def engine_arguments(**arguments: Any) -> Iterator[None]:
 
 @contextmanager
 def own_process() -> Iterator[None]:
-    """While open, a TRL trainer's colocated engine is started in a process of its own.
+    """Start a TRL trainer's colocated engine in a separate process in this context.
 
     That process does not hear Ctrl-C, which a terminal sends to all at once: vLLM's engine would
     end before the trainer had finished its step. Whoever started the engine ends it.
@@ -63,7 +69,7 @@ def own_process() -> Iterator[None]:
 
 @contextmanager
 def without_nccl() -> Iterator[None]:
-    """While open, a TRL trainer that is built for a server does not join it in an NCCL group.
+    """Keep a TRL trainer that is built for a server from joining it in an NCCL group.
 
     TRL does so at once, for the weights, and fails where there is no CUDA; generating does not need
     it. `WeightSyncCallback.connecting` opens it.
@@ -81,7 +87,8 @@ def without_nccl() -> Iterator[None]:
 
 
 def require_attributes(owner: Any, names: Sequence[str], trainer: Any) -> None:
-    """Check that TRL has what we read, set or call of `owner`, which belongs to `trainer`.
+    """Check that TRL has the attributes of `owner` that we read, set or call; `owner` belongs to
+    `trainer`.
 
     Raises:
         CompatError: naming what is missing. To set an attribute that TRL has renamed would replace
@@ -103,7 +110,7 @@ def require_attributes(owner: Any, names: Sequence[str], trainer: Any) -> None:
 
 @contextmanager
 def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """While open, `owner.name` is what `make` makes of it."""
+    """Replace `owner.name` by the result of `make` in this context."""
     original = getattr(owner, name, None)
     if original is None:
         raise CompatError(
@@ -119,7 +126,7 @@ def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[Non
 
 @contextmanager
 def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """While open, these environment variables have these values."""
+    """Set these environment variables in this context."""
     before = {name: os.environ.get(name) for name in changes}
     os.environ.update(changes)
     try:
@@ -134,7 +141,7 @@ def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _blocked(number: signal.Signals) -> Iterator[None]:
-    """While open, threads and processes that this thread starts do not hear that signal."""
+    """Block a signal in this context for the threads and processes that this thread starts."""
     # Starting it, as the first process that is spawned does, would unblock the signal.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})

@@ -44,7 +44,8 @@ plugin.register()
 
 @dataclass
 class QerlTrainerInitInfo(TrainerInitInfo):
-    """Of one trainer rank. `rank` is keyword-only and rank 0 has the client, as everywhere in vLLM.
+    """Parameters of one trainer rank. `rank` is keyword-only and rank 0 has the client, as
+    everywhere in vLLM.
 
     Attributes:
         sync: how weights go; the `sync` section of the YAML.
@@ -141,8 +142,10 @@ def _transport(info: QerlTrainerInitInfo, client: Any) -> RemoteTransport:
 
 
 class TranslatedClient:
-    """A client of any kind, whose errors become ours. What else it has than vLLM's four methods
-    (pausing, caches) it keeps."""
+    """Wrap any client and translate its errors.
+
+    Its methods besides vLLM's four (pausing, caches) stay available.
+    """
 
     def __init__(self, client: Any) -> None:
         self._client = client
@@ -164,7 +167,7 @@ def _translating(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class VLLMSource(Source):
-    """A `WeightSource` of vLLM's as a source of ours.
+    """Adapt a vLLM `WeightSource`.
 
     A WeightSource yields in its own order. Where more is possible it is used: a plain
     `ModuleSource` has its module's parameters, and any other source may have a method
@@ -198,7 +201,9 @@ class VLLMSource(Source):
 
     @torch.no_grad()
     def end_pass(self) -> None:
-        """What is left of the pass: its gathers are collectives, which other ranks run too."""
+        """Iterate to the end of the pass: its gathers are collectives, which other ranks run
+        too.
+        """
         for _ in self._pass or ():
             pass
         self._pass = None
@@ -221,7 +226,7 @@ class VLLMSource(Source):
 
 
 def _lookup(source: WeightSource) -> Callable[[str], torch.Tensor] | None:
-    """How to get one tensor by its name, where the source can do that."""
+    """Return a function that gets one tensor by its name, if the source can."""
     tensor: Callable[[str], torch.Tensor] | None = getattr(source, "tensor", None)
     # A subclass may yield something else than the parameters.
     if type(source) is ModuleSource:
@@ -231,7 +236,7 @@ def _lookup(source: WeightSource) -> Callable[[str], torch.Tensor] | None:
 
 
 class PlannedSource(WeightSource):
-    """A source of ours in the order of a plan, for vLLM's own trainer engines (nccl, ipc, ...).
+    """Put a source in the order of a plan, for vLLM's own trainer engines (nccl, ipc, ...).
 
     All of vLLM's engines send a `WeightSource` in the order of its metadata, so the plan's order is
     what the worker gets, whichever engine carries it. `groups()` are vLLM's own, by decoder layer
@@ -239,7 +244,7 @@ class PlannedSource(WeightSource):
 
     Args:
         plan: made of this source's metadata, on every trainer rank alike. Where no worker can be
-            asked, `worker.offline.offline_map` has the layer map to make it with.
+            asked, `offline.layer_map.offline_map` has the layer map to make it with.
 
     Raises:
         PlanError: the source does not have what the plan sends, or not in any order.
@@ -272,7 +277,7 @@ class PlannedSource(WeightSource):
             yield group, [tensor for _, tensor in self._all(group)]
 
     def _all(self, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        """These tensors; None for those that other ranks hold."""
+        """Yield these tensors; None for those that other ranks hold."""
         held = self.held_names()
         own = names if held is None else [name for name in names if name in held]
         tensors = self.source.materialize(own)

@@ -6,7 +6,7 @@
     )
     engine.send_weights()
 
-What was run, and what not, stands in `worker.native`.
+What was run, and what not, stands in `worker.protocol.native`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ plugin.register()
 
 @dataclass
 class QerlNCCLTrainerInitInfo(NCCLTrainerInitInfo):
-    """vLLM's, and what is ours.
+    """vLLM's parameters, and ours.
 
     Attributes:
         check_finite: see `SyncConfig`. Workers look where the source cannot.
@@ -57,7 +57,7 @@ class QerlNCCLTrainerInitInfo(NCCLTrainerInitInfo):
 
 @dataclass
 class QerlIPCTrainerInitInfo(IPCTrainerInitInfo):
-    """vLLM's, and what is ours: see `QerlNCCLTrainerInitInfo`."""
+    """vLLM's parameters, and ours: see `QerlNCCLTrainerInitInfo`."""
 
     backend: ClassVar[str] = "qerl_ipc"
 
@@ -66,8 +66,7 @@ class QerlIPCTrainerInitInfo(IPCTrainerInitInfo):
 
 
 class AgreeingClient:
-    """A client for vLLM's trainer engines: the workers get the trainer's introduction, and with the
-    start of an update its plan.
+    """Send the workers the trainer's handshake, and the plan with the start of an update.
 
     What they refuse is raised there, before vLLM sends a byte, and would otherwise leave the
     trainer in a broadcast that nobody joins. Where QERL_SYNC_TOKEN is set when this is made, each
@@ -88,8 +87,9 @@ class AgreeingClient:
         self.check_finite, self.finite = True, False
 
     def introduce(self) -> None:
-        """Raises AgreementError (TransportError, where the engine is in another process): a worker
-        refuses this trainer, and says why."""
+        """Raise AgreementError if a worker refuses this trainer (TransportError, if it is in
+        another process).
+        """
         self.init_weight_transfer_engine({})
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -119,7 +119,7 @@ class AgreeingClient:
 
 
 class _Agreeing:
-    """What both engines have in common, to stand before vLLM's class among the bases."""
+    """The part that both engines share; it precedes vLLM's class among the bases."""
 
     client: AgreeingClient
     source: PlannedSource
@@ -129,7 +129,7 @@ class _Agreeing:
     def trainer_init(
         cls, init_info: Any, *, client: Any, source: WeightSource | None = None
     ) -> Self:
-        """As vLLM's.
+        """Connect as vLLM's engine does.
 
         Raises:
             ConfigError: the source has no plan.
@@ -148,7 +148,7 @@ class _Agreeing:
         return engine
 
     def send_weights(self) -> None:
-        """As vLLM's, after the workers have agreed. Called on every trainer rank.
+        """Send as vLLM's engine does, after the workers have agreed. Called on every trainer rank.
 
         Raises:
             CoverageError: the source has NaN or infinite values; nothing was sent.

@@ -1,4 +1,4 @@
-"""What a run writes: summary, tables, plots.
+"""Write a run's results: summary, tables, plots.
 
-Reads reports; measures nothing.
+This package reads reports and measures nothing.
 """

@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 
 def transport_tables(found: Measured) -> list[Table]:
-    """What was measured, and what of it is promised."""
+    """Return tables of the measurements, and of the promised numbers."""
     return [_seconds(found), _ratios(found), _memory(found), _targets(found)]
 
 
 def ray_tables(found: RayMeasured) -> list[Table]:
-    """The same of `qerl-sync bench ray`."""
+    """Return the tables of `qerl-sync bench ray`."""
     return [_seconds(found), _targets(found)]
 
 

@@ -35,7 +35,7 @@ STYLE = {
 
 
 def plot_rewards(rewards: Sequence[tuple[int, float]], path: Path) -> None:
-    """(step, reward) with its moving mean over `MOVING_MEAN_STEPS` logged steps."""
+    """Plot (step, reward) and its moving mean over `MOVING_MEAN_STEPS` logged steps."""
     steps = [step for step, _ in rewards]
     values = [reward for _, reward in rewards]
     means = moving_mean(values, MOVING_MEAN_STEPS)
@@ -63,12 +63,12 @@ def _mark_end(axes: Any, x: float, y: float) -> None:
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of the last `window` values at each position, of fewer at the start."""
+    """Return the mean of the last `window` values at each position, of fewer at the start."""
     return [fmean(values[max(0, end - window) : end]) for end in range(1, len(values) + 1)]
 
 
 def plot_buffers(plan: SyncPlan, measured: Trace, path: Path) -> None:
-    """Buffered bytes over the stream: the source's order beside the plan, on one scale.
+    """Plot buffered bytes over the stream: the source's order beside the plan, on one scale.
 
     Args:
         measured: the trace of a sync that ran this plan.
@@ -123,7 +123,7 @@ def _unit(largest_bytes: int) -> tuple[float, str]:
 
 @contextmanager
 def _drawing(path: Path, columns: int, size: tuple[float, float]) -> Iterator[Any]:
-    """Axes side by side on one vertical scale; saved as a PNG at the end."""
+    """Yield axes side by side on one vertical scale; save them as a PNG at the end."""
     try:
         import matplotlib
     except ImportError as exc:

@@ -1,4 +1,4 @@
-"""The numbers of a run, computed from TRL's log and the sync reports alone."""
+"""Compute a run's numbers from TRL's log and the sync reports alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Log = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Summary:
-    """What a person wants to know of a run.
+    """The numbers that summarize a run.
 
     Attributes:
         reward_first: mean reward of the first five logged steps; `reward_last`: of the last five.
@@ -58,7 +58,7 @@ def summarize(
     wall_seconds: float,
     versions: Mapping[str, str],
 ) -> Summary:
-    """The summary of a run with this TRL log (`trainer.state.log_history`) and these reports."""
+    """Summarize a run from its TRL log (`trainer.state.log_history`) and its reports."""
     rewards = reward_curve(log)
     gaps = [float(entry[LOGPROB_GAP]) for entry in log if LOGPROB_GAP in entry]
     sync_seconds = sum(report["seconds"]["total"] for report in syncs)
@@ -90,12 +90,14 @@ def summarize(
 
 
 def reward_curve(log: Log) -> list[tuple[int, float]]:
-    """(step, mean reward) of every logged training step."""
+    """Return (step, mean reward) of every logged training step."""
     return [(int(entry["step"]), float(entry["reward"])) for entry in log if "reward" in entry]
 
 
 def _step_seconds(log: Log) -> float:
-    """Seconds in training steps: TRL logs their mean over the steps since the last log."""
+    """Return the seconds in training steps: TRL logs their mean over the steps since the last
+    log.
+    """
     seconds, last_step = 0.0, 0
     for entry in log:
         if "step_time" in entry:
@@ -105,7 +107,7 @@ def _step_seconds(log: Log) -> float:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what took part. Imports all of it."""
+    """Return the versions of all packages involved. Imports all of them."""
     import torch
     import transformers
     import trl

@@ -14,7 +14,9 @@ NOT_MEASURED = "not measured"
 
 
 def summary_table(summary: Summary) -> Table:
-    """The end of a run: how it learned, what its syncs cost, predicted and measured."""
+    """Return the table at the end of a run: rewards, and the syncs' cost, predicted and
+    measured.
+    """
     table = Table(box=box.SIMPLE_HEAD, title="Run", title_justify="left", title_style="bold")
     table.add_column("")
     table.add_column("predicted", justify="right")
@@ -65,7 +67,7 @@ def _verdict(summary: Summary) -> str:
 
 
 def trials_table(runs: Mapping[int, Summary], missed: Mapping[int, Sequence[str]]) -> Table:
-    """Several runs side by side, by seed, each with the targets it missed."""
+    """Return a table of several runs, by seed, each with the targets it missed."""
     table = Table(box=box.SIMPLE_HEAD, title="Seeds", title_justify="left", title_style="bold")
     table.add_column("seed", justify="right")
     for name in ("first", "last", "seconds", "sync share", "logprob gap"):

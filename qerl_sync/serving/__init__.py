@@ -1,4 +1,4 @@
-"""vLLM servers that we start: command, process, guard, and the middleware in front of their routes.
+"""Start vLLM servers: command, process, guard, and the middleware in front of their routes.
 
-Not how weights travel.
+Weights do not pass through this package.
 """

@@ -105,7 +105,7 @@ READING = frozenset(
 
 
 def _any_of(paths: Iterable[str]) -> re.Pattern[str]:
-    """Match these paths; {} stands for a name or an id."""
+    """Return a pattern that matches these paths; {} stands for a name or an id."""
     named = (re.escape(path).replace(r"\{\}", r"[\w.-]+") for path in paths)
     return re.compile("|".join(named), re.ASCII)
 
@@ -128,7 +128,7 @@ def is_open(method: str, route: str) -> bool:
 def authorize(
     method: str, route: str, headers: Iterable[tuple[bytes, bytes]], token: str
 ) -> str | None:
-    """Return why a request with these headers is refused; None if its sender may make it.
+    """Return the reason for refusing a request with these headers; None if it is allowed.
 
     Args:
         headers: with names in lower case, as ASGI has them.

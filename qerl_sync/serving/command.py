@@ -1,4 +1,4 @@
-"""The command line and the environment of a vLLM server that TRL and qerl-sync can drive."""
+"""Build the command line and the environment of a vLLM server that TRL and qerl-sync can drive."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ OWNED_FLAGS = ("--model", "--host", "--port", "--uds", "--ssl-keyfile", "--ssl-c
 
 @dataclass(frozen=True)
 class ServerSpec:
-    """What to serve.
+    """A vLLM server to start.
 
     Attributes:
         model: a directory, or a name on the Hugging Face hub.
         engine: vLLM's engine arguments under their Python names, as in the YAML section
             `rollout.engine`. None leaves vLLM's default.
         host: address to listen on. One that other machines reach needs a QERL_SYNC_TOKEN
-            (`serving.strangers`) when the server is started.
+            (`serving.auth`) when the server is started.
         port: None or 0 take a free one.
         backend: the weight transfer backend; None for a server that gets no weights.
         extra: arguments for vLLM as on its command line; they come last and win.
@@ -63,7 +63,7 @@ class ServerSpec:
     extra: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for what cannot be right whatever vLLM says."""
+        """Raise ConfigError for values that vLLM could never accept."""
         check_model(self.model)
         for name in self.engine:
             if name in OWNED:
@@ -94,7 +94,7 @@ def check_model(model: str) -> None:
 
 
 def server_argv(spec: ServerSpec, port: int) -> list[str]:
-    """The command that serves `spec` at `port`."""
+    """Return the command that serves `spec` at `port`."""
     ours = {
         "model": str(Path(spec.model).expanduser()),
         "host": spec.host,
@@ -111,7 +111,7 @@ def server_argv(spec: ServerSpec, port: int) -> list[str]:
 
 
 def options(arguments: Mapping[str, Any]) -> list[str]:
-    """Engine arguments as vLLM's command line has them."""
+    """Return engine arguments in the form of vLLM's command line."""
     return [word for name, value in arguments.items() for word in _option(name, value)]
 
 
@@ -134,7 +134,10 @@ def _text(value: Any) -> str:
 
 
 def server_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """`base` and what the server needs, for `os.environ` of a trainer as well as of a terminal."""
+    """Return `base` with the variables that the server needs.
+
+    `base` may be `os.environ` of a trainer or of a terminal.
+    """
     defaults = {
         # GiB of KV cache on CPU; vLLM would take half of the machine's memory.
         "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -153,7 +156,7 @@ def server_environment(base: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that listens there."""
+    """Return whether a server that listens at `host` is reachable from this machine only."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -161,6 +164,6 @@ def is_loopback(host: str) -> bool:
 
 
 def local_url(host: str, port: int) -> str:
-    """The address at which this machine reaches a server that listens there."""
+    """Return the address at which this machine reaches a server that listens at `host`."""
     reachable = {"0.0.0.0": LOOPBACK, "": LOOPBACK, "::": "::1"}.get(host, host)
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"

@@ -36,7 +36,7 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def guard(parent: int, grace_seconds: float, command: list[str]) -> int:
-    """Run `command` to its end or that of `parent`; returns its exit code."""
+    """Run `command` until it or `parent` ends; return its exit code."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     signals: list[int] = []
 
@@ -56,7 +56,7 @@ def guard(parent: int, grace_seconds: float, command: list[str]) -> int:
 
 
 class Server:
-    """The command that is guarded. `code`: its exit code, once it has ended."""
+    """The guarded command. `code`: its exit code, once it has ended."""
 
     def __init__(self, command: list[str]) -> None:
         self.code: int | None = None
@@ -70,12 +70,12 @@ class Server:
             os.kill(self._pid, number)
 
     def wait(self, stop: Callable[[], bool]) -> None:
-        """Until it has ended or `stop()`."""
+        """Block until the command has ended or `stop()` returns True."""
         while self.reap() and self.code is None and not stop():
             time.sleep(POLL_SECONDS)
 
     def reap(self) -> bool:
-        """Take note of every child that has ended, adopted ones too; False: there is none left."""
+        """Reap every child that has ended, adopted ones too. Return False if no child is left."""
         while True:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -89,7 +89,7 @@ class Server:
 
 
 def _become(command: list[str]) -> None:
-    """Never returns."""
+    """Replace this process by the command. Never return."""
     try:
         # Should the guard itself be killed: at least the server goes with it.
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -101,7 +101,7 @@ def _become(command: list[str]) -> None:
 
 
 def _kill_all(server: Server) -> None:
-    """End everything below this process; resource trackers come last, they clean up first."""
+    """End everything below this process. Resource trackers come last: they clean up first."""
     deadline = time.monotonic() + TRACKER_SECONDS
     while server.reap() and time.monotonic() < deadline:
         kill(pid for pid in descendants(os.getpid()) if not is_resource_tracker(pid))
@@ -110,7 +110,7 @@ def _kill_all(server: Server) -> None:
 
 
 def kill(pids: Iterable[int]) -> None:
-    """SIGKILL, to those that are still there."""
+    """Send SIGKILL to the processes that still exist."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What a server's log says at its end."""
+"""Read the end of a server's log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ERROR = re.compile(r"^[\w.]*(Error|Exception|Interrupt)\b")
 
 
 def tail(log: Path | None, size_bytes: int) -> list[str]:
-    """The last lines that are not empty, without colors and vLLM's prefixes."""
+    """Return the last non-empty lines, without colors and vLLM's prefixes."""
     if log is None or not log.exists():
         return []
     with log.open("rb") as file:
@@ -27,13 +27,16 @@ def tail(log: Path | None, size_bytes: int) -> list[str]:
 
 
 def last_line(log: Path | None) -> str:
-    """The last line that belongs to no other; empty if there is none."""
+    """Return the last line that is no continuation; empty if there is none."""
     return next((line for line in reversed(tail(log, PROGRESS_BYTES)) if not line[0].isspace()), "")
 
 
 def complaint_in(log: Path) -> str:
-    """What a person reads first to learn why a server has ended: the errors of all its processes,
-    the cause before its consequences, without their tracebacks; if there are none, the end."""
+    """Return the lines that explain why a server ended.
+
+    These are the errors of all its processes, causes before consequences, without tracebacks; or
+    the last lines, if there are no errors.
+    """
     lines = tail(log, COMPLAINT_BYTES)
     # argparse says all it knows, and at the end what is wrong.
     if lines and ": error: " in lines[-1]:
@@ -43,7 +46,7 @@ def complaint_in(log: Path) -> str:
 
 
 def _errors(lines: list[str]) -> list[str]:
-    """The lines that name an exception, each with the indented ones after it."""
+    """Return the lines that name an exception, each with the indented ones after it."""
     found, in_error = [], False
     for line in lines:
         in_error = bool(_ERROR.match(line)) or (in_error and line[0].isspace())

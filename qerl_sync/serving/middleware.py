@@ -1,13 +1,12 @@
-"""What stands in front of vLLM's OpenAI server and says no: for an engine that may not generate,
-and to who may not drive it.
+"""ASGI middleware: 503 while the weights are invalid, 403 for unauthenticated control calls.
 
     vllm serve MODEL --middleware qerl_sync.serving.middleware.ServingGuardMiddleware
 
-Behind it, such an engine is paused and lets requests wait. The gate answers those that come from
-then on with 503 and the reason; those that are in the engine stay there, and go on with the next
-good sync. Health, status and the RL routes go through.
+An engine with invalid weights is paused, so its requests wait. The middleware answers new requests
+with 503 and the reason. Requests that are already in the engine stay there, and continue after the
+next successful sync. Health, status and the RL routes pass.
 
-Three things close it, and each is opened in its own way:
+Three events close the middleware; each has its own way to open it:
 
                POST /qerl_sync/refuse {"reason": ...}
         open ───────────────────────────────────────▶ told      the trainer knows that a sync failed
@@ -23,28 +22,28 @@ Three things close it, and each is opened in its own way:
              ◀─ POST /qerl_sync/admit; commit ───────
 
 A commit is a `finish_weight_update` with a weight version that vLLM has answered with 200: our
-trainers give one only when every worker is whole. One without is how a failed sync ends, and how a
-new trainer leaves the update that a dead one has left open: it opens nothing. Nor does `resume`
-where a trainer has told why not: code that resumes in a `finally` would end the engine, whose
-poisoned model does not run. A trainer whose sync has failed and left the engine untouched, or put
-the old weights back, resumes and admits.
+trainers give one only when every worker has loaded all weights. A finish without a version opens
+nothing: a failed sync ends with it, and a new trainer closes a dead trainer's update with it.
+`resume` does not open the state `told` either: code that resumes in a `finally` would end the
+engine, whose poisoned model does not run. If a failed sync left the engine untouched, or the old
+weights were restored, the trainer resumes and admits.
 
-A pause without an update is somebody's own, and requests wait, as vLLM does. During a control call
-they wait too: its trainer is there, and a worker gives up one that is not. `/pause?mode=wait` may
-take minutes, and no worker is asked: who has gone by its answer gets the engine resumed behind him,
-unless it was paused before or another control call has come since, whose sender it is up to.
+During a pause without an update requests wait, as in vLLM alone. They also wait during a control
+call: its trainer is alive, or the worker gives up on it. `/pause?mode=wait` may take minutes and
+involves no worker. If its caller disconnects before the response, the middleware resumes the
+engine, unless it was paused before or a newer control call owns it.
 
-Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, and the gate none to close it by.
+Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, so nothing closes the middleware.
 
-Only requests that generate or read are open to everybody (`serving.strangers`). Where
-QERL_SYNC_TOKEN is set, all others need a proof of it, or get 403: so a stranger's commit does not
-open the gate either. Where it is not set, web pages get 403.
+Only requests that generate or read are open to everybody (`serving.auth`). Where
+QERL_SYNC_TOKEN is set, all others need a proof of it, or get 403, commits included. Where it is not
+set, web pages get 403.
 
     GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
-                            and 503 while the gate is closed
+                            and 503 while the middleware is closed
 
-The gate is one of its process: with several API servers for one engine, only that which is told
-refuses.
+The state belongs to one process: with several API servers for one engine, only the server that
+received the call refuses.
 """
 
 from __future__ import annotations
@@ -90,7 +89,7 @@ CONTROL = UPDATING | {"/pause", "/resume"}
 
 
 class ServingState:
-    """The states above, as they follow from what has passed the gate.
+    """The states above, as they follow from the requests that have passed.
 
     Attributes:
         paused: the engine is, by a pause that was answered.
@@ -112,14 +111,17 @@ class ServingState:
         self._reported, self._abandoned = None, False
 
     def scaled(self) -> None:
-        """Replicas may have joined. Before the first commit all have the checkpoint's weights."""
+        """Record that replicas may have joined.
+
+        Before the first commit this needs nothing: all replicas have the checkpoint's weights.
+        """
         if self._committed:
             self._reported = (
                 "it was scaled since its last sync, and replicas that have joined have not had one"
             )
 
     def call_begins(self) -> int:
-        """Returns the call's number."""
+        """Record that a control call begins. Return its number."""
         self.reason()  # before this call ends the quiet
         self._open_calls += 1
         self._num_calls += 1
@@ -143,7 +145,7 @@ class ServingState:
             self._resumed_at = call
 
     def reason(self) -> str | None:
-        """Why the gate is closed; None: it is open."""
+        """Return why requests are refused; None if they are accepted."""
         quiet_seconds = 0.0 if self._open_calls else self._clock() - self._last_end
         if self.paused and self._updating and quiet_seconds > QUIET_SECONDS:
             self._abandoned = True
@@ -153,7 +155,11 @@ class ServingState:
 
 
 class ServingGuardMiddleware:
-    """An ASGI application around `app`. `clock` tells seconds."""
+    """ASGI middleware around `app`: 503 while the weights are invalid, 403 for unauthenticated
+    control calls.
+
+    `clock` returns seconds.
+    """
 
     def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
@@ -206,7 +212,7 @@ class ServingGuardMiddleware:
         await self._app(_moved(scope, "/health"), receive, send)
 
     async def _pause(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Undone if nobody is there any more to hear that it is complete."""
+        """Handle `/pause`. Resume if the caller has disconnected before the response."""
         was_paused, left = self._watch.paused, False
         leaving = asyncio.ensure_future(_disconnect(receive))
 
@@ -236,7 +242,7 @@ class ServingGuardMiddleware:
         await self._app(scope, receive, answer)
 
     async def _control(self, route: str, scope: Scope, receive: Receive, send: Send) -> int:
-        """Returns the call's number."""
+        """Handle a control call. Return its number."""
         body, status = bytearray(), 500
 
         async def overhear() -> Message:
@@ -277,27 +283,29 @@ class ServingGuardMiddleware:
 
 
 def _route(scope: Scope) -> str:
-    """The path below the server's own, by the rules of Starlette, which takes the route: a
-    difference would be a way around."""
+    """Return the path below the server's root, by the rules of Starlette.
+
+    Starlette routes the request: any difference to its rules would be a bypass.
+    """
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _moved(scope: Scope, route: str) -> Scope:
-    """The same request for another route, without its query."""
+    """Return the same request for another route, without its query."""
     path = scope.get("root_path", "") + route
     return {**scope, "path": path, "raw_path": path.encode(), "query_string": b""}
 
 
 async def _disconnect(receive: Receive) -> None:
-    """Until the client has gone. What it sends before is dropped."""
+    """Block until the client has disconnected. Drop whatever it sends before."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 def _empty_until(gone: asyncio.Future[None]) -> Receive:
-    """A request without a body, whose client stays until then."""
+    """Return a `receive` that yields an empty body, then blocks until the client disconnects."""
     coming = iter([{"type": "http.request", "body": b"", "more_body": False}])
 
     async def receive() -> Message:
@@ -315,7 +323,7 @@ async def _unheard(message: Message) -> None:
 
 
 def _field(body: bytearray, name: str) -> Any:
-    """None if it is not there, or the body is no JSON object."""
+    """Return a field of a JSON body; None if it is missing, or the body is no JSON object."""
     try:
         reported = json.loads(body)
     except (ValueError, RecursionError):
@@ -324,12 +332,12 @@ def _field(body: bytearray, name: str) -> Any:
 
 
 def _error(status: int, message: str) -> dict[str, Any]:
-    """As OpenAI and vLLM have it."""
+    """Return an error in the form that OpenAI and vLLM use."""
     return {"error": {"message": message, "type": KINDS[status], "param": None, "code": status}}
 
 
 async def _deny(scope: Scope, receive: Receive, send: Send, status: int, why: str) -> None:
-    """Answer with an error; close a websocket, of which an unconnected client sees a 403."""
+    """Answer with an error. Close a websocket; a client that is not yet connected sees a 403."""
     if scope["type"] == "websocket":
         await receive()
         closing = {"type": "websocket.close", "code": CLOSE_CODES[status], "reason": why[:100]}

@@ -1,4 +1,4 @@
-"""TCP ports that a server is about to listen on."""
+"""Reserve TCP ports for servers that are about to listen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qerl_sync.errors import ConfigError
 
 
 def reserve_port(host: str, port: int | None) -> socket.socket:
-    """A socket bound to that port, or to a free one if it is None or 0.
+    """Return a socket bound to that port, or to a free one if it is None or 0.
 
     While the socket is open nobody is given the port by chance, and a server can still listen on
     it, as it does not listen itself.

@@ -1,4 +1,4 @@
-"""Processes as Linux shows them under /proc: whose child each is, and who listens on a port."""
+"""Read processes from Linux's /proc: parents, sessions, and listening ports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LISTENING = "0A"
 
 
 class Process(NamedTuple):
-    """One that has not ended (no zombie)."""
+    """A process that has not ended (no zombie)."""
 
     pid: int
     parent: int
@@ -20,7 +20,7 @@ class Process(NamedTuple):
 
 
 def running() -> list[Process]:
-    """All processes that this one may see."""
+    """Return all processes that this one may see."""
     found = (_read(entry.name) for entry in PROC.iterdir() if entry.name.isdigit())
     return [process for process in found if process is not None]
 
@@ -36,7 +36,7 @@ def _read(pid: str) -> Process | None:
 
 
 def descendants(pid: int) -> list[int]:
-    """Children of `pid`, their children and so on, parents first."""
+    """Return the children of `pid`, their children and so on, parents first."""
     children: dict[int, list[int]] = {}
     for process in running():
         children.setdefault(process.parent, []).append(process.pid)
@@ -47,12 +47,12 @@ def descendants(pid: int) -> list[int]:
 
 
 def members(session: int) -> list[int]:
-    """The processes of the session whose leader is, or was, the process `session`."""
+    """Return the processes of the session whose leader is, or was, the process `session`."""
     return [process.pid for process in running() if process.session == session]
 
 
 def is_resource_tracker(pid: int) -> bool:
-    """Python's helper that removes the shared memory of processes that were killed."""
+    """Return whether this is Python's helper that removes the shared memory of killed processes."""
     try:
         return b"multiprocessing.resource_tracker" in (PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -60,13 +60,13 @@ def is_resource_tracker(pid: int) -> bool:
 
 
 def any_listens(pids: Iterable[int], port: int) -> bool:
-    """Whether one of these processes listens on that TCP port."""
+    """Return whether one of these processes listens on that TCP port."""
     sockets = _listening(port)
     return any(_holds(pid, sockets) for pid in pids)
 
 
 def _listening(port: int) -> set[str]:
-    """The listening sockets of that port, as /proc/PID/fd names them."""
+    """Return the listening sockets of that port, as /proc/PID/fd names them."""
     found = set()
     for table in (PROC / "net/tcp", PROC / "net/tcp6"):
         lines = table.read_text().splitlines()[1:] if table.exists() else []

@@ -1,4 +1,4 @@
-"""A vLLM server from its start to its end."""
+"""Start, watch and stop a vLLM server."""
 
 from __future__ import annotations
 
@@ -75,14 +75,14 @@ class ServerProcess:
 
     @property
     def port(self) -> int:
-        """The port that the server listens on. Known once it has started."""
+        """Return the port that the server listens on. Known once it has started."""
         if self._port is None:
             raise SyncError("the server has no port before it is started; enter the `with` block")
         return self._port
 
     @property
     def url(self) -> str:
-        """The server's address for this machine."""
+        """Return the server's address for this machine."""
         return local_url(self.spec.host, self.port)
 
     def __enter__(self) -> ServerProcess:
@@ -120,8 +120,7 @@ class ServerProcess:
         self.stop()
 
     def stop(self) -> None:
-        """Stop the server and all its processes. May be called again, and by a forked child, where
-        it does nothing."""
+        """Stop the server and all its processes. Idempotent. Does nothing in a forked child."""
         if self._guard is None or self._owner != os.getpid():
             return
         guard, self._guard = self._guard, None
@@ -142,14 +141,14 @@ class ServerProcess:
         guard.terminate()
 
     def check(self) -> None:
-        """Raise PeerLostError, with its last words, if the server has ended."""
+        """Raise PeerLostError, with the log's last lines, if the server has ended."""
         if self._guard is None:
             raise PeerLostError("the vLLM server was stopped, or never started")
         if self._guard.poll() is not None:
             raise PeerLostError(self._ending(self._guard.returncode))
 
     def wait(self) -> int:
-        """Wait, without end, until the server ends by itself; returns its exit code."""
+        """Block until the server ends by itself; return its exit code."""
         return 0 if self._guard is None else self._guard.wait()
 
     def _launch(self, port: int) -> subprocess.Popen[bytes]:
@@ -198,7 +197,7 @@ class ServerProcess:
 
 
 def _end(guard: subprocess.Popen[bytes]) -> None:
-    """Whatever is left, also of a guard that was killed: its session's processes end now."""
+    """Kill all remaining processes of the guard's session, even if the guard itself was killed."""
     left = members(guard.pid)
     if guard.poll() is None or left:
         kill(pid for pid in left if not is_resource_tracker(pid))

@@ -1,4 +1,4 @@
-"""What a session needs of the trainer's side."""
+"""The trainer's side of a session."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ if TYPE_CHECKING:
 class Source(ABC):
     """The trainer's weights, under Hugging Face checkpoint names.
 
+    Example:
+        class StateDictSource(Source):
+            def metadata(self):
+                return [ParamMeta(n, "bfloat16", tuple(t.shape)) for n, t in self.state.items()]
+            def materialize(self, names):
+                for name in names:
+                    yield name, self.state[name]
+
     All methods are called on every trainer rank, in the same order: materialising may be a
     collective.
 
     Attributes:
         any_order: `materialize` serves names in any order. False: only in the order of `metadata`,
             each at most once between two calls of `metadata`.
-        lasting: what `materialize` yields stays as it is for as long as somebody holds it, to the
+        stable: what `materialize` yields stays as it is for as long as somebody holds it, to the
             end of the sync: parameters themselves, or copies of which each has its own memory.
             Transports then send from there, instead of copying first.
     """
@@ -31,30 +39,34 @@ class Source(ABC):
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
-        """Name, dtype and full shape of everything there is to send, in the source's own order.
+        """Return name, dtype and full shape of everything there is to send, in the source's own
+        order.
 
         Transfers nothing. Called before every sync, so that a changed model is noticed.
         """
 
     def held_names(self) -> Collection[str] | None:
-        """The names that this trainer rank holds; None: all. Each must be held by some rank.
+        """Return the names that this trainer rank holds; None: all. Some rank must hold each name.
 
         `metadata` describes the whole model all the same; only what is held is materialised.
         """
         return None
 
     def storages(self) -> Mapping[str, Storage]:
-        """The memory behind each tensor that `materialize` will yield, where it is known."""
+        """Return the memory behind each tensor that `materialize` will yield, where it is known."""
         return {}
 
     def resident_bytes(self) -> int:
-        """The part of `storages` that exists whether or not a sync runs: the weights themselves,
-        where the receiver gets them by reference."""
+        """Return the part of `storages` that exists whether or not a sync runs.
+
+        These are the weights themselves, if the receiver gets them by reference.
+        """
         return 0
 
     def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
-        """Look for NaN and infinite values, where that needs no gathering. May be called by another
-        thread than the rest.
+        """Look for NaN and infinite values, if that needs no gathering.
+
+        Another thread than that of the other methods may call it.
 
         Args:
             names: where to look; None: everywhere.

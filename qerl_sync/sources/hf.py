@@ -1,4 +1,4 @@
-"""A Hugging Face model that lives in this process, whole."""
+"""Read the weights of a Hugging Face model that lives in this process, unsharded."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class _Group:
 
 class HFSource(Source):
     """Yields what `save_pretrained` would write, tensor by tensor and without a second copy.
+
+    Example:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        with SyncSession(HFSource(model), transport, SyncConfig(policy="reorder")) as session:
+            session.push(step=1)
 
     transformers keeps some architectures in memory under other names and shapes than in their
     checkpoints (fused experts, renamed modules), and vLLM's loaders expect the latter. The
@@ -108,8 +113,10 @@ class HFSource(Source):
 
 
 def probe_of(model: Any) -> Probe:
-    """What this model says of a fixed prompt, for `sync.verify: full`. In evaluation mode; the
-    model's own mode is put back."""
+    """Return a probe that evaluates this model on a fixed prompt, for `sync.verify: full`.
+
+    The probe switches to evaluation mode and restores the model's own mode afterwards.
+    """
 
     @torch.no_grad()
     def logprobs(token_ids: Sequence[int]) -> list[float]:
@@ -127,14 +134,16 @@ def probe_of(model: Any) -> Probe:
 
 
 def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Under clean names, tied ones once, in the model's order; then what checkpoints hold besides:
-    router corrections, for instance, are buffers."""
+    """Return parameters under clean names, tied ones once, in model order, then saved buffers.
+
+    Checkpoints also hold some buffers, for instance router corrections.
+    """
     found: dict[str, torch.Tensor] = {_clean(name): p for name, p in model.named_parameters()}
     return found | {_clean(name): b for name, b in _saved_buffers(model)}
 
 
 def _saved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Those that `save_pretrained` writes and training may change."""
+    """Yield the buffers that `save_pretrained` writes and training may change."""
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
@@ -189,7 +198,7 @@ def _group(
 
 
 def _conversions(model: torch.nn.Module) -> list[Any]:
-    """How transformers turns the model's parameters into those of a checkpoint."""
+    """Return transformers' conversions from the model's parameters to those of a checkpoint."""
     loaded_with: list[Any] | None = getattr(model, "_weight_conversions", None)
     if loaded_with is not None:
         return loaded_with
@@ -205,7 +214,7 @@ def _conversions(model: torch.nn.Module) -> list[Any]:
 def _converted(
     model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], conversions: list[Any]
 ) -> dict[str, torch.Tensor]:
-    """`parameters` under the names and in the shapes of a checkpoint."""
+    """Return `parameters` under the names and in the shapes of a checkpoint."""
     if not conversions:
         return dict(parameters)
     from transformers.core_model_loading import revert_weight_conversion

@@ -1,4 +1,4 @@
-"""Parameters that live in shared memory: workers on the same host load them without a copy."""
+"""Put parameters into shared memory: workers on the same host load them without a copy."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from qerl_sync.wire.segments import SharedSegment
 @torch.no_grad()
 def share_parameters(model: torch.nn.Module) -> SharedSegment:
     """Move `model`'s parameters, as they are, into shared memory.
+
+    Example:
+        model = AutoModelForCausalLM.from_pretrained(path)
+        memory = share_parameters(model)  # keep it as long as the model
+        optimizer = torch.optim.AdamW(model.parameters())
 
     Call it before an optimizer is made; parameter objects stay the same. A sync over `shm` then
     sends where they lie instead of what they are; the model must not change before the sync has

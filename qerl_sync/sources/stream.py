@@ -1,4 +1,4 @@
-"""Somebody else's iterator of tensors, in an order that is theirs."""
+"""Send a third party's iterator of tensors, in its own order."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 
 class StreamSource(Source):
     """Yields what a stream yields, as it comes. For policies that leave the order alone.
+
+    Example:
+        metas = [ParamMeta(n, "bfloat16", tuple(t.shape)) for n, t in exporter.stream()]
+        source = StreamSource(metas, open_stream=exporter.stream)
+        with SyncSession(source, transport, SyncConfig(policy="spill")) as session:
+            session.push(step=1)
 
     A sync goes through one stream, once, over all its chunks; the next one, also after a sync that
     failed in the middle, opens another.
@@ -45,7 +51,9 @@ class StreamSource(Source):
         self._next = 0
 
     def metadata(self) -> list[ParamMeta]:
-        """Called before every sync, so that the next `materialize` opens a stream."""
+        """Return the metadata. Call it before every sync: the next `materialize` then opens a new
+        stream.
+        """
         self._leave()
         metas = self._metadata() if callable(self._metadata) else self._metadata
         held = self._held
@@ -57,7 +65,7 @@ class StreamSource(Source):
         return self._held
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """As `Source.materialize`; names that are never asked for are passed over.
+        """Yield as `Source.materialize` does; skip names that are never asked for.
 
         Raises:
             CoverageError: the stream yields another name than its metadata has next, ends early or
@@ -101,7 +109,7 @@ class StreamSource(Source):
             raise CoverageError(f"the stream goes on with {surplus[0]!r}, which its metadata lacks")
 
     def _leave(self) -> None:
-        """Let go of a stream, generators' `finally` blocks included."""
+        """Close a stream, so that generators run their `finally` blocks."""
         close = getattr(self._stream, "close", None)
         self._stream, self._next = None, 0
         if close is not None:

@@ -1,4 +1,4 @@
 """`qerl-sync train`: a run from its YAML to its report.
 
-Uses the callback like any user; a sync knows nothing of a run.
+This package uses the callback as any user does. A sync knows nothing of a run.
 """

@@ -1,4 +1,4 @@
-"""The sections that are handed to TRL's configuration classes as they are."""
+"""Build TRL's configuration objects from their YAML sections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def grpo_arguments(config: TrainConfig) -> GRPOConfig:
-    """TRL's arguments from the section `trainer`, and what is ours to set.
+    """Return TRL's arguments from the section `trainer`, and those that this program sets.
 
     Raises:
         ConfigError: TRL refuses a value or a combination of values.
@@ -33,7 +33,7 @@ def grpo_arguments(config: TrainConfig) -> GRPOConfig:
 
 
 def sft_arguments(config: TrainConfig) -> SFTConfig | None:
-    """TRL's arguments from the section `warmup.trainer`; None if there is no warm-up.
+    """Return TRL's arguments from the section `warmup.trainer`; None if there is no warm-up.
 
     Raises:
         ConfigError: TRL refuses a value or a combination of values.
@@ -48,7 +48,7 @@ def sft_arguments(config: TrainConfig) -> SFTConfig | None:
 
 
 def engine_options(config: TrainConfig) -> dict[str, Any]:
-    """vLLM's engine arguments from the section `rollout.engine`, over our defaults."""
+    """Return vLLM's engine arguments: the section `rollout.engine` over our defaults."""
     defaults = {"dtype": config.model.dtype, "seed": config.seed, "use_tqdm_on_load": False}
     return {**defaults, **config.rollout.engine}
 

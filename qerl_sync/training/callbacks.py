@@ -1,4 +1,4 @@
-"""Callbacks of the trainers: the progress bar, and stopping cleanly on Ctrl-C."""
+"""Trainer callbacks: a progress bar, and a clean stop on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from qerl_sync.training.display import Steps
 
 
 def quieten(trainer: Any) -> None:
-    """Take away what a trainer prints, and the model card that it writes with each checkpoint.
+    """Remove what a trainer prints, and the model card that it writes with each checkpoint.
+
+    For a policy that was made here the card says "a fine-tuned version of None". A model that is
+    uploaded (`push_to_hub`) keeps its card.
 
     Of a policy that was made here the card says "a fine-tuned version of None". One that is
     uploaded (`push_to_hub`) keeps it.
@@ -31,7 +34,7 @@ def quieten(trainer: Any) -> None:
 
 
 class ShowProgress(TrainerCallback):
-    """Moves the bar at each step; the note is made from the last log.
+    """Advance the bar at each step; take the note from the last log.
 
     Attributes:
         begun: training has begun; a checkpoint to go on from has been read.
@@ -68,7 +71,7 @@ class ShowProgress(TrainerCallback):
 
 
 class StopCleanly(TrainerCallback):
-    """On the first Ctrl-C finishes the step, writes a checkpoint and stops; the second kills."""
+    """Finish the step, write a checkpoint and stop on the first Ctrl-C; kill on the second."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
@@ -76,7 +79,7 @@ class StopCleanly(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C while open. Must be used in the main thread."""
+        """Handle Ctrl-C in this context. Must be used in the main thread."""
         before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Prompts for a run: the toy task made in memory, or a data set from a file or the hub."""
+"""Load a run's prompts: the toy task made in memory, or a data set from a file or the hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv"
 
 
 def addition_rows(size: int, seed: int) -> list[dict[str, str]]:
-    """`size` sums of one-digit numbers whose sum has one digit, drawn at random."""
+    """Return `size` sums of one-digit numbers whose sum has one digit, drawn at random."""
     problems = [(a, b) for a in range(10) for b in range(10 - a)]
     rng = random.Random(seed)
     drawn = (rng.choice(problems) for _ in range(size))
@@ -27,7 +27,9 @@ def addition_rows(size: int, seed: int) -> list[dict[str, str]]:
 
 
 def load_data(config: DataConfig, seed: int, *, needs_answers: bool) -> tuple[Dataset, Dataset]:
-    """The training rows and the held-out rows, with columns `prompt` and, if there, `answer`.
+    """Return the training rows and the held-out rows.
+
+    They have the column `prompt` and, if it exists, `answer`.
 
     Raises:
         ConfigError: there is no such data set, split or column.
@@ -91,7 +93,7 @@ def _read(config: DataConfig) -> Dataset:
 
 
 def _innermost(exc: BaseException) -> str:
-    """Return what began it: `datasets` wraps it into words without content."""
+    """Describe the first error of the chain: `datasets` wraps it into text without content."""
     while exc.__cause__ is not None:
         exc = exc.__cause__
     return f"{type(exc).__name__}: {exc}"
@@ -108,7 +110,7 @@ def _require_prompts(rows: Dataset, option: str) -> None:
 
 
 def _rename(rows: Dataset, option: str, column: str, name: str) -> Dataset:
-    """The rows with `column` called `name`."""
+    """Return the rows with `column` renamed to `name`."""
     if column not in rows.column_names:
         raise ConfigError(
             f"data.{option}: the data set has no column {column!r}; "

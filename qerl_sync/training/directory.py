@@ -1,4 +1,4 @@
-"""The directory of a run: what stands where, earlier runs, checkpoints, the sync records."""
+"""Lay out the directory of a run: files, earlier runs, checkpoints, the sync records."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIXED_SECTIONS = ("model", "data", "reward", "warmup", "seed")
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Everything that a run writes, under `root`."""
+    """The files that a run writes, under `root`."""
 
     root: Path
 
@@ -38,7 +38,9 @@ class RunDirectory:
 
     @property
     def model(self) -> Path:
-        """The policy that the reinforcement learning starts from, if it was made here."""
+        """Return the path of the policy that the reinforcement learning starts from, if made
+        here.
+        """
         return self.root / "model"
 
     @property
@@ -59,7 +61,7 @@ class RunDirectory:
 
     @property
     def engine_log(self) -> Path:
-        """What vLLM says where it has processes of its own."""
+        """Return the log file of engines that have processes of their own."""
         return self.root / "vllm.log"
 
     @property
@@ -71,20 +73,22 @@ class RunDirectory:
         return self.root / "buffers.png"
 
     def latest_checkpoint(self) -> Path | None:
-        """The checkpoint with the highest step that was written to its end."""
+        """Return the checkpoint with the highest step that was written completely."""
         found = (path.parent for path in self.root.glob("checkpoint-*/trainer_state.json"))
         steps = {int(number): path for path in found if (number := path.name[11:]).isdecimal()}
         return steps[max(steps)] if steps else None
 
     def start(self, config: TrainConfig) -> Path | None:
-        """Make it ready for a new run; returns where an earlier run was moved, if there was one."""
+        """Prepare the directory for a new run. Return where an earlier run was moved, if there was
+        one.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         moved = self._set_aside() if self._has_run() else None
         self._write_config(config)
         return moved
 
     def resume(self, config: TrainConfig) -> Path:
-        """Make it ready to go on; returns the checkpoint to go on from.
+        """Prepare the directory for resuming. Return the checkpoint to resume from.
 
         Raises:
             ConfigError: there is no run here, it was one of something else, or it has no checkpoint
@@ -125,14 +129,14 @@ class RunDirectory:
         return self.config.exists() and any(path != self.config for path in self._written())
 
     def _written(self) -> list[Path]:
-        """What a run has left here."""
+        """Return the files and directories that a run has left here."""
         fixed = [self.config, self.model, self.trained, self.syncs, self.plans, self.summary]
         others = [self.engine_log, self.reward_plot, self.buffers_plot]
         found = [path for path in [*fixed, *others] if path.exists()]
         return [*found, *self.root.glob("checkpoint-*")]
 
     def _set_aside(self) -> Path:
-        """Move an earlier run into a directory of its own. Nothing else in here is touched."""
+        """Move an earlier run into a directory of its own. Leave everything else in place."""
         number = 1 + len(list(self.root.glob("earlier-*")))
         aside = self.root / f"earlier-{number}"
         aside.mkdir()
@@ -155,20 +159,20 @@ class RunDirectory:
         write_record(self.root, record)
 
     def read_syncs(self) -> list[dict[str, Any]]:
-        """The reports so far. A last line that was cut off when the run died is left out."""
+        """Return the reports so far. Skip a last line that was cut off when the run died."""
         if not self.syncs.exists():
             return []
         lines = self.syncs.read_text(encoding="utf-8").split("\n")[:-1]
         return [json.loads(line) for line in lines]
 
     def keep_syncs_before(self, step: int) -> None:
-        """Drop the reports of steps that a resumed run does again, as TRL drops their logs."""
+        """Drop the reports of steps that a resumed run repeats, as TRL drops their logs."""
         kept = [report for report in self.read_syncs() if report["step"] < step]
         self.syncs.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
 
 
 def step_of(checkpoint: Path) -> int:
-    """The global step at which a checkpoint was written."""
+    """Return the global step at which a checkpoint was written."""
     return int(read_json(checkpoint / "trainer_state.json")["global_step"])
 
 

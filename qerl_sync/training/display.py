@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: phases with their times, and progress bars."""
+"""Show a run's progress: phases with their times, and progress bars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 10.0
 
 
 class Steps:
-    """The steps of one training, as a bar on a terminal and as lines elsewhere."""
+    """Show the steps of one training, as a bar on a terminal and as lines elsewhere."""
 
     def __init__(self, console: Console, what: str) -> None:
         self._console = console
@@ -36,11 +36,11 @@ class Steps:
         self._task = self._progress.add_task(what, total=None, note="")
 
     def advance(self, done: int, total: int) -> None:
-        """`done` of `total` steps are done."""
+        """Show that `done` of `total` steps are done."""
         self._progress.update(self._task, completed=done, total=total)
 
     def note(self, done: int, total: int, text: str) -> None:
-        """`text` says how it goes after `done` steps."""
+        """Show `text`, the progress after `done` steps."""
         self._progress.update(self._task, note=text)
         due = done == total or done >= self._last_line + total / LINES_WITHOUT_TERMINAL
         if due and done > self._last_line and not self._console.is_terminal:
@@ -48,17 +48,19 @@ class Steps:
             self._last_line = done
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Print a line above the bar."""
         self._console.print(text)
 
     def asked_to_stop(self) -> bool:
-        """Whether who looks at it, elsewhere, has had enough."""
+        """Return whether a remote viewer asked the run to stop."""
         return False
 
 
 class Phase:
-    """One that lasts: what it is doing just now stands behind the spinner, and elsewhere than on a
-    terminal on a line now and then."""
+    """Show one phase that takes time.
+
+    A terminal shows the current activity behind the spinner; other outputs get a line now and then.
+    """
 
     def __init__(self, console: Console, status: Status, doing: str) -> None:
         self._console = console
@@ -67,7 +69,7 @@ class Phase:
         self._next_line_seconds = SECONDS_BETWEEN_LINES
 
     def progress(self, seconds: float, text: str) -> None:
-        """`text` is what goes on after so many seconds."""
+        """Show `text`, the activity after so many seconds."""
         room = max(0, self._console.width - len(self._doing) - 20)
         line = f"{self._doing} ... {seconds:.0f} s [dim]{escape(text[:room])}[/]"
         self._status.update(line)
@@ -77,14 +79,14 @@ class Phase:
 
 
 class Display:
-    """The phases of a run on `console`."""
+    """Show the phases of a run on `console`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     @contextmanager
     def phase(self, doing: str, done: str) -> Iterator[Phase]:
-        """A spinner while it lasts, and a line with its duration when it succeeded."""
+        """Show a spinner in this context, and a line with its duration if it succeeded."""
         start = time.perf_counter()
         with self.console.status(f"{doing} ...") as status:
             yield Phase(self.console, status, doing)
@@ -92,7 +94,7 @@ class Display:
 
     @contextmanager
     def steps(self, what: str, done: str) -> Iterator[Steps]:
-        """A progress bar while it lasts, and a line with its duration when it succeeded."""
+        """Show a progress bar in this context, and a line with its duration if it succeeded."""
         start = time.perf_counter()
         steps = Steps(self.console, what)
         with steps._progress:

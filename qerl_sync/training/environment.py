@@ -1,4 +1,4 @@
-"""What must hold in the process before vLLM is imported, and how quiet everybody is."""
+"""Prepare the process before vLLM is imported, and silence what libraries print."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ QUIET_VARIABLES = {
 
 
 def prepare_environment(*, verbose: bool) -> None:
-    """Set what vLLM reads at import. Call it before anything imports vLLM or transformers."""
+    """Set the variables that vLLM reads at import. Call it before anything imports vLLM or
+    transformers.
+    """
     variables = ENGINE_VARIABLES if verbose else {**ENGINE_VARIABLES, **QUIET_VARIABLES}
     for name, value in variables.items():
         os.environ.setdefault(name, value)
@@ -51,7 +53,7 @@ def prepare_environment(*, verbose: bool) -> None:
 
 
 def hush() -> None:
-    """Silence what no environment variable silences. Imports the packages."""
+    """Silence the output that no environment variable silences. Imports the packages."""
     import datasets
     import transformers
 

@@ -1,4 +1,4 @@
-"""The policy that a run starts from: a checkpoint, or a tiny model with random weights."""
+"""Make or load the policy of a run: a checkpoint, or a tiny model with random weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 def make_tiny(
     config: TinyModelConfig, dtype: str, texts: Iterable[str], seed: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model with random weights, and a tokenizer trained on `texts`.
+    """Make a model with random weights, and a tokenizer trained on `texts`.
 
     Raises:
         ConfigError: transformers refuses the configuration.
@@ -49,7 +49,9 @@ def make_tiny(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedTokenizerBase:
-    """A tokenizer for `texts`: one token for each character, or byte-level BPE of a given size."""
+    """Train a tokenizer on `texts`: one token for each character, or byte-level BPE of a given
+    size.
+    """
     from transformers import PreTrainedTokenizerFast
 
     if vocab_size is None:
@@ -90,7 +92,7 @@ def _byte_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint.
+    """Return the tokenizer of a checkpoint.
 
     Raises:
         ConfigError: there is no such checkpoint, or it has no tokenizer.
@@ -108,7 +110,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str, dtype: str) -> PreTrainedModel:
-    """The checkpoint's weights, in `dtype`."""
+    """Load the checkpoint's weights in `dtype`."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -135,7 +137,9 @@ def _unloadable(path: str, what: str, exc: Exception) -> FileError:
 
 
 def _check_directory(path: str) -> None:
-    """Check that a local path holds a model and a tokenizer. What may be a hub id passes."""
+    """Check that a local path holds a model and a tokenizer. Accept anything that may be a hub
+    id.
+    """
     directory = Path(path)
     if not directory.is_dir():
         if directory.exists() or directory.is_absolute() or path.startswith(".") or _is_deep(path):
@@ -156,18 +160,18 @@ def _check_directory(path: str) -> None:
 
 
 def _is_deep(path: str) -> bool:
-    """Whether it has more parts than a hub id, or its first directory is here."""
+    """Return whether the path has more parts than a hub id, or its first directory exists here."""
     first, *others = Path(path).parts
     return len(others) > 1 or (len(others) == 1 and Path(first).is_dir())
 
 
 def texts_of(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
-    """The texts that a tokenizer for these rows should know."""
+    """Return the texts that a tokenizer for these rows should know."""
     for row in rows:
         for value in (row["prompt"], row.get("answer", "")):
             yield value if isinstance(value, str) else str(value)
 
 
 def describe(config: ModelConfig) -> str:
-    """The model in a few words, for people."""
+    """Return a short description of the model."""
     return config.path or f"a tiny {config.tiny.architecture if config.tiny else 'model'}"

@@ -1,4 +1,6 @@
-"""A run on a Ray cluster: an actor trains, rollout actors generate, this process shows it."""
+"""Run on a Ray cluster: one actor trains, rollout actors generate, this process shows the
+progress.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ HANDED_ON = (*ENGINE_VARIABLES, *QUIET_VARIABLES, "OMP_NUM_THREADS", "HF_HUB_OFF
 
 
 class TrainingActor:
-    """The run's trainer. It owns the rollout actors: they end with it."""
+    """Train in an actor. It owns the rollout actors: they end with it."""
 
     def __repr__(self) -> str:
         return "trainer"
@@ -40,7 +42,7 @@ class TrainingActor:
     def run(
         self, config: TrainConfig, board: Any, *, resume: bool, verbose: bool, seconds: float
     ) -> Outcome:
-        """As `training.run.train`; `seconds` have passed before it."""
+        """Train as `training.run.train` does; `seconds` have passed before it."""
         started = time.perf_counter() - seconds
         prepare_environment(verbose=verbose)
         from qerl_sync.training.run import train_here
@@ -50,7 +52,7 @@ class TrainingActor:
 
 
 def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose: bool) -> Outcome:
-    """See `training.run.train`.
+    """Train on a Ray cluster. See `training.run.train`.
 
     Raises:
         ConfigError: no cluster is there, or it has too little room for the actors or for chunks.
@@ -88,8 +90,11 @@ def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Actors have working directories of their own: what is relative is so to this process's.
-    A model or data set that is not there is the name of one on the hub, or somewhere else."""
+    """Resolve relative paths against this process's directory: actors have working directories of
+    their own.
+
+    A model or data set that is not here is a name on the hub, or a path on another node.
+    """
 
     def found(section: Any) -> Any:
         path = section.path and Path(section.path)
@@ -109,7 +114,9 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def start_board(ray: Any) -> Any:
-    """On this process's node, which the run cannot do without anyway; another one may be lost."""
+    """Start the board on this process's node: the run needs this node anyway, another could be
+    lost.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
@@ -118,7 +125,7 @@ def start_board(ray: Any) -> Any:
 
 
 def pool_arguments(config: TrainConfig) -> dict[str, Any]:
-    """Of `WorkerPool.start`, for the rollout actors of a run."""
+    """Return the arguments of `WorkerPool.start` for a run's rollout actors."""
     environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
     actor = RolloutActor
     if config.rollout.async_engine:
@@ -138,7 +145,9 @@ def pool_arguments(config: TrainConfig) -> dict[str, Any]:
 
 
 def _is_apart(config: TrainConfig) -> bool:
-    """Whether an engine has processes of its own, which Ray's object store does not reach."""
+    """Return whether an engine has processes of its own, which Ray's object store does not
+    reach.
+    """
     return config.rollout.async_engine or world_size(config.rollout.engine) > 1
 
 
@@ -178,7 +187,7 @@ def _cluster(config: TrainConfig, display: Display, verbose: bool) -> Iterator[N
 
 @contextmanager
 def _placed(config: TrainConfig, display: Display) -> Iterator[Any]:
-    """Room for all actors, reserved at once; those that the trainer starts are placed in it too."""
+    """Reserve room for all actors at once; place those that the trainer starts in it too."""
     ray = require_ray()
     from ray.util import placement_group, placement_group_table, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -203,6 +212,6 @@ def _placed(config: TrainConfig, display: Display) -> Iterator[Any]:
 
 
 def _bundles(config: TrainConfig) -> list[dict[str, float]]:
-    """What each actor takes: the trainer, then the rollout actors."""
+    """Return each actor's resources: the trainer's, then the rollout actors'."""
     rollout = resources_of(config.ray.rollout)
     return [resources_of(config.ray.trainer), *([rollout] * config.rollout.workers)]

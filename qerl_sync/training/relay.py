@@ -1,4 +1,4 @@
-"""What a run shows, carried from the actor that trains to the terminal that started it."""
+"""Carry a run's progress from the actor that trains to the terminal that started the run."""
 
 from __future__ import annotations
 
@@ -22,19 +22,21 @@ BOARD_SECONDS = 10.0
 
 
 class Board:
-    """An actor between both: events in order, and whether the run should stop."""
+    """Queue events in order between the trainer's actor and the terminal, and hold the stop
+    flag.
+    """
 
     def __init__(self) -> None:
         self._events: list[Event] = []
         self._stop = False
 
     def tell(self, event: Event) -> bool:
-        """Returns whether to stop."""
+        """Add events. Return whether to stop."""
         self._events.append(event)
         return self._stop
 
     def take(self) -> list[Event]:
-        """What has been told since the last time."""
+        """Return the events since the last call."""
         events, self._events = self._events, []
         return events
 
@@ -43,8 +45,11 @@ class Board:
 
 
 class RelayDisplay(Display):
-    """In the actor: tells the board what a `Display` would show. Nothing depends on it: events that
-    do not get there in time are lost, and all are once the board is dead for good."""
+    """Send to the board, from the actor, what a `Display` would show.
+
+    The run does not depend on it. Events that do not arrive in time are lost, and all events once
+    the board is dead for good.
+    """
 
     def __init__(self, board: Any) -> None:
         super().__init__(_RelayConsole(self._tell))
@@ -64,7 +69,7 @@ class RelayDisplay(Display):
         self._tell("end")
 
     def _tell(self, *event: Any) -> bool:
-        """Returns whether to stop, as far as is known."""
+        """Send events. Return whether to stop, as far as is known."""
         if self._board is not None:
             answer, dead = _asked(self._board.tell, event)
             self._stop = bool(self._stop if answer is None else answer)
@@ -73,7 +78,9 @@ class RelayDisplay(Display):
 
 
 def _asked(method: Any, *arguments: Any) -> tuple[Any, bool]:
-    """What a method of the board returns, None if it does not; and whether it is dead for good."""
+    """Return what a method of the board returns, None if it does not; and whether the board is
+    dead.
+    """
     import ray
 
     try:
@@ -122,7 +129,7 @@ class _RelaySteps(Steps):
 
 
 class Replay:
-    """At the terminal: does on a real display what was told to the board."""
+    """Show the board's events on a real display, at the terminal."""
 
     def __init__(self, display: Display, board: Any) -> None:
         self._display = display
@@ -132,7 +139,7 @@ class Replay:
         self._stopping = False
 
     def show(self) -> None:
-        """What has happened since the last time, unless the board is gone."""
+        """Show the events since the last call, unless the board is gone."""
         if self._board is None:
             return
         events, dead = _asked(self._board.take)
@@ -145,7 +152,7 @@ class Replay:
             )
 
     def close(self) -> None:
-        """Take a bar or spinner away that has not ended."""
+        """Remove a bar or spinner that has not ended."""
         if self._open is not None:
             with suppress(_Unfinished):
                 self._open.__exit__(_Unfinished, _Unfinished(), None)
@@ -153,8 +160,10 @@ class Replay:
 
     @contextmanager
     def stopping(self) -> Iterator[None]:
-        """While open, Ctrl-C has the run stop after its step; a second one raises. Must be used in
-        the main thread."""
+        """Stop the run after its step on Ctrl-C in this context; raise on a second one.
+
+        Must be used in the main thread.
+        """
         before = signal.signal(signal.SIGINT, self._on_interrupt)
         try:
             yield
@@ -184,4 +193,4 @@ class Replay:
 
 
 class _Unfinished(Exception):
-    """Ends a phase without its last line."""
+    """End a phase without its last line."""

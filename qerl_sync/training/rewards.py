@@ -1,4 +1,4 @@
-"""Reward functions, with TRL's signature: built in, or anybody's as `package.module:function`."""
+"""Reward functions with TRL's signature: built in, or the user's as `package.module:function`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ Reward = Callable[..., Sequence[float | None]]
 def exact_match(
     prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any
 ) -> list[float]:
-    """1 where the completion, without surrounding space, is the answer; else 0."""
+    """Reward 1 where the completion, without surrounding space, is the answer; else 0."""
     pairs = zip(completions, answer, strict=True)
     return [float(_text(completion).strip() == str(right).strip()) for completion, right in pairs]
 
 
 def _text(completion: Any) -> str:
-    """A completion is a text, or a list of chat messages of which the last one counts."""
+    """Return a completion's text. It is a text, or a list of chat messages of which the last
+    counts.
+    """
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 
@@ -32,7 +34,7 @@ BUILTIN: dict[str, Reward] = {"exact_match": exact_match}
 
 
 def resolve_reward(name: str) -> Reward:
-    """The reward function called `name` in the configuration.
+    """Return the reward function called `name` in the configuration.
 
     Modules are also looked for in the current directory.
 

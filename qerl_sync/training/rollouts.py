@@ -1,5 +1,8 @@
-"""The engine that a run generates with, where it is in other processes: a server that is found or
-started, watched and stopped, or vLLM's own engine process and its log."""
+"""Run the engine that a run generates with, where it is in other processes.
+
+It is a server that is found or started, watched and stopped, or vLLM's own engine process and its
+log.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ ENDING_SECONDS = 3.0
 def rollout_server(
     config: TrainConfig, model: str, directory: RunDirectory, display: Display
 ) -> Iterator[str | None]:
-    """The address of the server to generate with; None where the run needs none.
+    """Yield the address of the server to generate with; None if the run needs none.
 
     Unless the configuration names one it is started here, with `model`, and lives as long as the
     block. Its death ends the block at once, with PeerLostError. For the main thread.
@@ -73,8 +76,9 @@ def rollout_server(
 
 @contextmanager
 def engine_process(log: Path | None) -> Iterator[None]:
-    """While open, engines that get a process of their own write to `log` instead of the terminal
-    for as long as they live. None: they write where this process does.
+    """Redirect the output of engines that get their own process in this context to `log`.
+
+    It goes there instead of the terminal for as long as they live. None: no redirection.
 
     Raises:
         PeerLostError: such a process ended before it was ready; with its last words.
@@ -94,14 +98,14 @@ def engine_process(log: Path | None) -> Iterator[None]:
 
 
 def engine_lost(log: Path | None, when: str = "") -> PeerLostError:
-    """The error to raise when the process of an engine has ended that wrote to `log`."""
+    """Return the error to raise when the process of an engine that wrote to `log` has ended."""
     words = f"; the end of its log {log}:\n{complaint_in(log)}" if log else "; its output says why"
     return PeerLostError(f"the vLLM engine's process has ended{when}{words}")
 
 
 @contextmanager
 def _stderr_to(log: Path) -> Iterator[None]:
-    """Also for processes that are started meanwhile."""
+    """Redirect stderr, that of processes started meanwhile included."""
     before = os.dup(2)
     try:
         with log.open("wb") as file:
@@ -131,8 +135,11 @@ def _ended_with(server: ServerProcess) -> Iterator[None]:
 
 @contextmanager
 def _losses_explained(check: Callable[[], None], log: Path | None) -> Iterator[None]:
-    """Whoever cannot reach the server in here is told what `check` says of it, if it is gone, and
-    else what is in its log: a server whose engine has died may never end."""
+    """Replace connection errors in this context by the cause.
+
+    The cause is what `check` raises if the server is gone, else the errors in its log: a server
+    whose engine has died may never end.
+    """
     import requests
 
     try:

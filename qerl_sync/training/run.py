@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `stopped`: by Ctrl-C, before its last step."""
+    """The result of a run. `stopped`: by Ctrl-C, before its last step."""
 
     summary: Summary
     directory: RunDirectory
@@ -47,7 +47,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What a run is made of, checked before anything heavy starts."""
+    """The parts of a run, checked before anything heavy starts."""
 
     grpo: GRPOConfig
     sft: SFTConfig | None
@@ -90,7 +90,7 @@ def train_here(
     verbose: bool = False,
     started: float | None = None,
 ) -> Outcome:
-    """As `train`, with the trainer in this process whatever the mode."""
+    """Train as `train` does, with the trainer in this process whatever the mode."""
     started = time.perf_counter() if started is None else started
     directory = RunDirectory(Path(config.output_dir))
     with file_errors_explained(directory.root):
@@ -153,7 +153,7 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
 def _open(
     directory: RunDirectory, config: TrainConfig, display: Display, resume: bool
 ) -> Path | None:
-    """Make the directory ready; returns the checkpoint to go on from."""
+    """Prepare the directory. Return the checkpoint to resume from."""
     if not resume:
         moved = directory.start(config)
         if moved is not None:
@@ -172,7 +172,7 @@ def _open(
 
 
 def _policy(config: TrainConfig, parts: _Parts, directory: RunDirectory, display: Display) -> str:
-    """The path of the policy to start from. Made, warmed up and saved unless it is there."""
+    """Return the path of the policy to start from. Make, warm up and save it if it is missing."""
     if config.model.path is not None and parts.sft is None:
         return config.model.path
     if directory.model.is_dir():
@@ -199,7 +199,9 @@ def _policy(config: TrainConfig, parts: _Parts, directory: RunDirectory, display
 def _build(
     config: TrainConfig, parts: _Parts, path: str, url: str | None, directory: RunDirectory
 ) -> tuple[Any, WeightSyncCallback]:
-    """TRL's trainer with its engine, or the server at `url`, and our callback bound to it."""
+    """Build TRL's trainer with its engine, or for the server at `url`, and bind our callback to
+    it.
+    """
     from trl import GRPOTrainer
 
     from qerl_sync.training.callbacks import quieten
@@ -229,7 +231,10 @@ def _build(
 
 @contextmanager
 def _refusals_explained() -> Iterator[None]:
-    """Raise ConfigError from whatever TRL or vLLM raise while trainer and engine are made.
+    """Raise ConfigError for any error of TRL or vLLM while trainer and engine are made.
+
+    Nothing has been trained by then, and everything else has been checked, so the configuration is
+    the cause. vLLM refuses with any class of error, such as a missing kernel's (fp8 on a CPU).
 
     Nothing has been trained then, and the rest has been checked: it is what they were told to do.
     vLLM refuses with any class of error, such as a missing kernel's (fp8 on a CPU).
@@ -272,7 +277,7 @@ def _reason(exc: Exception) -> str:
 
 
 def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
-    """Train to the end, or until Ctrl-C; returns whether it was stopped."""
+    """Train to the end, or until Ctrl-C. Return whether it was stopped."""
     from qerl_sync.training.callbacks import ShowProgress, StopCleanly
 
     with display.steps("training", "trained") as steps:
@@ -296,7 +301,7 @@ def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
 
 @contextmanager
 def _engine_death_explained(log: Path | None) -> Iterator[None]:
-    """Whoever meets an engine process that is dead is told what it said last."""
+    """Replace an error caused by a dead engine process by one with the last lines of its log."""
     try:
         yield
     except Exception as exc:

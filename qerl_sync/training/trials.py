@@ -1,4 +1,4 @@
-"""The same run over several seeds, each in a process of its own, held against targets."""
+"""Repeat a run over several seeds, each in a process of its own, and compare with targets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qerl_sync.report.summary import Summary
 
 @dataclass(frozen=True)
 class Targets:
-    """What each seed must reach.
+    """Targets that each seed must reach.
 
     Attributes:
         gain: the reward of the last steps over that of the first.
@@ -31,7 +31,9 @@ class Targets:
     gap: float = 1e-5
 
     def missed(self, run: Summary) -> list[str]:
-        """Which of them a run missed, in words. What was not measured is missed."""
+        """Return the targets that a run missed, as text. A value that was not measured counts as
+        missed.
+        """
         first, last = run.reward_first, run.reward_last
         share, gap = run.sync_time_share, run.logprob_gap_max
         reached = {

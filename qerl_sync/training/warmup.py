@@ -1,4 +1,4 @@
-"""The supervised warm-up: TRL's `SFTTrainer` on prompts and answers."""
+"""Warm up a policy by supervised training: TRL's `SFTTrainer` on prompts and answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def warm_up(
 
 
 def _example(row: dict[str, Any]) -> dict[str, Any]:
-    """A row as TRL wants it: text to text, or chat messages to chat messages."""
+    """Return a row in TRL's format: text to text, or chat messages to chat messages."""
     prompt, answer = row["prompt"], str(row["answer"])
     if isinstance(prompt, str):
         return {"prompt": prompt, "completion": answer}

@@ -1,5 +1,5 @@
-"""What proves that a sync is right: finite values, checksums, changes, aliased memory, a prompt's
+"""Verify that a sync is right: finite values, checksums, changes, aliased memory, a prompt's
 log-probabilities.
 
-Checks only: nothing here sends, loads or plans.
+This package only checks: it does not send, load or plan.
 """

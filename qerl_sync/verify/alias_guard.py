@@ -1,4 +1,4 @@
-"""Tensors that are held by reference: whoever lent them must leave them as they are."""
+"""Detect writes to tensors that the receiver holds by reference."""
 
 from __future__ import annotations
 
@@ -11,8 +11,12 @@ SAMPLES = 8
 
 
 class AliasGuard:
-    """Notices that a source wrote to memory which is still held: a receive buffer used again, or
-    parameters that an optimizer steps meanwhile.
+    """Detect that a source wrote to memory which the receiver still holds.
+
+    Examples: a receive buffer used again, or parameters that an optimizer steps meanwhile.
+
+    torch counts its own writes. Writes by others (a network card, numpy) show in a sample of the
+    values. Sample host memory only: on a device it would wait for the device.
 
     torch counts the writes that it does itself. Those of others (a network card, numpy) show in a
     sample of the values. It is taken in host memory only: elsewhere it would wait for the device.
@@ -22,12 +26,12 @@ class AliasGuard:
         self._held: dict[str, list[tuple[str, torch.Tensor, int, torch.Tensor | None]]] = {}
 
     def hold(self, layer: str, name: str, tensor: torch.Tensor) -> None:
-        """`tensor` of the stream's `name` is kept for `layer` from here on."""
+        """Record that `tensor` of the stream's `name` is kept for `layer` from here on."""
         seen = (name, tensor, _writes(tensor), _sample(tensor))
         self._held.setdefault(layer, []).append(seen)
 
     def release(self, layer: str) -> None:
-        """`layer` is about to be loaded from what is held for it.
+        """Check the tensors held for `layer`, which is about to be loaded from them.
 
         Raises:
             CoverageError: a tensor is not what it was when it arrived.
@@ -49,7 +53,7 @@ def _writes(tensor: torch.Tensor) -> int:
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor | None:
-    """The bits of a few elements: NaN is equal to itself."""
+    """Return the bits of a few elements: unlike values, NaN bits equal themselves."""
     if tensor.device.type != "cpu" or not tensor.numel():
         return None
     steps = tuple(slice(None, None, -(-size // SAMPLES)) for size in tensor.shape)

@@ -1,4 +1,4 @@
-"""What changed from one sync to the next, seen in a few thousand elements of each tensor."""
+"""Detect what changed from one sync to the next, from a few thousand elements of each tensor."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)\.")
 
 @dataclass(frozen=True)
 class Changes:
-    """What one sync brought, against the one before.
+    """The changes of one sync against the previous one.
 
     Attributes:
         num_changed: tensors sent that differ from those of the sync before; None: there was none.
@@ -43,7 +43,10 @@ class Changes:
 
 
 class ChangeWatch:
-    """Compares what is sent with what was sent before, and with what the trainer changed.
+    """Compare what is sent with what was sent before, and with what the trainer changed.
+
+    Call `begin`, `see` for each tensor that is sent, then `conclude`, which makes the sync the one
+    that the next is compared with. Do not conclude a sync that failed.
 
     `begin`, `see` for each tensor that is sent, then `conclude`, which takes the sync over as the
     one that the next is compared with. A sync that failed is not concluded.
@@ -124,7 +127,7 @@ class ChangeWatch:
         return {name: self._as_sent(name, tensor) for name, tensor in self._trained_now()}
 
     def _as_sent(self, name: str, tensor: torch.Tensor) -> int:
-        """Rounded as it is for sending: what rounding hides need not travel."""
+        """Round as for sending: changes that rounding hides need not be sent."""
         known = self._by_memory.get(_memory(tensor))
         if known is not None:
             return known
@@ -138,7 +141,8 @@ _ADVICE = (
 
 
 def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
-    """Of the bits of evenly spread elements, of all in small tensors. Reads, never keeps.
+    """Hash the bits of evenly spread elements, or of all in small tensors. Only reads; keeps no
+    reference.
 
     Args:
         dtype: to convert the elements to before.
@@ -153,7 +157,9 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
 
 
 def destination(name: str) -> str:
-    """The name without what wrappers and adapters add: the parameter that it is a part of."""
+    """Return the name without the additions of wrappers and adapters: the parameter it belongs
+    to.
+    """
     plain = _COPIES.sub(".", _WRAPPERS.sub("", name))
     return _ADAPTER.sub(".weight", plain)
 
@@ -174,7 +180,7 @@ def _memory(tensor: torch.Tensor) -> tuple[int, torch.dtype, torch.Size]:
 
 
 class _Delivery:
-    """Answers which of the trainer's changes changed what was sent."""
+    """Decide which of the trainer's changes changed what was sent."""
 
     def __init__(self, sent: Iterable[str], changed: set[str]) -> None:
         self._sent, self._changed = set(sent), changed
@@ -182,8 +188,11 @@ class _Delivery:
         self._changed_modules = {module for name in changed for module in _modules(name)}
 
     def __contains__(self, name: str) -> bool:
-        """Where the checkpoint has a parameter under another name (fused or renamed modules), a
-        change of anything in the innermost module that both have counts."""
+        """Return whether the parameter's change was sent.
+
+        If the checkpoint has it under another name (fused or renamed modules), a change of anything
+        in the innermost module that both share counts.
+        """
         wanted = destination(name)
         if wanted in self._sent:
             return wanted in self._changed
@@ -192,7 +201,7 @@ class _Delivery:
 
 
 def _modules(name: str) -> Iterator[str]:
-    """The modules around a name, the innermost first."""
+    """Return the modules around a name, innermost first."""
     while "." in name:
         name = name.rpartition(".")[0]
         yield name

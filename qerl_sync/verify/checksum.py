@@ -68,7 +68,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=8)
 def _keys(device: str) -> torch.Tensor:
-    """One for each word of a page; the same everywhere."""
+    """Return one key for each word of a page; the same on every machine."""
     generator = torch.Generator().manual_seed(0)
     wide = torch.randint(-(2**62), 2**62, (_WORDS,), generator=generator)
     return (wide * 2 + 1).to(device)

@@ -1,4 +1,4 @@
-"""Looks for NaN in what is about to be sent, while what comes before it travels and is loaded."""
+"""Look for NaN in the next chunks while earlier ones are transferred and loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing_extensions import Self
 
 
 class FiniteChecker:
-    """Looks at one chunk after the other, in a thread of its own, from `__enter__` on.
+    """Check chunk n+1 for NaN while chunk n is transferred; never send an unchecked chunk.
+
+    A thread checks one chunk after the other from `__enter__` on. Sending starts after the first
+    chunk's check, not after all. A finding in a later chunk ends the sync at once.
 
     Nobody waits for a look at all of the weights before the first of them are sent; still no chunk
     leaves before it was looked at, and what is found further on ends the sync at once.
@@ -32,7 +35,9 @@ class FiniteChecker:
         self._thread = threading.Thread(target=self._run, name="qerl-sync look ahead", daemon=True)
 
     def await_chunk(self, index: int) -> None:
-        """Until chunk `index` was looked at. Raises what was found in it, before or behind it."""
+        """Block until chunk `index` was checked. Raise what was found in it or in any other
+        chunk.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: self._error or self._looked_at >= min(index + 1, len(self._chunks))
@@ -46,7 +51,7 @@ class FiniteChecker:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """After this the weights are looked at no more, and may change."""
+        """Stop checking. After this the weights may change."""
         self._left = True
         if self._chunks:
             self._thread.join()

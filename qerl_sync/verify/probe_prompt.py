@@ -1,4 +1,4 @@
-"""A prompt on which trainer and engine must agree, and how far rounding may part them."""
+"""Compare trainer and engine on a fixed prompt, within the tolerance that rounding allows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NUM_TOKENS = 24
 
 @dataclass(frozen=True)
 class Probe:
-    """What the trainer's own model says of a fixed prompt.
+    """The trainer model's answer to a fixed prompt.
 
     Attributes:
         token_ids: of the prompt.
@@ -30,12 +30,14 @@ class Probe:
 
 
 def spread_tokens(vocab_size: int) -> tuple[int, ...]:
-    """Ids from all over the vocabulary, always the same."""
+    """Return token ids spread over the vocabulary, always the same."""
     return tuple((1 + 7919 * i) % vocab_size for i in range(NUM_TOKENS))
 
 
 def shortened(token_ids: tuple[int, ...], context_tokens: int) -> tuple[int, ...]:
-    """What of the prompt an engine takes, which makes one more token of it; 0: all.
+    """Return the part of the prompt that leaves room for one generated token.
+
+    `context_tokens` 0: no limit.
 
     Raises:
         ConfigError: too little to tell anything.
@@ -52,7 +54,7 @@ def shortened(token_ids: tuple[int, ...], context_tokens: int) -> tuple[int, ...
 
 
 def tolerance(dtype: str, quantization: str | None, asked: float | None) -> float:
-    """Raises ConfigError where nobody can know it beforehand."""
+    """Return the tolerance. Raise ConfigError if it cannot be known beforehand."""
     if asked is not None:
         return asked
     if quantization is not None or dtype not in TOLERANCES:
@@ -64,6 +66,6 @@ def tolerance(dtype: str, quantization: str | None, asked: float | None) -> floa
 
 
 def largest_gap(trainer: Sequence[float], engine: Sequence[float]) -> float:
-    """NaN counts as infinite."""
+    """Return the largest gap. NaN counts as infinite."""
     gaps = [abs(a - b) for a, b in zip(trainer, engine, strict=True)]
     return max(gap if gap == gap else float("inf") for gap in gaps)

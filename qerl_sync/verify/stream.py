@@ -1,4 +1,4 @@
-"""A stream of tensors, held against what the plan says of it."""
+"""Check a stream of tensors against the plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def as_planned(
     tensors: Iterable[tuple[str, torch.Tensor]],
     parents: Parents | None = None,
 ) -> Iterator[tuple[ParamMeta, torch.Tensor]]:
-    """The same tensors, lazily, each with what the plan says of it.
+    """Yield the same tensors, lazily, each with its entry in the plan.
 
     Args:
         parents: for errors to name the parent layer.

@@ -11,7 +11,6 @@ from contextlib import nullcontext
 import pytest
 from typer.testing import CliRunner
 
-from qerl_sync import build_plan
 from qerl_sync.cli.main import app
 from qerl_sync.cli.plan.run import Request, execute
 from qerl_sync.cli.plan.table import OVER, scenario_table
@@ -21,6 +20,7 @@ from qerl_sync.offline.layer_map import offline_map
 from qerl_sync.plan.checkpoint import read_checkpoint
 from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.record import SyncRecord, write_record
+from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.training.directory import RunDirectory
 
 CONFIG = {

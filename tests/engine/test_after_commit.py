@@ -11,16 +11,8 @@ import pytest
 from support.loaders import KeepingLoader, TensorSource, Workers, tensors
 from support.servers import wait_until
 
-from qerl_sync import (
-    CoverageError,
-    PeerLostError,
-    RemoteTransport,
-    SyncConfig,
-    SyncError,
-    SyncSession,
-    TransportError,
-)
-from qerl_sync.errors import StaleCacheError
+from qerl_sync import RemoteTransport, SyncConfig, SyncError, SyncSession, TransportError
+from qerl_sync.errors import CoverageError, PeerLostError, StaleCacheError
 from qerl_sync.transports.remote import control
 from qerl_sync.transports.remote.pool import PoolTransport
 

@@ -10,7 +10,8 @@ from support.engines import NEW, OLD, kernels_in_use
 from support.fingerprint import difference, fingerprint
 from support.models import make_model, save_model
 
-from qerl_sync import CoverageError, HFSource, LayerMapError, LoadError
+from qerl_sync import HFSource
+from qerl_sync.errors import CoverageError, LayerMapError, LoadError
 from qerl_sync.worker.load.aliases import LostView
 from qerl_sync.worker.load.receiver import Receiver
 

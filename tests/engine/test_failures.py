@@ -11,15 +11,8 @@ from support.engines import NEW, OLD, generate
 from support.syncs import push, session
 from support.worker_extension import unfinished
 
-from qerl_sync import (
-    CoverageError,
-    HFSource,
-    LoadError,
-    PlanError,
-    PoisonedError,
-    Source,
-    SyncError,
-)
+from qerl_sync import HFSource, PoisonedError, Source, SyncError
+from qerl_sync.errors import CoverageError, LoadError, PlanError
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
 from qerl_sync.worker.load.monitor import SyncMonitor

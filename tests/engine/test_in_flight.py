@@ -11,7 +11,9 @@ import torch
 from support.engines import NEW, OLD
 from support.remote import gap, gaps, push, session
 
-from qerl_sync import AgreementError, HFSource, ParamMeta, Source
+from qerl_sync import HFSource, Source
+from qerl_sync.errors import AgreementError
+from qerl_sync.meta import ParamMeta
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire.messages import SyncRequest
 

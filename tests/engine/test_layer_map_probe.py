@@ -9,7 +9,9 @@ import torch
 from support.engines import OLD
 from support.models import CONFIGS
 
-from qerl_sync import CoverageError, HFSource, LayerMapError, ParamMeta
+from qerl_sync import HFSource
+from qerl_sync.errors import CoverageError, LayerMapError
+from qerl_sync.meta import ParamMeta
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.observe import observe_layer_map
 

@@ -17,18 +17,9 @@ from support.native import Broadcast, backend, without_cuda
 from test_failures import Wide
 from test_vllm_contract import FourMethods
 
-from qerl_sync import (
-    AgreementError,
-    ConfigError,
-    CoverageError,
-    HFSource,
-    LayerMapError,
-    PoisonedError,
-    SyncError,
-    TransportError,
-    build_plan,
-)
-from qerl_sync.errors import EngineTakenError
+from qerl_sync import ConfigError, HFSource, PoisonedError, SyncError, TransportError
+from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, LayerMapError
+from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 from qerl_sync.wire.handshake import call
 from qerl_sync.wire.messages import PROTOCOL

@@ -9,7 +9,8 @@ from support.engines import NEW, OLD
 from support.remote import session as remote_session
 from support.syncs import push, session
 
-from qerl_sync import CoverageError, HFSource, LoadError, PlanError, SyncError
+from qerl_sync import HFSource, SyncError
+from qerl_sync.errors import CoverageError, LoadError, PlanError
 from qerl_sync.worker.load import memory, refresh
 
 pytestmark = pytest.mark.vllm

@@ -19,25 +19,14 @@ from support.streams import storages, streams
 from support.streams_by_hand import QKV, HandMadeTransport, interleave, stacked_model
 from support.syncs import push, session
 
-from qerl_sync import (
-    ConfigError,
-    CoverageError,
-    HFSource,
-    LoadError,
-    ParamMeta,
-    PlanError,
-    PoisonedError,
-    RemoteTransport,
-    SyncConfig,
-    SyncPlan,
-    SyncSession,
-    build_plan,
-    by_parent_layer,
-    replay,
-)
+from qerl_sync import ConfigError, HFSource, PoisonedError, RemoteTransport, SyncConfig, SyncSession
+from qerl_sync.errors import CoverageError, LoadError, PlanError
+from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.orders import parse_order
-from qerl_sync.plan.policies import group_labels
+from qerl_sync.plan.policies import by_parent_layer, group_labels
+from qerl_sync.plan.replay import replay
 from qerl_sync.plan.spill import load_order, peak_staged_bytes
+from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.stream import StreamSource
 from qerl_sync.worker.load.spill import SpillBuffer
 

@@ -16,13 +16,13 @@ from support.tensors import TwoTensors
 
 from qerl_sync import (
     ConfigError,
-    CoverageError,
     HFSource,
     InProcessTransport,
     PoisonedError,
     SyncConfig,
     SyncSession,
 )
+from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.transports.remote import staging

@@ -13,14 +13,8 @@ import torch
 from support.engines import NEW, OLD
 from support.native import backend
 
-from qerl_sync import (
-    ConfigError,
-    CoverageError,
-    HFSource,
-    PlanError,
-    SyncConfig,
-    TransportError,
-)
+from qerl_sync import ConfigError, HFSource, SyncConfig, TransportError
+from qerl_sync.errors import CoverageError, PlanError
 
 pytestmark = pytest.mark.vllm
 
@@ -345,8 +339,9 @@ def test_ranks_that_cannot_work(monkeypatch):
 
 
 def planned(hf: Any, policy: str = "reorder") -> Any:
-    from qerl_sync import Contribution, LayerMap, ParentLayer, build_plan
     from qerl_sync.integrations.vllm import PlannedSource
+    from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
+    from qerl_sync.plan.sync_plan import build_plan
 
     def parent(name: str) -> str:
         return name.rpartition(".")[0].replace("q_proj", "qkv").replace("v_proj", "qkv")

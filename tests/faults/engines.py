@@ -17,9 +17,10 @@ from support.models import CONFIGS, checkpoint_tensors, make_model
 
 from faults.spoilers import Pairs
 from faults.triggers import FaultySource, PhasedInProcess, PhasedRemote, Trigger
-from qerl_sync import ConfigError, Source, SyncConfig, SyncReport, SyncSession, Transport
+from qerl_sync import ConfigError, Source, SyncConfig, SyncReport, SyncSession
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.serving.middleware import QUIET_SECONDS
+from qerl_sync.transports.base import Transport
 
 TIMEOUT_SECONDS = 3.0
 CALL_SECONDS = 60.0

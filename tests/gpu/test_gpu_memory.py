@@ -8,8 +8,10 @@ import pytest
 import torch
 from support.streams_by_hand import stacked_model
 
-from qerl_sync import ParamMeta, Storage, by_parent_layer, replay
 from qerl_sync.buffers.detect import DeviceRule, is_finite, storages_of
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.policies import by_parent_layer
+from qerl_sync.plan.replay import replay
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -17,9 +17,7 @@ from support.ray_cluster import GREEDY, Rollouts, start_rollouts, status, two_no
 from support.ray_echo import Holder
 
 from qerl_sync import (
-    AgreementError,
     ConfigError,
-    CoverageError,
     HFSource,
     PoisonedError,
     RemoteTransport,
@@ -31,6 +29,7 @@ from qerl_sync import (
     WorkerPool,
 )
 from qerl_sync.engines.ray_actor import require_object_store
+from qerl_sync.errors import AgreementError, CoverageError
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.verify.probe_prompt import Probe
 

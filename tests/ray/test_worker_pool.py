@@ -18,18 +18,9 @@ from support.loaders import TensorSource, tensors
 from support.ray_cluster import environment
 from support.ray_echo import EchoRollout, Holder, Plain
 
-from qerl_sync import (
-    ConfigError,
-    CoverageError,
-    PeerLostError,
-    SyncConfig,
-    SyncSession,
-    TrainConfig,
-    TransportError,
-    TransportTimeout,
-    WorkerPool,
-)
+from qerl_sync import ConfigError, SyncConfig, SyncSession, TrainConfig, TransportError, WorkerPool
 from qerl_sync.engines.ray_actor import RayActorClient, require_object_store
+from qerl_sync.errors import CoverageError, PeerLostError, TransportTimeout
 from qerl_sync.integrations.ray.actors import CONTROL
 from qerl_sync.integrations.ray.cluster import connect, require_room_for_chunks
 from qerl_sync.integrations.ray.llm import PooledLLM

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from qerl_sync import HFSource, build_plan
+from qerl_sync import HFSource
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat import offline as compat_offline
 from qerl_sync.worker.load.receiver import Receiver

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from qerl_sync import Contribution, LayerMap, ParamMeta, ParentLayer
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 
 # (parent layer, bytes) of each tensor in the source's order; each has a storage of its own.
 Small = Sequence[tuple[int, int]]

@@ -11,19 +11,12 @@ from typing import Any
 
 import torch
 
-from qerl_sync import (
-    Chunk,
-    Contribution,
-    LayerMap,
-    ParamMeta,
-    ParentLayer,
-    Source,
-    SyncError,
-    SyncPlan,
-    Trace,
-    __version__,
-    replay,
-)
+from qerl_sync import Source, SyncError, __version__
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
+from qerl_sync.plan.replay import replay
+from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
 from qerl_sync.worker.protocol.connection import TrainerConnection

@@ -7,9 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from qerl_sync import AgreementError, PoisonedError, TrainerActor, WorkerPool
+from qerl_sync import PoisonedError, TrainerActor, WorkerPool
 from qerl_sync.bench.echo import hello
 from qerl_sync.bench.on_ray import EchoActor
+from qerl_sync.errors import AgreementError
 from qerl_sync.integrations.ray.rollouts import Rollout
 from support.loaders import TensorSource
 

@@ -6,7 +6,8 @@ from collections import defaultdict
 
 from hypothesis import strategies as st
 
-from qerl_sync import Contribution, LayerMap, ParamMeta, ParentLayer, Storage
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 
 LAYERS = [f"model.layers.{i}.{part}" for i in range(3) for part in ("qkv_proj", "norm")]
 

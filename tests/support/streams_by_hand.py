@@ -7,18 +7,12 @@ from itertools import chain
 
 import torch
 
-from qerl_sync import (
-    BufferLedger,
-    Contribution,
-    LayerMap,
-    ParamMeta,
-    ParentLayer,
-    Source,
-    Storage,
-    Transport,
-)
+from qerl_sync import Source
 from qerl_sync.buffers.detect import require_finite
-from qerl_sync.transports.base import WorkerReport
+from qerl_sync.buffers.ledger import BufferLedger
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
+from qerl_sync.transports.base import Transport, WorkerReport
 
 QKV = [[ParamMeta(f"{layer}.{part}", "float32", (4,)) for part in "qkv"] for layer in "ab"]
 

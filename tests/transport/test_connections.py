@@ -24,18 +24,10 @@ from support.relay import HOST as RELAYED
 from support.relay import Relay
 from support.servers import wait_until
 
-from qerl_sync import (
-    AgreementError,
-    ConfigError,
-    IntegrityError,
-    NoRoomError,
-    PeerLostError,
-    SyncConfig,
-    SyncSession,
-    TransportError,
-)
+from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.build import remote_transport
 from qerl_sync.engines.http import HTTPClient
+from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLostError
 from qerl_sync.transports.remote import peer as peers
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire import channel, segments

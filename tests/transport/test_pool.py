@@ -15,17 +15,9 @@ import pytest
 import torch
 from support.loaders import TensorSource, tensors
 
-from qerl_sync import (
-    AgreementError,
-    ConfigError,
-    CoverageError,
-    NoRoomError,
-    SyncConfig,
-    SyncSession,
-    TransportError,
-)
+from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.bench.echo import EchoLoader, hello
-from qerl_sync.errors import EngineTakenError
+from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, NoRoomError
 from qerl_sync.transports.remote.pool import PoolTransport
 from qerl_sync.verify.probe_prompt import Probe
 from qerl_sync.wire import segments

@@ -16,9 +16,10 @@ from support.models import save_model
 from support.remote import push, session
 from support.servers import answering, wait_until
 
-from qerl_sync import HFSource, SyncError, TransportTimeout
+from qerl_sync import HFSource, SyncError
 from qerl_sync.engines.base import why_refused
 from qerl_sync.engines.http import HTTPClient
+from qerl_sync.errors import TransportTimeout
 from qerl_sync.serving.auth import GENERATING, is_open
 from qerl_sync.serving.middleware import (
     CONTROL,

@@ -29,13 +29,8 @@ from support.remote import (
 
 import qerl_sync
 from qerl_sync import (
-    AgreementError,
-    CoverageError,
     HFSource,
     InProcessTransport,
-    LayerMap,
-    LayerMapError,
-    ParamMeta,
     RemoteTransport,
     Source,
     SyncConfig,
@@ -44,7 +39,9 @@ from qerl_sync import (
     share_parameters,
 )
 from qerl_sync.engines.http import HTTPClient
-from qerl_sync.errors import EngineTakenError
+from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, LayerMapError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.transports.remote import compatibility as agreement

@@ -22,19 +22,22 @@ from support.servers import wait_until
 
 import qerl_sync
 from qerl_sync import (
-    AgreementError,
     ConfigError,
-    CoverageError,
-    PeerLostError,
     RemoteTransport,
     SyncConfig,
     SyncError,
     SyncSession,
     TransportError,
-    TransportTimeout,
     share_parameters,
 )
-from qerl_sync.errors import EngineTakenError, WorldSizeError
+from qerl_sync.errors import (
+    AgreementError,
+    CoverageError,
+    EngineTakenError,
+    PeerLostError,
+    TransportTimeout,
+    WorldSizeError,
+)
 from qerl_sync.plan.staging import touched_bytes
 from qerl_sync.transports.remote import compatibility as agreement
 from qerl_sync.transports.remote import control, transport

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support.loaders import CALLER
 
-from qerl_sync import AgreementError, PeerLostError
+from qerl_sync.errors import AgreementError, PeerLostError
 from qerl_sync.wire.channel import Listener, new_token, proof
 
 pytestmark = pytest.mark.slow  # it imports vLLM

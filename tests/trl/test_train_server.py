@@ -24,9 +24,10 @@ from support.servers import stand_in_for_vllm, wait_until
 from support.trainers import build_trainer, gap, save_policy
 
 import qerl_sync
-from qerl_sync import ConfigError, PeerLostError
+from qerl_sync import ConfigError
 from qerl_sync.config import TrainConfig
 from qerl_sync.engines.http import HTTPClient
+from qerl_sync.errors import PeerLostError
 from qerl_sync.serving.processes import descendants, running
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display

@@ -9,7 +9,8 @@ import pytest
 from support.fingerprint import difference, fingerprint
 from support.trainers import build_gold_trainer, build_trainer, gap, gap_now, save_policy
 
-from qerl_sync import CompatError, ConfigError, SyncConfig, WeightSyncCallback, engine_arguments
+from qerl_sync import ConfigError, SyncConfig, WeightSyncCallback, engine_arguments
+from qerl_sync.errors import CompatError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

@@ -23,24 +23,15 @@ from support.streams import storages, streams
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 from support.syncs import push
 
-from qerl_sync import (
-    ConfigError,
-    Contribution,
-    HFSource,
-    LayerMap,
-    ParamMeta,
-    ParentLayer,
-    PlanError,
-    Storage,
-    SyncConfig,
-    SyncPlan,
-    SyncSession,
-    by_parent_layer,
-    replay,
-)
+from qerl_sync import ConfigError, HFSource, SyncConfig, SyncSession
+from qerl_sync.errors import PlanError
+from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.budget import count_moved, within_budget
 from qerl_sync.plan.diagnosis import Cause, causes_of, diagnose
-from qerl_sync.plan.sync_plan import build_plan
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
+from qerl_sync.plan.policies import by_parent_layer
+from qerl_sync.plan.replay import replay
+from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.worker.load.memory import MEMINFO, container_free_bytes, free_bytes, host_free_bytes
 
 SMALL = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5)), min_size=1, max_size=6)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 
-from qerl_sync import SyncConfig, SyncSession, UnchangedError
+from qerl_sync import SyncConfig, SyncSession
+from qerl_sync.errors import UnchangedError
 from qerl_sync.verify.changes import PATIENCE, ChangeWatch, destination, fingerprint
 
 NAMES = [meta.name for meta in interleave(QKV)]

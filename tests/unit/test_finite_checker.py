@@ -8,8 +8,9 @@ import pytest
 import torch
 from support.loaders import KeepingLoader, TensorSource, Workers, tensors
 
-from qerl_sync import CoverageError, RemoteTransport, SyncConfig, SyncSession
+from qerl_sync import RemoteTransport, SyncConfig, SyncSession
 from qerl_sync.buffers.detect import require_finite
+from qerl_sync.errors import CoverageError
 from qerl_sync.verify.finite import FiniteChecker
 
 CHUNKS = [["a"], ["b", "c"], ["d"]]

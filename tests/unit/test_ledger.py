@@ -6,7 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.streams import LAYERS, storages, streams
 
-from qerl_sync import BufferLedger, Storage, Trace, TraceStep, replay
+from qerl_sync.buffers.ledger import BufferLedger
+from qerl_sync.buffers.trace import Trace, TraceStep
+from qerl_sync.meta import Storage
+from qerl_sync.plan.replay import replay
 
 STORAGES = st.builds(lambda key: Storage(key, 100 * (key + 1)), st.integers(0, 3))
 EVENTS = st.lists(

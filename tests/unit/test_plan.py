@@ -10,22 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.streams import storages, streams
 
-from qerl_sync import (
-    LayerMap,
-    ParamMeta,
-    PlanError,
-    SyncPlan,
-    Trace,
-    as_given,
-    build_plan,
-    by_parent_layer,
-    replay,
-)
-from qerl_sync.errors import ConfigError
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import ConfigError, PlanError
+from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.diagnosis import Cause, diagnose
+from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
-from qerl_sync.plan.replay import open_layers_at
-from qerl_sync.plan.sync_plan import POLICIES
+from qerl_sync.plan.policies import as_given, by_parent_layer
+from qerl_sync.plan.replay import open_layers_at, replay
+from qerl_sync.plan.sync_plan import POLICIES, SyncPlan, build_plan
 
 ORDERS = ["hf", "alphabetical", "size", "optimizer", "random:0", "random:7", "interleaved:3"]
 
@@ -181,7 +174,7 @@ def test_unknown_orders_are_refused(text):
 
 
 def _two_layers():
-    from qerl_sync import Contribution, ParentLayer
+    from qerl_sync.plan.layer_map import Contribution, ParentLayer
 
     metas = [ParamMeta(f"{layer}.{i}", "bfloat16", (4,)) for i in range(2) for layer in "ab"]
     contributions = {m.name: (Contribution(m.name[0], "w", 4, 8, True),) for m in metas}

@@ -9,16 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.streams import storages, streams
 
-from qerl_sync import (
-    ConfigError,
-    Contribution,
-    LayerMap,
-    ParamMeta,
-    ParentLayer,
-    Storage,
-    Trace,
-    build_plan,
-)
+from qerl_sync import ConfigError
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.record import (
     SyncRecord,
@@ -30,6 +24,7 @@ from qerl_sync.plan.record import (
     write_record,
 )
 from qerl_sync.plan.replay import replay
+from qerl_sync.plan.sync_plan import build_plan
 
 ANY_EXAMPLE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 

@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.streams import storages, streams
 
-from qerl_sync import BufferLedger, Contribution, LayerMap, ParamMeta, ParentLayer, Storage
+from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.cli.plan.order_specs import as_saved, by_name, default_orders, resolve_order
 from qerl_sync.cli.plan.scenarios import Transport, packed_storages, scenarios
 from qerl_sync.errors import ConfigError
+from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.diagnosis import Cause
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import Replay
 from qerl_sync.plan.simulator import Simulator, open_at, open_at_each
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 
-from qerl_sync import CoverageError, LayerMapError, PlanError, SyncConfig, SyncSession
+from qerl_sync import SyncConfig, SyncSession
+from qerl_sync.errors import CoverageError, LayerMapError, PlanError
 
 
 def make(policy="reorder", metas=None, **options):

@@ -1,4 +1,5 @@
-"""The actor that hosts a vLLM engine. Nothing here imports Ray: `WorkerPool.start` makes it remote.
+"""The Ray actor that hosts a vLLM engine. Nothing here imports Ray: `WorkerPool.start` makes it
+remote.
 
 Its calls run one after the other in one thread, the engine's. Those of `CONTROL` have threads of
 their own, so that they are answered while the engine generates or loads. `in_flight.py` has an
@@ -29,7 +30,13 @@ Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
 
 
 class RolloutActor:
-    """A vLLM engine that generates, and takes weights.
+    """Host a vLLM engine in a Ray actor: generate, and receive weights.
+
+    Example:
+        engine = {"model": path, "dtype": "float32", "enforce_eager": True}
+        pool = WorkerPool.start(2, engine, actor=RolloutActor, options={"num_gpus": 1})
+        ray.get(trainer.sync_weights.remote())  # a TrainerActor that has the pool
+        rollouts = pool.generate([[1, 2, 3]], {"max_tokens": 8})
 
     It refuses to generate until it has had a full sync: an actor that Ray restarts is back on the
     weights that it was started with.
@@ -75,11 +82,13 @@ class RolloutActor:
             threading.Thread(target=_end_with, args=(core,), name="watch", daemon=True).start()
 
     def __repr__(self) -> str:
-        """What Ray writes before each line of the actor's log."""
+        """Return the text that Ray prints before each line of the actor's log."""
         return self.name
 
     def _is_apart(self, engine: Mapping[str, Any]) -> bool:
-        """Whether the engine has processes of its own, unless the environment says otherwise."""
+        """Return whether the engine has processes of its own, unless the environment says
+        otherwise.
+        """
         return world_size(engine) > 1
 
     def _start(self, engine: Mapping[str, Any]) -> Any:
@@ -94,7 +103,7 @@ class RolloutActor:
         return LLMClient(llm)
 
     def _core(self, llm: Any) -> Any:
-        """vLLM's client of its engine core."""
+        """Return vLLM's client of its engine core."""
         return getattr(getattr(llm, "llm_engine", None), "engine_core", None)
 
     # ---- generation
@@ -105,7 +114,7 @@ class RolloutActor:
         sampling: Any = None,
         required_version: int = 0,
     ) -> list[Rollout]:
-        """Completions of all prompts, `sampling["n"]` of each, in order.
+        """Return completions of all prompts, `sampling["n"]` of each, in order.
 
         Args:
             sampling: vLLM's `SamplingParams`, or their fields as a mapping.
@@ -133,7 +142,7 @@ class RolloutActor:
         ]
 
     def _complete(self, prompts: list[Any], sampling: Any) -> list[tuple[Any, int]]:
-        """vLLM's output for each prompt, and the version of the weights when it was complete."""
+        """Return vLLM's output for each prompt, and the weight version when it was complete."""
         try:
             outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         except BaseException:
@@ -186,7 +195,7 @@ class RolloutActor:
         self._client.update_weights(_payload(request, "update_info"))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """With a version: the sync has been committed."""
+        """Finish the update. A given version means that the sync has been committed."""
         self._client.finish_weight_update(weight_version)
         if weight_version is not None:
             self.update_weight_version(weight_version)
@@ -206,18 +215,20 @@ class RolloutActor:
         return bool(self._client.reset_caches(running=running))
 
     def world_size(self) -> int:
-        """Count the workers, with those of all data parallel replicas."""
+        """Return the number of workers, those of all data parallel replicas included."""
         return int(self._client.world_size())
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Of each token but the first, given those before it. For `sync.verify: full`."""
+        """Return each token's log-probability, from the second on. For `sync.verify: full`."""
         return list(self._client.prompt_logprobs(token_ids))
 
     # ---- answered at any time (concurrency group CONTROL)
 
     def status(self) -> dict[str, Any]:
-        """Who this is, what it runs, and the version of its weights. Answers once the engine has
-        started."""
+        """Return the actor's identity, its packages' versions and its weight version.
+
+        The actor answers once the engine has started.
+        """
         import ray
 
         from qerl_sync import __version__
@@ -232,19 +243,21 @@ class RolloutActor:
         }
 
     def deliver(self, key: str, index: int, chunk: Any) -> bool:
-        """A chunk out of Ray's object store, for the worker in this process; False: there is none
-        that waits for it."""
+        """Pass a chunk from Ray's object store to the worker in this process.
+
+        Return False if no worker waits for it.
+        """
         return mailbox.put(key, index, chunk)
 
 
 def world_size(engine: Mapping[str, Any]) -> int:
-    """How many ranks an engine with these arguments has."""
+    """Return how many ranks an engine with these arguments has."""
     sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
     return math.prod(int(engine.get(size) or 1) for size in sizes)
 
 
 def with_defaults(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """vLLM's engine arguments, and what an engine in an actor needs unless they say otherwise."""
+    """Return vLLM's engine arguments, with the defaults that an engine in an actor needs."""
     needed: dict[str, Any] = {"weight_transfer_config": {"backend": "qerl"}}
     if world_size(engine) > 1:
         # vLLM would find that it is in a placement group, and take actors of its own for its ranks.
@@ -253,7 +266,11 @@ def with_defaults(engine: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _end_with(core: Any) -> NoReturn:
-    """An actor without its engine is of no use, and Ray does not know: it starts both anew."""
+    """End the actor when its engine dies.
+
+    An actor without its engine is useless, and Ray does not notice: ending it makes Ray restart
+    both.
+    """
     while not core.resources.engine_dead:
         time.sleep(LOOK_SECONDS)
     logging.getLogger(__name__).error("the engine's process has ended, and the actor with it")
@@ -261,6 +278,6 @@ def _end_with(core: Any) -> NoReturn:
 
 
 def _payload(request: Any, name: str) -> dict[str, Any]:
-    """vLLM's clients send dataclasses, ours plain dictionaries."""
+    """Return the request's fields: vLLM's clients send dataclasses, ours plain dictionaries."""
     found = request[name] if isinstance(request, Mapping) else getattr(request, name)
     return dict(found)

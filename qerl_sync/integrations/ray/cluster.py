@@ -1,4 +1,4 @@
-"""The cluster: found or started, and large enough, before anything else is."""
+"""Connect to a Ray cluster or start one, and check its size before anything else starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONNECT_SECONDS = 5.0
 
 
 def require_ray() -> Any:
-    """The module. Raises CompatError where it is not installed."""
+    """Return the module `ray`. Raise CompatError if it is not installed."""
     try:
         import ray
     except ImportError as exc:
@@ -26,7 +26,7 @@ def require_ray() -> Any:
 
 
 def connect(address: str | None = None, **options: Any) -> bool:
-    """Join the cluster at `address`, or start one on this machine; nothing if we are in one.
+    """Join the cluster at `address`, or start one on this machine. Do nothing if already connected.
 
     Args:
         address: `host:port`, `auto` for the one that runs here, None for one of our own.
@@ -56,14 +56,14 @@ def connect(address: str | None = None, **options: Any) -> bool:
 
 
 def _require_somebody(address: str | None) -> None:
-    """Raises OSError if nobody listens at a `host:port`. Ray would try it for minutes."""
+    """Raise OSError if nothing listens at a `host:port`. Ray would retry for minutes."""
     host, _, port = (address or "").rpartition(":")
     if host and port.isdecimal() and "/" not in host:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def require_room(bundles: Sequence[Bundle], what: str) -> None:
-    """Whether the cluster could ever place all `bundles`, each on one node.
+    """Check that the cluster could ever place all `bundles`, each on one node.
 
     Raises:
         ConfigError: it has too little of something; says of what, how much, and how much there is.
@@ -86,8 +86,10 @@ def require_room(bundles: Sequence[Bundle], what: str) -> None:
 
 
 def require_room_for_chunks(config: SyncConfig, nodes: Collection[str]) -> None:
-    """Whether the object stores of these nodes hold `sync.chunks_in_flight` full chunks, where
-    chunks come that way. Before a plan is made nobody knows whether they will be full.
+    """Check that these nodes' object stores hold `sync.chunks_in_flight` full chunks.
+
+    Skip the check if chunks travel otherwise. Assume full chunks: their real size is unknown before
+    a plan exists.
 
     Args:
         nodes: of the trainer and the workers, by id.

@@ -1,4 +1,6 @@
-"""An actor whose requests in flight survive a sync: they pause, and go on with the new weights."""
+"""A rollout actor whose requests in flight survive a sync: they pause, and continue with the new
+weights.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,13 @@ POLL_SECONDS = 0.2
 
 
 class AsyncRolloutActor(RolloutActor):
-    """A `RolloutActor` with an `AsyncLLM`: it takes several calls of `generate` at a time, and a
-    sync does not wait for them.
+    """Generate with an `AsyncLLM`: several calls of `generate` at a time, and syncs beside them.
+
+    Example:
+        pool = WorkerPool.start(2, {"model": path}, actor=AsyncRolloutActor)
+        batch = pool.submit(prompts, {"max_tokens": 512})
+        ray.get(trainer.sync_weights.remote())  # does not wait for the batch
+        rollouts = batch.result()
 
     With `sync.pause_mode: keep` they go on after it with the new weights; a `Rollout` says which
     version it was asked of and which it ended with. With `wait` the sync waits for those that have
@@ -51,7 +58,7 @@ class AsyncRolloutActor(RolloutActor):
     def generate(
         self, prompts: Prompts, sampling: Any = None, required_version: int = 0
     ) -> list[Rollout]:
-        """As the base class, in a thread of its own."""
+        """Generate as the base class does, in a separate thread."""
         return super().generate(prompts, sampling, required_version)
 
     def pause(self, mode: PauseMode) -> None:
@@ -64,7 +71,7 @@ class AsyncRolloutActor(RolloutActor):
 
     @contextmanager
     def _moving(self) -> Iterator[None]:
-        """A call that may take its time: nothing has stalled."""
+        """Mark a call that may be slow, so that it does not count as stalled."""
         self._moved = math.inf
         try:
             yield

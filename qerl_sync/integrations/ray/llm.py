@@ -1,4 +1,4 @@
-"""A pool of rollout actors in the place of the `LLM` that TRL generates with."""
+"""Replace the `LLM` that TRL generates with by a pool of rollout actors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECOVERIES = 3
 
 
 class PooledLLM:
-    """What TRL's colocated generation uses of a `vllm.LLM`, done by all workers of a pool.
+    """Offer what TRL's colocated generation uses of a `vllm.LLM`, with all workers of a pool.
 
     Args:
         max_model_len: of the workers' engines.
@@ -49,13 +49,13 @@ class PooledLLM:
         self.llm_engine = SimpleNamespace(model_config=config)
 
     def expect(self, prompts: list[list[int]]) -> None:
-        """A later call of `generate` will be for exactly these."""
+        """Announce that a later call of `generate` will have exactly these prompts."""
         self._coming.append(prompts)
 
     def generate(
         self, prompts: Sequence[Any], sampling_params: Any, use_tqdm: bool = False
     ) -> list[Any]:
-        """As `vllm.LLM.generate`, of the outputs what TRL reads.
+        """Generate as `vllm.LLM.generate` does; return the output fields that TRL reads.
 
         Raises:
             ConfigError: prompts have images or the like, and batches are generated ahead.
@@ -89,7 +89,7 @@ class PooledLLM:
         return self._generated(prompts, sampling, key, recoveries - 1)
 
     def _begin_next(self, sampling: Any, done: Key) -> None:
-        """Generate ahead with the weights as they are now."""
+        """Start generating the next batch ahead, with the present weights."""
         self._forget_up_to(done)
         for prompts in list(self._coming)[: self.max_staleness]:
             key = _key(prompts)
@@ -98,7 +98,9 @@ class PooledLLM:
                     self._begun[key] = self.pool.submit(prompts, sampling)
 
     def _forget_up_to(self, done: Key) -> None:
-        """Batches come in order: those before one that is done were skipped."""
+        """Drop announced batches up to this one. Batches come in order: earlier ones were
+        skipped.
+        """
         if done not in [_key(prompts) for prompts in self._coming]:
             return
         while (skipped := _key(self._coming.popleft())) != done:
@@ -106,7 +108,7 @@ class PooledLLM:
 
 
 class Announcer:
-    """Looks ahead in the batches of an epoch, and tells of those to come.
+    """Read ahead in an epoch's batches and announce the coming ones.
 
     It reads the iterator that the trainer reads from, whatever loader that belongs to: when a run
     is resumed, it is another loader than `get_train_dataloader` has made.
@@ -125,7 +127,9 @@ class Announcer:
         self._announced: Iterator[Any] = iter(())
 
     def of(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches. Called again with the same iterator it goes on where it was."""
+        """Yield the same batches. A second call with the same iterator continues where the first
+        stopped.
+        """
         if batches is not self._given:
             self._given, self._announced = batches, self._looking_ahead(batches)
         return self._announced

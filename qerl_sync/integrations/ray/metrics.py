@@ -1,4 +1,4 @@
-"""What syncs cost, as Ray's metrics: on each node's metrics port, and in the dashboard."""
+"""Export the cost of syncs as Ray metrics: on each node's metrics port, and in the dashboard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollout actors as one: synced together, generating together, coming and going."""
+"""A pool of rollout actors that sync together and generate together; actors can join and leave."""
 
 from __future__ import annotations
 
@@ -37,8 +37,17 @@ PASSING_SECONDS = 10.0
 
 
 class WorkerPool:
-    """Several `RolloutActor`s, or actors of one's own with vLLM's four methods; of those the ones
-    with `generate(prompts, sampling, required_version)` generate too.
+    """Sync and generate with several rollout actors as with one.
+
+    Example:
+        pool = WorkerPool.start(2, {"model": path}, options={"num_gpus": 1})
+        with SyncSession(HFSource(model), pool.transport(config), config) as session:
+            session.push(step=1)
+        rollouts = pool.generate(prompts, {"max_tokens": 8})
+        pool.stop()
+
+    Workers are `RolloutActor`s, or actors with vLLM's four weight transfer methods. Only those that
+    have `generate(prompts, sampling, required_version)` generate.
 
     A pool may be sent to other actors: what arrives there is a pool of the same actors, with
     connections of its own. One trainer at a time syncs them.
@@ -115,17 +124,20 @@ class WorkerPool:
 
     @property
     def handles(self) -> dict[str, Any]:
-        """The actors by name."""
+        """Return the actors' handles by name."""
         return {name: worker.handle for name, worker in self._workers.items()}
 
     @property
     def versions(self) -> dict[str, int]:
-        """The weight version of each, as of the last sync from here; 0: to be synced in full."""
+        """Return each worker's weight version, as of the last sync from here.
+
+        0: the worker needs a full sync.
+        """
         known = self._transport.versions if self._transport is not None else {}
         return {name: known.get(name, 0) for name in self._workers}
 
     def add(self, name: str, handle: Any) -> None:
-        """Take in an actor. It is part of the next sync, and generates after it."""
+        """Add an actor. It joins the next sync, and generates after it."""
         if name in self._workers:
             raise ConfigError(f"the pool has a worker {name!r} already; give each its own name")
         self._workers[name] = Worker(name, handle)
@@ -133,7 +145,7 @@ class WorkerPool:
             self._join(self._transport, self._workers[name])
 
     def remove(self, name: str) -> Any:
-        """Let go of an actor, which lives on. Returns its handle."""
+        """Remove an actor from the pool and return its handle. The actor lives on."""
         worker = self._workers.pop(name, None)
         if worker is None:
             raise ConfigError(f"the pool has no worker {name!r}, but {', '.join(self._workers)}")
@@ -142,7 +154,7 @@ class WorkerPool:
         return worker.handle
 
     def wait(self, timeout_seconds: float = 600.0) -> dict[str, dict[str, Any]]:
-        """Until every engine is up. Returns what each says of itself.
+        """Block until every engine is up. Return each one's status.
 
         Raises:
             ConfigError: an engine does not start; with its error.
@@ -156,7 +168,7 @@ class WorkerPool:
         }
 
     def await_some(self, timeout_seconds: float = 600.0) -> None:
-        """Until one worker at least can be synced. At once where one took the last sync.
+        """Block until at least one worker can be synced. Return at once if one took the last sync.
 
         Raises:
             PeerLostError: all are dead for good.
@@ -182,7 +194,7 @@ class WorkerPool:
     # ---- weights
 
     def transport(self, config: SyncConfig, address: str | None = None) -> PoolTransport:
-        """The way to all of them, for a `SyncSession`.
+        """Return a transport to all workers, for a `SyncSession`.
 
         Args:
             address: where workers reach this process; None: `sync.trainer_address`, and where that
@@ -210,7 +222,9 @@ class WorkerPool:
         transport.add(worker.name, worker.client(self._timeout_seconds), worker.is_up)
 
     def _own_address(self, configured: str) -> str:
-        """Asked for again whenever a worker connects: a cluster grows."""
+        """Return this process's address. Looked up again for each worker that connects: a cluster
+        grows.
+        """
         if configured != LOOPBACK:
             return configured
         ray = require_ray()
@@ -222,7 +236,9 @@ class WorkerPool:
     def generate(
         self, prompts: Prompts, sampling: Any = None, *, required_version: int | None = None
     ) -> list[Rollout]:
-        """Completions of all prompts, in order, by all workers that are on the newest weights.
+        """Return completions of all prompts, in order, by all workers with the newest weights.
+
+        If a worker dies, does not answer or refuses, other workers take over its share.
 
         What a worker does not do that dies, does not answer or refuses, is done by the others.
 
@@ -238,7 +254,10 @@ class WorkerPool:
     def submit(
         self, prompts: Prompts, sampling: Any = None, *, required_version: int | None = None
     ) -> Batch:
-        """Begin to generate, and go on with something else: `result()` of what is returned waits.
+        """Start generating and return at once; `result()` of the returned batch blocks.
+
+        A sync that starts meanwhile waits for the batch on each worker that is no
+        `AsyncRolloutActor`.
 
         A sync that is begun meanwhile waits for it too, on each worker that is no
         `AsyncRolloutActor`.
@@ -249,7 +268,9 @@ class WorkerPool:
 
     @property
     def newest_version(self) -> int:
-        """Of the last sync from here, whoever has been lost since; 0 before the first."""
+        """Return the version of the last sync from here, lost workers included; 0 before the
+        first.
+        """
         return self._transport.newest_version if self._transport is not None else 0
 
     def ask(
@@ -260,7 +281,7 @@ class WorkerPool:
         required_version: int,
         without: Collection[str] = (),
     ) -> list[Share]:
-        """Divide the prompts with these indices between the workers that may, and have them begin.
+        """Divide the prompts with these indices between the available workers, and start them.
 
         Raises:
             TransportError: nobody may.
@@ -279,7 +300,7 @@ class WorkerPool:
         ]
 
     def answer(self, share: Share, timeout_seconds: float) -> list[Rollout] | Failure:
-        """What a worker generated, or why it did not and others should.
+        """Return a worker's completions, or the reason why others should generate its share.
 
         Raises:
             Exception: what the worker raises about prompts or sampling; others would, too.
@@ -309,7 +330,7 @@ class WorkerPool:
             return Failure(reason, passing=True)
 
     def _lost(self, share: Share, reason: str, *, refused: bool = False) -> Failure:
-        """The worker needs a full sync, unless it has had one since it was asked."""
+        """Mark the worker for a full sync, unless it has had one since the request."""
         logger.warning("others generate what %s was to: %s", share.name, reason)
         if self._transport is not None and self.versions.get(share.name) == share.version:
             self._transport.forget(share.name, reason)
@@ -319,7 +340,9 @@ class WorkerPool:
     def _divide(
         self, todo: Sequence[int], required_version: int, without: Collection[str]
     ) -> dict[str, Sequence[int]]:
-        """Neighbours to the same worker: they may share a prefix."""
+        """Divide into runs of neighbours, one run for each worker: neighbours may share a
+        prefix.
+        """
         versions = self.versions
         able = [
             name
@@ -338,7 +361,7 @@ class WorkerPool:
     # ---- the end
 
     def close(self) -> None:
-        """Let go of the workers, which live on."""
+        """Disconnect from the workers, which live on."""
         if self._transport is not None:
             self._transport.close()
             self._transport = None
@@ -360,7 +383,7 @@ class WorkerPool:
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker generates of a batch.
+    """One worker's share of a batch.
 
     Attributes:
         version: of its weights, as the pool knew it when it was asked.
@@ -376,14 +399,16 @@ class Share:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a worker did not generate its share. `passing`: asked in a moment, it may."""
+    """A worker's reason for not generating its share. `passing`: a retry in a moment may
+    succeed.
+    """
 
     reason: str
     passing: bool = False
 
 
 class Batch:
-    """Completions that are being generated. See `WorkerPool.submit`.
+    """Completions in progress. See `WorkerPool.submit`.
 
     Attributes:
         required_version: of the weights that they are generated with, at least.
@@ -403,7 +428,7 @@ class Batch:
         self._ask(required_version)
 
     def result(self, oldest_version: int = 0) -> list[Rollout]:
-        """Wait for all of them.
+        """Block until all completions are there.
 
         Args:
             oldest_version: those of older weights are generated anew, with the newest.
@@ -423,8 +448,11 @@ class Batch:
             self._ask(max(self.required_version, self._pool.newest_version))
 
     def _ask(self, required_version: int) -> None:
-        """Have what is not done generated by workers that have not failed at it, or have been
-        synced since. Where there are no others, those whose failure may pass are asked again."""
+        """Have missing completions generated by other workers.
+
+        Workers that failed at it are asked again after a sync, or if no others are left and their
+        failure may pass.
+        """
         todo = [index for index in range(len(self._prompts)) if index not in self._done]
         while todo and not self._shares:
             without = self._without()
@@ -445,7 +473,10 @@ class Batch:
         return {name for name, (v, _) in self._failed.items() if versions.get(name, 0) <= v}
 
     def _nobody(self, exc: TransportError) -> TransportError:
-        """The same, and what became of those that were asked; they may be asked again after it."""
+        """Return the error for a batch without workers, with each worker's failure.
+
+        All workers may be asked again afterwards.
+        """
         reasons = "; ".join(
             f"{name}: {failure.reason}" for name, (_, failure) in self._failed.items()
         )
@@ -490,8 +521,10 @@ class Worker:
         return self.handle.generate.remote(prompts, sampling, required_version)
 
     def is_up(self) -> bool:
-        """Whether it can be asked to connect, now. Does not wait: a question that is open is left
-        open, and looked at the next time."""
+        """Return whether the worker can be asked to connect now. Never block.
+
+        A question without an answer stays open until the next call.
+        """
         if not self.answers():
             return False
         self._asked = None
@@ -499,7 +532,7 @@ class Worker:
         return True
 
     def answers(self) -> bool:
-        """As `is_up`, which will then say the same."""
+        """Return whether the worker has answered; `is_up` then returns the same."""
         ray = require_ray()
         if not self._was_up and not hasattr(self.handle, "status"):
             return True  # the first sync waits for it, and names it if it is none of ours
@@ -545,8 +578,11 @@ class Worker:
             )
 
     def _ask(self) -> Any:
-        """A first time whether its engine has started. Later it is one that was lost, perhaps for
-        not answering: then its engine's own thread must have an answer, behind whatever it does."""
+        """Ask the actor whether it is up.
+
+        The first time, ask whether its engine has started. Later the worker was lost, perhaps for
+        not answering: then the engine's own thread must answer, behind its present work.
+        """
         return self.handle.__ray_ready__.remote() if self._was_up else self._status()
 
     def _status(self) -> Any:
@@ -561,7 +597,7 @@ def start_actor(
     options: Mapping[str, Any] | None = None,
     **arguments: Any,
 ) -> Any:
-    """One rollout actor, not yet up. See `WorkerPool.start`."""
+    """Start one rollout actor; do not wait for it. See `WorkerPool.start`."""
     ray = require_ray()
     groups = dict(actor.CONCURRENCY)
     given = {**(options or {}), "max_restarts": max_restarts, "concurrency_groups": groups}
@@ -581,7 +617,7 @@ def start_actor(
 
 
 def resources_of(options: Mapping[str, Any]) -> dict[str, float]:
-    """What an actor with these options takes of a node."""
+    """Return the resources that an actor with these options takes of a node."""
     found = dict(options.get("resources") or {})
     found["CPU"] = options.get("num_cpus", 1)
     found["GPU"] = options.get("num_gpus", 0)

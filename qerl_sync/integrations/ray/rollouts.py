@@ -1,4 +1,4 @@
-"""What rollout actors return."""
+"""The completions that rollout actors return."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights of which several trainer actors hold a part each, as the source of one sync."""
+"""Sync weights whose parts are held by several trainer actors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qerl_sync.wire.segments import read_only_view
 
 
 class Part:
-    """What one actor holds, as the one that syncs asks for it. See `TrainerActor.hold`."""
+    """Serve one actor's part of the weights to the actor that syncs. See `TrainerActor.hold`."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -28,13 +28,17 @@ class Part:
         return self._source.check_finite(names)
 
     def tensors(self, names: Sequence[str]) -> list[Any]:
-        """Their bytes: arrays, which Ray brings to the reader without a copy of its own."""
+        """Return the tensors' bytes as arrays, which Ray brings to the reader without another
+        copy.
+        """
         return [as_bytes(tensor) for _, tensor in self._source.materialize(names)]
 
 
 class JoinedSource(Source):
-    """The parts of several actors. Each chunk's tensors are asked for when its turn comes, of all
-    actors at the same time; they come through Ray's object store.
+    """Join the parts of several actors into one source.
+
+    Each chunk's tensors are requested when the chunk is due, from all actors at the same time. They
+    arrive through Ray's object store.
 
     Args:
         own: this process's part.
@@ -51,7 +55,7 @@ class JoinedSource(Source):
         self._holder: dict[str, Any] = {}
 
     def metadata(self) -> list[ParamMeta]:
-        """Of what several hold the first part counts.
+        """Return the metadata of all parts. If several hold a tensor, the first part counts.
 
         Raises:
             CoverageError: two parts have a tensor of one name and different dtypes or shapes.
@@ -63,7 +67,7 @@ class JoinedSource(Source):
         return list(self._metas.values())
 
     def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
-        """All that hold some of the names look at the same time."""
+        """Check for NaN and infinite values on all holders at the same time."""
         shares = self._shares(self._holder if names is None else names)
         asked = [self._ask(other, "check_finite", shares.get(other, [])) for other in self._others]
         own = self._own.check_finite(shares.get(None, []), alone=alone)
@@ -82,7 +86,7 @@ class JoinedSource(Source):
             yield next(streams[self._holder[name]])
 
     def _shares(self, names: Iterable[str]) -> dict[Any, list[str]]:
-        """Who holds which of them; None: this process."""
+        """Divide names by holder; None is this process."""
         shares: dict[Any, list[str]] = {}
         for name in names:
             shares.setdefault(self._holder[name], []).append(name)
@@ -134,5 +138,7 @@ class JoinedSource(Source):
 
 
 def as_bytes(tensor: torch.Tensor) -> Any:
-    """An array of them, over the tensor's own memory where that is contiguous and on the host."""
+    """Return the tensor's bytes as an array, over its own memory if that is contiguous and on the
+    host.
+    """
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,4 +1,4 @@
-"""What a Ray actor that trains inherits to sync its weights."""
+"""Base class for a Ray actor that trains and syncs its weights."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from qerl_sync.sources.base import Source
 
 
 class TrainerActor:
-    """Gives an actor `sync_weights()`.
+    """Give a Ray actor `sync_weights()`.
 
+    Example:
         @ray.remote
         class Trainer(TrainerActor):
             def __init__(self, workers):
@@ -46,7 +47,7 @@ class TrainerActor:
         version: int = 0,
         **options: Any,
     ) -> None:
-        """Say once where weights come from and go to. Connects with the first sync.
+        """Set once where weights come from and go to. The first sync connects.
 
         Args:
             weights: a Hugging Face model in this process, or a `Source`.
@@ -74,7 +75,7 @@ class TrainerActor:
         self._sync_metrics = SyncMetrics()
 
     def hold(self, weights: Any) -> None:
-        """Have a part of the weights ready for the actor that syncs.
+        """Hold a part of the weights for the actor that syncs.
 
         Args:
             weights: a Hugging Face model in this process, or a `Source`; of one with `held_names`
@@ -83,7 +84,7 @@ class TrainerActor:
         self._part = Part(_as_source(weights))
 
     def held(self, what: str, *arguments: Any) -> Any:
-        """A method of `shards.Part`, for the actor that syncs."""
+        """Call a method of `shards.Part`, for the actor that syncs."""
         if self._part is None:
             raise ConfigError("this trainer actor holds no part; call hold(weights) in it first")
         return getattr(self._part, what)(*arguments)
@@ -120,7 +121,7 @@ class TrainerActor:
         return report
 
     def end_sync(self) -> None:
-        """Let go of the workers; they live on. Idempotent."""
+        """Disconnect from the workers; they live on. Idempotent."""
         if self.sync_session is not None:
             self.sync_session.close()
             self.sync_session = None
@@ -133,7 +134,7 @@ def _as_source(weights: Any) -> Source:
 
 
 def _known_of(model: Any) -> dict[str, Any]:
-    """What a session can tell of a sync if it knows the trainer's whole model."""
+    """Return what a session checks of a sync if it knows the trainer's whole model."""
     from qerl_sync.sources.hf import probe_of
 
     return {"trained": model.named_parameters, "probe": probe_of(model)}

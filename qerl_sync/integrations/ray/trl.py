@@ -1,4 +1,4 @@
-"""TRL's trainers with rollout actors: the callback that starts, syncs and ends them."""
+"""Run TRL's trainers with rollout actors: a callback starts, syncs and ends them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PAUSE_SECONDS = 2.0
 
 
 class PoolSyncCallback(WeightSyncCallback):
-    """As `WeightSyncCallback`, with as many rollout actors as wanted in place of TRL's engine.
+    """Do what `WeightSyncCallback` does, with rollout actors in place of TRL's engine.
 
         callback = PoolSyncCallback(workers=2)
         with callback.connecting(dtype="float32"):
@@ -62,7 +62,8 @@ class PoolSyncCallback(WeightSyncCallback):
 
     @contextmanager
     def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
-        """While open, a TRL trainer that is built for `vllm_mode="colocate"` gets rollout actors.
+        """Give rollout actors to a TRL trainer that is built for `vllm_mode="colocate"` in this
+        context.
 
         Args:
             arguments: vLLM engine arguments, over TRL's own.
@@ -85,7 +86,7 @@ class PoolSyncCallback(WeightSyncCallback):
         return self.llm
 
     def bind(self, trainer: Any) -> PoolSyncCallback:
-        """As the base class.
+        """Bind as the base class does.
 
         Raises:
             ConfigError: the trainer was not built while `connecting` was open.
@@ -131,7 +132,7 @@ class PoolSyncCallback(WeightSyncCallback):
         self._ray_metrics.record(report, self.llm.pool.versions)
 
     def _sync_some(self, pool: WorkerPool, tries: int) -> None:
-        """A sync, also where all workers are down: those that Ray restarts are waited for."""
+        """Sync, even if all workers are down: wait for those that Ray restarts."""
         pool.await_some(self._pool_arguments.get("start_seconds", 600.0))
         try:
             return super()._sync()
@@ -143,7 +144,7 @@ class PoolSyncCallback(WeightSyncCallback):
         return self._sync_some(pool, tries - 1)
 
     def _noting(self, generate: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, and how stale its completions are goes to TRL's log."""
+        """Generate, and log the staleness of the completions with TRL's metrics."""
 
         def generate_and_note(*args: Any, **kwargs: Any) -> Any:
             found = generate(*args, **kwargs)
@@ -161,7 +162,7 @@ class PoolSyncCallback(WeightSyncCallback):
         self._trainer._metrics[mode][name].append(float(value))
 
     def _generate_ahead(self, trainer: Any) -> None:
-        """Have the pool know the prompts of batches before TRL asks for them."""
+        """Announce the prompts of coming batches to the pool before TRL asks for them."""
         take = trainer.get_batch_samples
         every = trainer.args.steps_per_generation * trainer.num_iterations
 
