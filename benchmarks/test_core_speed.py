@@ -18,6 +18,7 @@ import transformers as tf
 from support.engines import start_engine
 
 from qerl_sync import HFSource, ParamMeta, build_plan
+from qerl_sync.options import SyncOptions
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map
@@ -101,7 +102,7 @@ def test_ledger_and_detector_cost_little_beside_the_load(parts, metas, monkeypat
 
     def watched() -> None:
         one = Receiver(parts)
-        one.start(plan, layer_map, check_finite=False)
+        one.start(plan, layer_map, SyncOptions(finite_check="nobody"))
         one.receive(chunk, ((name, tensors[name]) for name in plan.order))
         assert one.finish() == plan.predicted
         one.commit(1)

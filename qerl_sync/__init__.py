@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from qerl_sync.integrations.ray.trainer import TrainerActor
     from qerl_sync.integrations.trl import WeightSyncCallback, engine_arguments
     from qerl_sync.meta import ParamMeta, Storage
+    from qerl_sync.options import SyncOptions
     from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
     from qerl_sync.plan.policies import as_given, by_parent_layer
     from qerl_sync.plan.replay import replay
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from qerl_sync.sources.hf import HFSource
     from qerl_sync.sources.shared_memory import share_parameters
     from qerl_sync.sources.stream import StreamSource
-    from qerl_sync.transports.base import Transport, WorkerReport
+    from qerl_sync.transports.base import SyncResult, Transport, WorkerReport
     from qerl_sync.transports.inproc import InProcessTransport
     from qerl_sync.transports.remote import RemoteTransport
 
@@ -79,8 +80,10 @@ __all__ = [
     "StreamSource",
     "SyncConfig",
     "SyncError",
+    "SyncOptions",
     "SyncPlan",
     "SyncReport",
+    "SyncResult",
     "SyncSession",
     "Trace",
     "TraceStep",
@@ -134,12 +137,13 @@ _MODULES = {
     "plan.policies": ("as_given", "by_parent_layer"),
     "plan.replay": ("replay",),
     "plan.sync_plan": ("Chunk", "SyncPlan", "build_plan"),
+    "options": ("SyncOptions",),
     "session": ("SyncReport", "SyncSession"),
     "sources.base": ("Source",),
     "sources.hf": ("HFSource",),
     "sources.shared_memory": ("share_parameters",),
     "sources.stream": ("StreamSource",),
-    "transports.base": ("Transport", "WorkerReport"),
+    "transports.base": ("SyncResult", "Transport", "WorkerReport"),
     "transports.inproc": ("InProcessTransport",),
     "transports.remote": ("RemoteTransport",),
 }

@@ -33,7 +33,6 @@ class EchoLoader:
     working_bytes: Mapping[str, int] = {}
     peak_staged_bytes = finishing_bytes = 0
     poisoned = None
-    options = SyncOptions()
     verify_seconds = 0.0
     kept_bytes = 0
 
@@ -53,7 +52,7 @@ class EchoLoader:
         return 1 << 40
 
     def start(
-        self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool, borrowed: bool
+        self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, *, borrowed: bool
     ) -> None:
         self._trace = replay(plan.metas, layer_map)
         self.checksums = {}
@@ -72,7 +71,7 @@ class EchoLoader:
     def poison(self, reason: str) -> None:
         """Nothing is served."""
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, *, keep_old: bool) -> None:
         pass
 
 

@@ -24,6 +24,7 @@ from qerl_sync import (
     __version__,
     replay,
 )
+from qerl_sync.options import SyncOptions
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
 from qerl_sync.worker.protocol.connection import TrainerConnection
@@ -80,9 +81,10 @@ class KeepingLoader:
         return 1 << 30
 
     def start(
-        self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool, borrowed: bool
+        self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, *, borrowed: bool
     ) -> None:
         self.started += 1
+        self.options = options
         self.poisoned = "a sync is in progress"
         self._plan, self._layer_map = plan, layer_map
         self._arrived: dict[str, torch.Tensor] = {}
@@ -102,7 +104,7 @@ class KeepingLoader:
         self.version, self.poisoned = version, None
         return False
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, *, keep_old: bool = True) -> None:
         if self.poisoned is not None:
             self.poisoned = reason
 
