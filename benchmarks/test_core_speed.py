@@ -19,6 +19,7 @@ from support.engines import start_engine
 
 from qerl_sync import HFSource
 from qerl_sync.meta import ParamMeta
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.monitor import SyncMonitor
@@ -103,7 +104,7 @@ def test_ledger_and_detector_cost_little_beside_the_load(parts, metas, monkeypat
 
     def watched() -> None:
         one = Receiver(parts)
-        one.start(plan, layer_map, check_finite=False)
+        one.start(plan, layer_map, SyncOptions(finite_check="nobody"))
         one.receive(chunk, ((name, tensors[name]) for name in plan.order))
         assert one.finish() == plan.predicted
         one.commit(1)

@@ -1,26 +1,36 @@
-"""What a sync promises besides its plan."""
+"""What a sync is asked for besides its plan."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
 Verify = Literal["off", "coverage", "checksum", "full"]
 OnFailure = Literal["poison", "rollback"]
+FiniteCheck = Literal["source", "worker", "nobody"]
 
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """What the session asks of transport and workers, as the `sync` section has it.
+    """What the session asks of the transport, and the transport of its workers, for one sync.
 
     Attributes:
+        version: of the weights once they are committed. A worker gets it with the commit.
         verify, on_failure: see `SyncConfig`.
-        finite: the source has seen that all values are finite, so that the worker need not look.
+        finite_check: which side looks for NaN and infinite values. The worker looks for values that
+            its dtype cannot hold unless it is "nobody".
+        stable: the source's tensors keep their values to the end of the sync (`Source.stable`), so
+            that the transport may send from where they lie.
+        held: the names that this trainer rank can send; None: all.
     """
 
+    version: int = 0
     verify: Verify = "coverage"
     on_failure: OnFailure = "poison"
-    finite: bool = False
+    finite_check: FiniteCheck = "worker"
+    stable: bool = False
+    held: Collection[str] | None = None
 
     @property
     def checksums(self) -> bool:

@@ -20,7 +20,7 @@ from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.stopwatch import Stopwatch
-from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, shortened, tolerance
 from qerl_sync.wire.cores import avoid_cores
@@ -166,26 +166,35 @@ class SyncSession:
         with watch("total"):
             with watch("plan"):
                 plan, layer_map = self._agree()
-            checked = self._config.check_finite and self._source.check_finite(())
-            if checked and self._transport.by_reference:
+            finite_check = self._source.finite_check(self._config.check_finite)
+            if finite_check == "source" and self._transport.by_reference:
                 with watch("verify"):
                     self._source.check_finite()
-            version = max(self.version, self._transport.committed_version()) + 1
+            options = SyncOptions(
+                version=max(self.version, self._transport.committed_version()) + 1,
+                verify=self._config.verify,
+                on_failure=self._config.on_failure,
+                finite_check=finite_check,
+                stable=self._source.stable,
+                held=self._source.held_names(),
+            )
             try:
-                workers = self._send(plan, layer_map, version, watch, checked=checked)
+                result = self._send(plan, layer_map, options, watch)
             except BaseException as exc:
                 self._transport.abort(f"a sync failed: {exc}")
                 raise
-            self.version = version
-            self.last_trace = workers[0].trace
+            self.version = options.version
+            self.last_trace = result.workers[0].trace
             with watch("verify"):
-                gap = self._ask_engine()
+                probed = self._ask_engine()
             self._pushed = True
-            watch.seconds["verify"] += self._transport.verify_seconds
+            watch.seconds["verify"] += result.verify_seconds
             with watch("verify"):
                 changes = self._judge_changes(step)
-        report = self._report(plan, workers, step, watch.seconds)
-        report.probe_gap = gap
+        report = self._report(plan, result, step, watch.seconds)
+        if probed is not None:
+            report.probe_gap = max(probed.gaps.values())
+            report.lost |= probed.lost
         if changes is not None:
             report.changed_tensors, report.undelivered = changes.num_changed, changes.undelivered
         return report
@@ -284,15 +293,15 @@ class SyncSession:
         self._warned.add(plan.digest)
         logger.warning(text)
 
-    def _ask_engine(self) -> float | None:
+    def _ask_engine(self) -> ProbeResult | None:
         """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far, and
         if it cannot be asked."""
         if self._probe is None:
             return None
         tokens = self._prompt
         try:
-            gaps = self._transport.probe_gaps(tokens, self._probe.logprobs(tokens))
-            engine, gap = max(gaps.items(), key=lambda item: item[1])
+            probed = self._transport.probe_gaps(tokens, self._probe.logprobs(tokens))
+            engine, gap = max(probed.gaps.items(), key=lambda item: item[1])
         except BaseException as exc:
             reason = f"version {self.version} was loaded, and could not be verified: {exc}"
             self._transport.invalidate(reason)
@@ -312,7 +321,7 @@ class SyncSession:
                 "otherwise. Hold a fresh engine against the trainer; sync.verify_tolerance raises "
                 "the bound"
             )
-        return gap
+        return probed
 
     def _change_watch(self, trained: Trained | None) -> ChangeWatch | None:
         if self._config.on_unchanged == "ignore":
@@ -333,21 +342,15 @@ class SyncSession:
         return changes
 
     def _send(
-        self, plan: SyncPlan, layer_map: LayerMap, version: int, watch: Stopwatch, *, checked: bool
-    ) -> list[WorkerReport]:
-        held = self._source.held_names()
+        self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, watch: Stopwatch
+    ) -> SyncResult:
+        held = options.held
         chunks = [[n for n in c.names if held is None or n in held] for c in plan.chunks]
-        ahead = chunks if checked and not self._transport.by_reference else []
+        in_step = options.finite_check == "source" and not self._transport.by_reference
+        ahead = chunks if in_step else []
         with FiniteChecker(self._check_finite_ahead, ahead) as looks:
             with watch("start"):
-                check_finite = self._config.check_finite and not checked
-                self._transport.options = SyncOptions(
-                    verify=self._config.verify, on_failure=self._config.on_failure, finite=checked
-                )
-                self._transport.stable = self._source.stable
-                self._transport.start(
-                    plan, layer_map, version=version, check_finite=check_finite, held=held
-                )
+                self._transport.start(plan, layer_map, options)
             if self._watch is not None:
                 self._watch.begin()
             verified = watch.seconds["verify"]
@@ -378,8 +381,9 @@ class SyncSession:
             yield item
 
     def _report(
-        self, plan: SyncPlan, workers: list[WorkerReport], step: int, seconds: dict[str, float]
+        self, plan: SyncPlan, result: SyncResult, step: int, seconds: dict[str, float]
     ) -> SyncReport:
+        workers = result.workers
         differences = (w.predicted.first_difference(w.trace) for w in workers)
         difference = next((found for found in differences if found is not None), None)
         if difference is not None and difference not in self._warned:
@@ -406,9 +410,9 @@ class SyncSession:
             budget_bytes=plan.budget_bytes,
             peak_staged_bytes_predicted=plan.peak_staged_bytes,
             peak_staged_bytes_measured=max(w.peak_staged_bytes for w in workers),
-            transport=self._transport.kind,
+            transport=result.kind,
             workers=[worker.to_json() for worker in workers],
-            lost=dict(self._transport.lost),
+            lost=dict(result.lost),
         )
 
 

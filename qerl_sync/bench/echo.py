@@ -34,7 +34,6 @@ class EchoLoader:
     working_bytes: Mapping[str, int] = {}
     peak_staged_bytes = finishing_bytes = 0
     poisoned = None
-    options = SyncOptions()
     verify_seconds = 0.0
     kept_bytes = 0
 
@@ -54,7 +53,7 @@ class EchoLoader:
         return 1 << 40
 
     def start(
-        self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool, borrowed: bool
+        self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, *, borrowed: bool
     ) -> None:
         self._trace = replay(plan.metas, layer_map)
         self.checksums = {}
@@ -73,7 +72,7 @@ class EchoLoader:
     def poison(self, reason: str) -> None:
         """Do nothing: the echo worker serves no requests."""
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, *, keep_old: bool) -> None:
         pass
 
 

@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 from qerl_sync import __version__
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.vllm import PlannedSource, TranslatedClient
+from qerl_sync.options import FiniteCheck
 from qerl_sync.wire import handshake as say
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 from qerl_sync.wire.handshake import Expected
@@ -73,8 +74,7 @@ class AgreeingClient:
     call shows that it is known.
 
     Attributes:
-        check_finite: whether workers are to look for NaN in the next update.
-        finite: the source has looked.
+        finite_check: which side looks for NaN in the next update.
     """
 
     def __init__(self, client: Any, source: PlannedSource, expected: Expected) -> None:
@@ -84,7 +84,7 @@ class AgreeingClient:
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         self._session = TrainerSession.begin()
         self._num_updates = 0
-        self.check_finite, self.finite = True, False
+        self.finite_check: FiniteCheck = "worker"
 
     def introduce(self) -> None:
         """Raise AgreementError if a worker refuses this trainer (TransportError, if it is in
@@ -103,8 +103,7 @@ class AgreeingClient:
         self.update_weights(
             {
                 "plan": self._source.plan.to_json(),
-                "check_finite": self.check_finite,
-                "finite": self.finite,
+                "finite_check": self.finite_check,
                 "storages": {name: [s.key, s.nbytes] for name, s in storages.items()},
             }
         )
@@ -153,9 +152,10 @@ class _Agreeing:
         Raises:
             CoverageError: the source has NaN or infinite values; nothing was sent.
         """
-        checked = self._check_finite and self.source.source.check_finite()
-        self.client.check_finite = self._check_finite and not checked
-        self.client.finite = checked
+        source = self.source.source
+        self.client.finite_check = source.finite_check(self._check_finite)
+        if self.client.finite_check == "source":
+            source.check_finite()
         super().send_weights()  # type: ignore[misc]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.options import FiniteCheck
 
 if TYPE_CHECKING:
     import torch
@@ -32,10 +33,13 @@ class Source(ABC):
         stable: what `materialize` yields stays as it is for as long as somebody holds it, to the
             end of the sync: parameters themselves, or copies of which each has its own memory.
             Transports then send from there, instead of copying first.
+        checks_finite: `check_finite` can look before anything is materialised. False: the workers
+            look at what arrives.
     """
 
     any_order = True
     stable = False
+    checks_finite = False
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -63,22 +67,24 @@ class Source(ABC):
         """
         return 0
 
-    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
-        """Look for NaN and infinite values, if that needs no gathering.
+    def finite_check(self, wanted: bool) -> FiniteCheck:
+        """Return which side looks for NaN in a sync, given `sync.check_finite`."""
+        if not wanted:
+            return "nobody"
+        return "source" if self.checks_finite else "worker"
 
-        Another thread than that of the other methods may call it.
+    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
+        """Look for NaN and infinite values. Called only if `checks_finite`, and perhaps by another
+        thread than the rest.
 
         Args:
             names: where to look; None: everywhere.
             alone: nothing else is computed meanwhile, so that all cores may look.
 
-        Returns:
-            False if this source can tell only when it materialises, whatever the names.
-
         Raises:
             CoverageError: naming the first bad tensor.
         """
-        return False
+        raise NotImplementedError(f"{type(self).__name__} has checks_finite, and no check_finite")
 
     @abstractmethod
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

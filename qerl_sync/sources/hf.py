@@ -56,6 +56,7 @@ class HFSource(Source):
     """
 
     stable = True
+    checks_finite = True
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
         _require_whole(model)
@@ -93,14 +94,13 @@ class HFSource(Source):
         own = {s.key: s for p in self._parameters.values() for s in storages_of(p)}
         return sum(storage.nbytes for storage in own.values())
 
-    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
+    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
         looked_at: Iterable[str] = self._parameters
         if names is not None:
             of = (self._group_of[name].parameters for name in names)
             looked_at = dict.fromkeys(one for group in of for one in group)
         for name in looked_at:
             require_finite(name, self._parameters[name].detach(), alone=alone)
-        return True
 
     @torch.no_grad()
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

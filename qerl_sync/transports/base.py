@@ -96,6 +96,36 @@ def still_cached(connector: str) -> StaleCacheError:
     )
 
 
+@dataclass(frozen=True)
+class SyncResult:
+    """What a sync that was committed has come to.
+
+    Attributes:
+        workers: what each worker rank measured.
+        kind: how bytes travelled, and why so.
+        lost: workers that did not take the sync although it succeeded, with the reason.
+        verify_seconds: what checksums took on the trainer's side (`sync.verify`).
+    """
+
+    workers: Sequence[WorkerReport]
+    kind: str
+    lost: Mapping[str, str] = field(default_factory=dict)
+    verify_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What engines that were asked for a prompt's log-probabilities have answered.
+
+    Attributes:
+        gaps: by engine, the largest difference from the trainer's.
+        lost: engines that did not answer and were left behind, with the reason.
+    """
+
+    gaps: Mapping[str, float]
+    lost: Mapping[str, str] = field(default_factory=dict)
+
+
 class Transport(ABC):
     """Carries one sync at a time: `start`, `send` for each chunk in plan order, `finish`.
 
@@ -105,22 +135,12 @@ class Transport(ABC):
     Attributes:
         by_reference: workers get the source's own memory, so that the source's storages are theirs.
         chunk_bytes: upper bound of a chunk where the user has set none; None: one chunk.
-        kind: how bytes travel, and why so.
-        terms: what the next sync promises; set before `start`.
-        lasting: the next sync's source is (`Source.lasting`); set before `start`.
-        verify_seconds: what checksums have taken on this side in the last sync (`sync.verify`).
         busy_cores: CPUs of this machine that its workers are bound to, and load with.
-        lost: workers that did not take the last sync although it succeeded, with the reason.
     """
 
     by_reference = False
     chunk_bytes: int | None = 64 << 20
-    kind = "?"
     busy_cores: Collection[int] = ()
-    lost: Mapping[str, str] = {}
-    options = SyncOptions()
-    stable = False
-    verify_seconds = 0.0
 
     @property
     def connected(self) -> bool:
@@ -153,28 +173,15 @@ class Transport(ABC):
         """Memory that is free now on the device of the worker that has the least of it."""
 
     @abstractmethod
-    def start(
-        self,
-        plan: SyncPlan,
-        layer_map: LayerMap,
-        *,
-        version: int,
-        check_finite: bool,
-        held: Collection[str] | None = None,
-    ) -> None:
-        """Open a sync on all workers. They do not generate from here to the end of `finish`.
-
-        Args:
-            version: what the weights will be when it has been committed.
-            held: the names that this trainer rank can send; None: all.
-        """
+    def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
+        """Open a sync on all workers. They do not generate from here to the end of `finish`."""
 
     @abstractmethod
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Deliver one chunk. `tensors` is consumed lazily, once; nothing is kept after `finish`."""
 
     @abstractmethod
-    def finish(self) -> list[WorkerReport]:
+    def finish(self) -> SyncResult:
         """Close the sync on all workers, commit it on all of them, return what they measured."""
 
     @abstractmethod
@@ -202,13 +209,13 @@ class Transport(ABC):
             f"go over {type(self).__name__}; choose verify: checksum"
         )
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> dict[str, float]:
-        """How far each engine parts from these log-probabilities, at most; by its name.
+    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
+        """Ask each engine how far its log-probabilities part from `right`.
 
         Raises:
             ConfigError: the engines behind this transport cannot be asked.
         """
-        return {"the engine": largest_gap(right, self.prompt_logprobs(token_ids))}
+        return ProbeResult({"the engine": largest_gap(right, self.prompt_logprobs(token_ids))})
 
     def invalidate(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
         """What has been committed is wrong: the workers are poisoned until the next sync."""

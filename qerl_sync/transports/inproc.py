@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import Transport, WorkerReport, require_emptied, still_cached
+from qerl_sync.transports.base import (
+    SyncResult,
+    Transport,
+    WorkerReport,
+    require_emptied,
+    still_cached,
+)
 from qerl_sync.worker.compat.caches import connector_of, forget_caches, llm_method
 
 if TYPE_CHECKING:
@@ -30,7 +37,6 @@ class InProcessTransport(Transport):
 
     by_reference = True
     chunk_bytes = None
-    kind = "inproc: the engine's model is in this process"
 
     def __init__(self, llm: Any) -> None:
         from qerl_sync.worker.compat import engine as compat
@@ -62,50 +68,42 @@ class InProcessTransport(Transport):
     def committed_version(self) -> int:
         return self._receiver.version
 
-    def start(
-        self,
-        plan: SyncPlan,
-        layer_map: LayerMap,
-        *,
-        version: int,
-        check_finite: bool,
-        held: Collection[str] | None = None,
-    ) -> None:
+    def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         from qerl_sync.worker.compat import engine as compat
 
-        if held is not None and not set(held).issuperset(plan.order):
+        if options.held is not None and not set(options.held).issuperset(plan.order):
             raise PlanError(
                 "a trainer rank in the engine's own process must hold every tensor itself; "
                 "several ranks, each with a part, need RemoteTransport"
             )
         # Between two calls of `generate` only those can be left that a failed one never finished.
         compat.drop_requests(self._llm)
-        self._plan, self._version = plan, version
-        self._receiver.options = self.options
-        self._receiver.start(plan, layer_map, check_finite=check_finite)
+        self._plan, self._version = plan, options.version
+        self._receiver.start(plan, layer_map, options)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._receiver.receive(chunk, tensors)
 
-    def finish(self) -> list[WorkerReport]:
+    def finish(self) -> SyncResult:
         trace = self._receiver.finish()
         # Before the commit: a model that would compute with old keys and values must not run.
         if not forget_caches(self._reset, running=False):
             raise still_cached(self._connector)
         self._receiver.commit(self._version)
         self._committed = self._version
-        staged = self._receiver.peak_staged_bytes
-        self.verify_seconds = self._receiver.verify_seconds
-        return [
-            WorkerReport(
-                worker="worker 0",
-                trace=trace,
-                predicted=self._plan.predicted,
-                seconds={"verify": self.verify_seconds},
-                peak_staged_bytes=staged,
-                kept_bytes=self._receiver.kept_bytes,
-            )
-        ]
+        report = WorkerReport(
+            worker="worker 0",
+            trace=trace,
+            predicted=self._plan.predicted,
+            seconds={"verify": self._receiver.verify_seconds},
+            peak_staged_bytes=self._receiver.peak_staged_bytes,
+            kept_bytes=self._receiver.kept_bytes,
+        )
+        return SyncResult(
+            workers=[report],
+            kind="inproc: the engine's model is in this process",
+            verify_seconds=self._receiver.verify_seconds,
+        )
 
     def _reset(self, method: str, **options: bool) -> Any:
         return llm_method(self._llm, method)(**options)

@@ -37,10 +37,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from qerl_sync import errors
 from qerl_sync.errors import AgreementError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import OnFailure, Verify
+from qerl_sync.options import FiniteCheck, OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 5
+PROTOCOL = 6
 
 
 class _Message(BaseModel):
@@ -183,11 +183,10 @@ class SyncRequest(_Message):
     """Digest of the layer map that this worker replied."""
     held: list[int] | None
     """Indices into the plan's tensors that this trainer rank can send; None: all."""
-    check_finite: bool
-    verify: Verify = "coverage"
-    on_failure: OnFailure = "poison"
-    finite: bool = False
-    """See `plan.terms.SyncOptions`, whose fields these three are."""
+    verify: Verify
+    on_failure: OnFailure
+    finite_check: FiniteCheck
+    """See `SyncOptions`, three of whose fields these are."""
     segments: list[Segment]
     slots: list[int]
     """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what

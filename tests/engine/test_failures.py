@@ -13,6 +13,7 @@ from support.worker_extension import unfinished
 
 from qerl_sync import HFSource, PoisonedError, Source, SyncError
 from qerl_sync.errors import CoverageError, LoadError, PlanError
+from qerl_sync.options import SyncOptions
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
 from qerl_sync.worker.load.monitor import SyncMonitor
@@ -123,14 +124,13 @@ def test_a_bad_stream_poisons_and_the_next_sync_heals(subject, case):
 class Wide(Source):
     """`inner` in float64, which reaches further than the engine's dtype; one value does, too."""
 
+    checks_finite = True
+
     def __init__(self, inner):
         self._inner = inner
 
     def metadata(self):
         return [replace(meta, dtype="float64") for meta in self._inner.metadata()]
-
-    def check_finite(self, names=None, *, alone=True):
-        return True
 
     def materialize(self, names):
         for name, tensor in self._inner.materialize(names):
@@ -251,7 +251,7 @@ def test_a_tied_head_computes_with_the_packed_copy_of_the_embeddings(subject, mo
     assert one.wrong_weights(NEW) == []
     receiver = Receiver(compat.in_process_parts(one.engine))
     sync = session(one, HFSource(one.trainers[OLD]))
-    receiver.start(*sync._agree())
+    receiver.start(*sync._agree(), SyncOptions())
     try:
         assert receiver.finishing_bytes == 0
         tied = {"lm_head": ("model.embed_tokens", "weight")}
@@ -274,7 +274,7 @@ def test_a_sync_that_fails_before_its_first_tensor_changes_nothing(subject, pois
         receiver.poison("an earlier sync failed")
     sync = session(one, HFSource(one.trainers[NEW]))
     plan, layer_map = sync._agree()
-    receiver.start(plan, layer_map)
+    receiver.start(plan, layer_map, SyncOptions())
     receiver.abort("a sync failed: no trainer")
     receiver.abort("a sync failed: once more")
     assert one.wrong_weights(OLD) == []
@@ -283,7 +283,7 @@ def test_a_sync_that_fails_before_its_first_tensor_changes_nothing(subject, pois
             generate(one.engine)
     else:
         assert one.generates_as(OLD)
-    receiver.start(plan, layer_map)
+    receiver.start(plan, layer_map, SyncOptions())
     receiver.receive(plan.chunks[0], sync._source.materialize(plan.chunks[0].names))
     receiver.abort("a sync failed: no trainer")
     assert_poisoned(one)
@@ -297,7 +297,7 @@ def test_versions_only_move_forwards(subject):
     receiver = Receiver(compat.in_process_parts(one.engine))
     sync = session(one, HFSource(one.trainers[NEW]))
     plan, layer_map = sync._agree()
-    receiver.start(plan, layer_map)
+    receiver.start(plan, layer_map, SyncOptions())
     for chunk in plan.chunks:
         receiver.receive(chunk, sync._source.materialize(chunk.names))
     receiver.finish()

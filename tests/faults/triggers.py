@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.buffers.detect import dtype_name
 from qerl_sync.meta import ParamMeta
 from qerl_sync.sources.base import Source
-from qerl_sync.transports.base import WorkerReport
+from qerl_sync.transports.base import SyncResult
 from qerl_sync.transports.inproc import InProcessTransport
 from qerl_sync.transports.remote import RemoteTransport
 
@@ -105,7 +105,7 @@ class _Phased:
         self._sent += 1
         super().send(chunk, tensors)
 
-    def finish(self) -> list[WorkerReport]:
+    def finish(self) -> SyncResult:
         self.trigger.at("before finish")
         return super().finish()
 
@@ -130,6 +130,6 @@ class PhasedRemote(_Phased, RemoteTransport):
         for peer in self._peers:
             peer.close()
 
-    def commit(self) -> list[WorkerReport]:
+    def commit(self) -> SyncResult:
         self.trigger.at("before commit")
         return super().commit()

@@ -42,8 +42,7 @@ def started(parts: compat.EngineParts, source: HFSource, **options: Any) -> Iter
     metas = source.metadata()
     layer_map = receiver.layer_map(metas)
     plan = build_plan(metas, layer_map, "reorder", chunk_bytes=1 << 16)
-    receiver.options = SyncOptions(**options)
-    receiver.start(plan, layer_map)
+    receiver.start(plan, layer_map, SyncOptions(**options))
     try:
         for chunk in plan.chunks:
             receiver.receive(chunk, source.materialize(chunk.names))

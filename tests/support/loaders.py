@@ -14,6 +14,7 @@ import torch
 from qerl_sync import Source, SyncError, __version__
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -73,9 +74,10 @@ class KeepingLoader:
         return 1 << 30
 
     def start(
-        self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool, borrowed: bool
+        self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, *, borrowed: bool
     ) -> None:
         self.started += 1
+        self.options = options
         self.poisoned = "a sync is in progress"
         self._plan, self._layer_map = plan, layer_map
         self._arrived: dict[str, torch.Tensor] = {}
@@ -95,7 +97,7 @@ class KeepingLoader:
         self.version, self.poisoned = version, None
         return False
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, *, keep_old: bool = True) -> None:
         if self.poisoned is not None:
             self.poisoned = reason
 

@@ -12,7 +12,7 @@ from qerl_sync.buffers.detect import require_finite
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
-from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.transports.base import SyncResult, Transport, WorkerReport
 
 QKV = [[ParamMeta(f"{layer}.{part}", "float32", (4,)) for part in "qkv"] for layer in "ab"]
 
@@ -22,6 +22,8 @@ def interleave(layers: Sequence[Sequence[ParamMeta]]) -> list[ParamMeta]:
 
 
 class ListSource(Source):
+    checks_finite = True
+
     def __init__(self, metas: list[ParamMeta]) -> None:
         self.metas = metas
         self.tensors = {meta.name: torch.zeros(meta.shape) for meta in metas}
@@ -29,10 +31,9 @@ class ListSource(Source):
     def metadata(self) -> list[ParamMeta]:
         return list(self.metas)
 
-    def check_finite(self, names=None, *, alone=True) -> bool:
+    def check_finite(self, names=None, *, alone=True) -> None:
         for name in self.tensors if names is None else names:
             require_finite(name, self.tensors[name])
-        return True
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, self.tensors[name]) for name in names)
@@ -66,7 +67,8 @@ class HandMadeTransport(Transport):
     def free_bytes(self) -> int:
         return 1 << 30
 
-    def start(self, plan, layer_map, *, version, check_finite, held=None):
+    def start(self, plan, layer_map, options):
+        self.options = options
         self._predicted = plan.predicted
         self.started, self.aborted, self.received = True, False, []
         self._map, self._ledger, self._loaded = layer_map, BufferLedger(), dict.fromkeys("ab", 0)
@@ -84,8 +86,9 @@ class HandMadeTransport(Transport):
             if self._loaded[layer.name] >= layer.total_numel:
                 self._ledger.release(layer.name)
 
-    def finish(self) -> list[WorkerReport]:
-        return [WorkerReport("worker 0", self._ledger.trace(), self._predicted)]
+    def finish(self) -> SyncResult:
+        report = WorkerReport("worker 0", self._ledger.trace(), self._predicted)
+        return SyncResult([report], kind="by hand")
 
     def abort(self, reason: str) -> None:
         self.aborted = True

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -84,6 +85,21 @@ def session(engine, held=NEW, **options) -> SyncSession:
         timeout_seconds=sync.timeout_seconds,
     )
     return SyncSession(TensorSource(held), transport, sync)
+
+
+class Half(TensorSource):
+    """What one of two trainer ranks holds, of tensors that both know."""
+
+    def __init__(self, rank: int, checks_finite: bool) -> None:
+        super().__init__(NEW)
+        self._names = list(NEW)[rank::2]
+        self.checks_finite = checks_finite
+
+    def held_names(self):
+        return self._names
+
+    def check_finite(self, names=None, *, alone=True):
+        assert set(names) <= set(self._names)
 
 
 def serves(engine, version) -> bool:
@@ -164,6 +180,40 @@ def test_parameters_in_shared_memory_are_not_copied(workers):
         assert seen
         assert all(found == {parameters.name} for found in seen)
         assert serves(engine, held)
+
+
+@pytest.mark.parametrize(
+    ("looks", "finite_check"),
+    [((True, True), "source"), ((True, False), "worker"), ((False, True), "worker")],
+)
+def test_workers_look_for_nan_unless_every_trainer_rank_has(
+    workers, monkeypatch, looks, finite_check
+):
+    monkeypatch.setenv("QERL_SYNC_TOKEN", "0" * 32)
+    engine = workers(2)
+    with (
+        closing(socket.create_server((HOST, 0))) as one,
+        closing(socket.create_server((HOST, 0))) as other,
+    ):
+        endpoints = [f"{HOST}:{it.getsockname()[1]}" for it in (one, other)]
+
+    def push(rank: int) -> None:
+        transport = RemoteTransport(
+            None if rank else engine,
+            endpoints=endpoints,
+            rank=rank,
+            num_workers=2,
+            timeout_seconds=TIMEOUT_SECONDS,
+        )
+        config = SyncConfig.of(chunk_bytes=500, timeout_seconds=TIMEOUT_SECONDS)
+        with SyncSession(Half(rank, looks[rank]), transport, config) as sync:
+            sync.push()
+
+    with ThreadPoolExecutor() as ranks:
+        for done in [ranks.submit(push, rank) for rank in (0, 1)]:
+            done.result()
+    assert serves(engine, NEW)
+    assert {loader.options.finite_check for loader in engine.loaders} == {finite_check}
 
 
 # -------------------------------------------------------------------------------------- strangers

@@ -10,6 +10,7 @@ from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interlea
 
 from qerl_sync import SyncConfig, SyncSession
 from qerl_sync.errors import CoverageError, LayerMapError, PlanError
+from qerl_sync.options import SyncOptions
 
 
 def make(policy="reorder", metas=None, **options):
@@ -27,6 +28,18 @@ def test_sends_what_the_plan_says_and_commits_a_version():
     assert report.sent_bytes == sum(m.nbytes for m in interleave(QKV))
     assert report.prediction_exact
     assert report.seconds["total"] >= report.seconds["gather"] + report.seconds["load"]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "looks", "finite_check"),
+    [(True, True, "source"), (True, False, "worker"), (False, True, "nobody")],
+)
+def test_the_transport_is_told_what_the_sync_is_asked_for(wanted, looks, finite_check):
+    session, transport = make(check_finite=wanted, verify="off", on_failure="rollback")
+    session._source.checks_finite, session._source.stable = looks, True
+    session.push()
+    assert session.push().transport == "by hand"
+    assert transport.options == SyncOptions(2, "off", "rollback", finite_check, stable=True)
 
 
 def test_plans_once_and_again_only_when_the_stream_changes():

@@ -24,8 +24,11 @@ class Part:
         held = self._source.held_names()
         return [meta for meta in self._source.metadata() if held is None or meta.name in held]
 
-    def check_finite(self, names: Collection[str]) -> bool:
-        return self._source.check_finite(names)
+    def checks_finite(self) -> bool:
+        return self._source.checks_finite
+
+    def check_finite(self, names: Collection[str]) -> None:
+        self._source.check_finite(names)
 
     def tensors(self, names: Sequence[str]) -> list[Any]:
         """Return the tensors' bytes as arrays, which Ray brings to the reader without another
@@ -64,15 +67,17 @@ class JoinedSource(Source):
         self._take(None, Part(self._own).metadata())
         for other, metas in zip(self._others, self._ask_all("metadata"), strict=True):
             self._take(other, metas)
+        self.checks_finite = self._own.checks_finite and all(self._ask_all("checks_finite"))
         return list(self._metas.values())
 
-    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> bool:
-        """Check for NaN and infinite values on all holders at the same time."""
+    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
+        """All that hold some of the names look at the same time."""
         shares = self._shares(self._holder if names is None else names)
-        asked = [self._ask(other, "check_finite", shares.get(other, [])) for other in self._others]
-        own = self._own.check_finite(shares.get(None, []), alone=alone)
-        reported = [self._answer(*pair) for pair in zip(self._others, asked, strict=True)]
-        return own and all(reported)
+        own = shares.pop(None, [])
+        asked = {other: self._ask(other, "check_finite", share) for other, share in shares.items()}
+        self._own.check_finite(own, alone=alone)
+        for other, answer in asked.items():
+            self._answer(other, answer)
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         shares = self._shares(names)

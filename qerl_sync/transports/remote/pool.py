@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -21,10 +21,11 @@ from qerl_sync.errors import (
     TransportError,
 )
 from qerl_sync.meta import ParamMeta
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import Transport, WorkerReport
+from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
 from qerl_sync.transports.remote.compatibility import joint_map, require_alike
 from qerl_sync.transports.remote.parallel import in_parallel
 from qerl_sync.transports.remote.staging import Staging
@@ -112,7 +113,6 @@ class PoolTransport(Transport):
         options: of each member's RemoteTransport, `transport`, `timeout_seconds` and so on.
 
     Attributes:
-        lost: engines that did not commit the current or last sync, with the reason.
         newest_version: of the last sync that was committed here; 0 before the first.
         required_version: what the next sync must commit, or be refused; None: whatever is next.
     """
@@ -136,7 +136,8 @@ class PoolTransport(Transport):
         self._allow_incomplete: Sequence[str] = ()
         self._maps: set[str] = set()
         self._hello: Hello | None = None
-        self.lost: dict[str, str] = {}
+        # Engines that are not part of the current or last sync, with the reason.
+        self._lost: dict[str, str] = {}
         self.newest_version = 0
         # The last version that an engine may have committed, whatever became of the sync.
         self._spent_version = 0
@@ -171,16 +172,8 @@ class PoolTransport(Transport):
     # ---- the transport's contract
 
     @property
-    def verify_seconds(self) -> float:  # type: ignore[override]
-        return self._staging.verify_seconds if self._staging is not None else 0.0
-
-    @property
     def busy_cores(self) -> set[int]:  # type: ignore[override]
         return {core for member in self._ready for core in member.transport.busy_cores}
-
-    @property
-    def kind(self) -> str:  # type: ignore[override]
-        return "; ".join(dict.fromkeys(member.transport.kind for member in self._ready))
 
     def committed_version(self) -> int:
         """See the base class. Connect to the engines that are up and not ready: they are part of
@@ -190,7 +183,7 @@ class PoolTransport(Transport):
         it has already. Which one that is after a sync that failed late, or that another trainer
         made, is not known here.
         """
-        self.lost = {member.name: member.absence for member in self._members.values()}
+        self._lost = {member.name: member.absence for member in self._members.values()}
 
         def state(member: Member) -> int:
             if not (member.ready and member.transport.connected):
@@ -199,7 +192,7 @@ class PoolTransport(Transport):
 
         stated = self._each(self._those_up(), state)
         for member in stated:
-            self.lost.pop(member.name)
+            self._lost.pop(member.name)
         return max([self._spent_version, *stated.values()])
 
     def layer_map(
@@ -228,22 +221,15 @@ class PoolTransport(Transport):
     def free_bytes(self) -> int:
         return min(member.transport.free_bytes() for member in self._ready)
 
-    def start(
-        self,
-        plan: SyncPlan,
-        layer_map: LayerMap,
-        *,
-        version: int,
-        check_finite: bool,
-        held: Collection[str] | None = None,
-    ) -> None:
-        if held is not None:
+    def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
+        version = options.version
+        if options.held is not None:
             raise ConfigError(
                 "a pool is synced by one trainer rank, which sends every tensor; have it fetch "
                 "what others hold (sync_to(..., others=), docs/ray.md), gather on it, or sync each "
                 "engine with a RemoteTransport of its own"
             )
-        if self.options.on_failure == "rollback":
+        if options.on_failure == "rollback":
             raise ConfigError(
                 "a pool commits without the engines that fail, so those cannot go back to the old "
                 "version: choose sync.on_failure: poison"
@@ -266,14 +252,11 @@ class PoolTransport(Transport):
         ready = self._ready
 
         def start(member: Member) -> None:
-            member.transport.options, member.transport.stable = self.options, self.stable
-            member.transport.start(
-                plan, layer_map, version=version, check_finite=check_finite, staging=staging
-            )
+            member.transport.start(plan, layer_map, options, staging=staging)
 
         self._active = ready
         self._active = list(self._each(ready, start))
-        staging.busy_cores = self.busy_cores
+        staging.begin(options, layer_map.parents_text, self.busy_cores)
         self._require_some(self._active)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -283,18 +266,23 @@ class PoolTransport(Transport):
         staged = self._staging.stage(index, self._chunks[index], tensors, awaited=awaited)
         self._of_all(lambda member: member.transport.announce(index, staged))
 
-    def finish(self) -> list[WorkerReport]:
+    def finish(self) -> SyncResult:
         complete = self._each(self._active, lambda member: member.transport.complete())
         self._spent_version = self._version
-        reports = self._each(list(complete), lambda member: member.transport.commit())
+        committed = self._each(list(complete), lambda member: member.transport.commit())
         assert self._staging is not None
-        self._staging.unlink(peer for member in reports for peer in member.transport.peers)
-        self._require_some(list(reports))
-        for member in reports:
+        self._staging.unlink(peer for member in committed for peer in member.transport.peers)
+        self._require_some(list(committed))
+        for member in committed:
             member.version = self._version
         self.newest_version = self._version
         self._active = []
-        return [report for reported in reports.values() for report in reported]
+        return SyncResult(
+            workers=[report for result in committed.values() for report in result.workers],
+            kind="; ".join(dict.fromkeys(result.kind for result in committed.values())),
+            lost=dict(self._lost),
+            verify_seconds=self._staging.verify_seconds,
+        )
 
     def abort(self, reason: str) -> None:
         active, self._active = self._active, []
@@ -312,11 +300,14 @@ class PoolTransport(Transport):
     def context_tokens(self) -> int:
         return min(member.transport.context_tokens for member in self._ready)
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> dict[str, float]:
+    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
         """As the base class. An engine that does not answer is left behind."""
         reported = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
         self._require_some(list(reported))
-        return {member.name: largest_gap(right, answer) for member, answer in reported.items()}
+        return ProbeResult(
+            gaps={member.name: largest_gap(right, answer) for member, answer in reported.items()},
+            lost=dict(self._lost),
+        )
 
     def invalidate(self, reason: str) -> None:
         invalidated = self._ready
@@ -433,7 +424,7 @@ class PoolTransport(Transport):
     def _lose(self, member: Member, error: BaseException) -> None:
         reason = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
         logger.warning("%s is left behind: %s", member.name, reason)
-        self.lost[member.name] = reason
+        self._lost[member.name] = reason
         member.needs_full_sync(reason)
         self._active = [other for other in self._active if other is not member]
         # It may take as long as the engine takes to answer; the others do not wait for it.
@@ -445,7 +436,7 @@ class PoolTransport(Transport):
     def _require_some(self, left: Sequence[Member]) -> None:
         if left:
             return
-        reasons = "; ".join(f"{name}: {why}" for name, why in self.lost.items())
+        reasons = "; ".join(f"{name}: {why}" for name, why in self._lost.items())
         raise TransportError(f"no engine of the pool is left ({reasons or 'it has none'})")
 
 

@@ -14,6 +14,7 @@ import torch
 from qerl_sync.buffers.detect import Parents
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
@@ -51,7 +52,7 @@ class StagedChunk:
     Attributes:
         places: (segment, offset) of each tensor.
         pieces: its bytes, in order; none if the tensors lie in shared memory as they are.
-        checksums: of each tensor, if `Staging.checksums`.
+        checksums: of each tensor, if `SyncOptions.checksums`.
     """
 
     places: list[tuple[int, int]]
@@ -81,18 +82,8 @@ class Staging:
             that suits all of them.
 
     Attributes:
-        lasting: the tensors stay as they are until the sync is over (`Source.lasting`).
-        parents: names a tensor's parent layers, for errors.
-        checksums: take those of what is staged, as the source yields it; `verify_seconds` is what
-            that has taken.
-        busy_cores: CPUs that workers load with, and that nothing is copied on meanwhile.
+        verify_seconds: what the checksums of the sync that was begun last have taken.
     """
-
-    stable = False
-    busy_cores: Collection[int] = ()
-    parents: Parents | None = None
-    checksums = False
-    verify_seconds = 0.0
 
     def __init__(self, kinds: Collection[str]) -> None:
         self._shared = "shm" in kinds
@@ -104,11 +95,25 @@ class Staging:
         self._unlinked_for: set[object] | None = None
         self._write = _write_beside
         self._avoided: Collection[int] = ()
+        self._options = SyncOptions()
+        self._parents: Parents | None = None
+        self._busy_cores: Collection[int] = ()
+        self.verify_seconds = 0.0
 
     @property
     def segments(self) -> list[Segment]:
         """What workers must attach, in the order that places count. It only grows in a sync."""
         return [Segment(name=s.name, nbytes=s.nbytes) for s in self._table]
+
+    def begin(self, options: SyncOptions, parents: Parents, busy_cores: Collection[int]) -> None:
+        """Stage the next sync.
+
+        Args:
+            parents: names a tensor's parent layers, for errors.
+            busy_cores: CPUs that workers load with. Nothing is copied on them meanwhile.
+        """
+        self._options, self._parents, self._busy_cores = options, parents, busy_cores
+        self.verify_seconds = 0.0
 
     def prepare(self, sizes: Sequence[int], readers: Collection[object], *, later: bool) -> None:
         """Have slots of these sizes that all of `readers` can attach.
@@ -161,15 +166,15 @@ class Staging:
         """
         sums: list[int] = []
         self._write = _write_alone if awaited else _write_beside
-        self._avoided = () if awaited else self.busy_cores
-        stream = as_planned(metas, tensors, self.parents)
+        self._avoided = () if awaited else self._busy_cores
+        stream = as_planned(metas, tensors, self._parents)
         staged = self._place(index, metas, self._summed(stream, sums))
         staged.checksums = sums
         return staged
 
     def _summed(self, stream: Iterable[Planned], sums: list[int]) -> Iterator[Planned]:
         for meta, tensor in stream:
-            if self.checksums:
+            if self._options.checksums:
                 start = time.perf_counter()
                 with avoid_cores(self._avoided):
                     sums.append(checksum(tensor))
@@ -239,7 +244,7 @@ class Staging:
     def _stays(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is sent from where it lies."""
         return (
-            self.stable
+            self._options.stable
             and self._in_pieces
             and tensor.device.type == "cpu"
             and tensor.is_contiguous()

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.config.models import require_announced
 from qerl_sync.errors import ConfigError, NoRoomError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
+from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import Transport, WorkerReport, require_emptied
+from qerl_sync.transports.base import SyncResult, Transport, WorkerReport, require_emptied
 from qerl_sync.transports.remote.compatibility import (
     joint_map,
     require_protocol,
@@ -131,10 +131,6 @@ class RemoteTransport(Transport):
         self._no_room = ""
 
     @property
-    def kind(self) -> str:  # type: ignore[override]
-        return "; ".join(dict.fromkeys(f"{peer.kind}: {peer.reason}" for peer in self._peers))
-
-    @property
     def peers(self) -> Sequence[Peer]:
         """The workers that are connected. A worker that connects anew is another peer."""
         return self._peers
@@ -143,10 +139,6 @@ class RemoteTransport(Transport):
     def kinds(self) -> set[str]:
         """How bytes travel to the workers that are connected."""
         return {peer.kind for peer in self._peers}
-
-    @property
-    def verify_seconds(self) -> float:  # type: ignore[override]
-        return self._staging.verify_seconds if self._staging is not None else 0.0
 
     @property
     def busy_cores(self) -> set[int]:  # type: ignore[override]
@@ -191,27 +183,24 @@ class RemoteTransport(Transport):
         self,
         plan: SyncPlan,
         layer_map: LayerMap,
+        options: SyncOptions,
         *,
-        version: int,
-        check_finite: bool,
-        held: Collection[str] | None = None,
         staging: Staging | None = None,
     ) -> None:
         """See the base class.
 
         Args:
-            held: names of the tensors that this trainer rank can send; None: all.
-            staging: prepared slots of somebody who stages for several transports; he also closes
-                them. Chunks then come by `await_room` and `announce` instead of `send`.
+            staging: prepared slots of a caller that stages for several transports. The caller
+                begins and closes them, and calls `await_room` and `announce` instead of `send`.
         """
         self.open()
         self._renew_map(layer_map)
         self._staging_is_mine = staging is None
-        self._plan, self._version, self._index = plan, version, 0
+        self._plan, self._version, self._index = plan, options.version, 0
         self._committing = False
         indices = None
-        if held is not None:
-            indices = [i for i, meta in enumerate(plan.metas) if meta.name in held]
+        if options.held is not None:
+            indices = [i for i, meta in enumerate(plan.metas) if meta.name in options.held]
         slots = slot_bytes(part_of(plan, indices).sizes, self._chunks_in_flight)
         if staging is None:
             try:
@@ -226,9 +215,8 @@ class RemoteTransport(Transport):
             store: Any = self._client
             store.require_store(sum(slots))
         self._staging = staging
-        staging.stable, staging.parents = self.stable, layer_map.parents_text
-        staging.checksums, staging.verify_seconds = self.options.checksums, 0.0
-        staging.busy_cores = self.busy_cores
+        if self._staging_is_mine:
+            staging.begin(options, layer_map.parents_text, self.busy_cores)
         self._control.pause(self._peers)
         self._control.begin_session(self._peers)
         for peer in self._peers:
@@ -239,8 +227,9 @@ class RemoteTransport(Transport):
                     plan=None if peer.plan_digest == plan.digest else plan.to_json(),
                     layer_map=peer.layer_map.digest if peer.layer_map else "",
                     held=indices,
-                    check_finite=check_finite,
-                    **asdict(self.options),
+                    verify=options.verify,
+                    on_failure=options.on_failure,
+                    finite_check=options.finite_check,
                     segments=staging.segments,
                     slots=slots,
                 )
@@ -294,7 +283,7 @@ class RemoteTransport(Transport):
                 staged,
             )
 
-    def finish(self) -> list[WorkerReport]:
+    def finish(self) -> SyncResult:
         self.complete()
         return self.commit()
 
@@ -308,7 +297,7 @@ class RemoteTransport(Transport):
         self._tell(say.Finish())
         self._reported = [peer.expect(say.Report, "finishing the sync") for peer in self._peers]
 
-    def commit(self) -> list[WorkerReport]:
+    def commit(self) -> SyncResult:
         """Let the workers generate with the new weights. Returns what they measured."""
         self._committing = True
         self._tell(say.Commit(version=self._version))
@@ -316,16 +305,21 @@ class RemoteTransport(Transport):
         for peer in self._peers:
             overwritten |= peer.expect(say.Committed, "committing").caches_overwritten
             peer.hello = peer.hello.model_copy(update={"version": self._version, "poisoned": None})
-        if self._staging is not None and self._staging_is_mine:
+        assert self._staging is not None
+        if self._staging_is_mine:
             self._staging.unlink(self._peers)
         self._end_talk(version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
         self._committing = False
-        return [
-            self._report(peer, reported)
-            for peer, reported in zip(self._peers, self._reported, strict=True)
-        ]
+        return SyncResult(
+            workers=[
+                self._report(peer, reported)
+                for peer, reported in zip(self._peers, self._reported, strict=True)
+            ],
+            kind="; ".join(dict.fromkeys(f"{peer.kind}: {peer.reason}" for peer in self._peers)),
+            verify_seconds=self._staging.verify_seconds,
+        )
 
     def abort(self, reason: str) -> None:
         """End whatever is open. Workers that are poisoned stay paused, and so do those that have

@@ -13,7 +13,7 @@ import torch
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import AgreementError
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import FiniteCheck, SyncOptions
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
@@ -82,7 +82,7 @@ class PlannedLoads:
         self._layer_map: LayerMap | None = None
         self._probed: list[ParamMeta] = []
         self._agreed: SyncPlan | None = None
-        self._check_finite = True
+        self._finite_check: FiniteCheck = "worker"
         self._outstanding: int | None = None
         self._said: set[str] = set()
         self.last_report: LoadReport | None = None
@@ -107,18 +107,17 @@ class PlannedLoads:
         """All tensors of the sync have been loaded."""
         return self._outstanding == 0
 
-    def agree(self, plan: SyncPlan, *, check_finite: bool = True, finite: bool = False) -> None:
+    def agree(self, plan: SyncPlan, *, finite_check: FiniteCheck = "worker") -> None:
         """Whether this model takes that stream. Leaves its weights untouched.
 
         Args:
-            finite: see `plan.terms.SyncOptions`.
+            finite_check: see `SyncOptions`.
 
         Raises:
             LayerMapError, CoverageError: it does not.
         """
         self._probe(list(plan.metas))
-        self._agreed, self._check_finite = plan, check_finite
-        self._receiver.options = SyncOptions(finite=finite)
+        self._agreed, self._finite_check = plan, finite_check
 
     def agree_as_given(self, metas: list[ParamMeta]) -> None:
         """The same for a stream without a plan. Raises PlanError, too."""
@@ -137,7 +136,7 @@ class PlannedLoads:
         self._warn(plan, layer_map, storages)
         self._memory.start()
         self._clock, self._num_loads = time.perf_counter(), 0
-        self._receiver.start(plan, layer_map, check_finite=self._check_finite)
+        self._receiver.start(plan, layer_map, SyncOptions(finite_check=self._finite_check))
         self._outstanding = len(plan.metas)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

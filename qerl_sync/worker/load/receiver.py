@@ -72,7 +72,6 @@ class Receiver:
     cache as NaN, which later requests would meet: the next commit overwrites it.
 
     Attributes:
-        terms: what the next sync promises; set before `start`.
         kept_bytes: of the last sync, what the old weights took in memory (`on_failure: rollback`).
         verify_seconds: of the last sync, what checksums took (`sync.verify`).
         peak_staged_bytes: of the last sync, the most that waited in host memory (policy `spill`).
@@ -88,9 +87,8 @@ class Receiver:
         self._open = False
         self._untouched = False
         self._awaited: Iterator[ParamMeta] = iter(())
-        self._check_finite = True
+        self._options = SyncOptions()
         self._spill: SpillBuffer | None = None
-        self.options = SyncOptions()
         self.peak_staged_bytes = 0
         self.verify_seconds = 0.0
         self.kept_bytes = 0
@@ -139,8 +137,8 @@ class Receiver:
         self,
         plan: SyncPlan,
         layer_map: LayerMap,
+        options: SyncOptions,
         *,
-        check_finite: bool = True,
         borrowed: bool = False,
     ) -> None:
         """Open a sync. From here to `commit` the model must not run.
@@ -161,11 +159,9 @@ class Receiver:
         self._state.caches_suspect |= self.poisoned is not None
         self.poison("a sync is in progress")
         self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
-        self._check_finite = check_finite
-        # A source that has looked itself does not know the engine's dtype.
-        self._check_range = check_finite or self.options.finite
+        self._options = options
         self.verify_seconds, self._held = 0.0, None
-        self._check = self._kernel_check(layer_map) if self.options.checksums else None
+        self._check = self._kernel_check(layer_map) if options.checksums else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
         self._monitor = SyncMonitor(self.model, layer_map, self.device, borrowed=borrowed)
         with self._aborting():
@@ -177,7 +173,7 @@ class Receiver:
             self._observing.enter_context(compat.observe_loads(self._monitor))
             with compat.loading_context(self._config):
                 compat.begin_reload(self.model)
-            if self.options.on_failure == "rollback":
+            if options.on_failure == "rollback":
                 self._rollback = Rollback()
                 self._rollback.begin(self.model)
             self._monitor.before_processing = partial(self._before_processing, lost)
@@ -225,7 +221,7 @@ class Receiver:
                     f"the sync ended with {len(missing)} tensors outstanding, the first is "
                     f"{missing[0].name!r}; send every chunk of the plan"
                 )
-            if self.options.verify != "off":
+            if self._options.verify != "off":
                 self._monitor.require_filled()
             self._untouched = False
             with compat.loading_context(self._config):
@@ -259,19 +255,24 @@ class Receiver:
         overwritten = self._state.caches_suspect
         if overwritten:
             compat.zero_kv_caches(self._config)
-        self._state.caches_suspect = not (self._check_finite or self.options.finite)
+        self._state.caches_suspect = self._options.finite_check == "nobody"
         self._heal()
         return overwritten
 
-    def abort(self, reason: str) -> None:
+    def abort(self, reason: str, *, keep_old: bool = True) -> None:
         """Give up a sync that is not committed: whole modules, poisoned, or on the old version if
-        nothing was touched or `terms.on_failure` says so. Idempotent."""
+        nothing was touched or `on_failure: rollback` was asked for. Idempotent.
+
+        Args:
+            keep_old: go back to the old version where that was asked for. False: other workers may
+                have committed, and this one must not serve what they do not.
+        """
         if self._open:
             self._close()
             compat.restore(self.model)
         rollback, self._rollback = self._rollback, None
         old, self._untouched = self._untouched, False
-        if rollback is not None and self.options.on_failure == "rollback":
+        if rollback is not None and keep_old:
             rollback.put_back()
             old = True
         if old:
@@ -382,9 +383,10 @@ class Receiver:
         """The stream, each tensor held against the plan before vLLM sees it."""
         awaited = islice(self._awaited, len(chunk.names))
         for meta, tensor in as_planned(awaited, tensors, self._parents):
-            if self._check_finite:
+            if self._options.finite_check == "worker":
                 require_finite(meta.name, tensor, self._parents)
-            if self._check_range:
+            # A source that has looked itself does not know the engine's dtype.
+            if self._options.finite_check != "nobody":
                 require_in_range(meta.name, tensor, self._dtype, self._parents)
             if self._check is not None:
                 with self._verifying():

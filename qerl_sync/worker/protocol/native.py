@@ -50,6 +50,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 
 from qerl_sync.errors import AgreementError, ConfigError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.options import FiniteCheck
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.planned_loads import LoadReport, PlannedLoads, packed_storages
@@ -130,11 +131,10 @@ class _Planned:
     def _agree(
         self,
         plan: dict[str, Any],
-        check_finite: bool = True,
-        finite: bool = False,
+        finite_check: FiniteCheck = "worker",
         storages: Mapping[str, tuple[int | str, int]] | None = None,
     ) -> None:
-        self._loads.agree(SyncPlan.from_json(plan), check_finite=check_finite, finite=finite)
+        self._loads.agree(SyncPlan.from_json(plan), finite_check=finite_check)
         self._told_storages = {name: Storage(*s) for name, s in (storages or {}).items()}
 
     def _metas_of(self, info: Any) -> list[ParamMeta]:

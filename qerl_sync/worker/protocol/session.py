@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Protocol, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ from qerl_sync.errors import (
     TransportTimeout,
 )
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import FiniteCheck, SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -46,8 +45,6 @@ Item = say.Message | Arrived
 
 class Loader(Protocol):
     """Takes the weights; `worker.receiver.Receiver` has what each part means."""
-
-    options: SyncOptions
 
     @property
     def working_bytes(self) -> Mapping[str, int]: ...
@@ -74,7 +71,7 @@ class Loader(Protocol):
     def free_bytes(self) -> int: ...
 
     def start(
-        self, plan: SyncPlan, layer_map: LayerMap, *, check_finite: bool, borrowed: bool
+        self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, *, borrowed: bool
     ) -> None: ...
 
     def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None: ...
@@ -83,7 +80,7 @@ class Loader(Protocol):
 
     def commit(self, version: int) -> bool: ...
 
-    def abort(self, reason: str) -> None: ...
+    def abort(self, reason: str, *, keep_old: bool) -> None: ...
 
     def poison(self, reason: str) -> None: ...
 
@@ -131,20 +128,12 @@ class WorkerSession:
         except Exception as exc:
             expected = isinstance(exc, SyncError)
             logger.error("the conversation with the trainer ended: %s", exc, exc_info=not expected)
-            self._give_up(f"a sync failed: {exc}", keep_old=not self._in_doubt)
+            self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
             self._tell(say.failure(exc))
             for inbox in self._inboxes:
                 inbox.close()
             if not heard:
                 raise
-
-    def _give_up(self, reason: str, *, keep_old: bool) -> None:
-        """Args:
-        keep_old: no worker can have committed, so that this one may go back to the old version.
-        """
-        if not keep_old:
-            self._loader.options = replace(self._loader.options, on_failure="poison")
-        self._loader.abort(reason)
 
     def _answer(self, requests: list[Item]) -> None:
         lead = requests[0]
@@ -155,19 +144,19 @@ class WorkerSession:
             elif isinstance(lead, say.SyncRequest):
                 self._sync(_all_of(requests, say.SyncRequest))
             elif isinstance(lead, say.Abort):
-                self._give_up(lead.reason, keep_old=lead.keep_old)
+                self._loader.abort(lead.reason, keep_old=lead.keep_old)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
             elif isinstance(lead, say.Invalidate):
                 self._loader.poison(lead.reason)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
             # Anything else was sent before the trainer knew that a sync had failed.
         except _GivenUp as exc:
-            self._give_up(str(exc), keep_old=exc.keep_old)
+            self._loader.abort(str(exc), keep_old=exc.keep_old)
             self._tell(say.Aborted(poisoned=self._loader.poisoned))
         except TransportTimeout:  # nobody is there to go on with
             raise
         except SyncError as exc:
-            self._give_up(f"a sync failed: {exc}", keep_old=not self._in_doubt)
+            self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
             self._tell(say.failure(exc))
 
     def _map(self, request: say.MapRequest) -> None:
@@ -179,14 +168,17 @@ class WorkerSession:
     def _sync(self, requests: list[say.SyncRequest]) -> None:
         plan, layer_map = self._agree(requests)
         parts = self._prepare(plan, requests)
+        options = _options_of(requests)
         clock = Stopwatch(PHASES)
         self._wire_clock = Stopwatch(PHASES)
         self._memory.start()
-        self._loader.options = _terms_of(requests)
-        self._loader.start(plan, layer_map, check_finite=requests[0].check_finite, borrowed=True)
+        self._loader.start(plan, layer_map, options, borrowed=True)
         for inbox, part in zip(self._inboxes, parts, strict=True):
             inbox.send(say.Accepted(owned=None if part.owned is None else list(part.owned)))
-        in_place = [self._load(index, plan, parts, clock) for index in range(len(plan.chunks))]
+        in_place = [
+            self._load(index, plan, parts, clock, checksums=options.checksums)
+            for index in range(len(plan.chunks))
+        ]
         self._each(say.Finish, "the end of the stream")
         with clock("finish"):
             trace = self._loader.finish()
@@ -253,7 +245,9 @@ class WorkerSession:
             inbox.chunk_receiver.prepare(request.segments, request.slots)
         return parts
 
-    def _load(self, index: int, plan: SyncPlan, parts: list[Part], clock: Stopwatch) -> list[bool]:
+    def _load(
+        self, index: int, plan: SyncPlan, parts: list[Part], clock: Stopwatch, *, checksums: bool
+    ) -> list[bool]:
         """Returns for each trainer rank whether the worker read its part in place."""
         senders = {i: part.chunks[index] for i, part in enumerate(parts) if part.chunks[index]}
         with clock("wait"):
@@ -268,7 +262,7 @@ class WorkerSession:
                 raise TransportError(f"chunk {one.index} arrived where {index} was next")
             names = [meta.name for meta in senders[i]]
             found |= zip(names, one.tensors, strict=True)
-            if self._loader.options.checksums:
+            if checksums:
                 reported |= _told_checksums(names, one)
         in_place = [i in arrived and arrived[i].in_place for i in range(len(parts))]
         del arrived, one
@@ -346,15 +340,20 @@ def _plan_of(request: say.SyncRequest) -> SyncPlan:
     return plan
 
 
-def _terms_of(requests: list[say.SyncRequest]) -> SyncOptions:
-    asked = [SyncOptions(one.verify, one.on_failure, one.finite) for one in requests]
-    for rank, options in enumerate(asked):
-        if (options.verify, options.on_failure) != (asked[0].verify, asked[0].on_failure):
+def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
+    lead = requests[0]
+    for rank, one in enumerate(requests):
+        if (one.verify, one.on_failure) != (lead.verify, lead.on_failure):
             raise AgreementError(
-                f"trainer rank {rank} asks for {options}, and rank 0 for {asked[0]}; give all "
+                f"trainer rank {rank} asks for verify: {one.verify}, on_failure: {one.on_failure}, "
+                f"and rank 0 for verify: {lead.verify}, on_failure: {lead.on_failure}; give all "
                 "ranks the same sync.verify and sync.on_failure"
             )
-    return replace(asked[0], finite=all(options.finite for options in asked))
+    # Values count as looked at only if every rank has looked at what it sends.
+    asked = {request.finite_check for request in requests}
+    order: tuple[FiniteCheck, ...] = ("worker", "nobody", "source")
+    finite_check = next(check for check in order if check in asked)
+    return SyncOptions(verify=lead.verify, on_failure=lead.on_failure, finite_check=finite_check)
 
 
 def _told_checksums(names: Sequence[str], one: Arrived) -> dict[str, int]:
