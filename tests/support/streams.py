@@ -56,3 +56,40 @@ def storages(draw: st.DrawFn, metas: list[ParamMeta]) -> dict[str, Storage]:
         if key is not None:
             chosen[meta.name] = Storage(key, 1000 * (key + 1))
     return chosen
+
+
+def mixture(count: int, experts: int = 128) -> tuple[list[ParamMeta], LayerMap]:
+    """A mixture of experts of about `count` tensors; without experts a dense model."""
+    metas: list[ParamMeta] = []
+    contributions: dict[str, tuple[Contribution, ...]] = {}
+    layers: dict[str, ParentLayer] = {}
+
+    def add(layer: str, kind: str, *tensors: tuple[str, tuple[int, ...]]) -> None:
+        for name, shape in tensors:
+            meta = ParamMeta(f"{name}.weight", "bfloat16", shape)
+            metas.append(meta)
+            contributions[meta.name] = (
+                Contribution(layer, "weight", meta.numel, meta.nbytes, True),
+            )
+        total = sum(meta.numel for meta in metas[-len(tensors) :])
+        layers[layer] = ParentLayer(layer, kind, total, total)
+
+    block = 0
+    while len(metas) < count:
+        at = f"model.layers.{block}"
+        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
+        block += 1
+        rows = {"q": 4096, "k": 512, "v": 512}
+        qkv = [(f"{attention}.{one}_proj", (rows[one], 2048)) for one in "qkv"]
+        add(f"{at}.input_layernorm", "RMSNorm", (f"{at}.input_layernorm", (2048,)))
+        add(f"{attention}.qkv_proj", "QKVParallelLinear", *qkv)
+        add(f"{attention}.o_proj", "RowParallelLinear", (f"{attention}.o_proj", (2048, 4096)))
+        wide = [f"{mlp}.experts.{e}" for e in range(experts)] or [mlp]
+        up = [(f"{one}.{part}_proj", (768, 2048)) for one in wide for part in ("gate", "up")]
+        down = [(f"{one}.down_proj", (2048, 768)) for one in wide]
+        if experts:
+            add(f"{mlp}.experts", "FusedMoE", *up, *down)
+        else:
+            add(f"{mlp}.gate_up_proj", "MergedColumnParallelLinear", *up)
+            add(f"{mlp}.down_proj", "RowParallelLinear", *down)
+    return metas, LayerMap(layers, contributions)
