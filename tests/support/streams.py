@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 
 from hypothesis import strategies as st
 
-from qerl_sync import Contribution, LayerMap, ParamMeta, ParentLayer, Storage
+from qerl_sync import BufferLedger, Contribution, LayerMap, ParamMeta, ParentLayer, Storage
 
 LAYERS = [f"model.layers.{i}.{part}" for i in range(3) for part in ("qkv_proj", "norm")]
 
@@ -93,3 +94,40 @@ def mixture(count: int, experts: int = 128) -> tuple[list[ParamMeta], LayerMap]:
             add(f"{mlp}.gate_up_proj", "MergedColumnParallelLinear", *up)
             add(f"{mlp}.down_proj", "RowParallelLinear", *down)
     return metas, LayerMap(layers, contributions)
+
+
+class LedgerReplay:
+    """Feeds a ledger with what vLLM's layerwise reload would do, event by event.
+
+    The reference for `plan.simulator`, which does the same in one flat loop.
+    """
+
+    def __init__(
+        self,
+        layer_map: LayerMap,
+        storages: Mapping[str, Storage],
+        ledger: BufferLedger | None = None,
+    ) -> None:
+        self._map, self._storages = layer_map, storages
+        self.ledger = ledger or BufferLedger()
+        self.loaded: Counter[str] = Counter()
+        self.held: Counter[str] = Counter()  # in the order of opening
+        self._closed: set[str] = set()
+
+    def feed(self, meta: ParamMeta, *, release: bool = True) -> None:
+        """Hand over one tensor. `release=False` stops before the layers it completes are freed."""
+        self.ledger.begin(meta.name)
+        source = self._storages.get(meta.name) or Storage(meta.name, meta.nbytes)
+        for i, c in enumerate(self._map.contributions[meta.name]):
+            if c.parent_layer in self._closed:
+                continue  # vLLM drops what arrives for a layer that is done ("excessive loading")
+            layer = self._map.layers[c.parent_layer]
+            storage = source if c.aliases_source else Storage(f"{meta.name}#{i}", c.held_bytes)
+            self.ledger.hold(layer.name, c.held_bytes, (storage,), deferred=layer.deferred)
+            self.held[layer.name] += c.held_bytes
+            self.loaded[layer.name] += c.loaded_numel
+            whole = self.loaded[layer.name] >= layer.closes_at_numel
+            if whole and release and not layer.deferred:
+                self.ledger.release(layer.name)
+                self._closed.add(layer.name)
+                del self.held[layer.name]
