@@ -45,7 +45,7 @@ class Span:
         return self.opened <= index and (self.closed is None or index <= self.closed)
 
     def held_at(self, index: int) -> int:
-        """Bytes held when tensor `index` has been buffered; the span must cover it."""
+        """Return the bytes held when tensor `index` has been buffered; the span must cover it."""
         return self.held_bytes[bisect_right(self.arrivals, index) - 1]
 
 
@@ -197,7 +197,7 @@ Marks = tuple[int, int, int]
 
 
 def _higher(high: Marks | None, buffered: int, pinned: int, opened: int) -> Marks:
-    """High-water marks of one step, so far."""
+    """Return the high-water marks of one step, so far."""
     if high is None:
         return buffered, pinned, opened
     return max(high[0], buffered), max(high[1], pinned), max(high[2], opened)
@@ -206,7 +206,7 @@ def _higher(high: Marks | None, buffered: int, pinned: int, opened: int) -> Mark
 def _prepare(
     metas: Iterable[ParamMeta], layer_map: LayerMap, storages: Mapping[str, Storage]
 ) -> list[tuple[Landing, ...]]:
-    """The landings of each tensor."""
+    """Return the landings of each tensor."""
     numbers = {name: number for number, name in enumerate(layer_map.layers)}
     holders = Counter(storage.key for storage in storages.values())
     contributions = layer_map.contributions
@@ -239,13 +239,13 @@ def _prepare(
 
 
 def open_at(spans: Iterable[Span], index: int) -> list[tuple[str, int]]:
-    """(layer, held bytes) when tensor `index` has been buffered, largest first."""
+    """Return (layer, held bytes) when tensor `index` has been buffered, largest first."""
     held = [(span.layer, span.held_at(index)) for span in spans if span.covers(index)]
     return sorted(held, key=lambda item: -item[1])
 
 
 def open_at_each(spans: Sequence[Span], indices: Iterable[int]) -> Iterator[list[tuple[str, int]]]:
-    """`open_at` for ascending `indices`, in one sweep.
+    """Yield `open_at` for ascending `indices`, in one sweep.
 
     Args:
         spans: in the order of opening.
