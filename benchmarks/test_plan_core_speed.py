@@ -14,10 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from support.streams import mixture
 
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
+from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.replay import replay
@@ -25,43 +26,6 @@ from qerl_sync.plan.sync_plan import build_plan
 
 COUNTS = (1_000, 10_000, 65_000, 100_000)
 ROOM = 6.0
-
-
-def mixture(count: int, experts: int = 128) -> tuple[list[ParamMeta], LayerMap]:
-    """A mixture of experts of about `count` tensors; without experts a dense model."""
-    metas: list[ParamMeta] = []
-    contributions: dict[str, tuple[Contribution, ...]] = {}
-    layers: dict[str, ParentLayer] = {}
-
-    def add(layer: str, kind: str, *tensors: tuple[str, tuple[int, ...]]) -> None:
-        for name, shape in tensors:
-            meta = ParamMeta(f"{name}.weight", "bfloat16", shape)
-            metas.append(meta)
-            contributions[meta.name] = (
-                Contribution(layer, "weight", meta.numel, meta.nbytes, True),
-            )
-        total = sum(meta.numel for meta in metas[-len(tensors) :])
-        layers[layer] = ParentLayer(layer, kind, total, total)
-
-    block = 0
-    while len(metas) < count:
-        at = f"model.layers.{block}"
-        attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-        block += 1
-        rows = {"q": 4096, "k": 512, "v": 512}
-        qkv = [(f"{attention}.{one}_proj", (rows[one], 2048)) for one in "qkv"]
-        add(f"{at}.input_layernorm", "RMSNorm", (f"{at}.input_layernorm", (2048,)))
-        add(f"{attention}.qkv_proj", "QKVParallelLinear", *qkv)
-        add(f"{attention}.o_proj", "RowParallelLinear", (f"{attention}.o_proj", (2048, 4096)))
-        wide = [f"{mlp}.experts.{e}" for e in range(experts)] or [mlp]
-        up = [(f"{one}.{part}_proj", (768, 2048)) for one in wide for part in ("gate", "up")]
-        down = [(f"{one}.down_proj", (2048, 768)) for one in wide]
-        if experts:
-            add(f"{mlp}.experts", "FusedMoE", *up, *down)
-        else:
-            add(f"{mlp}.gate_up_proj", "MergedColumnParallelLinear", *up)
-            add(f"{mlp}.down_proj", "RowParallelLinear", *down)
-    return metas, LayerMap(layers, contributions)
 
 
 def seconds(run: Callable[[], Any], rounds: int = 3) -> float:
@@ -122,6 +86,14 @@ def test_a_plan_within_a_budget_is_linear(order, experts):
         assert made.predicted.peak_pinned_bytes <= budget
         assert (made.predicted == made.as_given) == (order == "hf")
     assert_linear(f"plan, {order}, {experts} experts", each)
+
+
+def test_plan_and_prediction_of_65000_names(benchmark):
+    metas, layer_map = mixture(65_000)
+    made = benchmark.pedantic(build_plan, (metas, layer_map, "reorder"), rounds=7, warmup_rounds=1)
+    assert len(made.predicted.steps) == len(metas) >= 65_000
+    assert made.predicted.max_open_layers == 1
+    assert benchmark.stats.stats.min <= 0.5
 
 
 @pytest.mark.parametrize("order", ["hf", "interleaved:2", "random:0"])

@@ -11,8 +11,8 @@ from qerl_sync.meta import Storage
 class BufferLedger:
     """Counts buffered bytes by view and pinned bytes by unique storage, and keeps the trace.
 
-    It is told of events and never looks at a tensor, so that the same code accounts for a predicted
-    sync (`plan.replay`) and for a measured one (`worker.load.monitor`):
+    It is told of events and never looks at a tensor. It accounts for a measured sync
+    (`worker.load.monitor`), and tests hold a predicted one (`plan.simulator`) against it:
 
         begin(name)      the stream hands over its next tensor
         hold(layer, ..)  a view of it is kept for a parent layer
@@ -82,12 +82,6 @@ class BufferLedger:
                 del self._holders[storage.key]
                 self.pinned_bytes -= storage.nbytes
         self._deferred.discard(layer)
-
-    def held_bytes(self) -> dict[str, int]:
-        """Return the buffered bytes of each layer that holds any, in the order in which they
-        opened.
-        """
-        return {layer: sum(n for n, _ in held) for layer, held in self._held.items()}
 
     def trace(self) -> Trace:
         """Return all steps so far, the current one included."""

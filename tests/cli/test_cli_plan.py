@@ -1,4 +1,4 @@
-"""`qerl-sync plan` as a user runs it, on a small mixture of experts, by rules: no vLLM or torch."""
+"""`qerl-sync plan` as a user runs it, on a small mixture of experts, from the map cache."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+from support.layer_maps import MOE, keep_recorded_maps
 from typer.testing import CliRunner
 
 from qerl_sync.cli.main import app
+from qerl_sync.cli.plan.input import read_input
 from qerl_sync.cli.plan.run import Request, execute
 from qerl_sync.cli.plan.table import OVER, scenario_table
 from qerl_sync.config import SyncConfig
 from qerl_sync.meta import format_bytes
+from qerl_sync.offline import layer_map as offline
 from qerl_sync.offline.layer_map import offline_map
 from qerl_sync.plan.checkpoint import read_checkpoint
 from qerl_sync.plan.orders import parse_order
@@ -23,41 +26,26 @@ from qerl_sync.plan.record import SyncRecord, write_record
 from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.training.directory import RunDirectory
 
-CONFIG = {
-    "architectures": ["Qwen3MoeForCausalLM"],
-    "model_type": "qwen3_moe",
-    "dtype": "bfloat16",
-    "vocab_size": 128,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "moe_intermediate_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "decoder_sparse_step": 1,
-    "mlp_only_layers": [],
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-}
 LAYER_BYTES = 8 * 3 * 64 * 32 * 2  # the experts of one block, in bf16
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.fixture(autouse=True)
+def cached_maps(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keep_recorded_maps()
 
 
 @pytest.fixture
 def model(tmp_path):
     path = tmp_path / "small-moe.json"
-    path.write_text(json.dumps(CONFIG))
+    path.write_text(json.dumps(MOE))
     return path
 
 
 def run(*arguments, code=0):
     """Run the command; returns what it wrote to standard output and to standard error."""
     words = ["plan", *map(str, arguments)]
-    if "--map" not in words:
-        words += ["--map", "rules"]
     result = CliRunner().invoke(app, words, env={"COLUMNS": "80", "TERM": "dumb"})
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
@@ -77,7 +65,7 @@ def test_the_table_shows_every_order_under_every_policy(model):
     for order in ("hf", "safetensors:5GB", "alphabetical", "size", "optimizer", "random:0"):
         assert re.search(rf"^{order} +as given +\d+ +[\d.]+ KiB", shown, re.M), order
     assert shown.count("by layer") >= 7
-    assert "An estimate by rules" in shown
+    assert "Layer map observed earlier from vLLM" in shown
     assert "out of order: the tensors of a parent layer do not arrive next to" in shown
     assert "model.layers.0.mlp.experts.routed_experts" in shown
     assert "Cure: let `sync.policy: reorder`" in " ".join(shown.split())
@@ -86,7 +74,7 @@ def test_the_table_shows_every_order_under_every_policy(model):
 
 def test_json_has_the_figures_and_nothing_else_is_on_standard_output(model):
     found = run_json(model)
-    assert found["layer_map"]["estimate"] is True
+    assert found["layer_map"]["origin"] == "cache"
     assert found["num_tensors"] == 3 * (8 * 3 + 9) + 3
     assert found["layer_map"]["largest"]["held_bytes"] == LAYER_BYTES
     lines = by_line(found)
@@ -155,8 +143,8 @@ def test_what_keeps_the_budget_is_neither_red_nor_in_need_of_a_cure(model):
     assert roomy["random:0", "as_given"]["within_budget"]
     assert {tuple(line["causes"]) for line in roomy.values()} == {()}
 
-    found = execute(Request(model, ["random:0"], budget="120KiB", chunk_bytes="100KiB",
-                            map_mode="rules"), lambda text: nullcontext())  # fmt: skip
+    request = Request(model, ["random:0"], budget="120KiB", chunk_bytes="100KiB")
+    found = execute(request, lambda text: nullcontext())
     by_policy = {scenario.policy: i for i, scenario in enumerate(found.scenarios)}
     table = scenario_table(found.scenarios)
     red = {
@@ -249,6 +237,7 @@ def test_a_training_yaml_plans_what_its_run_would_do(tmp_path):
         sync: {policy: warn, source_order: "random:3"}
         """
     )
+    keep_recorded_maps(read_input(path).engine)
     found = run_json(path, "--assert", "max_open_layers=1", code=1)
     assert found["architecture"] == "Qwen3ForCausalLM"
     assert found["dtypes"] == "float32"
@@ -261,7 +250,7 @@ def test_a_training_yaml_plans_what_its_run_would_do(tmp_path):
 @pytest.fixture
 def recorded(model, tmp_path):
     """A run that measured exactly what was planned, and the parts that it was made of."""
-    found = offline_map(read_checkpoint(model), mode="rules")
+    found = offline_map(read_checkpoint(model))
     metas = parse_order("random:1")(found.metas)
     plan = build_plan(metas, found.layer_map, "warn")
     directory = tmp_path / "run"
@@ -289,7 +278,7 @@ def test_a_comparison_shows_the_line_that_the_run_has_run(model, recorded):
 
 def test_a_comparison_takes_the_budget_and_the_chunks_of_the_run(model, tmp_path):
     """A transport's own chunk size changes the order within a budget."""
-    found = offline_map(read_checkpoint(model), mode="rules")
+    found = offline_map(read_checkpoint(model))
     metas = parse_order("interleaved:4")(found.metas)
     options = {"chunk_bytes": 100 << 10, "budget_bytes": 200 << 10}
     plan = build_plan(metas, found.layer_map, "reorder", **options)
@@ -323,7 +312,7 @@ def test_a_run_that_went_otherwise_shows_the_first_difference(model, recorded):
 
 def test_a_run_of_another_model_is_different(model, recorded, tmp_path):
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({**CONFIG, "num_hidden_layers": 2}))
+    other.write_text(json.dumps({**MOE, "num_hidden_layers": 2}))
     _, said = run(other, "--compare", recorded[0], code=1)
     assert "the recorded run: the model has no 'model.layers.2." in said
     _, said = run(model, "--compare", recorded[0], "--dtype", "float32", code=1)
@@ -361,7 +350,11 @@ def test_bad_input_is_one_error(model, arguments, complaint):
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ({**CONFIG, "architectures": ["BananaForCausalLM"]}, "BananaForCausalLM"),
+        pytest.param(
+            {"architectures": ["BananaForCausalLM"], "model_type": "banana"},
+            "banana",
+            marks=pytest.mark.vllm,
+        ),
         ({"weight_map": {}}, "weight_map"),
         ("{", "small-moe.json"),
     ],
@@ -371,6 +364,13 @@ def test_a_bad_model_is_one_error(model, content, complaint):
     _, said = run(model, code=2)
     assert complaint in said
     assert said.count("error:") == 1
+
+
+def test_without_vllm_the_error_says_what_to_install(model, monkeypatch):
+    monkeypatch.setattr(offline, "installed_vllm", lambda: None)
+    shown, said = run(model, code=2)
+    assert (shown, said.count("error:")) == ("", 1)
+    assert "qerl-sync[gpu]" in said
 
 
 def test_a_names_file_that_does_not_fit_is_refused(model, tmp_path):
@@ -393,7 +393,7 @@ def test_debug_shows_the_traceback(model):
 def test_neither_torch_nor_vllm_is_imported(model):
     program = (
         "import sys; from qerl_sync.cli.main import app\n"
-        f"try: app(['plan', {str(model)!r}, '--map', 'rules', '--json'])\n"
+        f"try: app(['plan', {str(model)!r}, '--json'])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "heavy = {'torch', 'vllm', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)"
@@ -408,7 +408,7 @@ def test_a_multimodal_model_is_probed_without_its_image_library(tmp_path):
     path = tmp_path / "small-qwen3.5.json"
     text = {
         "model_type": "qwen3_5_moe_text",
-        **{name: CONFIG[name] for name in ("vocab_size", "hidden_size", "num_experts_per_tok")},
+        **{name: MOE[name] for name in ("vocab_size", "hidden_size", "num_experts_per_tok")},
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -438,7 +438,7 @@ def test_a_multimodal_model_is_probed_without_its_image_library(tmp_path):
         "vision_config": vision,
     }
     path.write_text(json.dumps(content))
-    found = run_json(path, "--map", "probe", "--order", "hf", "--order", "random:0")
+    found = run_json(path, "--order", "hf", "--order", "random:0")
     assert found["layer_map"]["origin"] in ("probe", "cache")
     lines = by_line(found)
     assert lines["random:0", "by_parent_layer"]["max_open_layers"] == 1

@@ -19,8 +19,9 @@ def differences(*arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_by_rules():
-    assert differences("--only", "--map rules") == ""
+@pytest.mark.vllm
+def test_the_examples_of_spill():
+    assert differences("--only", "--policy spill") == ""
 
 
 @pytest.mark.vllm

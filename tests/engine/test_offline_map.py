@@ -7,20 +7,21 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.layer_maps import MODELS, keep_recorded_maps, recorded
 from support.models import CONFIGS
-from support.probes import ENGINE, READING, REFUSED, RULED, config_json, probed
+from support.probes import ENGINE, FAMILIES, READING, REFUSED, config_json, probed
 
-from qerl_sync.errors import CompatError, ConfigError, PlanError
+from qerl_sync.errors import CompatError, ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.offline import layer_map as offline
 from qerl_sync.offline import map_cache
 from qerl_sync.offline.layer_map import offline_map
 from qerl_sync.plan.checkpoint import read_checkpoint
-from qerl_sync.plan.offline_map import OfflineMap
-from qerl_sync.plan.rules import rules_map, rules_metas
 from qerl_sync.worker.compat import engine as compat
 
 ROOT = Path(__file__).parents[2]
@@ -38,10 +39,6 @@ def model(tmp_path):
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(config_json(CONFIGS["dense"]())))
     return directory
-
-
-def estimated(model) -> OfflineMap:
-    return offline_map(model, mode="rules")
 
 
 # ------------------------------------------------------------------------ equal to live engines
@@ -76,6 +73,41 @@ def test_constructors_may_read_the_values_of_small_tensors(kind):
     assert len(found.metas) == READING[kind][1]
     landed = [c.loaded_numel for lands in found.layer_map.contributions.values() for c in lands]
     assert sum(landed) == sum(meta.numel for meta in found.metas)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_element_lands_and_every_layer_closes(kind):
+    found = probed()[kind]
+    assert not isinstance(found, str), found
+    brought: Counter[str] = Counter()
+    for meta in found.metas:
+        (landed,) = found.layer_map.contributions[meta.name]
+        assert (landed.loaded_numel, landed.held_bytes) == (meta.numel, meta.nbytes), meta
+        brought[landed.parent_layer] += meta.numel
+    layers = found.layer_map.layers
+    assert brought == {name: layers[name].closes_at_numel for name in brought}
+    at = "model.layers.0.self_attn"
+    (qkv,) = {found.layer_map.parents(f"{at}.{one}_proj.weight") for one in "qkv"}
+    assert qkv == (f"{at}.qkv_proj",)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", MODELS)
+def test_recorded_maps_are_what_the_installed_vllm_says(kind):
+    found = probed()[f"recorded {kind}"]
+    assert not isinstance(found, str), found
+    assert (found.metas, found.layer_map) == (recorded()[kind].metas, recorded()[kind].layer_map)
+
+
+@pytest.mark.vllm
+def test_the_trainers_dtype_counts():
+    own, told = probed()["live dense"], probed()["dense, sent in bfloat16"]
+    assert {meta.dtype for meta in told.metas} == {"bfloat16"}
+    assert [(m.name, m.shape) for m in told.metas] == [(m.name, m.shape) for m in own.metas]
+    for name, (landed,) in own.layer_map.contributions.items():
+        halved = landed._replace(held_bytes=landed.held_bytes // 2)
+        assert told.layer_map.contributions[name] == (halved,)
 
 
 @pytest.mark.vllm
@@ -161,13 +193,11 @@ def test_an_architecture_that_nobody_knows(tmp_path):
     config.write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such_model"}')
     with pytest.raises(ConfigError, match="no_such_model"):
         offline_map(config)
-    with pytest.raises(PlanError, match="NoSuchModel"):
-        offline_map(config, mode="rules")
 
 
 def test_a_probe_that_takes_too_long_is_ended(model):
     with pytest.raises(CompatError, match="did not answer within 0 s"):
-        offline_map(model, mode="probe", timeout_seconds=0.2)
+        offline_map(model, timeout_seconds=0.2)
 
 
 @pytest.fixture
@@ -178,31 +208,22 @@ def broken_torch(tmp_path, monkeypatch):
 
 def test_a_probe_that_dies_says_its_last_words(model, broken_torch):
     with pytest.raises(CompatError, match=r"exit status 1:(?s:.*)a broken installation"):
-        offline_map(model, mode="probe")
-
-
-def test_an_estimate_stands_in_for_a_vllm_that_does_not_work(model, broken_torch):
-    found = offline_map(model)
-    assert found.origin == "rules"
-    assert "An estimate by rules for Qwen3ForCausalLM" in found.note
-    assert "a broken installation" in found.note
-    assert found.layer_map == estimated(model).layer_map
+        offline_map(model)
 
 
 def test_without_vllm(model, monkeypatch):
     monkeypatch.setattr(offline, "installed_vllm", lambda: None)
-    assert offline_map(model).origin == "rules"
-    with pytest.raises(CompatError, match="vLLM is not installed"):
-        offline_map(model, mode="probe")
-    (model / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
-    with pytest.raises(PlanError, match=r"vLLM is not installed.*'NoSuchModel'"):
+    with pytest.raises(CompatError) as refused:
         offline_map(model)
+    assert refused.value.missing == ("vllm",)
 
 
-def test_rules_need_neither_torch_nor_vllm(model):
+def test_from_the_cache_neither_torch_nor_vllm_is_imported(model):
+    keep_recorded_maps()
+    (model / "config.json").write_text(json.dumps(MODELS["dense"][0]))
     program = (
         "import sys; from qerl_sync.offline.layer_map import offline_map; "
-        f"offline_map({str(model)!r}, mode='rules'); "
+        f"assert offline_map({str(model / 'config.json')!r}).origin == 'cache'; "
         "sys.exit(any(name in sys.modules for name in ('torch', 'vllm', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
@@ -214,12 +235,6 @@ def test_rules_need_neither_torch_nor_vllm(model):
         ({"engine": {"pipeline_parallel_size": 2}}, ConfigError, "pipeline_parallel_size is 2"),
         ({"dtype": "float3"}, ConfigError, "unknown dtype 'float3'"),
         ({"engine": {"quantization": object()}}, ConfigError, "not plain values"),
-        ({"engine": {"quantization": "fp8"}, "mode": "rules"}, PlanError, "quantization='fp8'"),
-        (
-            {"engine": {"enable_expert_parallel": True}, "mode": "rules"},
-            PlanError,
-            "enable_expert_parallel",
-        ),
     ],
 )
 def test_arguments_that_cannot_be_right(model, arguments, error, words):
@@ -277,33 +292,38 @@ def test_a_checkpoint_is_planned_in_the_dtype_of_its_config_unless_told(tmp_path
     import torch
     import transformers
 
-    config = RULED["llama"]()
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    from qerl_sync import HFSource
+    from qerl_sync.offline.program import trainer_model
+
+    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"](), dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
-    found = estimated(tmp_path)
-    assert {meta.dtype for meta in found.metas} == {"bfloat16"}
-    assert [m.name for m in found.metas] == [name for name, _ in model.named_parameters()]
-    assert sorted(found.metas, key=lambda m: m.name) == read_checkpoint(tmp_path).metas
-    wide = offline_map(tmp_path, mode="rules", dtype="float32")
-    assert sum(m.nbytes for m in wide.metas) == 2 * sum(m.nbytes for m in found.metas)
+
+    def planned(told=None):
+        read = read_checkpoint(tmp_path)
+        built = trainer_model(str(tmp_path), told or read.dtype, trust=False)()
+        return read.held_against(HFSource(built).metadata()).metas
+
+    found = planned()
+    assert {meta.dtype for meta in found} == {"bfloat16"}
+    assert [m.name for m in found] == [name for name, _ in model.named_parameters()]
+    assert sorted(found, key=lambda m: m.name) == read_checkpoint(tmp_path).metas
+    assert sum(m.nbytes for m in planned("float32")) == 2 * sum(m.nbytes for m in found)
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(saved | {"dtype": "float16"}))
-    assert {meta.dtype for meta in estimated(tmp_path).metas} == {"float16"}
+    assert {meta.dtype for meta in planned()} == {"float16"}
 
 
 # ----------------------------------------------------------------------------------- the cache
 
 
 @pytest.fixture
-def found(model):
-    config = read_checkpoint(model).config
-    metas = rules_metas(config)
-    return OfflineMap(metas, rules_map(config, metas), "probe", "0.31.0", "a note", {"probe": 1.5})
+def found():
+    return replace(recorded()["dense"], note="a note", vllm_version="0.31.0")
 
 
 @pytest.fixture
 def counted(monkeypatch, found):
-    """Probes that were run; they find what the rules say, at once."""
+    """Probes that were run; they find a recorded map, at once."""
     requests = []
 
     def run_probe(request, timeout_seconds):

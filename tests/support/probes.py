@@ -16,6 +16,7 @@ import transformers as tf
 import qerl_sync
 from qerl_sync.plan.checkpoint import Checkpoint
 from qerl_sync.plan.offline_map import OfflineMap
+from support.layer_maps import MODELS
 from support.models import CONFIGS
 
 PROGRAM = """
@@ -52,8 +53,8 @@ _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _QWEN2_MOE = {**_COMMON, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 96}
 _BIASED = {"attention_bias": True, "mlp_bias": True}
 
-# Every architecture that the rules claim, in the variants in which their tables branch.
-RULED: dict[str, Callable[[], tf.PretrainedConfig]] = {
+# Architectures that vLLM stacks in different ways, in variants of biases, ties and dense layers.
+FAMILIES: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "gemma2": lambda: tf.Gemma2Config(**_HEADS),
     "gemma2, biased": lambda: tf.Gemma2Config(**_HEADS, attention_bias=True),
     "gemma3": lambda: tf.Gemma3TextConfig(**_HEADS),
@@ -102,7 +103,7 @@ def config_json(config: tf.PretrainedConfig, dtype: str = "float32") -> dict[str
 @functools.cache
 def probed() -> dict[str, OfflineMap | str]:
     """All models of the tests, observed; of those that are refused, the error's type and text."""
-    requests = {
+    requests: dict[str, tuple[tf.PretrainedConfig, dict[str, Any]]] = {
         **{f"live {kind}": (make(), ENGINE) for kind, make in CONFIGS.items()},
         "live dense, fp8": (CONFIGS["dense"](), FP8),
         "two ranks": (CONFIGS["moe"](), {**ENGINE, "tensor_parallel_size": 2}),
@@ -110,21 +111,29 @@ def probed() -> dict[str, OfflineMap | str]:
             CONFIGS["moe"](),
             {**ENGINE, "tensor_parallel_size": 2, "enable_expert_parallel": True},
         ),
-        **{kind: (make(), ENGINE) for kind, make in {**RULED, **REFUSED}.items()},
+        **{kind: (make(), ENGINE) for kind, make in {**FAMILIES, **REFUSED}.items()},
         **{kind: (make(), ENGINE) for kind, (make, _) in READING.items()},
     }
-    configs = {kind: config_json(config) for kind, (config, _) in requests.items()}
-    return observe_all({kind: (configs[kind], engine) for kind, (_, engine) in requests.items()})
+    return observe_all(
+        {
+            **{
+                kind: (config_json(config), engine, None)
+                for kind, (config, engine) in requests.items()
+            },
+            "dense, sent in bfloat16": (config_json(CONFIGS["dense"]()), ENGINE, "bfloat16"),
+            **{f"recorded {kind}": (config, {}, dtype) for kind, (config, dtype) in MODELS.items()},
+        }
+    )
 
 
 def observe_all(
-    requests: dict[str, tuple[dict[str, Any], dict[str, Any]]],
+    requests: dict[str, tuple[dict[str, Any], dict[str, Any], str | None]],
 ) -> dict[str, OfflineMap | str]:
-    """The maps of configurations, each with engine arguments."""
+    """Return the maps of configurations, each with engine arguments and the trainer's dtype."""
     payload = {}
-    for kind, (config, engine) in requests.items():
+    for kind, (config, engine, dtype) in requests.items():
         checkpoint = Checkpoint(Path(kind), config, shards=[], metas=None, names_by_offset=None)
-        payload[kind] = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": None}
+        payload[kind] = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": dtype}
     with tempfile.TemporaryDirectory() as directory:
         out = Path(directory, "answers.json")
         root = str(Path(qerl_sync.__file__).parents[1])

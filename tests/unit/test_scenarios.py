@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.streams import storages, streams
+from support.streams import LedgerReplay, storages, streams
 
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.cli.plan.order_specs import as_saved, by_name, default_orders, resolve_order
@@ -14,7 +14,7 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
-from qerl_sync.plan.replay import Replay
+from qerl_sync.plan.replay import OpenLayer, open_layers_at
 from qerl_sync.plan.simulator import Simulator, open_at, open_at_each
 
 GIB = 1024**3
@@ -24,10 +24,26 @@ GIB = 1024**3
 def test_the_walk_is_the_replay_of_a_ledger(data, stream):
     metas, layer_map = stream
     memory = data.draw(storages(metas))
-    run = Replay(layer_map, memory)
+    run = LedgerReplay(layer_map, memory)
     for meta in metas:
         run.feed(meta)
-    assert Simulator(metas, layer_map, memory).trace() == run.trace()
+    assert Simulator(metas, layer_map, memory).trace() == run.ledger.trace()
+
+
+@given(st.data(), streams())
+def test_layers_open_in_the_middle_are_those_of_a_ledger(data, stream):
+    metas, layer_map = stream
+    index = data.draw(st.integers(0, len(metas) - 1))
+    run = LedgerReplay(layer_map, {})
+    for meta in metas[:index]:
+        run.feed(meta)
+    run.feed(metas[index], release=False)
+    layers = layer_map.layers
+    assert open_layers_at(index, metas, layer_map) == [
+        OpenLayer(name, layers[name].kind, run.loaded[name], layers[name].total_numel, held_bytes)
+        for name, held_bytes in run.held.items()
+        if not layers[name].deferred
+    ]
 
 
 @given(streams())
@@ -47,7 +63,7 @@ def test_spans_add_up_to_the_trace(stream):
 @given(streams(), st.data())
 def test_one_sweep_finds_what_each_moment_holds(stream, data):
     metas, layer_map = stream
-    spans = Simulator(metas, layer_map).spans()
+    spans = Simulator(metas, layer_map).walk().spans
     indices = sorted(data.draw(st.sets(st.integers(0, len(metas) - 1))))
     assert list(open_at_each(spans, indices)) == [open_at(spans, index) for index in indices]
 
@@ -105,7 +121,7 @@ def test_receive_buffers_are_those_of_vllms_loop(stream, chunk_bytes, buffers):
         metas, layer_map, {"hf": resolve_order("hf")}, transport=Transport(chunk_bytes, buffers)
     )
     ledger = BufferLedger()
-    run = Replay(layer_map, given_.storages, ledger)
+    run = LedgerReplay(layer_map, given_.storages, ledger)
     slots: list[str] = []
     peak = 0
     for meta in metas:
@@ -117,7 +133,7 @@ def test_receive_buffers_are_those_of_vllms_loop(stream, chunk_bytes, buffers):
             for oldest in slots[:-buffers]:
                 ledger.release(oldest)
         run.feed(meta)
-    assert given_.peak_receive_bytes == max(peak, run.trace().peak_pinned_bytes)
+    assert given_.peak_receive_bytes == max(peak, run.ledger.trace().peak_pinned_bytes)
 
 
 def test_a_norm_keeps_its_chunk_and_an_open_layer_keeps_two():

@@ -22,14 +22,6 @@ from qerl_sync.errors import PlanError
 FAILED = 1
 
 
-class MapMode(str, Enum):
-    """How the layer map is made."""
-
-    auto = "auto"
-    probe = "probe"
-    rules = "rules"
-
-
 class Packing(str, Enum):
     """Where a stream is cut into chunks."""
 
@@ -90,14 +82,6 @@ def plan(
         str | None,
         typer.Option(help="Dtype of the trainer's tensors. Default: that of the checkpoint."),
     ] = None,
-    map_mode: Annotated[
-        MapMode,
-        typer.Option(
-            "--map",
-            help="Layer map: `probe` asks vLLM's own model class; `rules` estimates without vLLM; "
-            "`auto` probes where vLLM is installed.",
-        ),
-    ] = MapMode.auto,
     png: Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")] = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the plan into this HTML file, which works offline.")
@@ -148,7 +132,6 @@ def plan(
                 packing=packing.value,
                 tensor_parallel_size=tp,
                 dtype=dtype,
-                map_mode=map_mode.value,
                 assertions=assertions or [],
                 compare=compare,
             ),

@@ -118,7 +118,7 @@ def render_page(
     # "</" would end the script element in the middle of a name.
     data = json.dumps(_data(orders, drawn), separators=(",", ":"), ensure_ascii=False)
     parts["data"] = data.replace("</", "<\\/")
-    page = files("qerl_sync.report").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    page = files("qerl_sync.cli.plan").joinpath(TEMPLATE).read_text(encoding="utf-8")
     head, *pieces = page.split("{{")
     filled = [head]
     for piece in pieces:

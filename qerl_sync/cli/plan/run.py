@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from qerl_sync import __version__
 from qerl_sync.cli.plan.assertions import Assertion, parse_assertion
@@ -27,6 +27,7 @@ from qerl_sync.cli.plan.scenarios import (
 from qerl_sync.cli.plan.to_json import scenario_json
 from qerl_sync.errors import ConfigError, PlanError
 from qerl_sync.meta import format_bytes, parse_bytes
+from qerl_sync.offline.layer_map import offline_map
 from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.offline_map import OfflineMap
 from qerl_sync.plan.orders import Reorder
@@ -53,7 +54,6 @@ class Request:
     packing: str = "auto"
     tensor_parallel_size: int | None = None
     dtype: str | None = None
-    map_mode: Literal["auto", "probe", "rules"] = "auto"
     assertions: Sequence[str] = ()
     compare: Path | None = None
 
@@ -142,18 +142,11 @@ class Outcome:
     @property
     def origin(self) -> str:
         """Where the layer map comes from and what to know of it, in sentences."""
-        observed = ""
-        if self.found.origin != "rules":
-            cached = " earlier" if self.found.origin == "cache" else ""
-            observed = (
-                f"Layer map observed{cached} from vLLM {self.found.vllm_version}{self._rank}."
-            )
-        return " ".join(filter(None, (observed, self.found.note, self.asked.note)))
-
-    @property
-    def _rank(self) -> str:
+        cached = " earlier" if self.found.origin == "cache" else ""
         shards = self.engine.get("tensor_parallel_size", 1)
-        return f", rank 0 of {shards}" if shards != 1 else ""
+        rank = f", rank 0 of {shards}" if shards != 1 else ""
+        observed = f"Layer map observed{cached} from vLLM {self.found.vllm_version}{rank}."
+        return " ".join(filter(None, (observed, self.found.note, self.asked.note)))
 
     @property
     def packed(self) -> str:
@@ -171,7 +164,6 @@ class Outcome:
             "architecture": self.architecture,
             "layer_map": {
                 "origin": self.found.origin,
-                "estimate": self.found.origin == "rules",
                 "vllm_version": self.found.vllm_version,
                 "note": self.found.note,
                 "num_layers": len(self.layer_bytes),
@@ -209,7 +201,8 @@ def execute(request: Request, status: Status) -> Outcome:
     engine = dict(asked.engine)
     if request.tensor_parallel_size is not None:
         engine["tensor_parallel_size"] = request.tensor_parallel_size
-    found = _map(request, asked, engine, status)
+    with status("making the layer map; vLLM takes some seconds when it has not seen this model"):
+        found = offline_map(asked.checkpoint, engine=engine, dtype=request.dtype or asked.dtype)
     refused = None
     try:
         result = scenarios(found.metas, found.layer_map, orders, policies, transport=transport)
@@ -281,20 +274,6 @@ def _refuse_unknown_policy(name: str, known: Mapping[str, Order]) -> None:
     close = get_close_matches(name, known, n=1)
     hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
     raise ConfigError(f"unknown policy {name!r}; {hint}")
-
-
-def _map(
-    request: Request, asked: PlanInput, engine: Mapping[str, Any], status: Status
-) -> OfflineMap:
-    from qerl_sync.offline.layer_map import offline_map
-
-    with status("making the layer map; vLLM takes some seconds when it has not seen this model"):
-        return offline_map(
-            asked.checkpoint,
-            engine=engine,
-            dtype=request.dtype or asked.dtype,
-            mode=request.map_mode,
-        )
 
 
 def _compare(found: OfflineMap, record: SyncRecord) -> Comparison:

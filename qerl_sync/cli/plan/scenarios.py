@@ -139,7 +139,7 @@ class Scenario:
     @cached_property
     def spans(self) -> list[Span]:
         """When each layer is open, in the order of opening."""
-        return Simulator(self.metas, self.layer_map).spans()
+        return Simulator(self.metas, self.layer_map).walk().spans
 
     @cached_property
     def causes(self) -> tuple[Cause, ...]:
