@@ -22,10 +22,6 @@ class DeviceRule:
     host memory, so a CPU worker always counts zero bytes. This rule counts the worker's own device,
     whichever it is.
 
-    Meta tensors never do. vLLM's rule (`has_device_tensors` in its reload/utils.py) leaves out host
-    memory too, so that a CPU worker, whose own memory that is, always accounts zero bytes. Ours
-    counts the worker's own device, whatever it is.
-
     Args:
         worker_device: the device that the model lives on; None gives vLLM's rule.
     """

@@ -124,7 +124,7 @@ class StoringClient(EngineClient, Protocol):
         afterwards.
 
         Returns:
-            What `deliver` takes. The object lives as long as this, or somebody who reads it.
+            The argument for `deliver`. The object lives as long as this value, or a reader of it.
         """
 
     def deliver(self, key: str, index: int, stored: Any) -> None:

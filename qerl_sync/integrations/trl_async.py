@@ -28,6 +28,15 @@ class AsyncWeightTransfer:
     Implements TRL's `WeightTransferProtocol`; each sync is planned, measured and reported.
 
     TRL calls it in the main process, when it wants to sync. Requests in flight continue afterwards.
+
+    Args:
+        server_url: the vLLM server, which must have the weight transfer backend `qerl`.
+        config: the `sync` section; alternatively its fields as keyword arguments.
+        recorder: called with each report.
+
+    Attributes:
+        reports: one for each sync so far.
+        session: from the beginning of the training to its end.
     """
 
     def __init__(

@@ -47,7 +47,7 @@ def own_process() -> Iterator[None]:
     """Start a TRL trainer's colocated engine in a separate process in this context.
 
     That process does not hear Ctrl-C, which a terminal sends to all at once: vLLM's engine would
-    end before the trainer had finished its step. Whoever started the engine ends it.
+    end before the trainer had finished its step. The process that started the engine ends it.
 
     Raises:
         CompatError: the installed TRL does not build its engine where this expects it.

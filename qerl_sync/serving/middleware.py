@@ -68,7 +68,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # `--middleware` of vLLM takes it.
 NAME = "qerl_sync.serving.middleware.ServingGuardMiddleware"
 
-# How long nobody may have gone on with an update for its trainer to count as dead.
+# An update without a control call for so long means that its trainer is dead.
 QUIET_SECONDS = 5.0
 RETRY_SECONDS = 5
 MAX_REASON_CHARACTERS = 500

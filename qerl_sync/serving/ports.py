@@ -11,7 +11,7 @@ from qerl_sync.errors import ConfigError
 def reserve_port(host: str, port: int | None) -> socket.socket:
     """Return a socket bound to that port, or to a free one if it is None or 0.
 
-    While the socket is open nobody is given the port by chance, and a server can still listen on
+    While the socket is open no other program gets the port by chance. A server can still listen on
     it, as it does not listen itself.
 
     Raises:

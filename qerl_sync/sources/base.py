@@ -30,7 +30,7 @@ class Source(ABC):
     Attributes:
         any_order: `materialize` serves names in any order. False: only in the order of `metadata`,
             each at most once between two calls of `metadata`.
-        stable: what `materialize` yields stays as it is for as long as somebody holds it, to the
+        stable: what `materialize` yields stays as it is for as long as a receiver holds it, to the
             end of the sync: parameters themselves, or copies of which each has its own memory.
             Transports then send from there, instead of copying first.
         checks_finite: `check_finite` can look before anything is materialised. False: the workers

@@ -24,9 +24,6 @@ def quieten(trainer: Any) -> None:
 
     For a policy that was made here the card says "a fine-tuned version of None". A model that is
     uploaded (`push_to_hub`) keeps its card.
-
-    Of a policy that was made here the card says "a fine-tuned version of None". One that is
-    uploaded (`push_to_hub`) keeps it.
     """
     trainer.remove_callback(PrinterCallback)
     if not trainer.args.push_to_hub:

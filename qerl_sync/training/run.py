@@ -235,9 +235,6 @@ def _refusals_explained() -> Iterator[None]:
 
     Nothing has been trained by then, and everything else has been checked, so the configuration is
     the cause. vLLM refuses with any class of error, such as a missing kernel's (fp8 on a CPU).
-
-    Nothing has been trained then, and the rest has been checked: it is what they were told to do.
-    vLLM refuses with any class of error, such as a missing kernel's (fp8 on a CPU).
     """
     import requests
 

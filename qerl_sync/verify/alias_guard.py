@@ -17,9 +17,6 @@ class AliasGuard:
 
     torch counts its own writes. Writes by others (a network card, numpy) show in a sample of the
     values. Sample host memory only: on a device it would wait for the device.
-
-    torch counts the writes that it does itself. Those of others (a network card, numpy) show in a
-    sample of the values. It is taken in host memory only: elsewhere it would wait for the device.
     """
 
     def __init__(self) -> None:

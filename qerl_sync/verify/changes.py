@@ -48,9 +48,6 @@ class ChangeWatch:
     Call `begin`, `see` for each tensor that is sent, then `conclude`, which makes the sync the one
     that the next is compared with. Do not conclude a sync that failed.
 
-    `begin`, `see` for each tensor that is sent, then `conclude`, which takes the sync over as the
-    one that the next is compared with. A sync that failed is not concluded.
-
     Args:
         trained: yields the parameters that the optimizer steps, by the trainer's own names and
             adapters included; None: not known, then only a sync in which nothing at all changed is

@@ -14,9 +14,6 @@ class FiniteChecker:
     A thread checks one chunk after the other from `__enter__` on. Sending starts after the first
     chunk's check, not after all. A finding in a later chunk ends the sync at once.
 
-    Nobody waits for a look at all of the weights before the first of them are sent; still no chunk
-    leaves before it was looked at, and what is found further on ends the sync at once.
-
     Args:
         look: raises if one of the tensors of these names must not be sent; with True if nothing is
             loaded meanwhile, so that it may take all cores.

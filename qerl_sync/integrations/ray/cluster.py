@@ -36,7 +36,7 @@ def connect(address: str | None = None, **options: Any) -> bool:
         Whether this call connected, so that the caller must `ray.shutdown()` in the end.
 
     Raises:
-        ConfigError: nobody answers there, or it cannot be started as asked.
+        ConfigError: no cluster answers there, or it cannot be started as asked.
     """
     ray = require_ray()
     if ray.is_initialized():

@@ -240,8 +240,6 @@ class WorkerPool:
 
         If a worker dies, does not answer or refuses, other workers take over its share.
 
-        What a worker does not do that dies, does not answer or refuses, is done by the others.
-
         Args:
             sampling: vLLM's `SamplingParams`, or their fields as a mapping.
             required_version: the oldest weights that will do; None: those of the last sync.
@@ -257,9 +255,6 @@ class WorkerPool:
         """Start generating and return at once; `result()` of the returned batch blocks.
 
         A sync that starts meanwhile waits for the batch on each worker that is no
-        `AsyncRolloutActor`.
-
-        A sync that is begun meanwhile waits for it too, on each worker that is no
         `AsyncRolloutActor`.
         """
         if required_version is None:
@@ -284,7 +279,7 @@ class WorkerPool:
         """Divide the prompts with these indices between the available workers, and start them.
 
         Raises:
-            TransportError: nobody may.
+            TransportError: no worker may.
         """
         versions = self.versions
         return [
