@@ -11,10 +11,10 @@ from typing import Any
 
 from qerl_sync.engines.base import (
     PROBING,
+    EngineCall,
+    EngineClient,
     PauseMode,
-    answers,
     complaint,
-    in_thread,
     lost,
     read_prompt_logprobs,
     timed_out,
@@ -33,7 +33,7 @@ WATCH_SECONDS = 2.0
 Params = dict[str, str]
 
 
-class HTTPClient:
+class HTTPClient(EngineClient):
     """vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000. May be used by several
     threads at a time.
 
@@ -121,7 +121,7 @@ class HTTPClient:
         return str(self._get("weight_info")["weight_version"])
 
     def world_size(self) -> int:
-        """See `CountedClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
+        """See `EngineClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
         load balancing) it counts the workers of the other servers too."""
         return int(self._get("get_world_size", {"include_dp": "true"})["world_size"])
 
@@ -178,8 +178,8 @@ class HTTPClient:
             if self._is_gone():
                 raise lost(str(self), route)
 
-        answer = in_thread(route, send)
-        answers(answer, None, WATCH_SECONDS, check_alive)
+        answer = EngineCall(route, send)
+        answer.ends_within(None, WATCH_SECONDS, check_alive)
         return answer.result()
 
     def _is_gone(self) -> bool:
