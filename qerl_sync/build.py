@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from qerl_sync.config import SyncConfig
-from qerl_sync.engines.base import EngineClient
+from qerl_sync.engines.base import WeightSyncClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.engines.llm import LLMClient
 from qerl_sync.errors import ConfigError
@@ -65,7 +65,7 @@ def make_transport(
 
 
 def remote_transport(
-    sync: SyncConfig, client: EngineClient | None, **options: Any
+    sync: SyncConfig, client: WeightSyncClient | None, **options: Any
 ) -> RemoteTransport:
     """To the workers of the engines that `client` controls, as the section `sync` says.
 

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 from qerl_sync.engines.base import (
+    POLL_SECONDS,
     PROBING,
+    EngineClient,
     PauseMode,
-    answers,
+    ends_within,
     num_workers,
     read_prompt_logprobs,
     refusal,
@@ -23,17 +25,10 @@ from qerl_sync.errors import TransportError
 from qerl_sync.worker.compat.caches import forget_caches
 
 ENGINE = "the vLLM engine"
-POLL_SECONDS = 0.2
 
 
-class AsyncLLMClient:
-    """Drive a `vllm.v1.engine.async_llm.AsyncLLM` with blocking calls.
-
-    Example:
-        engine = AsyncLLM.from_engine_args(arguments)  # in a coroutine
-        client = AsyncLLMClient(engine, asyncio.get_running_loop())
-        session = SyncSession(source, RemoteTransport(client), config)
-        await asyncio.to_thread(session.push, step=1)
+class AsyncLLMClient(EngineClient):
+    """A `vllm.v1.engine.async_llm.AsyncLLM` as an EngineClient, for callers that block.
 
     Args:
         engine: with weight_transfer_config={"backend": "qerl"}.
@@ -104,7 +99,7 @@ class AsyncLLMClient:
         return str(self._call("get_weight_version"))
 
     def world_size(self) -> int:
-        """See `CountedClient`."""
+        """See `EngineClient`."""
         return num_workers(self.engine.vllm_config, getattr(self.engine, "engine_core", None))
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
@@ -130,7 +125,7 @@ class AsyncLLMClient:
         try:
             core = getattr(self.engine, "engine_core", None)
             check_alive = partial(require_alive, core, ENGINE, method)
-            if answers(answer, timeout_seconds, POLL_SECONDS, check_alive):
+            if ends_within(answer, timeout_seconds, POLL_SECONDS, check_alive):
                 return answer.result()
             raise timed_out(ENGINE, method, self.timeout_seconds)
         except Exception as exc:

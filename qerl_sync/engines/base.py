@@ -6,11 +6,13 @@ import math
 import re
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from qerl_sync.errors import (
+    ConfigError,
     PeerLostError,
     PoisonedError,
     SyncError,
@@ -23,18 +25,12 @@ if TYPE_CHECKING:
 
 PauseMode = Literal["keep", "wait", "abort"]
 
+# How often to ask, during a call, whether its engine still lives.
+POLL_SECONDS = 0.2
 
-class EngineClient(Protocol):
-    """vLLM's `VLLMWeightSyncClient` (its four methods, of the same meaning) and, where the engine
-    has them, pausing and caches.
 
-    An object with only vLLM's four methods serves as well, for instance
-    `RayVLLMWeightSyncClient`: the caller then pauses and empties caches itself.
-
-    All methods block until the engine has answered, on all its ranks. They raise PeerLostError if
-    the engine cannot be reached or dies, TransportTimeout if it takes longer than the client's own
-    timeout, TransportError if it refuses. Where the engine runs in this process, its own SyncErrors
-    arrive as they are.
+class WeightSyncClient(Protocol):
+    """vLLM's `VLLMWeightSyncClient`: its four methods, of the same meaning.
 
     `update_weights` is a whole sync, and may take longer than any single call should: no timeout
     of the client ends it. Who talks to the workers meanwhile has one for each wait.
@@ -49,17 +45,41 @@ class EngineClient(Protocol):
     def finish_weight_update(self, weight_version: str | None = None) -> None: ...
 
 
-class PausableClient(EngineClient, Protocol):
-    """An engine that keeps scheduling requests in flight unless it is paused."""
+class EngineClient(ABC):
+    """The control plane of a vLLM engine. What a subclass leaves out the engine cannot do.
 
-    def pause(self, mode: PauseMode) -> None:
-        """Stop scheduling; keep the caches.
+    All methods block until the engine has answered, on all its ranks. They raise PeerLostError if
+    the engine cannot be reached or dies, TransportTimeout if it takes longer than the client's own
+    timeout, TransportError if it refuses. Where the engine runs in this process, its own SyncErrors
+    arrive as they are.
 
-        `keep`: requests in flight wait and continue after `resume`. `wait`: let them finish first.
-        `abort`: end them now.
-        """
+    Attributes:
+        resets_connector: after `reset_caches`, or by the caller's care where the client does not
+            empty caches, no KV connector keeps work of old weights.
+        store: hands objects to the engine's workers; None: the engine has no object store.
+    """
 
-    def resume(self) -> None:
+    resets_connector = True
+    store: ObjectStore | None = None
+
+    @abstractmethod
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """As vLLM's, like the next three. See `WeightSyncClient`."""
+
+    @abstractmethod
+    def start_weight_update(self) -> None: ...
+
+    @abstractmethod
+    def update_weights(self, update_info: dict[str, Any]) -> None: ...
+
+    @abstractmethod
+    def finish_weight_update(self, weight_version: str | None = None) -> None: ...
+
+    def pause(self, mode: PauseMode) -> None:  # noqa: B027  the caller pauses such an engine
+        """Stop scheduling; caches stay. `keep`: requests in flight wait and go on after `resume`;
+        `wait`: until they have finished; `abort`: they end now."""
+
+    def resume(self) -> None:  # noqa: B027
         """Schedule again."""
 
     def reset_caches(self, *, running: bool) -> bool:
@@ -70,54 +90,98 @@ class PausableClient(EngineClient, Protocol):
         new weights.
 
         Returns:
-            Whether all are empty. False: requests in flight hold on to their blocks, and vLLM then
+            False if not all are empty: requests in flight hold on to their blocks, and vLLM then
             keeps the whole prefix cache; or the KV connector did not empty its own. Later requests
             with the same prefix would reuse what is left.
         """
+        return True
 
+    def refuse(self, reason: str) -> None:  # noqa: B027
+        """Refuse requests with `reason` from here on, instead of letting them wait: by
+        PoisonedError, over HTTP by status 503. Called after a failure. Raises nothing."""
 
-class RefusingClient(EngineClient, Protocol):
-    """An engine that can refuse requests with a reason.
-
-    Requests to any other engine wait: after a failed sync it stays paused.
-    """
-
-    def refuse(self, reason: str) -> None:
-        """Refuse requests with `reason` instead of letting them wait.
-
-        Callers get PoisonedError, or HTTP status 503. This runs after a failure, and raises
-        nothing.
-        """
-
-    def admit(self) -> None:
-        """Accept requests again. Idempotent."""
-
-
-class CountedClient(EngineClient, Protocol):
-    """An engine that reports its number of workers.
-
-    Without it, a data parallel replica that does not connect can go unnoticed.
-    """
+    def admit(self) -> None:  # noqa: B027
+        """Take requests again. Idempotent."""
 
     def world_size(self) -> int | None:
-        """Return the number of workers that `update_weights` reaches, all data parallel replicas
-        included.
-
-        None: unknown.
-        """
-
-
-class ProbedClient(EngineClient, Protocol):
-    """An engine that returns log-probabilities of a prompt."""
+        """Count the workers that `update_weights` reaches, with those of all data parallel
+        replicas. None: it is not known; a replica that does not connect then goes unnoticed where
+        its engine does not tell either."""
+        return None
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """Return each token's log-probability, from the second on. The engine must not be
-        paused.
+        """Return the log-probability of each token but the first, given those before it. The
+        engine must not be paused.
+
+        Raises:
+            ConfigError: the engine cannot be asked.
         """
+        raise ConfigError(
+            f"sync.verify: full asks the engine for log-probabilities, and {type(self).__name__} "
+            "has no prompt_logprobs; choose verify: checksum"
+        )
 
 
-class StoringClient(EngineClient, Protocol):
-    """An engine that takes objects from a store which all nodes of a cluster share."""
+OPTIONAL_METHODS = (
+    "pause",
+    "resume",
+    "reset_caches",
+    "refuse",
+    "admit",
+    "world_size",
+    "prompt_logprobs",
+    "deliver",
+)
+
+
+class FourMethodClient(EngineClient):
+    """An object with vLLM's four methods only, such as `RayVLLMWeightSyncClient`. Its caller pauses
+    the engine and empties its caches. Foreign errors are translated."""
+
+    def __init__(self, client: WeightSyncClient) -> None:
+        self._client = client
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", init_info)
+
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", weight_version)
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        try:
+            getattr(self._client, method)(*arguments)
+        except SyncError:
+            raise
+        except Exception as exc:
+            raise translated(exc, "the vLLM engine", method) from exc
+
+
+def as_engine_client(client: WeightSyncClient) -> EngineClient:
+    """Return `client`, adapted if it has vLLM's four methods only.
+
+    Raises:
+        ConfigError: it has others of EngineClient's and does not declare them by inheriting it.
+            They would not be called: the engine would keep work of old weights, for instance.
+    """
+    if isinstance(client, EngineClient):
+        return client
+    for name in OPTIONAL_METHODS:
+        if hasattr(client, name):
+            raise ConfigError(
+                f"{type(client).__name__} has {name}, and is no EngineClient: inherit "
+                "qerl_sync.engines.base.EngineClient, so that it is called"
+            )
+    return FourMethodClient(client)
+
+
+class ObjectStore(Protocol):
+    """A store that all nodes of a cluster share, and from which objects are handed to an engine."""
 
     def put(self, chunk: torch.Tensor) -> Any:
         """Put a chunk's bytes into the store, once for all engines. The caller may change them
@@ -192,39 +256,84 @@ def why_refused(reason: str) -> str:
     )
 
 
-def in_thread(name: str, call: Callable[[], Any]) -> Future[Any]:
-    """Make a call in a daemon thread, which ends with the process. See `answers`."""
-    answer: Future[Any] = Future()
+class EngineCall:
+    """Run `function` in a thread of its own, which dies with the process, whatever the engine does.
+    vLLM leaves calls unanswered in which its engine dies."""
 
-    def fulfil() -> None:
+    def __init__(self, what: str, function: Callable[[], Any]) -> None:
+        self._what = what
+        self._answer: Future[Any] = Future()
+        threading.Thread(
+            target=self._run, args=(function,), name=f"qerl-sync {what}", daemon=True
+        ).start()
+
+    @property
+    def done(self) -> bool:
+        return self._answer.done()
+
+    def ends_within(
+        self,
+        timeout_seconds: float | None,
+        poll_seconds: float = POLL_SECONDS,
+        check_alive: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Return whether it ends, well or badly, within this time. See `ends_within`."""
+        return ends_within(self._answer, timeout_seconds, poll_seconds, check_alive)
+
+    def result(self) -> Any:
+        """Return what the function returned, or raise what it raised. The call must have ended."""
+        return self._answer.result()
+
+    def raise_if_failed(self) -> None:
+        """Raises TransportError (or the error of ours that the client raised) if it has failed."""
+        error = self._answer.exception() if self.done else None
+        if error is None:
+            return
+        if isinstance(error, SyncError):
+            raise error
+        raise TransportError(
+            f"the engine's {self._what} failed: {type(error).__name__}: {error}; look "
+            "at the engine's log"
+        ) from error
+
+    def wait(self, timeout_seconds: float, check_alive: Callable[[], None] = lambda: None) -> None:
+        """Block until the call has returned. Raises as `raise_if_failed`, and TransportTimeout if
+        it does not return.
+
+        Args:
+            check_alive: called some five times a second; raises if waiting has become pointless.
+        """
+        if not self.ends_within(timeout_seconds, check_alive=check_alive):
+            raise TransportTimeout(
+                f"the engine's {self._what} did not return within {timeout_seconds:.0f} s"
+            )
+        self.raise_if_failed()
+
+    def _run(self, function: Callable[[], Any]) -> None:
         try:
-            answer.set_result(call())
+            self._answer.set_result(function())
         except BaseException as exc:
-            answer.set_exception(exc)
-
-    threading.Thread(target=fulfil, name=name, daemon=True).start()
-    return answer
+            self._answer.set_exception(exc)
 
 
-def answers(
-    call: Future[Any],
+def ends_within(
+    answer: Future[Any],
     timeout_seconds: float | None,
     poll_seconds: float,
     check_alive: Callable[[], None],
 ) -> bool:
-    """Wait for a call that another thread makes. Return whether it ended in time; None waits
-    forever.
+    """Wait for a call that another thread makes. Return whether it has ended within the time;
+    None: it may take any.
 
     Args:
-        check_alive: called again and again meanwhile; raises if waiting has become pointless. vLLM
-            leaves calls unanswered in which its engine dies.
+        check_alive: called again and again meanwhile; raises if waiting has become pointless.
     """
     deadline = time.monotonic() + (math.inf if timeout_seconds is None else timeout_seconds)
     while (left := deadline - time.monotonic()) > 0:
-        if wait([call], min(poll_seconds, left)).done:
+        if wait([answer], min(poll_seconds, left)).done:
             return True
         check_alive()
-    return call.done()
+    return answer.done()
 
 
 def require_alive(engine_core: Any, engine: str, method: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 
 from qerl_sync.engines.base import (
     PROBING,
+    EngineCall,
+    EngineClient,
     PauseMode,
-    answers,
     complaint,
-    in_thread,
     lost,
     read_prompt_logprobs,
     timed_out,
@@ -35,15 +35,9 @@ WATCH_SECONDS = 2.0
 Params = dict[str, str]
 
 
-class HTTPClient:
-    """Drive vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000.
-
-    Example:
-        client = HTTPClient("http://127.0.0.1:8000")
-        with SyncSession(source, RemoteTransport(client), config) as session:
-            session.push(step=1)
-
-    Several threads may use one client at a time.
+class HTTPClient(EngineClient):
+    """vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000. May be used by several
+    threads at a time.
 
     The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does. Where
     QERL_SYNC_TOKEN is set when this is made, each request shows that it is known.
@@ -129,7 +123,7 @@ class HTTPClient:
         return str(self._get("weight_info")["weight_version"])
 
     def world_size(self) -> int:
-        """See `CountedClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
+        """See `EngineClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
         load balancing) it counts the workers of the other servers too."""
         return int(self._get("get_world_size", {"include_dp": "true"})["world_size"])
 
@@ -190,8 +184,8 @@ class HTTPClient:
             if self._is_gone():
                 raise lost(str(self), route)
 
-        answer = in_thread(route, send)
-        answers(answer, None, WATCH_SECONDS, check_alive)
+        answer = EngineCall(route, send)
+        answer.ends_within(None, WATCH_SECONDS, check_alive)
         return answer.result()
 
     def _is_gone(self) -> bool:

@@ -8,9 +8,9 @@ from typing import Any
 
 from qerl_sync.engines.base import (
     PROBING,
+    EngineCall,
+    EngineClient,
     PauseMode,
-    answers,
-    in_thread,
     num_workers,
     read_prompt_logprobs,
     refusal,
@@ -22,16 +22,10 @@ from qerl_sync.errors import TransportError, TransportTimeout
 from qerl_sync.worker.compat.caches import forget_caches, llm_method
 
 ENGINE = "the vLLM engine"
-POLL_SECONDS = 0.2
 
 
-class LLMClient:
-    """Drive a `vllm.LLM` as an EngineClient.
-
-    Example:
-        llm = LLM(path, weight_transfer_config={"backend": "qerl"})
-        with SyncSession(source, RemoteTransport(LLMClient(llm)), config) as session:
-            session.push(step=1)
+class LLMClient(EngineClient):
+    """A `vllm.LLM` as an EngineClient.
 
     An engine in this process does nothing while nobody calls `generate`, so there pausing has
     nothing to do, and no timeout can end a call. One thread at a time may use `llm`, whether here
@@ -102,7 +96,7 @@ class LLMClient:
         return str(self._call("get_weight_version"))
 
     def world_size(self) -> int:
-        """See `CountedClient`."""
+        """See `EngineClient`."""
         return num_workers(
             self.llm.llm_engine.vllm_config, getattr(self.llm.llm_engine, "engine_core", None)
         )
@@ -138,13 +132,11 @@ class LLMClient:
             raise error from exc
 
     def _wait_for(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
-        """Wait for a call with a timeout. vLLM itself waits forever, even for an engine that has
-        died.
-        """
-        answer = in_thread(method, call)
+        """vLLM itself waits without end, also for an engine that has died."""
+        answer = EngineCall(method, call)
         core = getattr(self.llm.llm_engine, "engine_core", None)
         check_alive = partial(require_alive, core, ENGINE, method)
-        if answers(answer, timeout_seconds, POLL_SECONDS, check_alive):
+        if answer.ends_within(timeout_seconds, check_alive=check_alive):
             return answer.result()
         self._stuck_in = method
         raise timed_out(ENGINE, method, self.timeout_seconds)

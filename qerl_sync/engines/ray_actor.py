@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.engines.base import PauseMode, timed_out, translated
+from qerl_sync.engines.base import EngineClient, PauseMode, timed_out, translated
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
 from qerl_sync.meta import format_bytes
 from qerl_sync.worker.compat.caches import forget_caches
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 CONTROL = "control"
 
 
-class RayActorClient:
+class RayActorClient(EngineClient):
     """An actor with the methods of `integrations.ray.RolloutActor` as an EngineClient.
 
     An actor with vLLM's four methods only is called as vLLM's `RayVLLMWeightSyncClient` calls it,
@@ -42,6 +42,7 @@ class RayActorClient:
         self.name = name
         self.timeout_seconds = timeout_seconds
         self._ours = self.resets_connector = hasattr(handle, "reset_caches")
+        self.store = self
         self._node: str | None = None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

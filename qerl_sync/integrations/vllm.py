@@ -29,8 +29,7 @@ from vllm.distributed.weight_transfer.base import (
 from qerl_sync.buffers.detect import dtype_name
 from qerl_sync.build import remote_transport
 from qerl_sync.config import SyncConfig
-from qerl_sync.engines.base import translated
-from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError
+from qerl_sync.errors import ConfigError, CoverageError, PlanError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.session import SyncReport, SyncSession
@@ -134,36 +133,11 @@ def _transport(info: QerlTrainerInitInfo, client: Any) -> RemoteTransport:
         )
     return remote_transport(
         sync,
-        TranslatedClient(client) if info.is_sender else None,
+        client if info.is_sender else None,
         endpoints=info.endpoints,
         rank=info.rank,
         num_workers=info.num_workers,
     )
-
-
-class TranslatedClient:
-    """Wrap any client and translate its errors.
-
-    Its methods besides vLLM's four (pausing, caches) stay available.
-    """
-
-    def __init__(self, client: Any) -> None:
-        self._client = client
-
-    def __getattr__(self, name: str) -> Any:
-        return _translating(name, getattr(self._client, name))
-
-
-def _translating(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-    def call(*arguments: Any, **options: Any) -> Any:
-        try:
-            return method(*arguments, **options)
-        except SyncError:
-            raise
-        except Exception as exc:
-            raise translated(exc, "the vLLM engine", name) from exc
-
-    return call
 
 
 class VLLMSource(Source):

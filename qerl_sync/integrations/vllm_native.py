@@ -27,8 +27,9 @@ from vllm.distributed.weight_transfer.nccl_engine import (
 )
 
 from qerl_sync import __version__
+from qerl_sync.engines.base import as_engine_client
 from qerl_sync.errors import ConfigError
-from qerl_sync.integrations.vllm import PlannedSource, TranslatedClient
+from qerl_sync.integrations.vllm import PlannedSource
 from qerl_sync.options import FiniteCheck
 from qerl_sync.wire import handshake as say
 from qerl_sync.wire.channel import TOKEN_VARIABLE
@@ -78,7 +79,7 @@ class AgreeingClient:
     """
 
     def __init__(self, client: Any, source: PlannedSource, expected: Expected) -> None:
-        self._client = TranslatedClient(client)
+        self._client = as_engine_client(client)
         self._source = source
         self._expected = expected
         self._token = os.environ.get(TOKEN_VARIABLE, "")

@@ -199,7 +199,7 @@ class Transport(ABC):
         return 0
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """What the engine, which serves the last sync, says of a prompt: see `ProbedClient`.
+        """What the engine, which serves the last sync, says of a prompt: see `EngineClient`.
 
         Raises:
             ConfigError: the engines behind this transport cannot be asked.

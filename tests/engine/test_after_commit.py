@@ -12,6 +12,7 @@ from support.loaders import KeepingLoader, TensorSource, Workers, tensors
 from support.servers import wait_until
 
 from qerl_sync import RemoteTransport, SyncConfig, SyncError, SyncSession, TransportError
+from qerl_sync.engines.base import EngineClient
 from qerl_sync.errors import CoverageError, PeerLostError, StaleCacheError
 from qerl_sync.transports.remote import control
 from qerl_sync.transports.remote.pool import PoolTransport
@@ -20,7 +21,7 @@ OLD, NEW = tensors(0), tensors(1)
 TIMEOUT_SECONDS = 10
 
 
-class Engine(Workers):
+class Engine(Workers, EngineClient):
     """With vLLM's update states, pausing and caches; `fails` names a call that raises, once."""
 
     def __init__(self, *loaders: KeepingLoader) -> None:

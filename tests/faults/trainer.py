@@ -17,6 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from qerl_sync.engines.base import EngineClient, PauseMode
 from qerl_sync.errors import TransportError
 
 # How long a trainer stays stopped that no worker waits for.
@@ -91,35 +92,40 @@ class TrainerProcess:
 # ------------------------------------------------------------------------------ that process
 
 
-class _PipeClient:
+class _PipeClient(EngineClient):
     """The engine's client there."""
-
-    METHODS = (
-        "init_weight_transfer_engine",
-        "start_weight_update",
-        "update_weights",
-        "finish_weight_update",
-        "pause",
-        "resume",
-        "reset_caches",
-    )
 
     def __init__(self, pipe: Connection) -> None:
         self._pipe, self._lock = pipe, threading.Lock()
 
-    def __getattr__(self, method: str) -> Any:
-        if method not in self.METHODS:
-            raise AttributeError(method)
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", init_info)
 
-        def call(*arguments: Any, **options: Any) -> Any:
-            with self._lock:
-                self._pipe.send((method, arguments, options))
-                result, error = self._pipe.recv()
-            if error:
-                raise TransportError(f"the engine refuses: {error}")
-            return result
+    def start_weight_update(self) -> None:
+        self._call("start_weight_update")
 
-        return call
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._call("update_weights", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._call("finish_weight_update", weight_version)
+
+    def pause(self, mode: PauseMode) -> None:
+        self._call("pause", mode)
+
+    def resume(self) -> None:
+        self._call("resume")
+
+    def reset_caches(self, *, running: bool) -> bool:
+        return bool(self._call("reset_caches", running=running))
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        with self._lock:
+            self._pipe.send((method, arguments, options))
+            result, error = self._pipe.recv()
+        if error:
+            raise TransportError(f"the engine refuses: {error}")
+        return result
 
 
 def main(pipe: Connection, checkpoint: str, phase: str, action: str) -> None:

@@ -26,6 +26,7 @@ from support.servers import wait_until
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.build import remote_transport
+from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLostError
 from qerl_sync.transports.remote import peer as peers
@@ -275,15 +276,24 @@ def test_an_address_that_nobody_can_connect_to_is_refused(address):
 # --------------------------------------------------------------------------------- idle connections
 
 
-class PausingWorkers:
+class PausingWorkers(EngineClient):
     """The engine, and when it was paused."""
 
     def __init__(self, engine: Workers) -> None:
         self._engine = engine
         self.events = engine.calls
 
-    def __getattr__(self, name: str):
-        return getattr(self._engine, name)
+    def init_weight_transfer_engine(self, init_info):
+        self._engine.init_weight_transfer_engine(init_info)
+
+    def start_weight_update(self):
+        self._engine.start_weight_update()
+
+    def update_weights(self, update_info):
+        self._engine.update_weights(update_info)
+
+    def finish_weight_update(self, weight_version=None):
+        self._engine.finish_weight_update(weight_version)
 
     def pause(self, mode: str) -> None:
         self.events.append(("pause", {}))

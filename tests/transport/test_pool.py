@@ -17,6 +17,7 @@ from support.loaders import TensorSource, tensors
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.bench.echo import EchoLoader, hello
+from qerl_sync.engines.base import EngineClient
 from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, NoRoomError
 from qerl_sync.transports.remote.pool import PoolTransport
 from qerl_sync.verify.probe_prompt import Probe
@@ -39,13 +40,13 @@ class Store:
         return chunk.numpy().copy()
 
 
-class Engine:
+class Engine(EngineClient):
     """An engine client and its worker."""
 
     started: ClassVar[list[Engine]] = []
 
     def __init__(self, store: Store | None = None, **reported: Any) -> None:
-        self.store = store
+        self.cluster = store
         self.fails: dict[str, Exception] = {}
         self.endpoints: list[str] = []
 
@@ -81,9 +82,13 @@ class ProbedEngine(Engine):
 
 
 class StoringEngine(Engine):
+    @property
+    def store(self):
+        return self
+
     def put(self, chunk: torch.Tensor) -> Any:
-        assert self.store is not None
-        return self.store.put(chunk)
+        assert self.cluster is not None
+        return self.cluster.put(chunk)
 
     def deliver(self, key: str, index: int, stored: Any) -> None:
         assert mailbox.put(key, index, stored)

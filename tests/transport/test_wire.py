@@ -31,6 +31,7 @@ from qerl_sync import (
     TransportError,
     share_parameters,
 )
+from qerl_sync.engines.base import EngineClient
 from qerl_sync.errors import (
     AgreementError,
     CoverageError,
@@ -66,8 +67,8 @@ def workers():
     """`workers(number, rank0={...})`: an engine whose ranks hold the old weights."""
     made = []
 
-    def make(number: int = 1, **said) -> Workers:
-        made.append(Workers(*(KeepingLoader(OLD) for _ in range(number)), **said))
+    def make(number: int = 1, kind=Workers, **said) -> Workers:
+        made.append(kind(*(KeepingLoader(OLD) for _ in range(number)), **said))
         return made[-1]
 
     yield make
@@ -85,6 +86,10 @@ def session(engine, held=NEW, **options) -> SyncSession:
         timeout_seconds=sync.timeout_seconds,
     )
     return SyncSession(TensorSource(held), transport, sync)
+
+
+class CountedWorkers(Workers, EngineClient):
+    """An engine that may say how many workers it has: its `world_size` is set."""
 
 
 class Half(TensorSource):
@@ -553,7 +558,7 @@ def test_two_processes_in_one_place_are_refused(workers):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_as_many_workers_as_the_engine_has_must_connect(workers, size):
-    engine = workers(2, **replicas())
+    engine = workers(2, CountedWorkers, **replicas())
     engine.world_size = lambda: size
     with session(engine) as sync:
         with pytest.raises(WorldSizeError) as refused:
@@ -566,7 +571,7 @@ def test_as_many_workers_as_the_engine_has_must_connect(workers, size):
 
 
 def test_a_server_with_a_part_of_the_replicas_counts_those_of_the_others_too(workers):
-    engine = workers(1, rank0={"server_is_partial": True})
+    engine = workers(1, CountedWorkers, rank0={"server_is_partial": True})
     engine.world_size = lambda: 4
     with session(engine) as sync:
         assert [sync.push().version for _ in range(2)] == [1, 2]
@@ -574,7 +579,8 @@ def test_a_server_with_a_part_of_the_replicas_counts_those_of_the_others_too(wor
 
 
 def test_a_replica_that_joins_between_two_syncs_takes_part_in_the_next(workers):
-    engine, joined = workers(1), workers(1, rank0={"replica": 1, "pid": 1})
+    engine = workers(1, CountedWorkers)
+    joined = workers(1, rank0={"replica": 1, "pid": 1})
     engine.world_size = lambda: len(engine.connections)
     with session(engine) as sync:
         sync.push()
@@ -1055,3 +1061,32 @@ def test_nothing_is_left_after_an_interrupt(host):
     owner = Owner(host)
     owner.end(signal.SIGINT)
     assert not owner.path.exists()
+
+
+# ------------------------------------------------------------------------- clients of other makers
+
+
+def test_a_client_that_can_pause_declares_it(workers):
+    """It would not be paused, and nobody would know."""
+    engine = workers(1)
+    engine.pause = engine.resume = lambda *mode: None
+    with pytest.raises(ConfigError, match=r"Workers has pause, .* inherit .*EngineClient"):
+        RemoteTransport(engine)
+
+
+def test_foreign_errors_of_vllms_four_methods_are_translated(workers):
+    engine = workers(1)
+
+    def fail() -> None:
+        raise ValueError("no such engine")
+
+    with session(engine) as sync:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine, "start_weight_update", fail)
+            with pytest.raises(
+                TransportError, match=r"start_weight_update: .*no such engine"
+            ) as it:
+                sync.push()
+        assert isinstance(it.value.__cause__, ValueError)
+        sync.push()
+    assert serves(engine, NEW)

@@ -183,7 +183,7 @@ class RolloutActor:
                 "sync it first"
             )
 
-    # ---- what a trainer calls: vLLM's four methods, and those of engines.base.PausableClient
+    # ---- what a trainer calls: vLLM's four methods, and those of engines.base.EngineClient
 
     def init_weight_transfer_engine(self, request: Any) -> None:
         self._client.init_weight_transfer_engine(_payload(request, "init_info"))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
+from qerl_sync.engines.base import EngineCall, EngineClient, PauseMode
 from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
 from qerl_sync.transports.base import still_cached
-from qerl_sync.transports.remote.call import EngineCall
 from qerl_sync.transports.remote.peer import Peer
 from qerl_sync.wire.channel import proof
-
-if TYPE_CHECKING:
-    from qerl_sync.engines.base import EngineClient, PauseMode
 
 logger = logging.getLogger(__name__)
 
@@ -56,13 +54,12 @@ class EngineControl:
         if self._client is None:
             return None
         return EngineCall(
-            "init_weight_transfer_engine", self._client.init_weight_transfer_engine, call
+            "init_weight_transfer_engine", partial(self._client.init_weight_transfer_engine, call)
         )
 
     def world_size(self) -> int | None:
         """Ask how many workers the engine has now; None: its client cannot tell."""
-        ask: Callable[[], int | None] | None = getattr(self._client, "world_size", None)
-        return None if ask is None else ask()
+        return None if self._client is None else self._client.world_size()
 
     def close_stale_update(self) -> None:
         """An earlier trainer died in one. Where vLLM has closed it on a rank by itself, that rank
@@ -84,11 +81,8 @@ class EngineControl:
         self._client.start_weight_update()
         self.in_session = True
         self._number += 1
-        self._call = EngineCall(
-            "update_weights",
-            self._client.update_weights,
-            {"number": self._number, "proof": proof(self._token, "update", self._number)},
-        )
+        update = {"number": self._number, "proof": proof(self._token, "update", self._number)}
+        self._call = EngineCall("update_weights", partial(self._client.update_weights, update))
         for peer in peers:
             peer.check_alive = self._check_alive
 
@@ -116,11 +110,11 @@ class EngineControl:
     def pause(self, peers: Sequence[Peer] = ()) -> None:
         """Raises PeerLostError if one of them is lost meanwhile: an engine may take seconds to
         notice that."""
-        pause = getattr(self._client, "pause", None)
-        if pause is not None:
-            self.paused = True
-            self._pausing = EngineCall("pause", pause, self._pause_mode)
-            self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, _look_at(peers, "pausing"))
+        if self._client is None:
+            return
+        self.paused = True
+        self._pausing = EngineCall("pause", partial(self._client.pause, self._pause_mode))
+        self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, _look_at(peers, "pausing"))
 
     def resume(self, *, caches: bool, overwritten: bool = False, connector: str = "") -> None:
         """Let the engine go on.
@@ -134,8 +128,10 @@ class EngineControl:
         Raises:
             StaleCacheError: it has not. The engine stays paused.
         """
-        client: Any = self._client
-        if caches and hasattr(client, "reset_caches"):
+        client = self._client
+        if client is None:
+            return
+        if caches:
             forgotten = client.reset_caches(running=self._recompute_running or overwritten)
             if not forgotten and connector:
                 raise still_cached(connector)
@@ -148,8 +144,7 @@ class EngineControl:
         if self.paused:
             client.resume()
         self.paused = False
-        if hasattr(client, "admit"):
-            client.admit()
+        client.admit()
 
     def go_on(self, reason: str) -> None:
         """Resume an engine whose workers are as they were before a sync that failed."""
@@ -170,9 +165,8 @@ class EngineControl:
         self.refuse(reason)
 
     def refuse(self, reason: str) -> None:
-        client: Any = self._client
-        if hasattr(client, "refuse"):
-            client.refuse(reason)
+        if self._client is not None:
+            self._client.refuse(reason)
 
     def _check_alive(self) -> None:
         """Whether the workers still listen, while we wait for one of them."""

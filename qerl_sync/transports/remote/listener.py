@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from qerl_sync.engines.base import EngineCall
 from qerl_sync.errors import AgreementError, TransportError, TransportTimeout
-from qerl_sync.transports.remote.call import EngineCall
 from qerl_sync.transports.remote.compatibility import require_alike, require_complete
 from qerl_sync.transports.remote.control import GRACE_SECONDS
 from qerl_sync.transports.remote.peer import Peer

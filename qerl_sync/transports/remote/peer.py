@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -25,7 +25,7 @@ from qerl_sync.wire.channel import Channel
 from qerl_sync.wire.segments import SharedSegment
 
 if TYPE_CHECKING:
-    from qerl_sync.engines.base import StoringClient
+    from qerl_sync.engines.base import ObjectStore
     from qerl_sync.transports.remote.staging import StagedChunk
 
 M = TypeVar("M")
@@ -52,7 +52,7 @@ class Peer:
         self._channel = channel
         self._timeout_seconds = timeout_seconds
         self._sender: ChunkSender | None = None
-        self._store: StoringClient | None = None
+        self._store: ObjectStore | None = None
         self._mailbox = ""
         self._on_the_way: deque[int] = deque()
         self.check_alive: Callable[[], None] = _nothing
@@ -196,11 +196,11 @@ class Peer:
         self._sender = ChunkSender(self._channel, self._timeout_seconds)
         self.kind = "tcp"
 
-    def open_store(self, client: StoringClient) -> None:
+    def open_store(self, store: ObjectStore) -> None:
         """Have chunks brought by a store that all nodes share."""
         self._propose("ray", {"key": (box := secrets.token_hex(16))})
-        client.require_mailbox(box)
-        self._store, self._mailbox = client, box
+        store.require_mailbox(box)
+        self._store, self._mailbox = store, box
         self.kind = "ray"
 
     def forget_chunks(self) -> None:
@@ -236,13 +236,13 @@ class Ways:
         wanted: `sync.transport`.
         authenticated: trainer and workers share a token that never travelled, so that tags mean
             something.
-        client: of the peer's engine; one with `put` and `deliver` has an object store.
+        store: the object store of the peer's engine; None: it has none.
         no_room: why slots do not fit into shared memory; empty where they do, or were not tried.
     """
 
     wanted: str
     authenticated: bool
-    client: Any = None
+    store: ObjectStore | None = None
     no_room: str = ""
 
 
@@ -258,14 +258,13 @@ def choose_transport(peer: Peer, ways: Ways, own_host: str) -> None:
     here = peer.hello.host == own_host
     # Within one machine, whoever could change bytes on their way can change memory as well.
     sealed = ways.authenticated and not here
-    has_store = hasattr(ways.client, "deliver")
     if ways.wanted != "auto":
-        if ways.wanted == "ray" and not has_store:
+        if ways.wanted == "ray" and ways.store is None:
             raise ConfigError(
                 "sync.transport: ray needs engines in Ray actors; choose auto, shm or tcp"
             )
-        if ways.wanted == "ray":
-            peer.open_store(ways.client)
+        if ways.store is not None and ways.wanted == "ray":
+            peer.open_store(ways.store)
         elif ways.wanted == "tcp":
             peer.open_tcp(sealed=sealed)
         else:
@@ -281,9 +280,9 @@ def choose_transport(peer: Peer, ways: Ways, own_host: str) -> None:
         else:
             peer.reason = "the worker can open the trainer's shared memory"
             return
-    if has_store:
+    if ways.store is not None:
         try:
-            peer.open_store(ways.client)
+            peer.open_store(ways.store)
         except SyncError as exc:
             reason += f", and the object store does not work: {exc}"
         else:

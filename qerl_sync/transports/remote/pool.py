@@ -36,7 +36,7 @@ from qerl_sync.wire.segments import parameters_are_shared
 if TYPE_CHECKING:
     import torch
 
-    from qerl_sync.engines.base import EngineClient
+    from qerl_sync.engines.base import WeightSyncClient
     from qerl_sync.wire.messages import Hello
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Member:
     """
 
     name: str
-    client: EngineClient
+    client: WeightSyncClient
     transport: RemoteTransport
     is_up: Callable[[], bool] = _always
     ready: bool = False
@@ -150,7 +150,7 @@ class PoolTransport(Transport):
         """The weight version of each engine; 0 where it is not known, or never was synced."""
         return {name: member.version for name, member in self._members.items()}
 
-    def add(self, name: str, client: EngineClient, is_up: Callable[[], bool] = _always) -> None:
+    def add(self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = _always) -> None:
         """Take in an engine; it is part of the next sync. Raises ConfigError if `name` is taken."""
         if name in self._members:
             raise ConfigError(f"the pool has an engine {name!r} already; give each its own name")
@@ -331,7 +331,7 @@ class PoolTransport(Transport):
     def _ready(self) -> list[Member]:
         return [member for member in self._members.values() if member.ready]
 
-    def _member(self, name: str, client: EngineClient, is_up: Callable[[], bool]) -> Member:
+    def _member(self, name: str, client: WeightSyncClient, is_up: Callable[[], bool]) -> Member:
         address, port = self._address(), 0
         if self._first_port:
             used = {member.port for member in self._members.values()}

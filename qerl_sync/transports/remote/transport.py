@@ -6,10 +6,11 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.config.models import require_announced
+from qerl_sync.engines.base import PauseMode, WeightSyncClient, as_engine_client
 from qerl_sync.errors import ConfigError, NoRoomError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
@@ -35,8 +36,6 @@ from qerl_sync.wire.segments import parameters_are_shared
 if TYPE_CHECKING:
     import torch
 
-    from qerl_sync.engines.base import EngineClient, PauseMode
-
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +49,8 @@ class RemoteTransport(Transport):
     On several trainer ranks, each makes one, with the same `endpoints`; rank 0 has the client.
 
     Args:
-        client: the engines' control plane; None on trainer ranks other than 0.
+        client: the engines' control plane, an EngineClient or an object with vLLM's four methods;
+            None on trainer ranks other than 0.
         transport: `shm`, `tcp`, or `auto`: for each worker what works best.
         chunks_in_flight: receive buffers; sending runs at most so far ahead of loading.
         timeout_seconds: of each wait, on both sides.
@@ -69,7 +69,7 @@ class RemoteTransport(Transport):
 
     def __init__(
         self,
-        client: EngineClient | None,
+        client: WeightSyncClient | None,
         *,
         transport: str = "auto",
         chunks_in_flight: int = 2,
@@ -84,7 +84,7 @@ class RemoteTransport(Transport):
         num_workers: int = 0,
         worker_timeout_seconds: float | None = None,
     ) -> None:
-        self._client = client
+        self._client = None if client is None else as_engine_client(client)
         self._wanted = transport
         self._chunks_in_flight = chunks_in_flight
         self._timeout_seconds = timeout_seconds
@@ -112,7 +112,7 @@ class RemoteTransport(Transport):
         self._shared_token = bool(self._token)
         self._token = self._token or new_token()
         self._control = EngineControl(
-            client,
+            self._client,
             self._token,
             timeout_seconds=timeout_seconds,
             pause_mode=pause_mode,
@@ -212,8 +212,9 @@ class RemoteTransport(Transport):
                 self._renew_map(layer_map)
                 staging = self._staging_for(slots)
         if "ray" in self.kinds:
-            store: Any = self._client
-            store.require_store(sum(slots))
+            assert self._client is not None
+            assert self._client.store is not None
+            self._client.store.require_store(sum(slots))
         self._staging = staging
         if self._staging_is_mine:
             staging.begin(options, layer_map.parents_text, self.busy_cores)
@@ -350,10 +351,9 @@ class RemoteTransport(Transport):
         return min(hello.context_tokens for hello in self.hellos)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        client: Any = self._client
-        if not hasattr(client, "prompt_logprobs"):
+        if self._client is None:
             return super().prompt_logprobs(token_ids)
-        return list(client.prompt_logprobs(token_ids))
+        return self._client.prompt_logprobs(token_ids)
 
     def invalidate(self, reason: str) -> None:
         """The engine stays paused, as after a sync that failed; also where it cannot be told."""
@@ -484,7 +484,8 @@ class RemoteTransport(Transport):
 
         require_protocol(peer.hello, __version__)
         keeps = peer.hello.connector_keeps
-        if peer.hello.connector and not getattr(self._client, "resets_connector", True):
+        resets = self._client is None or self._client.resets_connector
+        if peer.hello.connector and not resets:
             keeps = (
                 keeps or "this actor's reset_prefix_cache does not reach it; inherit RolloutActor"
             )
@@ -492,7 +493,7 @@ class RemoteTransport(Transport):
         ways = Ways(
             wanted=self._wanted,
             authenticated=self._shared_token,
-            client=self._client,
+            store=None if self._client is None else self._client.store,
             no_room=self._no_room,
         )
         choose_transport(peer, ways, host_id())
