@@ -161,6 +161,11 @@ def _others() -> Iterator[Case]:
     yield Case(
         "no room for shared memory", "memory", injectors.no_shared_memory, (HOLDS_OLD,), REMOTE
     )
+    # Only where connections are plain does the harness know how to lie about hosts and tokens.
+    on_the_network, in_memory = injectors.damaged_on_the_network, injectors.damaged_in_shared_memory
+    apart = ("own process", "tensor parallel")
+    yield Case("bit flipped on the network", "damage", on_the_network, engines=apart)
+    yield Case("bit flipped in shared memory", "damage", in_memory, engines=REMOTE)
     for phase in PHASES:
         yield from _killed_and_cut(phase)
     for phase in PHASES:
@@ -179,6 +184,9 @@ def _others() -> Iterator[Case]:
     yield Case("second sync in the middle", "use", twice, (HOLDS_NEW, POISONED), REMOTE)
     yield Case("finish without start", "use", injectors.finish_without_start, (HOLDS_OLD,))
     yield Case("two trainers at once", "use", injectors.two_trainers, (HOLDS_OLD,), REMOTE)
+    second = injectors.second_live_trainer
+    yield Case("second trainer in another process", "use", second, (HOLDS_NEW,), REMOTE)
+    yield Case("buffer lost its parameter", "vLLM", injectors.lost_view, (HOLDS_NEW,), REMOTE)
 
 
 def _killed_and_cut(phase: str) -> Iterator[Case]:
@@ -186,6 +194,9 @@ def _killed_and_cut(phase: str) -> Iterator[Case]:
     ends = (HOLDS_OLD,) if before else (POISONED,)
     trainer = partial(injectors.signal_trainer, phase, "kill")
     yield Case(f"trainer killed {phase}", "SIGKILL", trainer, ends, REMOTE)
+    forked = partial(injectors.signal_trainer, phase, "orphan")
+    name = f"trainer killed {phase}, its forked child alive"
+    yield Case(name, "SIGKILL", forked, ends, REMOTE)
     worker = partial(injectors.kill_worker, phase)
     yield Case(f"worker killed {phase}", "SIGKILL", worker, (GONE,), REMOTE)
     # Before the start it may connect anew and go on.

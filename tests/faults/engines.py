@@ -91,19 +91,24 @@ class FaultEngine(remote.RemoteEngine):
 
     # ---- syncs
 
-    def transport(self, trigger: Trigger) -> Transport:
-        found = PhasedRemote(self.client(), transport="shm", timeout_seconds=TIMEOUT_SECONDS)
+    def transport(self, trigger: Trigger, **options: Any) -> Transport:
+        reached = {"transport": "shm", "timeout_seconds": TIMEOUT_SECONDS, **options}
+        found = PhasedRemote(self.client(), **reached)
         found.trigger = trigger
         return found
 
     def session(
-        self, source: Source, trigger: Trigger | None = None, **options: Any
+        self,
+        source: Source,
+        trigger: Trigger | None = None,
+        transport: Transport | None = None,
+        **options: Any,
     ) -> SyncSession:
         # A source in the model's own order, which would open several layers; the default policy
         # sends it so that one is open. Options may keep the order: `injectors.SEVERAL_OPEN`.
         sized = {"chunk_bytes": "64KiB", "timeout_seconds": TIMEOUT_SECONDS}
         config = SyncConfig.of(**{**sized, **options})
-        return SyncSession(source, self.transport(trigger or Trigger()), config)
+        return SyncSession(source, transport or self.transport(trigger or Trigger()), config)
 
     def push(self, version: int) -> SyncReport:
         """A good sync, in a session of its own."""
@@ -191,7 +196,7 @@ class InProcess(FaultEngine, remote.OwnProcess):
     def model(self) -> torch.nn.Module:
         return self.parts.model
 
-    def transport(self, trigger: Trigger) -> Transport:
+    def transport(self, trigger: Trigger, **options: Any) -> Transport:
         found = PhasedInProcess(self.llm)
         found.trigger = trigger
         return found

@@ -6,17 +6,25 @@ import os
 import re
 import resource
 import signal
+import socket
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
+
+from support.relay import HOST as RELAYED
+from support.relay import Relay
 
 from faults.engines import NEW, OLD, FaultEngine
-from faults.spoilers import Pairs, Spoil
+from faults.spoilers import Pairs, Spoil, victim_of
 from faults.trainer import TrainerProcess
 from faults.triggers import FaultySource, InjectedFault, PhasedRemote, Trigger
-from qerl_sync import SyncError, SyncSession
+from qerl_sync import CoverageError, IntegrityError, SyncError, SyncSession
+from qerl_sync.errors import EngineTakenError
+from qerl_sync.transports.remote import transport as remote_transport
+from qerl_sync.wire.channel import TOKEN_VARIABLE
 
 # An order of the source, kept, in which the query parts of all layers come before the rest of them.
 SEVERAL_OPEN: dict[str, Any] = {"policy": "warn", "source_order": "size"}
@@ -28,12 +36,20 @@ class Injection:
 
     Attributes:
         pids: processes that were started for it.
+        survivors: processes that live on until the case is judged.
     """
 
     error: BaseException | str | None = None
     detection_seconds: float | None = None
     note: str = ""
     pids: tuple[int, ...] = ()
+    survivors: tuple[int, ...] = ()
+
+    def require(self, expected: type[SyncError]) -> Injection:
+        """Return this, with another error in place of one that is not `expected`."""
+        if not isinstance(self.error, expected):
+            self.error = AssertionError(f"{self.error!r} is no {expected.__name__}")
+        return self
 
 
 def push(
@@ -126,13 +142,13 @@ def fail_trainer(phase: str, engine: FaultEngine) -> Injection:
 def signal_trainer(phase: str, action: str, engine: FaultEngine) -> Injection:
     trainer = TrainerProcess(engine.client(), engine.paths[NEW], phase, action)
     trainer.run()
-    fault = trainer.ended_at if action == "kill" else trainer.fired_at
+    fault = trainer.fired_at if action == "stop" else trainer.ended_at
     seconds = None
     # With "" nothing was to be noticed; before the fault no call was open that it could end.
     if trainer.error != "" and trainer.freed_at and fault and trainer.freed_at > fault - 0.05:
         seconds = trainer.freed_at - fault
     note = "" if trainer.error is None else "the trainer went on"
-    return Injection(trainer.error or None, seconds, note, (trainer.pid,))
+    return Injection(trainer.error or None, seconds, note, (trainer.pid,), trainer.children)
 
 
 def no_shared_memory(engine: FaultEngine) -> Injection:
@@ -147,6 +163,72 @@ def no_shared_memory(engine: FaultEngine) -> Injection:
         return at_phase("before start", forbid, engine)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+# ------------------------------------------------------------------------- damage in transit
+
+
+def damaged_on_the_network(engine: FaultEngine) -> Injection:
+    """A relay between trainer and worker changes one bit of a tensor's bytes."""
+    trigger = Trigger()
+    victim = engine.tensors[NEW][victim_of(engine.tensors[NEW])].numpy().tobytes()
+    # Some of them lie whole in what the relay reads at once, wherever that begins.
+    blocks = [victim[at : at + 64] for at in range(0, len(victim), 64)]
+
+    def damage(data: bytes) -> bytes:
+        at = next((data.index(block) for block in blocks if block in data), None)
+        if at is None or trigger.fired_at is not None:
+            return data
+        trigger.mark()
+        return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    relay = Relay(port)
+    relay.to_worker = damage
+    reached = {"transport": "tcp", "address": RELAYED, "bind": "127.0.0.1", "port": port}
+    with _far_apart(engine):
+        transport = engine.transport(trigger, **reached)
+        session = engine.session(FaultySource(engine.pairs), transport=transport)
+        try:
+            injection = _attempt(session.push, trigger, session.close)
+        finally:
+            relay.close()
+    if trigger.fired_at is None:
+        raise AssertionError("the relay did not see the tensor's bytes")
+    return injection.require(IntegrityError)
+
+
+@contextmanager
+def _far_apart(engine: FaultEngine) -> Iterator[None]:
+    """Trainer and workers share a token, and the trainer takes them for another host's."""
+    token = "that trainer and workers know"
+    engine.rpc("set_variable", TOKEN_VARIABLE, token)
+    try:
+        with (
+            patch.dict(os.environ, {TOKEN_VARIABLE: token}),
+            patch.object(remote_transport, "host_id", lambda: "another host"),
+        ):
+            yield
+    finally:
+        engine.rpc("set_variable", TOKEN_VARIABLE, "")
+
+
+def damaged_in_shared_memory(engine: FaultEngine) -> Injection:
+    """A sign flips in a slot after the checksums were taken."""
+    trigger = Trigger()
+    session = engine.session(FaultySource(engine.pairs), trigger, verify="checksum")
+    transport: Any = session._transport
+    announce = transport.announce
+
+    def damage(index: int, staged: Any) -> None:
+        if index == 1:
+            trigger.mark()
+            staged.pieces[0].bytes[3] ^= 0x80
+        announce(index, staged)
+
+    transport.announce = damage
+    return _attempt(session.push, trigger, session.close).require(CoverageError)
 
 
 # --------------------------------------------------------------------------------- the loader
@@ -203,4 +285,32 @@ def two_trainers(engine: FaultEngine) -> Injection:
         first.push()
         injection = push(engine)
         first.push()
+    return injection
+
+
+def second_live_trainer(engine: FaultEngine) -> Injection:
+    """Another process is turned away while the first trainer lives, and that one syncs NEW."""
+    parameters = {name: tensor.clone() for name, tensor in engine.tensors[OLD].items()}
+    with engine.session(FaultySource(parameters)) as first:
+        first.push()
+        second = TrainerProcess(engine.client(), engine.paths[NEW], "", "")
+        second.run()
+        error: BaseException | str | None = second.error
+        if not (second.error or "").startswith(EngineTakenError.__name__):
+            error = AssertionError(f"{second.error!r} is no {EngineTakenError.__name__}")
+        for name, tensor in parameters.items():  # as a trainer's step
+            tensor.copy_(engine.tensors[NEW][name])
+        first.push()
+    return Injection(error, pids=(second.pid,))
+
+
+def lost_view(engine: FaultEngine) -> Injection:
+    """A buffer was a view of a parameter until that moved; see `WorkerExtension.lose_view`."""
+    engine.rpc("lose_view")
+    try:
+        injection = push(engine)
+        if not all(engine.rpc("view_is_renewed")):
+            injection.error = AssertionError("the buffer holds the old values of its parameter")
+    finally:
+        engine.rpc("drop_view")
     return injection

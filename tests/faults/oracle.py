@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -31,6 +32,22 @@ def judge(engine: FaultEngine, case: Case) -> Outcome:
     )
     before, watch = inventory(engine), VersionWatch(engine)
     injection = case.inject(engine)
+    try:
+        _judge(engine, case, injection, outcome, before, watch)
+    finally:
+        for pid in injection.survivors:
+            os.kill(pid, signal.SIGKILL)
+    return outcome
+
+
+def _judge(
+    engine: FaultEngine,
+    case: Case,
+    injection: Injection,
+    outcome: Outcome,
+    before: Any,
+    watch: VersionWatch,
+) -> None:
     outcome.error, outcome.note = one_line(injection.error), injection.note
     outcome.detection_seconds = injection.detection_seconds
     outcome.ended, outcome.after = classify(engine, injection, case)
@@ -45,7 +62,6 @@ def judge(engine: FaultEngine, case: Case) -> Outcome:
         now = inventory(engine)
         before |= {who: now[who] for who in before if who.startswith("worker")}
     outcome.leaks = leaks(engine, before, (os.getpid(), *injection.pids))
-    return outcome
 
 
 def classify(engine: FaultEngine, injection: Injection, case: Case) -> tuple[str, str]:

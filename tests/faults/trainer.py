@@ -22,7 +22,10 @@ from qerl_sync.errors import TransportError
 
 # How long a trainer stays stopped that no worker waits for.
 PATIENCE_SECONDS = 4.0
-SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+# A forked child is killed when its case is judged.
+CHILD_SECONDS = 600.0
+# "orphan" kills it too, and leaves a forked child of it alive.
+SIGNALS = {"kill": signal.SIGKILL, "orphan": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 class TrainerProcess:
@@ -32,12 +35,14 @@ class TrainerProcess:
         fired_at, ended_at: `time.monotonic()` of its fault and of its end.
         freed_at: when the engine came out of the call that was open then.
         error: what its push raised, by name and text; "" if it succeeded; None if it was killed.
+        children: forked from it, which outlive it.
     """
 
     fired_at: float | None = None
     ended_at: float | None = None
     freed_at: float | None = None
     error: str | None = None
+    children: tuple[int, ...] = ()
 
     def __init__(self, client: Any, checkpoint: Path, phase: str, action: str) -> None:
         self._client, self._action = client, action
@@ -68,6 +73,8 @@ class TrainerProcess:
     def _hear(self, what: str, reported: Any, options: dict[str, Any] | None = None) -> None:
         if what == "error":
             self.error = reported
+        elif what == "forked":
+            self.children = (reported,)
         elif what == "fired":
             self.fired_at = reported
             if self._action == "stop":  # nobody waits for it, so that nobody can notice
@@ -136,6 +143,13 @@ def main(pipe: Connection, checkpoint: str, phase: str, action: str) -> None:
     from qerl_sync import SyncConfig, SyncSession
 
     def act() -> None:
+        if action == "orphan":
+            child = os.fork()
+            if child == 0:
+                pipe.close()  # else it hides its parent's end from the harness
+                time.sleep(CHILD_SECONDS)
+                os._exit(0)
+            pipe.send(("forked", child))
         pipe.send(("fired", time.monotonic()))
         os.kill(os.getpid(), SIGNALS[action])
 

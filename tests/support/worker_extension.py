@@ -91,6 +91,31 @@ class WorkerExtension:
             if (method := getattr(layer, "quant_method", None)) is not None:
                 vars(method).pop("process_weights_after_loading", None)
 
+    def set_variable(self, name: str, value: str) -> None:
+        """Set an environment variable of this worker; "" removes it."""
+        os.environ[name] = value
+        if not value:
+            del os.environ[name]
+
+    def lose_view(self) -> None:
+        """Give an attention a buffer that was a view of a norm's weight until that moved."""
+        attention = self._attention()
+        attention.register_buffer("lost", attention.q_norm.weight.data, persistent=False)
+        attention.q_norm.weight.data = attention.q_norm.weight.data.clone()
+        self._lost = attention.lost.clone()
+
+    def view_is_renewed(self) -> bool:
+        """Whether that buffer has changed, and holds what the weight holds."""
+        attention = self._attention()
+        changed = not attention.lost.equal(self._lost)
+        return bool(changed and attention.lost.equal(attention.q_norm.weight))
+
+    def drop_view(self) -> None:
+        del self._attention().lost
+
+    def _attention(self) -> Any:
+        return self.model_runner.model.model.layers[0].self_attn
+
 
 def open_resources() -> dict[str, int]:
     """What this process has open that belongs to a sync, or may."""
