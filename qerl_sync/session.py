@@ -47,6 +47,11 @@ PHASES = ("plan", "start", "gather", "load", "finish", "verify", "total")
 class SyncReport:
     """What one sync did and cost.
 
+    Example:
+        report = session.push(step=1)
+        print(report.version, report.seconds["total"], report.prediction_exact)
+        print(report.transport, report.lost)
+
     Attributes:
         version: the weight version that this sync committed, counted from 1.
         step: the trainer's global step.
@@ -104,6 +109,12 @@ class SyncReport:
 
 class SyncSession:
     """Pushes a source's weights to vLLM, as often as wanted.
+
+    Example:
+        with SyncSession(HFSource(model), transport, SyncConfig(policy="reorder")) as session:
+            for step in range(1, 4):
+                train(model)
+                report = session.push(step=step)
 
     Called on every trainer rank, in the same order. Not thread-safe.
 

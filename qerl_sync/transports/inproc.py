@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 class InProcessTransport(Transport):
     """Hands chunks to the model of a vLLM `LLM` that runs in this process. Copies nothing.
 
+    Example:
+        llm = LLM(path, enforce_eager=True)  # with VLLM_ENABLE_V1_MULTIPROCESSING=0
+        with SyncSession(HFSource(model), InProcessTransport(llm), SyncConfig()) as session:
+            session.push(step=1)
+
     Args:
         llm: the engine. After each sync its caches are emptied: cached keys, values and
             embeddings belong to the old weights.

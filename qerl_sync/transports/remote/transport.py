@@ -42,6 +42,11 @@ logger = logging.getLogger(__name__)
 class RemoteTransport(Transport):
     """All worker ranks of one or several vLLM engines with the backend `qerl`.
 
+    Example:
+        transport = RemoteTransport(HTTPClient("http://127.0.0.1:8000"))
+        with SyncSession(HFSource(model), transport, SyncConfig()) as session:
+            session.push(step=1)
+
     The engines' control plane lends us their workers' threads; what is said and sent goes over
     connections of our own (`wire.messages` has the conversation). One call of `update_weights` is
     one sync, between two steps of the scheduler.
