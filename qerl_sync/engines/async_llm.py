@@ -28,7 +28,13 @@ ENGINE = "the vLLM engine"
 
 
 class AsyncLLMClient(EngineClient):
-    """A `vllm.v1.engine.async_llm.AsyncLLM` as an EngineClient, for callers that block.
+    """Drive a `vllm.v1.engine.async_llm.AsyncLLM` with blocking calls.
+
+    Example:
+        engine = AsyncLLM.from_engine_args(arguments)  # in a coroutine
+        client = AsyncLLMClient(engine, asyncio.get_running_loop())
+        session = SyncSession(source, RemoteTransport(client), config)
+        await asyncio.to_thread(session.push, step=1)
 
     Args:
         engine: with weight_transfer_config={"backend": "qerl"}.

@@ -36,8 +36,14 @@ Params = dict[str, str]
 
 
 class HTTPClient(EngineClient):
-    """vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000. May be used by several
-    threads at a time.
+    """Drive vLLM's RL routes below `base_url`, such as http://127.0.0.1:8000.
+
+    Example:
+        client = HTTPClient("http://127.0.0.1:8000")
+        with SyncSession(source, RemoteTransport(client), config) as session:
+            session.push(step=1)
+
+    Several threads may use one client at a time.
 
     The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does. Where
     QERL_SYNC_TOKEN is set when this is made, each request shows that it is known.

@@ -25,7 +25,12 @@ ENGINE = "the vLLM engine"
 
 
 class LLMClient(EngineClient):
-    """A `vllm.LLM` as an EngineClient.
+    """Drive a `vllm.LLM` as an EngineClient.
+
+    Example:
+        llm = LLM(path, weight_transfer_config={"backend": "qerl"})
+        with SyncSession(source, RemoteTransport(LLMClient(llm)), config) as session:
+            session.push(step=1)
 
     An engine in this process does nothing while nobody calls `generate`, so there pausing has
     nothing to do, and no timeout can end a call. One thread at a time may use `llm`, whether here

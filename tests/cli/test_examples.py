@@ -159,7 +159,7 @@ def gap_in(said: str) -> float:
 
 def test_each_example_is_run_and_shown():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    tests = (ROOT / "tests" / "test_examples.py").read_text()
+    tests = Path(__file__).read_text()
     shown = "".join(page.read_text() for page in PAGES)
     for name in names:
         assert f'"{name}"' in tests

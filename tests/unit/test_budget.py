@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from support.brute_force import (
     Small,
@@ -75,7 +75,7 @@ def test_the_budget_is_kept_or_refused(data, stream):
         assert result == metas
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.data(), streams())
 def test_a_budget_that_grouping_keeps_is_not_refused(data, stream):
     metas, layer_map = stream
