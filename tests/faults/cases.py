@@ -187,6 +187,8 @@ def _others() -> Iterator[Case]:
     second = injectors.second_live_trainer
     yield Case("second trainer in another process", "use", second, (HOLDS_NEW,), REMOTE)
     yield Case("buffer lost its parameter", "vLLM", injectors.lost_view, (HOLDS_NEW,), REMOTE)
+    stale = injectors.stale_connector
+    yield Case("KV connector keeps its cache", "vLLM", stale, engines=("KV connector",))
 
 
 def _killed_and_cut(phase: str) -> Iterator[Case]:

@@ -208,6 +208,23 @@ class InProcess(FaultEngine, remote.OwnProcess):
         """It ends with its process."""
 
 
+class Connected(InProcess):
+    """The same with a KV connector, whose cache a sync must empty too."""
+
+    def __init__(self, spec: Spec, directory: Path) -> None:
+        from support import connectors
+
+        connectors.register()
+        (directory / "kv").mkdir()
+        transfer = {
+            "kv_connector": connectors.ResettableConnector.__name__,
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"shared_storage_path": str(directory / "kv")},
+        }
+        self.arguments = {"kv_transfer_config": transfer}
+        super().__init__(spec, directory)
+
+
 class Server(FaultEngine, remote.Server):
     """vLLM's OpenAI server, with our gate in front."""
 
@@ -241,4 +258,5 @@ ENGINES: dict[str, type[FaultEngine]] = {
     "own process": OwnProcess,
     "server": Server,
     "tensor parallel": TensorParallel,
+    "KV connector": Connected,
 }

@@ -22,7 +22,7 @@ from faults.spoilers import Pairs, Spoil, victim_of
 from faults.trainer import TrainerProcess
 from faults.triggers import FaultySource, InjectedFault, PhasedRemote, Trigger
 from qerl_sync import CoverageError, IntegrityError, SyncError, SyncSession
-from qerl_sync.errors import EngineTakenError
+from qerl_sync.errors import EngineTakenError, StaleCacheError
 from qerl_sync.transports.remote import transport as remote_transport
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 
@@ -313,4 +313,19 @@ def lost_view(engine: FaultEngine) -> Injection:
             injection.error = AssertionError("the buffer holds the old values of its parameter")
     finally:
         engine.rpc("drop_view")
+    return injection
+
+
+# -------------------------------------------------------------------------------- connectors
+
+
+def stale_connector(engine: FaultEngine) -> Injection:
+    """A KV connector that does not empty its cache after a sync."""
+    from support.connectors import ResettableConnector
+
+    with patch.object(ResettableConnector, "answers", False):
+        injection = push(engine).require(StaleCacheError)
+    named = getattr(injection.error, "connector", "")
+    if named != ResettableConnector.__name__:
+        raise AssertionError(f"the error names {named!r}, not the connector")
     return injection

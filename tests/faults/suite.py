@@ -34,6 +34,7 @@ SPECS = tuple(
         ("own process", "stock", ("dense", "moe")),
         ("server", "stock", ("dense",)),
         ("tensor parallel", "stock", ("tied",)),
+        ("KV connector", "stock", ("dense",)),
     )
     for model in models
 )

@@ -39,6 +39,9 @@ OWN_PROCESS = [
     "connection cut between chunks",
     "worker stopped between chunks",
     "two trainers at once",
+    "bit flipped on the network",
+    "second trainer in another process",
+    "trainer killed in a chunk, its forked child alive",
     "worker killed in a chunk",
 ]
 

@@ -59,8 +59,7 @@ class WorkerExtension:
     def sync_state(self) -> dict[str, Any]:
         """Why this rank does not serve (or ""), its version, what a reload left open, what it has
         open."""
-        model = self.model_runner.model
-        receiver = Receiver(compat.EngineParts(model, self.vllm_config, torch.device("cpu")))
+        model, receiver = self.model_runner.model, self._receiver()
         return {
             "poisoned": receiver.poisoned or "",
             "version": receiver.version,
@@ -98,11 +97,13 @@ class WorkerExtension:
             del os.environ[name]
 
     def lose_view(self) -> None:
-        """Give an attention a buffer that was a view of a norm's weight until that moved."""
+        """Give an attention a buffer that was a view of a norm's weight until that moved, as if the
+        model had been loaded so."""
         attention = self._attention()
         attention.register_buffer("lost", attention.q_norm.weight.data, persistent=False)
         attention.q_norm.weight.data = attention.q_norm.weight.data.clone()
         self._lost = attention.lost.clone()
+        self._receiver()._state.lost_views = None  # they are looked for once, in the first sync
 
     def view_is_renewed(self) -> bool:
         """Whether that buffer has changed, and holds what the weight holds."""
@@ -112,6 +113,11 @@ class WorkerExtension:
 
     def drop_view(self) -> None:
         del self._attention().lost
+        self._receiver()._state.lost_views = None
+
+    def _receiver(self) -> Receiver:
+        model = self.model_runner.model
+        return Receiver(compat.EngineParts(model, self.vllm_config, torch.device("cpu")))
 
     def _attention(self) -> Any:
         return self.model_runner.model.model.layers[0].self_attn
