@@ -21,8 +21,8 @@ from faults.engines import NEW, OLD, FaultEngine
 from faults.spoilers import Pairs, Spoil, victim_of
 from faults.trainer import TrainerProcess
 from faults.triggers import FaultySource, InjectedFault, PhasedRemote, Trigger
-from qerl_sync import CoverageError, IntegrityError, SyncError, SyncSession
-from qerl_sync.errors import EngineTakenError, StaleCacheError
+from qerl_sync import SyncError, SyncSession
+from qerl_sync.errors import CoverageError, EngineTakenError, IntegrityError, StaleCacheError
 from qerl_sync.transports.remote import transport as remote_transport
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 

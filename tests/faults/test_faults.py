@@ -53,6 +53,7 @@ def outcomes(tmp_path, spec: str, cases: list[str]) -> dict[str, Outcome]:
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # an engine anew after each case that ends its process
 @pytest.mark.parametrize(
     ("spec", "cases"),
     [("in process/moe/stock", IN_PROCESS), ("own process/dense/stock", OWN_PROCESS)],
