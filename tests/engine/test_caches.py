@@ -46,9 +46,7 @@ def caching(engine_pool, tmp_path_factory):
     )
     engine_pool.keep(llm)
     connector = connectors.ResettableConnector
-    yield SimpleNamespace(
-        llm=llm, model=model, connector=connector, session=session_of(llm, model)
-    )
+    yield SimpleNamespace(llm=llm, model=model, connector=connector, session=session_of(llm, model))
     # vLLM has one connector a process, which every other engine in it would ask as well.
     from vllm.distributed.kv_transfer.kv_transfer_state import ensure_kv_transfer_shutdown
 

@@ -343,3 +343,13 @@ def test_the_cores_of_all_engines_on_this_machine_are_left_to_them():
         pool.remove("engine-1")
         session.push()
         assert pool.busy_cores == {1}
+
+
+def test_an_engine_that_does_not_answer_at_once_is_waited_for():
+    """Its first answers that it is up come late, as those of an actor on a busy machine."""
+    asked: list[None] = []
+    pool = PoolTransport(timeout_seconds=20.0)
+    pool.add("slow", Engine(), lambda: len(asked) > 2 or bool(asked.append(None)))
+    with session_of(pool) as sync:
+        assert sync.push().version == 1
+    assert len(asked) == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
+# How long a sync waits for a first member to answer that it is up.
+UP_SECONDS = 5.0
 # Of our errors, a member that fails in one of these ways is left behind; the others go on. The rest
 # is about the weights themselves, and ends the sync for all. What is no error of ours comes from
 # the member's engine or client, and is its own too.
@@ -354,12 +357,26 @@ class PoolTransport(Transport):
                 self._members[name] = self._member(name, member.client, member.is_up)
         up = [m for m in self._members.values() if m.ready or (m.idle and m.is_up())]
         leaving = [m.leaving for m in self._members.values() if m.leaving and not m.idle]
-        if up or not leaving:
+        if up:
             return up
         # There is no one to go on with until one of them is out of the sync that has failed.
         for thread in leaving:
             thread.join(self._options.get("timeout_seconds", 300.0))
-        return [m for m in self._members.values() if m.idle and m.is_up()]
+        return self._idle_and_up()
+
+    def _idle_and_up(self) -> list[Member]:
+        """Return the members that can be asked to connect; wait a moment where there are none.
+
+        `is_up` does not block: an actor on a busy machine is not down because it has not answered
+        at once, and a pool without members up would fail the sync.
+        """
+        deadline = time.monotonic() + UP_SECONDS
+        while True:
+            idle = [member for member in self._members.values() if member.idle]
+            up = [member for member in idle if member.is_up()]
+            if up or not idle or time.monotonic() > deadline:
+                return up
+            time.sleep(0.1)
 
     def _require_alike(self, members: Iterable[Member]) -> None:
         """Raises AgreementError if one has another model, dtype, quantisation or layout than those
