@@ -60,7 +60,9 @@ def environment() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir="/tmp") as short:
         (Path(short) / "ray").mkdir()
         patch.setenv("RAY_TMPDIR", short)
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        # Actors import the tests' own classes too.
+        paths = [ROOT, ROOT / "tests", ROOT / "tests" / "ray"]
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
         yield
 
 
