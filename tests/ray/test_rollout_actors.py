@@ -332,7 +332,7 @@ def test_an_actor_without_our_engine_is_named_before_anything_is_sent(rollouts: 
 
     handle = ray.remote(NoEngine).remote()
     pool = WorkerPool({**rollouts.pool.handles, "stranger": handle})
-    config = SyncConfig.of(timeout_seconds=20)
+    config = SyncConfig.of(timeout_seconds=60)  # the actor has yet to start
     session = SyncSession(HFSource(rollouts.trainers[0]), pool.transport(config), config)
     with session, pytest.raises(TransportError, match="none of its workers connected; was it"):
         session.push()
