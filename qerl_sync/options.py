@@ -1,4 +1,4 @@
-"""What a sync is asked for besides its plan."""
+"""Options of one sync, besides its plan."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FiniteCheck = Literal["source", "worker", "nobody"]
 
 @dataclass(frozen=True)
 class SyncOptions:
-    """What the session asks of the transport, and the transport of its workers, for one sync.
+    """Hold what the session asks of the transport, and the transport of its workers, for one sync.
 
     Attributes:
         version: of the weights once they are committed. A worker gets it with the commit.

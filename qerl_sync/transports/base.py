@@ -98,7 +98,7 @@ def still_cached(connector: str) -> StaleCacheError:
 
 @dataclass(frozen=True)
 class SyncResult:
-    """What a sync that was committed has come to.
+    """Report a committed sync.
 
     Attributes:
         workers: what each worker rank measured.
@@ -115,7 +115,7 @@ class SyncResult:
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """What engines that were asked for a prompt's log-probabilities have answered.
+    """Hold the engines' answers for a prompt's log-probabilities.
 
     Attributes:
         gaps: by engine, the largest difference from the trainer's.
@@ -199,7 +199,7 @@ class Transport(ABC):
         return 0
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        """What the engine, which serves the last sync, says of a prompt: see `EngineClient`.
+        """Return the engine's log-probabilities of a prompt: see `EngineClient`.
 
         Raises:
             ConfigError: the engines behind this transport cannot be asked.

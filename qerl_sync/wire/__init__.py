@@ -1,4 +1,4 @@
-"""What both ends of a connection share: authenticated frames, messages, shared memory.
+"""Code that both ends of a connection share: authenticated frames, messages, shared memory.
 
 Neither trainer nor worker code may enter.
 """
