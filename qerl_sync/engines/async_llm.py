@@ -20,6 +20,7 @@ from qerl_sync.engines.base import (
     require_alive,
     timed_out,
     translated,
+    version_arguments,
 )
 from qerl_sync.errors import TransportError
 from qerl_sync.worker.compat.caches import forget_caches
@@ -66,7 +67,8 @@ class AsyncLLMClient(EngineClient):
         self._run("update_weights", lambda: self.engine.update_weights(request), None)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", weight_version)
+        finish = self.engine.finish_weight_update
+        self._call("finish_weight_update", *version_arguments(finish, weight_version))
 
     def pause(self, mode: PauseMode) -> None:
         # vLLM would empty the caches along with it; `reset_caches` does, when the weights are new.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import threading
@@ -134,6 +135,13 @@ OPTIONAL_METHODS = (
 )
 
 
+def version_arguments(finish: Callable[..., Any], weight_version: str | None) -> tuple[Any, ...]:
+    """Return the arguments for vLLM's `finish_weight_update`, which takes no version in vLLM 0.25
+    and with clients that were written for it."""
+    takes_version = bool(inspect.signature(finish).parameters)
+    return (weight_version,) if takes_version else ()
+
+
 class FourMethodClient(EngineClient):
     """An object with vLLM's four methods only, such as `RayVLLMWeightSyncClient`. Its caller pauses
     the engine and empties its caches. Foreign errors are translated."""
@@ -151,7 +159,8 @@ class FourMethodClient(EngineClient):
         self._call("update_weights", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", weight_version)
+        finish = self._client.finish_weight_update
+        self._call("finish_weight_update", *version_arguments(finish, weight_version))
 
     def _call(self, method: str, *arguments: Any) -> None:
         try:

@@ -17,6 +17,7 @@ from qerl_sync.engines.base import (
     require_alive,
     timed_out,
     translated,
+    version_arguments,
 )
 from qerl_sync.errors import TransportError, TransportTimeout
 from qerl_sync.worker.compat.caches import forget_caches, llm_method
@@ -62,7 +63,8 @@ class LLMClient(EngineClient):
         self._run("update_weights", lambda: self.llm.update_weights(update), None)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self._call("finish_weight_update", weight_version)
+        finish = self.llm.finish_weight_update
+        self._call("finish_weight_update", *version_arguments(finish, weight_version))
 
     def pause(self, mode: PauseMode) -> None:
         if not self.in_process:

@@ -7,7 +7,8 @@ Coupling points, all in vLLM's `model_executor/model_loader/reload`:
     layerwise.LAYERWISE_INFO              per-layer state: held tensors, elements loaded, total
     layerwise.record_metadata_for_reloading, initialize_layerwise_reload, finalize_layerwise_reload
     layerwise.get_numel_loaded            called for each tensor that is held, counts its elements
-    layerwise.is_deferred_attention_layer asked next, with the layer that the tensor is held for
+    layerwise.get_layer_size              asked before, with the layer that the tensor is held for
+    layerwise.is_deferred_attention_layer asked after, when the layer's count is right
     layerwise._layerwise_process          processes a layer that is whole
     layerwise._copy_and_restore_kernel_tensors  copies a processed layer into its live tensors
     layerwise._place_kernel_tensors       puts a layer's live tensors back
@@ -26,6 +27,7 @@ import torch
 
 from qerl_sync.buffers.detect import plain_tensors
 from qerl_sync.errors import CompatError, LoadError
+from qerl_sync.worker.compat import older_reload as older
 from qerl_sync.worker.load.copy_count import CopyCount
 
 # "bias" and a few more stay real during a reload, and vLLM writes them on arrival: see SKIP_TENSORS
@@ -37,7 +39,7 @@ _REQUIRED = (
     "finalize_layerwise_reload",
     "record_metadata_for_reloading",
     "get_numel_loaded",
-    "is_deferred_attention_layer",
+    "get_layer_size",
     "get_layer_tensors",
     "_get_weight_loader",
     "_get_original_loader",
@@ -158,15 +160,16 @@ def last_load(layer: torch.nn.Module) -> tuple[str, Mapping[str, Any]] | None:
 
 def is_deferred(layer: torch.nn.Module) -> bool:
     """Attention layers: vLLM processes their scales at the end of the reload, whatever arrives."""
-    return bool(_layerwise().is_deferred_attention_layer(layer))
+    return older.is_deferred(_layerwise(), layer)
 
 
 def loadable_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a layer that vLLM counts as to be loaded (see its `get_layer_size`)."""
-    from vllm.model_executor.model_loader.reload.meta import SKIP_LOAD_TENSORS
+    from vllm.model_executor.model_loader.reload import meta
 
+    skipped = older.skipped_by_loading(meta)
     tensors: dict[str, torch.Tensor] = _layerwise().get_layer_tensors(layer)
-    return {name: t for name, t in tensors.items() if name not in SKIP_LOAD_TENSORS}
+    return {name: t for name, t in tensors.items() if name not in skipped}
 
 
 def load_numel_of(tensor: torch.Tensor) -> int:
@@ -199,59 +202,80 @@ class LoadObserver(Protocol):
 def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[None]:
     """Report vLLM's layerwise loading to `observer` while the context is open.
 
-    vLLM's loading wrapper calls `get_numel_loaded` for a tensor that it has just put into the
-    layer's list, then asks `is_deferred_attention_layer`, then `_layerwise_process` if the layer
-    is whole. These names of its module are wrapped: the loading wrappers themselves outlive a
-    reload (vLLM leaves them on its meta tensors), so wrapping their factory would see the first
-    reload only. Before a processed layer is copied into its live tensors, `_fit_live_tensors` mends
-    what vLLM's copy cannot do.
+    vLLM's loading wrapper asks `get_layer_size`, puts the tensor into the layer's list, calls
+    `get_numel_loaded`, asks `is_deferred_attention_layer` (older ones: something else, see
+    `older_reload`), and calls `_layerwise_process` if the layer is whole. These names of its module
+    are wrapped: the loading wrappers themselves outlive a reload (vLLM leaves them on its meta
+    tensors), so wrapping their factory would see the first reload only. Before a processed layer is
+    copied into its live tensors, `_fit_live_tensors` mends what vLLM's copy cannot do.
 
     Args:
         process: False keeps vLLM from processing a layer that is whole (dry runs).
     """
     layerwise = _layerwise()
-    real_count, is_deferred_layer, process_layer, copy_back = (
-        layerwise.get_numel_loaded,
-        layerwise.is_deferred_attention_layer,
-        layerwise._layerwise_process,
-        layerwise._copy_and_restore_kernel_tensors,
+    next_question = older.asked_after_counting(layerwise)
+    names = (
+        "get_layer_size",
+        "get_numel_loaded",
+        next_question,
+        "_layerwise_process",
+        "_copy_and_restore_kernel_tensors",
+        "_place_kernel_tensors",
     )
-    count = real_count if process else CopyCount(real_count, load_numel_of)
+    real = {name: getattr(layerwise, name) for name in names}
+    counting = real["get_numel_loaded"]
+    count = counting if process else CopyCount(counting, load_numel_of)
+    sized: list[torch.nn.Module] = []
     counted: list[int] = []
 
+    def get_layer_size(layer: torch.nn.Module) -> int:
+        sized[:] = [layer]
+        return int(real["get_layer_size"](layer))
+
+    def tell(layer: torch.nn.Module) -> None:
+        parameter, bound = layerwise.LAYERWISE_INFO[layer].loaded_weights[-1]
+        observer.held(layer, parameter, bound.arguments, counted.pop())
+
     def get_numel_loaded(loader: Callable[..., Any], bound: Any) -> tuple[int, Any]:
+        (layer,) = sized
         numel, result = count(loader, bound)
         counted.append(numel)
+        if not older.asks_of_deferred(layerwise) and is_deferred(layer):
+            tell(layer)
         return numel, result
 
-    def is_deferred_attention_layer(layer: torch.nn.Module) -> bool:
+    def answer(question: Any) -> bool:
         if counted:
-            parameter, bound = layerwise.LAYERWISE_INFO[layer].loaded_weights[-1]
-            observer.held(layer, parameter, bound.arguments, counted.pop())
-        return bool(is_deferred_layer(layer))
+            tell(*sized)
+        return bool(real[next_question](question))
 
     def _layerwise_process(layer: torch.nn.Module, info: Any) -> None:
         if process:
             observer.processing(layer)
-            process_layer(layer, info)
+            real["_layerwise_process"](layer, info)
             observer.processed(layer)
 
     def _copy_and_restore_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
         _fit_live_tensors(layer, info, observer)
-        copy_back(layer, info)
+        older.keep_derived_buffers(layer, info)
+        real["_copy_and_restore_kernel_tensors"](layer, info)
 
+    def _place_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
+        real["_place_kernel_tensors"](layer, info)
+        older.placed_back(layer, info)
+
+    layerwise.get_layer_size = get_layer_size
     layerwise.get_numel_loaded = get_numel_loaded
-    layerwise.is_deferred_attention_layer = is_deferred_attention_layer
+    setattr(layerwise, next_question, answer)
     layerwise._layerwise_process = _layerwise_process
     layerwise._copy_and_restore_kernel_tensors = _copy_and_restore_kernel_tensors
+    layerwise._place_kernel_tensors = _place_kernel_tensors
     try:
         with count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext():
             yield
     finally:
-        layerwise.get_numel_loaded = real_count
-        layerwise.is_deferred_attention_layer = is_deferred_layer
-        layerwise._layerwise_process = process_layer
-        layerwise._copy_and_restore_kernel_tensors = copy_back
+        for name, function in real.items():
+            setattr(layerwise, name, function)
 
 
 def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: LoadObserver) -> None:
@@ -398,7 +422,7 @@ def forget_packed_experts(layer: Any) -> None:
 
 def begin_reload(model: torch.nn.Module) -> None:
     """Save the live tensors, put the model's parameters on meta, wrap their loaders."""
-    _layerwise().initialize_layerwise_reload(model)
+    older.begin_reload(_layerwise(), model)
 
 
 def working_bytes(model: torch.nn.Module) -> dict[str, int]:
@@ -609,6 +633,7 @@ def finish_reload(
     logger = logging.getLogger(layerwise.__name__)
     logger.addFilter(is_finding)
     try:
+        older.place_empty_layers(layerwise, model)
         layerwise.finalize_layerwise_reload(model, vllm_config.model_config)
     finally:
         logger.removeFilter(is_finding)
@@ -639,6 +664,7 @@ def restore(model: torch.nn.Module) -> int:
         if info.can_load():
             if info.kernel_tensors is not None:
                 layerwise._place_kernel_tensors(layer, info)
+                older.placed_back(layer, info)
                 restored += 1
             info.reset()
         for tensor in layerwise.get_layer_tensors(layer).values():

@@ -41,7 +41,8 @@ class SyncMonitor:
     ) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._layers = layer_map.layers
-        self._rule = DeviceRule(device)
+        # What comes through shared memory or a socket is held in host memory, of a GPU worker too.
+        self._rule = DeviceRule(device, torch.device("cpu"))
         self._ledger = BufferLedger()
         self.before_processing: Callable[[torch.nn.Module], None] = _nothing
         self.after_processing: Callable[[torch.nn.Module], None] = _nothing

@@ -229,6 +229,9 @@ class Receiver:
                 self._keep_tied()
                 refresh.after_reload(self.model)
                 self._views.restore()
+            if self.device.type != "cpu":
+                # A kernel that has failed says so here, and not after the commit.
+                torch.accelerator.synchronize()
             if self._check is not None:
                 with self._verifying():
                     self._held = self._check.conclude()

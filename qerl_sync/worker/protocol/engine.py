@@ -25,7 +25,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from qerl_sync.errors import SyncError
+from qerl_sync.errors import ConfigError, SyncError
 from qerl_sync.wire import messages as say
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.receiver import Receiver
@@ -96,6 +96,18 @@ class QerlWeightTransferEngine(WeightTransferEngine):
 
     def shutdown(self) -> None:
         self._connection.close()
+
+    @staticmethod
+    def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
+        """Refuse: vLLM before 0.28 asks the worker's class to send, which has no plan.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "the backend qerl does not send by vLLM's trainer_send_weights(); make a SyncSession "
+            "with a RemoteTransport and call its push()"
+        )
 
     def _hello(self) -> say.Hello:
         return hello_of(self._receiver, self.vllm_config, update_open=self._update_open)
