@@ -78,11 +78,18 @@ def tied_layers(model: torch.nn.Module) -> list[str]:
 
 
 def tied_parameters(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """Of each of `tied_layers`, the module that has its parameter first, and the name there."""
+    """Of each of `tied_layers`, the module that has its parameter first, and the name there.
+
+    What no loader fills (a router's correction, which vLLM 0.25 hands to the experts as well) is
+    shared without being packed: the experts are no tied head for that.
+    """
     owners: dict[int, tuple[str, str]] = {}
     tied: dict[str, tuple[str, str]] = {}
     for path, module in model.named_modules():
+        loadable = compat.loadable_tensors(module)
         for name, parameter in module._parameters.items():
-            if parameter is not None and owners.setdefault(id(parameter), (path, name))[0] != path:
+            if name not in loadable or parameter is None:
+                continue
+            if owners.setdefault(id(parameter), (path, name))[0] != path:
                 tied.setdefault(path, owners[id(parameter)])
     return tied
