@@ -21,6 +21,9 @@ Cost = tuple[float, float]
 
 ROOT = Path(__file__).parents[2]
 DTYPE = "bfloat16"
+OLD, NEW = 0, 1  # seeds of the two versions of a model
+# The longer ones fill whole blocks, which vLLM's prefix cache would keep from the old weights.
+PROMPTS = [[(i * 7 + length) % 1000 for i in range(length)] for length in (5, 19, 48, 90)]
 KV_CACHE_BYTES = 64 * 2**20
 
 # Heads, matrices and experts have sizes that Triton's and CUTLASS's kernels take as they are.

@@ -6,6 +6,7 @@ that vLLM captures share a pool and workspaces, so that those of an older engine
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gpu import common
+from gpu.common import NEW, OLD
 
-OLD, NEW = 0, 1
-# The longer ones fill whole blocks, which vLLM's prefix cache would keep from the old weights.
-PROMPTS = [[(i * 7 + length) % 1000 for i in range(length)] for length in (5, 19, 48, 90)]
 MAX_TOKENS = 16
 
 # What the syncs vary, in turn.
@@ -36,6 +35,7 @@ def run(
 ) -> dict[str, Any]:
     """Run one case: syncs that succeed, syncs that are refused, syncs that fail."""
     common.prepare()
+    logging.getLogger("qerl_sync").setLevel(logging.ERROR)  # orders are bad on purpose
     from support.fingerprint import difference
 
     with tempfile.TemporaryDirectory(prefix="qerl-sync-exact-") as directory:
@@ -88,7 +88,9 @@ class Wanted:
 class Proof:
     """An engine, what it should be on either version, and the deviations found so far."""
 
-    def __init__(self, kind: str, mode: str, quantization: str | None, directory: Path) -> None:
+    def __init__(
+        self, kind: str, mode: str, quantization: str | None, directory: Path, **changes: Any
+    ) -> None:
         from support.engines import model_of
         from support.models import save_model
 
@@ -97,7 +99,7 @@ class Proof:
         self.measured: dict[str, Any] = {}
         self.start_seconds: list[float] = []
         self.sync_seconds: list[float] = []
-        self.trainers = {seed: common.model(kind, seed) for seed in (OLD, NEW)}
+        self.trainers = {seed: common.model(kind, seed, **changes) for seed in (OLD, NEW)}
         arguments = common.engine_arguments(mode, quantization)
         self.wanted: dict[int, Wanted] = {}
         self._engines = []  # one that is collected takes the process groups of the other with it
@@ -134,7 +136,7 @@ class Proof:
     def sync(self, version: int, source: Any = None, **options: Any) -> None:
         report = self._push(source or self._source(version), **options)
         self.sync_seconds.append(round(report.seconds["total"], 4))
-        self._is(version)
+        self.hold_against(version)
         measured, predicted = (
             report.peak_buffered_bytes_measured,
             report.peak_buffered_bytes_predicted,
@@ -153,14 +155,18 @@ class Proof:
 
     def refused(self, make_source: Callable[[], Any]) -> None:
         """A source that cannot be right: nothing of the engine is touched."""
-        error = self._fails(make_source())
+        error = self.fails(make_source())
         self.measured[f"{make_source.__name__}: error"] = error
-        self._is(OLD)
+        self.hold_against(OLD)
 
     def poisoned(self) -> None:
+        self.measured["poisoned: error"] = self.fails(self._cut(), policy="warn")
+        self.refuses()
+
+    def refuses(self) -> None:
+        """Half of a sync is never computed with, and the answer does not hang."""
         from qerl_sync import PoisonedError
 
-        self.measured["poisoned: error"] = self._fails(self._cut(), policy="warn")
         start = time.perf_counter()
         try:
             answers(self.engine)
@@ -171,11 +177,11 @@ class Proof:
 
     def rolled_back(self) -> None:
         cut = self._cut(OLD)
-        self.measured["rollback: error"] = self._fails(cut, on_failure="rollback", policy="warn")
-        self._is(NEW)
+        self.measured["rollback: error"] = self.fails(cut, on_failure="rollback", policy="warn")
+        self.hold_against(NEW)
 
     def without_one(self) -> Any:
-        return _altered(self._source(NEW), lacks="model.layers.1.mlp.gate_proj.weight")
+        return altered(self.trainers[NEW], lacks="model.layers.1.self_attn.q_proj.weight")
 
     def with_nan(self) -> Any:
         import copy
@@ -187,7 +193,7 @@ class Proof:
         return HFSource(spoiled)
 
     def _cut(self, version: int = NEW) -> Any:
-        return _altered(self._source(version), raises_at=0.5)
+        return altered(self.trainers[version], raises_after=20)
 
     def _source(self, version: int) -> Any:
         from qerl_sync import HFSource
@@ -201,7 +207,7 @@ class Proof:
         with SyncSession(source, transport, SyncConfig.of(**options)) as session:
             return session.push(step=1)
 
-    def _fails(self, source: Any, **options: Any) -> str:
+    def fails(self, source: Any, **options: Any) -> str:
         """Push what must fail, and return the error."""
         from qerl_sync import SyncError
 
@@ -212,7 +218,7 @@ class Proof:
         self.deviations.append("the sync succeeded")
         return ""
 
-    def _is(self, version: int) -> None:
+    def hold_against(self, version: int) -> None:
         """Hold the engine against a fresh one of that version."""
         from support.fingerprint import difference, fingerprint
 
@@ -231,7 +237,7 @@ def answers(engine: Any) -> list[Any]:
     asked = SamplingParams(
         temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True, detokenize=False, logprobs=5
     )
-    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    prompts = [{"prompt_token_ids": prompt} for prompt in common.PROMPTS]
     return [
         [
             list(output.outputs[0].token_ids),
@@ -248,24 +254,38 @@ def pointers(model: Any) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in {**parameters, **buffers}.items()}
 
 
-def _altered(source: Any, lacks: str = "", raises_at: float = 1.0) -> Any:
-    """Return a source that yields what `source` does, but for one tensor, or up to a share."""
+def altered(
+    model: Any,
+    *,
+    lacks: str = "",
+    raises_after: int | None = None,
+    calls: tuple[int, Callable[[], None]] | None = None,
+) -> Any:
+    """Return a source of the model that goes wrong.
+
+    Args:
+        lacks: the name of a tensor that it does not have.
+        raises_after: how many tensors it yields before it raises.
+        calls: how many tensors it yields before it calls something, once.
+    """
     from qerl_sync import HFSource
 
     class Altered(HFSource):
+        yielded = 0
+
         def metadata(self) -> list[Any]:
-            metas = super().metadata()
-            left = [meta for meta in metas if meta.name != lacks]
-            # A kind that has no such tensor (experts) lacks its last one.
-            return left if len(left) < len(metas) or not lacks else metas[:-1]
+            return [meta for meta in super().metadata() if meta.name != lacks]
 
         def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-            for i, item in enumerate(super().materialize(names)):
-                if i >= raises_at * len(names):
+            for item in super().materialize(names):
+                if self.yielded == raises_after:
                     raise ConnectionResetError("the source is gone")
+                if calls is not None and self.yielded == calls[0]:
+                    calls[1]()
+                self.yielded += 1
                 yield item
 
-    return Altered(source._model)
+    return Altered(model)
 
 
 def _cases() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
