@@ -6,6 +6,7 @@ The fresh engine is started first, asked, and shut down.
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ def run(
             "asked_transport": transport,
             "transports": sorted(set(transports)),
             "answers_compared": engine.deterministic,
+            "start_seconds": engine.start_seconds,
             "syncs": len(seconds),
             "sync_seconds": seconds,
             "deviations": errors + deviations,
@@ -69,8 +71,10 @@ def started(name: str, trainers: dict[int, Any], directory: Path, arguments: dic
     from support import remote
     from support.models import save_model
 
+    start = time.monotonic()
     fresh_path = save_model(trainers[NEW], directory / "fresh")
     held, answers, deterministic = _fresh(fresh_path, arguments)
+    fresh_seconds = round(time.monotonic() - start, 1)
 
     class Engine(remote.ENGINES[name][0]):  # type: ignore[misc]
         prompts = common.PROMPTS
@@ -81,6 +85,7 @@ def started(name: str, trainers: dict[int, Any], directory: Path, arguments: dic
     engine = Engine(trainers, directory, **arguments)
     engine.generations[NEW] = answers
     engine.deterministic = deterministic
+    engine.start_seconds = [fresh_seconds, round(time.monotonic() - start - fresh_seconds, 1)]
     return engine
 
 
@@ -89,8 +94,9 @@ def differences(engine: Any, version: int) -> list[str]:
     a second time, prefixes would come out of the cache, computed in other shapes."""
     wrong = engine.wrong_weights(version)
     found = [f"{len(wrong)} tensors are not a fresh engine's: {wrong[:5]}"] if wrong else []
-    if not engine.generates_as(version) and engine.deterministic:
-        found.append("it answers otherwise than a fresh engine")
+    gap = common.gap(engine.generate(), engine.generations[version])
+    if gap > 0 and engine.deterministic:
+        found.append(f"it answers otherwise than a fresh engine, by {gap:.3g}")
     return found
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,19 @@ def engine_arguments(mode: str, quantization: str | None = None, **more: Any) ->
     else:
         arguments["num_gpu_blocks_override"] = 64
     return {**arguments, **more}
+
+
+def gap(one: Any, other: Any) -> float:
+    """Return the largest difference of two numbers at the same place of two nested lists; infinite
+    where the nests differ, as where tokens do. It tells rounding from weights."""
+    if isinstance(one, dict):
+        return gap(list(one.items()), list(other.items()))
+    if isinstance(one, list | tuple):
+        pairs = zip(one, other, strict=False)
+        return max((gap(a, b) for a, b in pairs), default=0.0) if len(one) == len(other) else inf
+    if isinstance(one, float) and isfinite(one - other):
+        return abs(one - other)
+    return 0.0 if one == other else inf
 
 
 def prepare() -> None:

@@ -110,6 +110,8 @@ class Proof:
         self.engine = self._engines[-1]
         self.model = model_of(self.engine)
         self._pointers = pointers(self.model)
+        self._replays = replays_counted()
+        self._replays_graphs = common.device() == "cuda" and mode != "eager"
         if not all(one.deterministic for one in self.wanted.values()):
             # Then answers are no witness of anything; weights still are.
             self.measured["answers_compared"] = False
@@ -226,8 +228,14 @@ class Proof:
         wrong = difference(fingerprint(self.model), wanted.weights)
         if wrong:
             self.deviations.append(f"{len(wrong)} tensors are not a fresh engine's: {wrong[:5]}")
-        if self.compares_answers and answers(self.engine) != wanted.answers:
-            self.deviations.append("it answers otherwise than a fresh engine")
+        before = self._replays[0]
+        answered = answers(self.engine)
+        if answered != wanted.answers and self.compares_answers:
+            gap = common.gap(answered, wanted.answers)
+            self.deviations.append(f"it answers otherwise than a fresh engine, by {gap:.3g}")
+        self.measured["graph_replays_of_an_answer"] = self._replays[0] - before
+        if self._replays_graphs and self._replays[0] == before:
+            self.deviations.append("no graph was replayed: nothing is shown of graphs")
 
 
 def answers(engine: Any) -> list[Any]:
@@ -245,6 +253,20 @@ def answers(engine: Any) -> list[Any]:
         ]
         for output in engine.generate(prompts, asked, use_tqdm=False)
     ]
+
+
+def replays_counted() -> list[int]:
+    """Return a list whose one number counts, from here on, the replays of CUDA graphs."""
+    import torch
+
+    count, replay = [0], torch.cuda.CUDAGraph.replay
+
+    def counted(graph: Any) -> None:
+        count[0] += 1
+        replay(graph)
+
+    torch.cuda.CUDAGraph.replay = counted  # type: ignore[method-assign]
+    return count
 
 
 def pointers(model: Any) -> dict[str, int]:
