@@ -164,19 +164,25 @@ def out_of_memory(mode: str, on_failure: str) -> dict[str, Any]:
 
 
 def _refusal(server: Any) -> dict[str, Any]:
-    """Ask until the server has noticed that its trainer is gone; requests wait until then."""
+    """Return how the server refuses a request, once it has noticed that its trainer is gone. One
+    that comes sooner waits in the paused engine."""
     import requests
     from support.remote import completion_request
 
-    start = time.monotonic()
+    url, start = server.process.url, time.monotonic()
+    while (
+        requests.get(f"{url}/qerl_sync/ready", timeout=REFUSED_SECONDS).status_code == 200
+        and time.monotonic() - start < REFUSED_SECONDS
+    ):
+        time.sleep(0.1)
+    noticed = time.monotonic()
     body = completion_request(str(server.paths[OLD]), common.PROMPTS[0], 4)
-    answer = requests.post(
-        f"{server.process.url}/v1/completions", json=body, timeout=REFUSED_SECONDS
-    )
+    answer = requests.post(f"{url}/v1/completions", json=body, timeout=REFUSED_SECONDS)
     return {
         "status": answer.status_code,
         "text": answer.text[:300],
-        "seconds": round(time.monotonic() - start, 3),
+        "noticed_after_seconds": round(noticed - start, 3),
+        "refused_after_seconds": round(time.monotonic() - noticed, 3),
     }
 
 

@@ -40,7 +40,7 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from model.named_buffers(remove_duplicate=False)
     for path, module in model.named_modules():
         own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
-        yield from _held(own, path, depth=6, seen=set())
+        yield from _held(own, path, depth=10, seen=set())
 
 
 # Parameters and buffers are yielded by name. What lies in caches is computed, not loaded.
