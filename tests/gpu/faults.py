@@ -40,12 +40,14 @@ def killed(name: str, transport: str) -> dict[str, Any]:
                 device=common.device(),
             )
             trainer.run()
-            if trainer.fired_at is None or trainer.error is not None:
-                found.append(f"the trainer was not killed in its sync: {trainer.error}")
-            elif trainer.freed_at is None:
+            if trainer.error is not None:
+                found.append(
+                    f"the trainer was not killed in its sync: {trainer.error or 'it ended'}"
+                )
+            if trainer.freed_at is None or trainer.ended_at is None:
                 found.append("the worker did not come out of the sync")
             else:
-                facts["freed_after_seconds"] = round(trainer.freed_at - trainer.fired_at, 3)
+                facts["freed_after_seconds"] = round(trainer.freed_at - trainer.ended_at, 3)
             state = engine.rpc("sync_state")
             facts["state"] = state
             if not all(rank["poisoned"] for rank in state):
