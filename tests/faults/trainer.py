@@ -31,6 +31,10 @@ SIGNALS = {"kill": signal.SIGKILL, "orphan": signal.SIGKILL, "stop": signal.SIGS
 class TrainerProcess:
     """Runs one sync there.
 
+    Args:
+        transport: as `sync.transport`.
+        device: where the trainer's tensors are.
+
     Attributes:
         fired_at, ended_at: `time.monotonic()` of its fault and of its end.
         freed_at: when the engine came out of the call that was open then.
@@ -44,11 +48,20 @@ class TrainerProcess:
     error: str | None = None
     children: tuple[int, ...] = ()
 
-    def __init__(self, client: Any, checkpoint: Path, phase: str, action: str) -> None:
+    def __init__(
+        self,
+        client: Any,
+        checkpoint: Path,
+        phase: str,
+        action: str,
+        *,
+        transport: str = "shm",
+        device: str = "cpu",
+    ) -> None:
         self._client, self._action = client, action
         self._pipe, there = Pipe()
         with there:
-            given = (str(there.fileno()), str(checkpoint), phase, action)
+            given = (str(there.fileno()), str(checkpoint), phase, action, transport, device)
             command = [sys.executable, "-m", __name__, *given]
             self._process = subprocess.Popen(command, pass_fds=[there.fileno()])
         self.pid = self._process.pid
@@ -135,7 +148,9 @@ class _PipeClient(EngineClient):
         return result
 
 
-def main(pipe: Connection, checkpoint: str, phase: str, action: str) -> None:
+def main(
+    pipe: Connection, checkpoint: str, phase: str, action: str, transport: str, device: str
+) -> None:
     from support.models import checkpoint_tensors
 
     from faults.engines import TIMEOUT_SECONDS
@@ -153,12 +168,14 @@ def main(pipe: Connection, checkpoint: str, phase: str, action: str) -> None:
         pipe.send(("fired", time.monotonic()))
         os.kill(os.getpid(), SIGNALS[action])
 
-    transport = PhasedRemote(_PipeClient(pipe), transport="shm", timeout_seconds=TIMEOUT_SECONDS)
-    transport.trigger = Trigger(phase, act)
-    source = FaultySource(checkpoint_tensors(Path(checkpoint)), transport.trigger)
+    client = _PipeClient(pipe)
+    phased = PhasedRemote(client, transport=transport, timeout_seconds=TIMEOUT_SECONDS)
+    phased.trigger = Trigger(phase, act)
+    tensors = {n: t.to(device) for n, t in checkpoint_tensors(Path(checkpoint)).items()}
+    source = FaultySource(tensors, phased.trigger)
     config = SyncConfig.of(chunk_bytes="64KiB", timeout_seconds=TIMEOUT_SECONDS)
     try:
-        with SyncSession(source, transport, config) as session:
+        with SyncSession(source, phased, config) as session:
             session.push()
     except Exception as exc:
         pipe.send(("error", f"{type(exc).__name__}: {exc}"))

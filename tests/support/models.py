@@ -57,12 +57,18 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
 
 def make_model(kind: str, seed: int) -> Any:
     """An fp32 `PreTrainedModel` on CPU; its weights are a function of the seed."""
+    return random_model(CONFIGS[kind](), seed)
+
+
+def random_model(config: Any, seed: int, dtype: str = "float32") -> Any:
+    """Return a `PreTrainedModel` on CPU, no two of whose tensors are alike in two seeds."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    config = CONFIGS[kind]()
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, dtype)
+    ).eval()
     with torch.no_grad():  # transformers starts biases at zero and norms at one: tell seeds apart
         saved = model.state_dict(keep_vars=True)
         for tensor in {id(tensor): tensor for tensor in saved.values()}.values():

@@ -42,8 +42,7 @@ class RemoteEngine(ABC):
         arguments: more engine arguments.
 
     Attributes:
-        weights: what a fresh engine of that version holds, for each rank. It is loaded beside the
-            engine's own model, by the same worker.
+        weights: what a fresh engine of that version holds, for each rank.
         generations: what a fresh engine of that version says: this one when it started, and one
             that whoever made this adds for the new version.
     """
@@ -59,10 +58,14 @@ class RemoteEngine(ABC):
             seed: save_model(model, directory / str(seed)) for seed, model in self.trainers.items()
         }
         self.start(self.paths[OLD])
-        self.weights = {seed: self.rpc("fresh_weights", str(p)) for seed, p in self.paths.items()}
+        self.weights = self.fresh_weights()
         assert self.wrong_weights(OLD) == [], "two fresh engines hold different weights"
         assert self.wrong_weights(NEW) != [], "both versions are the same"
         self.generations: dict[int, list[Generation]] = {OLD: self.generate()}
+
+    def fresh_weights(self) -> dict[int, list[dict[str, str]]]:
+        """Load each version beside the engine's own model, by the same worker."""
+        return {seed: self.rpc("fresh_weights", str(p)) for seed, p in self.paths.items()}
 
     @abstractmethod
     def start(self, path: Path) -> None: ...

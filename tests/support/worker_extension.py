@@ -117,7 +117,8 @@ class WorkerExtension:
 
     def _receiver(self) -> Receiver:
         model = self.model_runner.model
-        return Receiver(compat.EngineParts(model, self.vllm_config, torch.device("cpu")))
+        device = torch.device(self.model_runner.device)
+        return Receiver(compat.EngineParts(model, self.vllm_config, device))
 
     def _attention(self) -> Any:
         return self.model_runner.model.model.layers[0].self_attn
