@@ -35,12 +35,12 @@ class _Handle(ctypes.Structure):
     _fields_ = (("reserved", ctypes.c_ubyte * HANDLE_BYTES),)
 
 
-def source_device(device: torch.device | None) -> torch.device:
-    """Return the device on which a trainer makes its slots.
+def concrete_device(device: torch.device | None) -> torch.device:
+    """Return the device with its index, which "cuda" leaves to the thread.
 
     Args:
-        device: where its tensors lie; None: not known, which is taken to be the current CUDA
-            device of a process that has used one.
+        device: None: not known, which is taken to be the current CUDA device of a process that has
+            used one.
     """
     if device is None:
         used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]

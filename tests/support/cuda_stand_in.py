@@ -43,7 +43,7 @@ class CudaStandIn:
     def install(self, setattr: Any = setattr) -> None:
         """Replace the functions of `cuda_memory`, by pytest's `monkeypatch.setattr` or for good."""
         for name in (
-            "source_device",
+            "concrete_device",
             "device_uuid",
             "synchronize",
             "synchronize_stream",
@@ -56,7 +56,7 @@ class CudaStandIn:
         ):
             setattr(cuda_memory, name, getattr(self, name))
 
-    def source_device(self, device: torch.device | None) -> torch.device:
+    def concrete_device(self, device: torch.device | None) -> torch.device:
         return torch.device("cpu")
 
     def device_uuid(self, device: torch.device) -> str:

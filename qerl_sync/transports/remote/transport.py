@@ -458,7 +458,7 @@ class RemoteTransport(Transport):
         endpoints = self._endpoints or [self._listener.endpoint]
         if len(endpoints) == 1:  # of several ranks, workers may have come to this one before
             self._listener.reject()
-        self.slot_device = cuda_memory.source_device(self.source_device)
+        self.slot_device = cuda_memory.concrete_device(self.source_device)
         call = self._control.ask_to_connect(
             {
                 "endpoints": endpoints,

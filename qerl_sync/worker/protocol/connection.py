@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qerl_sync.errors import AgreementError, EngineTakenError, SyncError, TransportError
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.channel import (
     TOKEN_VARIABLE,
@@ -204,6 +205,7 @@ def _chunk_receiver(
 ) -> tuple[ChunkReceiver, dict[str, Any]]:
     if proposal.transport == "cuda_ipc":
         probe = say.Segment.model_validate(proposal.options["probe"])
+        device = cuda_memory.concrete_device(device)  # the thread of the inbox has another current
         # Nothing refers to it when the answer leaves: the trainer frees the probe then.
         read = AttachedDeviceSegment(probe.handle, probe.nbytes, device).read(0, probe.nbytes)
         return CudaIpcReceiver(device), {"probe": read.hex()}
