@@ -499,7 +499,8 @@ class RemoteTransport(Transport):
             authenticated=self._shared_token,
             store=None if self._client is None else self._client.store,
             no_room=self._no_room,
-            device=self.slot_device,
+            # Of several trainer ranks each has a GPU of its own, and none can fall back alone.
+            device=self.slot_device if self.can_fall_back or self._wanted == "cuda_ipc" else None,
         )
         choose_transport(peer, ways, host_id())
         logger.info("%s: %s (%s)", peer.name, peer.kind, peer.reason)
