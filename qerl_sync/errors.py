@@ -169,10 +169,12 @@ class NoRoomError(TransportError):
 
     Attributes:
         needed_bytes, free_bytes: of it.
+        transport: for which one: `shm` (/dev/shm) or `cuda_ipc` (the GPU).
     """
 
     needed_bytes: int = 0
     free_bytes: int = 0
+    transport: str = "shm"
 
 
 class StaleCacheError(SyncError):

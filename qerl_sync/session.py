@@ -242,6 +242,7 @@ class SyncSession:
     def _agree(self) -> tuple[SyncPlan, LayerMap]:
         """The plan for what the source has now: the last one, unless names or shapes changed."""
         given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
+        self._transport.source_device = self._source.device
         metas = self._order(given)
         if self.plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(

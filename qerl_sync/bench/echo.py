@@ -24,8 +24,11 @@ from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
+
+CPU = torch.device("cpu")
 
 
 class EchoLoader:
@@ -77,17 +80,24 @@ class EchoLoader:
 
 
 def checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 class EchoWorker:
     """Start the echo worker's process and act as its EngineClient. Leaving the context ends the
     process.
+
+    Args:
+        device: that the worker says it is on.
+        module: what the process runs.
     """
+
+    def __init__(self, device: str = "cpu", module: str = "qerl_sync.bench.echo") -> None:
+        self._command = [sys.executable, "-m", module, device]
 
     def __enter__(self) -> Self:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "qerl_sync.bench.echo"],
+            self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -125,6 +135,10 @@ class EchoWorker:
         """Return the checksums of the last sync's tensors."""
         return dict(self._call("checksums", None))
 
+    def kill(self) -> None:
+        """End the process as the kernel would when memory is short."""
+        self._process.kill()
+
     def _call(self, method: str, argument: object) -> Any:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -138,11 +152,10 @@ class EchoWorker:
         return result
 
 
-def main() -> None:
+def main(loader: EchoLoader, device: torch.device) -> None:
     from qerl_sync.worker.protocol.connection import TrainerConnection
 
-    loader = EchoLoader()
-    connection = TrainerConnection(loader, torch.device("cpu"), hello)
+    connection = TrainerConnection(loader, device, lambda: hello(device))
 
     def check(wanted: bool) -> None:
         loader.check = wanted
@@ -162,7 +175,7 @@ def main() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def hello() -> say.Hello:
+def hello(device: torch.device = CPU) -> say.Hello:
     from qerl_sync import __version__
 
     return say.Hello(
@@ -177,6 +190,7 @@ def hello() -> say.Hello:
         quantization=None,
         host=host_id(),
         pid=os.getpid(),
+        device_uuid=cuda_memory.device_uuid(device),
         version=0,
         poisoned=None,
         update_open=False,
@@ -184,4 +198,4 @@ def hello() -> say.Hello:
 
 
 if __name__ == "__main__":
-    main()
+    main(EchoLoader(), torch.device(sys.argv[1]))

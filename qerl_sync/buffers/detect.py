@@ -19,16 +19,17 @@ class DeviceRule:
     """Decide whether a tensor occupies memory of the worker.
 
     Meta tensors never do. vLLM's rule (`has_device_tensors` in its reload/utils.py) also excludes
-    host memory, so a CPU worker always counts zero bytes. This rule counts the devices that it is
-    given as well, whichever they are.
+    host memory, so a CPU worker always counts zero bytes. This rule counts the worker's own device,
+    whichever it is.
 
     Args:
-        devices: the device that the model lives on, and others whose memory counts; none gives
-            vLLM's rule.
+        worker_device: the device that the model lives on; None gives vLLM's rule.
     """
 
-    def __init__(self, *devices: torch.device) -> None:
-        self._not_counted = {"meta", "cpu"} - {device.type for device in devices}
+    def __init__(self, worker_device: torch.device | None = None) -> None:
+        self._not_counted = {"meta", "cpu"}
+        if worker_device is not None:
+            self._not_counted.discard(worker_device.type)
 
     def counts(self, value: object) -> bool:
         return isinstance(value, torch.Tensor) and value.device.type not in self._not_counted

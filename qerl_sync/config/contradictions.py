@@ -89,7 +89,7 @@ def _changed(tree: Mapping[str, Any], section: str, defaults: Mapping[str, Any])
 
 def _of_transport(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
     transport = value_at(tree, "sync.transport")
-    if mode == "colocate" and transport in ("shm", "tcp"):
+    if mode == "colocate" and transport in ("cuda_ipc", "shm", "tcp"):
         yield Violation(
             "sync.transport",
             f"{transport!r} is for workers in other processes, and with `rollout.mode: colocate` "

@@ -174,13 +174,16 @@ class SyncConfig(Section):
     of in memory. It must exist and belong to the user whom the workers run as (or be like /tmp).
     The files have no names, so that nothing is left behind, however a worker ends."""
 
-    transport: Literal["auto", "inproc", "shm", "tcp", "ray"] = "auto"
-    """How chunks reach vLLM workers in other processes. `shm`: shared memory, same host only;
-    `tcp`: the connection that each worker has to the trainer, any host; `ray`: Ray's object store,
-    for engines in Ray actors; `auto`: shared memory where a worker can open the trainer's and
-    /dev/shm has room for the chunks in flight (Docker gives it 64 MB), elsewhere Ray's object store
-    in Ray actors and TCP for the rest; the report says which and why. An engine in the trainer's
-    own process (`rollout.mode: colocate`) gets tensors by reference, `inproc`."""
+    transport: Literal["auto", "inproc", "cuda_ipc", "shm", "tcp", "ray"] = "auto"
+    """How chunks reach vLLM workers in other processes. `cuda_ipc`: memory of the GPU that trainer
+    and worker are both on, `chunks_in_flight` chunks of it during a sync, which are the trainer's
+    (not run on a GPU yet); `shm`: shared memory, same host only; `tcp`: the connection that each
+    worker has to the trainer, any host; `ray`: Ray's object store, for engines in Ray actors;
+    `auto`: memory of the GPU where a worker is on the one that the trainer's tensors are on and can
+    map it, else shared memory where a worker can open the trainer's and /dev/shm has room for the
+    chunks in flight (Docker gives it 64 MB), elsewhere Ray's object store in Ray actors and TCP for
+    the rest; the report says which and why. An engine in the trainer's own process
+    (`rollout.mode: colocate`) gets tensors by reference, `inproc`."""
 
     chunks_in_flight: PositiveInt = 2
     """How many chunks may be on their way or being loaded at once. Two overlap gathering and

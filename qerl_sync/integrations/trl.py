@@ -112,7 +112,7 @@ class WeightSyncCallback(TrainerCallback):
         Raises:
             CompatError: the installed TRL does not do these things where this expects them.
         """
-        if in_own_process or self.config.transport in ("shm", "tcp"):
+        if in_own_process or self.config.transport in ("cuda_ipc", "shm", "tcp"):
             arguments = {"weight_transfer_config": {"backend": BACKEND}, **arguments}
         place = own_process() if in_own_process else without_nccl()
         with place, engine_arguments(**arguments):

@@ -56,6 +56,11 @@ class Source(ABC):
         """
         return None
 
+    @property
+    def device(self) -> torch.device | None:
+        """The device that `materialize` yields tensors of; None: not known."""
+        return None
+
     def storages(self) -> Mapping[str, Storage]:
         """Return the memory behind each tensor that `materialize` will yield, where it is known."""
         return {}

@@ -81,6 +81,10 @@ class HFSource(Source):
             self._layout = layout
         return [meta for group in self._groups for meta in group.outputs]
 
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self._parameters.values())).device
+
     def storages(self) -> Mapping[str, Storage]:
         found = {}
         for group in self._groups:

@@ -136,11 +136,13 @@ class Transport(ABC):
         by_reference: workers get the source's own memory, so that the source's storages are theirs.
         chunk_bytes: upper bound of a chunk where the user has set none; None: one chunk.
         busy_cores: CPUs of this machine that its workers are bound to, and load with.
+        source_device: where the source's tensors lie; None: not known. The session sets it.
     """
 
     by_reference = False
     chunk_bytes: int | None = 64 << 20
     busy_cores: Collection[int] = ()
+    source_device: torch.device | None = None
 
     @property
     def connected(self) -> bool:

@@ -40,7 +40,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.options import FiniteCheck, OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 6
+PROTOCOL = 7
 
 
 class _Message(BaseModel):
@@ -103,6 +103,8 @@ class Hello(_Message):
     pid: int
     cores: list[int] = []
     """CPUs of `host` that the worker's thread is on, where it computes on them; else none."""
+    device_uuid: str = ""
+    """Of the GPU that the worker's weights are on; empty if they are elsewhere."""
     version: int
     """The weight version last committed here; 0 if none."""
     poisoned: str | None
@@ -132,15 +134,17 @@ class Hello(_Message):
 
 
 class Segment(_Message):
-    """A piece of POSIX shared memory, by its name under /dev/shm."""
+    """A piece of shared memory: of the host's, by its name under /dev/shm, or of a GPU's."""
 
     name: str
     nbytes: Annotated[int, Field(gt=0)]
+    handle: Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")] = ""
+    """CUDA's for memory of a GPU, in hexadecimal digits; `name` is its own alone then."""
 
 
 class Welcome(_Message):
     type: Literal["welcome"] = "welcome"
-    transport: Literal["shm", "tcp", "ray", "nccl", "ipc"]
+    transport: Literal["cuda_ipc", "shm", "tcp", "ray", "nccl", "ipc"]
     timeout_seconds: float
     options: dict[str, Any] = {}
     """What the transport needs to begin: a probe segment, whether payloads are sealed."""

@@ -12,6 +12,7 @@ import torch
 
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.receiver import Receiver
+from support.cuda_stand_in import CudaStandIn
 from support.fingerprint import fingerprint
 
 NAME = f"{__name__}.WorkerExtension"
@@ -95,6 +96,10 @@ class WorkerExtension:
         os.environ[name] = value
         if not value:
             del os.environ[name]
+
+    def use_cuda_stand_in(self, uuid: str) -> None:
+        """Let this worker take its host memory for that of the GPU `uuid`; "": for none."""
+        CudaStandIn(uuid).install()
 
     def lose_view(self) -> None:
         """Give an attention a buffer that was a view of a norm's weight until that moved, as if the

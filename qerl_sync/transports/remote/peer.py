@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -20,8 +21,10 @@ from qerl_sync.errors import (
 )
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.transports.remote.sender import ChunkSender
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.channel import Channel
+from qerl_sync.wire.device_segments import DeviceSegment
 from qerl_sync.wire.segments import SharedSegment
 
 if TYPE_CHECKING:
@@ -35,6 +38,14 @@ M = TypeVar("M")
 PING_SECONDS = 10.0
 
 
+# Random, so that a worker that sees other memory cannot have them by chance.
+PROBE_BYTES = 32
+
+
+def _nonce() -> torch.Tensor:
+    return torch.frombuffer(bytearray(secrets.token_bytes(PROBE_BYTES)), dtype=torch.uint8)
+
+
 def _nothing() -> None:
     pass
 
@@ -43,7 +54,7 @@ class Peer:
     """A connection, what the worker said of itself, and how bytes get to it.
 
     Attributes:
-        kind: shm, tcp or ray, once a transport is open, and `reason`, why so.
+        kind: cuda_ipc, shm, tcp or ray, once a transport is open, and `reason`, why so.
         layer_map: where this rank's tensors land, once it was asked.
         plan_digest: of the plan that it took last.
     """
@@ -177,17 +188,35 @@ class Peer:
 
     def open_shm(self) -> None:
         """Show the worker a piece of shared memory; it must read back what is in it."""
-        probe = SharedSegment(32)
+        probe = SharedSegment(PROBE_BYTES)
         try:
-            nonce = secrets.token_bytes(32)
-            probe.bytes.copy_(torch.frombuffer(bytearray(nonce), dtype=torch.uint8))
+            nonce = _nonce()
+            probe.bytes.copy_(nonce)
             announced = say.Segment(name=probe.name, nbytes=probe.nbytes)
-            ready = self._propose("shm", {"probe": announced.model_dump()})
-            if ready.options.get("probe") != nonce.hex():
-                raise AgreementError(f"{self.name} sees another /dev/shm than the trainer")
+            self._prove("shm", announced, nonce, "another /dev/shm")
         finally:
             probe.close()
-        self.kind = "shm"
+
+    def open_cuda_ipc(self, device: torch.device) -> None:
+        """Do the same with memory of the GPU that both are on."""
+        try:
+            probe = DeviceSegment(PROBE_BYTES, device)
+            try:
+                nonce = _nonce()
+                probe.tensor(0, (PROBE_BYTES,), torch.uint8).copy_(nonce)
+                cuda_memory.synchronize_stream(device)
+                announced = say.Segment(name=probe.name, nbytes=probe.nbytes, handle=probe.handle)
+                self._prove("cuda_ipc", announced, nonce, f"other memory of {device}")
+            finally:
+                probe.close()
+        except RuntimeError as exc:  # torch's
+            raise TransportError(f"torch cannot use shared memory of {device}: {exc}") from exc
+
+    def _prove(self, kind: str, probe: say.Segment, nonce: torch.Tensor, other: str) -> None:
+        ready = self._propose(kind, {"probe": probe.model_dump()})
+        if ready.options.get("probe") != bytes(nonce.numpy()).hex():
+            raise AgreementError(f"{self.name} sees {other} than the trainer")
+        self.kind = kind
 
     def open_tcp(self, *, sealed: bool) -> None:
         """Send chunks behind their messages. `sealed`: with authentication tags."""
@@ -237,20 +266,23 @@ class Ways:
         authenticated: trainer and workers share a token that never travelled, so that tags mean
             something.
         store: the object store of the peer's engine; None: it has none.
-        no_room: why slots do not fit into shared memory; empty where they do, or were not tried.
+        no_room: why slots do not fit into a kind of shared memory, where that was tried.
+        device: where the trainer's tensors lie; None: not known.
     """
 
     wanted: str
     authenticated: bool
     store: ObjectStore | None = None
-    no_room: str = ""
+    no_room: Mapping[str, str] = field(default_factory=dict)
+    device: torch.device | None = None
 
 
 def choose_transport(peer: Peer, ways: Ways, own_host: str) -> None:
     """Open `wanted`, or with "auto" the best that works; the peer remembers which and why.
 
-    Shared memory is tried where the worker says that it runs under the same kernel. It may fail
-    there too (containers with a /dev/shm of their own): what follows is as for another host.
+    Shared memory is tried where the worker says that it runs under the same kernel, and memory of a
+    GPU where it says that it is on the trainer's. It may fail there too (containers with a /dev/shm
+    of their own): what follows is as for another host.
 
     Raises:
         SyncError: the transport that was asked for does not work, with the reason.
@@ -267,19 +299,41 @@ def choose_transport(peer: Peer, ways: Ways, own_host: str) -> None:
             peer.open_store(ways.store)
         elif ways.wanted == "tcp":
             peer.open_tcp(sealed=sealed)
+        elif ways.wanted == "cuda_ipc":
+            if apart := _no_common_gpu(peer.hello, ways.device, own_host):
+                raise AgreementError(
+                    f"sync.transport: cuda_ipc needs {peer.name} in a process of its own on the "
+                    f"GPU that the trainer's tensors are on, and {apart}; choose auto"
+                )
+            assert ways.device is not None
+            peer.open_cuda_ipc(ways.device)
         else:
             peer.open_shm()
         peer.reason = "sync.transport says so"
         return
-    reason = ways.no_room if here else "the worker is on another host"
+    on_gpu = ""
+    if ways.device is not None and cuda_memory.device_uuid(ways.device):
+        on_gpu = _no_common_gpu(peer.hello, ways.device, own_host)
+        on_gpu = on_gpu or ways.no_room.get("cuda_ipc", "")
+        if not on_gpu:
+            try:
+                peer.open_cuda_ipc(ways.device)
+            except SyncError as exc:
+                on_gpu = str(exc)
+            else:
+                peer.reason = "the worker can map the trainer's memory of the GPU that both are on"
+                return
+        on_gpu = f"; not cuda_ipc: {on_gpu}"
+    reason = ways.no_room.get("shm", "") if here else "the worker is on another host"
     if here and not reason:
         try:
             peer.open_shm()
         except SyncError as exc:
             reason = f"shared memory does not work: {exc}"
         else:
-            peer.reason = "the worker can open the trainer's shared memory"
+            peer.reason = f"the worker can open the trainer's shared memory{on_gpu}"
             return
+    reason += on_gpu
     if ways.store is not None:
         try:
             peer.open_store(ways.store)
@@ -290,3 +344,19 @@ def choose_transport(peer: Peer, ways: Ways, own_host: str) -> None:
             return
     peer.open_tcp(sealed=sealed)
     peer.reason = reason
+
+
+def _no_common_gpu(worker: say.Hello, device: torch.device | None, own_host: str) -> str:
+    """Return why the worker cannot map the trainer's memory of a GPU; empty if it may."""
+    own = "" if device is None else cuda_memory.device_uuid(device)
+    if not own:
+        return f"those are on {device}"
+    if worker.host != own_host:
+        return "the worker is on another host"
+    if not worker.device_uuid:
+        return "the worker is on no CUDA device"
+    if worker.device_uuid != own:
+        return f"the worker is on the GPU {worker.device_uuid}, the trainer on {own}"
+    if worker.pid == os.getpid():
+        return "the worker is in the trainer's own process"  # CUDA refuses what is its own
+    return ""

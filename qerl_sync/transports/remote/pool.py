@@ -244,14 +244,7 @@ class PoolTransport(Transport):
             )
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
         self._require_some(self._ready)
-        try:
-            staging = self._staging_for(plan, self._ready)
-        except NoRoomError as exc:
-            sharing = [member for member in self._ready if "shm" in member.transport.kinds]
-            if not all(member.transport.can_do_without_shm for member in sharing):
-                raise
-            self._each(sharing, partial(_do_without_shm, reason=exc))
-            staging = self._staging_for(plan, self._ready)
+        staging = self._staging_with_room(plan)
         ready = self._ready
 
         def start(member: Member) -> None:
@@ -352,6 +345,7 @@ class PoolTransport(Transport):
 
     def _those_up(self) -> list[Member]:
         for name, member in list(self._members.items()):
+            member.transport.source_device = self.source_device
             if not member.ready and member.idle and member.address != self._address():
                 member.transport.close()
                 self._members[name] = self._member(name, member.client, member.is_up)
@@ -398,12 +392,24 @@ class PoolTransport(Transport):
         self._require_alike([member])
         member.ready = True
 
+    def _staging_with_room(self, plan: SyncPlan) -> Staging:
+        try:
+            return self._staging_for(plan, self._ready)
+        except NoRoomError as exc:
+            sharing = [m for m in self._ready if exc.transport in m.transport.kinds]
+            if not all(member.transport.can_fall_back for member in sharing):
+                raise
+            self._each(sharing, partial(_fall_back, reason=exc))
+            return self._staging_with_room(plan)  # where a GPU has no room, /dev/shm may have
+
     def _staging_for(self, plan: SyncPlan, members: Sequence[Member]) -> Staging:
         kinds = {kind for member in members for kind in member.transport.kinds}
         if self._staging is None or kinds != self._staging_kinds:
             if self._staging is not None:
                 self._staging.close()
-            self._staging = Staging(kinds)
+            on_gpu = (m.transport for m in members if "cuda_ipc" in m.transport.kinds)
+            devices = [transport.slot_device for transport in on_gpu]  # the trainer's: all the same
+            self._staging = Staging(kinds, devices[0] if devices else None)
             self._staging_kinds = kinds
         slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
         peers = [peer for member in members for peer in member.transport.peers]
@@ -457,8 +463,8 @@ class PoolTransport(Transport):
         raise TransportError(f"no engine of the pool is left ({reasons or 'it has none'})")
 
 
-def _do_without_shm(member: Member, reason: NoRoomError) -> None:
-    member.transport.do_without_shm(reason)
+def _fall_back(member: Member, reason: NoRoomError) -> None:
+    member.transport.fall_back(reason)
 
 
 def _is_its_own(error: BaseException, own: tuple[type[SyncError], ...]) -> bool:

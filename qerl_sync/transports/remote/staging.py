@@ -18,7 +18,9 @@ from qerl_sync.options import SyncOptions
 from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire.cores import avoid_cores
+from qerl_sync.wire.device_segments import DeviceSegment
 from qerl_sync.wire.messages import Segment
 from qerl_sync.wire.segments import (
     PrivateMemory,
@@ -33,7 +35,9 @@ PIECE_BYTES = 1 << 20
 
 Named = tuple[str, torch.Tensor]
 Planned = tuple[ParamMeta, torch.Tensor]
-Slot = SharedSegment | PrivateMemory
+HostSlot = SharedSegment | PrivateMemory
+Slot = HostSlot | DeviceSegment
+Places = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,15 @@ class StagedChunk:
     """Where a chunk lies.
 
     Attributes:
-        places: (segment, offset) of each tensor.
-        pieces: its bytes, in order; none if the tensors lie in shared memory as they are.
+        places: (segment, offset) of each tensor, for each kind of shared memory (`Peer.kind`).
+        pieces: its bytes in host memory, in order; none if no worker gets them from there.
+        in_place: the tensors lie in shared memory as they are.
         checksums: of each tensor, if `SyncOptions.checksums`.
     """
 
-    places: list[tuple[int, int]]
+    places: dict[str, Places]
     pieces: list[Piece]
+    in_place: bool = False
     checksums: list[int] = field(default_factory=list)
     _stored: Any = None
     _storing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -74,23 +80,31 @@ class StagedChunk:
 class Staging:
     """Slots in shared memory, or private ones where nobody shares memory with us.
 
+    Workers on the trainer's GPU have slots there. Where there are others too, a chunk is copied to
+    both.
+
     Parameters that are in shared memory (`share_parameters`) need no slot: they are sent as the
     places where they lie. Nor do large tensors that go over sockets, if they last.
 
     Args:
         kinds: how bytes travel to the workers (`Peer.kind`). Tensors stay where they are only if
             that suits all of them.
+        device: where the slots for `cuda_ipc` are.
 
     Attributes:
         verify_seconds: what the checksums of the sync that was begun last have taken.
     """
 
-    def __init__(self, kinds: Collection[str]) -> None:
+    def __init__(self, kinds: Collection[str], device: torch.device | None = None) -> None:
+        self._device = device
+        self._on_device = "cuda_ipc" in kinds
+        self._on_host = not set(kinds) <= {"cuda_ipc"}
         self._shared = "shm" in kinds
         self._in_place = set(kinds) == {"shm"}
         self._in_pieces = set(kinds) == {"tcp"}
         self._sizes: list[int] = []
-        self._slots: list[Slot | None] = []
+        self._slots: list[HostSlot | None] = []
+        self._device_slots: list[DeviceSegment | None] = []
         self._table: list[SharedSegment] = []
         self._unlinked_for: set[object] | None = None
         self._write = _write_beside
@@ -101,9 +115,17 @@ class Staging:
         self.verify_seconds = 0.0
 
     @property
-    def segments(self) -> list[Segment]:
-        """What workers must attach, in the order that places count. It only grows in a sync."""
-        return [Segment(name=s.name, nbytes=s.nbytes) for s in self._table]
+    def segments(self) -> dict[str, list[Segment]]:
+        """What workers must attach, for each kind of shared memory, in the order that places count.
+        It only grows in a sync."""
+        return {
+            "shm": [Segment(name=s.name, nbytes=s.nbytes) for s in self._table],
+            "cuda_ipc": [
+                Segment(name=s.name, nbytes=s.nbytes, handle=s.handle)
+                for s in self._device_slots
+                if s is not None
+            ],
+        }
 
     def begin(self, options: SyncOptions, parents: Parents, busy_cores: Collection[int]) -> None:
         """Stage the next sync.
@@ -131,6 +153,7 @@ class Staging:
             self.close()
             self._sizes = list(sizes)
             self._slots = [None] * len(sizes)
+            self._device_slots = [None] * len(sizes)
         if later:
             return
         try:
@@ -140,9 +163,9 @@ class Staging:
             if self._shared:
                 require_room(missing_bytes)
             for index in range(len(sizes)):
-                slot = self._slot(index)
-                if isinstance(slot, SharedSegment):
-                    self._number(slot)
+                for slot in self._slots_of(index):
+                    if isinstance(slot, SharedSegment):
+                        self._number(slot)
         except TransportError:
             self.close()
             raise
@@ -196,11 +219,13 @@ class Staging:
             places.append((self._number(at[0]), at[1]))
         if metas and self._in_place and len(places) == len(metas):
             next(stream, None)  # to its end: it may be a collective, and have too much
-            return StagedChunk(places, [])
+            return StagedChunk({"shm": places}, [], in_place=True)
         return self._copy(index, metas, chain(arrived, stream))
 
     def unlink(self, readers: Iterable[object]) -> None:
         """Remove the names of the slots. Call it after a sync that all of `readers` have taken.
+
+        Slots on a GPU are freed: the next training step needs the memory, and new ones cost little.
 
         A trainer that is killed between two syncs, as Ray kills the actors of a driver that ends,
         runs no handler that could remove them, and would leave the memory behind.
@@ -208,6 +233,7 @@ class Staging:
         for slot in self._slots:
             if isinstance(slot, SharedSegment):
                 slot.unlink()
+        self._free_device_slots()
         self._unlinked_for = set(readers)
 
     def close(self) -> None:
@@ -215,8 +241,15 @@ class Staging:
         for slot in self._slots:
             if isinstance(slot, SharedSegment):
                 slot.close()
-        self._sizes, self._slots, self._table = [], [], []
+        self._free_device_slots()
+        self._sizes, self._slots, self._device_slots, self._table = [], [], [], []
         self._unlinked_for = None
+
+    def _free_device_slots(self) -> None:
+        for slot in self._device_slots:
+            if slot is not None:
+                slot.close()
+        self._device_slots = [None] * len(self._device_slots)
 
     def _copy(
         self,
@@ -225,21 +258,30 @@ class Staging:
         tensors: Iterable[Planned],
     ) -> StagedChunk:
         places, _ = offsets(metas)
-        slot = self._slot(index)
+        slots = self._slots_of(index)
         staying: dict[int, torch.Tensor] = {}
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
             if self._stays(tensor):
                 staying[place] = tensor
             else:
                 with avoid_cores(self._avoided):
-                    self._write(slot, offset, meta, tensor)
-        pieces, first = [], 0
-        counts = _counts(len(metas), staying)
-        for count, (begin, end) in zip(counts, spans(metas, counts), strict=True):
-            pieces.append(Piece(count, staying.get(first, slot.bytes[begin:end])))
-            first += count
-        number = self._number(slot) if isinstance(slot, SharedSegment) else 0
-        return StagedChunk([(number, offset) for offset in places], pieces)
+                    for slot in slots:
+                        self._write(slot, offset, meta, tensor)
+        staged = StagedChunk({}, [])
+        for slot in slots:
+            if isinstance(slot, DeviceSegment):
+                # The copies are queued only. Workers must not read before they are done.
+                cuda_memory.synchronize_stream(slot.device)
+                number = [s for s in self._device_slots if s is not None].index(slot)
+                staged.places["cuda_ipc"] = [(number, offset) for offset in places]
+                continue
+            first, counts = 0, _counts(len(metas), staying)
+            for count, (begin, end) in zip(counts, spans(metas, counts), strict=True):
+                staged.pieces.append(Piece(count, staying.get(first, slot.bytes[begin:end])))
+                first += count
+            number = self._number(slot) if isinstance(slot, SharedSegment) else 0
+            staged.places["shm"] = [(number, offset) for offset in places]
+        return staged
 
     def _stays(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor is sent from where it lies."""
@@ -251,14 +293,16 @@ class Staging:
             and tensor.nbytes >= PIECE_BYTES
         )
 
-    def _slot(self, index: int) -> Slot:
-        index %= len(self._slots)
-        slot = self._slots[index]
-        if slot is None:
-            nbytes = self._sizes[index]
-            slot = SharedSegment(nbytes) if self._shared else PrivateMemory(nbytes)
-            self._slots[index] = slot
-        return slot
+    def _slots_of(self, index: int) -> list[Slot]:
+        """Return where chunk `index` is copied to: host memory, the GPU's, or both."""
+        index %= len(self._sizes)
+        nbytes = self._sizes[index]
+        if self._on_host and self._slots[index] is None:
+            self._slots[index] = SharedSegment(nbytes) if self._shared else PrivateMemory(nbytes)
+        if self._on_device and self._device_slots[index] is None:
+            assert self._device is not None
+            self._device_slots[index] = DeviceSegment(nbytes, self._device)
+        return [s for s in (self._slots[index], self._device_slots[index]) if s is not None]
 
     def _number(self, segment: SharedSegment) -> int:
         """The place of a segment in the table that workers know."""
@@ -276,7 +320,8 @@ def _write_alone(slot: Slot, offset: int, meta: ParamMeta, tensor: torch.Tensor)
 def _write_beside(slot: Slot, offset: int, meta: ParamMeta, tensor: torch.Tensor) -> None:
     """Copy by one thread. torch's own copy would share the work among all cores, and wait for the
     slowest."""
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and meta.nbytes:
+    plain = tensor.device.type == "cpu" and tensor.is_contiguous() and meta.nbytes
+    if plain and not isinstance(slot, DeviceSegment):
         target = slot.bytes[offset : offset + meta.nbytes].numpy()
         target[:] = tensor.detach().view(-1).view(torch.uint8).numpy()
     else:

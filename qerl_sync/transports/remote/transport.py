@@ -28,6 +28,7 @@ from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
 from qerl_sync.transports.remote.listener import WorkerListener
 from qerl_sync.transports.remote.peer import Peer, Ways, choose_transport
 from qerl_sync.transports.remote.staging import StagedChunk, Staging
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token, parse_endpoint, proof
 from qerl_sync.wire.host import host_id
@@ -56,7 +57,7 @@ class RemoteTransport(Transport):
     Args:
         client: the engines' control plane, an EngineClient or an object with vLLM's four methods;
             None on trainer ranks other than 0.
-        transport: `shm`, `tcp`, or `auto`: for each worker what works best.
+        transport: `cuda_ipc`, `shm`, `tcp`, or `auto`: for each worker what works best.
         chunks_in_flight: receive buffers; sending runs at most so far ahead of loading.
         timeout_seconds: of each wait, on both sides.
         address: under which workers reach this trainer.
@@ -68,6 +69,9 @@ class RemoteTransport(Transport):
         rank: of this process among them.
         num_workers: worker ranks in all, which trainer ranks other than 0 must know.
         worker_timeout_seconds: of the workers' waits, where those should last longer.
+
+    Attributes:
+        slot_device: on which slots for `cuda_ipc` are, since the workers were connected.
 
     Nothing is opened before the first call.
     """
@@ -133,7 +137,8 @@ class RemoteTransport(Transport):
         self._free_bytes = 0
         self._map_request: say.MapRequest | None = None
         self._taken = False
-        self._no_room = ""
+        self.slot_device: torch.device | None = None
+        self._no_room: dict[str, str] = {}
 
     @property
     def peers(self) -> Sequence[Peer]:
@@ -208,14 +213,7 @@ class RemoteTransport(Transport):
             indices = [i for i, meta in enumerate(plan.metas) if meta.name in options.held]
         slots = slot_bytes(part_of(plan, indices).sizes, self._chunks_in_flight)
         if staging is None:
-            try:
-                staging = self._staging_for(slots)
-            except NoRoomError as exc:
-                if not self.can_do_without_shm:
-                    raise
-                self.do_without_shm(exc)
-                self._renew_map(layer_map)
-                staging = self._staging_for(slots)
+            staging = self._staging_with_room(slots, layer_map)
         if "ray" in self.kinds:
             assert self._client is not None
             assert self._client.store is not None
@@ -225,6 +223,7 @@ class RemoteTransport(Transport):
             staging.begin(options, layer_map.parents_text, self.busy_cores)
         self._control.pause(self._peers)
         self._control.begin_session(self._peers)
+        self._announced = staging.segments
         for peer in self._peers:
             peer.forget_chunks()
             peer.send(
@@ -236,11 +235,10 @@ class RemoteTransport(Transport):
                     verify=options.verify,
                     on_failure=options.on_failure,
                     finite_check=options.finite_check,
-                    segments=staging.segments,
+                    segments=self._announced.get(peer.kind, []),
                     slots=slots,
                 )
             )
-        self._announced = staging.segments
         self._taken = False
         # Of several trainer ranks, workers say what each sends. One alone need not wait for that.
         self._part: Part = part_of(plan, None)
@@ -274,17 +272,16 @@ class RemoteTransport(Transport):
         """Send a staged chunk to every worker."""
         assert self._staging is not None
         self._await_taken()
-        segments = self._staging.segments
-        new_segments = segments if segments != self._announced else []
-        self._announced = segments
+        before, self._announced = self._announced, self._staging.segments
         for peer in self._peers:
+            segments = self._announced.get(peer.kind, [])
             peer.announce(
                 say.Chunk(
                     index=index,
-                    places=staged.places,
-                    in_place=not staged.pieces,
+                    places=staged.places.get(peer.kind, []),
+                    in_place=staged.in_place,
                     checksums=staged.checksums,
-                    segments=new_segments,
+                    segments=segments if segments != before.get(peer.kind, []) else [],
                 ),
                 staged,
             )
@@ -412,15 +409,16 @@ class RemoteTransport(Transport):
             require_same_map(layer_map, self._ask_map(self._map_request))
 
     @property
-    def can_do_without_shm(self) -> bool:
+    def can_fall_back(self) -> bool:
         """Whether workers may be connected anew to send over something else. Several trainer ranks
         would have to do so at the same time."""
         return self._wanted == "auto" and len(self._endpoints) <= 1
 
-    def do_without_shm(self, reason: NoRoomError) -> None:
-        """Connect anew, over what works besides shared memory, for as long as this lives."""
-        logger.warning("shared memory is not used: %s", reason)
-        self._no_room = str(reason)
+    def fall_back(self, reason: NoRoomError) -> None:
+        """Connect anew, over what works besides the memory that has no room, for as long as this
+        lives."""
+        logger.warning("%s is not used: %s", reason.transport, reason)
+        self._no_room[reason.transport] = str(reason)
         self.disconnect()
         self.open()
 
@@ -460,6 +458,7 @@ class RemoteTransport(Transport):
         endpoints = self._endpoints or [self._listener.endpoint]
         if len(endpoints) == 1:  # of several ranks, workers may have come to this one before
             self._listener.reject()
+        self.slot_device = cuda_memory.concrete_device(self.source_device)
         call = self._control.ask_to_connect(
             {
                 "endpoints": endpoints,
@@ -500,14 +499,26 @@ class RemoteTransport(Transport):
             authenticated=self._shared_token,
             store=None if self._client is None else self._client.store,
             no_room=self._no_room,
+            # Of several trainer ranks each has a GPU of its own, and none can fall back alone.
+            device=self.slot_device if self.can_fall_back or self._wanted == "cuda_ipc" else None,
         )
         choose_transport(peer, ways, host_id())
         logger.info("%s: %s (%s)", peer.name, peer.kind, peer.reason)
         peer.send(say.End())
 
+    def _staging_with_room(self, slots: list[int], layer_map: LayerMap) -> Staging:
+        try:
+            return self._staging_for(slots)
+        except NoRoomError as exc:
+            if not self.can_fall_back:
+                raise
+            self.fall_back(exc)
+            self._renew_map(layer_map)
+            return self._staging_with_room(slots, layer_map)  # /dev/shm may have what a GPU has not
+
     def _staging_for(self, slots: list[int]) -> Staging:
         if self._staging is None:
-            self._staging = Staging(self.kinds)
+            self._staging = Staging(self.kinds, self.slot_device)
         later = self._rank > 0 or parameters_are_shared()
         self._staging.prepare(slots, self._peers, later=later)
         return self._staging

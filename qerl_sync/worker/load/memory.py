@@ -72,10 +72,14 @@ class PeakMemory:
 
     On a GPU what torch's allocator has handed out; on a CPU the resident memory of the process,
     mapped shared memory included, by Linux's own high-water mark.
+
+    Attributes:
+        counts_mapped: memory of another process that is mapped and read counts here too.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self.counts_mapped = device.type != "cuda"
         self._before: int | None = None
 
     def start(self) -> None:

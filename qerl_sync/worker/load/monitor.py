@@ -35,14 +35,14 @@ class SyncMonitor:
         self,
         model: torch.nn.Module,
         layer_map: LayerMap,
-        device: torch.device,
         *,
         borrowed: bool = False,
     ) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._layers = layer_map.layers
-        # What comes through shared memory or a socket is held in host memory, of a GPU worker too.
-        self._rule = DeviceRule(device, torch.device("cpu"))
+        # Wherever it lies: what a GPU's worker gets over shared memory or a socket is on the host,
+        # and vLLM holds it as well.
+        self._rule = DeviceRule(torch.device("cpu"))
         self._ledger = BufferLedger()
         self.before_processing: Callable[[torch.nn.Module], None] = _nothing
         self.after_processing: Callable[[torch.nn.Module], None] = _nothing

@@ -163,7 +163,7 @@ class Receiver:
         self.verify_seconds, self._held = 0.0, None
         self._check = self._kernel_check(layer_map) if options.checksums else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
-        self._monitor = SyncMonitor(self.model, layer_map, self.device, borrowed=borrowed)
+        self._monitor = SyncMonitor(self.model, layer_map, borrowed=borrowed)
         with self._aborting():
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)

@@ -9,7 +9,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from qerl_sync.meta import ParamMeta, format_bytes
 from qerl_sync.plan.spill import Spill
 from qerl_sync.plan.staging import offsets
 from qerl_sync.plan.sync_plan import SyncPlan
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire.segments import view
 from qerl_sync.worker.load import memory
 
@@ -144,7 +144,7 @@ class _Block:
 
     def free(self) -> None:
         if self._address is not None:
-            _cuda().cudaHostUnregister(self._address)
+            cuda_memory.unlock_pages(self._address)
             self._address = None
         del self.memory
 
@@ -152,12 +152,8 @@ class _Block:
         """Copies to the device are faster from memory that stays where it is. torch's own pinned
         memory is not used: it comes in powers of two, and is kept when it is free."""
         address = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
-        if _cuda().cudaHostRegister(address, nbytes, 0) == 0:
+        if cuda_memory.lock_pages(address, nbytes):
             self._address = address
-
-
-def _cuda() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _mapped(nbytes: int, directory: Path | None) -> mmap.mmap:

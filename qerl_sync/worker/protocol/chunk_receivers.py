@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
 
 import torch
 
@@ -12,11 +13,13 @@ from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.wire.channel import Channel
+from qerl_sync.wire.device_segments import AttachedDeviceSegment
 from qerl_sync.wire.messages import Chunk, Segment
 from qerl_sync.wire.segments import AttachedSegment, PrivateMemory, read_only_view
 from qerl_sync.worker.protocol import mailbox as mailbox
 
 Place = tuple[int, int]
+A = TypeVar("A", AttachedSegment, AttachedDeviceSegment)
 
 
 class ChunkReceiver(ABC):
@@ -42,6 +45,9 @@ class ChunkReceiver(ABC):
             TransportError: a tensor would lie outside of that memory, or its bytes do not come.
         """
 
+    def release(self) -> None:  # noqa: B027  not every inlet keeps the trainer's memory from it
+        """Every chunk is loaded: unmap what the trainer frees when the sync is over."""
+
     def rest(self) -> None:  # noqa: B027  not every inlet has something to give back
         """The sync is over: give back what the next one can get anew."""
 
@@ -50,18 +56,20 @@ class ChunkReceiver(ABC):
         """Let go of everything."""
 
 
-class ShmReceiver(ChunkReceiver):
-    """Views of the trainer's shared memory: nothing is copied, nothing can be written."""
+class SegmentReceiver(ChunkReceiver, Generic[A]):
+    """Views of the trainer's memory, which is mapped once: nothing is copied."""
 
     def __init__(self) -> None:
-        self._attached: dict[str, AttachedSegment] = {}
-        self._table: list[AttachedSegment] = []
+        self._attached: dict[str, A] = {}
+        self._table: list[A] = []
+
+    @abstractmethod
+    def _attach(self, segment: Segment) -> A:
+        """Map a segment that was announced."""
 
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
         known = self._attached
-        self._attached = {
-            s.name: known.get(s.name) or AttachedSegment(s.name, s.nbytes) for s in segments
-        }
+        self._attached = {s.name: known.get(s.name) or self._attach(s) for s in segments}
         self._table = list(self._attached.values())
 
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
@@ -74,16 +82,14 @@ class ShmReceiver(ChunkReceiver):
         places = list(zip(metas, chunk.places, strict=True))
         for meta, (number, offset) in places:
             self._require_inside(meta, number, offset)
-        for number, begin, end in _runs(places):
-            self._table[number].map_pages(begin, end - begin)
+        self._make_ready(places)
         return [
             self._table[number].tensor(offset, meta.shape, getattr(torch, meta.dtype))
             for meta, (number, offset) in places
         ]
 
-    def rest(self) -> None:
-        for segment in self._table:
-            segment.drop_pages()
+    def _make_ready(self, places: Iterable[tuple[ParamMeta, Place]]) -> None:
+        """These tensors will be read."""
 
     def close(self) -> None:
         self._attached, self._table = {}, []
@@ -97,6 +103,40 @@ class ShmReceiver(ChunkReceiver):
                 f"{meta.name!r} is said to lie at {offset:,} in segment {number}, outside of the "
                 "memory that this sync was announced with"
             )
+
+
+class ShmReceiver(SegmentReceiver[AttachedSegment]):
+    """Views of the trainer's shared memory, which the kernel keeps from being written."""
+
+    def _attach(self, segment: Segment) -> AttachedSegment:
+        return AttachedSegment(segment.name, segment.nbytes)
+
+    def _make_ready(self, places: Iterable[tuple[ParamMeta, Place]]) -> None:
+        for number, begin, end in _runs(places):
+            self._table[number].map_pages(begin, end - begin)
+
+    def rest(self) -> None:
+        for segment in self._table:
+            segment.drop_pages()
+
+
+class CudaIpcReceiver(SegmentReceiver[AttachedDeviceSegment]):
+    """Views of slots that the trainer has on this worker's own GPU. They are the trainer's memory:
+    `standing_bytes` does not count them.
+
+    Slots are unmapped when the last chunk is loaded, before the trainer frees them: CUDA leaves
+    undefined what the other order does.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def _attach(self, segment: Segment) -> AttachedDeviceSegment:
+        return AttachedDeviceSegment(segment.handle, segment.nbytes, self._device)
+
+    def release(self) -> None:
+        self.close()
 
 
 def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int]]:

@@ -15,6 +15,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qerl_sync.errors import AgreementError, EngineTakenError, SyncError, TransportError
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.channel import (
     TOKEN_VARIABLE,
@@ -24,9 +25,11 @@ from qerl_sync.wire.channel import (
     proof,
     same_proof,
 )
+from qerl_sync.wire.device_segments import AttachedDeviceSegment
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.protocol.chunk_receivers import (
     ChunkReceiver,
+    CudaIpcReceiver,
     ObjectStoreReceiver,
     ShmReceiver,
     TcpInlet,
@@ -117,7 +120,7 @@ class TrainerConnection:
             self._token, self._session, self._calls = token, reported.session, 0
             self._worker_session = WorkerSession(self._loader, self._inboxes, self._device)
             for inbox in self._inboxes:
-                _open_transport(inbox)
+                _open_transport(inbox, self._device)
         except BaseException:
             self.close()
             raise
@@ -184,20 +187,28 @@ def _checked(kind: type[C], call: object) -> C:
         ) from exc
 
 
-def _open_transport(inbox: Inbox) -> None:
+def _open_transport(inbox: Inbox, device: torch.device) -> None:
     """Try what the trainer proposes until it is satisfied."""
     while not isinstance(proposal := inbox.next("how bytes will travel"), say.End):
         if not isinstance(proposal, say.Welcome):
             raise TransportError(f"{type(proposal).__name__} arrived where Welcome was next")
         try:
-            inbox.chunk_receiver, options = _chunk_receiver(proposal, inbox)
-        except (SyncError, KeyError, ValueError) as exc:
+            inbox.chunk_receiver, options = _chunk_receiver(proposal, inbox, device)
+        except (SyncError, KeyError, ValueError, RuntimeError) as exc:  # RuntimeError: of torch
             inbox.send(say.failure(exc))
         else:
             inbox.send(say.Ready(options=options))
 
 
-def _chunk_receiver(proposal: say.Welcome, inbox: Inbox) -> tuple[ChunkReceiver, dict[str, Any]]:
+def _chunk_receiver(
+    proposal: say.Welcome, inbox: Inbox, device: torch.device
+) -> tuple[ChunkReceiver, dict[str, Any]]:
+    if proposal.transport == "cuda_ipc":
+        probe = say.Segment.model_validate(proposal.options["probe"])
+        device = cuda_memory.concrete_device(device)  # the thread of the inbox has another current
+        # Nothing refers to it when the answer leaves: the trainer frees the probe then.
+        read = AttachedDeviceSegment(probe.handle, probe.nbytes, device).read(0, probe.nbytes)
+        return CudaIpcReceiver(device), {"probe": read.hex()}
     if proposal.transport == "shm":
         probe = say.Segment.model_validate(proposal.options["probe"])
         segment = AttachedSegment(probe.name, probe.nbytes)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire.cores import own_cores
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.messages import PROTOCOL, Hello
@@ -45,6 +46,7 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
         host=host_id(),
         pid=os.getpid(),
         cores=sorted(own_cores()) if receiver.device.type == "cpu" else [],
+        device_uuid=cuda_memory.device_uuid(receiver.device),
         version=receiver.version,
         poisoned=receiver.poisoned,
         connector=connector,

@@ -6,6 +6,7 @@ import math
 import queue
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -82,6 +83,9 @@ class Inbox:
 
     def close(self) -> None:
         self.channel.close()
+        with suppress(queue.Empty):  # chunks that nobody will load keep memory mapped
+            while True:
+                self._queue.get_nowait()
         if self.chunk_receiver is not None:
             self.chunk_receiver.close()
 

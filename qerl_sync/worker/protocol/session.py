@@ -8,6 +8,7 @@ exception and leave the others' answers in their queues, where the next call fin
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
@@ -30,6 +31,7 @@ from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.verify.checksum import checksum
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.worker.load.footprint import Arrivals, footprint_bytes
 from qerl_sync.worker.load.memory import PeakMemory
@@ -104,6 +106,7 @@ class WorkerSession:
     def __init__(self, loader: Loader, inboxes: Sequence[Inbox], device: torch.device) -> None:
         self._loader = loader
         self._inboxes = inboxes
+        self._device = device
         self._memory = PeakMemory(device)
         self._layer_map: LayerMap | None = None
         self._plan: SyncPlan | None = None
@@ -129,6 +132,7 @@ class WorkerSession:
             expected = isinstance(exc, SyncError)
             logger.error("the conversation with the trainer ended: %s", exc, exc_info=not expected)
             self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
+            self._release(exc)
             self._tell(say.failure(exc))
             for inbox in self._inboxes:
                 inbox.close()
@@ -152,11 +156,13 @@ class WorkerSession:
             # Anything else was sent before the trainer knew that a sync had failed.
         except _GivenUp as exc:
             self._loader.abort(str(exc), keep_old=exc.keep_old)
+            self._release(exc)
             self._tell(say.Aborted(poisoned=self._loader.poisoned))
         except TransportTimeout:  # nobody is there to go on with
             raise
         except SyncError as exc:
             self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
+            self._release(exc)
             self._tell(say.failure(exc))
 
     def _map(self, request: say.MapRequest) -> None:
@@ -182,6 +188,7 @@ class WorkerSession:
         self._each(say.Finish, "the end of the stream")
         with clock("finish"):
             trace = self._loader.finish()
+        self._release()
         self._tell(
             say.Report(
                 trace=trace.to_json(),
@@ -273,6 +280,9 @@ class WorkerSession:
             self._loader.receive(
                 chunk, self._intact(index, stream, reported) if reported else stream
             )
+            # vLLM's loaders return before a GPU has copied what they got, and the credit allows
+            # the trainer, or the inbox, to write the next chunk over it.
+            cuda_memory.synchronize(self._device)
         for name, tensor in found.items():
             _require_released(name, _references(tensor) - references[name])
         for i in senders:
@@ -310,7 +320,7 @@ class WorkerSession:
     ) -> list[Arrivals]:
         return [
             Arrivals(
-                sizes=part.sizes,
+                sizes=part.sizes if self._memory.counts_mapped else [0] * len(part.sizes),
                 chunks_in_flight=len(request.slots),
                 standing_bytes=inbox.chunk_receiver.standing_bytes if inbox.chunk_receiver else 0,
                 in_place=[chunk[rank] for chunk in in_place],
@@ -319,6 +329,18 @@ class WorkerSession:
                 zip(parts, requests, self._inboxes, strict=True)
             )
         ]
+
+    def _release(self, error: BaseException | None = None) -> None:
+        """Unmap what the trainer will free: no chunk of this sync is read any more.
+
+        Args:
+            error: what ended the sync. The frames that it came through hold tensors of a chunk.
+        """
+        if error is not None:
+            traceback.clear_frames(error.__traceback__)
+        for inbox in self._inboxes:
+            if inbox.chunk_receiver is not None:
+                inbox.chunk_receiver.release()
 
     def _each(self, kind: type[M], what: str) -> list[M]:
         return [_awaited(inbox, kind, what) for inbox in self._inboxes]
