@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gpu import common
+from gpu import common, report
 from gpu.common import NEW, OLD
 
 MAX_TOKENS = 16
@@ -134,6 +134,8 @@ class Proof:
         except Exception as exc:
             self.deviations.append(f"{type(exc).__name__}: {str(exc)[:600]}")
         self.deviations[before:] = [f"{name} {options}: {d}" for d in self.deviations[before:]]
+        found = {"steps": self.steps, "deviations": self.deviations, "measured": self.measured}
+        report.keep(found)
 
     def sync(self, version: int, source: Any = None, **options: Any) -> None:
         report = self._push(source or self._source(version), **options)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import tempfile
 import threading
 import time
@@ -173,11 +172,10 @@ def reload_stock(source: Any, parts: Any, order: str) -> dict[str, Any]:
         initialize_layerwise_reload,
     )
 
+    from qerl_sync.plan.orders import parse_order
     from qerl_sync.worker.compat import engine as compat
 
-    names = [meta.name for meta in source.metadata()]
-    if order != "hf":
-        random.Random(order).shuffle(names)
+    names = [meta.name for meta in parse_order(order)(source.metadata())]
     with compat.loading_context(parts.vllm_config), parts.device:
         initialize_layerwise_reload(parts.model)
         parts.model.load_weights(source.materialize(names))
