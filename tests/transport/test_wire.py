@@ -972,8 +972,9 @@ def test_no_room_for_a_slot_ends_the_sync_before_it_starts(workers, monkeypatch)
 # Imports torch once: each line with a program becomes a child with a segment, which ends as a
 # program of its own would, through the end of this one. A line with a pid asks for its exit code.
 OWNERS = """
-import os, sys, time
+import gc, os, sys, time
 from qerl_sync.wire.segments import SharedSegment
+gc.freeze()  # or each fork that exits would go through all of torch's objects, and copy them
 for line in sys.stdin:
     told = eval(line)
     if isinstance(told, int):
