@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from support.remote import RemoteEngine, RemotePool
 
 settings.register_profile("default", deadline=None, print_blob=True)
+# `scripts/test --fast`: a quarter of the examples, whose drawing is most of what these tests cost.
+settings.register_profile("fast", deadline=None, print_blob=True, max_examples=25)
 settings.load_profile("default")
 
 

@@ -23,13 +23,16 @@ from qerl_sync.engines.base import (
     version_arguments,
 )
 from qerl_sync.errors import TransportError
-from qerl_sync.worker.compat.caches import forget_caches
+from qerl_sync.worker.compat.caches import ask_every_replica, forget_caches
 
 ENGINE = "the vLLM engine"
 
 
 class AsyncLLMClient(EngineClient):
     """Drive a `vllm.v1.engine.async_llm.AsyncLLM` with blocking calls.
+
+    After `scale_elastic_ep` sync before the next request: nothing refuses it on replicas that have
+    joined, which hold the checkpoint's weights.
 
     Example:
         engine = AsyncLLM.from_engine_args(arguments)  # in a coroutine
@@ -78,6 +81,7 @@ class AsyncLLMClient(EngineClient):
         self._call("resume_generation")
 
     def reset_caches(self, *, running: bool) -> bool:
+        ask_every_replica(self.engine)
         return forget_caches(self._call, running=running)
 
     def refuse(self, reason: str) -> None:
@@ -86,10 +90,13 @@ class AsyncLLMClient(EngineClient):
         async def add_request(*arguments: Any, **options: Any) -> None:
             refuse()
 
-        self.engine.add_request = add_request  # of this object alone
+        # Of this object alone. Its own `generate` and `encode` would raise EngineGenerateError,
+        # without a text, in place of what `add_request` raises.
+        vars(self.engine).update(add_request=add_request, generate=refuse, encode=refuse)
 
     def admit(self) -> None:
-        vars(self.engine).pop("add_request", None)
+        for name in ("add_request", "generate", "encode"):
+            vars(self.engine).pop(name, None)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         answer = self._run("generate", lambda: self._ask(list(token_ids)), self.timeout_seconds)

@@ -58,6 +58,7 @@ from typing import Any
 from qerl_sync.engines.base import why_refused
 from qerl_sync.serving.auth import GENERATING, authorize
 from qerl_sync.wire.channel import TOKEN_VARIABLE
+from qerl_sync.worker.compat.caches import ask_every_replica
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -191,6 +192,9 @@ class ServingGuardMiddleware:
                 return
             if route == "/scale_elastic_ep":
                 return await self._scale(scope, receive, send)
+            if route == "/reset_prefix_cache":
+                state = getattr(scope.get("app"), "state", None)
+                ask_every_replica(getattr(state, "engine_client", None))
             if route == "/qerl_sync/refuse":
                 return await self._refuse(receive, send)
             if route == "/qerl_sync/admit":

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 from support.engines import NEW, OLD
-from support.remote import gap, gaps, push, session
+from support.remote import gap, gaps, push, session, wait_for
 
 from qerl_sync import HFSource, Source
 from qerl_sync.errors import AgreementError
@@ -42,13 +42,6 @@ class Pausing(Source):
             if name == last:
                 self._pause()
             yield name, tensor
-
-
-def wait_for(condition, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def settle(grown: list, seconds: float = 10) -> None:

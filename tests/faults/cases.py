@@ -14,7 +14,7 @@ from faults.outcomes import GONE, HOLDS_NEW, HOLDS_OLD, LIMIT_SECONDS, POISONED
 from faults.spoilers import Pairs, Spoil, victim_of
 from faults.triggers import PHASES
 
-REMOTE = ("own process", "server", "tensor parallel")
+REMOTE = ("own process", "server", "tensor parallel", "data parallel")
 EVERYWHERE = ("in process", *REMOTE)
 ALLOWED_BY_TIMEOUT = TIMEOUT_SECONDS + LIMIT_SECONDS
 
@@ -52,7 +52,7 @@ class Case:
 @cache
 def all_cases() -> dict[str, Case]:
     """By name, in the order of tables."""
-    found = [*_inputs(), *_with_several_layers_open(), *_rolled_back(), *_others()]
+    found = [*_inputs(), *_with_several_layers_open(), *_rolled_back(), *_others(), *_images()]
     return {case.name: case for case in found}
 
 
@@ -189,6 +189,23 @@ def _others() -> Iterator[Case]:
     yield Case("buffer lost its parameter", "vLLM", injectors.lost_view, (HOLDS_NEW,), REMOTE)
     stale = injectors.stale_connector
     yield Case("KV connector keeps its cache", "vLLM", stale, engines=("KV connector",))
+
+
+def _images() -> Iterator[Case]:
+    """In the embeddings of an image, which the engine keeps, no two towers may meet."""
+
+    def case(name: str, inject: Callable[[FaultEngine], Injection], *expected: str) -> Case:
+        return Case(name, "images", inject, expected, ("multimodal",))
+
+    yield case("only the vision tower changes", injectors.push, HOLDS_NEW)
+    part, layer = "mlp.fc1.weight", 0
+    nan = partial(_spoiled, _late(spoilers.LATE["NaN"], part, layer))
+    broken = partial(_spoiled, _late(spoilers.fail, part, layer))
+    back = {"on_failure": "rollback"}
+    yield case("NaN in the vision tower", nan, POISONED)
+    yield case("exception in the vision tower", broken, POISONED)
+    yield case("exception in the vision tower, rolled back", partial(broken, **back), HOLDS_OLD)
+    yield case("encoder cache is not emptied", injectors.stale_embeddings, POISONED)
 
 
 def _killed_and_cut(phase: str) -> Iterator[Case]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,8 @@ import torch
 from support import remote
 from support.engines import ENGINE_ARGUMENTS, NEW, OLD, kernels_in_use
 from support.models import CONFIGS, checkpoint_tensors, make_model
+from support.vision import change_vision_tower, make_vision_model, picture, save_vision_model
+from support.worker_extension import ask_every_worker
 
 from faults.spoilers import Pairs
 from faults.triggers import FaultySource, PhasedInProcess, PhasedRemote, Trigger
@@ -42,7 +45,8 @@ class Spec:
 
     def require_possible(self) -> None:
         """Raise ConfigError where there is no such engine, model or kernels."""
-        known = {"engine": ENGINES, "model": [*CONFIGS, "fp8"], "kernels": ["stock", "plain"]}
+        models = [*CONFIGS, "fp8", "vision"]
+        known = {"engine": ENGINES, "model": models, "kernels": ["stock", "plain"]}
         for what, names in known.items():
             given = getattr(self, what)
             if given not in names:
@@ -51,6 +55,12 @@ class Spec:
             raise ConfigError(
                 f"{self}: plain kernels are put in place in this process, where the engine of "
                 f"{self.engine!r} does not run; choose 'in process/{self.model}/plain', or stock"
+            )
+
+        if (self.engine == "multimodal") != (self.model == "vision"):
+            raise ConfigError(
+                f"{self}: requests with images are for the model that takes them; choose "
+                "multimodal/vision/stock"
             )
 
     def start(self, directory: Path) -> FaultEngine:
@@ -78,11 +88,14 @@ class FaultEngine(remote.RemoteEngine):
     def __init__(self, spec: Spec, directory: Path) -> None:
         self.spec = spec
         self._waiting: list[threading.Thread] = []
-        kind = "dense" if spec.model == "fp8" else spec.model  # it is vLLM that quantises
-        models = {version: make_model(kind, version) for version in (OLD, NEW)}
         arguments = ENGINE_ARGUMENTS.get(spec.model, {})
-        super().__init__(models, directory, max_model_len=256, **arguments)
+        super().__init__(self.models(), directory, max_model_len=256, **arguments)
         self.tensors = {v: checkpoint_tensors(path) for v, path in self.paths.items()}
+
+    def models(self) -> dict[int, Any]:
+        """The trainer's, by version."""
+        kind = "dense" if self.spec.model == "fp8" else self.spec.model  # it is vLLM that quantises
+        return {version: make_model(kind, version) for version in (OLD, NEW)}
 
     @property
     def pairs(self) -> Pairs:
@@ -160,10 +173,13 @@ class FaultEngine(remote.RemoteEngine):
             self._waiting.pop().join(CALL_SECONDS)
         said = self.generate()
         if version not in self.generations:
-            emptied = self.client().reset_caches(running=False)
+            emptied = self.empty_caches()
             assert emptied, f"{self.spec}: vLLM does not empty its caches; are requests in flight?"
             self.generations[version] = self.generate()
         return said == self.generations[version]
+
+    def empty_caches(self) -> bool:
+        return bool(self.client().reset_caches(running=False))
 
 
 class OwnProcess(FaultEngine, remote.OwnProcess):
@@ -172,6 +188,29 @@ class OwnProcess(FaultEngine, remote.OwnProcess):
 
 class TensorParallel(FaultEngine, remote.TensorParallel):
     """The same with two worker ranks."""
+
+
+class DataParallel(FaultEngine, remote.DataParallel):
+    """An `AsyncLLM` with two replicas, which hold weights and caches of their own."""
+
+    arguments: ClassVar = {**remote.DataParallel.arguments, "enable_prefix_caching": True}
+
+    def rpc(self, method: str, *arguments: Any) -> list[Any]:
+        # The client's calls come back from an engine that has died; vLLM's own do not.
+        call = partial(ask_every_worker, self.engine, method, *arguments)
+        return list(self.client()._run(method, call, CALL_SECONDS))
+
+    def _ask(self) -> tuple[str, str]:
+        """Of the replicas' answers the worst: one that serves beside one that must not."""
+        found = [self._ask_replica(replica) for replica in range(self.num_replicas)]
+        return next((answer for answer in found if answer[0] == "answers"), found[0])
+
+    def _ask_replica(self, replica: int) -> tuple[str, str]:
+        try:
+            self.complete(self.prompts[0], remote.MAX_TOKENS, replica)
+        except Exception as exc:
+            return "refuses", f"{type(exc).__name__}: {exc}"
+        return "answers", ""
 
 
 class InProcess(FaultEngine, remote.OwnProcess):
@@ -206,6 +245,33 @@ class InProcess(FaultEngine, remote.OwnProcess):
 
     def close(self) -> None:
         """It ends with its process."""
+
+
+class Multimodal(InProcess):
+    """The same with images. Both versions differ in their vision towers only: what an embedding of
+    the other one would say is nothing else's fault."""
+
+    save = staticmethod(save_vision_model)
+    # Without the token that stands for an image.
+    prompts: ClassVar = [[3 + i * 7 % 199 for i in range(150)], [4, 5, 6, 3], [4, 5, 6, 7]]
+    arguments: ClassVar = {"skip_tokenizer_init": False, "limit_mm_per_prompt": {"image": 1}}
+
+    def __init__(self, spec: Spec, directory: Path) -> None:
+        self.inputs = {"multi_modal_data": {"image": picture()}}
+        super().__init__(spec, directory)
+
+    def models(self) -> dict[int, Any]:
+        old = make_vision_model(0)
+        new = copy.deepcopy(old)
+        change_vision_tower(new)
+        return {OLD: old, NEW: new}
+
+    def empty_caches(self) -> bool:
+        """By vLLM's own calls, not by ours, which are judged."""
+        engine = self.llm.llm_engine
+        engine.reset_mm_cache()
+        engine.reset_encoder_cache()
+        return bool(engine.reset_prefix_cache())
 
 
 class Connected(InProcess):
@@ -258,5 +324,7 @@ ENGINES: dict[str, type[FaultEngine]] = {
     "own process": OwnProcess,
     "server": Server,
     "tensor parallel": TensorParallel,
+    "data parallel": DataParallel,
     "KV connector": Connected,
+    "multimodal": Multimodal,
 }

@@ -316,7 +316,14 @@ def lost_view(engine: FaultEngine) -> Injection:
     return injection
 
 
-# -------------------------------------------------------------------------------- connectors
+# ------------------------------------------------------------------------------------- caches
+
+
+def stale_embeddings(engine: FaultEngine) -> Injection:
+    """vLLM fails to forget what the old vision tower has made of images."""
+    core = engine.llm.llm_engine.engine_core
+    with patch.object(core, "reset_encoder_cache", side_effect=RuntimeError("no")):
+        return push(engine)
 
 
 def stale_connector(engine: FaultEngine) -> Injection:

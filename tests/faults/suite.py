@@ -21,10 +21,12 @@ from qerl_sync import ConfigError, SyncError
 from qerl_sync.serving.guard import kill
 from qerl_sync.serving.processes import members
 
-START_SECONDS = 300.0
+START_SECONDS = 600.0
 CASE_SECONDS = 120.0
 STOCK_SECONDS = 30.0
 SCHEDULE_SECONDS = 60.0
+# How many times as long a case gets that seemed to hang: on a busy machine it may have been slow.
+PATIENCE = 10
 
 SPECS = tuple(
     Spec(engine, model, kernels)
@@ -34,7 +36,9 @@ SPECS = tuple(
         ("own process", "stock", ("dense", "moe")),
         ("server", "stock", ("dense",)),
         ("tensor parallel", "stock", ("tied",)),
+        ("data parallel", "stock", ("dense",)),
         ("KV connector", "stock", ("dense",)),
+        ("multimodal", "stock", ("vision",)),
     )
     for model in models
 )
@@ -89,16 +93,23 @@ def run_suite(
         if by == STOCK and not (stock and spec.engine == "in process"):
             continue
         left = [c.name for c in matching if c.suits(spec) and (by == OURS or c.stock is not None)]
+        patience = 1
         while left:  # each time on a new engine, which gets as far as it gets: one case at least
             note(f"starting {spec}")
             with hosted(spec, log, cases=left, by=by) as hear:
-                for outcome in _outcomes(spec, by, hear):
+                for outcome in _outcomes(spec, by, hear, patience):
+                    if outcome.ended == HANG and patience < PATIENCE:
+                        note(f"{by}, {spec}: {outcome.case}: no answer; again, with more time")
+                        patience = PATIENCE
+                        break
                     left = left[1:]
                     note(f"{by}, {spec}: {outcome.case}: {outcome.ended}")
                     yield outcome
 
 
-def _outcomes(spec: Spec, by: str, hear: Callable[[float], Any]) -> Iterator[Outcome]:
+def _outcomes(
+    spec: Spec, by: str, hear: Callable[[float], Any], patience: int
+) -> Iterator[Outcome]:
     """Those of one engine, to its last case or the first that ends its process."""
     while True:
         try:
@@ -110,7 +121,7 @@ def _outcomes(spec: Spec, by: str, hear: Callable[[float], Any]) -> Iterator[Out
             seconds += START_SECONDS
         outcome = Outcome(str(spec), case.name, by, expected=case.expected, healed=False)
         try:
-            yield hear(seconds)
+            yield hear(seconds * patience)
             continue
         except TimeoutError:
             outcome.ended = HANG

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+from contextlib import contextmanager
+
 import pytest
 import torch
 from support.models import CONFIGS, checkpoint_tensors, make_model, save_model
 
+from faults import suite
 from faults.__main__ import main
 from faults.cases import all_cases
 from faults.oracle import VersionWatch
 from faults.outcomes import Outcome
 from faults.spoilers import changed, reusing_its_buffer, transposed, victim_of
-from faults.suite import SPECS, Spec, chosen_specs, run_random, run_suite
+from faults.suite import (
+    CASE_SECONDS,
+    SPECS,
+    STOCK_SECONDS,
+    Spec,
+    chosen_specs,
+    run_random,
+    run_suite,
+)
 from faults.tables import complaints, fault_page
 from faults.triggers import PHASES, FaultySource, Trigger
-from qerl_sync import ConfigError, PoisonedError
+from qerl_sync import ConfigError, PoisonedError, SyncError
 
 # Of each group something; all of them take minutes.
 IN_PROCESS = [
@@ -44,6 +56,12 @@ OWN_PROCESS = [
     "trainer killed in a chunk, its forked child alive",
     "worker killed in a chunk",
 ]
+DATA_PARALLEL = ["missing tensor", "NaN", "trainer killed between chunks"]
+MULTIMODAL = [
+    "only the vision tower changes",
+    "exception in the vision tower, rolled back",
+    "encoder cache is not emptied",
+]
 
 
 def outcomes(tmp_path, spec: str, cases: list[str]) -> dict[str, Outcome]:
@@ -56,7 +74,12 @@ def outcomes(tmp_path, spec: str, cases: list[str]) -> dict[str, Outcome]:
 @pytest.mark.timeout(900)  # an engine anew after each case that ends its process
 @pytest.mark.parametrize(
     ("spec", "cases"),
-    [("in process/moe/stock", IN_PROCESS), ("own process/dense/stock", OWN_PROCESS)],
+    [
+        ("in process/moe/stock", IN_PROCESS),
+        ("own process/dense/stock", OWN_PROCESS),
+        ("data parallel/dense/stock", DATA_PARALLEL),
+        ("multimodal/vision/stock", MULTIMODAL),
+    ],
 )
 def test_faults_end_as_the_contract_says(tmp_path, spec, cases):
     found = outcomes(tmp_path, spec, cases)
@@ -132,6 +155,31 @@ def test_the_page_counts_what_was_noticed_in_time():
     assert "The slowest for its limit took 2.50 s of 2 s: late (server/dense/stock)." in page
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_case_hangs_only_if_much_more_time_does_not_help(tmp_path, monkeypatch, hangs):
+    waited = []
+
+    @contextmanager
+    def hosted(spec, log, **reported):
+        said = iter(["NaN", outcome()])
+
+        def hear(seconds):
+            waited.append(seconds)
+            one = next(said, None)
+            if one is None:
+                raise SyncError("its end")
+            if one != "NaN" and (hangs or seconds < 10 * STOCK_SECONDS):
+                raise TimeoutError
+            return one
+
+        yield hear
+
+    monkeypatch.setattr(suite, "hosted", hosted)
+    found = list(run_suite([Spec("in process", "dense")], ["NaN"], tmp_path / "log", stock=True))
+    assert [one.ended for one in found] == ["hang" if hangs else "poisoned"] * 2
+    assert max(waited) == 10 * CASE_SECONDS
+
+
 class Versions:
     """An engine whose ranks have committed `held`."""
 
@@ -197,6 +245,8 @@ def test_engines_are_chosen_by_name_or_in_full():
         ("own process/denser/stock", "there is no model 'denser'; choose from"),
         ("in process/dense/stuck", "there is no kernels 'stuck'; choose from stock, plain"),
         ("svr/dense/stock", "there is no engine 'svr'; choose from in process"),
+        ("multimodal/dense/stock", "choose multimodal/vision/stock"),
+        ("server/vision/stock", "choose multimodal/vision/stock"),
     ],
 )
 def test_what_no_engine_can_be_is_refused(text, words):
@@ -250,3 +300,28 @@ def test_a_refusing_llm_says_why_and_takes_requests_again():
     client.admit()
     client.admit()
     assert llm.llm_engine.add_request() == "taken"
+
+
+class FakeAsyncLLM(FakeLLM):
+    def generate(self):
+        try:
+            return self.llm_engine.add_request()
+        except Exception as exc:  # as vLLM's
+            raise RuntimeError from exc
+
+    encode = generate
+
+
+def test_a_refusing_async_llm_says_why_however_it_is_asked():
+    from qerl_sync.engines.async_llm import AsyncLLMClient
+
+    llm = FakeAsyncLLM()
+    client = AsyncLLMClient(llm, asyncio.new_event_loop())
+    client.refuse("a sync failed: no room")
+    for ask in (llm.generate, llm.encode, lambda: asyncio.run(llm.add_request())):
+        with pytest.raises(PoisonedError, match="a sync failed: no room"):
+            ask()
+    client.admit()
+    client.admit()
+    assert llm.generate() == llm.encode() == "taken"
+    client.loop.close()

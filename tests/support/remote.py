@@ -8,9 +8,10 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +28,7 @@ PROMPTS = [[1, 2, 3, last] for last in range(2)]
 MAX_TOKENS = 8
 Generation = tuple[list[int], list[float]]  # tokens and the logprob of each
 TIMEOUT_SECONDS = 60
+START_SECONDS = 600  # of an engine, where a busy machine is slow
 
 ENGINE: dict[str, Any] = {
     "weight_transfer_config": {"backend": "qerl"},
@@ -51,11 +53,12 @@ class RemoteEngine(ABC):
     num_replicas = 1
     prompts: ClassVar = PROMPTS
     arguments: Mapping[str, Any] = {}
+    save = staticmethod(save_model)
 
     def __init__(self, trainers: dict[int, Any], directory: Path, **arguments: Any) -> None:
         self.trainers, self.arguments = trainers, {**self.arguments, **arguments}
         self.paths = {
-            seed: save_model(model, directory / str(seed)) for seed, model in self.trainers.items()
+            seed: self.save(model, directory / str(seed)) for seed, model in self.trainers.items()
         }
         self.start(self.paths[OLD])
         self.weights = self.fresh_weights()
@@ -152,6 +155,7 @@ class OwnProcess(RemoteEngine):
     """A `LLM` whose engine has a process of its own, its worker another one."""
 
     environment: ClassVar = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    inputs: Mapping[str, Any] = {}  # of each request, beside its prompt
 
     def start(self, path: Path) -> None:
         with engine_environment(self.environment):
@@ -165,7 +169,7 @@ class OwnProcess(RemoteEngine):
         return list(self.client()._call("collective_rpc", method, args=arguments))
 
     def complete(self, prompt: list[int], max_tokens: int) -> Generation:
-        return _complete(self.llm, prompt, max_tokens)
+        return _complete(self.llm, prompt, max_tokens, self.inputs)
 
     def close(self) -> None:
         _shut_down(self.llm.llm_engine.engine_core)
@@ -194,22 +198,24 @@ class Async(RemoteEngine):
 
     def start(self, path: Path) -> None:
         self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, name="engine loop")
+        run = self.loop.run_forever
+        self._thread = threading.Thread(target=run, name="engine loop", daemon=True)
         self._thread.start()
-        self.engine = self.run(self._start(path))
+        self.engine = self.run(self._start(path), START_SECONDS)
 
     async def _start(self, path: Path) -> Any:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        without = {"enable_prefix_caching": False}
         arguments = AsyncEngineArgs(
-            model=str(path), enable_prefix_caching=False, **{**SERVED, **ENGINE, **self.arguments}
+            model=str(path), **{**without, **SERVED, **ENGINE, **self.arguments}
         )
         with engine_environment({"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}):
             return AsyncLLM.from_engine_args(arguments)
 
-    def run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(timeout=120)
+    def run(self, coroutine: Any, seconds: float = 120) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(seconds)
 
     def client(self) -> Any:
         from qerl_sync.engines.async_llm import AsyncLLMClient
@@ -224,10 +230,12 @@ class Async(RemoteEngine):
     ) -> Generation:
         return self.run(self._stream(prompt, max_tokens, ([], []), replica))
 
-    def stream(self, prompt: list[int], max_tokens: int) -> tuple[Any, Generation]:
+    def stream(
+        self, prompt: list[int], max_tokens: int, replica: int | None = None
+    ) -> tuple[Any, Generation]:
         """A future, and what has been generated so far: it grows."""
         grown: Generation = ([], [])
-        coroutine = self._stream(prompt, max_tokens, grown)
+        coroutine = self._stream(prompt, max_tokens, grown, replica)
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop), grown
 
     async def _stream(
@@ -252,7 +260,7 @@ class Async(RemoteEngine):
     async def _close(self) -> None:
         handler = self.engine.output_handler
         self.engine.shutdown()
-        with contextlib.suppress(asyncio.CancelledError):
+        with contextlib.suppress(asyncio.CancelledError, Exception):  # it raises how one died
             await handler
         _shut_down(self.engine.engine_core)
 
@@ -412,6 +420,13 @@ def push(engine: RemoteEngine, version: int, **options: Any) -> SyncReport:
         return one.push()
 
 
+def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def own_segments() -> list[str]:
     """This process's shared memory that exists now, by name."""
     return sorted(
@@ -472,8 +487,11 @@ def _generate(llm: Any) -> list[Generation]:
     return [_complete(llm, prompt, MAX_TOKENS) for prompt in PROMPTS]
 
 
-def _complete(llm: Any, prompt: list[int], max_tokens: int) -> Generation:
-    (output,) = llm.generate([{"prompt_token_ids": prompt}], _sampling(max_tokens), use_tqdm=False)
+def _complete(
+    llm: Any, prompt: list[int], max_tokens: int, inputs: Mapping[str, Any] = MappingProxyType({})
+) -> Generation:
+    asked = {"prompt_token_ids": prompt, **inputs}
+    (output,) = llm.generate([asked], _sampling(max_tokens), use_tqdm=False)
     return _read(output)
 
 

@@ -58,6 +58,12 @@ def make_vision_model(seed: int) -> Any:
     return model
 
 
+@torch.no_grad()
+def change_vision_tower(model: Any) -> None:
+    for parameter in model.vision_model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
 def save_vision_model(model: Any, directory: Path) -> Path:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel

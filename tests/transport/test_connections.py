@@ -119,21 +119,6 @@ def forking(prepare: str) -> Iterator[tuple[subprocess.Popen[str], Callable[[], 
             os.kill(int(said[-1]), signal.SIGKILL)
 
 
-def test_a_forked_child_does_not_keep_its_parents_shared_memory_alive():
-    prepare = (
-        "from qerl_sync.wire.segments import SharedSegment\n"
-        "held = SharedSegment(1 << 16)\nprint(held.name, flush=True)"
-    )
-    with forking(prepare) as (process, line):
-        path = segments.DIRECTORY / line()
-        line()
-        remove_abandoned()
-        assert path.exists()  # the fork took nothing from the parent
-        process.kill()
-        process.wait()
-        assert path.name in remove_abandoned()
-
-
 @pytest.mark.parametrize("role", ["trainer", "worker"])
 def test_a_forked_child_does_not_hide_the_end_of_its_parent(role):
     ends = {

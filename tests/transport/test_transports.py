@@ -18,13 +18,13 @@ from support.models import make_model, save_model
 from support.remote import (
     ENGINES,
     SERVED,
-    Generation,
     completion_request,
     gap,
     of_choice,
     own_segments,
     push,
     session,
+    wait_for,
 )
 
 import qerl_sync
@@ -113,6 +113,20 @@ def test_equals_a_fresh_engine(remote, name, carrier):
     assert engine.generates_as(OLD)
 
 
+def test_any_replica_that_keeps_its_prefix_cache_is_told(remote, caplog):
+    """vLLM returns the first one's answer, which has emptied its own."""
+    engine = remote("data parallel")
+    client = engine.client()
+    future, grown = engine.stream([1, 2, 3], 400, replica=1)
+    wait_for(lambda: grown[0])
+    client.pause("keep")
+    assert client.reset_caches(running=False) is False
+    assert "replicas [1] keep" in caplog.text
+    assert client.reset_caches(running=True) is True
+    client.resume()
+    assert len(future.result(60)[0]) == 400
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)  # two engines start, one behind the other
 def test_every_data_parallel_replica_of_a_server_is_synced_by_one_trainer(tmp_path, monkeypatch):
@@ -124,7 +138,11 @@ def test_every_data_parallel_replica_of_a_server_is_synced_by_one_trainer(tmp_pa
 
         def gaps(version: int) -> list[float]:
             return [
-                gap(trainers[version], [1, 2, 3], asked(server.url, path, replica))
+                gap(
+                    trainers[version],
+                    [1, 2, 3],
+                    of_choice(asked(server.url, path, replica).json()["choices"][0]),
+                )
                 for replica in range(2)
             ]
 
@@ -145,15 +163,23 @@ def test_every_data_parallel_replica_of_a_server_is_synced_by_one_trainer(tmp_pa
             assert refused.value.pid == os.getpid()
             assert max(gaps(NEW)) < ROUNDING
             assert first.push().version == 2
+        with asked(server.url, path, 1, 400, stream=True) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith(b"data: ")
+            client.pause("keep")
+            assert client.reset_caches(running=False) is False, "the first replica's answer is True"
+            client.resume()
+            assert list(lines)[-2] == b"data: [DONE]"
 
 
-def asked(url: str, model: Path, replica: int) -> Generation:
-    """What one data parallel replica of a server generates."""
-    reported = completion_request(str(model), [1, 2, 3], 8)
+def asked(url: str, model: Path, replica: int, tokens: int = 8, *, stream: bool = False):
+    """The answer of one data parallel replica of a server."""
+    request = {**completion_request(str(model), [1, 2, 3], tokens), "stream": stream}
     headers = {"X-data-parallel-rank": str(replica)}
-    answer = requests.post(f"{url}/v1/completions", json=reported, headers=headers, timeout=60)
+    to = f"{url}/v1/completions"
+    answer = requests.post(to, json=request, headers=headers, timeout=60, stream=stream)
     assert answer.status_code == 200, answer.text
-    return of_choice(answer.json()["choices"][0])
+    return answer
 
 
 class Part(HFSource):

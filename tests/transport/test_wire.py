@@ -41,6 +41,7 @@ from qerl_sync.errors import (
     WorldSizeError,
 )
 from qerl_sync.plan.staging import touched_bytes
+from qerl_sync.serving.processes import descendants
 from qerl_sync.transports.remote import compatibility as agreement
 from qerl_sync.transports.remote import control, transport
 from qerl_sync.transports.remote.peer import Peer
@@ -971,8 +972,9 @@ def test_no_room_for_a_slot_ends_the_sync_before_it_starts(workers, monkeypatch)
 # Imports torch once: each line with a program becomes a child with a segment, which ends as a
 # program of its own would, through the end of this one. A line with a pid asks for its exit code.
 OWNERS = """
-import os, sys, time
+import gc, os, sys, time
 from qerl_sync.wire.segments import SharedSegment
+gc.freeze()  # or each fork that exits would go through all of torch's objects, and copy them
 for line in sys.stdin:
     told = eval(line)
     if isinstance(told, int):
@@ -984,7 +986,8 @@ for line in sys.stdin:
         exec(told[1])
         break
 """
-STAY = "time.sleep(600)"
+# In steps: a signal that comes just before the system call would not end a long one.
+STAY = "while True: time.sleep(0.05)"
 
 
 @pytest.fixture(scope="module")
@@ -1055,6 +1058,18 @@ def test_a_forked_child_does_not_take_the_memory_with_it(host):
         owner.end(signal.SIGKILL)
     remove_abandoned()
     assert not owner.path.exists()
+
+
+def test_a_forked_child_does_not_keep_its_parents_shared_memory_alive(host):
+    owner = Owner(host, first=f"if os.fork() == 0:\n {STAY}")
+    (child,) = descendants(owner.pid)
+    try:
+        remove_abandoned()
+        assert owner.path.exists()  # the fork took nothing from the parent
+        owner.end(signal.SIGKILL)
+        assert owner.path.name in remove_abandoned()
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 def test_nothing_is_left_after_an_interrupt(host):

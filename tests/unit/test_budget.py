@@ -75,7 +75,7 @@ def test_the_budget_is_kept_or_refused(data, stream):
         assert result == metas
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(st.data(), streams())
 def test_a_budget_that_grouping_keeps_is_not_refused(data, stream):
     metas, layer_map = stream
@@ -165,7 +165,7 @@ def test_few_more_are_moved_than_must_be():
     """The numbers of the docstring, on streams that break their budget. Same streams every time."""
     rng = random.Random(0)
     fewest = ours = least = cases = 0
-    while cases < 50:
+    while cases < 25:
         layers = rng.randint(2, 4)
         largest = rng.choice((1, 3, 8))
         small = [(rng.randrange(layers), rng.randint(1, largest)) for _ in range(rng.randint(3, 7))]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from qerl_sync.config import SyncConfig, TrainConfig, load_config
@@ -365,7 +365,6 @@ def test_scalars_mean_what_people_mean(text):
     assert type(tree["key"]) is type(SCALARS[text])
 
 
-@settings(max_examples=50)
 @given(
     st.recursive(
         st.integers() | st.text("ab .", max_size=5) | st.none() | st.booleans(),

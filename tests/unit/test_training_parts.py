@@ -189,7 +189,8 @@ def test_tiny_models_follow_the_seed_and_the_configuration():
     assert model.config.vocab_size == len(tokenizer)
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.dtype == torch.float32
-    weights = [next(iter(make(seed)[0].parameters())) for seed in (0, 0, 1)]
+    same, other = make(0)[0], make(1)[0]
+    weights = [next(iter(one.parameters())) for one in (model, same, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert make(0, tie_word_embeddings=True)[0].config.tie_word_embeddings

@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from qerl_sync.cli.plan.scenarios import SPILL, Scenario
@@ -23,7 +22,6 @@ from qerl_sync.cli.plan.series import (
     staged_words,
     unit_of,
 )
-from qerl_sync.errors import ConfigError
 from qerl_sync.meta import format_bytes
 from qerl_sync.plan.diagnosis import Cause
 
@@ -43,38 +41,6 @@ STAGED = (
 )
 
 
-def write_page(
-    scenarios: Sequence[Scenario],
-    path: Path,
-    *,
-    title: str,
-    subtitle: str,
-    facts: Sequence[tuple[str, str, str]],
-    footer: str = "",
-    budget_bytes: int | None = None,
-) -> None:
-    """Write the page to `path`.
-
-    Args:
-        facts: (what, value, further words) about the model.
-
-    Raises:
-        ConfigError: `path` cannot be written.
-    """
-    page = render_page(
-        scenarios,
-        title=title,
-        subtitle=subtitle,
-        facts=facts,
-        footer=footer,
-        budget_bytes=budget_bytes,
-    )
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError(f"--html {path} cannot be written: {exc}") from exc
-
-
 def render_page(
     scenarios: Sequence[Scenario],
     *,
@@ -84,7 +50,11 @@ def render_page(
     footer: str = "",
     budget_bytes: int | None = None,
 ) -> str:
-    """The page as text."""
+    """Return the page.
+
+    Args:
+        facts: (what, value, further words) about the model.
+    """
     orders = by_order(scenarios)
     parts = {
         "title": escape(title),

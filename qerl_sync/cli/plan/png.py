@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from qerl_sync.cli.plan.scenarios import Scenario
@@ -41,16 +41,15 @@ HEADROOM = 1.5  # of a panel's height, so that the labels stand above the stream
 
 def plot_plan(
     scenarios: Sequence[Scenario],
-    path: Path,
     *,
     title: str,
     subtitle: str = "",
     budget_bytes: int | None = None,
-) -> None:
-    """All peaks on one scale, then a panel for each order on a scale of its own.
+) -> bytes:
+    """Return a PNG: all peaks on one scale, then a panel for each order on a scale of its own.
 
     Raises:
-        ConfigError: matplotlib is not installed, or `path` cannot be written.
+        ConfigError: matplotlib is not installed.
     """
     matplotlib = _matplotlib()
     orders = by_order(scenarios)
@@ -62,10 +61,9 @@ def plot_plan(
         for axes, (order, group) in zip(panels, orders.items(), strict=True):
             _draw_order(axes, order, group, budget_bytes)
         _write_head(figure, scenarios, title, subtitle, budget_bytes)
-        try:
-            figure.savefig(path)
-        except OSError as exc:
-            raise ConfigError(f"--png {path} cannot be written: {exc}") from exc
+        picture = io.BytesIO()  # given a path, matplotlib goes by its ending: another file, format
+        figure.savefig(picture, format="png")
+    return picture.getvalue()
 
 
 def _matplotlib() -> Any:

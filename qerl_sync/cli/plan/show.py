@@ -10,7 +10,7 @@ from rich.text import Text
 from qerl_sync import __version__
 from qerl_sync.cli.plan.run import Comparison, Outcome
 from qerl_sync.cli.plan.table import causes, scenario_table, worst_moment
-from qerl_sync.errors import ConfigError
+from qerl_sync.config.files import file_errors_explained
 from qerl_sync.meta import format_bytes
 
 
@@ -62,42 +62,34 @@ def write_files(
     """Write what was asked for, and say so on `console`.
 
     Raises:
-        ConfigError: a file cannot be written.
+        FileError: a file cannot be written.
     """
-    if names is not None:
-        _write_names(outcome, names)
-    if png is not None:
-        _write_png(outcome, png)
-    if html is not None:
-        _write_html(outcome, html)
-    for what, path in (("names", names), ("picture", png), ("page", html)):
+    files = (("names", names, _names), ("picture", png, _picture), ("page", html, _page))
+    for what, path, content in files:
         if path is not None:
+            with file_errors_explained(path):
+                path.write_bytes(content(outcome))
             console.print(f"{what} written to {path}", highlight=False, soft_wrap=True)
 
 
-def _write_names(outcome: Outcome, path: Path) -> None:
-    lines = [meta.name for meta in outcome.scenarios[0].metas]
-    try:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    except OSError as exc:
-        raise ConfigError(f"--names {path} cannot be written: {exc}") from exc
+def _names(outcome: Outcome) -> bytes:
+    return "".join(f"{meta.name}\n" for meta in outcome.scenarios[0].metas).encode()
 
 
-def _write_png(outcome: Outcome, path: Path) -> None:
+def _picture(outcome: Outcome) -> bytes:
     from qerl_sync.cli.plan.png import plot_plan
 
     size = f"{len(outcome.found.metas):,} tensors, {format_bytes(outcome.total_bytes)}"
-    plot_plan(
+    return plot_plan(
         outcome.scenarios,
-        path,
         title=outcome.asked.name,
         subtitle=f"{size} in {outcome.dtypes}. {outcome.origin} {outcome.packed}",
         budget_bytes=outcome.budget_bytes,
     )
 
 
-def _write_html(outcome: Outcome, path: Path) -> None:
-    from qerl_sync.cli.plan.html import write_page
+def _page(outcome: Outcome) -> bytes:
+    from qerl_sync.cli.plan.html import render_page
 
     layer, held = outcome.largest_layer
     facts = [
@@ -108,12 +100,12 @@ def _write_html(outcome: Outcome, path: Path) -> None:
     ]
     if outcome.budget_bytes is not None:
         facts.append(("Budget", format_bytes(outcome.budget_bytes), ""))
-    write_page(
+    page = render_page(
         outcome.scenarios,
-        path,
         title=" ".join(filter(None, (outcome.asked.name, outcome.architecture))),
         subtitle=" ".join(filter(None, (outcome.origin, outcome.packed))),
         facts=facts,
         footer=f"Made by qerl-sync {__version__} with `qerl-sync plan`.",
         budget_bytes=outcome.budget_bytes,
     )
+    return page.encode()

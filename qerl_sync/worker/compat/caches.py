@@ -4,13 +4,17 @@ Coupling points: `reset_prefix_cache`, `reset_encoder_cache` and `reset_mm_cache
 `KVConnectorFactory.get_connector_class`, `KVConnectorBase_V1.reset_cache`,
 `MultiConnector._get_connector_classes_and_configs`, and of vLLM's configuration
 `kv_transfer_config` (with the key `secondary_tiers` of its OffloadingConnector) and
-`ec_transfer_config`.
+`ec_transfer_config`. Of an `AsyncLLM`: `engine_core.core_engines` and `_call_utility_async`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 def forget_caches(call: Callable[..., Any], *, running: bool) -> bool:
@@ -33,6 +37,34 @@ def forget_caches(call: Callable[..., Any], *, running: bool) -> bool:
     # so that neither believes that the other has an item which it has not.
     call("reset_mm_cache")
     return bool(done)
+
+
+def ask_every_replica(engine: Any) -> None:
+    """Have `reset_prefix_cache` of this `AsyncLLM` answer for every data parallel replica.
+
+    vLLM's own asks all of them and returns what the first one answers: a replica whose requests
+    hold their blocks would keep keys and values of old weights unnoticed. Idempotent.
+    """
+    core: Any = getattr(engine, "engine_core", None)
+    if not (hasattr(core, "core_engines") and hasattr(core, "_call_utility_async")):
+        return
+
+    async def reset(reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        asked = ("reset_prefix_cache", reset_running_requests, reset_connector)
+        replicas = list(core.core_engines)  # now: their number may change
+        answers = await asyncio.gather(
+            *(core._call_utility_async(*asked, engine=replica) for replica in replicas)
+        )
+        kept = [
+            int.from_bytes(replica, "little")
+            for replica, emptied in zip(replicas, answers, strict=True)
+            if not emptied
+        ]
+        if kept and len(replicas) > 1:
+            logger.warning("data parallel replicas %s keep their prefix cache", kept)
+        return not kept
+
+    engine.reset_prefix_cache = reset  # of this object alone
 
 
 def llm_method(llm: Any, name: str) -> Callable[..., Any]:
