@@ -176,8 +176,8 @@ class SyncConfig(Section):
 
     transport: Literal["auto", "inproc", "cuda_ipc", "shm", "tcp", "ray"] = "auto"
     """How chunks reach vLLM workers in other processes. `cuda_ipc`: memory of the GPU that trainer
-    and worker are both on, `chunks_in_flight` chunks of it during a sync, which are the trainer's
-    (not run on a GPU yet); `shm`: shared memory, same host only; `tcp`: the connection that each
+    and worker are both on, `chunks_in_flight` chunks of it during a sync, which are the trainer's;
+    `shm`: shared memory, same host only; `tcp`: the connection that each
     worker has to the trainer, any host; `ray`: Ray's object store, for engines in Ray actors;
     `auto`: memory of the GPU where a worker is on the one that the trainer's tensors are on and can
     map it, else shared memory where a worker can open the trainer's and /dev/shm has room for the

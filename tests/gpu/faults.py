@@ -149,7 +149,7 @@ def out_of_memory(mode: str, on_failure: str) -> dict[str, Any]:
     if "OutOfMemory" not in error:
         found.append("the error does not name the cause")
     if on_failure == "rollback":
-        proof.step("rolled back", proof.hold_against, NEW)
+        proof.step("rolled back", proof.hold_against, NEW, committed=False)
     else:
         proof.step("poisoned", proof.refuses)
     proof.step("healed", proof.sync, OLD)
