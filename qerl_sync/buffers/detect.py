@@ -109,9 +109,12 @@ def is_finite(tensor: torch.Tensor, *, alone: bool = True) -> bool:
     plain = tensor.device.type == "cpu" and tensor.is_contiguous()
     if not alone and plain and tensor.dtype in _INFINITY:
         return _has_finite_bits(tensor)
-    if tensor.dtype.itemsize == 1:  # of eight bits torch has no sums
-        tensor = tensor.to(torch.float32)
-    return math.isfinite(_sum(tensor)) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(_sum(tensor).item()) or not _count_not_finite(tensor)
+
+
+def _count_not_finite(tensor: torch.Tensor) -> int:
+    wide = tensor.to(torch.float32) if tensor.dtype.itemsize == 1 else tensor
+    return int((~torch.isfinite(wide)).sum())
 
 
 # IEEE 754: read as integers, infinity and NaN are the largest values of each sign. The signed
@@ -139,13 +142,37 @@ def _has_finite_bits(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _sum(tensor: torch.Tensor) -> float:
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.dtype.itemsize == 1:  # of eight bits torch has no sums
+        tensor = tensor.to(torch.float32)
     if tensor.dtype == torch.bfloat16 and tensor.device.type == "cpu" and tensor.dim() > 1:
         # torch sums bfloat16 on a CPU ten times slower than it multiplies it.
         rows = tensor.reshape(-1, tensor.shape[-1])
         tensor = torch.mv(rows, torch.ones(rows.shape[1], dtype=tensor.dtype))
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return float(tensor.sum(dtype=dtype).item())
+    return tensor.sum(dtype=dtype)
+
+
+def require_all_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, alone: bool = True) -> None:
+    """Do as `require_finite` for each of these, by name.
+
+    A GPU is asked once for all of them: for each answer it must first have done all its work, which
+    takes longer than most tensors' sums.
+    """
+    sums: dict[torch.device, dict[str, torch.Tensor]] = {}
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        if tensor.device.type == "cpu" and not alone:
+            require_finite(name, tensor, alone=False)
+            continue
+        kept[name] = tensor
+        sums.setdefault(tensor.device, {})[name] = _sum(tensor).to(torch.float32)
+    for of_device in sums.values():
+        for name, total in zip(of_device, torch.stack([*of_device.values()]).tolist(), strict=True):
+            if not math.isfinite(total):
+                require_finite(name, kept[name])
 
 
 def require_finite(
@@ -153,7 +180,7 @@ def require_finite(
 ) -> None:
     """Raise CoverageError with the number of bad values if `tensor` has any. See `is_finite`."""
     if not is_finite(tensor, alone=alone):
-        bad = int((~torch.isfinite(tensor)).sum())
+        bad = _count_not_finite(tensor)
         raise CoverageError(
             f"{named(name, parents)} has {bad:,} NaN or infinite values of {tensor.numel():,}; the "
             "training step before this sync went wrong (look at the loss and the gradient norm). "

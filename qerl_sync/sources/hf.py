@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qerl_sync.buffers.detect import dtype_name, require_finite, storages_of
+from qerl_sync.buffers.detect import dtype_name, require_all_finite, storages_of
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.sources.base import Source
@@ -103,8 +103,8 @@ class HFSource(Source):
         if names is not None:
             of = (self._group_of[name].parameters for name in names)
             looked_at = dict.fromkeys(one for group in of for one in group)
-        for name in looked_at:
-            require_finite(name, self._parameters[name].detach(), alone=alone)
+        held = ((name, self._parameters[name].detach()) for name in looked_at)
+        require_all_finite(held, alone=alone)
 
     @torch.no_grad()
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -16,6 +16,7 @@ from qerl_sync.buffers.detect import (
     DeviceRule,
     dtype_name,
     is_finite,
+    require_all_finite,
     require_finite,
     require_in_range,
     storages_of,
@@ -135,6 +136,17 @@ def test_bad_values_are_counted_and_named():
     with pytest.raises(CoverageError, match=r"'w' has 2 NaN or infinite values of 3"):
         require_finite("w", torch.tensor([float("nan"), 0.0, float("-inf")]))
     require_finite("integers", torch.tensor([1]))
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_many_are_looked_at_together(dtype, alone):
+    held = {f"w{i}": torch.full((3, i), 5e4).to(dtype) for i in range(5)}
+    held |= {"ids": torch.tensor([1]), "huge": torch.full((9,), 3e38)}  # its sum overflows
+    require_all_finite(held.items(), alone=alone)
+    held["w3"] = held["w3"].float().index_fill(1, torch.tensor([1]), float("nan")).to(dtype)
+    with pytest.raises(CoverageError, match=r"'w3' has 3 NaN or infinite values of 9"):
+        require_all_finite(held.items(), alone=alone)
 
 
 @pytest.mark.parametrize(
