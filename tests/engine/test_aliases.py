@@ -3,6 +3,8 @@ parameters that were emptied or changed after they had been loaded."""
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from support import bare
@@ -165,7 +167,9 @@ def test_a_view_taken_while_packing_is_one_of_the_live_parameter(dense, monkeypa
     assert layer.views[0].equal(layer.weight.t())
     assert layer.named["rows"].equal(layer.weight[:8])
     assert layer.flat.equal(layer.weight.view(-1))
-    assert [key for key in dense.wrong_weights(NEW) if "flat" not in key] == []
+    # A fresh engine's layers were packed before they took views.
+    own = re.compile(r"\.(views\.0|named\.rows|flat)$")
+    assert [key for key in dense.wrong_weights(NEW) if not own.search(key)] == []
 
 
 def test_a_view_that_cannot_be_one_again_ends_the_sync(dense, monkeypatch):
