@@ -14,7 +14,7 @@ from support.models import make_model, save_model
 
 from qerl_sync import HFSource
 from qerl_sync.errors import CoverageError, LayerMapError, LoadError
-from qerl_sync.worker.load.aliases import LostView
+from qerl_sync.worker.load.aliases import LostView, lost_views
 from qerl_sync.worker.load.receiver import Receiver
 
 pytestmark = pytest.mark.vllm
@@ -103,6 +103,10 @@ def test_the_convolutions_of_mamba_2_are_new(mamba):
 def test_a_convolution_that_stays_old_is_found(mamba, monkeypatch):
     mamba.sync(NEW, verify="checksum")
     monkeypatch.setattr(LostView, "renew", lambda view: None)
+    if not lost_views(mamba.model):  # vLLM 0.32 keeps the view
+        mamba.sync(OLD, verify="checksum")
+        assert mamba.wrong_weights(OLD) == []
+        return
     with pytest.raises(CoverageError, match="mixer"):
         mamba.sync(OLD, verify="checksum")
 

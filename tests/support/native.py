@@ -57,7 +57,9 @@ class Broadcast:
         self.sizes: list[int] = []
 
     def rank(self, rank: int) -> Any:
-        return SimpleNamespace(broadcast=self._send if rank == 0 else self._receive)
+        return SimpleNamespace(
+            broadcast=self._send if rank == 0 else self._receive, destroy=lambda: None
+        )
 
     def _send(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
         assert tensor.is_contiguous()

@@ -13,8 +13,10 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from support.models import make_model, save_model
+from support.processes import alive
 from support.servers import ENGINE, answering, stand_in_for_vllm, wait_until
 from typer.testing import CliRunner
 
@@ -31,7 +33,7 @@ from qerl_sync.serving.command import (
     server_environment,
 )
 from qerl_sync.serving.log import complaint_in, last_line
-from qerl_sync.serving.processes import descendants, members, running
+from qerl_sync.serving.processes import descendants, members
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 
@@ -345,16 +347,11 @@ class Parent:
 
     @property
     def guards(self) -> list[int]:
-        return [p.pid for p in running() if p.parent == self.process.pid]
+        return [p.pid for p in psutil.Process(self.process.pid).children()]
 
     def close(self) -> None:
         self.process.kill()
         self.process.communicate()
-
-
-def alive(pids: list[int]) -> list[int]:
-    now = {process.pid for process in running()}
-    return [pid for pid in pids if pid in now]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
@@ -375,7 +372,7 @@ def test_a_guard_that_is_killed_takes_the_server_with_it(model, tmp_path, monkey
     monkeypatch.setenv("PYTHONPATH", str(stand_in_for_vllm(tmp_path / "package")))
     with ServerProcess(ServerSpec(model), log=tmp_path / "server.log") as one:
         ours = started()
-        (guard,) = [p.pid for p in running() if p.parent == os.getpid() and p.pid in ours]
+        (guard,) = [p.pid for p in psutil.Process().children() if p.pid in ours]
         server, *rest = descendants(guard)
         session = members(guard)
         os.kill(guard, signal.SIGKILL)

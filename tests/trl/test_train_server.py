@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 from support.models import make_model
+from support.processes import alive
 from support.servers import stand_in_for_vllm, wait_until
 from support.trainers import build_trainer, gap, save_policy
 
@@ -28,7 +29,7 @@ from qerl_sync import ConfigError
 from qerl_sync.config import TrainConfig
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import PeerLostError
-from qerl_sync.serving.processes import descendants, running
+from qerl_sync.serving.processes import descendants
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display
 from qerl_sync.training.rollouts import rollout_server
@@ -38,10 +39,6 @@ ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
 CONFIG = "configs/grpo_cpu_server.yaml"
 SHORT = ["trainer.max_steps=4", "trainer.save_steps=4", "warmup.trainer.max_steps=8"]
-
-
-def alive(pids):
-    return {process.pid for process in running()} & set(pids)
 
 
 def segments_of(pid: int) -> list[str]:
