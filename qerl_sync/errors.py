@@ -76,9 +76,12 @@ class CompatError(SyncError):
 
     Attributes:
         missing: the names of what is missing, where these are known.
+        version, window: the vLLM that was found, and the versions that were run.
     """
 
     missing: tuple[str, ...] = ()
+    version: str = ""
+    window: str = ""
 
 
 class LayerMapError(SyncError):

@@ -24,6 +24,7 @@ from qerl_sync.engines.base import (
 )
 from qerl_sync.errors import TransportError
 from qerl_sync.worker.compat.caches import ask_every_replica, forget_caches
+from qerl_sync.worker.compat.coupling import lacking, vllm_version
 
 ENGINE = "the vLLM engine"
 
@@ -110,7 +111,13 @@ class AsyncLLMClient(EngineClient):
         return [answer async for answer in self.engine.generate(prompt, asked, name)][-1]
 
     def weight_version(self) -> str:
-        """Return the version passed with the last finished update; `default` before the first."""
+        """Return the version passed with the last finished update; `default` before the first.
+
+        Raises:
+            CompatError: this vLLM keeps no version (0.25).
+        """
+        if not hasattr(self.engine, "get_weight_version"):
+            raise lacking("weight versions", vllm_version(), ("get_weight_version",))
         return str(self._call("get_weight_version"))
 
     def world_size(self) -> int:

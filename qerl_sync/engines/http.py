@@ -24,6 +24,7 @@ from qerl_sync.engines.base import (
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
 from qerl_sync.wire.channel import PROOF_HEADER, SOCKET_OPTIONS, TOKEN_VARIABLE, proof
 from qerl_sync.worker.compat.caches import forget_caches
+from qerl_sync.worker.compat.coupling import lacking
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,10 @@ HEALTH_SECONDS = 5.0
 WATCH_SECONDS = 2.0
 
 Params = dict[str, str]
+
+
+class RouteMissingError(TransportError):
+    """The server answers 404: it was started without its RL routes, or its vLLM lacks this one."""
 
 
 class HTTPClient(EngineClient):
@@ -125,8 +130,18 @@ class HTTPClient(EngineClient):
         return read_prompt_logprobs(token_ids, answer["choices"][0]["prompt_logprobs"])
 
     def weight_version(self) -> str:
-        """Return the version passed with the last finished update; `default` before the first."""
-        return str(self._get("weight_info")["weight_version"])
+        """Return the version passed with the last finished update; `default` before the first.
+
+        Raises:
+            CompatError: the server's vLLM keeps no version (0.25).
+        """
+        try:
+            return str(self._get("weight_info")["weight_version"])
+        except RouteMissingError:
+            # Without any RL route it was started without them, whatever its version: that raises.
+            self.world_size()
+            version = str(self._get("version")["version"])
+            raise lacking("weight versions", version, ("/weight_info",)) from None
 
     def world_size(self) -> int:
         """See `EngineClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
@@ -244,7 +259,7 @@ class HTTPClient(EngineClient):
     def _answer(self, route: str, response: Any) -> dict[str, Any]:
         """Return the answer's JSON, {} without a body. Raise TransportError for an error status."""
         if response.status_code == 404:
-            raise TransportError(
+            raise RouteMissingError(
                 f"{self} has no route /{route}: start it with VLLM_SERVER_DEV_MODE=1 in its "
                 "environment, or by `qerl-sync serve`"
             )

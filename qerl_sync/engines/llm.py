@@ -21,6 +21,7 @@ from qerl_sync.engines.base import (
 )
 from qerl_sync.errors import TransportError, TransportTimeout
 from qerl_sync.worker.compat.caches import forget_caches, llm_method
+from qerl_sync.worker.compat.coupling import lacking, vllm_version
 
 ENGINE = "the vLLM engine"
 
@@ -99,7 +100,13 @@ class LLMClient(EngineClient):
         return read_prompt_logprobs(token_ids, answer.prompt_logprobs)
 
     def weight_version(self) -> str:
-        """Return the version passed with the last finished update; `default` before the first."""
+        """Return the version passed with the last finished update; `default` before the first.
+
+        Raises:
+            CompatError: this vLLM keeps no version (0.25).
+        """
+        if not hasattr(self.llm, "get_weight_version"):
+            raise lacking("weight versions", vllm_version(), ("get_weight_version",))
         return str(self._call("get_weight_version"))
 
     def world_size(self) -> int:

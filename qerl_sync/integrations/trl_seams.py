@@ -10,6 +10,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from qerl_sync.errors import CompatError
+from qerl_sync.worker.compat.coupling import WINDOW
 
 # What makes vLLM give an engine a process of its own. Spawned: a forked one would inherit torch's
 # thread pools without their threads.
@@ -115,7 +116,7 @@ def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[Non
     if original is None:
         raise CompatError(
             f"{owner.__name__} has no {name}: vLLM cannot be imported there, or this TRL is built "
-            "differently; install TRL 1.16 and vLLM 0.31"
+            f"differently; install TRL 1.16 and {WINDOW}"
         )
     setattr(owner, name, make(original))
     try:

@@ -13,23 +13,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from typing_extensions import Self
-from vllm.distributed.weight_transfer import base
-from vllm.distributed.weight_transfer.base import (
-    ModuleSource,
-    TrainerInitInfo,
-    TrainerWeightTransferEngine,
-    WeightSource,
-    materialize_full_tensor,
-)
 
 from qerl_sync.buffers.detect import dtype_name
 from qerl_sync.build import remote_transport
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError, CoverageError, PlanError
+from qerl_sync.integrations.weight_source import (
+    DECLARES_OWNERS,
+    as_declared,
+    base,
+    held_by,
+    metas_of,
+    whole_tensors,
+)
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.session import SyncReport, SyncSession
@@ -42,7 +42,7 @@ plugin.register()
 
 
 @dataclass
-class QerlTrainerInitInfo(TrainerInitInfo):
+class QerlTrainerInitInfo(base.TrainerInitInfo):
     """Parameters of one trainer rank. `rank` is keyword-only and rank 0 has the client, as
     everywhere in vLLM.
 
@@ -61,7 +61,7 @@ class QerlTrainerInitInfo(TrainerInitInfo):
     num_workers: int = 0
 
 
-class QerlTrainerWeightTransferEngine(TrainerWeightTransferEngine):
+class QerlTrainerWeightTransferEngine(base.TrainerWeightTransferEngine):
     """Sends a `WeightSource` to workers with the backend `qerl`: planned, bounded, reported.
 
     Called on every trainer rank alike.
@@ -73,9 +73,10 @@ class QerlTrainerWeightTransferEngine(TrainerWeightTransferEngine):
 
     init_info_cls = QerlTrainerInitInfo
 
-    def __init__(self, init_info: QerlTrainerInitInfo, *, client: Any, source: WeightSource):
+    def __init__(self, init_info: QerlTrainerInitInfo, *, client: Any, source: base.WeightSource):
         super().__init__(client=client, source=source, is_sender=init_info.is_sender)
-        self._weights = VLLMSource(source)
+        self.rank = init_info.rank  # an argument since vLLM 0.33 only
+        self._weights = VLLMSource(source, init_info.rank)
         self._transport = _transport(init_info, client)
         self.session = SyncSession(self._weights, self._transport, init_info.sync)
         self.last_report: SyncReport | None = None
@@ -87,7 +88,7 @@ class QerlTrainerWeightTransferEngine(TrainerWeightTransferEngine):
         init_info: QerlTrainerInitInfo,
         *,
         client: Any,
-        source: WeightSource | None = None,
+        source: base.WeightSource | None = None,
     ) -> Self:
         """Connect to the workers. Called on every trainer rank, concurrently.
 
@@ -150,8 +151,9 @@ class VLLMSource(Source):
     over, and a plan in another order is refused before anything is sent.
     """
 
-    def __init__(self, source: WeightSource) -> None:
+    def __init__(self, source: base.WeightSource, rank: int = 0) -> None:
         self._source = source
+        self._rank = rank
         self._lookup = _lookup(source)
         self.any_order = self._lookup is not None
         self._pass: Iterator[tuple[str, torch.Tensor | None]] | None = None
@@ -160,12 +162,15 @@ class VLLMSource(Source):
         self._pass = None
         return [
             ParamMeta(meta.name, dtype_name(meta.dtype), tuple(meta.shape))
-            for meta in self._source.metadata()
+            for meta in metas_of(self._source)
         ]
 
     def held_names(self) -> Collection[str] | None:
-        held = self._source.held_names()
-        return None if held is None else frozenset(held)
+        return held_by(self._source, self._rank)
+
+    def owners(self) -> dict[str, tuple[int, ...] | None]:
+        """Return the trainer ranks that own each tensor, where vLLM knows; None: all."""
+        return {m.name: getattr(m, "owners", None) for m in metas_of(self._source)}
 
     @torch.no_grad()
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -184,7 +189,7 @@ class VLLMSource(Source):
 
     def _seek(self, name: str) -> torch.Tensor:
         if self._pass is None:
-            self._pass = iter(self._source)
+            self._pass = whole_tensors(self._source)
         for found, tensor in self._pass:
             if found == name and tensor is not None:
                 return tensor
@@ -199,22 +204,23 @@ class VLLMSource(Source):
         )
 
 
-def _lookup(source: WeightSource) -> Callable[[str], torch.Tensor] | None:
+def _lookup(source: base.WeightSource) -> Callable[[str], torch.Tensor] | None:
     """Return a function that gets one tensor by its name, if the source can."""
     tensor: Callable[[str], torch.Tensor] | None = getattr(source, "tensor", None)
     # A subclass may yield something else than the parameters.
-    if type(source) is ModuleSource:
+    if type(source) is base.ModuleSource:
         module: torch.nn.Module = source._module
-        return lambda name: materialize_full_tensor(module.get_parameter(name))
+        return lambda name: base.materialize_full_tensor(module.get_parameter(name))
     return tensor
 
 
-class PlannedSource(WeightSource):
+class PlannedSource(base.WeightSource):
     """Put a source in the order of a plan, for vLLM's own trainer engines (nccl, ipc, ...).
 
     All of vLLM's engines send a `WeightSource` in the order of its metadata, so the plan's order is
-    what the worker gets, whichever engine carries it. `groups()` are vLLM's own, by decoder layer
-    (its consumers compute them from the metadata and number them), each in plan order.
+    what the worker gets, whichever engine carries it. Before vLLM 0.33 `groups()` are vLLM's own,
+    by decoder layer (its consumers compute them from the metadata and number them), each in plan
+    order.
 
     Args:
         plan: made of this source's metadata, on every trainer rank alike. Where no worker can be
@@ -231,16 +237,40 @@ class PlannedSource(WeightSource):
                 "needs workers with the backend qerl, which put them in order; make it with the "
                 "policy reorder or warn"
             )
+        if DECLARES_OWNERS and source.held_names() is not None and not _knows_owners(source):
+            raise PlanError(
+                f"{type(source).__name__} holds a part of the tensors, and this vLLM asks every "
+                "rank for the owners of each; give it a VLLMSource of a WeightSource that "
+                "declares them (ParamMeta.owners)"
+            )
         self.source = source
         self.plan = plan
         self._require_current()
 
+    @as_declared
     def metadata(self) -> list[base.ParamMeta]:
         self._require_current()
-        return [base.ParamMeta(m.name, getattr(torch, m.dtype), m.shape) for m in self.plan.metas]
+        owners = self.source.owners() if _knows_owners(self.source) else {}
+        # As they are gathered, whole, they have no placements.
+        return [
+            base.ParamMeta(
+                m.name,
+                getattr(torch, m.dtype),
+                m.shape,
+                **({"owners": owners[m.name]} if owners.get(m.name) else {}),
+            )
+            for m in self.plan.metas
+        ]
 
     def held_names(self) -> Collection[str] | None:
         return self.source.held_names()
+
+    def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
+        # Its metadata is asked once: a model that has changed since would go unnoticed.
+        self._require_current()
+        for name, tensor in self:
+            if tensor is not None:
+                yield name, tensor
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for chunk in self.plan.chunks:
@@ -273,6 +303,10 @@ class PlannedSource(WeightSource):
                 "the plan has another order than the source, which yields in its own only; make "
                 "the plan with the policy warn"
             )
+
+
+def _knows_owners(source: Source) -> TypeGuard[VLLMSource]:
+    return isinstance(source, VLLMSource)
 
 
 def _is_subsequence(some: Sequence[ParamMeta], metas: Sequence[ParamMeta]) -> bool:

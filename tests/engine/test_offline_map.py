@@ -22,7 +22,7 @@ from qerl_sync.offline import layer_map as offline
 from qerl_sync.offline import map_cache
 from qerl_sync.offline.layer_map import offline_map
 from qerl_sync.plan.checkpoint import read_checkpoint
-from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat.coupling import vllm_version
 
 ROOT = Path(__file__).parents[2]
 
@@ -162,7 +162,7 @@ def test_observed_once_then_read(model, monkeypatch):
 
     grouped = dist.is_initialized()
     first = offline_map(model / "config.json", engine=ENGINE)
-    assert (first.origin, first.vllm_version) == ("probe", compat.vllm_version())
+    assert (first.origin, first.vllm_version) == ("probe", vllm_version())
     assert dist.is_initialized() == grouped
     assert first.layer_map == probed()["live dense"].layer_map
     assert first.seconds.keys() == {"imports", "config", "names", "build", "probe"}

@@ -16,7 +16,7 @@ from faults.outcomes import OURS, STOCK
 from faults.suite import chosen_specs, run_random, run_suite
 from faults.tables import complaints, fault_page, fault_table
 from qerl_sync import SyncError, __version__
-from qerl_sync.worker.compat.engine import vllm_version
+from qerl_sync.worker.compat.coupling import vllm_version
 
 # Exit codes, as those of `qerl-sync`.
 BROKEN, REFUSED = 1, 2

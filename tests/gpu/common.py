@@ -135,8 +135,11 @@ def prepare() -> None:
 
     Where the package is not installed (a checkout on PYTHONPATH) vLLM would not find the plugin.
     """
+    import logging
+
     import support.environment  # noqa: F401
 
+    logging.getLogger("qerl_sync").setLevel(logging.ERROR)  # orders are bad on purpose
     os.environ.setdefault("VLLM_DEEP_GEMM_WARMUP", "skip")
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     paths = [str(ROOT), str(ROOT / "tests")]

@@ -6,7 +6,6 @@ that vLLM captures share a pool and workspaces, so that those of an older engine
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,6 @@ def run(
 ) -> dict[str, Any]:
     """Run one case: syncs that succeed, syncs that are refused, syncs that fail."""
     common.prepare()
-    logging.getLogger("qerl_sync").setLevel(logging.ERROR)  # orders are bad on purpose
     from support.fingerprint import difference
 
     with tempfile.TemporaryDirectory(prefix="qerl-sync-exact-") as directory:

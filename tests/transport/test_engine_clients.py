@@ -23,7 +23,13 @@ from qerl_sync.engines.async_llm import AsyncLLMClient
 from qerl_sync.engines.base import complaint
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.engines.llm import LLMClient
-from qerl_sync.errors import ConfigError, PeerLostError, TransportError, TransportTimeout
+from qerl_sync.errors import (
+    CompatError,
+    ConfigError,
+    PeerLostError,
+    TransportError,
+    TransportTimeout,
+)
 from qerl_sync.serving.processes import descendants, is_resource_tracker
 
 METHODS = {
@@ -113,6 +119,19 @@ class TestHTTP:
         assert client.health()
         answers.by_route["GET /health"] = (503, "")
         assert not client.health()
+
+    def test_a_vllm_without_versions(self, client, answers):
+        answers.by_route = {
+            "GET /weight_info": (404, "{}"),
+            "GET /get_world_size": (200, '{"world_size": 4}'),
+            "GET /version": (200, '{"version": "0.25.1"}'),
+        }
+        with pytest.raises(CompatError) as error:
+            client.weight_version()
+        assert (error.value.missing, error.value.version) == (("/weight_info",), "0.25.1")
+        answers.by_route["GET /get_world_size"] = (404, "{}")
+        with pytest.raises(TransportError, match="VLLM_SERVER_DEV_MODE=1"):
+            client.weight_version()
 
     WORKER = "Call to collective_rpc method failed: Worker failed with error 'chunk 3 isn't due', "
     WORKER += "please check the stack trace above for the root cause"
@@ -222,6 +241,16 @@ class SlowAsyncLLM(SlowEngine):
 
     async def start_weight_update(self):
         await asyncio.sleep(0.8)
+
+
+def test_an_engine_without_weight_versions(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.25.1"))
+    loop = asyncio.new_event_loop()
+    for client in (LLMClient(SlowEngine()), AsyncLLMClient(SlowEngine(), loop)):
+        with pytest.raises(CompatError) as error:
+            client.weight_version()
+        assert (error.value.missing, error.value.version) == (("get_weight_version",), "0.25.1")
+    loop.close()
 
 
 class TestUpdatesTakeAsLongAsTheyTake:

@@ -1,10 +1,8 @@
 """The caches in which an engine keeps what weights have computed, and what a reset reaches.
 
-Coupling points: `reset_prefix_cache`, `reset_encoder_cache` and `reset_mm_cache` of vLLM's engines,
-`KVConnectorFactory.get_connector_class`, `KVConnectorBase_V1.reset_cache`,
-`MultiConnector._get_connector_classes_and_configs`, and of vLLM's configuration
+`coupling` lists the names of vLLM's classes. Besides, of vLLM's configuration:
 `kv_transfer_config` (with the key `secondary_tiers` of its OffloadingConnector) and
-`ec_transfer_config`. Of an `AsyncLLM`: `engine_core.core_engines` and `_call_utility_async`.
+`ec_transfer_config`; and of an `AsyncLLM` `engine_core.core_engines`.
 """
 
 from __future__ import annotations

@@ -1,17 +1,7 @@
 """The file that touches vLLM's internals. It probes by feature, not by version.
 
-Its sister `compat_offline` does so for models without an engine.
-
-Coupling points, all in vLLM's `model_executor/model_loader/reload`:
-
-    layerwise.LAYERWISE_INFO              per-layer state: held tensors, elements loaded, total
-    layerwise.record_metadata_for_reloading, initialize_layerwise_reload, finalize_layerwise_reload
-    layerwise.get_numel_loaded            called for each tensor that is held, counts its elements
-    layerwise.get_layer_size              asked before, with the layer that the tensor is held for
-    layerwise.is_deferred_attention_layer asked after, when the layer's count is right
-    layerwise._layerwise_process          processes a layer that is whole
-    layerwise._copy_and_restore_kernel_tensors  copies a processed layer into its live tensors
-    layerwise._place_kernel_tensors       puts a layer's live tensors back
+`offline` does so for models without an engine. `coupling` lists all names of vLLM that are used
+here, and elsewhere.
 """
 
 from __future__ import annotations
@@ -28,61 +18,24 @@ import torch
 from qerl_sync.buffers.detect import plain_tensors
 from qerl_sync.errors import CompatError, LoadError
 from qerl_sync.worker.compat import older_reload as older
+from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.load.copy_count import CopyCount
-
-# "bias" and a few more stay real during a reload, and vLLM writes them on arrival: see SKIP_TENSORS
-# in its reload/meta.py.
-_REQUIRED = (
-    "LAYERWISE_INFO",
-    "LOADING_LAYERS",
-    "initialize_layerwise_reload",
-    "finalize_layerwise_reload",
-    "record_metadata_for_reloading",
-    "get_numel_loaded",
-    "get_layer_size",
-    "get_layer_tensors",
-    "_get_weight_loader",
-    "_get_original_loader",
-    "_layerwise_process",
-    "_copy_and_restore_kernel_tensors",
-    "_place_kernel_tensors",
-)
-
-
-def vllm_version() -> str:
-    """The installed vLLM's version. Raises CompatError without vLLM."""
-    try:
-        import vllm
-    except ImportError as exc:
-        raise CompatError(
-            f"vLLM cannot be imported ({exc}); install it (GPU: `pip install vllm`; this project's "
-            "CPU set-up: ./scripts/setup)"
-        ) from exc
-    return str(vllm.__version__)
 
 
 def _layerwise() -> Any:
-    """vLLM's layerwise module. Raises CompatError naming what the installed vLLM lacks."""
-    version = vllm_version()
-    try:
-        from vllm.model_executor.model_loader.reload import layerwise
-    except ImportError as exc:
-        raise CompatError(
-            f"vLLM {version} has no layerwise reload ({exc}); install vLLM 0.31, with which "
-            "qerl-sync is tested"
-        ) from exc
-    missing = [name for name in _REQUIRED if not hasattr(layerwise, name)]
-    if missing:
-        raise CompatError(
-            f"vLLM {version}'s layerwise reload has no {', '.join(missing)}; install vLLM 0.31, "
-            "with which qerl-sync is tested"
-        )
+    """vLLM's module of the layerwise reload; `require_layerwise_reload` has said what it has."""
+    from vllm.model_executor.model_loader.reload import layerwise
+
     return layerwise
 
 
 def require_layerwise_reload() -> None:
-    """Raises CompatError, naming what is missing, where the installed vLLM cannot be synced."""
-    _layerwise()
+    """Check that the installed vLLM can be synced.
+
+    Raises:
+        CompatError: naming what is missing, or that vLLM is older than the window.
+    """
+    require("layerwise reload")
 
 
 class EngineParts(NamedTuple):

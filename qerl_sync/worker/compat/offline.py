@@ -1,9 +1,4 @@
-"""The file that touches vLLM's internals for models without an engine. See `compat`.
-
-Coupling points: `EngineArgs.create_engine_config`, `model_loader.utils.initialize_model`, and of
-`distributed.parallel_state` the set-up of groups (`new_group`, `GroupCoordinator`, `_node_count`),
-and `fused_moe.expert_map_manager.determine_expert_map`.
-"""
+"""The file that touches vLLM's internals for models without an engine. `coupling` lists them."""
 
 from __future__ import annotations
 
@@ -16,6 +11,7 @@ from pydantic import ValidationError
 
 from qerl_sync.errors import CompatError, ConfigError
 from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat.coupling import require, vllm_version
 from qerl_sync.worker.compat.meta_values import meta_device
 from qerl_sync.worker.compat.registry import import_model_classes
 
@@ -24,11 +20,11 @@ def import_vllm_models(architectures: Sequence[str]) -> str:
     """Import what `engine_config` and `meta_model` need for these. Returns vLLM's version.
 
     Raises:
-        CompatError: vLLM is not there, too old, or was built for a device that is not there.
+        CompatError: vLLM is not there, too old, lacks something, or was built for a device that
+            is not there.
     """
-    version = compat.vllm_version()
-    import vllm.engine.arg_utils
-    import vllm.model_executor.model_loader.utils  # noqa: F401
+    require("models without an engine")
+    version = vllm_version()
     from vllm.platforms import current_platform
 
     if not current_platform.device_type:
@@ -59,7 +55,7 @@ def engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
         # pydantic's own text ends in a dump of the arguments and a link.
         found = exc.errors() if isinstance(exc, ValidationError) else []
         why = "; ".join(error["msg"].removeprefix("Value error, ") for error in found) or str(exc)
-        raise ConfigError(f"vLLM {compat.vllm_version()} does not take this model: {why}") from exc
+        raise ConfigError(f"vLLM {vllm_version()} does not take this model: {why}") from exc
 
 
 @contextlib.contextmanager
@@ -81,7 +77,7 @@ def meta_model(config: Any) -> Iterator[compat.EngineParts]:
                 model = initialize_model(config)
         except Exception as exc:
             raise CompatError(
-                f"vLLM {compat.vllm_version()} cannot build "
+                f"vLLM {vllm_version()} cannot build "
                 f"{', '.join(config.model_config.architectures)} on the meta device: "
                 f"{type(exc).__name__}: {exc}"
             ) from exc

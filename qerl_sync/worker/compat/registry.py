@@ -1,7 +1,6 @@
 """The file that touches vLLM's model registry, for model classes that are built without an engine.
 
-Coupling points: `ModelRegistry.models` (architecture -> entry), the entries' `load_model_cls`, and
-`ModelRegistry.register_model`.
+Of `ModelRegistry.models` (architecture -> entry) it also uses the entries' `load_model_cls`.
 """
 
 from __future__ import annotations

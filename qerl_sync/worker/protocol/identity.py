@@ -12,8 +12,8 @@ from qerl_sync.wire import cuda_memory
 from qerl_sync.wire.cores import own_cores
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.messages import PROTOCOL, Hello
-from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat.caches import connector_of
+from qerl_sync.worker.compat.coupling import vllm_version
 from qerl_sync.worker.load.receiver import Receiver
 
 PARALLEL_SIZES = (
@@ -57,7 +57,7 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
 
 def packages() -> dict[str, str]:
     """Versions that matter to a sync."""
-    found = {"torch": str(torch.__version__), "vllm": compat.vllm_version()}
+    found = {"torch": str(torch.__version__), "vllm": vllm_version()}
     try:
         found["qerl-sync"] = version("qerl-sync")
     except PackageNotFoundError:
