@@ -47,7 +47,8 @@ def main(model: str) -> None:
 
     # `engine`: vLLM's engine arguments that TRL does not pass on.
     callback = WeightSyncCallback(
-        policy="reorder", engine={"dtype": "float32", "enforce_eager": True}
+        policy="reorder",
+        engine={"dtype": "float32", "enforce_eager": True},
     )
     trainer = GRPOTrainer(
         model=model,

@@ -196,7 +196,7 @@ class WeightSyncCallback(TrainerCallback):
         return self
 
     def _refuse_another(self, trainer: Any) -> None:
-        if self._trainer is not None and self._trainer is not trainer:
+        if None not in (self._trainer, trainer) and self._trainer is not trainer:
             raise ConfigError(
                 f"this {type(self).__name__} syncs a {type(self._trainer).__name__} already; make "
                 "one for each trainer"
@@ -286,8 +286,10 @@ class WeightSyncCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop_waiting()
+        trainer = calling_trainer(self)
+        self._refuse_another(trainer)
         if self._trainer is None:
-            raise _never_bound(calling_trainer(self))
+            raise _never_bound(trainer)
         resumed = state.stateful_callbacks.get(STATE_KEY, {}).get("version", 0)
         if self.session is not None:
             self.session.version = max(self.session.version, resumed)

@@ -216,6 +216,10 @@ def test_a_trainer_that_exists_already_and_every_report_is_recorded(policy, tmp_
     assert gap(trainer.state.log_history) <= 1e-5
     with pytest.raises(ConfigError, match="one for each trainer"):
         callback.bind(colocated())
+    other = build_trainer(policy, tmp_path, use_vllm=False, max_steps=1)
+    other.add_callback(callback)
+    with pytest.raises(ConfigError, match="one for each trainer"):
+        other.train()
 
     trainer.remove_callback(callback)
     trainer.add_callback(WeightSyncCallback())
