@@ -327,12 +327,14 @@ def _refuse_misplaced(options: Mapping[str, Any]) -> None:
 
 def _never_bound(trainer: Any) -> ConfigError:
     """Return why training cannot begin with a callback that has no engine to sync."""
-    try:
-        _generation(trainer)
-    except ConfigError as exc:
-        return exc
+    if trainer is not None:
+        try:
+            _generation(trainer)
+        except ConfigError as exc:
+            return exc
+    kind = "trainer" if trainer is None else type(trainer).__name__
     return ConfigError(
-        f"this {type(trainer).__name__} was built without its WeightSyncCallback, and generates "
+        f"this {kind} was built without its WeightSyncCallback, and generates "
         "with an engine that nobody syncs; give the callback to its constructor "
         "(callbacks=[WeightSyncCallback(...)]), or call "
         "trainer.add_callback(WeightSyncCallback(trainer=trainer, ...))"

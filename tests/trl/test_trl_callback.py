@@ -292,6 +292,8 @@ def test_a_callback_that_waits_in_vain_stops_when_training_begins(policy, tmp_pa
     trainer.args.use_vllm = trainer.use_vllm = True
     trainer.control = trainer.callback_handler.on_init_end(*as_trainer_calls(trainer))
     assert seams() == before, "nobody who calls is a trainer"
+    with pytest.raises(ConfigError, match="this trainer was built without"):
+        callback.on_train_begin(*as_trainer_calls(trainer))
     type(trainer).announce = lambda self: self.callback_handler.on_init_end(*as_trainer_calls(self))
     try:
         trainer.announce()
