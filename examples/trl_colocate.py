@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from qerl_sync import WeightSyncCallback, engine_arguments
+from qerl_sync import WeightSyncCallback
 
 DATA = Dataset.from_list([{"prompt": f"{a}+{b}="} for a in range(5) for b in range(5)])
 
@@ -45,17 +45,18 @@ def main(model: str) -> None:
         report_to="none",
     )
 
-    callback = WeightSyncCallback(policy="reorder")
-    # vLLM's engine arguments that TRL does not pass on.
-    with engine_arguments(dtype="float32", enforce_eager=True):
-        trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=share_of_digits,
-            args=args,
-            train_dataset=DATA,
-            callbacks=[callback],
-        )
-    callback.bind(trainer)
+    # `engine`: vLLM's engine arguments that TRL does not pass on.
+    callback = WeightSyncCallback(
+        policy="reorder",
+        engine={"dtype": "float32", "enforce_eager": True},
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=share_of_digits,
+        args=args,
+        train_dataset=DATA,
+        callbacks=[callback],
+    )
     trainer.train()
 
     last = callback.reports[-1]

@@ -40,15 +40,13 @@ def main(model: str, url: str) -> None:
     )
 
     callback = WeightSyncCallback(policy="reorder")
-    with callback.connecting():  # TRL would join the server in an NCCL group
-        trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=share_of_digits,
-            args=args,
-            train_dataset=DATA,
-            callbacks=[callback],
-        )
-    callback.bind(trainer)
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=share_of_digits,
+        args=args,
+        train_dataset=DATA,
+        callbacks=[callback],
+    )
     trainer.train()
 
     last = callback.reports[-1]

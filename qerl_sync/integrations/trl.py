@@ -1,21 +1,19 @@
 """TRL: a callback that takes over the weight sync of an unmodified trainer.
 
-    callback = WeightSyncCallback(policy="reorder")
-    with callback.connecting():     # vllm_mode="server", or an engine in its own process
-        trainer = GRPOTrainer(..., callbacks=[callback])
-    callback.bind(trainer)
+    callback = WeightSyncCallback(policy="reorder", engine={"dtype": "float32"})
+    trainer = GRPOTrainer(..., callbacks=[callback])
 
+The callback takes over the engine that TRL builds for its trainer, while it is built (`trl_seams`).
 TRL keeps deciding when to sync: it calls `trainer.vllm_generation.sync_weights`, which this
 callback replaces. TRL counts steps for that, each trainer in attributes of its own, and misses
 weights that change without a step. So the calls by which an engine generates are guarded too: none
-passes while the engine may have other weights than the trainer. What must be different while a
-trainer is built stands in `trl_seams`.
+passes while the engine may have other weights than the trainer.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +23,11 @@ from qerl_sync.build import BACKEND, make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.trl_seams import (
+    Takeover,
+    calling_trainer,
+    check_engine_arguments,
     engine_arguments,
+    known_engine_arguments,
     own_process,
     require_attributes,
     without_nccl,
@@ -53,33 +55,45 @@ class WeightSyncCallback(TrainerCallback):
     """Plans, orders, watches and reports every weight sync of a TRL trainer.
 
     Example:
-        callback = WeightSyncCallback(policy="reorder")
-        with callback.connecting():  # vllm_mode="server"; a colocated engine does not need it
-            trainer = GRPOTrainer(..., callbacks=[callback])
-        callback.bind(trainer)
+        callback = WeightSyncCallback(policy="reorder", engine={"dtype": "float32"})
+        trainer = GRPOTrainer(..., callbacks=[callback])
         trainer.train()
         callback.close()
 
     Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO,
     Distillation, SDPO, SDFT, GOLD, IW-OPD), with an engine in the trainer's process, in its own, or
-    behind a server. Each sync appends
-    `sync/*` metrics to the trainer's own log. In several processes (server mode) make and bind it
-    in each; the main one syncs.
+    behind a server, which TRL then does not join in an NCCL group. Each sync appends
+    `sync/*` metrics to the trainer's own log. In several processes (server mode) make one in each;
+    the main one syncs.
 
     Args:
         config: the `sync` section; alternatively its fields as keyword arguments.
+        trainer: a trainer that has been built without it:
+            `trainer.add_callback(WeightSyncCallback(trainer=trainer))`.
+        engine: vLLM engine arguments for a colocated engine, over TRL's own, for instance
+            `{"dtype": "float32", "enforce_eager": True}`.
+        in_own_process: for `vllm_mode="colocate"`: start the engine in a process of its own. The
+            program's main module must be importable (`if __name__ == "__main__":`).
         recorder: called with each report, for instance to write it to a file.
 
     Attributes:
         reports: one for each sync so far.
-        session: the session, once bound: plan, layer map, last measured trace, version. None in
-            processes other than the main one.
+        session: the session, once the trainer has been built: plan, layer map, last measured
+            trace, version. None in processes other than the main one.
+
+    Raises:
+        ConfigError: there is no such option; what `bind` raises, if a trainer is given. The
+            trainer's constructor raises what `bind` raises, and `trainer.train()` a ConfigError if
+            the trainer has no engine that this callback was given.
     """
 
     def __init__(
         self,
         config: SyncConfig | None = None,
         *,
+        trainer: Any = None,
+        engine: Mapping[str, Any] | None = None,
+        in_own_process: bool = False,
         recorder: Callable[[SyncReport], None] | None = None,
         **options: Any,
     ) -> None:
@@ -87,45 +101,88 @@ class WeightSyncCallback(TrainerCallback):
             raise ConfigError(
                 f"give either a SyncConfig or its fields, not both ({', '.join(options)})"
             )
+        _refuse_misplaced(options)
         self.config = config or SyncConfig.of(**options)
         self.reports: list[SyncReport] = []
         self.session: SyncSession | None = None
+        self._engine = dict(engine or {})
+        self._in_own_process = in_own_process
         self._recorder = recorder
+        self._takeover: Takeover | None = None
         self._trainer: Any = None
         # The step whose weights the engine has; None where they may have changed without a step.
         self._synced_step: int | None = None
         self._syncing = False
+        if trainer is not None:
+            if engine or in_own_process:
+                raise ConfigError(
+                    f"this {type(trainer).__name__} has its engine already, which neither `engine` "
+                    "nor `in_own_process` would change; give the callback to the trainer's "
+                    "constructor: callbacks=[WeightSyncCallback(engine=...)]"
+                )
+            self.bind(trainer)
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Await the engine that the trainer builds next."""
+        trainer = calling_trainer(self)
+        self._refuse_another(trainer)
+        if trainer is None or not getattr(args, "use_vllm", False):
+            return
+        check_engine_arguments(self._engine)
+        served = getattr(args, "vllm_mode", None) == "server"
+        if served and (self._engine or self._in_own_process):
+            raise ConfigError(
+                'with vllm_mode="server" the engine is the server\'s, which neither `engine` nor '
+                "`in_own_process` would change; give its arguments to `qerl-sync serve MODEL -- "
+                "--dtype float32`"
+            )
+        self._stop_waiting()
+        self._takeover = Takeover(trainer, self)
+
+    def _stop_waiting(self) -> None:
+        if self._takeover is not None:
+            self._takeover.close()
+            self._takeover = None
 
     @contextmanager
     def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
         """Give a TRL trainer that is built in this context an engine that this callback can sync.
 
-        Build the trainer in it for `vllm_mode="server"`, where TRL would join the server in an NCCL
-        group, which needs CUDA on both sides and which this callback does not use. A colocated
-        engine in the trainer's process does not need it.
+        A callback that is among the `callbacks` of a trainer does so by itself.
 
         Args:
-            in_own_process: for `vllm_mode="colocate"`: start the engine in a process of its own.
-                The program's main module must be importable (`if __name__ == "__main__":`).
-            arguments: vLLM engine arguments for a colocated engine, see `engine_arguments`.
+            in_own_process: see the class.
+            arguments: vLLM engine arguments, over the class's `engine`.
 
         Raises:
+            ConfigError: vLLM's engine has no such argument.
             CompatError: the installed TRL does not do these things where this expects them.
         """
-        if in_own_process or self.config.transport in ("cuda_ipc", "shm", "tcp"):
+        self._engine |= arguments
+        self._in_own_process |= in_own_process
+        arguments = self._engine
+        if self._in_own_process or self.config.transport in ("cuda_ipc", "shm", "tcp"):
             arguments = {"weight_transfer_config": {"backend": BACKEND}, **arguments}
-        place = own_process() if in_own_process else without_nccl()
+        place = own_process() if self._in_own_process else without_nccl()
         with place, engine_arguments(**arguments):
             yield
 
     def bind(self, trainer: Any) -> WeightSyncCallback:
-        """Take over `trainer`'s weight sync. Call it once, when the trainer has been built.
+        """Take over the weight sync of a trainer that has been built.
+
+        A callback that is among the `callbacks` of a trainer does so by itself.
 
         Raises:
             ConfigError: the trainer does not generate with vLLM, or with one that cannot be synced
-                as configured, or its model is sharded or carries adapters.
+                as configured, or its model is sharded or carries adapters; or the callback syncs
+                another trainer.
             CompatError: the installed vLLM cannot do it, or the installed TRL has other attributes.
         """
+        if self._trainer is trainer:
+            return self
+        self._refuse_another(trainer)
         generation = _generation(trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
         given = {"trained": trainer.model.named_parameters, "probe": probe_of(model)}
@@ -137,6 +194,13 @@ class WeightSyncCallback(TrainerCallback):
             self.session = make_session(HFSource(model), self.config, server_url=url, **given)
         self._take_over(trainer)
         return self
+
+    def _refuse_another(self, trainer: Any) -> None:
+        if None not in (self._trainer, trainer) and self._trainer is not trainer:
+            raise ConfigError(
+                f"this {type(self).__name__} syncs a {type(self._trainer).__name__} already; make "
+                "one for each trainer"
+            )
 
     def _take_over(self, trainer: Any) -> None:
         """Sync when TRL asks for it, and before an engine computes with weights that may be old."""
@@ -166,6 +230,7 @@ class WeightSyncCallback(TrainerCallback):
 
         Otherwise that happens when the process ends.
         """
+        self._stop_waiting()
         if self.session is not None:
             self.session.close()
 
@@ -220,11 +285,11 @@ class WeightSyncCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._stop_waiting()
+        trainer = calling_trainer(self)
+        self._refuse_another(trainer)
         if self._trainer is None:
-            raise ConfigError(
-                "WeightSyncCallback is not bound; call `callback.bind(trainer)` after building the "
-                "trainer"
-            )
+            raise _never_bound(trainer)
         resumed = state.stateful_callbacks.get(STATE_KEY, {}).get("version", 0)
         if self.session is not None:
             self.session.version = max(self.session.version, resumed)
@@ -249,6 +314,31 @@ def metrics(report: SyncReport) -> dict[str, float]:
         "sync/open_layers": float(report.max_open_layers_measured),
         "sync/version": float(report.version),
     }
+
+
+def _refuse_misplaced(options: Mapping[str, Any]) -> None:
+    unknown = options.keys() - SyncConfig.model_fields.keys()
+    if unknown and (misplaced := sorted(unknown & known_engine_arguments())):
+        raise ConfigError(
+            f"no options of a sync, but arguments of vLLM's engine: {', '.join(misplaced)}; give "
+            f"them as engine={{{misplaced[0]!r}: ...}}"
+        )
+
+
+def _never_bound(trainer: Any) -> ConfigError:
+    """Return why training cannot begin with a callback that has no engine to sync."""
+    if trainer is not None:
+        try:
+            _generation(trainer)
+        except ConfigError as exc:
+            return exc
+    kind = "trainer" if trainer is None else type(trainer).__name__
+    return ConfigError(
+        f"this {kind} was built without its WeightSyncCallback, and generates "
+        "with an engine that nobody syncs; give the callback to its constructor "
+        "(callbacks=[WeightSyncCallback(...)]), or call "
+        "trainer.add_callback(WeightSyncCallback(trainer=trainer, ...))"
+    )
 
 
 def _generation(trainer: Any) -> Any:

@@ -1,14 +1,26 @@
-"""Changes to TRL, and to vLLM's environment, while a trainer is built."""
+"""Changes to TRL, and to vLLM's environment, while a trainer is built.
+
+A trainer calls its callbacks' `on_init_end` before it builds its engine, and hands them neither
+itself nor, later, the engine. `calling_trainer` finds the one, `Takeover` waits for the other.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import fields
+from functools import wraps
+from importlib.util import find_spec
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
+from transformers import Trainer
+
+from qerl_sync.config.violations import Violation, config_error, nearest
 from qerl_sync.errors import CompatError
 from qerl_sync.worker.compat.coupling import WINDOW
 
@@ -17,23 +29,144 @@ from qerl_sync.worker.compat.coupling import WINDOW
 OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
 
 
-@contextmanager
-def engine_arguments(**arguments: Any) -> Iterator[None]:
-    """Pass these vLLM engine arguments to the engine that a TRL trainer builds in this context.
+class EngineTaker(Protocol):
+    """A callback that takes over the engine of the trainer that it was given to."""
 
-    Example:
-        callback = WeightSyncCallback(policy="reorder")
-        with engine_arguments(dtype="float32", enforce_eager=True):
-            trainer = GRPOTrainer(..., callbacks=[callback])
-        callback.bind(trainer)
+    def connecting(self) -> AbstractContextManager[None]: ...
 
-    TRL fixes the arguments of its colocated `LLM` and leaves no way to set `dtype`,
-    `enforce_eager`, `quantization` and others. Wrap the construction of the trainer in it; the
-    callback itself does not need it.
+    def bind(self, trainer: Any) -> Any: ...
+
+
+class Takeover:
+    """Hand the engine that TRL is going to build for a trainer to a callback of that trainer.
+
+    `VLLMGeneration._init_vllm` is replaced for as long as an engine is awaited, once for all
+    trainers: each callback gets its own trainer's engine, in whichever order they are built. Closed
+    when the engine is there, and when trainer or callback is collected, for instance because the
+    trainer's construction failed.
 
     Raises:
         CompatError: the installed TRL does not build its engine where this expects it.
     """
+
+    _awaited: ClassVar[list[Takeover]] = []
+    _replacement: ClassVar[ExitStack] = ExitStack()
+
+    def __init__(self, trainer: Any, callback: EngineTaker) -> None:
+        from trl.generation.vllm_generation import VLLMGeneration
+
+        # Weak: this must not keep alive what nobody else has.
+        self._trainer = weakref.ref(trainer, self.close)
+        self._callback = weakref.ref(callback, self.close)
+        if not self._awaited:
+            replaced = _replaced(VLLMGeneration, "_init_vllm", _taken_over)
+            self._replacement.enter_context(replaced)
+        self._awaited.append(self)
+
+    @classmethod
+    def of(cls, generation: Any) -> Takeover | None:
+        """Return the one that awaits this `VLLMGeneration`."""
+        return next((one for one in cls._awaited if one._awaits(generation)), None)
+
+    def _awaits(self, generation: Any) -> bool:
+        trainer = self._trainer()
+        # Two trainers may share a model, and one may generate with a model that it does not train.
+        return (
+            trainer is not None
+            and generation.accelerator is trainer.accelerator
+            and _unwrapped(generation) is _unwrapped(trainer)
+        )
+
+    def run(self, generation: Any, init_vllm: Callable[[Any], None]) -> None:
+        """Build the engine as the callback wants it, and bind the callback to its trainer."""
+        trainer, callback = self._trainer(), self._callback()
+        self.close()
+        assert trainer is not None
+        assert callback is not None
+        with callback.connecting():
+            init_vllm(generation)
+        trainer.vllm_generation = generation  # as TRL does next; `bind` reads it there
+        callback.bind(trainer)
+
+    def close(self, collected: object = None) -> None:
+        """Await the engine no longer. Put TRL's own method back if this was the last."""
+        if self in self._awaited:
+            self._awaited.remove(self)
+            if not self._awaited:
+                self._replacement.close()
+
+
+def _taken_over(init_vllm: Callable[[Any], None]) -> Callable[[Any], None]:
+    @wraps(init_vllm)
+    def init_or_take_over(generation: Any) -> None:
+        takeover = Takeover.of(generation)
+        if takeover is None:
+            init_vllm(generation)
+        else:
+            takeover.run(generation, init_vllm)
+
+    return init_or_take_over
+
+
+def _unwrapped(owner: Any) -> Any:
+    return owner.accelerator.unwrap_model(owner.model)
+
+
+def calling_trainer(callback: Any) -> Any:
+    """Return the trainer that is calling a method of this callback; None if none is.
+
+    transformers hands a callback everything but the trainer, which is `self` where it is called.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        handler = getattr(owner, "callback_handler", None) if isinstance(owner, Trainer) else None
+        if handler is not None and callback in handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def known_engine_arguments() -> set[str]:
+    """Return the names that a `vllm.LLM` takes; none where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        return set()
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    of_llm = {
+        name
+        for name, kind in inspect.signature(LLM).parameters.items()
+        if kind.kind is not kind.VAR_KEYWORD
+    }
+    return of_llm | {field.name for field in fields(EngineArgs)}
+
+
+def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
+    """Raise ConfigError for names that vLLM's engine does not take, each with the nearest one."""
+    known = known_engine_arguments()
+    unknown = [
+        Violation(f"engine.{name}", f"vLLM's engine has no such argument; {nearest(name, known)}")
+        for name in arguments
+        if known and name not in known
+    ]
+    if unknown:
+        raise config_error("WeightSyncCallback", unknown)
+
+
+@contextmanager
+def engine_arguments(**arguments: Any) -> Iterator[None]:
+    """Pass these vLLM engine arguments to the engine that a TRL trainer builds in this context.
+
+    TRL fixes the arguments of its colocated `LLM` and leaves no way to set `dtype`,
+    `enforce_eager`, `quantization` and others. `WeightSyncCallback(engine={...})` does the same for
+    the engine of its own trainer.
+
+    Raises:
+        ConfigError: vLLM's engine has no such argument.
+        CompatError: the installed TRL does not build its engine where this expects it.
+    """
+    check_engine_arguments(arguments)
     from trl.generation import vllm_generation
 
     def with_ours(build: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,7 +206,7 @@ def without_nccl() -> Iterator[None]:
     """Keep a TRL trainer that is built for a server from joining it in an NCCL group.
 
     TRL does so at once, for the weights, and fails where there is no CUDA; generating does not need
-    it. `WeightSyncCallback.connecting` opens it.
+    it. `WeightSyncCallback` opens it for its own trainer.
 
     Raises:
         CompatError: the installed TRL does not do so where this expects it.

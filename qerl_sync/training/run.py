@@ -199,9 +199,7 @@ def _policy(config: TrainConfig, parts: _Parts, directory: RunDirectory, display
 def _build(
     config: TrainConfig, parts: _Parts, path: str, url: str | None, directory: RunDirectory
 ) -> tuple[Any, WeightSyncCallback]:
-    """Build TRL's trainer with its engine, or for the server at `url`, and bind our callback to
-    it.
-    """
+    """Build TRL's trainer with its engine, or for the server at `url`, synced by our callback."""
     from trl import GRPOTrainer
 
     from qerl_sync.training.callbacks import quieten
@@ -212,20 +210,17 @@ def _build(
         directory.record_plan(callback.session, config.sync)
 
     callback = _callback(config, record)
-    apart = config.rollout.mode == "subprocess"
     parts.grpo.vllm_server_base_url = url
-    with callback.connecting(in_own_process=apart, **engine_options(config)):
-        trainer = GRPOTrainer(
-            model=path,
-            reward_funcs=parts.rewards,
-            args=parts.grpo,
-            train_dataset=parts.rows,
-            eval_dataset=parts.held_out if len(parts.held_out) else None,
-            processing_class=load_tokenizer(path),
-            callbacks=[callback],
-        )
+    trainer = GRPOTrainer(
+        model=path,
+        reward_funcs=parts.rewards,
+        args=parts.grpo,
+        train_dataset=parts.rows,
+        eval_dataset=parts.held_out if len(parts.held_out) else None,
+        processing_class=load_tokenizer(path),
+        callbacks=[callback],
+    )
     quieten(trainer)
-    callback.bind(trainer)
     return trainer, callback
 
 
@@ -253,8 +248,12 @@ def _refusals_explained() -> Iterator[None]:
 def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> WeightSyncCallback:
     from qerl_sync.integrations.trl import WeightSyncCallback
 
-    if config.rollout.mode != "ray":
-        return WeightSyncCallback(config.sync, recorder=record)
+    mode = config.rollout.mode
+    # A server has been given its engine's arguments when it was started.
+    engine = None if mode == "server" else engine_options(config)
+    if mode != "ray":
+        apart = mode == "subprocess"
+        return WeightSyncCallback(config.sync, engine=engine, in_own_process=apart, recorder=record)
     from qerl_sync.integrations.ray.trl import PoolSyncCallback
     from qerl_sync.training.on_ray import pool_arguments
 
@@ -262,6 +261,7 @@ def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> Weig
         config.sync,
         workers=config.rollout.workers,
         max_staleness=config.rollout.max_staleness,
+        engine=engine,
         pool=pool_arguments(config),
         recorder=record,
     )

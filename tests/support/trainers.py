@@ -30,6 +30,9 @@ def share_of_digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(w.isdigit() for w in text.split()) / 8 for text in completions]
 
 
+# For `WeightSyncCallback`: what TRL does not pass to its engine.
+ENGINE = {"dtype": "float32", "enforce_eager": True, "num_gpu_blocks_override": 64}
+
 # An engine that is collected tears down the process groups of all others.
 _KEPT: list[Any] = []
 
@@ -37,8 +40,6 @@ _KEPT: list[Any] = []
 def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: Any) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
-
-    from qerl_sync import engine_arguments
 
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -57,16 +58,15 @@ def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: 
         "disable_tqdm": True,
     }
     rows = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} =" for i in range(64)]})
-    with engine_arguments(dtype="float32", enforce_eager=True, num_gpu_blocks_override=64):
-        trainer = GRPOTrainer(
-            model=str(path),
-            reward_funcs=share_of_digits,
-            args=GRPOConfig(**{**arguments, **changes}),
-            train_dataset=rows,
-            eval_dataset=rows.select(range(4)),
-            callbacks=list(callbacks),
-        )
-    if trainer.args.vllm_mode == "colocate":
+    trainer = GRPOTrainer(
+        model=str(path),
+        reward_funcs=share_of_digits,
+        args=GRPOConfig(**{**arguments, **changes}),
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        callbacks=list(callbacks),
+    )
+    if trainer.use_vllm and trainer.args.vllm_mode == "colocate":
         _KEPT.append(trainer.vllm_generation.llm)
     return trainer
 
@@ -76,8 +76,6 @@ def build_gold_trainer(path: Path, output_dir: Path, callbacks: Any, **changes: 
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
-
-    from qerl_sync import engine_arguments
 
     arguments: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -103,15 +101,14 @@ def build_gold_trainer(path: Path, output_dir: Path, callbacks: Any, **changes: 
         [{"role": "user", "content": f"w{i} w{i + 1} ="}, {"role": "assistant", "content": f"w{i}"}]
         for i in range(16)
     ]
-    with engine_arguments(dtype="float32", enforce_eager=True, num_gpu_blocks_override=64):
-        trainer = GOLDTrainer(
-            model=AutoModelForCausalLM.from_pretrained(path),
-            teacher_model=AutoModelForCausalLM.from_pretrained(path),
-            args=GOLDConfig(**{**arguments, **changes}),
-            train_dataset=Dataset.from_dict({"messages": rows}),
-            processing_class=_bytes_tokenizer(),
-            callbacks=list(callbacks),
-        )
+    trainer = GOLDTrainer(
+        model=AutoModelForCausalLM.from_pretrained(path),
+        teacher_model=AutoModelForCausalLM.from_pretrained(path),
+        args=GOLDConfig(**{**arguments, **changes}),
+        train_dataset=Dataset.from_dict({"messages": rows}),
+        processing_class=_bytes_tokenizer(),
+        callbacks=list(callbacks),
+    )
     _KEPT.append(trainer.vllm_generation.llm)
     return trainer
 

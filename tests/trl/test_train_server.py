@@ -268,10 +268,10 @@ def served(tmp_path_factory):
         yield policy, server.url
 
 
-def server_trainer(served, directory, callback, **changes):
+def server_trainer(served, directory, *callbacks, **changes):
     policy, url = served
     server = {"vllm_mode": "server", "vllm_server_base_url": url, "max_steps": 3}
-    return build_trainer(policy, directory, [callback], **server, **changes)
+    return build_trainer(policy, directory, callbacks, **server, **changes)
 
 
 @pytest.mark.vllm
@@ -280,9 +280,7 @@ class TestPlainTRL:
     def test_the_same_sync_metrics_and_report_as_colocated(self, served, tmp_path):
 
         callback = qerl_sync.WeightSyncCallback(chunk_bytes="64KiB")
-        with callback.connecting():
-            trainer = server_trainer(served, tmp_path, callback)
-        callback.bind(trainer)
+        trainer = server_trainer(served, tmp_path, callback)
         trainer.train()
         log, reports = trainer.state.log_history, callback.reports
         assert [report.step for report in reports] == [0, 1, 2]
@@ -302,10 +300,10 @@ class TestPlainTRL:
         assert segments_of(os.getpid()) == []
 
     def test_a_second_trainer_goes_on_with_the_servers_version(self, served, tmp_path):
-        """After the first test, which left the server on other weights."""
+        """After the first test, which left the server on other weights. Built without callback."""
         callback = qerl_sync.WeightSyncCallback(transport="tcp")
         with callback.connecting():
-            trainer = server_trainer(served, tmp_path, callback, num_iterations=2)
+            trainer = server_trainer(served, tmp_path, num_iterations=2)
         with closing(callback.bind(trainer)):
             trainer.train()
         assert [report.version for report in callback.reports] == [5, 6]
@@ -313,9 +311,9 @@ class TestPlainTRL:
         assert gap(trainer.state.log_history) <= 1e-5
 
     def test_trl_alone_cannot_be_built_here(self, served, tmp_path):
-        """Why there is `connecting`. When this fails, TRL has learned to do without CUDA."""
+        """Why TRL's join is replaced. When this fails, TRL has learned to do without CUDA."""
         with pytest.raises(NotImplementedError, match="needs a CUDA device"):
-            server_trainer(served, tmp_path, qerl_sync.WeightSyncCallback())
+            server_trainer(served, tmp_path)
 
     def test_the_asynchronous_door(self, served):
         from qerl_sync.integrations.trl_async import AsyncWeightTransfer

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 
 import pytest
 from support.fingerprint import difference, fingerprint
-from support.trainers import build_gold_trainer, build_trainer, gap, gap_now, save_policy
+from support.trainers import (
+    ENGINE,
+    build_gold_trainer,
+    build_trainer,
+    gap,
+    gap_now,
+    save_policy,
+)
+from transformers import TrainerCallback
 
 from qerl_sync import ConfigError, SyncConfig, WeightSyncCallback, engine_arguments
 from qerl_sync.errors import CompatError
@@ -31,16 +40,31 @@ def environment():
 
 @pytest.fixture
 def train(policy, tmp_path):
-    """Build, bind, train; everything about the run."""
+    """Build and train; everything about the run."""
 
     def run(*, options=None, resume=None, **changes):
-        callback = WeightSyncCallback(**(options or {}))
+        callback = WeightSyncCallback(engine=ENGINE, **(options or {}))
         trainer = build_trainer(policy, tmp_path / "run", [callback], **changes)
-        callback.bind(trainer)
         trainer.train(resume_from_checkpoint=resume)
         return SimpleNamespace(trainer=trainer, callback=callback, log=trainer.state.log_history)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_trl_stays_replaced():
+    before = seams()
+    yield
+    assert seams() == before
+
+
+def seams():
+    """What a trainer that is built may find replaced."""
+    from trl.generation import vllm_generation
+    from trl.generation.vllm_client import VLLMClient
+
+    init_vllm = vllm_generation.VLLMGeneration._init_vllm
+    return init_vllm, vllm_generation.LLM, VLLMClient.init_communicator
 
 
 def steps_of(callback):
@@ -70,6 +94,9 @@ def test_syncs_when_trl_says_and_logs_through_trl(train):
     assert logged[0]["sync/peak_buffered_bytes"] == logged[0]["sync/peak_buffered_bytes_predicted"]
     assert "sampling/sampling_logp_difference/max" in run.log[0]
     assert gap(run.log) <= 1e-5
+    vllm = run.trainer.vllm_generation.llm.llm_engine.vllm_config
+    assert vllm.cache_config.num_gpu_blocks_override == ENGINE["num_gpu_blocks_override"]
+    assert vllm.model_config.enforce_eager
 
     # The engine was last synced before the last optimizer step: evaluation must sync again.
     run.trainer.evaluate()
@@ -143,9 +170,8 @@ def test_weights_that_change_without_a_step_reach_whoever_asks_the_engine(train)
 def test_gold_generates_with_current_weights_in_a_second_training(policy, tmp_path, monkeypatch):
     """It remembers the step of its last sync, which is ahead of all steps of the next training."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
-    callback = WeightSyncCallback()
+    callback = WeightSyncCallback(engine=ENGINE)
     trainer = build_gold_trainer(policy, tmp_path, [callback], max_steps=3)
-    callback.bind(trainer)
     generation = trainer.vllm_generation
     generate, gaps = generation.generate, []
 
@@ -173,20 +199,128 @@ def test_warns_before_the_first_sync_and_only_once(train, caplog):
     assert gap(run.log) <= 1e-5
 
 
-def test_records_every_report(policy, tmp_path):
+def test_a_trainer_that_exists_already_and_every_report_is_recorded(policy, tmp_path):
+    """TRL's own convention, for callbacks that need the trainer."""
     recorded = []
-    callback = WeightSyncCallback(SyncConfig.of(policy="reorder"), recorder=recorded.append)
-    trainer = build_trainer(policy, tmp_path, [callback], max_steps=1)
-    assert callback.bind(trainer) is callback
+    with engine_arguments(**ENGINE):
+        trainer = build_trainer(policy, tmp_path, max_steps=1)
+    with pytest.raises(ConfigError, match="engine already"):
+        WeightSyncCallback(trainer=trainer, engine=ENGINE)
+    config = SyncConfig.of(policy="reorder")
+    callback = WeightSyncCallback(config, trainer=trainer, recorder=recorded.append)
+    trainer.add_callback(callback)
     trainer.train()
+    assert callback.bind(trainer) is callback, "as it is already"
     assert recorded == callback.reports
     assert len(recorded) == 1
+    assert gap(trainer.state.log_history) <= 1e-5
+    with pytest.raises(ConfigError, match="one for each trainer"):
+        callback.bind(colocated())
+    other = build_trainer(policy, tmp_path, use_vllm=False, max_steps=1)
+    other.add_callback(callback)
+    with pytest.raises(ConfigError, match="one for each trainer"):
+        other.train()
 
-
-def test_a_callback_that_was_not_bound_says_so(policy, tmp_path):
-    trainer = build_trainer(policy, tmp_path, [WeightSyncCallback()], max_steps=1)
-    with pytest.raises(ConfigError, match=r"not bound; call `callback\.bind\(trainer\)`"):
+    trainer.remove_callback(callback)
+    trainer.add_callback(WeightSyncCallback())
+    with pytest.raises(ConfigError, match=r"GRPOTrainer .*WeightSyncCallback\(trainer=trainer"):
         trainer.train()
+
+
+class OnInitEnd(TrainerCallback):
+    def __init__(self, do):
+        self.do = do
+
+    def on_init_end(self, *args, **kwargs):
+        self.do()
+
+
+def test_trainers_that_are_built_within_each_other_get_their_own_engines(policy, tmp_path):
+    """The inner one between the outer one's `on_init_end` and its engine, from the same model."""
+    inner, outer = (WeightSyncCallback(engine=ENGINE) for _ in range(2))
+    built = []
+    build_inner = OnInitEnd(
+        lambda: built.append(
+            build_trainer(policy, tmp_path / "inner", [inner], max_steps=2, learning_rate=1e-2)
+        )
+    )
+    before = seams()
+    built.append(build_trainer(policy, tmp_path / "outer", [outer, build_inner], max_steps=1))
+    assert seams() == before
+    for trainer, callback, steps in zip(built, (inner, outer), ([0, 1], [0]), strict=True):
+        trainer.train()
+        assert steps_of(callback) == steps
+        assert gap(trainer.state.log_history) <= 1e-5
+    for trainer, callback in zip(built, (inner, outer), strict=True):
+        callback._sync()
+        assert gap_now(trainer) <= 1e-5
+
+
+def test_a_trainer_without_vllm_is_refused_when_it_trains(policy, tmp_path):
+    before = seams()
+    trainer = build_trainer(policy, tmp_path, [WeightSyncCallback()], use_vllm=False, max_steps=1)
+    assert seams() == before
+    with pytest.raises(ConfigError, match=r"GRPOTrainer .*use_vllm=True"):
+        trainer.train()
+
+
+def build_failing(path, directory, callback):
+    """Fail after the callback has begun to wait, before the engine is built."""
+
+    def fail():
+        assert seams()[0].__wrapped__
+        raise RuntimeError("building failed")
+
+    with pytest.raises(RuntimeError, match="building failed"):
+        build_trainer(path, directory, [callback, OnInitEnd(fail)])
+
+
+def test_a_trainer_that_was_not_built_leaves_nothing_behind(policy, tmp_path):
+    before, callback = seams(), WeightSyncCallback()
+    build_failing(policy, tmp_path, callback)
+    gc.collect()
+    assert seams() == before
+    build_failing(policy, tmp_path, callback)
+    callback.close()
+    assert seams() == before
+
+
+def test_a_callback_that_waits_in_vain_stops_when_training_begins(policy, tmp_path):
+    """As with trainers that have code of their own for vLLM."""
+    before, callback = seams(), WeightSyncCallback()
+    trainer = build_trainer(policy, tmp_path, [callback], use_vllm=False, max_steps=1)
+    trainer.args.use_vllm = trainer.use_vllm = True
+    trainer.control = trainer.callback_handler.on_init_end(*as_trainer_calls(trainer))
+    assert seams() == before, "nobody who calls is a trainer"
+    with pytest.raises(ConfigError, match="this trainer was built without"):
+        callback.on_train_begin(*as_trainer_calls(trainer))
+    type(trainer).announce = lambda self: self.callback_handler.on_init_end(*as_trainer_calls(self))
+    try:
+        trainer.announce()
+    finally:
+        del type(trainer).announce
+    assert seams() != before
+    with pytest.raises(ConfigError, match="code of its own for vLLM"):
+        trainer.train()
+    assert seams() == before
+
+
+def as_trainer_calls(trainer):
+    return trainer.args, trainer.state, trainer.control
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "words"),
+    [
+        ({"engine": {"enforce_eagre": True}}, {}, "did you mean 'enforce_eager'"),
+        ({"engine": ENGINE}, {"vllm_mode": "server"}, "qerl-sync serve"),
+        ({"in_own_process": True}, {"vllm_mode": "server"}, "qerl-sync serve"),
+    ],
+    ids=["typo", "engine of a server", "process of a server"],
+)
+def test_engine_arguments_without_effect_are_refused(policy, tmp_path, options, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        build_trainer(policy, tmp_path, [WeightSyncCallback(**options)], **changes)
 
 
 def colocated(**changes):
@@ -264,6 +398,8 @@ def test_what_trl_has_renamed_is_named(owner, name):
 def test_options_are_the_fields_of_the_sync_section():
     with pytest.raises(ConfigError, match="polcy"):
         WeightSyncCallback(polcy="reorder")
+    with pytest.raises(ConfigError, match=r"engine=\{'dtype'"):
+        WeightSyncCallback(dtype="float32", policy="reorder")
     with pytest.raises(ConfigError, match="not both"):
         WeightSyncCallback(SyncConfig(), policy="reorder")
 

@@ -31,16 +31,16 @@ PAUSE_SECONDS = 2.0
 class PoolSyncCallback(WeightSyncCallback):
     """Do what `WeightSyncCallback` does, with rollout actors in place of TRL's engine.
 
-        callback = PoolSyncCallback(workers=2)
-        with callback.connecting(dtype="float32"):
-            trainer = GRPOTrainer(..., args=GRPOConfig(vllm_mode="colocate", ...))
-        callback.bind(trainer)
+        callback = PoolSyncCallback(workers=2, engine={"dtype": "float32"})
+        args = GRPOConfig(use_vllm=True, vllm_mode="colocate", ...)
+        trainer = GRPOTrainer(..., args=args, callbacks=[callback])
 
     Each sync appends `sync/workers`, and each log the staleness of what was trained on.
 
     Args:
         workers: how many actors.
         max_staleness: see `RolloutConfig`.
+        engine: vLLM engine arguments of each actor, over TRL's own.
         pool: arguments of `WorkerPool.start`.
     """
 
@@ -50,11 +50,12 @@ class PoolSyncCallback(WeightSyncCallback):
         *,
         workers: int = 2,
         max_staleness: int = 0,
+        engine: Mapping[str, Any] | None = None,
         pool: Mapping[str, Any] | None = None,
         recorder: Callable[[SyncReport], None] | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(config, recorder=recorder, **options)
+        super().__init__(config, engine=engine, recorder=recorder, **options)
         self._count = workers
         self._max_staleness = max_staleness
         self._pool_arguments = dict(pool or {})
@@ -66,13 +67,15 @@ class PoolSyncCallback(WeightSyncCallback):
         context.
 
         Args:
-            arguments: vLLM engine arguments, over TRL's own.
+            arguments: vLLM engine arguments, over the class's `engine`.
         """
         from trl.generation import vllm_generation
 
+        self._engine |= arguments
+
         def start(**given: Any) -> PooledLLM:
             trls = {name: v for name, v in given.items() if name not in IN_PROCESS_ONLY}
-            return self._start({**trls, **arguments})
+            return self._start({**trls, **self._engine})
 
         with _replaced(vllm_generation, "LLM", lambda llm: start):
             yield
@@ -89,15 +92,18 @@ class PoolSyncCallback(WeightSyncCallback):
         """Bind as the base class does.
 
         Raises:
-            ConfigError: the trainer was not built while `connecting` was open.
+            ConfigError: the trainer was not built with this callback.
             CompatError: the installed TRL has other attributes.
         """
+        if self._trainer is trainer:
+            return self
+        self._refuse_another(trainer)
         generation = getattr(trainer, "vllm_generation", None)
         llm = getattr(generation, "llm", None)
         if not isinstance(llm, PooledLLM):
             raise ConfigError(
-                "this trainer has no rollout actors; build it with use_vllm=True and "
-                'vllm_mode="colocate" within `with callback.connecting():`'
+                "this trainer has no rollout actors; build it with use_vllm=True, "
+                'vllm_mode="colocate" and callbacks=[callback]'
             )
         require_attributes(trainer, OF_TRAINER, trainer)
         require_attributes(generation, OF_GENERATION, trainer)
