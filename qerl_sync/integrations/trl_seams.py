@@ -158,6 +158,11 @@ def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
 def engine_arguments(**arguments: Any) -> Iterator[None]:
     """Pass these vLLM engine arguments to the engine that a TRL trainer builds in this context.
 
+    Example:
+        callback = WeightSyncCallback(policy="reorder")
+        with engine_arguments(dtype="float32", enforce_eager=True):
+            trainer = GRPOTrainer(..., callbacks=[callback])
+
     TRL fixes the arguments of its colocated `LLM` and leaves no way to set `dtype`,
     `enforce_eager`, `quantization` and others. `WeightSyncCallback(engine={...})` does the same for
     the engine of its own trainer.
