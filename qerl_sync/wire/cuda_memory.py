@@ -156,7 +156,7 @@ def unlock_pages(address: int) -> None:
 
 
 class _Array:
-    """What torch needs to know of memory that it did not allocate."""
+    """Describe to torch memory that it did not allocate."""
 
     def __init__(self, address: int, nbytes: int, owner: object) -> None:
         self.owner = owner

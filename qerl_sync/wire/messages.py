@@ -104,7 +104,7 @@ class Hello(_Message):
     cores: list[int] = []
     """CPUs of `host` that the worker's thread is on, where it computes on them; else none."""
     device_uuid: str = ""
-    """Of the GPU that the worker's weights are on; empty if they are elsewhere."""
+    """UUID of the GPU that the worker's weights are on; empty if they are elsewhere."""
     version: int
     """The weight version last committed here; 0 if none."""
     poisoned: str | None

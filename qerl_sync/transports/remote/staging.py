@@ -116,8 +116,10 @@ class Staging:
 
     @property
     def segments(self) -> dict[str, list[Segment]]:
-        """What workers must attach, for each kind of shared memory, in the order that places count.
-        It only grows in a sync."""
+        """Return what workers must attach, by kind of shared memory, in the order of places.
+
+        It only grows in a sync.
+        """
         return {
             "shm": [Segment(name=s.name, nbytes=s.nbytes) for s in self._table],
             "cuda_ipc": [

@@ -17,7 +17,7 @@ WINDOW = "vllm>={}.{},<{}.{}".format(*OLDEST, *BEYOND)
 
 
 class Feature(NamedTuple):
-    """What a part of qerl-sync uses.
+    """Name what a part of qerl-sync uses of vLLM or TRL.
 
     Attributes:
         needed: no sync works without it. Otherwise only the part that is named fails, or does

@@ -167,6 +167,7 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
     """
     layerwise = _layerwise()
     next_question = older.asked_after_counting(layerwise)
+    asks_others_only = next_question == "has_device_tensors"  # not for deferred layers
     names = (
         "get_layer_size",
         "get_numel_loaded",
@@ -193,7 +194,7 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
         (layer,) = sized
         numel, result = count(loader, bound)
         counted.append(numel)
-        if not older.asks_of_deferred(layerwise) and is_deferred(layer):
+        if asks_others_only and is_deferred(layer):
             tell(layer)
         return numel, result
 

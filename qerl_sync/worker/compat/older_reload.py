@@ -1,4 +1,4 @@
-"""What the layerwise reload of an older vLLM (0.25) does otherwise than that of 0.31.
+"""Make the layerwise reload of an older vLLM (0.25) behave as that of 0.31.
 
 Each function asks for the feature, not for the version, and does nothing where vLLM has it.
 
@@ -24,33 +24,32 @@ _DERIVED: WeakKeyDictionary[torch.nn.Module, frozenset[str]] = WeakKeyDictionary
 
 
 def skipped_by_loading(meta: Any) -> AbstractSet[str]:
-    """Names of tensors that vLLM's weight loaders never fill. `meta`: the reload's module."""
+    """Return the names of tensors that vLLM's weight loaders never fill. `meta`: the reload's."""
     names: AbstractSet[str] = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)
     return names
 
 
 def is_deferred(layerwise: Any, layer: torch.nn.Module) -> bool:
-    """Does vLLM process this layer at the end of the reload, whatever arrives?"""
+    """Return whether vLLM processes this layer at the end of the reload, whatever arrives."""
     if hasattr(layerwise, "is_deferred_attention_layer"):
         return bool(layerwise.is_deferred_attention_layer(layer))
     return isinstance(layer, layerwise.Attention | layerwise.MLAAttention)
 
 
 def asked_after_counting(layerwise: Any) -> str:
-    """Name the function of `layerwise` that vLLM calls next when it has counted a tensor. In 0.25
-    it does so for layers that are not deferred only."""
+    """Name the function of `layerwise` that vLLM calls next when it has counted a tensor.
+
+    In 0.25 it calls `has_device_tensors`, and only for layers that are not deferred.
+    """
     newer = "is_deferred_attention_layer"
     return newer if hasattr(layerwise, newer) else "has_device_tensors"
 
 
-def asks_of_deferred(layerwise: Any) -> bool:
-    """Is the function of `asked_after_counting` called for deferred layers, too?"""
-    return hasattr(layerwise, "is_deferred_attention_layer")
-
-
 def begin_reload(layerwise: Any, model: torch.nn.Module) -> None:
-    """`initialize_layerwise_reload`. 0.25 makes every buffer that it restores a persistent one;
-    it is then taken for one that a checkpoint fills."""
+    """Call `initialize_layerwise_reload`, and keep derived buffers non-persistent.
+
+    0.25 makes every buffer that it restores a persistent one, as if a checkpoint filled it.
+    """
     derived = {layer: frozenset(layer._non_persistent_buffers_set) for layer in model.modules()}
     layerwise.initialize_layerwise_reload(model)
     for layer, names in derived.items():
@@ -62,8 +61,10 @@ def begin_reload(layerwise: Any, model: torch.nn.Module) -> None:
 
 
 def keep_derived_buffers(layer: torch.nn.Module, info: Any) -> None:
-    """Keep derived buffers that did not arrive, which 0.25 would overwrite with the memory that it
-    got for them. Call it before a processed layer is copied into its live tensors."""
+    """Keep the values of derived buffers, which 0.25 would overwrite with uninitialised memory.
+
+    Call it before a processed layer is copied into its live tensors.
+    """
     if _knows_derived(info):
         return
     loaded = {name for name, _ in info.loaded_weights}
@@ -78,7 +79,7 @@ def keep_derived_buffers(layer: torch.nn.Module, info: Any) -> None:
 
 
 def placed_back(layer: torch.nn.Module, info: Any) -> None:
-    """Call it when vLLM has put a layer's live tensors back."""
+    """Mark derived buffers non-persistent again, once vLLM has put a layer's live tensors back."""
     if not _knows_derived(info):
         _stay_derived(layer, info)
 

@@ -20,6 +20,7 @@ from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.stream import as_planned
+from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import memory, refresh
 from qerl_sync.worker.load.aliases import LostView, Views, lost_views
@@ -229,9 +230,8 @@ class Receiver:
                 self._keep_tied()
                 refresh.after_reload(self.model)
                 self._views.restore()
-            if self.device.type != "cpu":
-                # A kernel that has failed says so here, and not after the commit.
-                torch.accelerator.synchronize()
+            # A kernel that has failed says so here, and not after the commit.
+            cuda_memory.synchronize(self.device)
             if self._check is not None:
                 with self._verifying():
                     self._held = self._check.conclude()

@@ -78,7 +78,7 @@ def tied_layers(model: torch.nn.Module) -> list[str]:
 
 
 def tied_parameters(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """Of each of `tied_layers`, the module that has its parameter first, and the name there.
+    """Return by module path, for `tied_layers`, which module has the parameter first, and its name.
 
     What no loader fills (a router's correction, which vLLM 0.25 hands to the experts as well) is
     shared without being packed: the experts are no tied head for that.

@@ -26,6 +26,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from qerl_sync.errors import ConfigError, SyncError
+from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.receiver import Receiver
@@ -84,8 +85,7 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         """Serve the trainer's requests until it says End. Its failures are told to it alone."""
         try:
             self._connection.serve(update_info)
-            if self.device.type != "cpu":
-                torch.accelerator.synchronize()
+            cuda_memory.synchronize(torch.device(self.device))
         except Exception as exc:
             # vLLM ends the update of a rank that raises; on the other ranks it stays open.
             self._update_open = not self._is_last_rank
