@@ -46,11 +46,13 @@ def train(
         from qerl_sync.config import load_config
         from qerl_sync.report.tables import summary_table
         from qerl_sync.training.display import Display
-        from qerl_sync.training.run import train as run
 
         display = Display(console)
         with display.phase("reading the configuration", f"read {config}"):
             loaded = load_config(config, [*(overrides or []), *given])
+        # After that: it imports torch and TRL, for which nobody waits who has mistyped a path.
+        from qerl_sync.training.run import train as run
+
         outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
         console.print(summary_table(outcome.summary))
         if outcome.stopped:
