@@ -21,7 +21,7 @@ OLD, NEW = 0, 1  # seeds of the two versions of a model
 def kernels_in_use(kernels: str) -> Iterator[None]:
     """`stock`: CPU kernels pack weights into handles of their own. `plain`: parameters are used as
     they are, as by unquantised GPU kernels. vLLM decides when it processes a layer. `fp8`: stock,
-    and the engine quantises what it loads."""
+    and the engine quantises what it loads. `bf16`: stock, in bfloat16."""
     if kernels != "plain":
         yield
         return
@@ -51,6 +51,7 @@ ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "stock": {},
     "plain": {},
     "fp8": {"quantization": "fp8_per_channel", "dtype": "bfloat16"},
+    "bf16": {"dtype": "bfloat16"},
 }
 
 
