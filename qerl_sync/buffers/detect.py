@@ -108,7 +108,16 @@ def is_finite(tensor: torch.Tensor, *, alone: bool = True) -> bool:
         return True
     plain = tensor.device.type == "cpu" and tensor.is_contiguous()
     if not alone and plain and tensor.dtype in _INFINITY:
-        return _has_finite_bits(tensor)
+        # The same exactly, on one core.
+        integer, infinity = _INFINITY[tensor.dtype]
+        signed = tensor.detach().view(-1).view(integer).numpy()
+        unsigned = signed.view(f"u{signed.itemsize}")
+        negative_infinity = infinity | 1 << (8 * signed.itemsize - 1)
+        for begin in range(0, signed.size, _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            if signed[block].max() >= infinity or unsigned[block].max() >= negative_infinity:
+                return False
+        return True
     return math.isfinite(_sum(tensor).item()) or not _count_not_finite(tensor)
 
 
@@ -127,19 +136,6 @@ _INFINITY = {
 }
 # Elements that a core's own cache holds between the two looks at them.
 _BLOCK = 1 << 17
-
-
-def _has_finite_bits(tensor: torch.Tensor) -> bool:
-    """Do the same exactly, on one core."""
-    integer, infinity = _INFINITY[tensor.dtype]
-    signed = tensor.detach().view(-1).view(integer).numpy()
-    unsigned = signed.view(f"u{signed.itemsize}")
-    negative_infinity = infinity | 1 << (8 * signed.itemsize - 1)
-    for begin in range(0, signed.size, _BLOCK):
-        block = slice(begin, begin + _BLOCK)
-        if signed[block].max() >= infinity or unsigned[block].max() >= negative_infinity:
-            return False
-    return True
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -202,9 +202,12 @@ class PrivateMemory:
 def remove_abandoned() -> list[str]:
     """Remove the segments of this user's processes that no longer live. Return their names."""
     removed = []
-    unborn = (path for path in DIRECTORY.glob(f".{PREFIX}*") if _age_seconds(path) > BIRTH_SECONDS)
-    for path in (*DIRECTORY.glob(f"{PREFIX}*"), *unborn):
+    for path in (*DIRECTORY.glob(f"{PREFIX}*"), *DIRECTORY.glob(f".{PREFIX}*")):
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            # One whose name begins with a dot is being made: it gets its lock in a moment.
+            young = time.time() - path.stat().st_mtime <= BIRTH_SECONDS
+            if path.name.startswith(".") and young:
+                continue
             # Anybody may put a file here. To open one on which its owner has a lease blocks for as
             # long as the kernel lets the owner hesitate, 45 s; a pipe blocks for ever.
             if path.lstat().st_uid != os.geteuid():
@@ -241,13 +244,6 @@ def _no_room(nbytes: int) -> NoRoomError:
         needed_bytes=nbytes,
         free_bytes=free,
     )
-
-
-def _age_seconds(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:  # gone meanwhile
-        return 0.0
 
 
 def _create_locked(path: Path) -> io.FileIO:
