@@ -28,7 +28,7 @@ def within_budget(
     *,
     chunk_bytes: int | None = None,
 ) -> list[ParamMeta]:
-    """The source's order, left only where following it would break the budget.
+    """Return the source's order, left only where following it would break the budget.
 
     The stream follows the source. The source's next tensor is handed over if the rest can then
     still be delivered within the budget, in whatever order; otherwise the open layer that lacks
@@ -74,7 +74,7 @@ def within_budget(
 
 
 def count_moved(given: Sequence[ParamMeta], ordered: Sequence[ParamMeta]) -> int:
-    """How many tensors must be taken out of `given` and put elsewhere to get `ordered`.
+    """Count how many tensors must be taken out of `given` and put elsewhere to get `ordered`.
 
     That is all but the longest subsequence that both have in common.
     """
@@ -97,7 +97,7 @@ def order_within_budget(
     walker: Simulator,
     given: Trace,
 ) -> Sequence[int]:
-    """`within_budget` as places in the source, for those who have walked through its order already.
+    """Do as `within_budget`, given a trace of the source's order; return places in the source.
 
     Args:
         walker: for `metas` and the memory behind them.
@@ -135,7 +135,7 @@ def order_within_budget(
 
 
 def _groups(metas: Sequence[ParamMeta], walker: Simulator) -> Groups:
-    """Groups go by the number of their parent layer, or of one of those that are joined."""
+    """Group tensors by the number of their parent layer, or of one of those that are joined."""
     closes_at = walker.closes_at
     joined = Joined[int]()
     of: list[int | None] = []
@@ -160,7 +160,7 @@ def _groups(metas: Sequence[ParamMeta], walker: Simulator) -> Groups:
 
 
 class _Deferred:
-    """What deferred layers (attention scales) pin: it stays to the end of the sync.
+    """The bytes that deferred layers (attention scales) pin: they stay to the end of the sync.
 
     Attributes:
         places: of the tensors that land in deferred layers only.
@@ -188,7 +188,7 @@ class _Deferred:
 def _refusal(
     stream: Sequence[ParamMeta], layer_map: LayerMap, needed_bytes: int, budget_bytes: int
 ) -> str:
-    """Why a budget cannot be met, and what would help.
+    """Say why a budget cannot be met, and what would help.
 
     Args:
         stream: the tensors of the layer that needs the most, or of several that share tensors.

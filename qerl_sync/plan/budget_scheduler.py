@@ -1,4 +1,4 @@
-"""How a stream follows its source within a byte capacity: the walk behind `within_budget`."""
+"""Follow a source within a byte capacity: the walk behind `within_budget`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class BudgetScheduler:
         self.order: list[int] = []
 
     def follow(self, stream: Iterable[int]) -> list[int]:
-        """The order of delivery of the tensors in `stream`, which are in the source's order."""
+        """Return the tensors in `stream`, which are in the source's order, in that of delivery."""
         of = self.groups.of
         for place in stream:
             group = of[place]
@@ -113,7 +113,7 @@ class BudgetScheduler:
         return self.groups.totals[group] - self.held[group]
 
     def _slack_with_next(self, group: int) -> float:
-        """`slack` once the group's next tensor is handed over; negative: it must not be yet."""
+        """Return `slack` after the group's next tensor; negative: it must not be handed over."""
         groups = self.groups
         if self._closes_next(group):
             return self.slack if self._lacks(group) <= self.available else -1

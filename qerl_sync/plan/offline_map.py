@@ -14,7 +14,7 @@ Origin = Literal["probe", "cache"]
 
 @dataclass(frozen=True)
 class OfflineMap:
-    """What a trainer would send of a model, and where it lands in vLLM.
+    """The tensors that a trainer would send of a model, and where they land in vLLM.
 
     Attributes:
         metas: the trainer's tensors in its own order (`named_parameters`), under checkpoint names.

@@ -31,14 +31,14 @@ CHUNK_BYTES = 64 << 20
 
 
 def load_order(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[ParamMeta]:
-    """The order in which vLLM gets a stream: each group whole, as soon as it is; tensors without a
-    parent layer at once."""
+    """Return the order in which vLLM gets a stream: each group as soon as it is whole, and tensors
+    without a parent layer at once."""
     return [metas[place] for group in _whole_groups(metas, layer_map) for place in group]
 
 
 @dataclass(frozen=True)
 class Spill:
-    """What the policy `spill` adds to a plan.
+    """The part of a plan that the policy `spill` adds.
 
     The worker copies what a chunk leaves incomplete into its host memory before it gives the
     chunk's own memory back. What becomes whole within one chunk is loaded from there.
@@ -134,7 +134,7 @@ def plan_spill(
     budget_bytes: int | None = None,
     directory: str | None = None,
 ) -> Spill:
-    """When each tensor is loaded, if the stream `metas` arrives in chunks of `lengths` tensors.
+    """Plan when each tensor is loaded, if `metas` arrive in chunks of `lengths` tensors.
 
     Raises:
         PlanError: more than the budget would be staged.
@@ -151,14 +151,14 @@ def plan_spill(
 
 
 def peak_staged_bytes(metas: Sequence[ParamMeta], layer_map: LayerMap) -> int:
-    """The most that any cut into chunks can stage: that of chunks of one tensor."""
+    """Return the most that any cut into chunks can stage: that of chunks of one tensor."""
     lengths = [1] * len(metas)
     spill = plan_spill(metas, layer_map, lengths)
     return max(spill.staged_bytes(metas, lengths), default=0)
 
 
 def _whole_groups(metas: Sequence[ParamMeta], layer_map: LayerMap) -> Iterator[list[int]]:
-    """The places of each group's tensors, in the order in which the groups become whole."""
+    """Yield the places of each group's tensors, in the order in which the groups become whole."""
     labels = group_labels(metas, layer_map)
     sizes = Counter(labels)
     arrived: dict[str | int, list[int]] = defaultdict(list)

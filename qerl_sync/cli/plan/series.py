@@ -1,4 +1,4 @@
-"""What the table, the picture and the page share: streams cut into buckets, and their words."""
+"""Shared by table, picture and page: streams cut into buckets, and their words."""
 
 from __future__ import annotations
 
