@@ -105,7 +105,8 @@ class Spill:
             f"host memory when {last!r} has arrived, and sync.spill_budget_bytes is "
             f"{self.budget_bytes:,} ({format_bytes(self.budget_bytes)}); raise it to at least "
             f"{needed}, let the source yield the tensors of a layer closer together, or choose "
-            "`policy: reorder` if it can"
+            "`policy: reorder` if it can",
+            needed_bytes=needed,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -197,7 +197,8 @@ def build_plan(
             f"the source yields {doubled[0]!r} {counts[doubled[0]]} times"
             + (f" ({len(doubled)} names are doubled)" if len(doubled) > 1 else "")
             + "; vLLM would count it twice and close its layer on memory that was never written. "
-            "Yield each checkpoint name once"
+            "Yield each checkpoint name once",
+            tensor=doubled[0],
         )
     walker = Simulator(metas, layer_map, storages)
     given = walker.trace()
@@ -220,7 +221,8 @@ def build_plan(
             raise PlanError(
                 f"sync.budget_bytes is {budget_bytes:,} ({format_bytes(budget_bytes)}), and vLLM "
                 f"holds {needed:,} bytes ({format_bytes(needed)}) for the layer of {at!r} alone "
-                f"when it loads it; raise sync.budget_bytes to at least {needed}"
+                f"when it loads it; raise sync.budget_bytes to at least {needed}",
+                needed_bytes=needed,
             )
         return SyncPlan(
             policy=policy,
