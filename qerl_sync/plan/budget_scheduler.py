@@ -103,7 +103,13 @@ class BudgetScheduler:
         if self._closes_next(group):
             self._complete(group)
         else:
-            self._hand_over_next(group)
+            self._forget(group)  # it stands elsewhere among the open ones afterwards
+            weight = self.groups.weights[place]
+            self.order.append(place)
+            self.next[group] += 1
+            self.held[group] += weight
+            self.available -= weight
+            insort(self.open, (self._lacks(group), group))
         self.slack = slack
 
     def _closes_next(self, group: int) -> bool:
@@ -141,16 +147,6 @@ class BudgetScheduler:
             if available >= most:
                 return min(slack, available - most)
         return slack
-
-    def _hand_over_next(self, group: int) -> None:
-        groups = self.groups
-        self._forget(group)
-        place = groups.ranked[self.next[group]]
-        self.order.append(place)
-        self.next[group] += 1
-        self.held[group] += groups.weights[place]
-        self.available -= groups.weights[place]
-        insort(self.open, (self._lacks(group), group))
 
     def _complete(self, group: int) -> None:
         groups = self.groups

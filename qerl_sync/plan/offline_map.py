@@ -44,7 +44,7 @@ class OfflineMap:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OfflineMap:
-        """Raises KeyError, TypeError or ValueError where `data` is not of `to_json`."""
+        """Read a map. Raise KeyError, TypeError or ValueError if `data` is not of `to_json`."""
         return cls(
             metas=metas_from_json(data["metas"]),
             layer_map=LayerMap.from_json(data["layer_map"]),

@@ -62,8 +62,11 @@ class Spill:
         return [self.load_order[a:b] for a, b in pairwise(ends)]
 
     def staged_bytes(self, metas: Sequence[ParamMeta], lengths: Sequence[int]) -> list[int]:
-        """Bytes staged after each chunk, given the number of tensors in each. They are the highest:
-        what a chunk completes is loaded, and its memory free, before what it leaves is staged."""
+        """Return the bytes staged after each chunk, of which each has so many tensors.
+
+        There they are highest: what a chunk completes is loaded, and its memory free, before what
+        it leaves is staged.
+        """
         arrived = list(accumulate((meta.nbytes for meta in metas), initial=0))
         loaded = list(accumulate((metas[i].nbytes for i in self.load_order), initial=0))
         counts = zip(accumulate(lengths), accumulate(self.num_loaded), strict=True)
@@ -80,7 +83,7 @@ class Spill:
         }
 
     def require_possible(self, lengths: Sequence[int]) -> None:
-        """Raises PlanError if tensors are to be loaded twice, never, or before they arrive."""
+        """Raise PlanError if tensors are to be loaded twice, never, or before they arrive."""
         ends = list(accumulate(lengths))
         once = sorted(self.load_order) == list(range(sum(lengths)))
         counted = len(self.num_loaded) == len(ends) and min(self.num_loaded, default=0) >= 0
@@ -94,7 +97,7 @@ class Spill:
             )
 
     def require_within_budget(self, metas: Sequence[ParamMeta], lengths: Sequence[int]) -> None:
-        """Raises PlanError, naming the bytes and when they are needed, if the budget is smaller."""
+        """Raise PlanError, naming the bytes and when they are needed, if the budget is smaller."""
         staged = self.staged_bytes(metas, lengths)
         needed = max(staged, default=0)
         if self.budget_bytes is None or needed <= self.budget_bytes:

@@ -49,7 +49,7 @@ def spans(metas: Sequence[ParamMeta], pieces: Sequence[int]) -> list[tuple[int, 
 
 
 def slot_bytes(sizes: Sequence[int], chunks_in_flight: int) -> list[int]:
-    """Bytes of each slot when chunk i, of `sizes[i]` bytes, travels in slot i modulo
+    """Return the bytes of each slot when chunk i, of `sizes[i]` bytes, travels in slot i modulo
     `chunks_in_flight`.
 
     A slot is as large as the largest chunk that it will hold; no slot is made for nothing.
