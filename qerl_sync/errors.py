@@ -98,7 +98,17 @@ class LayerMapError(SyncError):
 
 
 class PlanError(SyncError):
-    """No plan satisfies what was asked for."""
+    """No plan satisfies what was asked for.
+
+    Attributes:
+        needed_bytes: the least budget that would do, where one is too small.
+        layer: the parent layer that needs as much.
+        tensor: the checkpoint name that the source yields twice.
+    """
+
+    needed_bytes: int | None = None
+    layer: str | None = None
+    tensor: str | None = None
 
 
 class CoverageError(SyncError):

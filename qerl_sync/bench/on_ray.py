@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,13 @@ import torch
 
 from qerl_sync.bench.echo import EchoLoader, checksum, hello
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
-from qerl_sync.bench.transport import NOT_LOOKED_AT, Rounds, Target, make_model
+from qerl_sync.bench.transport import NOT_LOOKED_AT, Results, Rounds, Target, make_model
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import SyncError
 from qerl_sync.integrations.ray.actors import CONTROL, RolloutActor
 from qerl_sync.integrations.ray.cluster import connect, require_ray
 from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
-from qerl_sync.session import SyncReport, SyncSession
+from qerl_sync.session import SyncSession
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.wire.cores import own_cores
 from qerl_sync.worker.protocol import mailbox as mailbox
@@ -39,20 +39,10 @@ COMMIT_SECONDS = 3.0
 
 
 @dataclass
-class RayMeasured:
-    """Results of one benchmark run.
+class RayMeasured(Results):
+    """Results of `qerl-sync bench ray`; `workers`: the numbers of rollout actors."""
 
-    Attributes:
-        nbytes: bytes of one sync.
-        seconds: medians, by what was timed.
-        ratios: medians of the rounds' ratios, by what was compared.
-    """
-
-    nbytes: int = 0
-    rounds: int = 0
     workers: tuple[int, ...] = ()
-    seconds: dict[str, float] = field(default_factory=dict)
-    ratios: dict[str, float] = field(default_factory=dict)
 
     @property
     def targets(self) -> list[Target]:
@@ -65,10 +55,6 @@ class RayMeasured:
             Target("put and get / sync, bandwidth", self.ratios["put and get / sync"], 0.7, False),
             Target("kill to commit, s", self.seconds["kill to commit"], COMMIT_SECONDS, True),
         ]
-
-    def to_json(self) -> dict[str, Any]:
-        targets = [{**asdict(target), "met": target.met} for target in self.targets]
-        return {**asdict(self), "targets": targets}
 
 
 class BenchActor(RolloutActor):
@@ -297,17 +283,12 @@ def _kill(clock: Rounds, pool: WorkerPool, model: torch.nn.Module) -> None:
         clock.add("kill to commit", time.perf_counter() - killed[0])
         pool.wait()
         clock.add("kill to restart", time.perf_counter() - killed[0])
-        last = _until_whole(session)
+        while (last := session.push()).lost:
+            time.sleep(0.2)
         clock.add("kill to right again", time.perf_counter() - killed[0])
         held = ray.get([actor.kernels.remote() for actor in pool.handles.values()])
         if any(other != held[0] for other in held) or set(pool.versions.values()) != {last.version}:
             raise SyncError("the restarted actor does not hold the weights that were sent")
-
-
-def _until_whole(session: SyncSession) -> SyncReport:
-    while (report := session.push()).lost:
-        time.sleep(0.2)
-    return report
 
 
 def _session(pool: WorkerPool, source: HFSource, **options: Any) -> SyncSession:

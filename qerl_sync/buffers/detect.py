@@ -108,7 +108,16 @@ def is_finite(tensor: torch.Tensor, *, alone: bool = True) -> bool:
         return True
     plain = tensor.device.type == "cpu" and tensor.is_contiguous()
     if not alone and plain and tensor.dtype in _INFINITY:
-        return _has_finite_bits(tensor)
+        # The same exactly, on one core.
+        integer, infinity = _INFINITY[tensor.dtype]
+        signed = tensor.detach().view(-1).view(integer).numpy()
+        unsigned = signed.view(f"u{signed.itemsize}")
+        negative_infinity = infinity | 1 << (8 * signed.itemsize - 1)
+        for begin in range(0, signed.size, _BLOCK):
+            block = slice(begin, begin + _BLOCK)
+            if signed[block].max() >= infinity or unsigned[block].max() >= negative_infinity:
+                return False
+        return True
     return math.isfinite(_sum(tensor).item()) or not _count_not_finite(tensor)
 
 
@@ -127,19 +136,6 @@ _INFINITY = {
 }
 # Elements that a core's own cache holds between the two looks at them.
 _BLOCK = 1 << 17
-
-
-def _has_finite_bits(tensor: torch.Tensor) -> bool:
-    """Do the same exactly, on one core."""
-    integer, infinity = _INFINITY[tensor.dtype]
-    signed = tensor.detach().view(-1).view(integer).numpy()
-    unsigned = signed.view(f"u{signed.itemsize}")
-    negative_infinity = infinity | 1 << (8 * signed.itemsize - 1)
-    for begin in range(0, signed.size, _BLOCK):
-        block = slice(begin, begin + _BLOCK)
-        if signed[block].max() >= infinity or unsigned[block].max() >= negative_infinity:
-            return False
-    return True
 
 
 def _sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -196,7 +192,9 @@ def require_in_range(
     `dtype` is the one in which the engine computes. One pass where the dtypes' ranges differ, none
     elsewhere.
     """
-    if tensor.numel() == 0 or not _reaches_further(tensor.dtype, dtype):
+    # float32 ends a little above bfloat16, in a range that no weight reaches: exponents decide.
+    floating = tensor.dtype.is_floating_point
+    if tensor.numel() == 0 or not floating or _exponent(tensor.dtype) <= _exponent(dtype):
         return
     low, high = tensor.aminmax()
     largest = torch.maximum(-low, high)
@@ -207,14 +205,6 @@ def require_in_range(
             "infinite. Start it with a dtype of more range (bfloat16: rollout.engine.dtype), or "
             "look at why the weights have grown so. sync.check_finite: false sends it all the same"
         )
-
-
-def _reaches_further(dtype: torch.dtype, other: torch.dtype) -> bool:
-    """Return True if the range is larger by orders of magnitude.
-
-    float32 ends a little above bfloat16, in a range that no weight reaches.
-    """
-    return dtype.is_floating_point and _exponent(dtype) > _exponent(other)
 
 
 def _exponent(dtype: torch.dtype) -> int:

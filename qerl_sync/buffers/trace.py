@@ -102,6 +102,11 @@ class Trace:
         """Return the index of the first step with the highest pinned bytes."""
         return self._columns[2].index(self.peak_pinned_bytes)
 
+    @cached_property
+    def max_open_index(self) -> int:
+        """Return the index of the first step with the most open layers."""
+        return self._columns[3].index(self.max_open_layers)
+
     def first_difference(self, other: Trace) -> str | None:
         """Describe the first difference between two traces; None if they are equal, tensor by
         tensor.

@@ -34,22 +34,22 @@ def configuration_page() -> str:
 def _walk(place: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
     yield place, section
     for name, field in section.model_fields.items():
-        for inner in _sections_in(field.annotation):
-            yield from _walk(f"{place}.{name}".lstrip("."), inner)
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, Section):
+                yield from _walk(f"{place}.{name}".lstrip("."), part)
 
 
 def _section(place: str, section: type[Section]) -> str:
     title = f"## `{place}`" if place else "## Top level"
-    rows = [_row(name, field) for name, field in section.model_fields.items()]
+    rows = []
+    for name, field in section.model_fields.items():
+        kind = _kind(field.annotation).replace("|", "\\|")
+        meaning = _text(field.description or "")
+        rows.append(f"| `{name}` | {kind} | {_default(field)} | {meaning} |")
     head = ["| key | type | default | meaning |", "|---|---|---|---|"]
     return "\n".join(
         [title, "", _text((section.__doc__ or "").partition("\n\n")[0]), "", *head, *rows, ""]
     )
-
-
-def _row(name: str, field: FieldInfo) -> str:
-    kind = _kind(field.annotation).replace("|", "\\|")
-    return f"| `{name}` | {kind} | {_default(field)} | {_text(field.description or '')} |"
 
 
 def _default(field: FieldInfo) -> str:
@@ -78,12 +78,6 @@ def _kind(annotation: Any) -> str:
         return "section"
     names = {str: "text", int: "integer", float: "number", bool: "`true` | `false`"}
     return names.get(annotation, "null")
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, Section):
-            yield part
 
 
 def _text(text: str) -> str:

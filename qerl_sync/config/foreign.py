@@ -145,7 +145,15 @@ def foreign_violations(tree: Mapping[str, Any]) -> list[Violation]:
     type.
     """
     violations = [found for section in SECTIONS for found in _check(section, tree)]
-    return violations + _unknown_architecture(tree)
+    architecture = value_at(tree, "model.tiny.architecture")
+    if isinstance(architecture, str) and find_spec("transformers") is not None:
+        from transformers import CONFIG_MAPPING
+
+        if architecture not in CONFIG_MAPPING:
+            hint = nearest(architecture, CONFIG_MAPPING.keys())
+            message = f"transformers has no architecture {architecture!r}; {hint}"
+            violations.append(Violation("model.tiny.architecture", message))
+    return violations
 
 
 def _check(section: Foreign, tree: Mapping[str, Any]) -> Iterator[Violation]:
@@ -195,9 +203,14 @@ def _wrong_type(value: Any, hint: Any) -> str | None:
         return None
     try:
         TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+        return None
     except ValidationError:
-        return f"must be {_spelled(hint, value)}, not {value!r}"
-    return None
+        choices = [str(choice) for choice in get_args(hint)]
+    if get_origin(hint) is Literal:
+        wanted = f"one of {', '.join(choices)} ({nearest(str(value), choices)})"
+    else:
+        wanted = str(hint) if choices else str(hint.__name__)
+    return f"must be {wanted}, not {value!r}"
 
 
 def _is_plain(hint: Any) -> bool:
@@ -206,23 +219,3 @@ def _is_plain(hint: Any) -> bool:
         return True
     parts = get_args(hint)
     return all(map(_is_plain, parts)) if parts else hint in PLAIN_TYPES
-
-
-def _spelled(hint: Any, value: Any) -> str:
-    choices = [str(choice) for choice in get_args(hint)]
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(choices)} ({nearest(str(value), choices)})"
-    return str(hint) if choices else str(hint.__name__)
-
-
-def _unknown_architecture(tree: Mapping[str, Any]) -> list[Violation]:
-    architecture = value_at(tree, "model.tiny.architecture")
-    if not isinstance(architecture, str) or find_spec("transformers") is None:
-        return []
-    from transformers import CONFIG_MAPPING
-
-    if architecture in CONFIG_MAPPING:
-        return []
-    hint = nearest(architecture, CONFIG_MAPPING.keys())
-    message = f"transformers has no architecture {architecture!r}; {hint}"
-    return [Violation("model.tiny.architecture", message)]

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from qerl_sync.config.contradictions import contradictions
 from qerl_sync.config.foreign import foreign_violations
 from qerl_sync.config.models import TrainConfig
-from qerl_sync.config.violations import Violation, config_error, schema_violations
-from qerl_sync.config.yaml_tree import Tree, apply_overrides, read_tree
+from qerl_sync.config.violations import config_error, schema_violations
+from qerl_sync.config.yaml_tree import apply_overrides, read_tree
 from qerl_sync.errors import ConfigError
 
 
@@ -36,21 +36,18 @@ def load_config(
     """
     tree, origins, violations = read_tree(_read(Path(path)), str(path))
     violations += apply_overrides(tree, overrides, origins)
-    config, found = _validate(tree)
-    violations += found + contradictions(tree)
+    config = None
+    try:
+        config = TrainConfig.model_validate(tree)
+    except ValidationError as exc:
+        violations += schema_violations(exc, TrainConfig)
+    violations += contradictions(tree)
     if check_foreign:
         violations += foreign_violations(tree)
     if violations or config is None:
         # What a section itself finds is found in the tree too: there also beside wrong values.
         raise config_error(str(path), list(dict.fromkeys(violations)), origins)
     return config
-
-
-def _validate(tree: Tree) -> tuple[TrainConfig | None, list[Violation]]:
-    try:
-        return TrainConfig.model_validate(tree), []
-    except ValidationError as exc:
-        return None, schema_violations(exc, TrainConfig)
 
 
 def _read(path: Path) -> str:

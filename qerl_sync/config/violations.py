@@ -33,18 +33,14 @@ def config_error(
     count = len(violations)
     lines = [f"{source}: {count} problem{'s' if count != 1 else ''}"]
     for violation in violations:
-        origin = _origin(violation.place, origins or {})
+        place = violation.place  # or else the nearest section around it that was written
+        while place and place not in (origins or {}):
+            place = place.rpartition(".")[0]
+        origin = (origins or {}).get(place, "")
         where = f"{violation.place} ({origin})" if origin else violation.place
         lines.append(f"  {where}: {violation.message}")
     found = tuple((violation.place, violation.message) for violation in violations)
     return ConfigError("\n".join(lines), violations=found)
-
-
-def _origin(place: str, origins: Mapping[str, str]) -> str:
-    """Return where `place` was written, or else the nearest section around it."""
-    while place and place not in origins:
-        place = place.rpartition(".")[0]
-    return origins.get(place, "")
 
 
 def nearest(word: str, valid: Iterable[str]) -> str:
@@ -88,7 +84,12 @@ def _dotted(loc: Sequence[int | str]) -> str:
 def _in_words(found: Mapping[str, Any], model: type[BaseModel]) -> str:
     loc, kind, value = found["loc"], found["type"], found["input"]
     if kind == "extra_forbidden":
-        return f"no such key; {_nearest_key(loc, model)}"
+        # The likely key: a similar one in this section, or the same one in another section.
+        key, siblings = str(loc[-1]), _section(model, loc[:-1]).model_fields
+        elsewhere = [path for path in _paths(model) if path.rpartition(".")[2] == key]
+        if elsewhere and not get_close_matches(key, siblings):
+            return f"no such key; did you mean {elsewhere[0]!r}?"
+        return f"no such key; {nearest(key, siblings)}"
     if kind == "missing":
         return "is required and missing"
     if kind == "literal_error":
@@ -99,17 +100,6 @@ def _in_words(found: Mapping[str, Any], model: type[BaseModel]) -> str:
     if kind == "model_type":
         return f"is a section and needs keys below it, not {value!r}"
     return f"{found['msg'][0].lower()}{found['msg'][1:]}, not {value!r}"
-
-
-def _nearest_key(loc: Sequence[int | str], model: type[BaseModel]) -> str:
-    """Return the likely key: a similar one in this section, or the same one in another section."""
-    key = str(loc[-1])
-    siblings = _section(model, loc[:-1]).model_fields
-    if not get_close_matches(key, siblings):
-        elsewhere = [path for path in _paths(model) if path.rpartition(".")[2] == key]
-        if elsewhere:
-            return f"did you mean {elsewhere[0]!r}?"
-    return nearest(key, siblings)
 
 
 def _section(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:

@@ -97,32 +97,31 @@ def apply_overrides(
     """
     violations = []
     for override in overrides:
-        problem = _apply(tree, override, origins)
-        if problem is not None:
-            violations.append(problem)
+        path, equals, text = override.partition("=")
+        *sections, key = path.strip().split(".")
+        if not equals or not all([*sections, key]):
+            message = "is no override; write section.key=value (sync.policy=warn)"
+            violations.append(Violation(override, message))
+            continue
+        try:
+            value = yaml.load(text, Loader=_Loader)
+        except (yaml.YAMLError, ValueError):
+            violations.append(Violation(path, f"the value {text!r} is no valid YAML"))
+            continue
+        at: Any = tree
+        for depth, name in enumerate(sections, 1):
+            if at.get(name) is None:
+                at[name] = {}
+                origins[".".join(sections[:depth])] = COMMAND_LINE
+            at = at[name]
+            if not isinstance(at, dict):
+                message = f"{name!r} is {at!r}, not a section, so it has no {key!r}"
+                violations.append(Violation(path, message))
+                break
+        else:
+            at[key] = value
+            origins[path.strip()] = COMMAND_LINE
     return violations
-
-
-def _apply(tree: Tree, override: str, origins: dict[str, str]) -> Violation | None:
-    path, equals, text = override.partition("=")
-    *sections, key = path.strip().split(".")
-    if not equals or not all([*sections, key]):
-        return Violation(override, "is no override; write section.key=value (sync.policy=warn)")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
-        return Violation(path, f"the value {text!r} is no valid YAML")
-    at = tree
-    for depth, name in enumerate(sections, 1):
-        if at.get(name) is None:
-            at[name] = {}
-            origins[".".join(sections[:depth])] = COMMAND_LINE
-        at = at[name]
-        if not isinstance(at, dict):
-            return Violation(path, f"{name!r} is {at!r}, not a section, so it has no {key!r}")
-    at[key] = value
-    origins[path.strip()] = COMMAND_LINE
-    return None
 
 
 def value_at(tree: Any, place: str) -> Any:

@@ -171,6 +171,6 @@ def run_probe(request: Mapping[str, Any], timeout_seconds: float) -> OfflineMap:
 
 
 def _tail(log: Path) -> str:
-    """The last lines that a process wrote, for an error message."""
+    """Return the last lines that a process wrote, for an error message."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-SHOWN_LINES:]
     return "".join(f"\n  {line}" for line in lines) or " it wrote nothing"

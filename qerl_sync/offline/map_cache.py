@@ -20,19 +20,19 @@ FORMAT = 2
 
 
 def cache_directory() -> Path:
-    """Where maps are kept: `$XDG_CACHE_HOME/qerl-sync/maps`, by default under `~/.cache`."""
+    """Return where maps are kept: `$XDG_CACHE_HOME/qerl-sync/maps`, by default under `~/.cache`."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root, "qerl-sync", "maps")
 
 
 def cache_file(key: Mapping[str, Any]) -> Path:
-    """The file for a map that depends on `key`, a JSON value."""
+    """Return the file for a map that depends on `key`, a JSON value."""
     text = json.dumps({"format": FORMAT, **key}, sort_keys=True, separators=(",", ":"))
     return cache_directory() / f"{hashlib.sha256(text.encode()).hexdigest()}.json.gz"
 
 
 def load(file: Path) -> OfflineMap | None:
-    """None if there is no such file, or if it is damaged: gzip's checksum tells."""
+    """Read a map. None if there is no such file, or if it is damaged: gzip's checksum tells."""
     try:
         data = json.loads(gzip.decompress(file.read_bytes()))
         return replace(OfflineMap.from_json(data), origin="cache")
@@ -41,7 +41,8 @@ def load(file: Path) -> OfflineMap | None:
 
 
 def store(file: Path, found: OfflineMap) -> bool:
-    """Atomic: readers see the old file or the new one. False if the directory is not writable."""
+    """Write a map atomically: readers see the old file or the new one. Return False if the
+    directory is not writable."""
     data = json.dumps(found.to_json(), separators=(",", ":")).encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def observe(request: Mapping[str, Any]) -> OfflineMap:
-    """The layer map of a model and the stream it holds for.
+    """Observe the layer map of a model, and the stream it holds for.
 
     May be called more than once in a process that has no process group.
 
@@ -81,7 +81,7 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
 
 @contextmanager
 def _model_directory(checkpoint: Checkpoint) -> Iterator[str]:
-    """A directory that vLLM and transformers read the configuration from."""
+    """Yield a directory that vLLM and transformers read the configuration from."""
     if checkpoint.directory is not None:
         yield str(checkpoint.directory)
         return
@@ -115,22 +115,16 @@ def trainer_model(
             model: torch.nn.Module = from_config(
                 config, dtype=getattr(torch, dtype) if dtype else config.dtype
             )
-            _keep_in_float32(model)
+            # Building a model from its configuration casts everything to one dtype;
+            # `from_pretrained` would keep some in float32, such as router corrections.
+            plan: dict[str, Any] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
+            patterns = [re.compile(pattern.replace("*", ".*")) for pattern in plan]
+            for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+                if any(pattern.search(name) for pattern in patterns):
+                    tensor.data = tensor.data.float()
             return model
 
     return build
-
-
-def _keep_in_float32(model: Any) -> None:
-    """Cast what `from_pretrained` would keep in float32, such as router corrections.
-
-    Building a model from its configuration casts everything to one dtype.
-    """
-    plan: dict[str, Any] = getattr(model, "_get_dtype_plan", lambda dtype: {})(model.dtype)
-    patterns = [re.compile(pattern.replace("*", ".*")) for pattern in plan]
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        if any(pattern.search(name) for pattern in patterns):
-            tensor.data = tensor.data.float()
 
 
 @contextmanager

@@ -7,7 +7,6 @@ these are the buffered bytes; vLLM's figure is larger only where it counts one s
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from math import inf
 
@@ -28,7 +27,7 @@ def within_budget(
     *,
     chunk_bytes: int | None = None,
 ) -> list[ParamMeta]:
-    """The source's order, left only where following it would break the budget.
+    """Return the source's order, left only where following it would break the budget.
 
     The stream follows the source. The source's next tensor is handed over if the rest can then
     still be delivered within the budget, in whatever order; otherwise the open layer that lacks
@@ -51,7 +50,7 @@ def within_budget(
       leaves it; and later too, the source's next tensor is passed over only if no way to go on
       with it would stay within the budget.
 
-    Not guaranteed: that the fewest tensors are moved (`count_moved`). Finding that order is NP-hard
+    Not guaranteed: that the fewest tensors are moved. Finding that order is NP-hard
     (it contains caching with pages of different sizes). Over random streams of up to 7 tensors that
     break their budget, the fewest are moved in 9 of 10, and less than 10% more than the fewest in
     sum. Where layers share storages or tensors, what they share is counted for each of them, so
@@ -73,22 +72,6 @@ def within_budget(
     return [metas[place] for place in order]
 
 
-def count_moved(given: Sequence[ParamMeta], ordered: Sequence[ParamMeta]) -> int:
-    """How many tensors must be taken out of `given` and put elsewhere to get `ordered`.
-
-    That is all but the longest subsequence that both have in common.
-    """
-    place = {meta.name: i for i, meta in enumerate(given)}
-    ends: list[int] = []  # the smallest last place of an ascending run of each length
-    for meta in ordered:
-        at = place[meta.name]
-        if not ends or at > ends[-1]:
-            ends.append(at)
-        else:
-            ends[bisect_left(ends, at)] = at
-    return len(given) - len(ends)
-
-
 def order_within_budget(
     metas: Sequence[ParamMeta],
     layer_map: LayerMap,
@@ -97,7 +80,7 @@ def order_within_budget(
     walker: Simulator,
     given: Trace,
 ) -> Sequence[int]:
-    """`within_budget` as places in the source, for those who have walked through its order already.
+    """Do as `within_budget`, given a trace of the source's order; return places in the source.
 
     Args:
         walker: for `metas` and the memory behind them.
@@ -114,12 +97,13 @@ def order_within_budget(
     largest = max(groups.totals, default=0)
     if largest + deferred.beside_bytes > budget_bytes:
         stream = [metas[place] for place in groups.places(groups.totals.index(largest))]
-        raise PlanError(_refusal(stream, layer_map, largest + deferred.beside_bytes, budget_bytes))
+        raise _refusal(stream, layer_map, largest + deferred.beside_bytes, budget_bytes)
     if deferred.nbytes > budget_bytes:
         raise PlanError(
             f"sync.budget_bytes is {_exactly(budget_bytes)}, but {_exactly(deferred.nbytes)} of "
             "tensors land in deferred layers (attention scales), which vLLM holds to the end of "
-            f"the sync.\nRaise sync.budget_bytes to at least {deferred.nbytes}."
+            f"the sync.\nRaise sync.budget_bytes to at least {deferred.nbytes}.",
+            needed_bytes=deferred.nbytes,
         )
     chunk = min(chunk_bytes, budget_bytes) if chunk_bytes else inf
     if largest + deferred.nbytes <= budget_bytes:
@@ -135,7 +119,7 @@ def order_within_budget(
 
 
 def _groups(metas: Sequence[ParamMeta], walker: Simulator) -> Groups:
-    """Groups go by the number of their parent layer, or of one of those that are joined."""
+    """Group tensors by the number of their parent layer, or of one of those that are joined."""
     closes_at = walker.closes_at
     joined = Joined[int]()
     of: list[int | None] = []
@@ -160,7 +144,7 @@ def _groups(metas: Sequence[ParamMeta], walker: Simulator) -> Groups:
 
 
 class _Deferred:
-    """What deferred layers (attention scales) pin: it stays to the end of the sync.
+    """The bytes that deferred layers (attention scales) pin: they stay to the end of the sync.
 
     Attributes:
         places: of the tensors that land in deferred layers only.
@@ -187,8 +171,8 @@ class _Deferred:
 
 def _refusal(
     stream: Sequence[ParamMeta], layer_map: LayerMap, needed_bytes: int, budget_bytes: int
-) -> str:
-    """Why a budget cannot be met, and what would help.
+) -> PlanError:
+    """Return the error that says why a budget cannot be met, and what would help.
 
     Args:
         stream: the tensors of the layer that needs the most, or of several that share tensors.
@@ -220,7 +204,7 @@ def _refusal(
         lines.append(
             "They are float32; if the engine runs in bfloat16, send them in it: half of that."
         )
-    return "\n".join(lines)
+    return PlanError("\n".join(lines), needed_bytes=needed_bytes, layer=names[0])
 
 
 def _exactly(nbytes: int) -> str:

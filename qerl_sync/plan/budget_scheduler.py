@@ -1,4 +1,4 @@
-"""How a stream follows its source within a byte capacity: the walk behind `within_budget`."""
+"""Follow a source within a byte capacity: the walk behind `within_budget`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class BudgetScheduler:
         self.order: list[int] = []
 
     def follow(self, stream: Iterable[int]) -> list[int]:
-        """The order of delivery of the tensors in `stream`, which are in the source's order."""
+        """Return the tensors in `stream`, which are in the source's order, in that of delivery."""
         of = self.groups.of
         for place in stream:
             group = of[place]
@@ -103,7 +103,13 @@ class BudgetScheduler:
         if self._closes_next(group):
             self._complete(group)
         else:
-            self._hand_over_next(group)
+            self._forget(group)  # it stands elsewhere among the open ones afterwards
+            weight = self.groups.weights[place]
+            self.order.append(place)
+            self.next[group] += 1
+            self.held[group] += weight
+            self.available -= weight
+            insort(self.open, (self._lacks(group), group))
         self.slack = slack
 
     def _closes_next(self, group: int) -> bool:
@@ -113,7 +119,7 @@ class BudgetScheduler:
         return self.groups.totals[group] - self.held[group]
 
     def _slack_with_next(self, group: int) -> float:
-        """`slack` once the group's next tensor is handed over; negative: it must not be yet."""
+        """Return `slack` after the group's next tensor; negative: it must not be handed over."""
         groups = self.groups
         if self._closes_next(group):
             return self.slack if self._lacks(group) <= self.available else -1
@@ -141,16 +147,6 @@ class BudgetScheduler:
             if available >= most:
                 return min(slack, available - most)
         return slack
-
-    def _hand_over_next(self, group: int) -> None:
-        groups = self.groups
-        self._forget(group)
-        place = groups.ranked[self.next[group]]
-        self.order.append(place)
-        self.next[group] += 1
-        self.held[group] += groups.weights[place]
-        self.available -= groups.weights[place]
-        insort(self.open, (self._lacks(group), group))
 
     def _complete(self, group: int) -> None:
         groups = self.groups

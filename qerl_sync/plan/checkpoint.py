@@ -1,4 +1,4 @@
-"""What a Hugging Face checkpoint holds and in which order vLLM reads it, from headers alone.
+"""Read what a Hugging Face checkpoint holds and in which order vLLM reads it, from headers alone.
 
 Order of the files: vLLM's loaders sort the shards by name, with numbers as numbers
 (`_natural_sort_key` in vLLM's model_loader/weight_utils.py), after leaving out files that the
@@ -137,7 +137,26 @@ class Checkpoint:
             return Expected(list(metas), [], [])
         names = set(self.names)
         stored = {meta.name: meta for meta in self.metas or ()}
-        fused = _fused([m for m in metas if m.name not in names], metas, stored)
+        # For each missing tensor the stored ones of the module that it is a part of, provided that
+        # these have exactly the elements of all that is missing in it; else nothing at all.
+        known = {meta.name for meta in metas}
+        wholes: dict[str, list[ParamMeta]] = defaultdict(list)
+        for meta in stored.values():
+            if meta.name not in known:
+                wholes[meta.name.rpartition(".")[0]].append(meta)
+        parts: dict[str, list[ParamMeta]] = defaultdict(list)
+        for meta in metas:
+            if meta.name not in names:
+                module = meta.name
+                while module and module not in wholes:
+                    module = module.rpartition(".")[0]
+                parts[module].append(meta)
+        fused: dict[str, list[ParamMeta]] = {}
+        if "" not in parts and all(
+            sum(meta.numel for meta in wholes[module]) == sum(meta.numel for meta in lost)
+            for module, lost in parts.items()
+        ):
+            fused = {meta.name: wholes[module] for module, lost in parts.items() for meta in lost}
         kept: dict[str, ParamMeta] = {}
         for meta in metas:
             if meta.name in fused:
@@ -155,32 +174,10 @@ class Checkpoint:
                     f"should be {list(meta.shape)}; is it that of another model?"
                 )
             kept[meta.name] = meta
-        wholes = dict.fromkeys(whole.name for parts in fused.values() for whole in parts)
-        return Expected(list(kept.values()), sorted(names - kept.keys()), list(wholes))
-
-
-def _fused(
-    missing: Sequence[ParamMeta], metas: Sequence[ParamMeta], stored: Mapping[str, ParamMeta]
-) -> dict[str, list[ParamMeta]]:
-    """For each missing tensor the stored ones of the module that it is a part of, provided that
-    these have exactly the elements of all that is missing in it; else nothing at all."""
-    known = {meta.name for meta in metas}
-    wholes: dict[str, list[ParamMeta]] = defaultdict(list)
-    for meta in stored.values():
-        if meta.name not in known:
-            wholes[meta.name.rpartition(".")[0]].append(meta)
-    parts: dict[str, list[ParamMeta]] = defaultdict(list)
-    for meta in missing:
-        module = meta.name
-        while module and module not in wholes:
-            module = module.rpartition(".")[0]
-        parts[module].append(meta)
-    if "" in parts or any(
-        sum(meta.numel for meta in wholes[module]) != sum(meta.numel for meta in lost)
-        for module, lost in parts.items()
-    ):
-        return {}
-    return {meta.name: wholes[module] for module, lost in parts.items() for meta in lost}
+        used = dict.fromkeys(
+            whole.name for stored_parts in fused.values() for whole in stored_parts
+        )
+        return Expected(list(kept.values()), sorted(names - kept.keys()), list(used))
 
 
 class Expected(NamedTuple):
@@ -193,7 +190,7 @@ class Expected(NamedTuple):
 
     @property
     def note(self) -> str:
-        """What a reader must know of it, in sentences."""
+        """Describe the differences, in sentences; empty without any."""
         notes = []
         if self.surplus:
             notes.append(
@@ -223,14 +220,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        return _read_directory(path)
+        _refuse_adapter(path)
+        index = path / INDEX
+        if index.is_file():
+            return _read_index(path, index, read_json(index))
+        # Mistral's own format lies beside the Hugging Face one and has names of its own.
+        files = [f for f in path.glob("*.safetensors") if not f.name.startswith("consolidated")]
+        config = _config_beside(index)
+        if config is None and not files:
+            raise ConfigError(f"{str(path)!r} has neither a config.json nor .safetensors files")
+        return _checkpoint(path, config, _in_reading_order(files))
     if not path.is_file():
         raise ConfigError(
             f"there is no {str(path)!r}; give a model directory, a config.json, a safetensors "
             "index or a .safetensors file"
         )
     if path.suffix == ".safetensors":
-        return _checkpoint(path, _config_beside(path), [path], index=None)
+        return _checkpoint(path, _config_beside(path), [path])
     if path.suffix != ".json":
         raise ConfigError(
             f"{str(path)!r} is neither a .json nor a .safetensors file; other formats are not read"
@@ -277,21 +283,22 @@ def _refuse_adapter(path: Path) -> None:
         )
 
 
-def _read_directory(path: Path) -> Checkpoint:
-    _refuse_adapter(path)
-    index = path / INDEX
-    if index.is_file():
-        return _read_index(path, index, read_json(index))
-    # Mistral's own format lies beside the Hugging Face one and has names of its own.
-    files = [f for f in path.glob("*.safetensors") if not f.name.startswith("consolidated")]
-    config = _config_beside(index)
-    if config is None and not files:
-        raise ConfigError(f"{str(path)!r} has neither a config.json nor .safetensors files")
-    return _checkpoint(path, config, _in_reading_order(files), index=None)
-
-
 def _read_index(path: Path, index: Path, content: dict[str, Any]) -> Checkpoint:
-    tensors_of = _tensors_by_file(index, content)
+    weight_map = content.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index} has no weight_map; is it truncated?")
+    tensors_of: dict[str, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ConfigError(f"{index}: the file of {name!r} is {file!r}, not a file name")
+        tensors_of.setdefault(file, set()).add(name)
+    for file in tensors_of:
+        numbered = re.search(r"-of-(\d+)", file)
+        if numbered and int(numbered[1]) != len(tensors_of):
+            raise ConfigError(
+                f"{index} names {len(tensors_of)} files, but {file} is one of "
+                f"{int(numbered[1])}; the index is truncated or mixed from two checkpoints"
+            )
     files = _in_reading_order(index.parent / name for name in tensors_of)
     missing = [file.name for file in files if not file.is_file()]
     config = _config_beside(index)
@@ -303,18 +310,18 @@ def _read_index(path: Path, index: Path, content: dict[str, Any]) -> Checkpoint:
             f"{index}: {len(missing)} of its {len(files)} files are missing, the first is "
             f"{missing[0]}; download them all, or none"
         )
-    return _checkpoint(path, config, files, index=(index, tensors_of))
+    found = _checkpoint(path, config, files)
+    for file, held in found.shards:
+        for name in sorted(tensors_of[file].symmetric_difference(held)):
+            only = "file" if name in held else "index"
+            raise ConfigError(
+                f"{index} and {file} contradict each other: {name!r} is in the {only} only"
+            )
+    return found
 
 
-def _checkpoint(
-    path: Path,
-    config: dict[str, Any] | None,
-    files: list[Path],
-    index: tuple[Path, dict[str, set[str]]] | None,
-) -> Checkpoint:
+def _checkpoint(path: Path, config: dict[str, Any] | None, files: list[Path]) -> Checkpoint:
     headers = {file.name: _read_header(file) for file in files}
-    if index is not None:
-        _check_index(*index, headers)
     seen: dict[str, str] = {}
     for file, header in headers.items():
         for meta in header:
@@ -332,7 +339,7 @@ def _checkpoint(
 
 
 def _in_reading_order(files: Iterable[Path]) -> list[Path]:
-    """By name, "shard-10" after "shard-9"."""
+    """Sort by name, "shard-10" after "shard-9"."""
 
     def natural(file: Path) -> list[str | int]:
         return [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", file.name)]
@@ -364,39 +371,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _tensors_by_file(index: Path, content: dict[str, Any]) -> dict[str, set[str]]:
-    weight_map = content.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{index} has no weight_map; is it truncated?")
-    tensors_of: dict[str, set[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
-            raise ConfigError(f"{index}: the file of {name!r} is {file!r}, not a file name")
-        tensors_of.setdefault(file, set()).add(name)
-    for file in tensors_of:
-        numbered = re.search(r"-of-(\d+)", file)
-        if numbered and int(numbered[1]) != len(tensors_of):
-            raise ConfigError(
-                f"{index} names {len(tensors_of)} files, but {file} is one of "
-                f"{int(numbered[1])}; the index is truncated or mixed from two checkpoints"
-            )
-    return tensors_of
-
-
-def _check_index(
-    index: Path, tensors_of: dict[str, set[str]], headers: dict[str, list[ParamMeta]]
-) -> None:
-    for file, header in headers.items():
-        held = {meta.name for meta in header}
-        for name in sorted(tensors_of[file] ^ held):
-            only = "file" if name in held else "index"
-            raise ConfigError(
-                f"{index} and {file} contradict each other: {name!r} is in the {only} only"
-            )
-
-
 def _read_header(file: Path) -> list[ParamMeta]:
-    """A file's tensors, in the order of their bytes."""
+    """Return a file's tensors, in the order of their bytes."""
     try:
         with file.open("rb") as f:
             size = os.fstat(f.fileno()).st_size

@@ -33,7 +33,19 @@ def cut_between_layers(
     """Cut where no parent layer is open, into chunks of up to `chunk_bytes`; None: one chunk."""
     if chunk_bytes is None:
         return (_chunk(metas, None),) if metas else ()
-    return _cut(_segments(metas, layer_map), chunk_bytes)
+    parents = [layer_map.parents(meta.name) for meta in metas]
+    awaited = Counter(chain.from_iterable(parents))
+    started: set[str] = set()
+    # The smallest runs of the stream after which no parent layer is open.
+    segments: list[list[ParamMeta]] = [[]]
+    for meta, layers in zip(metas, parents, strict=True):
+        segments[-1].append(meta)
+        for layer in layers:
+            awaited[layer] -= 1
+            (started.add if awaited[layer] else started.discard)(layer)
+        if not started:
+            segments.append([])
+    return _cut([segment for segment in segments if segment], chunk_bytes)
 
 
 def cut_anywhere(metas: Sequence[ParamMeta], chunk_bytes: int) -> tuple[Chunk, ...]:
@@ -59,19 +71,3 @@ def _chunk(metas: Sequence[ParamMeta], chunk_bytes: int | None) -> Chunk:
     nbytes = sum(meta.nbytes for meta in metas)
     oversized = chunk_bytes is not None and nbytes > chunk_bytes
     return Chunk(tuple(meta.name for meta in metas), nbytes, oversized)
-
-
-def _segments(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[list[ParamMeta]]:
-    """The smallest runs of the stream after which no parent layer is open."""
-    parents = [layer_map.parents(meta.name) for meta in metas]
-    awaited = Counter(chain.from_iterable(parents))
-    started: set[str] = set()
-    segments: list[list[ParamMeta]] = [[]]
-    for meta, layers in zip(metas, parents, strict=True):
-        segments[-1].append(meta)
-        for layer in layers:
-            awaited[layer] -= 1
-            (started.add if awaited[layer] else started.discard)(layer)
-        if not started:
-            segments.append([])
-    return [segment for segment in segments if segment]

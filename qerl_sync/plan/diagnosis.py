@@ -74,8 +74,27 @@ class Diagnosis:
     staged_bytes: int = 0
 
     def text(self, source_order: str) -> str:
-        """The warning: what, where, how much, why, and the line of YAML that cures it."""
-        lines = [self._headline(), *self._layers()]
+        """Return the warning: what, where, how much, why, and the line of YAML that cures it."""
+        trace, most = self.trace, self.trace.max_open_layers
+        share = 100 * trace.peak_buffered_bytes / max(self.total_bytes, 1)
+        what = f"buffer up to {most} parent layer{'s' * (most != 1)} at once"
+        if self.budget_bytes is not None:
+            what = f"exceed sync.budget_bytes ({_mb(self.budget_bytes)}) and {what}"
+        # Most layers, most buffered and most pinned bytes may fall on different tensors.
+        lines = [
+            f"This sync would {what}, and hold at most {_mb(trace.peak_buffered_bytes)} buffered "
+            f"({share:.0f}% of the model) and {_mb(trace.peak_pinned_bytes)} pinned. Most is "
+            f"buffered at tensor {self.index + 1} of {self.num_tensors} ({self.at}); open then:"
+        ]
+        largest = sorted(self.open_layers, key=lambda layer: -layer.buffered_bytes)
+        lines += [
+            f"  {layer.name} ({layer.kind}): {layer.loaded_numel:,}/{layer.total_numel:,} "
+            f"elements, {_mb(layer.buffered_bytes)}"
+            for layer in largest[:SHOWN_LAYERS]
+        ]
+        rest = [layer.buffered_bytes for layer in largest[SHOWN_LAYERS:]]
+        if rest:
+            lines.append(f"  and {len(rest)} more: {_mb(sum(rest))}")
         lines += [f"Cause: {cause.value}." for cause in self.causes]
         lines.append(f"Source order: {source_order}.")
         if self.refusal is not None:
@@ -92,33 +111,6 @@ class Diagnosis:
             )
         return "\n".join(lines)
 
-    def _headline(self) -> str:
-        trace, most = self.trace, self.trace.max_open_layers
-        share = 100 * trace.peak_buffered_bytes / max(self.total_bytes, 1)
-        what = f"buffer up to {most} parent layer{'s' * (most != 1)} at once"
-        if self.budget_bytes is not None:
-            what = f"exceed sync.budget_bytes ({_mb(self.budget_bytes)}) and {what}"
-        # Most layers, most buffered and most pinned bytes may fall on different tensors.
-        return (
-            f"This sync would {what}, and hold at most {_mb(trace.peak_buffered_bytes)} buffered "
-            f"({share:.0f}% of the model) and {_mb(trace.peak_pinned_bytes)} pinned. Most is "
-            f"buffered at tensor {self.index + 1} of {self.num_tensors} ({self.at}); open then:"
-        )
-
-    def _layers(self) -> list[str]:
-        largest = sorted(self.open_layers, key=lambda layer: -layer.buffered_bytes)
-        lines = [
-            f"  {layer.name} ({layer.kind}): {layer.loaded_numel:,}/{layer.total_numel:,} "
-            f"elements, {_mb(layer.buffered_bytes)}"
-            for layer in largest[:SHOWN_LAYERS]
-        ]
-        rest = largest[SHOWN_LAYERS:]
-        if rest:
-            lines.append(
-                f"  and {len(rest)} more: {_mb(sum(layer.buffered_bytes for layer in rest))}"
-            )
-        return lines
-
 
 def diagnose(
     metas: Sequence[ParamMeta],
@@ -127,7 +119,7 @@ def diagnose(
     storages: Mapping[str, Storage] | None = None,
     budget_bytes: int | None = None,
 ) -> Diagnosis | None:
-    """The worst moment of a stream that should not run as it is; None if nothing is wrong with it.
+    """Return the worst moment of a stream that should not run as it is; None if it may.
 
     Without a budget, what is wrong is a second open parent layer; with one, more pinned bytes than
     that, however many layers are open.
@@ -165,7 +157,7 @@ def diagnose(
 
 @dataclass(frozen=True)
 class StreamFacts:
-    """What a cause may rest on that is the same in every order.
+    """The facts a cause may rest on that are the same in every order.
 
     Attributes:
         is_sharded: the rank loads fewer elements than the stream carries.
@@ -204,8 +196,8 @@ def causes_of(
     ordered: Trace | None = None,
     facts: StreamFacts | None = None,
 ) -> tuple[Cause, ...]:
-    """What a stream's peak is made of beyond the one parent layer that must be held, the most
-    important first.
+    """Say why a stream's peak exceeds the one parent layer that must be held, the most important
+    cause first.
 
     Args:
         metas, trace, layer_map, storages: as for `diagnose`.
@@ -215,7 +207,11 @@ def causes_of(
     facts = facts or StreamFacts.of(metas, layer_map)
     if ordered is None:
         ordered = replay(by_parent_layer(metas, layer_map), layer_map, storages)
-    stuck_bytes = _stuck_bytes(metas, trace, layer_map) if facts.has_stuck_layers else 0
+    stuck_bytes, peak = 0, trace.peak_index  # of layers that are held to the end of the sync
+    if facts.has_stuck_layers:
+        spans = Simulator(metas, layer_map).walk().spans
+        stuck = (span for span in spans if span.closed is None and span.covers(peak))
+        stuck_bytes = sum(span.held_at(peak) for span in stuck)
     found = {
         Cause.OUT_OF_ORDER: ordered.max_open_layers < trace.max_open_layers
         or ordered.peak_buffered_bytes < trace.peak_buffered_bytes,
@@ -225,13 +221,6 @@ def causes_of(
         Cause.PINNED_VIEWS: trace.peak_pinned_bytes > trace.peak_buffered_bytes and facts.has_views,
     }
     return tuple(cause for cause, applies in found.items() if applies)
-
-
-def _stuck_bytes(metas: Sequence[ParamMeta], trace: Trace, layer_map: LayerMap) -> int:
-    """Bytes of the layers that are held to the end of the sync, at the peak."""
-    spans = Simulator(metas, layer_map).walk().spans
-    stuck = (span for span in spans if span.closed is None and span.covers(trace.peak_index))
-    return sum(span.held_at(trace.peak_index) for span in stuck)
 
 
 def _mb(nbytes: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 
 class Contribution(NamedTuple):
-    """What one checkpoint tensor gives to one parameter of one parent layer.
+    """The share of one checkpoint tensor in one parameter of one parent layer.
 
     Attributes:
         parent_layer: the vLLM module's path (`model.layers.0.self_attn.qkv_proj`).
@@ -99,14 +99,14 @@ class LayerMap:
         return frozenset(layer.name for layer in self.layers.values() if layer.deferred)
 
     def parents(self, name: str) -> tuple[str, ...]:
-        """The parent layers that `name` lands in, deferred ones left out."""
+        """Return the parent layers that `name` lands in, deferred ones left out."""
         layers = tuple([c.parent_layer for c in self.contributions[name]])
         if self._deferred.isdisjoint(layers):
             return layers
         return tuple(layer for layer in layers if layer not in self._deferred)
 
     def parents_text(self, name: str) -> str:
-        """For a person; "" where it has none."""
+        """Return its parent layers for a person; "" where it has none."""
         return ", ".join(dict.fromkeys(c.parent_layer for c in self.contributions.get(name, ())))
 
     def to_json(self) -> dict[str, Any]:

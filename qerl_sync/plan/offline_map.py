@@ -14,7 +14,7 @@ Origin = Literal["probe", "cache"]
 
 @dataclass(frozen=True)
 class OfflineMap:
-    """What a trainer would send of a model, and where it lands in vLLM.
+    """The tensors that a trainer would send of a model, and where they land in vLLM.
 
     Attributes:
         metas: the trainer's tensors in its own order (`named_parameters`), under checkpoint names.
@@ -44,7 +44,7 @@ class OfflineMap:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OfflineMap:
-        """Raises KeyError, TypeError or ValueError where `data` is not of `to_json`."""
+        """Read a map. Raise KeyError, TypeError or ValueError if `data` is not of `to_json`."""
         return cls(
             metas=metas_from_json(data["metas"]),
             layer_map=LayerMap.from_json(data["layer_map"]),

@@ -13,27 +13,27 @@ Reorder = Callable[[Sequence[ParamMeta]], list[ParamMeta]]
 
 
 def hf(metas: Sequence[ParamMeta]) -> list[ParamMeta]:
-    """As the trainer's model yields them (`named_parameters`)."""
+    """Keep the order in which the trainer's model yields them (`named_parameters`)."""
     return list(metas)
 
 
 def alphabetical(metas: Sequence[ParamMeta]) -> list[ParamMeta]:
-    """By name, as safetensors files are written."""
+    """Sort by name, as safetensors files are written."""
     return sorted(metas, key=lambda meta: meta.name)
 
 
 def size(metas: Sequence[ParamMeta]) -> list[ParamMeta]:
-    """Largest first, as bucketing transports like it."""
+    """Sort the largest first, as bucketing transports like it."""
     return sorted(metas, key=lambda meta: -meta.nbytes)
 
 
 def optimizer(metas: Sequence[ParamMeta]) -> list[ParamMeta]:
-    """Matrices first, then vectors: optimizers keep them in groups with and without decay."""
+    """Put matrices first, then vectors: optimizers keep them in groups with and without decay."""
     return sorted(metas, key=lambda meta: len(meta.shape) < 2)
 
 
 def shuffled(seed: int) -> Reorder:
-    """At random, the same for the same seed."""
+    """Return a random order, the same for the same seed."""
 
     def order(metas: Sequence[ParamMeta]) -> list[ParamMeta]:
         result = list(metas)
@@ -44,7 +44,7 @@ def shuffled(seed: int) -> Reorder:
 
 
 def interleaved(producers: int) -> Reorder:
-    """`producers` senders hold one contiguous part each and take turns."""
+    """Return the order of `producers` senders that hold one contiguous part each and take turns."""
 
     def order(metas: Sequence[ParamMeta]) -> list[ParamMeta]:
         part = -(-len(metas) // producers) or 1
@@ -68,7 +68,7 @@ WITH_NUMBER: dict[str, Callable[[int], Reorder]] = {
 
 
 def parse_order(text: str) -> Reorder:
-    """The order of that name: hf, alphabetical, size, optimizer, random:SEED, interleaved:N.
+    """Return the order of that name: hf, alphabetical, size, optimizer, random:SEED, interleaved:N.
 
     Raises:
         ConfigError: no such order, or its number is missing or cannot be right.

@@ -12,12 +12,12 @@ T = TypeVar("T", bound=Hashable)
 
 
 def as_given(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[ParamMeta]:
-    """The source's own order."""
+    """Keep the source's own order."""
     return list(metas)
 
 
 def by_parent_layer(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[ParamMeta]:
-    """All tensors of a parent layer next to each other; otherwise the source's order.
+    """Put all tensors of a parent layer next to each other; keep the source's order otherwise.
 
     Layers come in the order of their first tensor, and the tensors of a layer in the order of the
     source. A tensor that lands in several layers joins them into one group, in which more than one
@@ -30,8 +30,8 @@ def by_parent_layer(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[Par
 
 
 def group_labels(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[str | int]:
-    """For each tensor, what is the same for all that must be sent together: those of a parent
-    layer, and of the layers that it shares tensors with. One without a layer is alone."""
+    """Label each tensor. Those that must be sent together have one label: those of a parent layer,
+    and of the layers that it shares tensors with. A tensor without a layer is alone."""
     joined = Joined[str]()
     parents = [layer_map.parents(meta.name) for meta in metas]
     for layers in parents:
@@ -56,7 +56,7 @@ class Joined(Generic[T]):
         return bool(self._above)
 
     def root(self, layer: T) -> T:
-        """The same layer for all that are joined."""
+        """Return the layer that stands for all that are joined with this one."""
         while layer in self._above:
             layer = self._above[layer]
         return layer

@@ -1,4 +1,4 @@
-"""What a run records of each distinct plan: the plan and the trace that was measured under it."""
+"""Record each distinct plan of a run, and the trace that was measured under it."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class SyncRecord:
 def shared_storages(
     metas: Sequence[ParamMeta], storages: Mapping[str, Storage]
 ) -> dict[str, Storage]:
-    """The storages that are more than one tensor's own memory: those worth recording."""
+    """Return the storages that are more than one tensor's own memory: those worth recording."""
     holders = Counter(storage.key for storage in storages.values())
     return {
         meta.name: storages[meta.name]
@@ -94,7 +94,7 @@ def _path(run: Path, plan_digest: str) -> Path:
 
 
 def read_records(run: Path) -> list[SyncRecord]:
-    """All records of a run, the oldest first.
+    """Return all records of a run, the oldest first.
 
     Raises:
         ConfigError: there are none, or one cannot be read.
@@ -109,7 +109,7 @@ def read_records(run: Path) -> list[SyncRecord]:
 
 
 def read_record(run: Path) -> SyncRecord:
-    """The latest record of a run. Raises ConfigError like `read_records`."""
+    """Return the latest record of a run. Raises ConfigError like `read_records`."""
     return read_records(run)[-1]
 
 
@@ -145,31 +145,26 @@ class Difference:
 
 
 def first_difference(planned: SyncPlan, record: SyncRecord) -> Difference | None:
-    """None if what was measured is what `planned` predicts, tensor by tensor."""
-    stream = _stream_difference(planned.metas, record.plan.metas)
-    if stream is not None:
-        return Difference(stream, None)
+    """Compare a record with `planned`, tensor by tensor. None: it measured what was predicted."""
+    ours, theirs = planned.metas, record.plan.metas
+    for i, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
+        if mine != other:
+            return Difference(
+                f"tensor {i} is {mine.name} ({mine.dtype}, {list(mine.shape)}) in the plan and "
+                f"{other.name} ({other.dtype}, {list(other.shape)}) in the run",
+                None,
+            )
+    if len(ours) != len(theirs):
+        longer, where = (ours, "plan") if len(ours) > len(theirs) else (theirs, "run")
+        extra = longer[min(len(ours), len(theirs))].name
+        return Difference(
+            f"the plan has {len(ours)} tensors and the run {len(theirs)}: {extra} is only in the "
+            f"{where}",
+            None,
+        )
     text = planned.predicted.first_difference(record.measured)
     if text is None:
         return None
     pairs = zip(planned.predicted.steps, record.measured.steps, strict=False)
-    index = next((i for i, (mine, theirs) in enumerate(pairs) if mine != theirs), None)
+    index = next((i for i, (step, other) in enumerate(pairs) if step != other), None)
     return Difference(text, index)
-
-
-def _stream_difference(planned: Sequence[ParamMeta], recorded: Sequence[ParamMeta]) -> str | None:
-    for i, (mine, theirs) in enumerate(zip(planned, recorded, strict=False)):
-        if mine != theirs:
-            return (
-                f"tensor {i} is {mine.name} ({mine.dtype}, {list(mine.shape)}) in the plan and "
-                f"{theirs.name} ({theirs.dtype}, {list(theirs.shape)}) in the run"
-            )
-    if len(planned) != len(recorded):
-        longer = planned if len(planned) > len(recorded) else recorded
-        where = "plan" if len(planned) > len(recorded) else "run"
-        extra = longer[min(len(planned), len(recorded))].name
-        return (
-            f"the plan has {len(planned)} tensors and the run {len(recorded)}: {extra} is only in "
-            f"the {where}"
-        )
-    return None

@@ -1,4 +1,4 @@
-"""What a stream would hold in memory, and which layers would be open in the middle of it."""
+"""Ask the simulator what a stream would hold, and which layers are open in its middle."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Span:
 
 
 class Walk(NamedTuple):
-    """What a stream would hold: its trace, and when each layer is open, in the order of opening."""
+    """A simulated stream: its trace, and when each layer is open, in the order of opening."""
 
     trace: Trace
     spans: list[Span]

@@ -31,14 +31,14 @@ CHUNK_BYTES = 64 << 20
 
 
 def load_order(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[ParamMeta]:
-    """The order in which vLLM gets a stream: each group whole, as soon as it is; tensors without a
-    parent layer at once."""
+    """Return the order in which vLLM gets a stream: each group as soon as it is whole, and tensors
+    without a parent layer at once."""
     return [metas[place] for group in _whole_groups(metas, layer_map) for place in group]
 
 
 @dataclass(frozen=True)
 class Spill:
-    """What the policy `spill` adds to a plan.
+    """The part of a plan that the policy `spill` adds.
 
     The worker copies what a chunk leaves incomplete into its host memory before it gives the
     chunk's own memory back. What becomes whole within one chunk is loaded from there.
@@ -62,8 +62,11 @@ class Spill:
         return [self.load_order[a:b] for a, b in pairwise(ends)]
 
     def staged_bytes(self, metas: Sequence[ParamMeta], lengths: Sequence[int]) -> list[int]:
-        """Bytes staged after each chunk, given the number of tensors in each. They are the highest:
-        what a chunk completes is loaded, and its memory free, before what it leaves is staged."""
+        """Return the bytes staged after each chunk, of which each has so many tensors.
+
+        There they are highest: what a chunk completes is loaded, and its memory free, before what
+        it leaves is staged.
+        """
         arrived = list(accumulate((meta.nbytes for meta in metas), initial=0))
         loaded = list(accumulate((metas[i].nbytes for i in self.load_order), initial=0))
         counts = zip(accumulate(lengths), accumulate(self.num_loaded), strict=True)
@@ -80,7 +83,7 @@ class Spill:
         }
 
     def require_possible(self, lengths: Sequence[int]) -> None:
-        """Raises PlanError if tensors are to be loaded twice, never, or before they arrive."""
+        """Raise PlanError if tensors are to be loaded twice, never, or before they arrive."""
         ends = list(accumulate(lengths))
         once = sorted(self.load_order) == list(range(sum(lengths)))
         counted = len(self.num_loaded) == len(ends) and min(self.num_loaded, default=0) >= 0
@@ -94,7 +97,7 @@ class Spill:
             )
 
     def require_within_budget(self, metas: Sequence[ParamMeta], lengths: Sequence[int]) -> None:
-        """Raises PlanError, naming the bytes and when they are needed, if the budget is smaller."""
+        """Raise PlanError, naming the bytes and when they are needed, if the budget is smaller."""
         staged = self.staged_bytes(metas, lengths)
         needed = max(staged, default=0)
         if self.budget_bytes is None or needed <= self.budget_bytes:
@@ -105,7 +108,8 @@ class Spill:
             f"host memory when {last!r} has arrived, and sync.spill_budget_bytes is "
             f"{self.budget_bytes:,} ({format_bytes(self.budget_bytes)}); raise it to at least "
             f"{needed}, let the source yield the tensors of a layer closer together, or choose "
-            "`policy: reorder` if it can"
+            "`policy: reorder` if it can",
+            needed_bytes=needed,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -134,7 +138,7 @@ def plan_spill(
     budget_bytes: int | None = None,
     directory: str | None = None,
 ) -> Spill:
-    """When each tensor is loaded, if the stream `metas` arrives in chunks of `lengths` tensors.
+    """Plan when each tensor is loaded, if `metas` arrive in chunks of `lengths` tensors.
 
     Raises:
         PlanError: more than the budget would be staged.
@@ -151,14 +155,14 @@ def plan_spill(
 
 
 def peak_staged_bytes(metas: Sequence[ParamMeta], layer_map: LayerMap) -> int:
-    """The most that any cut into chunks can stage: that of chunks of one tensor."""
+    """Return the most that any cut into chunks can stage: that of chunks of one tensor."""
     lengths = [1] * len(metas)
     spill = plan_spill(metas, layer_map, lengths)
     return max(spill.staged_bytes(metas, lengths), default=0)
 
 
 def _whole_groups(metas: Sequence[ParamMeta], layer_map: LayerMap) -> Iterator[list[int]]:
-    """The places of each group's tensors, in the order in which the groups become whole."""
+    """Yield the places of each group's tensors, in the order in which the groups become whole."""
     labels = group_labels(metas, layer_map)
     sizes = Counter(labels)
     arrived: dict[str | int, list[int]] = defaultdict(list)

@@ -19,16 +19,16 @@ ALIGNMENT_BYTES = 64
 
 
 def offsets(metas: Iterable[ParamMeta]) -> tuple[list[int], int]:
-    """The offset of each tensor of a chunk in its slot, and the bytes of the slot that it needs."""
+    """Return the offset of each tensor of a chunk in its slot, and the bytes it needs in all."""
     places, end = [], 0
     for meta in metas:
         places.append(end)
-        end += _aligned(meta.nbytes)
+        end += -(-meta.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
     return places, end
 
 
 def spans(metas: Sequence[ParamMeta], pieces: Sequence[int]) -> list[tuple[int, int]]:
-    """Begin and end in its slot of each piece of a chunk, of which `pieces[i]` tensors are in i.
+    """Return begin and end in its slot of each piece of a chunk; piece i has `pieces[i]` tensors.
 
     A piece of one tensor is that tensor's bytes and nothing else.
 
@@ -49,7 +49,7 @@ def spans(metas: Sequence[ParamMeta], pieces: Sequence[int]) -> list[tuple[int, 
 
 
 def slot_bytes(sizes: Sequence[int], chunks_in_flight: int) -> list[int]:
-    """Bytes of each slot when chunk i, of `sizes[i]` bytes, travels in slot i modulo
+    """Return the bytes of each slot when chunk i, of `sizes[i]` bytes, travels in slot i modulo
     `chunks_in_flight`.
 
     A slot is as large as the largest chunk that it will hold; no slot is made for nothing.
@@ -58,15 +58,11 @@ def slot_bytes(sizes: Sequence[int], chunks_in_flight: int) -> list[int]:
     return [max(slot, ALIGNMENT_BYTES) for slot in slots[: max(len(sizes), 1)]]
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
 def touched_bytes(
     sizes: Sequence[int], chunks_in_flight: int, in_place: Sequence[bool]
 ) -> list[int]:
-    """The shared memory that a worker has mapped while it loads each chunk: it reads ahead, up to
-    the chunks in flight.
+    """Return the shared memory that a worker has mapped while it loads each chunk. It reads ahead,
+    up to the chunks in flight.
 
     Args:
         sizes: bytes of each chunk.
@@ -87,7 +83,7 @@ def touched_bytes(
 
 @dataclass(frozen=True)
 class Part:
-    """What one trainer rank sends of a plan.
+    """The part of a plan that one trainer rank sends.
 
     Attributes:
         owned: indices into the plan's tensors; None: all of them.
@@ -104,7 +100,7 @@ class Part:
 
 
 def part_of(plan: SyncPlan, owned: Sequence[int] | None) -> Part:
-    """The part of a rank that sends the tensors with these indices, or all."""
+    """Return the part of a rank that sends the tensors with these indices, or all."""
     if owned is None:
         return Part(None, plan.chunk_metas)
     names = {plan.metas[index].name for index in owned}
@@ -115,7 +111,7 @@ def part_of(plan: SyncPlan, owned: Sequence[int] | None) -> Part:
 
 
 def divide(plan: SyncPlan, held: Sequence[Sequence[int] | None]) -> list[Part]:
-    """Who sends what, given what each trainer rank holds (None: all). The lowest holder sends.
+    """Decide what each rank sends, given what it holds (None: all). The lowest holder sends.
 
     Raises:
         CoverageError: nobody holds a tensor.

@@ -96,7 +96,7 @@ class SyncPlan:
 
     @property
     def staged_bytes(self) -> list[int]:
-        """What is staged after each chunk, which is when most is."""
+        """The bytes that are staged after each chunk, which is when most are."""
         if self.spill is None:
             return [0] * len(self.chunks)
         return self.spill.staged_bytes(self.metas, self.chunk_lengths)
@@ -107,7 +107,7 @@ class SyncPlan:
 
     @cached_property
     def digest(self) -> str:
-        """Of what is sent and how it is cut, not of what it is predicted to cost."""
+        """SHA-256 of the stream and its cuts, not of the predicted cost."""
         agreed = {
             "format": PLAN_FORMAT,
             "metas": [[m.name, m.dtype, m.shape] for m in self.metas],
@@ -134,8 +134,8 @@ class SyncPlan:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> SyncPlan:
-        """Raises PlanError if the format is not this one's, the digest does not hold, or what is
-        to be staged cannot be."""
+        """Read a plan. Raise PlanError for another format, a digest that does not hold, or tensors
+        that cannot be staged as it says."""
         if data.get("format") != PLAN_FORMAT:
             raise PlanError(
                 f"plan format {data.get('format')!r} cannot be read here, only {PLAN_FORMAT}; "
@@ -190,7 +190,16 @@ def build_plan(
         PlanError: the stream names a tensor twice, or no order can be kept within the budget, or
             (policy `spill`) one of the two budgets is too small.
     """
-    _refuse_doubled_names(metas)
+    counts = Counter(meta.name for meta in metas)
+    if len(counts) != len(metas):
+        doubled = [name for name, count in counts.items() if count > 1]
+        raise PlanError(
+            f"the source yields {doubled[0]!r} {counts[doubled[0]]} times"
+            + (f" ({len(doubled)} names are doubled)" if len(doubled) > 1 else "")
+            + "; vLLM would count it twice and close its layer on memory that was never written. "
+            "Yield each checkpoint name once",
+            tensor=doubled[0],
+        )
     walker = Simulator(metas, layer_map, storages)
     given = walker.trace()
     if policy == "spill":
@@ -202,8 +211,19 @@ def build_plan(
             budget_bytes=spill_budget_bytes,
             directory=spill_directory,
         )
-        predicted = _spilled_trace(metas, layer_map, chunks, spill, storages or {})
-        _refuse_over_budget(predicted, budget_bytes)
+        # Staged tensors are copies: they no longer keep the source's storages alive.
+        copied = {metas[place].name for place in spill.staged([len(c.names) for c in chunks])}
+        arrived = {n: storage for n, storage in (storages or {}).items() if n not in copied}
+        predicted = Simulator(metas, layer_map, arrived).trace(spill.load_order)
+        needed = predicted.peak_pinned_bytes
+        if budget_bytes is not None and needed > budget_bytes:
+            at = predicted.steps[predicted.peak_pinned_index].name
+            raise PlanError(
+                f"sync.budget_bytes is {budget_bytes:,} ({format_bytes(budget_bytes)}), and vLLM "
+                f"holds {needed:,} bytes ({format_bytes(needed)}) for the layer of {at!r} alone "
+                f"when it loads it; raise sync.budget_bytes to at least {needed}",
+                needed_bytes=needed,
+            )
         return SyncPlan(
             policy=policy,
             metas=tuple(metas),
@@ -230,43 +250,4 @@ def build_plan(
         as_given=given,
         layer_map_digest=layer_map.digest,
         budget_bytes=budget_bytes,
-    )
-
-
-def _refuse_doubled_names(metas: Sequence[ParamMeta]) -> None:
-    names = [meta.name for meta in metas]
-    if len(set(names)) == len(names):
-        return
-    counts = Counter(names)
-    doubled = [name for name, count in counts.items() if count > 1]
-    raise PlanError(
-        f"the source yields {doubled[0]!r} {counts[doubled[0]]} times"
-        + (f" ({len(doubled)} names are doubled)" if len(doubled) > 1 else "")
-        + "; vLLM would count it twice and close its layer on memory that was never written. "
-        "Yield each checkpoint name once"
-    )
-
-
-def _spilled_trace(
-    metas: Sequence[ParamMeta],
-    layer_map: LayerMap,
-    chunks: Sequence[Chunk],
-    spill: Spill,
-    storages: Mapping[str, Storage],
-) -> Trace:
-    """What vLLM holds in the order in which it gets the tensors; staged ones are copies."""
-    staged = spill.staged([len(chunk.names) for chunk in chunks])
-    copied = {metas[place].name for place in staged}
-    arrived = {name: storage for name, storage in storages.items() if name not in copied}
-    return Simulator(metas, layer_map, arrived).trace(spill.load_order)
-
-
-def _refuse_over_budget(predicted: Trace, budget_bytes: int | None) -> None:
-    if budget_bytes is None or predicted.peak_pinned_bytes <= budget_bytes:
-        return
-    needed, at = predicted.peak_pinned_bytes, predicted.steps[predicted.peak_pinned_index].name
-    raise PlanError(
-        f"sync.budget_bytes is {budget_bytes:,} ({format_bytes(budget_bytes)}), and vLLM holds "
-        f"{needed:,} bytes ({format_bytes(needed)}) for the layer of {at!r} alone when it loads "
-        f"it; raise sync.budget_bytes to at least {needed}"
     )

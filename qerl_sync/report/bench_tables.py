@@ -16,7 +16,14 @@ if TYPE_CHECKING:
 
 def transport_tables(found: Measured) -> list[Table]:
     """Return tables of the measurements, and of the promised numbers."""
-    return [_seconds(found), _ratios(found), _memory(found), _targets(found)]
+    ratios = _table("Seconds over seconds, medians of the rounds' ratios", "", "ratio")
+    for name, ratio in found.ratios.items():
+        if not name.endswith(("alone / memcpy", "alone / TCP")):
+            ratios.add_row(name, f"{ratio:.2f}")
+    memory = _table("What the worker took on top", "", "predicted", "measured")
+    for kind, used in found.memory.items():
+        memory.add_row(kind, format_bytes(used["predicted"]), format_bytes(used["measured"]))
+    return [_seconds(found), ratios, memory, _targets(found)]
 
 
 def ray_tables(found: RayMeasured) -> list[Table]:
@@ -36,21 +43,6 @@ def _seconds(found: Measured | RayMeasured) -> Table:
     table = _table(f"{format_bytes(found.nbytes)}, medians of {found.rounds}", "", "ms", "GB/s")
     for name, seconds in found.seconds.items():
         table.add_row(name, f"{1000 * seconds:.0f}", f"{found.nbytes / seconds / 1e9:.2f}")
-    return table
-
-
-def _ratios(found: Measured) -> Table:
-    table = _table("Seconds over seconds, medians of the rounds' ratios", "", "ratio")
-    for name, ratio in found.ratios.items():
-        if not name.endswith(("alone / memcpy", "alone / TCP")):
-            table.add_row(name, f"{ratio:.2f}")
-    return table
-
-
-def _memory(found: Measured) -> Table:
-    table = _table("What the worker took on top", "", "predicted", "measured")
-    for kind, memory in found.memory.items():
-        table.add_row(kind, format_bytes(memory["predicted"]), format_bytes(memory["measured"]))
     return table
 
 

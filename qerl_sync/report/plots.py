@@ -44,22 +44,18 @@ def plot_rewards(rewards: Sequence[tuple[int, float]], path: Path) -> None:
         label = f"mean of the last {MOVING_MEAN_STEPS}"
         axes.plot(steps, means, color=BLUE, linewidth=2.4, label=label)
         if means:
-            _mark_end(axes, steps[-1], means[-1])
+            axes.annotate(
+                f"{means[-1]:.2f}",
+                (steps[-1], means[-1]),
+                xytext=(6, 0),
+                textcoords="offset points",
+                color=BLUE,
+                fontweight="bold",
+                verticalalignment="center",
+            )
         axes.set(xlabel="step", ylabel="mean reward", title="Reward")
         axes.set_ylim(bottom=min(0, *values, 0))
         axes.legend(loc="best")
-
-
-def _mark_end(axes: Any, x: float, y: float) -> None:
-    axes.annotate(
-        f"{y:.2f}",
-        (x, y),
-        xytext=(6, 0),
-        textcoords="offset points",
-        color=BLUE,
-        fontweight="bold",
-        verticalalignment="center",
-    )
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
@@ -73,63 +69,63 @@ def plot_buffers(plan: SyncPlan, measured: Trace, path: Path) -> None:
     Args:
         measured: the trace of a sync that ran this plan.
     """
-    scale, unit = _unit(max(plan.as_given.peak_buffered_bytes, measured.peak_buffered_bytes))
+    given, planned = plan.as_given, plan.predicted
+    scale, unit = unit_of(max(given.peak_buffered_bytes, measured.peak_buffered_bytes))
     with _drawing(path, 2, (11, 4.2)) as (left, right):
-        _draw_trace(left, plan.as_given, scale, ORANGE)
-        left.set_title(_title("Source order", plan.as_given, scale, unit), color=ORANGE)
-        left.set_ylabel(f"buffered in vLLM [{unit}]")
-        _draw_trace(right, plan.predicted, scale, BLUE)
-        _draw_points(right, measured, scale)
-        right.set_title(_title(f"Plan ({plan.policy})", measured, scale, unit), color=BLUE)
-        # The scales are one; there is room for the legends above the highest point.
-        left.set_ylim(bottom=0, top=left.get_ylim()[1] * 1.12)
-        for axes in (left, right):
+        for axes, name, trace, color, shown in (
+            (left, "Source order", given, ORANGE, given),
+            (right, f"Plan ({plan.policy})", planned, BLUE, measured),
+        ):
+            positions = range(1, len(trace.steps) + 1)
+            heights = [step.buffered_bytes / scale for step in trace.steps]
+            axes.fill_between(positions, heights, step="mid", color=color, alpha=0.18, linewidth=0)
+            axes.step(
+                positions, heights, where="mid", color=color, linewidth=1.6, label="predicted"
+            )
+            peak, most = shown.peak_buffered_bytes / scale, shown.max_open_layers
+            title = f"{name}: peak {peak:.3g} {unit}, {most} open layer{'s' * (most != 1)}"
+            axes.set_title(title, color=color)
             axes.set_xlabel("tensors sent")
-            axes.legend(loc="upper left", ncols=2)
+        right.plot(
+            range(1, len(measured.steps) + 1),
+            [step.buffered_bytes / scale for step in measured.steps],
+            linestyle="none",
+            marker="o",
+            markersize=4 if len(measured.steps) < 150 else 1.5,
+            color=INK,
+            clip_on=False,
+            label="measured",
+        )
+        left.set_ylabel(f"buffered in vLLM [{unit}]")
+        # Both share one scale; there is room for the legends above the highest point.
+        left.set_ylim(bottom=0, top=left.get_ylim()[1] * 1.12)
+        left.legend(loc="upper left")
+        right.legend(loc="upper left", ncols=2)
 
 
-def _draw_trace(axes: Any, trace: Trace, scale: float, color: str) -> None:
-    positions = range(1, len(trace.steps) + 1)
-    heights = [step.buffered_bytes / scale for step in trace.steps]
-    axes.fill_between(positions, heights, step="mid", color=color, alpha=0.18, linewidth=0)
-    axes.step(positions, heights, where="mid", color=color, linewidth=1.6, label="predicted")
-
-
-def _draw_points(axes: Any, trace: Trace, scale: float) -> None:
-    axes.plot(
-        range(1, len(trace.steps) + 1),
-        [step.buffered_bytes / scale for step in trace.steps],
-        linestyle="none",
-        marker="o",
-        markersize=4 if len(trace.steps) < 150 else 1.5,
-        color=INK,
-        clip_on=False,
-        label="measured",
-    )
-
-
-def _title(name: str, trace: Trace, scale: float, unit: str) -> str:
-    count = trace.max_open_layers
-    layers = f"{count} open layer{'s' if count != 1 else ''}"
-    return f"{name}: peak {trace.peak_buffered_bytes / scale:.3g} {unit}, {layers}"
-
-
-def _unit(largest_bytes: int) -> tuple[float, str]:
+def unit_of(largest_bytes: int) -> tuple[float, str]:
+    """Return the unit in which to draw up to `largest_bytes`: its bytes and its name."""
     for power, unit in ((3, "GiB"), (2, "MiB")):
         if largest_bytes >= 1024**power:
             return 1024.0**power, unit
     return 1024.0, "KiB"
 
 
-@contextmanager
-def _drawing(path: Path, columns: int, size: tuple[float, float]) -> Iterator[Any]:
-    """Yield axes side by side on one vertical scale; save them as a PNG at the end."""
+def matplotlib_or_refusal() -> Any:
+    """Import matplotlib. Raises ConfigError if it is not installed."""
     try:
         import matplotlib
     except ImportError as exc:
         raise ConfigError(
-            "matplotlib is not installed, so no plot can be drawn; pip install matplotlib"
+            "matplotlib is not installed, so no picture can be drawn; pip install matplotlib"
         ) from exc
+    return matplotlib
+
+
+@contextmanager
+def _drawing(path: Path, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+    """Yield axes side by side on one vertical scale; save them as a PNG at the end."""
+    matplotlib = matplotlib_or_refusal()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -62,7 +62,11 @@ def summarize(
     rewards = reward_curve(log)
     gaps = [float(entry[LOGPROB_GAP]) for entry in log if LOGPROB_GAP in entry]
     sync_seconds = sum(report["seconds"]["total"] for report in syncs)
-    step_seconds = _step_seconds(log)
+    step_seconds, last_step = 0.0, 0
+    for entry in log:
+        if "step_time" in entry:  # TRL logs the mean over the steps since the last log
+            step_seconds += float(entry["step_time"]) * (int(entry["step"]) - last_step)
+            last_step = int(entry["step"])
 
     def largest(name: str) -> int:
         return max((int(report[name]) for report in syncs), default=0)
@@ -92,18 +96,6 @@ def summarize(
 def reward_curve(log: Log) -> list[tuple[int, float]]:
     """Return (step, mean reward) of every logged training step."""
     return [(int(entry["step"]), float(entry["reward"])) for entry in log if "reward" in entry]
-
-
-def _step_seconds(log: Log) -> float:
-    """Return the seconds in training steps: TRL logs their mean over the steps since the last
-    log.
-    """
-    seconds, last_step = 0.0, 0
-    for entry in log:
-        if "step_time" in entry:
-            seconds += float(entry["step_time"]) * (int(entry["step"]) - last_step)
-            last_step = int(entry["step"])
-    return seconds
 
 
 def versions() -> dict[str, str]:

@@ -30,6 +30,7 @@ def summary_table(summary: Summary) -> Table:
     ):
         table.add_row(*row)
     table.add_section()
+    exact = "[green]exact[/]" if summary.prediction_exact else "[red]differs (see syncs.jsonl)[/]"
     for row in (
         ("syncs", "", str(summary.num_syncs)),
         ("transport", "", summary.transport.partition(":")[0]),
@@ -50,7 +51,7 @@ def summary_table(summary: Summary) -> Table:
             str(summary.max_open_layers_predicted),
             str(summary.max_open_layers),
         ),
-        ("prediction, tensor by tensor", "", _verdict(summary)),
+        ("prediction, tensor by tensor", "", exact if summary.num_syncs else NOT_MEASURED),
     ):
         table.add_row(*row)
     return table
@@ -58,12 +59,6 @@ def summary_table(summary: Summary) -> Table:
 
 def _number(value: float | None, form: str) -> str:
     return NOT_MEASURED if value is None else format(value, form)
-
-
-def _verdict(summary: Summary) -> str:
-    if not summary.num_syncs:
-        return NOT_MEASURED
-    return "[green]exact[/]" if summary.prediction_exact else "[red]differs (see syncs.jsonl)[/]"
 
 
 def trials_table(runs: Mapping[int, Summary], missed: Mapping[int, Sequence[str]]) -> Table:

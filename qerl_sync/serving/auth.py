@@ -138,8 +138,15 @@ def authorize(
         return None
     reported = dict(headers)
     if token:
-        return _why_unproven(
-            route, reported.get(PROOF_HEADER.encode(), b"").decode("latin-1"), token
+        shown = reported.get(PROOF_HEADER.encode(), b"").decode("latin-1")
+        if same_proof(proof(token, "http", route), shown):
+            return None
+        finding = "is that of another" if shown else "is missing"
+        return (
+            f"{route} is for those who know this server's {TOKEN_VARIABLE}: without it only the "
+            f"routes that generate and read are open. The header {PROOF_HEADER} {finding}; set "
+            f"the same {TOKEN_VARIABLE} for trainer and server. qerl-sync's clients then send the "
+            "header"
         )
     if b"origin" in reported or b"sec-fetch-site" in reported:
         return (
@@ -147,14 +154,3 @@ def authorize(
             "comes from one: it has an Origin or a Sec-Fetch-Site. Send it from a program"
         )
     return None
-
-
-def _why_unproven(route: str, reported: str, token: str) -> str | None:
-    if same_proof(proof(token, "http", route), reported):
-        return None
-    finding = "is that of another" if reported else "is missing"
-    return (
-        f"{route} is for those who know this server's {TOKEN_VARIABLE}: without it only the routes "
-        f"that generate and read are open. The header {PROOF_HEADER} {finding}; set the same "
-        f"{TOKEN_VARIABLE} for trainer and server. qerl-sync's clients then send the header"
-    )

@@ -6,7 +6,7 @@ import ipaddress
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,21 +112,19 @@ def server_argv(spec: ServerSpec, port: int) -> list[str]:
 
 def options(arguments: Mapping[str, Any]) -> list[str]:
     """Return engine arguments in the form of vLLM's command line."""
-    return [word for name, value in arguments.items() for word in _option(name, value)]
-
-
-def _option(name: str, value: Any) -> Iterator[str]:
-    flag = name.replace("_", "-")
-    if value is None or value == [] or (value is False and name in SWITCHES):
-        return
-    if isinstance(value, bool):
-        yield f"--{flag}" if value else f"--no-{flag}"
-    elif isinstance(value, list | tuple):  # in vLLM each takes its values one by one
-        yield f"--{flag}"
-        yield from map(_text, value)
-    else:
-        # In one word: a value may start with a dash.
-        yield f"--{flag}={_text(value)}"
+    words = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if value is None or value == [] or (value is False and name in SWITCHES):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, list | tuple):  # in vLLM each takes its values one by one
+            words += [f"--{flag}", *map(_text, value)]
+        else:
+            # In one word: a value may start with a dash.
+            words.append(f"--{flag}={_text(value)}")
+    return words
 
 
 def _text(value: Any) -> str:

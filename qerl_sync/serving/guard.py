@@ -51,7 +51,12 @@ def guard(parent: int, grace_seconds: float, command: list[str]) -> int:
         server.signal(signal.SIGTERM)
         num_signals, deadline = len(signals), time.monotonic() + grace_seconds
         server.wait(lambda: len(signals) > num_signals or time.monotonic() > deadline)
-    _kill_all(server)
+    # Everything below this process ends. Resource trackers come last: they clean up first.
+    deadline = time.monotonic() + TRACKER_SECONDS
+    while server.reap() and time.monotonic() < deadline:
+        kill(pid for pid in descendants(os.getpid()) if not is_resource_tracker(pid))
+        time.sleep(POLL_SECONDS / 2)
+    kill(descendants(os.getpid()))
     return server.code if server.code is not None else 128 + signal.SIGKILL
 
 
@@ -62,8 +67,16 @@ class Server:
         self.code: int | None = None
         # Between fork and exec more than exec is safe here: this process has one thread.
         self._pid = os.fork()
-        if self._pid == 0:
-            _become(command)
+        if self._pid != 0:
+            return
+        try:
+            # Should the guard itself be killed: at least the server goes with it.
+            _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            os.execvp(command[0], command)
+        except OSError as exc:
+            print(f"{command[0]} cannot be started: {exc}", file=sys.stderr, flush=True)
+        finally:
+            os._exit(127)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -86,27 +99,6 @@ class Server:
             if pid == self._pid:
                 code = os.waitstatus_to_exitcode(status)
                 self.code = code if code >= 0 else 128 - code
-
-
-def _become(command: list[str]) -> None:
-    """Replace this process by the command. Never return."""
-    try:
-        # Should the guard itself be killed: at least the server goes with it.
-        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        os.execvp(command[0], command)
-    except OSError as exc:
-        print(f"{command[0]} cannot be started: {exc}", file=sys.stderr, flush=True)
-    finally:
-        os._exit(127)
-
-
-def _kill_all(server: Server) -> None:
-    """End everything below this process. Resource trackers come last: they clean up first."""
-    deadline = time.monotonic() + TRACKER_SECONDS
-    while server.reap() and time.monotonic() < deadline:
-        kill(pid for pid in descendants(os.getpid()) if not is_resource_tracker(pid))
-        time.sleep(POLL_SECONDS / 2)
-    kill(descendants(os.getpid()))
 
 
 def kill(pids: Iterable[int]) -> None:

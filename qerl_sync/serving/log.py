@@ -41,15 +41,10 @@ def complaint_in(log: Path) -> str:
     # argparse says all it knows, and at the end what is wrong.
     if lines and ": error: " in lines[-1]:
         return lines[-1]
-    errors = list(dict.fromkeys(_errors(lines)))
-    return "\n".join(errors[:NUM_ERRORS] or lines[-NUM_LINES:]) or "(it is empty)"
-
-
-def _errors(lines: list[str]) -> list[str]:
-    """Return the lines that name an exception, each with the indented ones after it."""
-    found, in_error = [], False
-    for line in lines:
+    errors: dict[str, None] = {}
+    in_error = False
+    for line in lines:  # those that name an exception, each with the indented ones after it
         in_error = bool(_ERROR.match(line)) or (in_error and line[0].isspace())
         if in_error and not line.lstrip().startswith("File "):
-            found.append(line)
-    return found
+            errors[line] = None
+    return "\n".join([*errors][:NUM_ERRORS] or lines[-NUM_LINES:]) or "(it is empty)"

@@ -171,7 +171,11 @@ class ServingGuardMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self._app(scope, receive, send)
-        route = _route(scope)
+        # The path below the server's root, by the rules of Starlette, which routes the request: any
+        # difference to its rules would be a bypass.
+        route, root = str(scope["path"]), str(scope.get("root_path", ""))
+        if root and route.startswith(f"{root}/"):
+            route = route[len(root) :]
         method = scope.get("method", "POST")  # a websocket has none
         # Starlette's patterns end in `$`, which lets a line feed follow: it would take `/pause\n`
         # for `/pause`, and the comparisons below would not.
@@ -181,7 +185,10 @@ class ServingGuardMiddleware:
         if why is not None:
             return await _deny(scope, receive, send, 403, why)
         if method == "POST" and route in GENERATING:
-            return await self._generate(scope, receive, send)
+            reason = self._watch.reason()
+            if reason is not None:
+                return await _deny(scope, receive, send, 503, why_refused(reason))
+            return await self._app(scope, receive, send)
         if method == "GET" and route == "/qerl_sync/ready":
             return await self._ready(scope, receive, send)
         if method == "POST" and self._is_driven and scope["type"] == "http":
@@ -201,13 +208,6 @@ class ServingGuardMiddleware:
                 self._watch.admit()
                 return await _answer(send, 200, {})
         return await self._app(scope, receive, send)
-
-    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reason = self._watch.reason()
-        if reason is None:
-            await self._app(scope, receive, send)
-        else:
-            await _deny(scope, receive, send, 503, why_refused(reason))
 
     async def _ready(self, scope: Scope, receive: Receive, send: Send) -> None:
         reason = self._watch.reason()
@@ -284,16 +284,6 @@ class ServingGuardMiddleware:
             reason = reason[: MAX_REASON_CHARACTERS - 1] + "…"
         self._watch.refuse(reason)
         await _answer(send, 200, {})
-
-
-def _route(scope: Scope) -> str:
-    """Return the path below the server's root, by the rules of Starlette.
-
-    Starlette routes the request: any difference to its rules would be a bypass.
-    """
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _moved(scope: Scope, route: str) -> Scope:

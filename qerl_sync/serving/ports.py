@@ -29,18 +29,14 @@ def reserve_port(host: str, port: int | None) -> socket.socket:
         reserved.bind(address)
     except (OSError, OverflowError) as exc:
         reserved.close()
-        raise ConfigError(_refusal(host, port, exc)) from exc
+        if getattr(exc, "errno", None) == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is in use; stop the program that listens there (`ss "
+                "-ltnp` names it), or choose another port"
+            ) from exc
+        raise ConfigError(f"cannot listen on {host} port {port}: {exc}") from exc
     return reserved
 
 
 def port_of(reserved: socket.socket) -> int:
     return int(reserved.getsockname()[1])
-
-
-def _refusal(host: str, port: int | None, exc: Exception) -> str:
-    if getattr(exc, "errno", None) != errno.EADDRINUSE:
-        return f"cannot listen on {host} port {port}: {exc}"
-    return (
-        f"port {port} on {host} is in use; stop the program that listens there (`ss -ltnp` names "
-        "it), or choose another port"
-    )

@@ -35,7 +35,12 @@ def is_resource_tracker(pid: int) -> bool:
 
 def any_listens(pids: Iterable[int], port: int) -> bool:
     """Return whether one of these processes listens on that TCP port."""
-    return any(port in _listening(pid) for pid in pids)
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):  # it has ended, or is another user's
+            for found in psutil.Process(pid).net_connections("tcp"):
+                if found.status == psutil.CONN_LISTEN and found.laddr.port == port:
+                    return True
+    return False
 
 
 def _alive(processes: Iterable[psutil.Process]) -> Iterator[int]:
@@ -49,10 +54,3 @@ def _session(pid: int) -> int | None:
     with contextlib.suppress(OSError):
         return os.getsid(pid)
     return None
-
-
-def _listening(pid: int) -> set[int]:
-    with contextlib.suppress(psutil.Error):
-        found = psutil.Process(pid).net_connections("tcp")
-        return {c.laddr.port for c in found if c.status == psutil.CONN_LISTEN}
-    return set()

@@ -103,7 +103,17 @@ class ServerProcess:
         try:
             with contextlib.closing(reserve_port(self.spec.host, self.spec.port)) as reserved:
                 self._port = port_of(reserved)
-                self._guard = self._launch(self._port)
+                command = [sys.executable, "-m", GUARD, str(os.getpid()), str(self.grace_seconds)]
+                with self._output() as output:
+                    self._guard = subprocess.Popen(
+                        [*command, *server_argv(self.spec, self._port)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output and subprocess.STDOUT,
+                        env=server_environment(os.environ),
+                        # Ctrl-C in the terminal is for us; the guard then hears from us.
+                        start_new_session=True,
+                    )
                 self._wait_until_ready(self._guard)
                 self._is_ready = True
         except BaseException:
@@ -128,17 +138,14 @@ class ServerProcess:
             guard.terminate()
             # Until it is ready vLLM does not hear SIGTERM, and has nothing to end in good order.
             if not self._is_ready:
-                self._end_grace(guard)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    guard.wait(STARTING_GRACE_SECONDS)
+                guard.terminate()
             guard.wait(self.grace_seconds + KILL_SECONDS)
         except subprocess.TimeoutExpired:
             pass
         finally:
             _end(guard)
-
-    def _end_grace(self, guard: subprocess.Popen[bytes]) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            guard.wait(STARTING_GRACE_SECONDS)
-        guard.terminate()
 
     def check(self) -> None:
         """Raise PeerLostError, with the log's last lines, if the server has ended."""
@@ -150,19 +157,6 @@ class ServerProcess:
     def wait(self) -> int:
         """Block until the server ends by itself; return its exit code."""
         return 0 if self._guard is None else self._guard.wait()
-
-    def _launch(self, port: int) -> subprocess.Popen[bytes]:
-        guard = [sys.executable, "-m", GUARD, str(os.getpid()), str(self.grace_seconds)]
-        with self._output() as output:
-            return subprocess.Popen(
-                [*guard, *server_argv(self.spec, port)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output and subprocess.STDOUT,
-                env=server_environment(os.environ),
-                # Ctrl-C in the terminal is for us; the guard then hears from us.
-                start_new_session=True,
-            )
 
     def _output(self) -> contextlib.AbstractContextManager[IO[bytes] | None]:
         if self.log is None:

@@ -75,7 +75,13 @@ class ChangeWatch:
 
     def conclude(self, step: int) -> Changes:
         """Judge this sync, if the trainer's step has moved since the last one."""
-        sent, trained = self._seen, self._fingerprints_of_trained()
+        sent, trained = self._seen, {}
+        for name, tensor in self._trained_now() if self._trained_now is not None else ():
+            found = self._by_memory.get(_memory(tensor))
+            if found is None:
+                # Rounded as for sending: changes that rounding hides need not be sent.
+                found = fingerprint(tensor, self._dtypes.get(destination(name), tensor.dtype))
+            trained[name] = found
         changed = {name for name, found in sent.items() if self._sent.get(name) != found}
         moved = [n for n, f in trained.items() if self._trained.get(n, f) != f]
         judged = self._step is not None and step > self._step
@@ -88,52 +94,42 @@ class ChangeWatch:
 
     def _judge(self, step: int, changed: set[str], moved: list[str]) -> Changes:
         self._still = 0 if changed or moved else self._still + 1
+        if not changed and not moved and self._trained_now is not None:
+            # One step with a learning rate or gradients of zero is nothing to speak of.
+            return Changes(0, (), _STANDS_STILL if self._still == PATIENCE else None)
         if not changed:
-            if self._trained_now is not None and not moved:
-                # One step with a learning rate or gradients of zero is nothing to speak of.
-                return Changes(0, (), self._stands_still() if self._still == PATIENCE else None)
-            return Changes(0, tuple(moved), self._nothing_changed(step, moved))
+            finding = (
+                f"none of the {len(self._seen):,} tensors sent has changed since the sync of step "
+                f"{self._step}, and the trainer is at step {step}. "
+            )
+            if moved:
+                finding += f"{_named(moved)} changed on the trainer and did not travel. {_ADVICE}"
+            else:
+                finding += (
+                    "Either that step changed nothing (a learning rate or gradients of zero), or "
+                    f"what it changed is not what is sent. {_ADVICE}"
+                )
+            return Changes(0, tuple(moved), finding)
         delivered = _Delivery(self._seen, changed)
         self._waiting = {n: self._waiting.get(n, 0) + 1 for n in moved if n not in delivered}
         late = tuple(name for name, count in self._waiting.items() if count >= PATIENCE)
-        return Changes(len(changed), late, _part_unchanged(late) if late else None)
-
-    def _nothing_changed(self, step: int, moved: list[str]) -> str:
-        text = (
-            f"none of the {len(self._seen):,} tensors sent has changed since the sync of step "
-            f"{self._step}, and the trainer is at step {step}"
+        if not late:
+            return Changes(len(changed))
+        finding = (
+            f"{_named(list(late))} changed on the trainer in each of the last {PATIENCE} steps "
+            f"that were synced, and what was sent of it did not. {_ADVICE}"
         )
-        if moved:
-            return f"{text}. {_named(moved)} changed on the trainer and did not travel. {_ADVICE}"
-        return (
-            f"{text}. Either that step changed nothing (a learning rate or gradients of zero), or "
-            f"what it changed is not what is sent. {_ADVICE}"
-        )
-
-    def _stands_still(self) -> str:
-        return (
-            f"in the last {PATIENCE} syncs neither what was sent has changed nor what the trainer "
-            "steps, although its step has moved: the model is frozen, its learning rate or its "
-            "gradients are zero, or the optimizer steps another one. sync.on_unchanged: ignore "
-            "takes it as meant"
-        )
-
-    def _fingerprints_of_trained(self) -> dict[str, int]:
-        if self._trained_now is None:
-            return {}
-        return {name: self._as_sent(name, tensor) for name, tensor in self._trained_now()}
-
-    def _as_sent(self, name: str, tensor: torch.Tensor) -> int:
-        """Round as for sending: changes that rounding hides need not be sent."""
-        known = self._by_memory.get(_memory(tensor))
-        if known is not None:
-            return known
-        return fingerprint(tensor, self._dtypes.get(destination(name), tensor.dtype))
+        return Changes(len(changed), late, finding)
 
 
 _ADVICE = (
     "Is the source made from the model that the optimizer steps, and are adapters merged into "
     "what it yields? sync.on_unchanged: ignore takes it as meant"
+)
+_STANDS_STILL = (
+    f"in the last {PATIENCE} syncs neither what was sent has changed nor what the trainer steps, "
+    "although its step has moved: the model is frozen, its learning rate or its gradients are "
+    "zero, or the optimizer steps another one. sync.on_unchanged: ignore takes it as meant"
 )
 
 
@@ -202,13 +198,6 @@ def _modules(name: str) -> Iterator[str]:
     while "." in name:
         name = name.rpartition(".")[0]
         yield name
-
-
-def _part_unchanged(names: tuple[str, ...]) -> str:
-    return (
-        f"{_named(list(names))} changed on the trainer in each of the last {PATIENCE} steps that "
-        f"were synced, and what was sent of it did not. {_ADVICE}"
-    )
 
 
 def _named(names: list[str]) -> str:

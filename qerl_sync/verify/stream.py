@@ -32,27 +32,22 @@ def as_planned(
         item = next(arriving, None)
         if item is None:
             raise CoverageError(f"the source ended where {named(meta.name, parents)} was next")
-        _require_same(meta, *item, parents)
-        yield meta, item[1]
+        name, tensor = item
+        if name != meta.name:
+            raise CoverageError(
+                f"{name!r} arrived where the plan has {named(meta.name, parents)}; the source "
+                "must yield exactly the names that it is asked for, in that order"
+            )
+        shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
+        if (shape, dtype) != (meta.shape, meta.dtype):
+            raise CoverageError(
+                f"{named(name, parents)} arrived as {dtype} {list(shape)}, the plan says "
+                f"{meta.dtype} {list(meta.shape)}; the source's metadata and its tensors differ"
+            )
+        yield meta, tensor
     surplus = next(arriving, None)
     if surplus is not None:
         raise CoverageError(
             f"{surplus[0]!r} arrived after the last tensor of its chunk; the plan has no such "
             "tensor there. Yield each planned name once"
-        )
-
-
-def _require_same(
-    awaited: ParamMeta, name: str, tensor: torch.Tensor, parents: Parents | None
-) -> None:
-    if name != awaited.name:
-        raise CoverageError(
-            f"{name!r} arrived where the plan has {named(awaited.name, parents)}; the source "
-            "must yield exactly the names that it is asked for, in that order"
-        )
-    shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
-    if (shape, dtype) != (awaited.shape, awaited.dtype):
-        raise CoverageError(
-            f"{named(name, parents)} arrived as {dtype} {list(shape)}, the plan says "
-            f"{awaited.dtype} {list(awaited.shape)}; the source's metadata and its tensors differ"
         )

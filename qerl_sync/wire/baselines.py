@@ -1,4 +1,4 @@
-"""What this machine can do at best, to hold transports against. Standard library only.
+"""Measure what this machine can do at best, to hold transports against. Standard library only.
 
 Each function moves bytes once, checks outside of the timed part that they arrived, and returns
 seconds. Take the median of several calls, in turns with what is compared.
@@ -48,7 +48,14 @@ def loopback_tcp_seconds(nbytes: int, chunk_bytes: int) -> float:
         TransportTimeout: it did not answer.
     """
     source = _noise(nbytes)
-    ours, theirs = _connected_pair()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname(), TIMEOUT_SECONDS)
+        theirs, address = listener.accept()
+    if address != ours.getsockname():  # anybody may connect to a port of loopback
+        raise TransportError(f"a stranger connected from {address}; try again")
+    for end in (ours, theirs):
+        end.settimeout(TIMEOUT_SECONDS)
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     with ours:
         with theirs:
             command = [sys.executable, "-c", _RECEIVER, str(theirs.fileno())]
@@ -73,7 +80,7 @@ def loopback_tcp_seconds(nbytes: int, chunk_bytes: int) -> float:
 
 
 def receive(descriptor: int, nbytes: int, chunk_bytes: int) -> None:
-    """The other process of `loopback_tcp_seconds`, on an inherited connection."""
+    """Run the other process of `loopback_tcp_seconds`, on an inherited connection."""
     target = memoryview(bytearray(b"\1") * nbytes)
     with socket.socket(fileno=descriptor) as connection:
         connection.settimeout(TIMEOUT_SECONDS)
@@ -85,7 +92,7 @@ def receive(descriptor: int, nbytes: int, chunk_bytes: int) -> None:
 
 
 def _send(connection: socket.socket, source: bytearray, chunk_bytes: int) -> tuple[float, int]:
-    """Seconds, and the receiver's checksum."""
+    """Send; return the seconds, and the receiver's checksum."""
     answer = memoryview(bytearray(4))
     _fill(connection, answer[:1])  # the receiver has its memory
     started = time.perf_counter()
@@ -109,20 +116,7 @@ def _chunks(memory: memoryview, chunk_bytes: int) -> Iterator[memoryview]:
     return (memory[at : at + chunk_bytes] for at in range(0, len(memory), chunk_bytes))
 
 
-def _connected_pair() -> tuple[socket.socket, socket.socket]:
-    """Both ends of a TCP connection over loopback, and nobody else's."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        ours = socket.create_connection(listener.getsockname(), TIMEOUT_SECONDS)
-        theirs, address = listener.accept()
-    if address != ours.getsockname():
-        raise TransportError(f"a stranger connected from {address}; try again")
-    for end in (ours, theirs):
-        end.settimeout(TIMEOUT_SECONDS)
-        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return ours, theirs
-
-
 def _noise(nbytes: int) -> bytearray:
-    """The same in every run; no page of it is shared or zero."""
+    """Return the same bytes in every run; no page of it is shared or zero."""
     block = Random(nbytes).randbytes(min(nbytes, 1 << 20))
     return (bytearray(block) * (nbytes // max(len(block), 1) + 1))[:nbytes]

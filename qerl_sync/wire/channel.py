@@ -141,11 +141,11 @@ class Channel:
         what: str,
         check_alive: Callable[[], None] = lambda: None,
     ) -> Message:
-        """The next message.
+        """Return the next message.
 
         Args:
             what: what is waited for, for the error.
-            glance: called some ten times a second; raises if waiting has become pointless.
+            check_alive: called some ten times a second; raises if waiting has become pointless.
 
         Raises:
             PeerLostError: the other side has closed the connection or died.
@@ -208,7 +208,7 @@ class Channel:
             )
 
     def require_open(self, what: str) -> None:
-        """Raises PeerLostError if the other side has closed the connection or died."""
+        """Raise PeerLostError if the other side has closed the connection or died."""
         poll = select.poll()
         try:
             poll.register(self._connection, select.POLLRDHUP)
@@ -219,7 +219,7 @@ class Channel:
 
     @property
     def readable(self) -> bool:
-        """Whether `receive` has something to read, or to raise, by now. Does not block."""
+        """Return whether `receive` has something to read, or to raise, by now. Does not block."""
         poll = select.poll()
         try:
             poll.register(self._connection, select.POLLIN)
@@ -321,7 +321,7 @@ class Listener:
         threading.Thread(target=self._listen, name="qerl-sync listener", daemon=True).start()
 
     def accept(self, timeout_seconds: float) -> Channel | None:
-        """The next authenticated connection; None if there is none within the time."""
+        """Return the next authenticated connection; None if there is none within the time."""
         try:
             return self._accepted.get(timeout=timeout_seconds)
         except queue.Empty:
@@ -435,7 +435,7 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel:
-    """The worker's end. Where nobody listens yet it asks again, for REFUSED_SECONDS at most.
+    """Connect a worker to the trainer. Where nobody listens yet, retry for REFUSED_SECONDS.
 
     Raises:
         PeerLostError: nobody listens there.
@@ -488,23 +488,23 @@ def new_token() -> str:
 
 
 def proof(token: str, *parts: object) -> str:
-    """Shows that its maker knows the token, for these parts alone."""
+    """Return a proof that its maker knows the token, for these parts alone."""
     text = "\0".join(map(str, parts))
     return hmac.new(_bytes(token), _bytes(text), "sha256").hexdigest()
 
 
 def same_proof(ours: str, theirs: str) -> bool:
-    """In constant time, whatever `theirs` holds: `compare_digest` takes no text beyond ASCII."""
+    """Compare in constant time. `theirs` may hold any text, as `compare_digest` alone may not."""
     return hmac.compare_digest(_bytes(ours), _bytes(theirs))
 
 
 def _bytes(text: str) -> bytes:
-    """Of any text: JSON may bring halves of characters."""
+    """Encode any text: JSON may bring halves of characters."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def _prove(connection: socket.socket, token: str, role: str) -> bytes:
-    """Both sides show that they know the token. Return a key that no other connection has.
+    """Prove the token to each other. Return a key that no other connection has.
 
     Raises OSError if the other side does not, or not within HANDSHAKE_SECONDS.
     """
@@ -551,6 +551,6 @@ def _exactly(connection: socket.socket, size: int, deadline: float) -> bytes:
 
 
 def _cut_off(connection: socket.socket) -> None:
-    """Wake whatever thread waits for it."""
+    """Shut it down, which wakes whatever thread waits for it."""
     with contextlib.suppress(OSError):
         connection.shutdown(socket.SHUT_RDWR)

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 
 
 def own_cores() -> frozenset[int]:
-    """The CPUs that the calling thread may run on; none where the system does not tell (macOS)."""
+    """Return the CPUs that the calling thread may run on; none if the system does not tell."""
     return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
 
 
 @contextmanager
 def avoid_cores(cores: Collection[int]) -> Iterator[None]:
-    """The calling thread, and threads that it starts, run on other CPUs than these meanwhile.
+    """Keep the calling thread, and threads that it starts, off these CPUs in this context.
 
     vLLM binds a CPU worker to cores. The scheduler knows no such bond for a trainer, and where it
     runs one on a worker's core, the worker can go nowhere and stands still; others idle.

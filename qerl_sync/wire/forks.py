@@ -33,10 +33,11 @@ def close_in_children(held: C) -> C:
     return held
 
 
-def _close_all() -> None:
+def close_all() -> None:
+    """Close the copies of a forked child."""
     for held in list(_OPEN):
         with suppress(OSError):
             held.close()
 
 
-os.register_at_fork(after_in_child=_close_all)
+os.register_at_fork(after_in_child=close_all)

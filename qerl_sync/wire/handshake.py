@@ -1,4 +1,4 @@
-"""What a trainer adds to the calls of vLLM's own engines (`qerl_nccl`, `qerl_ipc`).
+"""The fields that a trainer adds to the calls of vLLM's own engines (`qerl_nccl`, `qerl_ipc`).
 
     init_weight_transfer_engine   {"qerl_sync": Introduction}
     init_weight_transfer_engine   {what vLLM has there, "qerl_sync": Introduction}
@@ -57,7 +57,7 @@ def introduction(
     token: str,
     session: TrainerSession,
 ) -> Introduction:
-    """To go with `init_info`. `token`: empty where the trainer has none."""
+    """Return the introduction to go with `init_info`. `token`: empty where the trainer has none."""
     said = Introduction(
         protocol=PROTOCOL, version=version, expected=dict(expected), session=session
     )
@@ -70,6 +70,6 @@ def introduction_proof(init_info: Mapping[str, Any], said: Introduction, token: 
 
 
 def call(number: int, token: str, session: str) -> Call:
-    """Of update `number`."""
+    """Return the proof of update `number`."""
     shown = proof(token, "update", number, session) if token else ""
     return Call(number=number, session=session, proof=shown)

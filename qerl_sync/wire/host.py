@@ -1,4 +1,4 @@
-"""Which machine this is."""
+"""Identify this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def host_id() -> str:
-    """The same text for all processes under one running kernel, containers included."""
+    """Return the same text for all processes under one running kernel, containers included."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:

@@ -25,6 +25,7 @@ out to be wrong `-- Invalidate ->`, with the same answer.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -258,7 +259,7 @@ class Abort(_Message):
 
 
 class Invalidate(_Message):
-    """What was committed is wrong: be poisoned. The answer is Aborted."""
+    """Poison the worker: what was committed is wrong. The answer is Aborted."""
 
     type: Literal["invalidate"] = "invalidate"
     reason: str
@@ -313,12 +314,23 @@ def encode(message: Message) -> bytes:
 
 
 def decode(frame: bytes) -> Message:
-    """Raises TransportError if it is no message of this protocol, and AgreementError if it is the
-    first one of another."""
+    """Parse a message.
+
+    Raises:
+        TransportError: it is no message of this protocol.
+        AgreementError: it is the first one of another protocol.
+    """
     try:
         return _MESSAGES.validate_json(frame)
     except ValidationError as exc:
-        _require_own_protocol(frame)
+        with contextlib.suppress(ValueError):
+            said = json.loads(frame)
+            theirs = said.get("protocol") if isinstance(said, dict) else None
+            if isinstance(theirs, int) and theirs != PROTOCOL and said.get("type") == "hello":
+                raise AgreementError(
+                    f"a worker speaks protocol {theirs} (packages: {said.get('packages')!r}), the "
+                    f"trainer {PROTOCOL}; install the same qerl-sync for both"
+                ) from exc
         first = exc.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise TransportError(
@@ -327,23 +339,8 @@ def decode(frame: bytes) -> Message:
         ) from exc
 
 
-def _require_own_protocol(frame: bytes) -> None:
-    try:
-        reported = json.loads(frame)
-    except ValueError:
-        return
-    if not isinstance(reported, dict) or reported.get("type") != "hello":
-        return
-    theirs = reported.get("protocol")
-    if isinstance(theirs, int) and theirs != PROTOCOL:
-        raise AgreementError(
-            f"a worker speaks protocol {theirs} (packages: {reported.get('packages')!r}), the "
-            f"trainer {PROTOCOL}; install the same qerl-sync for both"
-        )
-
-
 def failure(error: BaseException) -> Failure:
-    """An error, to be raised again on the other side."""
+    """Return the message for an error that is to be raised again on the other side."""
     kind = type(error).__name__ if isinstance(error, SyncError) else "TransportError"
     text = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
     reported = {name: fact for name, fact in vars(error).items() if _is_plain(fact)}
@@ -357,7 +354,7 @@ def _is_plain(fact: object) -> bool:
 
 
 def error_of(reported: Failure, who: str) -> SyncError:
-    """The other side's error, with its own class."""
+    """Return the other side's error, with its own class."""
     kind = getattr(errors, reported.error, None)
     if not (isinstance(kind, type) and issubclass(kind, SyncError)):
         kind = TransportError

@@ -83,13 +83,13 @@ class SharedSegment:
         self._path.unlink(missing_ok=True)
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
-        """Where `tensor` lies in this segment; None if it does not, or not in one piece."""
+        """Return where `tensor` lies in this segment; None if it does not, or not in one piece."""
         offset = tensor.data_ptr() - self.bytes.data_ptr()
         inside = offset >= 0 and offset + tensor.nbytes <= self.nbytes
         return offset if inside and tensor.is_contiguous() else None
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A writable view. It keeps the memory alive; the name goes with the segment."""
+        """Return a writable view. It keeps the memory alive; the name goes with the segment."""
         return view(self._map, offset, shape, dtype)
 
 
@@ -127,7 +127,7 @@ class AttachedSegment:
         self.name, self.nbytes = name, nbytes
 
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """A view that must not be written: the kernel would end the process."""
+        """Return a view that must not be written: the kernel would end the process."""
         return read_only_view(self._map, offset, shape, dtype)
 
     def read(self, offset: int, nbytes: int) -> bytes:
@@ -147,7 +147,7 @@ class AttachedSegment:
 
 
 def locate(tensor: torch.Tensor) -> tuple[SharedSegment, int] | None:
-    """The segment with parameters that `tensor` lies in, and where; None for other memory."""
+    """Return the segment that `tensor` lies in, and where; None for other memory."""
     for segment in _PARAMETERS:
         offset = segment.offset_of(tensor)
         if offset is not None:
@@ -161,7 +161,7 @@ def parameters_are_shared() -> bool:
 
 
 def view(memory: Any, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor over mapped memory, with a storage that is no larger than itself.
+    """Return a tensor over mapped memory, with a storage that is no larger than itself.
 
     The mapping lives as long as the tensor does.
     """
@@ -174,7 +174,7 @@ def view(memory: Any, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -
 def read_only_view(
     memory: Any, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> torch.Tensor:
-    """The same over any buffer that must not be written."""
+    """Return a `view` of any buffer that must not be written."""
     _have_torch_warned()
     return view(memory, offset, shape, dtype)
 
@@ -202,9 +202,12 @@ class PrivateMemory:
 def remove_abandoned() -> list[str]:
     """Remove the segments of this user's processes that no longer live. Return their names."""
     removed = []
-    unborn = (path for path in DIRECTORY.glob(f".{PREFIX}*") if _age_seconds(path) > BIRTH_SECONDS)
-    for path in (*DIRECTORY.glob(f"{PREFIX}*"), *unborn):
+    for path in (*DIRECTORY.glob(f"{PREFIX}*"), *DIRECTORY.glob(f".{PREFIX}*")):
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
+            # One whose name begins with a dot is being made: it gets its lock in a moment.
+            young = time.time() - path.stat().st_mtime <= BIRTH_SECONDS
+            if path.name.startswith(".") and young:
+                continue
             # Anybody may put a file here. To open one on which its owner has a lease blocks for as
             # long as the kernel lets the owner hesitate, 45 s; a pipe blocks for ever.
             if path.lstat().st_uid != os.geteuid():
@@ -243,15 +246,8 @@ def _no_room(nbytes: int) -> NoRoomError:
     )
 
 
-def _age_seconds(path: Path) -> float:
-    try:
-        return time.time() - path.stat().st_mtime
-    except OSError:  # gone meanwhile
-        return 0.0
-
-
 def _create_locked(path: Path) -> io.FileIO:
-    """Under another name until it is locked: `remove_abandoned` must never see it without."""
+    """Create it under another name: `remove_abandoned` must never see it without its lock."""
     unlocked = path.with_name(f".{path.name}")
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     lock = close_in_children(io.FileIO(os.open(unlocked, flags, 0o600), "r+"))

@@ -42,15 +42,14 @@ class Tags:
             # Without lengths, bytes could move from one buffer to the next.
             whole.update(view.nbytes.to_bytes(8, "big"))
             pieces += [view[at : at + PIECE_BYTES] for at in range(0, view.nbytes, PIECE_BYTES)]
-        for digest in self._digests(pieces):
+        if sum(piece.nbytes for piece in pieces) <= PIECE_BYTES:
+            digests = [self._digest(piece) for piece in pieces]
+        else:
+            with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
+                digests = list(threads.map(self._digest, pieces))
+        for digest in digests:
             whole.update(digest)
         return whole.digest()
-
-    def _digests(self, pieces: list[memoryview]) -> list[bytes]:
-        if sum(piece.nbytes for piece in pieces) <= PIECE_BYTES:
-            return [self._digest(piece) for piece in pieces]
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as threads:
-            return list(threads.map(self._digest, pieces))
 
     def _digest(self, piece: memoryview) -> bytes:
         # Another `person` than the whole's: a message that holds digests is none of pieces.

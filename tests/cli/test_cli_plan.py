@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from qerl_sync.cli.main import app
 from qerl_sync.cli.plan.input import read_input
-from qerl_sync.cli.plan.run import Request, execute
+from qerl_sync.cli.plan.run import execute
 from qerl_sync.cli.plan.table import OVER, scenario_table
 from qerl_sync.config import SyncConfig
 from qerl_sync.meta import format_bytes
@@ -143,8 +143,8 @@ def test_what_keeps_the_budget_is_neither_red_nor_in_need_of_a_cure(model):
     assert roomy["random:0", "as_given"]["within_budget"]
     assert {tuple(line["causes"]) for line in roomy.values()} == {()}
 
-    request = Request(model, ["random:0"], budget="120KiB", chunk_bytes="100KiB")
-    found = execute(request, lambda text: nullcontext())
+    asked = {"orders": ["random:0"], "budget": "120KiB", "chunk_bytes": "100KiB"}
+    found = execute(model, lambda text: nullcontext(), **asked)
     by_policy = {scenario.policy: i for i, scenario in enumerate(found.scenarios)}
     table = scenario_table(found.scenarios)
     red = {

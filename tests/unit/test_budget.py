@@ -26,7 +26,7 @@ from support.syncs import push
 from qerl_sync import ConfigError, HFSource, SyncConfig, SyncSession
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.plan.budget import count_moved, within_budget
+from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.diagnosis import Cause, causes_of, diagnose
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.policies import by_parent_layer
@@ -84,8 +84,9 @@ def test_a_budget_that_grouping_keeps_is_not_refused(data, stream):
     grouped = replay(by_parent_layer(metas, layer_map), layer_map, memory).peak_pinned_bytes
     within_budget(metas, layer_map, max(grouped, 1), memory)
     if 1 < grouped <= 1000:  # no order helps where all that a layer's tensors pin is too much
-        with pytest.raises(PlanError, match=f"at least {grouped}"):
+        with pytest.raises(PlanError) as refused:
             within_budget(metas, layer_map, grouped - 1, memory)
+        assert refused.value.needed_bytes == grouped
 
 
 @given(streams(shared=False), st.data())
@@ -116,8 +117,9 @@ def test_refused_exactly_when_no_order_keeps_it(small, budget):
     if possible:
         assert peak(small, places(within_budget(metas, layer_map, budget))) <= budget
     else:
-        with pytest.raises(PlanError, match=rf"at least {most_needed(small)}\b"):
+        with pytest.raises(PlanError) as refused:
             within_budget(metas, layer_map, budget)
+        assert refused.value.needed_bytes == most_needed(small)
 
 
 @given(with_budget())
@@ -180,12 +182,6 @@ def test_few_more_are_moved_than_must_be():
     assert ours <= 1.1 * fewest
 
 
-@given(st.permutations(range(7)))
-def test_count_moved_is_all_but_the_longest_common_subsequence(order):
-    metas = [ParamMeta(f"tensor.{i}", "int8", (1,)) for i in range(7)]
-    assert count_moved(metas, [metas[i] for i in order]) == moved(order)
-
-
 # ---------------------------------------------------------------------- particular streams
 
 
@@ -221,8 +217,9 @@ def test_pinned_bytes_count_not_views():
     own = {m.name: Storage(f"own {m.name}", 1) for m in metas}
     packed = {**own, "tensor.0": Storage("chunk", 100), "tensor.1": Storage("chunk", 100)}
     assert within_budget(metas, layer_map, 3, own) == metas
-    with pytest.raises(PlanError, match="alone needs 101 B") as refused:
+    with pytest.raises(PlanError) as refused:
         within_budget(metas, layer_map, 3, packed)
+    assert refused.value.needed_bytes == 101
     assert "The tensors themselves are 2 B, but they are views" in str(refused.value)
     assert within_budget(metas, layer_map, 101, packed) == metas  # the chunk is counted once
 
@@ -242,8 +239,9 @@ def test_layers_that_share_a_tensor_need_less_than_their_sum():
     assert within_budget(metas, layer_map, 10) == metas
     result = [m.name for m in within_budget(metas, layer_map, 8)]
     assert result == ["c.0", "x", "c.1", "both", "z"]
-    with pytest.raises(PlanError, match=r"a \(Linear\) with 1 more that share tensors with it"):
+    with pytest.raises(PlanError) as refused:
         within_budget(metas, layer_map, 7)
+    assert (refused.value.layer, refused.value.needed_bytes) == ("a", 8)
 
 
 def test_deferred_layers_are_held_to_the_end():
@@ -260,8 +258,9 @@ def test_deferred_layers_are_held_to_the_end():
         name: tuple(c._replace(held_bytes=20) if c.held_bytes == 2 else c for c in cs)
         for name, cs in layer_map.contributions.items()
     }
-    with pytest.raises(PlanError, match=r"(?s)deferred layers.*at least 40"):
+    with pytest.raises(PlanError) as refused:
         within_budget(large, LayerMap(layers, contributions), 39)
+    assert (refused.value.layer, refused.value.needed_bytes) == (None, 40)
 
 
 def test_the_refusal_names_layer_bytes_and_what_would_help():
@@ -370,8 +369,9 @@ def test_reorder_keeps_the_source_as_far_as_the_budget_goes():
 def test_a_budget_that_cannot_be_met_is_refused_before_the_first_byte():
     session, transport = make("reorder", 47)
     for _ in range(2):
-        with pytest.raises(PlanError, match=r"a \(Linear\) alone needs 48 B"):
+        with pytest.raises(PlanError) as refused:
             session.push()
+        assert (refused.value.layer, refused.value.needed_bytes) == ("a", 48)
     assert not transport.started
     assert session.version == 0
 
@@ -486,7 +486,8 @@ def test_real_syncs_stay_within_their_budget(subject, kind):
 @pytest.mark.vllm
 def test_a_real_worker_keeps_its_weights_when_the_budget_is_refused(subject):
     one = subject("dense")
-    with pytest.raises(PlanError, match=r"model\.\S+ \(\w+\) alone needs"):
+    with pytest.raises(PlanError) as refused:
         push(one, NEW, budget_bytes="1KiB")
+    assert refused.value.needed_bytes > 1024
     assert one.wrong_weights(OLD) == []
     assert one.generates_as(OLD)

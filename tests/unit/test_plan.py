@@ -127,8 +127,9 @@ def test_a_changed_plan_is_refused():
 
 def test_doubled_names_are_refused():
     metas, layer_map = _two_layers()
-    with pytest.raises(PlanError, match=r"yields 'a\.0' 2 times"):
+    with pytest.raises(PlanError) as refused:
         build_plan([*metas, metas[0]], layer_map, "reorder")
+    assert refused.value.tensor == "a.0"
 
 
 def test_diagnosis_names_layers_elements_cause_and_cure():

@@ -19,6 +19,12 @@ FIELDS: Mapping[str, str] = {
     "peak_receive_bytes": "pinned or in receive buffers",
     "peak_staged_bytes": "staged in host memory",
 }
+# The moment of a scenario at which the field is at its peak, where it has one.
+MOMENTS = {
+    "max_open_layers": "most_open",
+    "peak_buffered_bytes": "most_buffered",
+    "peak_pinned_bytes": "most_pinned",
+}
 
 
 @dataclass(frozen=True)
@@ -29,12 +35,17 @@ class Assertion:
     limit: int
 
     def failures(self, scenarios: Sequence[Scenario]) -> list[str]:
-        """What breaks it, in words; empty if nothing does."""
-        return [
-            f"{s.order}, {s.policy}: {self._words(getattr(s, self.field))}{self._place(s)}"
-            for s in scenarios
-            if getattr(s, self.field) > self.limit
-        ]
+        """Describe each scenario that breaks the limit."""
+        found = []
+        for scenario in scenarios:
+            value = getattr(scenario, self.field)
+            if value > self.limit:
+                text = f"{scenario.order}, {scenario.policy}: {self._words(value)}"
+                if self.field in MOMENTS:
+                    moment = getattr(scenario, MOMENTS[self.field])
+                    text += f" at tensor {moment.index + 1:,} ({moment.name})"
+                found.append(text)
+        return found
 
     def text(self) -> str:
         return f"at most {self._words(self.limit)}"
@@ -52,20 +63,9 @@ class Assertion:
         value = format_bytes(number) if self.field.endswith("_bytes") else f"{number:,}"
         return f"{value} {FIELDS[self.field]}"
 
-    def _place(self, scenario: Scenario) -> str:
-        moment = {
-            "max_open_layers": "most_open",
-            "peak_buffered_bytes": "most_buffered",
-            "peak_pinned_bytes": "most_pinned",
-        }.get(self.field)
-        if moment is None:
-            return ""
-        found = getattr(scenario, moment)
-        return f" at tensor {found.index + 1:,} ({found.name})"
-
 
 def parse_assertion(text: str) -> Assertion:
-    """From "FIELD=LIMIT".
+    """Parse "FIELD=LIMIT".
 
     Raises:
         ConfigError: there is no such field, or the limit is no number of what it counts.

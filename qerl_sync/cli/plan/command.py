@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
+from qerl_sync import __version__
 from qerl_sync.cli.errors import errors_as_text
 from qerl_sync.cli.plan.scenarios import VLLM_CHUNK_BUFFERS
 from qerl_sync.errors import PlanError
+from qerl_sync.meta import format_bytes
+
+if TYPE_CHECKING:
+    from qerl_sync.cli.plan.run import Outcome
 
 # Exit code of a plan that breaks an --assert, or of a run that --compare finds different.
 FAILED = 1
@@ -116,29 +120,30 @@ def plan(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Show what a weight sync would hold in memory, without weights and without an engine."""
-    with errors_as_text(debug=debug), _no_collecting():
-        from qerl_sync.cli.plan.run import Request, execute
-        from qerl_sync.cli.plan.show import show, write_files
+    with errors_as_text(debug=debug), ExitStack() as at_end:
+        from qerl_sync.cli.plan.run import execute
+        from qerl_sync.cli.plan.table import show
 
+        # A plan is many small values and no cycles; looking for cycles takes a fifth of its time.
+        gc.disable()
+        at_end.callback(gc.enable)
         notes = Console(stderr=True)
         outcome = execute(
-            Request(
-                model=model,
-                orders=order or [],
-                policies=policy or [],
-                budget=budget,
-                chunk_bytes=chunk_bytes,
-                chunk_buffers=chunk_buffers,
-                packing=packing.value,
-                tensor_parallel_size=tp,
-                dtype=dtype,
-                assertions=assertions or [],
-                compare=compare,
-            ),
+            model,
             notes.status,
+            orders=order or [],
+            policies=policy or [],
+            budget=budget,
+            chunk_bytes=chunk_bytes,
+            chunk_buffers=chunk_buffers,
+            packing=packing.value,
+            tensor_parallel_size=tp,
+            dtype=dtype,
+            assertions=assertions or [],
+            compare=compare,
         )
-        # Before anything is printed: `| head` ends the command when it has read enough.
-        write_files(outcome, notes, names=names, png=png, html=html)
+        # Files come before anything is printed: `| head` ends the command when it has read enough.
+        _write_files(outcome, notes, names=names, png=png, html=html)
         if as_json:
             typer.echo(json.dumps(outcome.to_json(), indent=2))
         else:
@@ -151,13 +156,47 @@ def plan(
             raise typer.Exit(FAILED)
 
 
-@contextmanager
-def _no_collecting() -> Iterator[None]:
-    """A plan is many small values and no cycles; looking for cycles takes a fifth of its time."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _write_files(
+    outcome: Outcome, notes: Console, *, names: Path | None, png: Path | None, html: Path | None
+) -> None:
+    """Write what was asked for, and say so on `notes`. Raises FileError if a file cannot be
+    written."""
+    from qerl_sync.config.files import file_errors_explained
+
+    def write(what: str, path: Path, content: bytes) -> None:
+        with file_errors_explained(path):
+            path.write_bytes(content)
+        notes.print(f"{what} written to {path}", highlight=False, soft_wrap=True)
+
+    if names is not None:
+        ordered = outcome.scenarios[0].metas
+        write("names", names, "".join(f"{meta.name}\n" for meta in ordered).encode())
+    if png is not None:
+        from qerl_sync.cli.plan.png import plot_plan
+
+        size = f"{len(outcome.found.metas):,} tensors, {format_bytes(outcome.total_bytes)}"
+        picture = plot_plan(
+            outcome.scenarios,
+            title=outcome.asked.name,
+            subtitle=f"{size} in {outcome.dtypes}. {outcome.origin}",
+            budget_bytes=outcome.budget_bytes,
+        )
+        write("picture", png, picture)
+    if html is not None:
+        from qerl_sync.cli.plan.html import render_page
+
+        layer, held = outcome.largest_layer
+        page = render_page(
+            outcome.scenarios,
+            title=f"{outcome.asked.name} {outcome.architecture}".rstrip(),
+            subtitle=outcome.origin,
+            facts=[
+                ("Tensors", f"{len(outcome.found.metas):,}", ""),
+                ("Size", format_bytes(outcome.total_bytes), outcome.dtypes),
+                ("Parent layers", f"{len(outcome.layer_bytes):,}", ""),
+                ("Largest parent layer", format_bytes(held), layer),
+            ],
+            footer=f"Made by qerl-sync {__version__} with `qerl-sync plan`.",
+            budget_bytes=outcome.budget_bytes,
+        )
+        write("page", html, page.encode())

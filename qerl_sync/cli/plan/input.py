@@ -1,4 +1,4 @@
-"""What `qerl-sync plan` is asked about: a model, a training configuration, or a finished run."""
+"""Read the model that `qerl-sync plan` is asked about, or that of a training run."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class PlanInput:
 
     @property
     def files(self) -> dict[str, list[str]]:
-        """The orders that the checkpoint's files give, by name."""
+        """Return the orders that the checkpoint's files give, by name."""
         stored = self.checkpoint
         found = {"safetensors": stored.names} if stored.shards else {}
         if stored.names_by_offset is not None and stored.shards:
@@ -68,19 +68,15 @@ def read_input(path: Path) -> PlanInput:
     run = _as_run(path)
     if run is not None:
         return _from_training(run, path.resolve().name, run=path)
-    return PlanInput(_name_of(path), read_checkpoint(path))
-
-
-def _name_of(path: Path) -> str:
     resolved = path.resolve()
     named_after = resolved if resolved.is_dir() else resolved.with_suffix("")
     if named_after.name in ("config", "model", "model.safetensors.index"):
-        return named_after.parent.name
-    return named_after.name
+        named_after = named_after.parent
+    return PlanInput(named_after.name, read_checkpoint(path))
 
 
 def _as_run(path: Path) -> TrainConfig | None:
-    """The training configuration in the directory of a run."""
+    """Return the training configuration in the directory of a run."""
     file = path / "config.json"
     if not path.is_dir() or not file.is_file():
         return None
@@ -96,7 +92,7 @@ def _as_run(path: Path) -> TrainConfig | None:
 
 
 def _from_training(config: TrainConfig, name: str, run: Path | None = None) -> PlanInput:
-    """The model of a training configuration, as its engine is started and its weights are sent.
+    """Return the model of a training configuration, as it is served and its weights sent.
 
     Args:
         run: the directory of a run of it; by default `output_dir`, if that is one.
@@ -142,7 +138,7 @@ def policy_name(policy: str, budget_bytes: int | None) -> str:
 
 
 def _tiny(tiny: TinyModelConfig, dtype: str) -> tuple[Checkpoint, str]:
-    """A model that a run would make on the spot, without weights; and what of it is a guess."""
+    """Return the model that a run would make, without weights; and what of it is a guess."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(tiny.architecture)
@@ -167,7 +163,7 @@ def _tiny(tiny: TinyModelConfig, dtype: str) -> tuple[Checkpoint, str]:
 
 
 def _local(model: str) -> Path:
-    """A directory as it is; of a hub id, the snapshot that was downloaded earlier."""
+    """Return a directory as it is; of a hub id, the snapshot that was downloaded earlier."""
     path = Path(model)
     if path.exists():
         return path

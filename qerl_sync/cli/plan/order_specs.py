@@ -21,13 +21,13 @@ USUAL_SHARD_BYTES = "5GB"
 
 
 def resolve_order(text: str, *, files: Files | None = None) -> Reorder:
-    """The order that `text` names.
+    """Return the order that `text` names.
 
     hf, alphabetical, size, optimizer, random:SEED, interleaved:N   as in `sync.source_order`
     safetensors                 the checkpoint's files, as vLLM's default loader reads them
     fastsafetensors             the same with `load_format: fastsafetensors`: by place in the file
     safetensors:SIZE            as if `save_pretrained` had cut the model into files of SIZE
-    file:PATH                   the names in a text file, one a line
+    file:PATH                   the names in a text file, one a line; # begins a comment
     run:DIR                     the source's order in a recorded run
 
     Args:
@@ -49,7 +49,13 @@ def resolve_order(text: str, *, files: Files | None = None) -> Reorder:
     if kind == "safetensors":
         return as_saved(parse_bytes(argument))
     if kind == "file" and argument:
-        return by_name(_read_names(Path(argument)), argument)
+        try:
+            lines = Path(argument).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as exc:
+            raise ConfigError(f"the order file {argument} cannot be read: {exc}") from exc
+        stripped = (line.strip() for line in lines)
+        names = [line for line in stripped if line and not line.startswith("#")]
+        return by_name(names, argument)
     if kind == "run" and argument:
         return by_name(read_record(Path(argument)).source_names, argument)
     try:
@@ -62,7 +68,7 @@ def resolve_order(text: str, *, files: Files | None = None) -> Reorder:
 
 
 def default_orders(files: Files | None) -> list[str]:
-    """The orders to look at when none is asked for."""
+    """Return the orders to look at when none is asked for."""
     known = files or {}
     stored = [kind for kind in FILE_ORDERS if kind in known]
     if len(stored) > 1 and known[stored[0]] == known[stored[1]]:
@@ -72,7 +78,7 @@ def default_orders(files: Files | None) -> list[str]:
 
 
 def by_name(names: Sequence[str], origin: str, *, strict: bool = True) -> Reorder:
-    """The tensors in the order of `names`.
+    """Return an order: that of `names`.
 
     Args:
         origin: where the names come from, for errors.
@@ -92,9 +98,11 @@ def by_name(names: Sequence[str], origin: str, *, strict: bool = True) -> Reorde
 
 
 def as_saved(shard_bytes: int) -> Reorder:
-    """As `save_pretrained` writes files and loaders read them: in the model's order, cut into files
-    of up to `shard_bytes`, and by name in each file. A larger tensor gets a file of its own, which
-    comes before the one that was being filled."""
+    """Return the order in which loaders read a checkpoint that `save_pretrained` wrote.
+
+    It writes the model's order, cut into files of up to `shard_bytes`, and by name in each file. A
+    larger tensor gets a file of its own, which comes before the one that was being filled.
+    """
 
     def order(metas: Sequence[ParamMeta]) -> list[ParamMeta]:
         files: list[list[ParamMeta]] = []
@@ -113,16 +121,6 @@ def as_saved(shard_bytes: int) -> Reorder:
         return [meta for file in files for meta in sorted(file, key=lambda meta: meta.name)]
 
     return order
-
-
-def _read_names(path: Path) -> list[str]:
-    """One name a line; empty lines and lines that start with # are left out."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"the order file {path} cannot be read: {exc}") from exc
-    stripped = (line.strip() for line in lines)
-    return [line for line in stripped if line and not line.startswith("#")]
 
 
 def _refuse_other_names(names: Sequence[str], model: dict[str, ParamMeta], origin: str) -> None:

@@ -1,11 +1,11 @@
-"""The work of `qerl-sync plan`: from what was asked to figures."""
+"""The work of `qerl-sync plan`: read the model, make the layer map, simulate, judge."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +24,6 @@ from qerl_sync.cli.plan.scenarios import (
     Transport,
     scenarios,
 )
-from qerl_sync.cli.plan.to_json import scenario_json
 from qerl_sync.errors import ConfigError, PlanError
 from qerl_sync.meta import format_bytes, parse_bytes
 from qerl_sync.offline.layer_map import offline_map
@@ -37,25 +36,8 @@ from qerl_sync.plan.sync_plan import build_plan
 
 BUDGET_POLICY = "within_budget"
 
-# Says what is being done while it takes long.
+# Shows what is being done while it takes long.
 Status = Callable[[str], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What was asked for, as it was written. Empty orders or policies: all."""
-
-    model: Path
-    orders: Sequence[str] = ()
-    policies: Sequence[str] = ()
-    budget: str | None = None
-    chunk_bytes: str | None = None
-    chunk_buffers: int = VLLM_CHUNK_BUFFERS
-    packing: str = "auto"
-    tensor_parallel_size: int | None = None
-    dtype: str | None = None
-    assertions: Sequence[str] = ()
-    compare: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -78,7 +60,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found.
+    """The figures, and what they are judged by.
 
     Attributes:
         engine: vLLM's engine arguments.
@@ -90,10 +72,13 @@ class Outcome:
     found: OfflineMap
     scenarios: Sequence[Scenario]
     transport: Transport
-    budget_bytes: int | None
     assertions: Sequence[Assertion]
-    comparisons: Sequence[Comparison] = field(default_factory=list)
-    refused: str | None = None
+    comparisons: Sequence[Comparison]
+    refused: str | None
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return self.transport.budget_bytes
 
     @cached_property
     def failures(self) -> list[str]:
@@ -103,11 +88,7 @@ class Outcome:
             for assertion in self.assertions
             for failure in assertion.failures(self.scenarios)
         ]
-        differing = [
-            f"--compare: {found.difference.text}"
-            for found in self.comparisons
-            if found.difference is not None
-        ]
+        differing = [f"--compare: {c.difference.text}" for c in self.comparisons if c.difference]
         return broken + differing
 
     @property
@@ -128,7 +109,7 @@ class Outcome:
 
     @cached_property
     def layer_bytes(self) -> dict[str, int]:
-        """What each parent layer holds when it is complete, the largest first."""
+        """The bytes that each parent layer holds when it is complete, the largest first."""
         sizes: Counter[str] = Counter()
         for contributions in self.found.layer_map.contributions.values():
             for c in contributions:
@@ -141,20 +122,19 @@ class Outcome:
 
     @property
     def origin(self) -> str:
-        """Where the layer map comes from and what to know of it, in sentences."""
+        """Where the layer map comes from, what to know of it, and how the stream is packed."""
         cached = " earlier" if self.found.origin == "cache" else ""
         shards = self.engine.get("tensor_parallel_size", 1)
         rank = f", rank 0 of {shards}" if shards != 1 else ""
-        observed = f"Layer map observed{cached} from vLLM {self.found.vllm_version}{rank}."
-        return " ".join(filter(None, (observed, self.found.note, self.asked.note)))
-
-    @property
-    def packed(self) -> str:
-        """How the stream is packed, in a sentence; empty if it is not."""
+        sentences = [
+            f"Layer map observed{cached} from vLLM {self.found.vllm_version}{rank}.",
+            self.found.note,
+            self.asked.note,
+        ]
         chunk_bytes, buffers = self.transport.chunk_bytes, self.transport.chunk_buffers
-        if chunk_bytes is None:
-            return ""
-        return f"Chunks of {format_bytes(chunk_bytes)} in {buffers} buffers."
+        if chunk_bytes is not None:
+            sentences.append(f"Chunks of {format_bytes(chunk_bytes)} in {buffers} buffers.")
+        return " ".join(filter(None, sentences))
 
     def to_json(self) -> dict[str, Any]:
         largest = self.largest_layer
@@ -176,112 +156,121 @@ class Outcome:
             "chunk_buffers": self.transport.chunk_buffers,
             "budget_bytes": self.budget_bytes,
             "refused": self.refused,
-            "scenarios": [scenario_json(s) for s in self.scenarios],
+            "scenarios": [scenario.to_json() for scenario in self.scenarios],
             "assertions": [a.to_json(self.scenarios) for a in self.assertions],
             "compare": [comparison.to_json() for comparison in self.comparisons],
         }
 
 
-def execute(request: Request, status: Status) -> Outcome:
-    """Read, map, replay, judge.
+def execute(
+    model: Path,
+    status: Status,
+    *,
+    orders: Sequence[str] = (),
+    policies: Sequence[str] = (),
+    budget: str | None = None,
+    chunk_bytes: str | None = None,
+    chunk_buffers: int = VLLM_CHUNK_BUFFERS,
+    packing: str = "auto",
+    tensor_parallel_size: int | None = None,
+    dtype: str | None = None,
+    assertions: Sequence[str] = (),
+    compare: Path | None = None,
+) -> Outcome:
+    """Find what was asked for, given as it was written. No orders or policies: all of them.
 
     Raises:
         SyncError: what was asked for cannot be right, or vLLM does not take the model.
     """
-    # What can be wrong is found before anything takes long.
-    assertions = [parse_assertion(text) for text in request.assertions]
-    budget_bytes = parse_bytes(request.budget) if request.budget is not None else None
-    chunk_bytes = parse_bytes(request.chunk_bytes) if request.chunk_bytes is not None else None
-    records = read_records(request.compare) if request.compare is not None else []
-    asked = read_input(request.model)
+    # Everything that can be wrong is found before the layer map, which takes long.
+    limits = [parse_assertion(text) for text in assertions]
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    buffer_bytes = None if chunk_bytes is None else parse_bytes(chunk_bytes)
+    records = [] if compare is None else read_records(compare)
+    asked = read_input(model)
     recorded = next((r.plan.budget_bytes for r in records if r.plan.budget_bytes), None)
     budget_bytes = budget_bytes or asked.budget_bytes or recorded
-    transport = Transport(chunk_bytes, request.chunk_buffers, request.packing, budget_bytes)
-    orders, policies = _choose(request, asked, budget_bytes, transport, records)
+    transport = Transport(buffer_bytes, chunk_buffers, packing, budget_bytes)
+    chosen, arranged = _choose(orders, policies, asked, transport, records, judged=bool(limits))
     engine = dict(asked.engine)
-    if request.tensor_parallel_size is not None:
-        engine["tensor_parallel_size"] = request.tensor_parallel_size
+    if tensor_parallel_size is not None:
+        engine["tensor_parallel_size"] = tensor_parallel_size
     with status("making the layer map; vLLM takes some seconds when it has not seen this model"):
-        found = offline_map(asked.checkpoint, engine=engine, dtype=request.dtype or asked.dtype)
+        found = offline_map(asked.checkpoint, engine=engine, dtype=dtype or asked.dtype)
+    simulate = partial(scenarios, found.metas, found.layer_map, chosen, transport=transport)
     refused = None
     try:
-        result = scenarios(found.metas, found.layer_map, orders, policies, transport=transport)
+        result = simulate(arranged)
     except PlanError as exc:
-        if BUDGET_POLICY not in policies:
+        # The other policies' figures show what a sufficient budget would be.
+        if arranged.pop(BUDGET_POLICY, None) is None:
             raise
         refused = str(exc)
-        policies = {name: p for name, p in policies.items() if name != BUDGET_POLICY}
-        result = scenarios(found.metas, found.layer_map, orders, policies, transport=transport)
+        result = simulate(arranged)
     return Outcome(
         asked=asked,
         engine=engine,
         found=found,
         scenarios=result,
         transport=transport,
-        budget_bytes=budget_bytes,
-        assertions=assertions,
-        comparisons=[_compare(found, record) for record in records],
+        assertions=limits,
+        comparisons=[Comparison(record, _difference(found, record)) for record in records],
         refused=refused,
     )
 
 
 def _choose(
-    request: Request,
+    orders: Sequence[str],
+    policies: Sequence[str],
     asked: PlanInput,
-    budget_bytes: int | None,
     transport: Transport,
     records: Sequence[SyncRecord],
+    *,
+    judged: bool,
 ) -> tuple[dict[str, Reorder], dict[str, Order]]:
-    """Return the orders and policies to look at: those asked for, else all.
+    """Return the orders and policies to simulate: those asked for, else all.
 
     With assertions to judge it is the one line that would run, with a run to compare those that it
     has run.
     """
     known = dict(POLICIES)
-    if budget_bytes is not None:
+    if transport.budget_bytes is not None:
         known[BUDGET_POLICY] = partial(
-            within_budget, budget_bytes=budget_bytes, chunk_bytes=transport.chunk_bytes
+            within_budget, budget_bytes=transport.budget_bytes, chunk_bytes=transport.chunk_bytes
         )
-    orders, policies = list(request.orders), list(request.policies)
     known[SPILL] = load_order
     if not orders and not policies and records:
         # Not strict: if the run is of another model, the comparison says so.
         ran = {r.source_order: by_name(r.source_names, "the run", strict=False) for r in records}
-        return ran, {
-            name: known[name]
-            for name in (policy_name(r.plan.policy, r.plan.budget_bytes) for r in records)
-        }
-    if not orders and not policies and request.assertions:
-        orders = [asked.order or "hf"]
-        policies = [asked.policy or "by_parent_layer"]
-    orders = orders or default_orders(asked.files)
-    if not request.orders and asked.order is not None and asked.order not in orders:
-        orders.append(asked.order)
-    policies = policies or [p for p in known if p != SPILL or asked.policy == SPILL]
+        names = [policy_name(r.plan.policy, r.plan.budget_bytes) for r in records]
+        return ran, {name: known[name] for name in names}
+    if not orders and not policies and judged:
+        orders, policies = [asked.order or "hf"], [asked.policy or "by_parent_layer"]
+    if not orders:
+        orders = default_orders(asked.files)
+        if asked.order is not None and asked.order not in orders:
+            orders = [*orders, asked.order]
+    policies = policies or [name for name in known if name != SPILL or asked.policy == SPILL]
     for name in policies:
-        _refuse_unknown_policy(name, known)
+        if name == BUDGET_POLICY and name not in known:
+            raise ConfigError("--policy within_budget needs a budget: --budget 2GiB")
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
+            raise ConfigError(f"unknown policy {name!r}; {hint}")
     return (
         {text: resolve_order(text, files=asked.files) for text in orders},
         {name: known[name] for name in policies},
     )
 
 
-def _refuse_unknown_policy(name: str, known: Mapping[str, Order]) -> None:
-    if name in known:
-        return
-    if name == BUDGET_POLICY:
-        raise ConfigError("--policy within_budget needs a budget: --budget 2GiB")
-    close = get_close_matches(name, known, n=1)
-    hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
-    raise ConfigError(f"unknown policy {name!r}; {hint}")
-
-
-def _compare(found: OfflineMap, record: SyncRecord) -> Comparison:
-    """What this model's plan predicts for the order of a recorded run, and what was measured."""
+def _difference(found: OfflineMap, record: SyncRecord) -> Difference | None:
+    """Plan for the source order of a recorded run, and return where its measured trace leaves the
+    plan."""
     try:
         given = by_name(record.source_names, "the recorded run")(found.metas)
-    except ConfigError as exc:
-        return Comparison(record, Difference(str(exc), None))
+    except ConfigError as exc:  # the run is of another model
+        return Difference(str(exc), None)
     planned = build_plan(
         given,
         found.layer_map,
@@ -290,4 +279,4 @@ def _compare(found: OfflineMap, record: SyncRecord) -> Comparison:
         storages=record.storages,
         budget_bytes=record.plan.budget_bytes,
     )
-    return Comparison(record, first_difference(planned, record))
+    return first_difference(planned, record)

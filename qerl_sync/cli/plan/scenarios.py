@@ -1,10 +1,11 @@
-"""Orders and policies side by side: what each would cost, before a byte has moved."""
+"""Simulate orders and policies side by side, before any byte moves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from typing import Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
@@ -19,14 +20,16 @@ Order = Callable[[Sequence[ParamMeta], LayerMap], list[ParamMeta]]
 
 POLICIES: Mapping[str, Order] = {"as_given": as_given, "by_parent_layer": by_parent_layer}
 
-# The order in which vLLM gets a stream that nobody can change. It is looked at where it is asked
-# for: what vLLM holds is what it holds with `by_parent_layer`.
+# The order in which vLLM gets a stream that cannot be reordered. Simulated only on request: vLLM
+# holds as much as with `by_parent_layer`.
 SPILL = "spill"
 
-# vLLM's NCCL engine packs tensors into buffers of this many bytes and rotates this many of them
+# vLLM's NCCL engine rotates this many chunk buffers
 # (vllm/distributed/weight_transfer/packed_tensor.py).
-VLLM_CHUNK_BYTES = 1024**3
 VLLM_CHUNK_BUFFERS = 2
+
+# The layers that JSON names at each moment.
+LARGEST_IN_JSON = 10
 
 
 @dataclass(frozen=True)
@@ -48,14 +51,17 @@ class Transport:
     budget_bytes: int | None = None
 
     def storages(
-        self, metas: Sequence[ParamMeta], layer_map: LayerMap, *, by_layers: bool
+        self, metas: Sequence[ParamMeta], layer_map: LayerMap, policy: str
     ) -> dict[str, Storage]:
-        """The memory behind each tensor of this stream; empty if it is not packed."""
-        if self.chunk_bytes is None:
+        """Return the memory behind each tensor of this stream; {} if each has its own."""
+        # The worker copies staged tensors, so that they are no views of a chunk.
+        if self.chunk_bytes is None or policy == SPILL:
             return {}
-        if self.packing == "layers" or (self.packing == "auto" and by_layers):
+        if self.packing == "layers" or (self.packing == "auto" and policy != "as_given"):
             chunk_bytes = min(self.chunk_bytes, self.budget_bytes or self.chunk_bytes)
-            return layered_storages(metas, layer_map, chunk_bytes)
+            return _shared(
+                build_plan(metas, layer_map, "warn", chunk_bytes=chunk_bytes).chunk_metas
+            )
         return packed_storages(metas, self.chunk_bytes)
 
 
@@ -64,7 +70,7 @@ UNPACKED = Transport()
 
 @dataclass(frozen=True)
 class Moment:
-    """One tensor of a stream: when it has been buffered and before any layer closes by it.
+    """The state when one tensor has been buffered and before any layer closes by it.
 
     Attributes:
         held: (parent layer, held bytes) of every layer that holds any, largest first.
@@ -76,6 +82,12 @@ class Moment:
     pinned_bytes: int
     open_layers: int
     held: tuple[tuple[str, int], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        figures = asdict(self)
+        held = figures.pop("held")
+        largest = [{"layer": name, "held_bytes": size} for name, size in held[:LARGEST_IN_JSON]]
+        return {**figures, "num_holding": len(held), "largest": largest}
 
 
 @dataclass(frozen=True)
@@ -91,8 +103,7 @@ class Scenario:
         facts: what does not depend on the order.
         receive: `trace` with the transport's chunk buffers counted as pinned.
         storages: the memory behind each tensor; empty: each has its own.
-        peak_staged_bytes: what waits in host memory, if vLLM gets the stream in another order than
-            it arrives in.
+        peak_staged_bytes: the most that waits in host memory (policy `spill`).
         budget_bytes: the most that may be pinned; None: there is no budget.
     """
 
@@ -110,7 +121,7 @@ class Scenario:
 
     @property
     def within_budget(self) -> bool | None:
-        """Are no more bytes pinned than the budget allows? None without a budget.
+        """Return whether the budget allows what is pinned; None without a budget.
 
         Receive buffers and host memory do not count, as in a sync's own judgement.
         """
@@ -143,8 +154,8 @@ class Scenario:
 
     @cached_property
     def causes(self) -> tuple[Cause, ...]:
-        """What the peak is made of beyond the one layer that must be held, the most important
-        first. Nothing needs a cure within a budget (see `diagnose`)."""
+        """Why the peak exceeds the one layer that must be held, the most important cause first.
+        Nothing needs a cure within a budget (see `diagnose`)."""
         if self.within_budget:
             return ()
         return causes_of(
@@ -162,25 +173,32 @@ class Scenario:
 
     @cached_property
     def most_pinned(self) -> Moment:
-        steps = self.trace.steps
-        return self.moment(max(range(len(steps)), key=lambda i: (steps[i].pinned_bytes, -i)))
+        return self.moment(self.trace.peak_pinned_index)
 
     @cached_property
     def most_open(self) -> Moment:
-        steps = self.trace.steps
-        return self.moment(max(range(len(steps)), key=lambda i: (steps[i].open_layers, -i)))
+        return self.moment(self.trace.max_open_index)
 
     def moment(self, index: int) -> Moment:
-        """What is held when tensor `index` has been buffered."""
-        step = self.trace.steps[index]
-        return Moment(
-            index=index,
-            name=step.name,
-            buffered_bytes=step.buffered_bytes,
-            pinned_bytes=step.pinned_bytes,
-            open_layers=step.open_layers,
-            held=tuple(open_at(self.spans, index)),
-        )
+        """Return what is held when tensor `index` has been buffered."""
+        return Moment(index, *self.trace.steps[index], held=tuple(open_at(self.spans, index)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the figures for programs. Tensors are counted from 0."""
+        return {
+            "order": self.order,
+            "policy": self.policy,
+            "max_open_layers": self.max_open_layers,
+            "peak_buffered_bytes": self.peak_buffered_bytes,
+            "peak_pinned_bytes": self.peak_pinned_bytes,
+            "peak_receive_bytes": self.peak_receive_bytes,
+            "peak_staged_bytes": self.peak_staged_bytes,
+            "within_budget": self.within_budget,
+            "causes": [cause.name.lower() for cause in self.causes],
+            "most_buffered": self.most_buffered.to_json(),
+            "most_pinned": self.most_pinned.to_json(),
+            "most_open": self.most_open.to_json(),
+        }
 
 
 def scenarios(
@@ -191,7 +209,7 @@ def scenarios(
     *,
     transport: Transport = UNPACKED,
 ) -> list[Scenario]:
-    """Every order under every policy, in that order. Touches no tensor and no device.
+    """Simulate every order under every policy, in that order. Touches no tensor and no device.
 
     Args:
         metas: the stream as the trainer's model yields it.
@@ -201,31 +219,35 @@ def scenarios(
         ConfigError: an order does not fit the model.
         PlanError: a policy cannot do what is asked of it.
     """
-    walker = Simulator(metas, layer_map)
+    simulator = Simulator(metas, layer_map)
     facts = StreamFacts.of(metas, layer_map)
     places = {meta.name: place for place, meta in enumerate(metas)}
     result = []
     for order, reorder in orders.items():
         given = reorder(metas)
         grouped = by_parent_layer(given, layer_map)
-        ordered = walker.trace([places[meta.name] for meta in grouped])
+        ordered = simulator.trace([places[meta.name] for meta in grouped])
         for policy, arrange in policies.items():
             stream = grouped if arrange is by_parent_layer else arrange(given, layer_map)
-            spilled = policy == SPILL
-            storages = (  # what is staged has memory of its own
-                {}
-                if spilled
-                else transport.storages(stream, layer_map, by_layers=policy != "as_given")
-            )
+            storages = transport.storages(stream, layer_map, policy)
+            staged_bytes = 0
             if storages:
                 trace = Simulator(stream, layer_map, storages).trace()
                 receive = _receive(stream, layer_map, storages, transport.chunk_buffers)
-            elif stream is grouped or stream == grouped:
-                trace = receive = ordered
+            elif stream == grouped:
+                trace = receive = ordered  # equal streams are simulated once
             else:
-                trace = receive = walker.trace([places[meta.name] for meta in stream])
-            if spilled and transport.chunk_bytes is not None:
-                receive = _beside(trace, transport.chunk_buffers * transport.chunk_bytes)
+                trace = receive = simulator.trace([places[meta.name] for meta in stream])
+            if policy == SPILL:
+                chunk_bytes = transport.chunk_bytes
+                plan = build_plan(given, layer_map, SPILL, chunk_bytes=chunk_bytes)
+                staged_bytes = plan.peak_staged_bytes
+                if chunk_bytes is not None:  # all chunk buffers exist from the first tensor on
+                    buffers = transport.chunk_buffers * chunk_bytes
+                    receive = Trace(
+                        step._replace(pinned_bytes=step.pinned_bytes + buffers)
+                        for step in trace.steps
+                    )
             result.append(
                 Scenario(
                     order=order,
@@ -237,20 +259,11 @@ def scenarios(
                     facts=facts,
                     receive=receive,
                     storages=storages,
-                    peak_staged_bytes=_staged(given, layer_map, transport) if spilled else 0,
+                    peak_staged_bytes=staged_bytes,
                     budget_bytes=transport.budget_bytes,
                 )
             )
     return result
-
-
-def _beside(trace: Trace, nbytes: int) -> Trace:
-    """The trace with so many bytes held beside it all the time."""
-    return Trace(s._replace(pinned_bytes=s.pinned_bytes + nbytes) for s in trace.steps)
-
-
-def _staged(metas: Sequence[ParamMeta], layer_map: LayerMap, transport: Transport) -> int:
-    return build_plan(metas, layer_map, SPILL, chunk_bytes=transport.chunk_bytes).peak_staged_bytes
 
 
 def _receive(
@@ -259,42 +272,35 @@ def _receive(
     storages: Mapping[str, Storage],
     chunk_buffers: int,
 ) -> Trace:
-    """The trace with the receiver's chunk buffers held beside the layers."""
+    """Return the trace with the receiver's chunk buffers held beside the layers."""
     chunks = {storage.key: storage for storage in storages.values()}
     # A second name for each chunk: the receiver holds it too, even if it has one tensor only.
     held_twice = {**storages, **{f"chunk buffer {key}": chunk for key, chunk in chunks.items()}}
-    walker = Simulator(metas, layer_map, held_twice)
-    return walker.trace(chunks=[storages[meta.name] for meta in metas], chunk_buffers=chunk_buffers)
+    simulator = Simulator(metas, layer_map, held_twice)
+    order = [storages[meta.name] for meta in metas]
+    return simulator.trace(chunks=order, chunk_buffers=chunk_buffers)
 
 
 def packed_storages(metas: Sequence[ParamMeta], chunk_bytes: int) -> dict[str, Storage]:
-    """The memory behind each tensor of a packed stream, cut as vLLM's NCCL engine cuts it.
+    """Return the memory behind each tensor of a stream packed as vLLM's NCCL engine packs it.
 
     A chunk is closed by the tensor with which it exceeds `chunk_bytes`: it is larger than that by
     up to one tensor, and a tensor larger than a buffer still shares its chunk with what came
     before. The tensors handed to the model are views of the chunk, so each keeps all of it alive.
     """
-    runs: list[list[ParamMeta]] = [[]]
+    chunks: list[list[ParamMeta]] = [[]]
     filled = 0
     for meta in metas:
-        runs[-1].append(meta)
+        chunks[-1].append(meta)
         filled += meta.nbytes
         if filled > chunk_bytes:
-            runs.append([])
+            chunks.append([])
             filled = 0
-    return _shared(runs)
-
-
-def layered_storages(
-    metas: Sequence[ParamMeta], layer_map: LayerMap, chunk_bytes: int
-) -> dict[str, Storage]:
-    """The memory behind each tensor of a stream that is cut between parent layers."""
-    by_name = {meta.name: meta for meta in metas}
-    chunks = build_plan(metas, layer_map, "warn", chunk_bytes=chunk_bytes).chunks
-    return _shared([[by_name[name] for name in chunk.names] for chunk in chunks])
+    return _shared(chunks)
 
 
 def _shared(chunks: Iterable[Sequence[ParamMeta]]) -> dict[str, Storage]:
+    """Return storages of which each is shared by the tensors of one chunk."""
     storages: dict[str, Storage] = {}
     for number, chunk in enumerate(chunks):
         storage = Storage(f"chunk {number}", sum(meta.nbytes for meta in chunk))

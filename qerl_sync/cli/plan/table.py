@@ -1,77 +1,127 @@
-"""What `qerl-sync plan` shows in a terminal, at most 80 columns wide."""
+"""Format what `qerl-sync plan` found for a terminal, at most 80 columns wide."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qerl_sync.cli.plan.scenarios import SPILL, Moment, Scenario
+from qerl_sync.cli.plan.run import Outcome
+from qerl_sync.cli.plan.scenarios import SPILL, Scenario
 from qerl_sync.cli.plan.series import (
     POLICY_WORDS,
-    SHORT_WORDS,
     buckets,
     by_order,
     cause_words,
     shorten,
+    shows_receiving,
+    shows_staged,
 )
 from qerl_sync.meta import format_bytes
 from qerl_sync.plan.diagnosis import Cause
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+SHORT_WORDS = {**POLICY_WORDS, "by_parent_layer": "by layer", "within_budget": "in budget"}
 ORDER_WIDTH = 15
 STREAM_WIDTHS = 24, 14, 5  # with so many columns more than usual
 SHOWN_LAYERS = 5
 OVER, WARN, CALM = "bold red", "yellow", "green"
 
 
+def show(outcome: Outcome, console: Console) -> None:
+    """Print the model, the table, the causes and the worst moment; then the comparisons."""
+    head = Text(outcome.asked.name, style="bold")
+    if outcome.architecture:
+        head.append(f"  {outcome.architecture}", style="not bold")
+    layer, held = outcome.largest_layer
+    lines = [
+        f"{len(outcome.found.metas):,} tensors, {format_bytes(outcome.total_bytes)} in "
+        f"{outcome.dtypes}, {len(outcome.layer_bytes):,} parent layers.",
+        f"Largest parent layer: {layer}, {format_bytes(held)}.",
+        outcome.origin,
+    ]
+    if outcome.budget_bytes is not None:
+        lines.append(f"Budget: at most {format_bytes(outcome.budget_bytes)} pinned.")
+    console.print(head.append("\n" + "\n".join(lines), style="not bold"))
+    console.print()
+    console.print(scenario_table(outcome.scenarios))
+    console.print()
+    if any(scenario.causes for scenario in outcome.scenarios):
+        for text in causes(outcome.scenarios):
+            console.print(text)
+        console.print()
+    console.print(Text(worst_moment(max(outcome.scenarios, key=lambda s: s.peak_buffered_bytes))))
+    for comparison in outcome.comparisons:
+        plan = comparison.record.plan
+        what = (
+            f"the recorded sync of {len(plan.metas):,} tensors (source order "
+            f"{comparison.record.source_order}, policy {plan.policy}) and the plan"
+        )
+        if comparison.difference is None:
+            console.print(Text(f"Equal, tensor by tensor: {what}.", style="green"))
+        else:
+            console.print(Text(f"Different: {what}: {comparison.difference.text}", style="red"))
+
+
 def scenario_table(scenarios: Sequence[Scenario]) -> Table:
-    """One line for each order and policy; pinned bytes above the budget stand out.
+    """Return a line for each order and policy; pinned bytes above the budget stand out.
 
     The last column is the stream from its first tensor to its last: how many bytes are buffered, on
     one scale for all lines.
     """
-    packed = any(scenario.receive is not scenario.trace for scenario in scenarios)
-    staged = any(scenario.policy == SPILL for scenario in scenarios)
+    packed, staged = shows_receiving(scenarios), shows_staged(scenarios)
     width = STREAM_WIDTHS[packed + staged]
-    more = [title for title, shown in (("receiving", packed), ("staged", staged)) if shown]
     top = max((scenario.peak_buffered_bytes for scenario in scenarios), default=0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("order", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    for title in ("open", "buffered", "pinned", *more):
+    for title in ("open", "buffered", "pinned", *["receiving"] * packed, *["staged"] * staged):
         table.add_column(title, justify="right", no_wrap=True)
     table.add_column("" if packed and staged else f"█ = {format_bytes(top)}", no_wrap=True)
     for order, group in by_order(scenarios).items():
-        for i, scenario in enumerate(group):
-            over = OVER if scenario.within_budget is False else ""
-            table.add_row(
-                Text(shorten(order, ORDER_WIDTH)) if i == 0 else "",
-                SHORT_WORDS.get(scenario.policy, scenario.policy),
-                Text(
-                    str(scenario.max_open_layers),
-                    style=CALM if scenario.max_open_layers <= 1 else WARN,
-                ),
+        for scenario in group:
+            most, share = scenario.max_open_layers, scenario.peak_buffered_bytes / max(top, 1)
+            row: list[str | Text] = [
+                Text(shorten(order, ORDER_WIDTH)) if scenario is group[0] else "",
+                SHORT_WORDS[scenario.policy],
+                Text(str(most), style=CALM if most <= 1 else WARN),
                 format_bytes(scenario.peak_buffered_bytes),
-                Text(format_bytes(scenario.peak_pinned_bytes), style=over),
-                *([format_bytes(scenario.peak_receive_bytes)] if packed else []),
-                *([_staged(scenario)] if staged else []),
-                Text(sparkline(scenario, top, width), style=_height_style(scenario, top)),
-            )
+                Text(
+                    format_bytes(scenario.peak_pinned_bytes),
+                    style=OVER if scenario.within_budget is False else "",
+                ),
+            ]
+            if packed:
+                row.append(format_bytes(scenario.peak_receive_bytes))
+            if staged:
+                spills = scenario.policy == SPILL
+                row.append(format_bytes(scenario.peak_staged_bytes) if spills else "")
+            style = "red" if share > 0.5 else WARN if share > 0.1 else CALM
+            table.add_row(*row, Text(sparkline(scenario, top, width), style=style))
     return table
 
 
-def causes(scenarios: Sequence[Scenario]) -> RenderableType:
-    """Each cause that applies somewhere: what it means, where, and what cures it."""
-    lines = []
+def sparkline(scenario: Scenario, top_bytes: int, width: int) -> str:
+    """Draw the most buffered bytes in each stretch of the stream; a space where there are none."""
+    heights = [bucket.high_bytes for bucket in buckets(scenario, width)]
+    levels = [min(len(BLOCKS) * height // max(top_bytes, 1), len(BLOCKS) - 1) for height in heights]
+    return "".join(BLOCKS[n] if height else " " for n, height in zip(levels, heights, strict=True))
+
+
+def causes(scenarios: Sequence[Scenario]) -> list[Text]:
+    """Return each cause that applies somewhere: what it means, where, and what cures it."""
+    found = []
     for cause in Cause:
         where = by_order([scenario for scenario in scenarios if cause in scenario.causes])
-        if where:
-            places = ", ".join(f"{order} ({_policies(group)})" for order, group in where.items())
-            lines.append(
+        places = ", ".join(
+            f"{order} ({' and '.join(SHORT_WORDS[scenario.policy] for scenario in group)})"
+            for order, group in where.items()
+        )
+        if places:
+            found.append(
                 Text.assemble(
                     (f"{cause_words(cause)}: ", "bold"),
                     f"{cause.value}. In {places}. ",
@@ -79,66 +129,26 @@ def causes(scenarios: Sequence[Scenario]) -> RenderableType:
                     f"{cause.cure}.",
                 )
             )
-    return Group(*lines)
+    return found
 
 
-def _policies(group: Sequence[Scenario]) -> str:
-    return " and ".join(SHORT_WORDS.get(scenario.policy, scenario.policy) for scenario in group)
-
-
-def sparkline(scenario: Scenario, top_bytes: int, width: int = STREAM_WIDTHS[0]) -> str:
-    """The most buffered bytes in each stretch of the stream; a space where there are none."""
-    return "".join(
-        " " if not bucket.high_bytes else BLOCKS[_level(bucket.high_bytes, top_bytes)]
-        for bucket in buckets(scenario, width)
-    )
-
-
-def worst_moment(scenario: Scenario) -> RenderableType:
-    """When this scenario holds the most and what it holds then; when most layers are open."""
-    text = moment_lines(scenario, scenario.most_buffered)
-    most = scenario.most_open
-    if most.open_layers > scenario.most_buffered.open_layers:
-        text += (
-            f"\nMost layers are open at tensor {most.index + 1:,} ({most.name}): "
-            f"{most.open_layers}."
-        )
-    return Text(text)
-
-
-def moment_lines(scenario: Scenario, moment: Moment) -> str:
-    """What is held at a moment, the largest layers with their paths."""
-    share = 100 * moment.buffered_bytes / max(scenario.total_bytes, 1)
-    words = POLICY_WORDS.get(scenario.policy, scenario.policy)
+def worst_moment(scenario: Scenario) -> str:
+    """Say when this scenario holds the most and what it holds then; when most layers are open."""
+    peak, most = scenario.most_buffered, scenario.most_open
+    share = 100 * peak.buffered_bytes / max(scenario.total_bytes, 1)
     lines = [
-        f"{scenario.order}, {words}: {format_bytes(moment.buffered_bytes)} buffered "
-        f"({share:.0f}% of the model) at tensor {moment.index + 1:,} of "
-        f"{len(scenario.metas):,} ({moment.name}). Held then:"
+        f"{scenario.order}, {POLICY_WORDS[scenario.policy]}: {format_bytes(peak.buffered_bytes)} "
+        f"buffered ({share:.0f}% of the model) at tensor {peak.index + 1:,} of "
+        f"{len(scenario.metas):,} ({peak.name}). Held then:"
     ]
-    lines += [
-        f"  {shorten(layer, 60):<60} {format_bytes(held):>11}"
-        for layer, held in moment.held[:SHOWN_LAYERS]
-    ]
-    rest = moment.held[SHOWN_LAYERS:]
+    held = [(shorten(layer, 60), size) for layer, size in peak.held[:SHOWN_LAYERS]]
+    rest = peak.held[SHOWN_LAYERS:]
     if rest:
-        label = f"and {_plural(len(rest), 'more layer')}"
-        lines.append(f"  {label:<60} {format_bytes(sum(held for _, held in rest)):>11}")
+        label = f"and {len(rest)} more layer{'s' * (len(rest) != 1)}"
+        held.append((label, sum(size for _, size in rest)))
+    lines += [f"  {label:<60} {format_bytes(size):>11}" for label, size in held]
+    if most.open_layers > peak.open_layers:
+        lines.append(
+            f"Most layers are open at tensor {most.index + 1:,} ({most.name}): {most.open_layers}."
+        )
     return "\n".join(lines)
-
-
-def _staged(scenario: Scenario) -> str:
-    """In host memory, of which the budget does not speak."""
-    return format_bytes(scenario.peak_staged_bytes) if scenario.policy == SPILL else ""
-
-
-def _level(nbytes: int, top_bytes: int) -> int:
-    return min(nbytes * len(BLOCKS) // max(top_bytes, 1), len(BLOCKS) - 1)
-
-
-def _height_style(scenario: Scenario, top_bytes: int) -> str:
-    share = scenario.peak_buffered_bytes / max(top_bytes, 1)
-    return "red" if share > 0.5 else "yellow" if share > 0.1 else CALM
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'s' * (count != 1)}"
