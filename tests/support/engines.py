@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from support.features import require_kernels
 from support.fingerprint import difference, fingerprint
 from support.models import make_model, save_model
 
@@ -153,6 +154,7 @@ class EnginePool:
         self._kept: list[Any] = []
 
     def subject(self, kind: str, kernels: str) -> Subject:
+        require_kernels(kernels)
         # vLLM makes the experts' process group with the first engine of a process, or never.
         if not self._kept and kind != "moe":
             self.subject("moe", "stock")
