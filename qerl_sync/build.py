@@ -11,12 +11,31 @@ from qerl_sync.engines.llm import LLMClient
 from qerl_sync.errors import ConfigError
 from qerl_sync.session import SyncSession, Trained
 from qerl_sync.sources.base import Source
+from qerl_sync.sources.hf import HFSource
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
 from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.verify.probe_prompt import Probe
 
 BACKEND = "qerl"
+
+
+def make_source(model: Any, sync: SyncConfig) -> Source:
+    """Return the source of a Hugging Face model, with or without PEFT's adapters.
+
+    Raises:
+        ConfigError: the model is sharded, or has adapters that cannot be sent so (`sync.lora`).
+    """
+    if not hasattr(model, "peft_config"):
+        return HFSource(model)
+    if sync.lora == "adapter":
+        raise ConfigError(
+            "sync.lora: adapter is not available yet; choose merge, which sends the base weights "
+            "with the adapter merged into them"
+        )
+    from qerl_sync.sources.peft import PEFTSource
+
+    return PEFTSource(model)
 
 
 def make_session(

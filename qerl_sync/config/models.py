@@ -263,6 +263,14 @@ class SyncConfig(Section):
     be free before anything is touched. A worker that cannot know whether others have committed is
     poisoned all the same."""
 
+    lora: Literal["auto", "adapter", "merge"] = "auto"
+    """How a model with PEFT's LoRA adapters is synced. `merge`: the engine gets the base model's
+    weights with the adapters merged into them. A merged tensor is made in float32, rounded once to
+    the base weight's dtype, sent and freed; the trainer's own weights are never written to. After
+    the first sync only parent layers that an adapter touches travel, and those that are trained
+    beside it. `adapter`: the engine gets the adapter itself; not available yet. `auto`: `merge`.
+    Without adapters it has no effect."""
+
     on_unchanged: Literal["warn", "error", "ignore"] = "warn"
     """What to do about a sync that brings nothing new although the trainer's step has moved: the
     source reads another model than the one that is trained, or an adapter is never merged. Where
@@ -465,6 +473,11 @@ class TrainConfig(Section):
 
     trainer: dict[str, Any] = {}
     """Arguments of TRL's `GRPOConfig`, as they are."""
+
+    peft: dict[str, Any] | None = None
+    """Train LoRA adapters in place of all weights: arguments of PEFT's `LoraConfig`, as they are
+    (`r`, `lora_alpha`, `target_modules` and so on). Null: all weights. See `sync.lora`. A warm-up
+    trains all weights, before the adapters are made."""
 
     rollout: RolloutConfig = RolloutConfig()
     """The engine that generates."""

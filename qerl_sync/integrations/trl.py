@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qerl_sync.build import BACKEND, make_session
+from qerl_sync.build import BACKEND, make_session, make_source
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.trl_seams import (
@@ -33,7 +33,7 @@ from qerl_sync.integrations.trl_seams import (
     without_nccl,
 )
 from qerl_sync.session import SyncReport, SyncSession
-from qerl_sync.sources.hf import HFSource, probe_of
+from qerl_sync.sources.hf import probe_of
 
 __all__ = ["WeightSyncCallback", "engine_arguments", "metrics", "without_nccl"]
 
@@ -176,8 +176,8 @@ class WeightSyncCallback(TrainerCallback):
 
         Raises:
             ConfigError: the trainer does not generate with vLLM, or with one that cannot be synced
-                as configured, or its model is sharded or carries adapters; or the callback syncs
-                another trainer.
+                as configured, or its model is sharded or carries adapters that cannot be merged;
+                or the callback syncs another trainer.
             CompatError: the installed vLLM cannot do it, or the installed TRL has other attributes.
         """
         if self._trainer is trainer:
@@ -188,10 +188,12 @@ class WeightSyncCallback(TrainerCallback):
         given = {"trained": trainer.model.named_parameters, "probe": probe_of(model)}
         _refuse_to_wake(self.config, generation)
         if generation.mode == "colocate":
-            self.session = make_session(HFSource(model), self.config, llm=generation.llm, **given)
+            source = make_source(model, self.config)
+            self.session = make_session(source, self.config, llm=generation.llm, **given)
         elif trainer.accelerator.is_main_process:
             url = _server_of(generation.vllm_client)
-            self.session = make_session(HFSource(model), self.config, server_url=url, **given)
+            source = make_source(model, self.config)
+            self.session = make_session(source, self.config, server_url=url, **given)
         self._take_over(trainer)
         return self
 
@@ -307,6 +309,7 @@ def metrics(report: SyncReport) -> dict[str, float]:
     return {
         **{f"sync/seconds/{phase}": s for phase, s in report.seconds.items()},
         "sync/bytes": float(report.sent_bytes),
+        "sync/unsent_bytes": float(report.unsent_bytes),
         "sync/peak_buffered_bytes": float(report.peak_buffered_bytes_measured),
         "sync/peak_buffered_bytes_predicted": float(report.peak_buffered_bytes_predicted),
         "sync/peak_pinned_bytes": float(report.peak_pinned_bytes_measured),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qerl_sync.meta import ParamMeta, Storage
@@ -55,6 +55,15 @@ class Source(ABC):
         `metadata` describes the whole model all the same; only what is held is materialised.
         """
         return None
+
+    def unchanging(self) -> Mapping[str, Hashable]:
+        """Return the tensors whose values need not be sent again while they stay the same, each
+        with a stamp that is another as soon as they are not (None: they never change).
+
+        Called before each sync, after `metadata`. A name with the stamp that it had at the last
+        committed sync is left out, unless its parent layer has something new to get.
+        """
+        return {}
 
     @property
     def device(self) -> torch.device | None:

@@ -154,6 +154,15 @@ class Transport(ABC):
         """The highest weight version that a worker has committed; 0 if it is not known."""
         return 0
 
+    def holds(self, version: int) -> bool:
+        """Return whether all workers of the next sync have `version` as this transport committed
+        it, as far as can be told without asking, so that a sync of a part can build on it.
+
+        Called after `committed_version`. A worker that has become another since refuses
+        (StaleBaseError).
+        """
+        return False
+
     @abstractmethod
     def layer_map(
         self,

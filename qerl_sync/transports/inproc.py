@@ -74,6 +74,9 @@ class InProcessTransport(Transport):
     def committed_version(self) -> int:
         return self._receiver.version
 
+    def holds(self, version: int) -> bool:
+        return self._committed == version == self._receiver.version and not self._receiver.poisoned
+
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         from qerl_sync.worker.compat import engine as compat
 

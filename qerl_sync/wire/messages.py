@@ -41,7 +41,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.options import FiniteCheck, OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 7
+PROTOCOL = 8
 
 
 class _Message(BaseModel):
@@ -108,6 +108,8 @@ class Hello(_Message):
     """UUID of the GPU that the worker's weights are on; empty if they are elsewhere."""
     version: int
     """The weight version last committed here; 0 if none."""
+    instance: str = ""
+    """Names the worker's model among all that ever were: of another process, another one."""
     poisoned: str | None
     connector: str = ""
     """vLLM's connector that keeps keys and values, or embeddings, outside of the engine."""
@@ -191,7 +193,9 @@ class SyncRequest(_Message):
     verify: Verify
     on_failure: OnFailure
     finite_check: FiniteCheck
-    """See `SyncOptions`, three of whose fields these are."""
+    base: int | None = None
+    is_base: bool = False
+    """See `SyncOptions`, five of whose fields these are."""
     segments: list[Segment]
     slots: list[int]
     """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what

@@ -22,6 +22,7 @@ PUBLIC = [
     "HTTPClient",
     "InProcessTransport",
     "LLMClient",
+    "PEFTSource",
     "PoisonedError",
     "RemoteTransport",
     "RolloutActor",

@@ -59,7 +59,7 @@ class TrainerActor:
 
         self.end_sync()
         config = config or SyncConfig.of(**options)
-        source, given = _as_source(weights), {}
+        source, given = _as_source(weights, config), {}
         if others:  # what is known of a part is not known of the whole
             source = JoinedSource(source, others, config.timeout_seconds)
         elif not isinstance(weights, Source):
@@ -81,7 +81,7 @@ class TrainerActor:
             weights: a Hugging Face model in this process, or a `Source`; of one with `held_names`
                 those.
         """
-        self._part = Part(_as_source(weights))
+        self._part = Part(_as_source(weights, SyncConfig()))
 
     def held(self, what: str, *arguments: Any) -> Any:
         """Call a method of `shards.Part`, for the actor that syncs."""
@@ -127,10 +127,10 @@ class TrainerActor:
             self.sync_session = None
 
 
-def _as_source(weights: Any) -> Source:
-    from qerl_sync.sources.hf import HFSource
+def _as_source(weights: Any, config: SyncConfig) -> Source:
+    from qerl_sync.build import make_source
 
-    return weights if isinstance(weights, Source) else HFSource(weights)
+    return weights if isinstance(weights, Source) else make_source(weights, config)
 
 
 def _known_of(model: Any) -> dict[str, Any]:

@@ -198,6 +198,10 @@ class PoolTransport(Transport):
             self._lost.pop(member.name)
         return max([self._spent_version, *stated.values()])
 
+    def holds(self, version: int) -> bool:
+        """See the base class. One engine that is new, or was lost, has all get everything."""
+        return bool(self._ready) and all(m.transport.holds(version) for m in self._ready)
+
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
     ) -> LayerMap:

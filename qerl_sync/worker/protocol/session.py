@@ -365,6 +365,11 @@ def _plan_of(request: say.SyncRequest) -> SyncPlan:
 def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
     lead = requests[0]
     for rank, one in enumerate(requests):
+        if (one.base, one.is_base) != (lead.base, lead.is_base):
+            raise AgreementError(
+                f"trainer rank {rank} builds on version {one.base}, and rank 0 on {lead.base}: "
+                "Source.unchanging and the session's pushes must be the same on all ranks"
+            )
         if (one.verify, one.on_failure) != (lead.verify, lead.on_failure):
             raise AgreementError(
                 f"trainer rank {rank} asks for verify: {one.verify}, on_failure: {one.on_failure}, "
@@ -375,7 +380,13 @@ def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
     asked = {request.finite_check for request in requests}
     order: tuple[FiniteCheck, ...] = ("worker", "nobody", "source")
     finite_check = next(check for check in order if check in asked)
-    return SyncOptions(verify=lead.verify, on_failure=lead.on_failure, finite_check=finite_check)
+    return SyncOptions(
+        verify=lead.verify,
+        on_failure=lead.on_failure,
+        finite_check=finite_check,
+        base=lead.base,
+        is_base=lead.is_base,
+    )
 
 
 def _told_checksums(names: Sequence[str], one: Arrived) -> dict[str, int]:
