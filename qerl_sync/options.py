@@ -22,6 +22,8 @@ class SyncOptions:
             its dtype cannot hold unless it is "nobody".
         stable: the source's tensors keep their values to the end of the sync (`Source.stable`), so
             that the transport may send from where they lie.
+        base: what the base weights are called that a sync sends, or that its adapter, sent alone,
+            belongs to; empty: nothing will be sent upon them.
         held: the names that this trainer rank can send; None: all.
     """
 
@@ -30,6 +32,7 @@ class SyncOptions:
     on_failure: OnFailure = "poison"
     finite_check: FiniteCheck = "worker"
     stable: bool = False
+    base: str = ""
     held: Collection[str] | None = None
 
     @property

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,8 @@ class SyncReport:
         probe_gap: the largest difference between the log-probabilities of a prompt on the trainer
             and on an engine (`sync.verify: full`).
         undelivered: names that changed on the trainer and did not travel, where that is a finding.
+        lora: of a model that trains an adapter. mode: how that travelled, and reason, why so; base:
+            why base weights travelled too, empty if they did not.
     """
 
     version: int
@@ -102,6 +105,7 @@ class SyncReport:
     changed_tensors: int | None = None
     undelivered: tuple[str, ...] = ()
     probe_gap: float | None = None
+    lora: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -157,9 +161,18 @@ class SyncSession:
         self._watch = self._change_watch(trained)
         self.version = version
         self._pushed = False
+        self._base_plan: SyncPlan | None = None
+        self._plans: tuple[SyncPlan, SyncPlan] | None = None  # base and adapter; adapter alone
+        # What the base weights that workers got beside an adapter are called, and what they were.
+        self._base = ""
+        self._base_token: Hashable = None
         self.plan: SyncPlan | None = None
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
+        if source.lora is not None:
+            source.metadata()
+            if (adapter := source.adapter()) is not None:
+                transport.require_adapter(adapter)
 
     def push(self, step: int = 0) -> SyncReport:
         """Send the current weights and commit a new version.
@@ -176,17 +189,21 @@ class SyncSession:
         self._pushed = False
         with watch("total"):
             with watch("plan"):
-                plan, layer_map = self._agree()
+                plan, layer_map, why_base = self._agree()
+                self.plan = plan
+            # Before the first byte: what changes while it is sent is sent again.
+            token = self._source.base_token() if plan.adapter is not None else None
             finite_check = self._source.finite_check(self._config.check_finite)
             if finite_check == "source" and self._transport.by_reference:
                 with watch("verify"):
-                    self._source.check_finite()
+                    self._source.check_finite(None if plan.base_metas else plan.order)
             options = SyncOptions(
                 version=max(self.version, self._transport.committed_version()) + 1,
                 verify=self._config.verify,
                 on_failure=self._config.on_failure,
                 finite_check=finite_check,
                 stable=self._source.stable,
+                base=secrets.token_hex(8) if why_base else self._base,
                 held=self._source.held_names(),
             )
             try:
@@ -194,6 +211,7 @@ class SyncSession:
             except BaseException as exc:
                 self._transport.abort(f"a sync failed: {exc}")
                 raise
+            self._base, self._base_token = options.base, token
             self.version = options.version
             self.last_trace = result.workers[0].trace
             with watch("verify"):
@@ -208,6 +226,8 @@ class SyncSession:
             report.lost |= probed.lost
         if changes is not None:
             report.changed_tensors, report.undelivered = changes.num_changed, changes.undelivered
+        if self._source.lora is not None:
+            report.lora = {**self._source.lora, "base": why_base}
         return report
 
     @property
@@ -239,12 +259,14 @@ class SyncSession:
         """Upper bound of a chunk: that of the configuration, else that of the transport."""
         return self._config.chunk_bytes or self._transport.chunk_bytes
 
-    def _agree(self) -> tuple[SyncPlan, LayerMap]:
-        """The plan for what the source has now: the last one, unless names or shapes changed."""
+    def _agree(self) -> tuple[SyncPlan, LayerMap, str]:
+        """The plan for what the source has now: the last one, unless names or shapes changed. And
+        of an adapter, why its base must travel; empty if it need not."""
         given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
+        adapter = self._source.adapter()
         self._transport.source_device = self._source.device
         metas = self._order(given)
-        if self.plan is None or self.layer_map is None or metas != self._metas:
+        if self._base_plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(
                 metas, allow_incomplete=self._config.allow_incomplete
             )
@@ -252,7 +274,7 @@ class SyncSession:
                 precision = self._transport.precision
                 self._tolerance = tolerance(*precision, self._config.verify_tolerance)
                 self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
-            self.plan = build_plan(
+            plan = build_plan(
                 metas,
                 layer_map,
                 self._config.policy,
@@ -262,10 +284,35 @@ class SyncSession:
                 spill_budget_bytes=self._config.spill_budget_bytes,
                 spill_directory=self._config.spill_directory,
             )
-            self._require_possible(self.plan, given)
-            self.layer_map, self._metas = layer_map, metas
-            self._judge(self.plan, layer_map)
-        return self.plan, self.layer_map
+            self._require_possible(plan, given)
+            self._judge(plan, layer_map)
+            self._base_plan, self.layer_map, self._metas = plan, layer_map, metas
+            self._base = ""
+            self._plans = None
+        if adapter is None:
+            return self._base_plan, self.layer_map, ""
+        if self._plans is None or self._plans[0].adapter != adapter:
+            self._transport.require_adapter(adapter)
+            both = self._base_plan.with_adapter(adapter, self.chunk_bytes)
+            alone = self._base_plan.with_adapter(adapter, self.chunk_bytes, alone=True)
+            self._plans = both, alone
+        why_base = self._why_base()
+        return self._plans[0 if why_base else 1], self.layer_map, why_base
+
+    def _why_base(self) -> str:
+        """Why the base weights of an adapter must travel with it; empty if workers hold them."""
+        if not self._base:
+            return "the session has not sent it to these workers yet"
+        if beside := self._source.beside:
+            return f"{len(beside)} of its tensors train beside the adapter: {beside[0]}, ..."
+        if self._source.base_token() != self._base_token:
+            return "it has changed on the trainer"
+        if self._transport.base() != self._base:
+            return (
+                "not all workers hold it: one was restarted or poisoned, may sleep "
+                "(enable_sleep_mode), or was synced by another session"
+            )
+        return ""
 
     def _budget_bytes(self) -> int | None:
         asked = self._config.budget_bytes

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck
+from qerl_sync.plan.adapter import Adapter
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +36,15 @@ class Source(ABC):
             Transports then send from there, instead of copying first.
         checks_finite: `check_finite` can look before anything is materialised. False: the workers
             look at what arrives.
+        lora: of a model that trains an adapter: how it travels (`mode`) and why so (`reason`).
+        beside: names of tensors of `metadata` that train beside an adapter.
     """
 
     any_order = True
     stable = False
     checks_finite = False
+    lora: Mapping[str, str] | None = None
+    beside: Sequence[str] = ()
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -48,6 +53,20 @@ class Source(ABC):
 
         Transfers nothing. Called before every sync, so that a changed model is noticed.
         """
+
+    def adapter(self) -> Adapter | None:
+        """Return the LoRA adapter to be served beside the tensors of `metadata`; None: there is
+        none.
+
+        `materialize` and `check_finite` take its tensors' names too. Called after `metadata`.
+        """
+        return None
+
+    def base_token(self) -> Hashable:
+        """Return a value that differs from the last one if the tensors of `metadata` may have other
+        values than then. Asked only where there is an adapter: while it stays the same, workers get
+        the adapter alone."""
+        return object()
 
     def held_names(self) -> Collection[str] | None:
         """Return the names that this trainer rank holds; None: all. Some rank must hold each name.

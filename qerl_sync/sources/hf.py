@@ -59,10 +59,10 @@ class HFSource(Source):
     checks_finite = True
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
-        _require_whole(model)
         self._model = model
+        self._require_usable()
         self._convert = convert
-        self._parameters = _parameters(model)
+        self._parameters = self._read()
         self._layout: tuple[tuple[str, str, torch.Size], ...] = ()
         self._groups: list[_Group] = []
         self._group_of: dict[str, _Group] = {}
@@ -71,8 +71,8 @@ class HFSource(Source):
     def metadata(self) -> list[ParamMeta]:
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
         # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
-        _require_whole(self._model, since=" since this source was made")
-        parameters = self._parameters = _parameters(self._model)
+        self._require_usable(since=" since this source was made")
+        parameters = self._parameters = self._read()
         layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
@@ -80,6 +80,14 @@ class HFSource(Source):
             self._group_of = {meta.name: g for g in self._groups for meta in g.outputs}
             self._layout = layout
         return [meta for group in self._groups for meta in group.outputs]
+
+    def _require_usable(self, *, since: str = "") -> None:
+        refuse_adapters(self._model, since=since)
+        refuse_sharding(self._model, since=since)
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        """Return what there is to send, by names with which `_conversions` can begin."""
+        return parameters_of(self._model)
 
     @property
     def device(self) -> torch.device:
@@ -137,7 +145,7 @@ def probe_of(model: Any) -> Probe:
     return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
 
 
-def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters under clean names, tied ones once, in model order, then saved buffers.
 
     Checkpoints also hold some buffers, for instance router corrections.
@@ -235,21 +243,26 @@ def _converted(
             del model._weight_conversions
 
 
-def _require_whole(model: Any, *, since: str = "") -> None:
-    """Refuse a model whose parameters are not what a checkpoint holds.
+def refuse_adapters(model: Any, *, since: str = "") -> None:
+    """Raise ConfigError for a model that carries PEFT adapters.
 
     Args:
         since: what has become of a model that was whole when the source was made.
-
-    Raises:
-        ConfigError: it is sharded, or carries adapters; `parameter` and `sharding` say which and
-            how.
     """
     if hasattr(model, "peft_config"):
         raise ConfigError(
-            f"the model carries PEFT adapters{since}, which this source does not merge; train full "
-            "parameters (no peft_config), or keep TRL's own weight sync for this run"
+            f"the model carries PEFT adapters{since}, which HFSource does not send; use "
+            "AdapterSource, train full parameters (no peft_config), or keep TRL's own weight sync "
+            "for this run"
         )
+
+
+def refuse_sharding(model: Any, *, since: str = "") -> None:
+    """Refuse a model whose parameters are not whole in this process.
+
+    Raises:
+        ConfigError: `parameter` and `sharding` say which is sharded, and by what.
+    """
     for name, parameter in model.named_parameters():
         if sharding := _sharding_of(name, parameter):
             raise ConfigError(

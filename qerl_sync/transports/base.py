@@ -11,6 +11,7 @@ from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.probe_prompt import largest_gap
@@ -153,6 +154,23 @@ class Transport(ABC):
     def committed_version(self) -> int:
         """The highest weight version that a worker has committed; 0 if it is not known."""
         return 0
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        """Check that the workers can serve this LoRA adapter, by building it with zeros.
+
+        Raises:
+            ConfigError, CompatError, CoverageError: they cannot, or this transport does not lead
+                adapters there.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} does not carry adapters; merge the adapter "
+            "(model.merge_and_unload()) and train and sync full parameters, or use one engine"
+        )
+
+    def base(self) -> str:
+        """What the base weights are called that all workers hold (`SyncOptions.base`); empty: they
+        differ, or are not known. May connect anew."""
+        return ""
 
     @abstractmethod
     def layer_map(

@@ -1,0 +1,224 @@
+"""Read a PEFT model as two things: its base, never merged, and the adapter that trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from qerl_sync.buffers.detect import dtype_name, require_all_finite
+from qerl_sync.errors import ConfigError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.adapter import Adapter
+from qerl_sync.sources.hf import HFSource, parameters_of, refuse_sharding
+
+MERGE = "choose sync.lora: merge"
+# The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
+class AdapterSource(HFSource):
+    """Yields a LoRA adapter, and the base weights that it is added to where workers lack them.
+
+    Example:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=8))
+        llm = LLM(path, enable_lora=True, max_lora_rank=8)
+        with SyncSession(AdapterSource(model), InProcessTransport(llm), SyncConfig()) as session:
+            session.push(step=1)  # base and adapter
+            session.push(step=2)  # the adapter
+
+    Workers hold the base as the trainer has it, and serve the adapter to every request that names
+    no adapter of its own. What trains beside the adapter (`modules_to_save`, biases, norms) is a
+    part of the base, which then travels with each sync.
+
+    Args:
+        model: an unsharded `PeftModel`, or a `PreTrainedModel` with `add_adapter`. Never changed.
+
+    Attributes:
+        lora: how the adapter travels and why so, for `SyncReport.lora`.
+        beside: names of the base tensors that train beside the adapter.
+
+    Raises:
+        ConfigError: the model is sharded, or has something that vLLM does not serve as an adapter:
+            `feature` names it. `metadata` raises it too, and where the adapter is merged into the
+            base or disabled at the moment.
+    """
+
+    lora: Mapping[str, str]
+
+    def __init__(self, model: Any, *, reason: str = "asked for") -> None:
+        if not hasattr(model, "peft_config"):
+            raise ConfigError(
+                f"this {type(model).__name__} has no PEFT adapter to send; give the model that "
+                "get_peft_model returned, or an HFSource"
+            )
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._peft_config = model.peft_config
+        self._factors: dict[str, torch.Tensor] = {}
+        self._scalings: dict[str, float] = {}
+        self.beside: tuple[str, ...] = ()
+        self.lora = {"mode": "adapter", "reason": reason}
+        super().__init__(base)
+
+    def adapter(self) -> Adapter:
+        metas = (
+            ParamMeta(name, dtype_name(t.dtype), tuple(t.shape))
+            for name, t in self._factors.items()
+        )
+        return Adapter(tuple(metas), dict(self._scalings))
+
+    def base_token(self) -> Hashable:
+        if self.beside:
+            return object()
+        # torch counts what writes to a tensor in place, and a new one is elsewhere.
+        return tuple((p.data_ptr(), p._version) for p in self._parameters.values())
+
+    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
+        factors = self._factors if names is None else self._factors.keys() & set(names)
+        if names is None or len(factors) < len(names):
+            others = None if names is None else [n for n in names if n not in self._factors]
+            super().check_finite(others, alone=alone)
+        require_all_finite(((n, self._factors[n].detach()) for n in factors), alone=alone)
+
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        base = super().materialize([name for name in names if name not in self._factors])
+        for name in names:
+            yield (name, self._factors[name].detach()) if name in self._factors else next(base)
+
+    def _require_usable(self, *, since: str = "") -> None:
+        refuse_sharding(self._model, since=since)
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        """Return the base under the names that it has without PEFT; note the adapter's factors."""
+        name = _only_adapter(self._model, self._peft_config)
+        config = self._peft_config[name]
+        _refuse_features(self._model, config, name)
+        self._factors, self._scalings = {}, {}
+        hidden: set[int] = set()  # every adapter's tensors, and copies that this one does not use
+        for path, module in self._model.named_modules():
+            if _is_lora(module):
+                self._note_factors(path, module, name, hidden)
+            elif _is_saved_copy(module):
+                own = name in module.modules_to_save
+                used: Any = module.modules_to_save[name] if own else module.original_module
+                hidden |= {id(p) for p in module.parameters()} - {id(p) for p in used.parameters()}
+        if not self._factors:
+            raise ConfigError(
+                f"the adapter {name!r} has no LoRA layer in this {type(self._model).__name__}: it "
+                "is not attached to it; give the model that get_peft_model returned",
+                feature="no layers",
+            )
+        base = {
+            _plain(key): tensor
+            for key, tensor in parameters_of(self._model).items()
+            if id(tensor) not in hidden
+        }
+        self.beside = tuple(key for key, tensor in base.items() if tensor.requires_grad)
+        return base
+
+    def _note_factors(self, path: str, layer: Any, name: str, hidden: set[int]) -> None:
+        for kind in layer.adapter_layer_names:
+            container = getattr(layer, kind, None)
+            if isinstance(container, torch.nn.Module):
+                hidden |= {id(p) for p in container.parameters()}
+        if name not in layer.scaling:
+            return
+        if layer.merged or layer.disable_adapters:
+            raise ConfigError(
+                f"the adapter is {'merged into' if layer.merged else 'disabled in'} {path!r} at "
+                "the moment, and the base weights or the trainer's own answers are not those that "
+                "train; call unmerge_adapter() or enable_adapter_layers() before the sync",
+                feature="merged" if layer.merged else "disabled",
+            )
+        self._scalings[path] = float(layer.scaling[name])
+        for kind in FACTORS:
+            factor = getattr(layer, kind, {})
+            if name in factor:
+                own = factor[name]
+                of_linear = isinstance(own, torch.nn.Module)
+                tensor = own.weight if of_linear else own
+                self._factors[f"{path}.{kind}{'.weight' if of_linear else ''}"] = tensor
+
+
+def _only_adapter(model: Any, configs: Mapping[str, Any]) -> str:
+    """Return the name of the one adapter that is active."""
+    layers = [module for module in model.modules() if _is_lora(module)]
+    active = sorted({name for layer in layers for name in layer.active_adapters})
+    if len(active) > 1:
+        raise ConfigError(
+            f"the adapters {', '.join(active)} are active at once, and an engine serves one; "
+            f"activate one (model.set_adapter({active[0]!r})), or {MERGE}",
+            feature="several active adapters",
+        )
+    # Without layers: of another kind than LoRA, or not attached. Its configuration tells.
+    return active[0] if active else next(iter(configs))
+
+
+class _Refused:
+    """Fields of a LoraConfig that vLLM's adapters have no counterpart of."""
+
+    FIELDS: ClassVar[dict[str, str]] = {
+        "use_dora": "DoRA scales whole columns of the base",
+        "use_bdlora": "its factors are block-diagonal",
+        "use_qalora": "it pools the inputs",
+        "lora_bias": "the second factor has a bias, which vLLM does not add",
+        "target_parameters": "it adapts parameters of fused experts, which vLLM names otherwise",
+        "trainable_token_indices": "single rows of the embeddings train",
+        "layer_replication": "it computes layers several times",
+        "alora_invocation_tokens": "it begins in the middle of a prompt",
+        "arrow_config": "it mixes several adapters",
+        "megatron_config": "its layers are Megatron's",
+    }
+
+
+def _refuse_features(model: Any, config: Any, name: str) -> None:
+    """Raise ConfigError for what would be served otherwise than it is trained."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    found = [("peft_type", kind, "vLLM serves LoRA only")] if kind != "LORA" else []
+    found += [
+        (field, getattr(config, field), why)
+        for field, why in _Refused.FIELDS.items()
+        if getattr(config, field, None)
+    ]
+    for path, module in model.named_modules():
+        if _is_lora(module) and (variant := getattr(module, "lora_variant", {}).get(name)):
+            found.append((path, type(variant).__name__, "vLLM computes plain LoRA"))
+        if _is_other_wrapper(module):
+            found.append((path, type(module).__name__, "it trains a part of a tensor"))
+    if found:
+        what, value, why = found[0]
+        raise ConfigError(
+            f"the adapter {name!r} cannot be served beside its base: {what} = {value!r}: {why}; "
+            f"leave it away, or {MERGE}",
+            feature=what,
+        )
+
+
+def _is_lora(module: torch.nn.Module) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+def _is_saved_copy(module: torch.nn.Module) -> bool:
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return isinstance(module, ModulesToSaveWrapper)
+
+
+def _is_other_wrapper(module: torch.nn.Module) -> bool:
+    from peft.utils import other
+
+    # Older PEFT has no common class, and nothing but the one that `_is_saved_copy` knows.
+    wrapper = getattr(other, "AuxiliaryTrainingWrapper", ())
+    return isinstance(module, wrapper) and not _is_saved_copy(module)
+
+
+_PEFT_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+
+
+def _plain(name: str) -> str:
+    """Return the name that a base parameter has without PEFT."""
+    return _PEFT_PARTS.sub("", name)
