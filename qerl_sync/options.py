@@ -22,9 +22,11 @@ class SyncOptions:
             its dtype cannot hold unless it is "nobody".
         stable: the source's tensors keep their values to the end of the sync (`Source.stable`), so
             that the transport may send from where they lie.
-        base: what the base weights are called that a sync sends, or that its adapter, sent alone,
-            belongs to; empty: nothing will be sent upon them.
         held: the names that this trainer rank can send; None: all.
+        base: the version that workers must hold for a plan that leaves tensors out: what does not
+            travel stays as it is in that version. None: the plan sends everything.
+        is_base: a later sync may build on this one, so that workers remember what their kernels
+            hold at its end.
     """
 
     version: int = 0
@@ -32,8 +34,9 @@ class SyncOptions:
     on_failure: OnFailure = "poison"
     finite_check: FiniteCheck = "worker"
     stable: bool = False
-    base: str = ""
     held: Collection[str] | None = None
+    base: int | None = None
+    is_base: bool = False
 
     @property
     def checksums(self) -> bool:

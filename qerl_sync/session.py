@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError, UnchangedError
+from qerl_sync.errors import (
+    ConfigError,
+    CoverageError,
+    PlanError,
+    StaleBaseError,
+    SyncError,
+    UnchangedError,
+)
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
+from qerl_sync.plan.part import part_to_send
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.stopwatch import Stopwatch
@@ -78,6 +86,8 @@ class SyncReport:
         undelivered: names that changed on the trainer and did not travel, where that is a finding.
         lora: of a model that trains an adapter. mode: how that travelled, and reason, why so; base:
             why base weights travelled too, empty if they did not.
+        unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
+            have changed (`Source.unchanging`).
     """
 
     version: int
@@ -105,10 +115,26 @@ class SyncReport:
     changed_tensors: int | None = None
     undelivered: tuple[str, ...] = ()
     probe_gap: float | None = None
+    unsent_tensors: int = 0
+    unsent_bytes: int = 0
     lora: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The sync that was committed last: a sync of a part of the model builds on it.
+
+    Attributes:
+        metas: the whole stream of then.
+        stamps: what `Source.unchanging` said of it.
+    """
+
+    version: int
+    metas: list[ParamMeta]
+    stamps: Mapping[str, Hashable]
 
 
 class SyncSession:
@@ -161,18 +187,18 @@ class SyncSession:
         self._watch = self._change_watch(trained)
         self.version = version
         self._pushed = False
-        self._base_plan: SyncPlan | None = None
-        self._plans: tuple[SyncPlan, SyncPlan] | None = None  # base and adapter; adapter alone
-        # What the base weights that workers got beside an adapter are called, and what they were.
-        self._base = ""
-        self._base_token: Hashable = None
+        self._base: _Base | None = None
+        self._full_plan: SyncPlan | None = None
+        self._part_plan: SyncPlan | None = None
+        self._adapter: Adapter | None = None
+        self._last_base: SyncPlan | None = None
+        self._last: SyncPlan | None = None  # `_last_base` with the adapter behind it
         self.plan: SyncPlan | None = None
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
         if source.lora is not None:
             source.metadata()
-            if (adapter := source.adapter()) is not None:
-                transport.require_adapter(adapter)
+            self._agree_on_adapter()
 
     def push(self, step: int = 0) -> SyncReport:
         """Send the current weights and commit a new version.
@@ -186,33 +212,45 @@ class SyncSession:
             UnchangedError: after the sync, with `sync.on_unchanged: error`; see there.
         """
         watch = Stopwatch(PHASES)
+        base = self._base
         self._pushed = False
         with watch("total"):
             with watch("plan"):
-                plan, layer_map, why_base = self._agree()
-                self.plan = plan
-            # Before the first byte: what changes while it is sent is sent again.
-            token = self._source.base_token() if plan.adapter is not None else None
-            finite_check = self._source.finite_check(self._config.check_finite)
-            if finite_check == "source" and self._transport.by_reference:
-                with watch("verify"):
-                    self._source.check_finite(None if plan.base_metas else plan.order)
+                full, layer_map = self._agree()
+                self._agree_on_adapter()
+                stamps = self._source.unchanging()
+                version = max(self.version, self._transport.committed_version()) + 1
+                if base is not None and not self._transport.holds(base.version):
+                    base = None
+                part = full if base is None else self._plan_part(full, layer_map, base, stamps)
+                plan = self._with_adapter(part)
             options = SyncOptions(
-                version=max(self.version, self._transport.committed_version()) + 1,
+                version=version,
                 verify=self._config.verify,
                 on_failure=self._config.on_failure,
-                finite_check=finite_check,
+                finite_check=self._source.finite_check(self._config.check_finite),
                 stable=self._source.stable,
-                base=secrets.token_hex(8) if why_base else self._base,
                 held=self._source.held_names(),
+                base=None if base is None or part is full else base.version,
+                is_base=bool(stamps),
             )
+            # After whatever fails from here on, the next push sends everything, unless the workers
+            # are what they were.
+            self._base = None
             try:
-                result = self._send(plan, layer_map, options, watch)
-            except BaseException as exc:
-                self._transport.abort(f"a sync failed: {exc}")
+                try:
+                    result = self._send(plan, layer_map, options, watch)
+                except StaleBaseError as exc:
+                    # A worker was replaced, or written to, since it was asked. Nothing was touched.
+                    logger.warning("everything is sent: %s", exc)
+                    plan, options = self._with_adapter(full), replace(options, base=None)
+                    result = self._send(plan, layer_map, options, watch)
+            except BaseException:
+                if base is not None and self._transport.holds(base.version):
+                    self._base = base
                 raise
-            self._base, self._base_token = options.base, token
             self.version = options.version
+            self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
             with watch("verify"):
                 probed = self._ask_engine()
@@ -221,13 +259,15 @@ class SyncSession:
             with watch("verify"):
                 changes = self._judge_changes(step)
         report = self._report(plan, result, step, watch.seconds)
+        report.unsent_tensors = len(full.metas) - len(plan.base_metas)
+        report.unsent_bytes = full.nbytes - sum(meta.nbytes for meta in plan.base_metas)
+        if self._source.lora is not None:
+            report.lora = {**self._source.lora, "base": _why_base(plan, options)}
         if probed is not None:
             report.probe_gap = max(probed.gaps.values())
             report.lost |= probed.lost
         if changes is not None:
             report.changed_tensors, report.undelivered = changes.num_changed, changes.undelivered
-        if self._source.lora is not None:
-            report.lora = {**self._source.lora, "base": why_base}
         return report
 
     @property
@@ -259,14 +299,12 @@ class SyncSession:
         """Upper bound of a chunk: that of the configuration, else that of the transport."""
         return self._config.chunk_bytes or self._transport.chunk_bytes
 
-    def _agree(self) -> tuple[SyncPlan, LayerMap, str]:
-        """The plan for what the source has now: the last one, unless names or shapes changed. And
-        of an adapter, why its base must travel; empty if it need not."""
+    def _agree(self) -> tuple[SyncPlan, LayerMap]:
+        """The plan for what the source has now: the last one, unless names or shapes changed."""
         given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
-        adapter = self._source.adapter()
         self._transport.source_device = self._source.device
         metas = self._order(given)
-        if self._base_plan is None or self.layer_map is None or metas != self._metas:
+        if self._full_plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(
                 metas, allow_incomplete=self._config.allow_incomplete
             )
@@ -274,45 +312,59 @@ class SyncSession:
                 precision = self._transport.precision
                 self._tolerance = tolerance(*precision, self._config.verify_tolerance)
                 self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
-            plan = build_plan(
-                metas,
-                layer_map,
-                self._config.policy,
-                chunk_bytes=self.chunk_bytes,
-                storages=self.storages(),
-                budget_bytes=self._budget_bytes(),
-                spill_budget_bytes=self._config.spill_budget_bytes,
-                spill_directory=self._config.spill_directory,
-            )
+            self._full_plan = self._part_plan = None
+            plan = self._build(metas, layer_map)
             self._require_possible(plan, given)
+            self.layer_map, self._metas = layer_map, metas
             self._judge(plan, layer_map)
-            self._base_plan, self.layer_map, self._metas = plan, layer_map, metas
-            self._base = ""
-            self._plans = None
-        if adapter is None:
-            return self._base_plan, self.layer_map, ""
-        if self._plans is None or self._plans[0].adapter != adapter:
-            self._transport.require_adapter(adapter)
-            both = self._base_plan.with_adapter(adapter, self.chunk_bytes)
-            alone = self._base_plan.with_adapter(adapter, self.chunk_bytes, alone=True)
-            self._plans = both, alone
-        why_base = self._why_base()
-        return self._plans[0 if why_base else 1], self.layer_map, why_base
+            self._full_plan = plan
+        return self._full_plan, self.layer_map
 
-    def _why_base(self) -> str:
-        """Why the base weights of an adapter must travel with it; empty if workers hold them."""
-        if not self._base:
-            return "the session has not sent it to these workers yet"
-        if beside := self._source.beside:
-            return f"{len(beside)} of its tensors train beside the adapter: {beside[0]}, ..."
-        if self._source.base_token() != self._base_token:
-            return "it has changed on the trainer"
-        if self._transport.base() != self._base:
-            return (
-                "not all workers hold it: one was restarted or poisoned, may sleep "
-                "(enable_sleep_mode), or was synced by another session"
-            )
-        return ""
+    def _agree_on_adapter(self) -> None:
+        """Have the workers judge the source's adapter, unless it is the last one."""
+        adapter = self._source.adapter()
+        if adapter != self._adapter:
+            if adapter is not None:
+                self._transport.require_adapter(adapter)
+            self._adapter = adapter
+
+    def _with_adapter(self, plan: SyncPlan) -> SyncPlan:
+        """Return the plan with the adapter, if there is one, behind it."""
+        if self._adapter is None:
+            return plan
+        if self._last_base is not plan or self._last is None or self._last.adapter != self._adapter:
+            self._last_base, self._last = plan, plan.with_adapter(self._adapter, self.chunk_bytes)
+        return self._last
+
+    def _plan_part(
+        self, full: SyncPlan, layer_map: LayerMap, base: _Base, stamps: Mapping[str, Hashable]
+    ) -> SyncPlan:
+        """Return the plan without what has stayed as it is since `base`; the full one where that
+        is nothing or everything."""
+        metas = self._metas or []
+        unchanged = {n for n, stamp in stamps.items() if base.stamps.get(n, self) == stamp}
+        part = part_to_send(metas, layer_map, unchanged)
+        if base.metas != metas or len(part) == len(metas) or not (part or self._adapter):
+            return full
+        if self._part_plan is None or {m.name for m in part} != set(self._part_plan.order):
+            plan = self._build(part, layer_map)
+            self._require_possible(plan, part)
+            self._judge(plan, layer_map)
+            self._part_plan = plan
+        return self._part_plan
+
+    def _build(self, metas: list[ParamMeta], layer_map: LayerMap) -> SyncPlan:
+        self.plan = build_plan(
+            metas,
+            layer_map,
+            self._config.policy,
+            chunk_bytes=self.chunk_bytes,
+            storages=self.storages(),
+            budget_bytes=self._budget_bytes(),
+            spill_budget_bytes=self._config.spill_budget_bytes,
+            spill_directory=self._config.spill_directory,
+        )
+        return self.plan
 
     def _budget_bytes(self) -> int | None:
         asked = self._config.budget_bytes
@@ -403,6 +455,19 @@ class SyncSession:
     def _send(
         self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, watch: Stopwatch
     ) -> SyncResult:
+        if options.finite_check == "source" and self._transport.by_reference:
+            with watch("verify"):
+                self._source.check_finite(None if options.base is None else plan.order)
+        self.plan = plan
+        try:
+            return self._transfer(plan, layer_map, options, watch)
+        except BaseException as exc:
+            self._transport.abort(f"a sync failed: {exc}")
+            raise
+
+    def _transfer(
+        self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, watch: Stopwatch
+    ) -> SyncResult:
         held = options.held
         chunks = [[n for n in c.names if held is None or n in held] for c in plan.chunks]
         in_step = options.finite_check == "source" and not self._transport.by_reference
@@ -411,7 +476,7 @@ class SyncSession:
             with watch("start"):
                 self._transport.start(plan, layer_map, options)
             if self._watch is not None:
-                self._watch.begin()
+                self._watch.begin(layer_map.contributions.keys() - set(plan.order))
             verified = watch.seconds["verify"]
             with watch("load"):
                 for index, (chunk, names) in enumerate(zip(plan.chunks, chunks, strict=True)):
@@ -473,6 +538,15 @@ class SyncSession:
             workers=[worker.to_json() for worker in workers],
             lost=dict(result.lost),
         )
+
+
+def _why_base(plan: SyncPlan, options: SyncOptions) -> str:
+    """Return why base weights travel with an adapter; empty if none do."""
+    if not plan.base_metas:
+        return ""
+    if options.base is None:
+        return "not all workers are known to hold it as the trainer has it"
+    return f"what trains beside the adapter, or has changed: {plan.base_metas[0].name}, ..."
 
 
 def _until(

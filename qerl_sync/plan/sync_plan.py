@@ -188,24 +188,17 @@ class SyncPlan:
             plan.spill.require_within_budget(plan.base_metas, plan.base_chunk_lengths)
         return plan
 
-    def with_adapter(
-        self, adapter: Adapter, chunk_bytes: int | None, *, alone: bool = False
-    ) -> SyncPlan:
-        """Return the plan that sends the adapter after this one's tensors.
+    def with_adapter(self, adapter: Adapter, chunk_bytes: int | None) -> SyncPlan:
+        """Return the plan that sends the adapter after this one's tensors, which may be none.
 
         Args:
             chunk_bytes: upper bound of a chunk, as in `build_plan`.
-            alone: send the adapter and nothing else, to workers that hold the rest.
         """
-        metas, chunks = ((), ()) if alone else (self.metas, self.chunks)
-        none = Trace.of_columns((), (), (), ())
+        chunks = cut_anywhere(adapter.metas, chunk_bytes or CHUNK_BYTES)
         return replace(
             self,
-            metas=(*metas, *adapter.metas),
-            chunks=(*chunks, *cut_anywhere(adapter.metas, chunk_bytes or CHUNK_BYTES)),
-            predicted=none if alone else self.predicted,
-            as_given=none if alone else self.as_given,
-            spill=None if alone else self.spill,
+            metas=(*self.metas, *adapter.metas),
+            chunks=(*self.chunks, *chunks),
             adapter=adapter,
         )
 

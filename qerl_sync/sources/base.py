@@ -37,14 +37,12 @@ class Source(ABC):
         checks_finite: `check_finite` can look before anything is materialised. False: the workers
             look at what arrives.
         lora: of a model that trains an adapter: how it travels (`mode`) and why so (`reason`).
-        beside: names of tensors of `metadata` that train beside an adapter.
     """
 
     any_order = True
     stable = False
     checks_finite = False
     lora: Mapping[str, str] | None = None
-    beside: Sequence[str] = ()
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -62,18 +60,21 @@ class Source(ABC):
         """
         return None
 
-    def base_token(self) -> Hashable:
-        """Return a value that differs from the last one if the tensors of `metadata` may have other
-        values than then. Asked only where there is an adapter: while it stays the same, workers get
-        the adapter alone."""
-        return object()
-
     def held_names(self) -> Collection[str] | None:
         """Return the names that this trainer rank holds; None: all. Some rank must hold each name.
 
         `metadata` describes the whole model all the same; only what is held is materialised.
         """
         return None
+
+    def unchanging(self) -> Mapping[str, Hashable]:
+        """Return the tensors whose values need not be sent again while they stay the same, each
+        with a stamp that is another as soon as they are not (None: they never change).
+
+        Called before each sync, after `metadata`. A name with the stamp that it had at the last
+        committed sync is left out, unless its parent layer has something new to get.
+        """
+        return {}
 
     @property
     def device(self) -> torch.device | None:

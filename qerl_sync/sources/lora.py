@@ -30,15 +30,14 @@ class AdapterSource(HFSource):
             session.push(step=2)  # the adapter
 
     Workers hold the base as the trainer has it, and serve the adapter to every request that names
-    no adapter of its own. What trains beside the adapter (`modules_to_save`, biases, norms) is a
-    part of the base, which then travels with each sync.
+    no adapter of its own. What trains beside the adapter (`modules_to_save`, biases, norms) travels
+    with it, in the same sync.
 
     Args:
         model: an unsharded `PeftModel`, or a `PreTrainedModel` with `add_adapter`. Never changed.
 
     Attributes:
         lora: how the adapter travels and why so, for `SyncReport.lora`.
-        beside: names of the base tensors that train beside the adapter.
 
     Raises:
         ConfigError: the model is sharded, or has something that vLLM does not serve as an adapter:
@@ -58,7 +57,6 @@ class AdapterSource(HFSource):
         self._peft_config = model.peft_config
         self._factors: dict[str, torch.Tensor] = {}
         self._scalings: dict[str, float] = {}
-        self.beside: tuple[str, ...] = ()
         self.lora = {"mode": "adapter", "reason": reason}
         super().__init__(base)
 
@@ -69,11 +67,15 @@ class AdapterSource(HFSource):
         )
         return Adapter(tuple(metas), dict(self._scalings))
 
-    def base_token(self) -> Hashable:
-        if self.beside:
-            return object()
+    def unchanging(self) -> Mapping[str, Hashable]:
         # torch counts what writes to a tensor in place, and a new one is elsewhere.
-        return tuple((p.data_ptr(), p._version) for p in self._parameters.values())
+        stamps = {name: (t.data_ptr(), t._version) for name, t in self._parameters.items()}
+        return {
+            meta.name: tuple(stamps[name] for name in group.parameters)
+            for group in self._groups
+            for meta in group.outputs
+            if not any(self._parameters[name].requires_grad for name in group.parameters)
+        }
 
     def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
         factors = self._factors if names is None else self._factors.keys() & set(names)
@@ -110,13 +112,11 @@ class AdapterSource(HFSource):
                 "is not attached to it; give the model that get_peft_model returned",
                 feature="no layers",
             )
-        base = {
+        return {
             _plain(key): tensor
             for key, tensor in parameters_of(self._model).items()
             if id(tensor) not in hidden
         }
-        self.beside = tuple(key for key, tensor in base.items() if tensor.requires_grad)
-        return base
 
     def _note_factors(self, path: str, layer: Any, name: str, hidden: set[int]) -> None:
         for kind in layer.adapter_layer_names:

@@ -155,6 +155,15 @@ class Transport(ABC):
         """The highest weight version that a worker has committed; 0 if it is not known."""
         return 0
 
+    def holds(self, version: int) -> bool:
+        """Return whether all workers of the next sync have `version` as this transport committed
+        it, as far as can be told without asking, so that a sync of a part can build on it.
+
+        Called after `committed_version`. A worker that has become another since refuses
+        (StaleBaseError).
+        """
+        return False
+
     def require_adapter(self, adapter: Adapter) -> None:
         """Check that the workers can serve this LoRA adapter, by building it with zeros.
 
@@ -163,14 +172,8 @@ class Transport(ABC):
                 adapters there.
         """
         raise ConfigError(
-            f"{type(self).__name__} does not carry adapters; merge the adapter "
-            "(model.merge_and_unload()) and train and sync full parameters, or use one engine"
+            f"{type(self).__name__} does not carry adapters; choose sync.lora: merge, or one engine"
         )
-
-    def base(self) -> str:
-        """What the base weights are called that all workers hold (`SyncOptions.base`); empty: they
-        differ, or are not known. May connect anew."""
-        return ""
 
     @abstractmethod
     def layer_map(

@@ -64,9 +64,6 @@ class InProcessTransport(Transport):
     def require_adapter(self, adapter: Adapter) -> None:
         self._receiver.require_adapter(adapter)
 
-    def base(self) -> str:
-        return self._receiver.base
-
     def layer_map(
         self,
         metas: Sequence[ParamMeta],
@@ -80,6 +77,9 @@ class InProcessTransport(Transport):
 
     def committed_version(self) -> int:
         return self._receiver.version
+
+    def holds(self, version: int) -> bool:
+        return self._committed == version == self._receiver.version and not self._receiver.poisoned
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         from qerl_sync.worker.compat import engine as compat

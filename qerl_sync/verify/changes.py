@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,11 +61,13 @@ class ChangeWatch:
         self._waiting: dict[str, int] = {}
         self._still = 0
         self._step: int | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
         self.begin()
 
-    def begin(self) -> None:
-        self._seen: dict[str, int] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+    def begin(self, unsent: Collection[str] = ()) -> None:
+        """Begin a sync that leaves out `unsent`, which stay as they were sent before."""
+        self._seen = {name: self._sent[name] for name in unsent if name in self._sent}
+        self._dtypes = {name: self._dtypes[name] for name in unsent if name in self._dtypes}
         self._by_memory: dict[tuple[int, torch.dtype, torch.Size], int] = {}
 
     def see(self, name: str, tensor: torch.Tensor) -> None:
@@ -83,7 +85,7 @@ class ChangeWatch:
         if judged and self._sent:
             result = self._judge(step, changed, moved)
         self._sent, self._trained, self._step = sent, trained, step
-        self.begin()
+        self._by_memory.clear()  # another tensor may lie there in the next sync
         return result
 
     def _judge(self, step: int, changed: set[str], moved: list[str]) -> Changes:

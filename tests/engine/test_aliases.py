@@ -13,7 +13,9 @@ from support.fingerprint import difference, fingerprint
 from support.models import make_model, save_model
 
 from qerl_sync import HFSource
-from qerl_sync.errors import CoverageError, LayerMapError, LoadError
+from qerl_sync.errors import CoverageError, LayerMapError, LoadError, StaleBaseError
+from qerl_sync.options import SyncOptions
+from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.worker.load.aliases import LostView, lost_views
 from qerl_sync.worker.load.receiver import Receiver
 
@@ -297,6 +299,15 @@ def test_latent_attention_that_frees_its_projection(latent):
         latent.sync(version, verify="checksum")
         assert packed().equal(right(version))
         assert latent.wrong_weights(version) == []
+    # Each reload takes the projection anew: it cannot stay behind.
+    latent.sync(OLD, is_base=True)
+    receiver = Receiver(latent.parts)
+    metas = HFSource(latent.trainers[OLD]).metadata()
+    layer_map = receiver.layer_map(metas)
+    norm = build_plan([m for m in metas if m.name == "model.norm.weight"], layer_map, "warn")
+    with pytest.raises(StaleBaseError):
+        receiver.start(norm, layer_map, SyncOptions(base=receiver.version))
+    assert packed().equal(right(OLD))
     failing = bare.started(latent.parts, HFSource(latent.trainers[NEW]), on_failure="rollback")
     with pytest.raises(LoadError), failing as receiver:
         fail_after(receiver.finish)

@@ -106,6 +106,7 @@ def test_a_kind_of_adapter_is_exact(engines, name):
         report = sync.push(number)
         assert logprob_gap(engines.served, policy) < EXACT
     assert bool(report.lora["base"]) == ("trained" in name)
+    assert report.unsent_tensors > 0
 
 
 def test_the_active_one_of_two_adapters_is_served(engines):
@@ -238,7 +239,7 @@ def test_a_base_that_fails_in_the_middle_keeps_its_contract(engines, on_failure)
 
 REFUSED = {
     "use_dora": {"use_dora": True},
-    "lora_bias": {"lora_bias": True},
+    "lora_bias": {"kind": "bias", "target_modules": ["q_proj"], "lora_bias": True},
     "trainable_token_indices": {"trainable_token_indices": {"embed_tokens": [1, 2]}},
 }
 

@@ -395,9 +395,9 @@ def working_bytes(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def reloading_bytes(model: torch.nn.Module) -> int:
-    """What the weights of an open reload take, in the model's own format."""
-    layers = model.modules()
+def reloading_bytes(model: torch.nn.Module, paths: Collection[str]) -> int:
+    """What the weights of these layers take in an open reload, in the model's own format."""
+    layers = map(model.get_submodule, paths)
     return sum(t.nbytes for m in layers for t in loadable_tensors(m).values() if t.is_meta)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from weakref import WeakKeyDictionary
@@ -15,22 +16,24 @@ import torch
 from qerl_sync.buffers.detect import dtype_name, require_finite, require_in_range
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import (
-    AgreementError,
     CoverageError,
     LoadError,
     PoisonedError,
+    StaleBaseError,
     SyncError,
 )
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.part import filled_layers
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import memory, refresh
 from qerl_sync.worker.load.aliases import LostView, Views, lost_views
+from qerl_sync.worker.load.base import emptied_layers, sample_kernels
 from qerl_sync.worker.load.kernel_check import Held, KernelCheck
 from qerl_sync.worker.load.lora import AdapterLoad, require_adapter, serve_base
 from qerl_sync.worker.load.monitor import SyncMonitor
@@ -47,9 +50,12 @@ class _ModelState:
     poison: torch.utils.hooks.RemovableHandle | None = None
     reason: str | None = None
     version: int = 0
-    base: str = ""
     caches_suspect: bool = False
     held: Held | None = None
+    # Versions only move forwards, so that this and the version name one state of the weights.
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
+    # Of the sync that was committed last, where a sync of a part may build on it.
+    kernels: dict[str, int] | None = None
     # Found in whole weights: after a sync that failed, values no longer tell what was a view.
     lost_views: list[LostView] | None = None
 
@@ -109,6 +115,7 @@ class Receiver:
         self._poisoned_before: str | None = None
         self._check: KernelCheck | None = None
         self._held: Held | None = None
+        self._kernels: dict[str, int] | None = None
         self._adapter: AdapterLoad | None = None
         self._able: Adapter | None = None
         self._loads_base = True
@@ -152,15 +159,9 @@ class Receiver:
         return self._state.version
 
     @property
-    def base(self) -> str:
-        """What the last sync of base weights was called (`SyncOptions.base`); empty: the worker
-        does not hold them, or cannot know that it does.
-
-        An engine that may sleep gives its weights up, at a level that it does not tell.
-        """
-        if self.poisoned is not None or self._config.model_config.enable_sleep_mode:
-            return ""
-        return self._state.base
+    def instance(self) -> str:
+        """Names this model among all that ever were: with `version`, one state of its weights."""
+        return self._state.instance
 
     @property
     def poisoned(self) -> str | None:
@@ -184,19 +185,17 @@ class Receiver:
         Raises:
             SyncError: a sync is already open.
             PlanError, ConfigError: what the plan stages cannot be staged here.
-            AgreementError: the plan has an adapter alone, and this worker does not hold its base.
+            CoverageError: the plan has a part of a parent layer.
+            StaleBaseError: the plan is a part of the model, and the rest of it is not that of
+                `options.base` here.
+            CompatError: this engine cannot serve adapters. In each case nothing was touched.
         """
         self._require_closed()
-        self._loads_base = bool(plan.base_metas)
-        if not self._loads_base and self.base != options.base:
-            raise AgreementError(
-                "the sync has an adapter alone, and this worker does not hold the base weights "
-                "that it belongs to: it was restarted or poisoned, it may sleep, or another "
-                "session has synced it; push again, which sends both"
-            )
+        self._adapter, self._loads_base = None, bool(plan.base_metas)
         if plan.adapter is not None:
             self.require_adapter(plan.adapter)
-        self._adapter = None if plan.adapter is None else AdapterLoad(self._parts, plan.adapter)
+            self._adapter = AdapterLoad(self._parts, plan.adapter)
+        filled = self._layers_to_fill(plan, layer_map, options.base)
         spill, self.peak_staged_bytes = plan.spill, 0
         self._spill = None if spill is None else SpillBuffer(plan, spill, self.device)
         self._open = self._state.syncing = self._untouched = True
@@ -205,11 +204,11 @@ class Receiver:
         self.poison("a sync is in progress")
         self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
         self._options = options
-        self.verify_seconds, self._held = 0.0, None
+        self.verify_seconds, self._held, self._kernels = 0.0, None, None
         check = options.checksums and self._loads_base
         self._check = self._kernel_check(layer_map) if check else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
-        self._monitor = SyncMonitor(self.model, layer_map, borrowed=borrowed)
+        self._monitor = SyncMonitor(self.model, layer_map, filled, borrowed=borrowed)
         self.working_bytes, self.finishing_bytes = {}, 0
         if not self._loads_base:
             return
@@ -224,7 +223,7 @@ class Receiver:
                 compat.begin_reload(self.model)
             if options.on_failure == "rollback":
                 self._rollback = Rollback()
-                self._rollback.begin(self.model)
+                self._rollback.begin(self.model, filled)
             self._monitor.before_processing = partial(self._before_processing, lost)
             self._monitor.after_processing = partial(self._renew_tied, tied)
             self.working_bytes = compat.working_bytes(self.model)
@@ -307,7 +306,7 @@ class Receiver:
         self._adapter, self._rollback, self._untouched = None, None, False
         self._state.version = version
         if self._loads_base:
-            self._state.held, self._state.base = self._held, self._options.base
+            self._state.held, self._state.kernels = self._held, self._kernels
         overwritten = self._state.caches_suspect
         if overwritten:
             compat.zero_kv_caches(self._config)
@@ -353,6 +352,49 @@ class Receiver:
         # A replayed CUDA graph does not come by the hook; what follows it does come by this.
         vars(self.model)["compute_logits"] = refuse
         self._state.reason = reason
+
+    def _layers_to_fill(
+        self, plan: SyncPlan, layer_map: LayerMap, base: int | None
+    ) -> Collection[str]:
+        """Return the parent layers that the plan brings; `start` has what is raised."""
+        layers = layer_map.layers.values()
+        self._loaded_layers = [
+            one.name for one in layers if one.expected_numel and not one.deferred
+        ]
+        if base is None:
+            if unsent := layer_map.contributions.keys() - set(plan.order):
+                raise CoverageError(
+                    f"the plan leaves out {len(unsent)} tensors, the first is {min(unsent)!r}, and "
+                    "does not say which version this worker should have them from; send everything"
+                )
+            return {one.name for one in layers if one.expected_numel}
+        filled = filled_layers(plan.base_metas, layer_map)
+        if why := self._not_on(base, [p for p in self._loaded_layers if p not in filled]):
+            raise StaleBaseError(
+                f"a sync of a part of the model needs the rest of version {base} here, and {why}; "
+                "send everything",
+                base=base,
+                version=self.version,
+            )
+        return filled
+
+    def _not_on(self, base: int, kept: Sequence[str]) -> str:
+        """Return why the layers `kept` may have other weights than those of version `base`; empty
+        if they have those."""
+        if self.poisoned is not None:
+            return f"this worker is poisoned: {self.poisoned}"
+        if self.version != base:
+            return f"this worker has version {self.version}"
+        if self._state.kernels is None:
+            return "that sync was not to be built upon"
+        if emptied := emptied_layers(self.model, kept):
+            return f"{emptied[0]} has given its weights away to another layer"
+        # The trainer is not the only one who can write here: `sleep(level=2)` drops all weights.
+        known = self._state.kernels
+        for name, sample in sample_kernels(self.model, kept).items():
+            if known.get(name) != sample:
+                return f"something else has written to {name} since"
+        return ""
 
     def _require_closed(self) -> None:
         if self._state.syncing:
@@ -433,6 +475,8 @@ class Receiver:
         if self._check is not None:
             with self._verifying():
                 self._held = self._check.conclude()
+        if self._options.is_base:
+            self._kernels = sample_kernels(self.model, self._loaded_layers)
 
     def _keep_tied(self) -> None:
         if self._rollback is not None:
@@ -470,7 +514,14 @@ class Receiver:
             (view.path, view.name): (view.source_path, view.parameter)
             for view in self._find_lost_views()
         }
-        return KernelCheck(self.model, layer_map, self._dtype, self._state.held, views)
+        return KernelCheck(
+            self.model,
+            layer_map,
+            self._dtype,
+            self._state.held,
+            views,
+            is_part=self._options.base is not None,
+        )
 
     @contextlib.contextmanager
     def _verifying(self) -> Iterator[None]:
