@@ -190,25 +190,17 @@ def test_a_part_is_the_smallest_one_of_whole_layers(stream, random):
     part = part_to_send(metas, layer_map, {m.name for m in metas} - changed)
     sent = {meta.name for meta in part}
     assert [meta for meta in metas if meta.name in sent] == part
-    assert changed <= sent
-    touched = {c.parent_layer for name in changed for c in layer_map.contributions[name]}
-    while (
-        grown := {
-            c.parent_layer
-            for meta in metas
-            for c in layer_map.contributions[meta.name]
-            if touched & {one.parent_layer for one in layer_map.contributions[meta.name]}
-        }
-        - touched
-    ):
-        touched |= grown
-    modules = {name.rpartition(".")[0] for name in changed}
-    for name in sent - changed:
-        landed = {c.parent_layer for c in layer_map.contributions[name]}
-        assert landed <= touched if landed else name.rpartition(".")[0] in modules
-    for meta in metas:
-        if touched & {c.parent_layer for c in layer_map.contributions[meta.name]}:
-            assert meta.name in sent
+
+    def module(name):
+        return name.rpartition(".")[0]
+
+    lands = {m.name: {c.parent_layer for c in layer_map.contributions[m.name]} for m in metas}
+    written = {module(name) for name, layers in lands.items() if not layers}
+    places = {n: lands[n] | ({module(n) + "."} if module(n) in written else set()) for n in lands}
+    reached: set[str] = set()
+    while grown := {n for n in lands if n in changed or places[n] & reached} - reached:
+        reached |= grown | {place for name in grown for place in places[name]}
+    assert sent == reached & lands.keys()
 
 
 def _components(metas, layer_map):
