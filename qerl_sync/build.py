@@ -8,19 +8,22 @@ from qerl_sync.config import SyncConfig
 from qerl_sync.engines.base import WeightSyncClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.engines.llm import LLMClient
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import CompatError, ConfigError, CoverageError
 from qerl_sync.session import SyncSession, Trained
 from qerl_sync.sources.base import Source
+from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.lora import AdapterSource
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
 from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.verify.probe_prompt import Probe
+from qerl_sync.worker.compat.lora import smallest_max_rank
 
 BACKEND = "qerl"
 
 
 def make_session(
-    source: Source,
+    source: Any,
     sync: SyncConfig,
     *,
     llm: Any = None,
@@ -29,9 +32,64 @@ def make_session(
     trained: Trained | None = None,
     probe: Probe | None = None,
 ) -> SyncSession:
-    """A session from `source` to that engine; see `make_transport`. Close it when it is done."""
+    """A session from `source` to that engine; see `make_transport`. Close it when it is done.
+
+    Args:
+        source: a Source, or the trainer's model; see `source_of`.
+    """
     transport = make_transport(sync, llm=llm, server_url=server_url)
-    return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
+    try:
+        if not isinstance(source, Source):
+            source = source_of(source, sync, transport)
+        return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
+    except BaseException:
+        transport.close()
+        raise
+
+
+def source_of(model: Any, sync: SyncConfig, transport: Transport) -> Source:
+    """Return the source of a trainer's model: of its base and its adapter, as `sync.lora` says,
+    where it has one.
+
+    Raises:
+        ConfigError: the model is sharded, or its adapter can be sent in no way that is allowed.
+        CompatError, CoverageError: with `sync.lora: adapter`, the engine cannot serve it.
+    """
+    if not hasattr(model, "peft_config"):
+        return HFSource(model)
+    if sync.lora == "merge":
+        return _merged(model, "asked for")
+    asked = sync.lora == "adapter"
+    try:
+        source = AdapterSource(
+            model, reason="asked for" if asked else "the engine serves it exactly as it is"
+        )
+        transport.require_adapter(source.adapter())
+    except (ConfigError, CompatError, CoverageError) as exc:
+        if asked:
+            raise
+        return _merged(model, str(exc))
+    return source
+
+
+def _merged(model: Any, reason: str) -> Source:
+    raise ConfigError(
+        f"this adapter would have to be merged into its base ({reason}), which is not there yet"
+    )
+
+
+def adapter_arguments(model: Any, sync: SyncConfig) -> dict[str, Any]:
+    """Return what an engine must be started with to serve the adapter of a trainer's model; nothing
+    where it has none, or none that is served as it is."""
+    if not hasattr(model, "peft_config") or sync.lora == "merge":
+        return {}
+    try:
+        rank = AdapterSource(model).adapter().rank
+    except ConfigError:
+        if sync.lora == "adapter":
+            raise
+        return {}
+    return {"enable_lora": True, "max_lora_rank": smallest_max_rank(rank)}
 
 
 def make_transport(

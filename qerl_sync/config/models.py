@@ -272,6 +272,17 @@ class SyncConfig(Section):
     raises UnchangedError after the sync: workers hold what was sent. A few thousand elements of
     each tensor are compared."""
 
+    lora: Literal["auto", "adapter", "merge"] = "auto"
+    """How a model with a LoRA adapter (PEFT) is synced. `adapter`: the adapter itself travels, and
+    what trains beside it; the base weights travel unmerged, once, or where a worker does not hold
+    them (it is new, was poisoned, or synced by another session). The engine needs `enable_lora` and
+    a `max_lora_rank` of at least the adapter's, which TRL's colocated engine gets by itself, and
+    serves the adapter to every request that names none of its own; those that name one need
+    `max_loras` larger by one. What vLLM computes otherwise than PEFT (DoRA, biases of the adapter,
+    parameters of fused experts) is refused by name. `merge`: each weight is sent with the adapter
+    added. `auto`: `adapter` where that is exact, else `merge`; the report says which and why. No
+    effect on a model without an adapter."""
+
     ignore_names: tuple[str, ...] = ()
     """Checkpoint names (`fnmatch` patterns) that vLLM is known to ignore: they are not sent, and
     their having no parent layer is no error."""

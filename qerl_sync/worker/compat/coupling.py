@@ -158,6 +158,7 @@ FEATURES: dict[str, Feature] = {
     "LoRA adapters": Feature(
         False,
         {
+            "vllm.config.lora": "MaxLoRARanks",
             "vllm.lora.lora_model": "LoRAModel.from_lora_tensors",
             "vllm.lora.peft_helper": "PEFTHelper",
             "vllm.lora.request": "LoRARequest",

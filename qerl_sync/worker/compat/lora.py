@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from functools import wraps
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -48,6 +48,14 @@ def why_no_adapter(vllm_config: Any, runner: Any) -> str:
     if not hasattr(runner, "execute_model") or not hasattr(runner, "lora_manager"):
         return "this vLLM's worker does not show the runner whose requests the adapter is for"
     return ""
+
+
+def smallest_max_rank(rank: int) -> int:
+    """Return the smallest `max_lora_rank` of vLLM's that an adapter of this rank needs; its rank
+    where vLLM has none."""
+    from vllm.config.lora import MaxLoRARanks
+
+    return min((known for known in get_args(MaxLoRARanks) if known >= rank), default=rank)
 
 
 def build_adapter(
