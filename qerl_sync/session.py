@@ -340,12 +340,14 @@ class SyncSession:
         self, full: SyncPlan, layer_map: LayerMap, base: _Base, stamps: Mapping[str, Hashable]
     ) -> SyncPlan:
         """Return the plan without what has stayed as it is since `base`; the full one where that
-        is nothing or everything."""
+        is everything, or where nothing has changed at all."""
         metas = self._metas or []
         unchanged = {n for n, stamp in stamps.items() if base.stamps.get(n, self) == stamp}
         part = part_to_send(metas, layer_map, unchanged)
         if base.metas != metas or len(part) == len(metas) or not (part or self._adapter):
             return full
+        if not part:
+            return full.emptied
         if self._part_plan is None or {m.name for m in part} != set(self._part_plan.order):
             plan = self._build(part, layer_map)
             self._require_possible(plan, part)

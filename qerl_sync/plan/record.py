@@ -146,7 +146,7 @@ class Difference:
 
 def first_difference(planned: SyncPlan, record: SyncRecord) -> Difference | None:
     """None if what was measured is what `planned` predicts, tensor by tensor."""
-    stream = _stream_difference(planned.metas, record.plan.metas)
+    stream = _stream_difference(planned.base_metas, record.plan.base_metas)
     if stream is not None:
         return Difference(stream, None)
     text = planned.predicted.first_difference(record.measured)

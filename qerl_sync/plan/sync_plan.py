@@ -188,6 +188,12 @@ class SyncPlan:
             plan.spill.require_within_budget(plan.base_metas, plan.base_chunk_lengths)
         return plan
 
+    @cached_property
+    def emptied(self) -> SyncPlan:
+        """The plan that sends nothing, with the same layer map."""
+        none = Trace.of_columns((), (), (), ())
+        return replace(self, metas=(), chunks=(), predicted=none, as_given=none, spill=None)
+
     def with_adapter(self, adapter: Adapter, chunk_bytes: int | None) -> SyncPlan:
         """Return the plan that sends the adapter after this one's tensors, which may be none.
 
