@@ -83,11 +83,11 @@ class HFSource(Source):
 
     def _require_usable(self, *, since: str = "") -> None:
         refuse_adapters(self._model, since=since)
-        refuse_sharding(self._model, since=since)
+        refuse_sharding(self._model.named_parameters(), since=since)
 
     def _read(self) -> dict[str, torch.Tensor]:
         """Return what there is to send, by names with which `_conversions` can begin."""
-        return parameters_of(self._model)
+        return _parameters(self._model)
 
     @property
     def device(self) -> torch.device:
@@ -145,24 +145,31 @@ def probe_of(model: Any) -> Probe:
     return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
 
 
-def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters under clean names, tied ones once, in model order, then saved buffers.
 
     Checkpoints also hold some buffers, for instance router corrections.
     """
-    found: dict[str, torch.Tensor] = {_clean(name): p for name, p in model.named_parameters()}
-    return found | {_clean(name): b for name, b in _saved_buffers(model)}
+    found: dict[str, torch.Tensor] = {clean(name): p for name, p in model.named_parameters()}
+    return found | {clean(name): b for name, b in _saved_buffers(model)}
 
 
 def _saved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the buffers that `save_pretrained` writes and training may change."""
     for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                yield f"{path}.{name}" if path else name, buffer
+        yield from saved_buffers_of(path, module)
 
 
-def _clean(name: str) -> str:
+def saved_buffers_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield those of one module at this path."""
+    for name, buffer in module._buffers.items():
+        if buffer is None or name in module._non_persistent_buffers_set:
+            continue
+        if buffer.is_floating_point():
+            yield f"{path}.{name}" if path else name, buffer
+
+
+def clean(name: str) -> str:
     for prefix in WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name
@@ -257,13 +264,13 @@ def refuse_adapters(model: Any, *, since: str = "") -> None:
         )
 
 
-def refuse_sharding(model: Any, *, since: str = "") -> None:
-    """Refuse a model whose parameters are not whole in this process.
+def refuse_sharding(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = "") -> None:
+    """Refuse a model whose parameters, by name in memory, are not whole in this process.
 
     Raises:
         ConfigError: `parameter` and `sharding` say which is sharded, and by what.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if sharding := _sharding_of(name, parameter):
             raise ConfigError(
                 f"{name!r} is sharded by {sharding}{since}, and this source does not gather; "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -12,7 +12,7 @@ from qerl_sync.buffers.detect import dtype_name, require_all_finite
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.adapter import Adapter
-from qerl_sync.sources.hf import HFSource, parameters_of, refuse_sharding
+from qerl_sync.sources.hf import HFSource, clean, refuse_sharding, saved_buffers_of
 
 MERGE = "choose sync.lora: merge"
 # The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
@@ -90,33 +90,43 @@ class AdapterSource(HFSource):
             yield (name, self._factors[name].detach()) if name in self._factors else next(base)
 
     def _require_usable(self, *, since: str = "") -> None:
-        refuse_sharding(self._model, since=since)
+        """Do nothing: `_read` looks, in the one walk over the modules that a sync can afford."""
 
     def _read(self) -> dict[str, torch.Tensor]:
         """Return the base under the names that it has without PEFT; note the adapter's factors."""
-        name = _only_adapter(self._model, self._peft_config)
-        config = self._peft_config[name]
-        _refuse_features(self._model, config, name)
+        kinds = _PEFTKinds()
+        modules = list(self._model.named_modules())
+        layers = {path: module for path, module in modules if isinstance(module, kinds.layer)}
+        name = _only_adapter(layers.values(), self._peft_config)
+        _refuse_features(self._peft_config[name], name, layers)
         self._factors, self._scalings = {}, {}
         hidden: set[int] = set()  # every adapter's tensors, and copies that this one does not use
-        for path, module in self._model.named_modules():
-            if _is_lora(module):
+        for path, module in modules:
+            if path in layers:
                 self._note_factors(path, module, name, hidden)
-            elif _is_saved_copy(module):
-                own = name in module.modules_to_save
-                used: Any = module.modules_to_save[name] if own else module.original_module
+            elif isinstance(module, kinds.saved_copy):
+                copies: Any = module
+                own = name in copies.modules_to_save
+                used = copies.modules_to_save[name] if own else copies.original_module
                 hidden |= {id(p) for p in module.parameters()} - {id(p) for p in used.parameters()}
+            elif isinstance(module, kinds.wrapper):
+                raise _refusal(name, path, type(module).__name__, "it trains a part of a tensor")
         if not self._factors:
             raise ConfigError(
                 f"the adapter {name!r} has no LoRA layer in this {type(self._model).__name__}: it "
                 "is not attached to it; give the model that get_peft_model returned",
                 feature="no layers",
             )
-        return {
-            _plain(key): tensor
-            for key, tensor in parameters_of(self._model).items()
-            if id(tensor) not in hidden
-        }
+        found: dict[str, torch.Tensor] = {}
+        buffers: dict[str, torch.Tensor] = {}
+        for path, module in modules:
+            for key, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in hidden:
+                    found[_plain(f"{path}.{key}" if path else key)] = parameter
+                    hidden.add(id(parameter))  # tied ones once, as `named_parameters` yields them
+            buffers.update((_plain(key), buffer) for key, buffer in saved_buffers_of(path, module))
+        refuse_sharding(found.items())
+        return found | buffers
 
     def _note_factors(self, path: str, layer: Any, name: str, hidden: set[int]) -> None:
         for kind in layer.adapter_layer_names:
@@ -142,9 +152,21 @@ class AdapterSource(HFSource):
                 self._factors[f"{path}.{kind}{'.weight' if of_linear else ''}"] = tensor
 
 
-def _only_adapter(model: Any, configs: Mapping[str, Any]) -> str:
+class _PEFTKinds:
+    """PEFT's classes of modules that hold what it trains."""
+
+    def __init__(self) -> None:
+        from peft.tuners.lora import LoraLayer
+        from peft.utils import other
+
+        self.layer: Any = LoraLayer
+        self.saved_copy: Any = other.ModulesToSaveWrapper
+        # Older PEFT has no common class, and no other wrapper.
+        self.wrapper: Any = getattr(other, "AuxiliaryTrainingWrapper", ())
+
+
+def _only_adapter(layers: Iterable[Any], configs: Mapping[str, Any]) -> str:
     """Return the name of the one adapter that is active."""
-    layers = [module for module in model.modules() if _is_lora(module)]
     active = sorted({name for layer in layers for name in layer.active_adapters})
     if len(active) > 1:
         raise ConfigError(
@@ -156,64 +178,40 @@ def _only_adapter(model: Any, configs: Mapping[str, Any]) -> str:
     return active[0] if active else next(iter(configs))
 
 
-class _Refused:
-    """Fields of a LoraConfig that vLLM's adapters have no counterpart of."""
-
-    FIELDS: ClassVar[dict[str, str]] = {
-        "use_dora": "DoRA scales whole columns of the base",
-        "use_bdlora": "its factors are block-diagonal",
-        "use_qalora": "it pools the inputs",
-        "lora_bias": "the second factor has a bias, which vLLM does not add",
-        "target_parameters": "it adapts parameters of fused experts, which vLLM names otherwise",
-        "trainable_token_indices": "single rows of the embeddings train",
-        "layer_replication": "it computes layers several times",
-        "alora_invocation_tokens": "it begins in the middle of a prompt",
-        "arrow_config": "it mixes several adapters",
-        "megatron_config": "its layers are Megatron's",
-    }
+# Fields of a LoraConfig that vLLM's adapters have no counterpart of.
+REFUSED = {
+    "use_dora": "DoRA scales whole columns of the base",
+    "use_bdlora": "its factors are block-diagonal",
+    "use_qalora": "it pools the inputs",
+    "lora_bias": "the second factor has a bias, which vLLM does not add",
+    "target_parameters": "it adapts parameters of fused experts, which vLLM names otherwise",
+    "trainable_token_indices": "single rows of the embeddings train",
+    "layer_replication": "it computes layers several times",
+    "alora_invocation_tokens": "it begins in the middle of a prompt",
+    "arrow_config": "it mixes several adapters",
+    "megatron_config": "its layers are Megatron's",
+}
 
 
-def _refuse_features(model: Any, config: Any, name: str) -> None:
+def _refuse_features(config: Any, name: str, layers: Mapping[str, Any]) -> None:
     """Raise ConfigError for what would be served otherwise than it is trained."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
-    found = [("peft_type", kind, "vLLM serves LoRA only")] if kind != "LORA" else []
-    found += [
-        (field, getattr(config, field), why)
-        for field, why in _Refused.FIELDS.items()
-        if getattr(config, field, None)
-    ]
-    for path, module in model.named_modules():
-        if _is_lora(module) and (variant := getattr(module, "lora_variant", {}).get(name)):
-            found.append((path, type(variant).__name__, "vLLM computes plain LoRA"))
-        if _is_other_wrapper(module):
-            found.append((path, type(module).__name__, "it trains a part of a tensor"))
-    if found:
-        what, value, why = found[0]
-        raise ConfigError(
-            f"the adapter {name!r} cannot be served beside its base: {what} = {value!r}: {why}; "
-            f"leave it away, or {MERGE}",
-            feature=what,
-        )
+    if kind != "LORA":
+        raise _refusal(name, "peft_type", kind, "vLLM serves LoRA only")
+    for field, why in REFUSED.items():
+        if value := getattr(config, field, None):
+            raise _refusal(name, field, value, why)
+    for path, layer in layers.items():
+        if variant := getattr(layer, "lora_variant", {}).get(name):
+            raise _refusal(name, path, type(variant).__name__, "vLLM computes plain LoRA")
 
 
-def _is_lora(module: torch.nn.Module) -> bool:
-    from peft.tuners.lora import LoraLayer
-
-    return isinstance(module, LoraLayer)
-
-
-def _is_saved_copy(module: torch.nn.Module) -> bool:
-    from peft.utils.other import ModulesToSaveWrapper
-
-    return isinstance(module, ModulesToSaveWrapper)
-
-
-def _is_other_wrapper(module: torch.nn.Module) -> bool:
-    from peft.utils import other
-
-    # Older PEFT has no common class, and nothing but the one that `_is_saved_copy` knows.
-    wrapper = getattr(other, "AuxiliaryTrainingWrapper", ())
-    return isinstance(module, wrapper) and not _is_saved_copy(module)
+def _refusal(name: str, feature: str, value: object, why: str) -> ConfigError:
+    return ConfigError(
+        f"the adapter {name!r} cannot be served beside its base: {feature} is {value!r}, and "
+        f"{why}; leave it away, or {MERGE}",
+        feature=feature,
+    )
 
 
 _PEFT_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
@@ -221,4 +219,4 @@ _PEFT_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)
 
 def _plain(name: str) -> str:
     """Return the name that a base parameter has without PEFT."""
-    return _PEFT_PARTS.sub("", name)
+    return clean(_PEFT_PARTS.sub("", name))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 
 import pytest
+from support.remote import engine_environment
 from support.trainers import ENGINE, build_trainer, gap, gap_now, save_policy
 
 from qerl_sync import WeightSyncCallback
@@ -37,14 +38,15 @@ def test_grpo_trains_an_adapter(policy, tmp_path, in_own_process):
         engine=ENGINE, in_own_process=in_own_process, on_unchanged="error"
     )
     config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = build_trainer(
-        policy,
-        tmp_path / "run",
-        [callback],
-        peft_config=config,
-        max_steps=4,
-        learning_rate=0.02,
-    )
+    with engine_environment({}):  # the first engine had vLLM remember that it was in this process
+        trainer = build_trainer(
+            policy,
+            tmp_path / "run",
+            [callback],
+            peft_config=config,
+            max_steps=4,
+            learning_rate=0.02,
+        )
     trainer.train()
     assert gap(trainer.state.log_history) <= EXACT
     first, *later = callback.reports

@@ -137,7 +137,9 @@ def _require_sizes(manager: Any, made: Any) -> None:
         factors_a, factors_b = (
             given if isinstance(given, list) else [given] for given in (layer.lora_a, layer.lora_b)
         )
-        for a, b, slot_a, slot_b in zip(factors_a, factors_b, slots_a, slots_b, strict=False):
+        if len(factors_b) != len(slots_b):  # vLLM divides some of the adapter's among its own
+            continue
+        for a, b, slot_a, slot_b in zip(factors_a, factors_b, slots_a, slots_b, strict=True):
             if a is None or slot_a.dim() != 4:
                 continue
             got, expected = (a.shape[1], b.shape[0]), (slot_a.shape[-1], slot_b.shape[-2])
