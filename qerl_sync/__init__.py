@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qerl_sync.sources.base import Source
     from qerl_sync.sources.hf import HFSource
     from qerl_sync.sources.lora import AdapterSource
+    from qerl_sync.sources.peft import PEFTSource
     from qerl_sync.sources.shared_memory import share_parameters
     from qerl_sync.sources.stream import StreamSource
     from qerl_sync.transports.inproc import InProcessTransport
@@ -41,6 +42,7 @@ __all__ = [
     "HTTPClient",
     "InProcessTransport",
     "LLMClient",
+    "PEFTSource",
     "PoisonedError",
     "RemoteTransport",
     "RolloutActor",
@@ -91,6 +93,7 @@ _MODULES = {
     "sources.base": ("Source",),
     "sources.hf": ("HFSource",),
     "sources.lora": ("AdapterSource",),
+    "sources.peft": ("PEFTSource",),
     "sources.shared_memory": ("share_parameters",),
     "sources.stream": ("StreamSource",),
     "transports.inproc": ("InProcessTransport",),

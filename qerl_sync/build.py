@@ -13,6 +13,7 @@ from qerl_sync.session import SyncSession, Trained
 from qerl_sync.sources.base import Source
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.sources.lora import AdapterSource
+from qerl_sync.sources.peft import PEFTSource
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
 from qerl_sync.transports.remote import RemoteTransport
@@ -35,25 +36,29 @@ def make_session(
     """A session from `source` to that engine; see `make_transport`. Close it when it is done.
 
     Args:
-        source: a Source, or the trainer's model; see `source_of`.
+        source: a Source, or the trainer's model; see `make_source`.
     """
     transport = make_transport(sync, llm=llm, server_url=server_url)
     try:
         if not isinstance(source, Source):
-            source = source_of(source, sync, transport)
+            source = make_source(source, sync, transport)
         return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
     except BaseException:
         transport.close()
         raise
 
 
-def source_of(model: Any, sync: SyncConfig, transport: Transport) -> Source:
-    """Return the source of a trainer's model: of its base and its adapter, as `sync.lora` says,
-    where it has one.
+def make_source(model: Any, sync: SyncConfig, transport: Transport | None = None) -> Source:
+    """Return the source of a Hugging Face model, with or without PEFT's adapters.
+
+    Args:
+        transport: leads to all engines, which are asked whether they can serve the adapter; None:
+            it is merged.
 
     Raises:
-        ConfigError: the model is sharded, or its adapter can be sent in no way that is allowed.
-        CompatError, CoverageError: with `sync.lora: adapter`, the engine cannot serve it.
+        ConfigError: the model is sharded, or its adapters can be sent in no way that `sync.lora`
+            allows.
+        CompatError, CoverageError: with `sync.lora: adapter`, the engines cannot serve it.
     """
     if not hasattr(model, "peft_config"):
         return HFSource(model)
@@ -61,6 +66,11 @@ def source_of(model: Any, sync: SyncConfig, transport: Transport) -> Source:
         return _merged(model, "asked for")
     asked = sync.lora == "adapter"
     try:
+        if transport is None:
+            raise ConfigError(
+                "several trainer ranks, each with a part of the model, send it merged; choose "
+                "sync.lora: merge"
+            )
         source = AdapterSource(
             model, reason="asked for" if asked else "the engine serves it exactly as it is"
         )
@@ -73,9 +83,9 @@ def source_of(model: Any, sync: SyncConfig, transport: Transport) -> Source:
 
 
 def _merged(model: Any, reason: str) -> Source:
-    raise ConfigError(
-        f"this adapter would have to be merged into its base ({reason}), which is not there yet"
-    )
+    source = PEFTSource(model)
+    source.lora = {"mode": "merge", "reason": reason}
+    return source
 
 
 def adapter_arguments(model: Any, sync: SyncConfig) -> dict[str, Any]:

@@ -262,7 +262,9 @@ class SyncSession:
         report.unsent_tensors = len(full.metas) - len(plan.base_metas)
         report.unsent_bytes = full.nbytes - sum(meta.nbytes for meta in plan.base_metas)
         if self._source.lora is not None:
-            report.lora = {**self._source.lora, "base": _why_base(plan, options)}
+            report.lora = dict(self._source.lora)
+        if self._adapter is not None:
+            report.lora = {**(report.lora or {}), "base": _why_base(plan, options)}
         if probed is not None:
             report.probe_gap = max(probed.gaps.values())
             report.lost |= probed.lost

@@ -178,8 +178,8 @@ class WeightSyncCallback(TrainerCallback):
 
         Raises:
             ConfigError: the trainer does not generate with vLLM, or with one that cannot be synced
-                as configured, or its model is sharded or has an adapter that the engine cannot
-                serve; or the callback syncs another trainer.
+                as configured, or its model is sharded or has adapters that can be neither served
+                nor merged; or the callback syncs another trainer.
             CompatError: the installed vLLM cannot do it, or the installed TRL has other attributes.
         """
         if self._trainer is trainer:
@@ -309,6 +309,7 @@ def metrics(report: SyncReport) -> dict[str, float]:
     return {
         **{f"sync/seconds/{phase}": s for phase, s in report.seconds.items()},
         "sync/bytes": float(report.sent_bytes),
+        "sync/unsent_bytes": float(report.unsent_bytes),
         "sync/peak_buffered_bytes": float(report.peak_buffered_bytes_measured),
         "sync/peak_buffered_bytes_predicted": float(report.peak_buffered_bytes_predicted),
         "sync/peak_pinned_bytes": float(report.peak_pinned_bytes_measured),

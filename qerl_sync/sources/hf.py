@@ -60,9 +60,8 @@ class HFSource(Source):
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
         self._model = model
-        self._require_usable()
         self._convert = convert
-        self._parameters = self._read()
+        self._parameters = self._find_parameters()
         self._layout: tuple[tuple[str, str, torch.Size], ...] = ()
         self._groups: list[_Group] = []
         self._group_of: dict[str, _Group] = {}
@@ -71,8 +70,7 @@ class HFSource(Source):
     def metadata(self) -> list[ParamMeta]:
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
         # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
-        self._require_usable(since=" since this source was made")
-        parameters = self._parameters = self._read()
+        parameters = self._parameters = self._find_parameters(since=" since this source was made")
         layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
@@ -80,14 +78,6 @@ class HFSource(Source):
             self._group_of = {meta.name: g for g in self._groups for meta in g.outputs}
             self._layout = layout
         return [meta for group in self._groups for meta in group.outputs]
-
-    def _require_usable(self, *, since: str = "") -> None:
-        refuse_adapters(self._model, since=since)
-        refuse_sharding(self._model.named_parameters(), since=since)
-
-    def _read(self) -> dict[str, torch.Tensor]:
-        """Return what there is to send, by names with which `_conversions` can begin."""
-        return _parameters(self._model)
 
     @property
     def device(self) -> torch.device:
@@ -97,9 +87,7 @@ class HFSource(Source):
         found = {}
         for group in self._groups:
             for meta, memory in zip(group.outputs, group.memory, strict=True):
-                if isinstance(memory, str):
-                    (memory,) = storages_of(self._parameters[memory])
-                found[meta.name] = memory
+                found[meta.name] = self._memory(memory) if isinstance(memory, str) else memory
         return found
 
     def resident_bytes(self) -> int:
@@ -111,7 +99,7 @@ class HFSource(Source):
         if names is not None:
             of = (self._group_of[name].parameters for name in names)
             looked_at = dict.fromkeys(one for group in of for one in group)
-        held = ((name, self._parameters[name].detach()) for name in looked_at)
+        held = ((name, tensor) for name in looked_at for tensor in self._read_for(name))
         require_all_finite(held, alone=alone)
 
     @torch.no_grad()
@@ -119,9 +107,34 @@ class HFSource(Source):
         waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
         for name in names:
             if name not in waiting:
-                chosen = {p: self._parameters[p].detach() for p in self._group_of[name].parameters}
+                chosen = {p: self._value(p) for p in self._group_of[name].parameters}
                 waiting |= _converted(self._model, chosen, self._conversions)
             yield name, waiting.pop(name)
+
+    # What a source overrides that sends something else than the model's own parameters.
+
+    def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
+        """Return the model's parameters by their names in memory. `since`: see `require_whole`."""
+        if hasattr(self._model, "peft_config"):
+            raise ConfigError(
+                f"the model carries PEFT adapters{since}, which this source does not merge; give "
+                "the model to a PEFTSource"
+            )
+        require_whole(self._model.named_parameters(), since=since)
+        return _parameters(self._model)
+
+    def _value(self, name: str) -> torch.Tensor:
+        """Return what is sent for a parameter, before it is converted."""
+        return self._parameters[name].detach()
+
+    def _memory(self, name: str) -> Storage:
+        """Return the memory that `_value` lies in."""
+        (storage,) = storages_of(self._parameters[name])
+        return storage
+
+    def _read_for(self, name: str) -> Iterable[torch.Tensor]:
+        """Return the tensors that must be finite for `_value` to be."""
+        return [self._parameters[name].detach()]
 
 
 def probe_of(model: Any) -> Probe:
@@ -157,16 +170,15 @@ def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def _saved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the buffers that `save_pretrained` writes and training may change."""
     for path, module in model.named_modules():
-        yield from saved_buffers_of(path, module)
-
-
-def saved_buffers_of(path: str, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield those of one module at this path."""
-    for name, buffer in module._buffers.items():
-        if buffer is None or name in module._non_persistent_buffers_set:
-            continue
-        if buffer.is_floating_point():
+        for name, buffer in saved_buffers_of(module):
             yield f"{path}.{name}" if path else name, buffer
+
+
+def saved_buffers_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the module's own buffers that `save_pretrained` writes and training may change."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+            yield name, buffer
 
 
 def clean(name: str) -> str:
@@ -250,25 +262,14 @@ def _converted(
             del model._weight_conversions
 
 
-def refuse_adapters(model: Any, *, since: str = "") -> None:
-    """Raise ConfigError for a model that carries PEFT adapters.
+def require_whole(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = "") -> None:
+    """Refuse a model whose parameters, by name in memory, are not what a checkpoint holds.
 
     Args:
         since: what has become of a model that was whole when the source was made.
-    """
-    if hasattr(model, "peft_config"):
-        raise ConfigError(
-            f"the model carries PEFT adapters{since}, which HFSource does not send; use "
-            "AdapterSource, train full parameters (no peft_config), or keep TRL's own weight sync "
-            "for this run"
-        )
-
-
-def refuse_sharding(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = "") -> None:
-    """Refuse a model whose parameters, by name in memory, are not whole in this process.
 
     Raises:
-        ConfigError: `parameter` and `sharding` say which is sharded, and by what.
+        ConfigError: it is sharded; `parameter` and `sharding` say which and how.
     """
     for name, parameter in parameters:
         if sharding := _sharding_of(name, parameter):

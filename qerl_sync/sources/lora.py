@@ -12,7 +12,7 @@ from qerl_sync.buffers.detect import dtype_name, require_all_finite
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.adapter import Adapter
-from qerl_sync.sources.hf import HFSource, clean, refuse_sharding, saved_buffers_of
+from qerl_sync.sources.hf import HFSource, clean, require_whole, saved_buffers_of
 
 MERGE = "choose sync.lora: merge"
 # The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
@@ -89,10 +89,7 @@ class AdapterSource(HFSource):
         for name in names:
             yield (name, self._factors[name].detach()) if name in self._factors else next(base)
 
-    def _require_usable(self, *, since: str = "") -> None:
-        """Do nothing: `_read` looks, in the one walk over the modules that a sync can afford."""
-
-    def _read(self) -> dict[str, torch.Tensor]:
+    def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
         """Return the base under the names that it has without PEFT; note the adapter's factors."""
         kinds = _PEFTKinds()
         modules = list(self._model.named_modules())
@@ -124,8 +121,11 @@ class AdapterSource(HFSource):
                 if parameter is not None and id(parameter) not in hidden:
                     found[_plain(f"{path}.{key}" if path else key)] = parameter
                     hidden.add(id(parameter))  # tied ones once, as `named_parameters` yields them
-            buffers.update((_plain(key), buffer) for key, buffer in saved_buffers_of(path, module))
-        refuse_sharding(found.items())
+            buffers.update(
+                (_plain(f"{path}.{key}" if path else key), buffer)
+                for key, buffer in saved_buffers_of(module)
+            )
+        require_whole(found.items(), since=since)
         return found | buffers
 
     def _note_factors(self, path: str, layer: Any, name: str, hidden: set[int]) -> None:

@@ -18,7 +18,12 @@ from qerl_sync.config.files import file_error, file_errors_explained
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError
 from qerl_sync.report.plots import plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
-from qerl_sync.training.arguments import engine_options, grpo_arguments, sft_arguments
+from qerl_sync.training.arguments import (
+    engine_options,
+    grpo_arguments,
+    lora_arguments,
+    sft_arguments,
+)
 from qerl_sync.training.data import load_data
 from qerl_sync.training.directory import RunDirectory, damaged, step_of
 from qerl_sync.training.display import Display
@@ -30,6 +35,7 @@ from qerl_sync.training.warmup import warm_up
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import LoraConfig
     from trl import GRPOConfig, SFTConfig
 
     from qerl_sync.integrations.trl import WeightSyncCallback
@@ -51,6 +57,7 @@ class _Parts:
 
     grpo: GRPOConfig
     sft: SFTConfig | None
+    lora: LoraConfig | None
     rewards: list[Reward]
     rows: Dataset
     held_out: Dataset
@@ -139,7 +146,7 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
     needs_answers = config.warmup is not None or any(name in BUILTIN for name in config.reward)
     rewards = [resolve_reward(name) for name in config.reward]
-    grpo, sft = grpo_arguments(config), sft_arguments(config)
+    grpo, sft, lora = grpo_arguments(config), sft_arguments(config), lora_arguments(config)
     if config.model.path is not None:
         load_tokenizer(config.model.path)
     rows, held_out = load_data(config.data, config.seed, needs_answers=needs_answers)
@@ -147,7 +154,7 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
         raise ConfigError(
             "trainer.eval_strategy is set and there is nothing to evaluate; set data.eval_size"
         )
-    return _Parts(grpo, sft, rewards, rows, held_out)
+    return _Parts(grpo, sft, lora, rewards, rows, held_out)
 
 
 def _open(
@@ -219,6 +226,7 @@ def _build(
         eval_dataset=parts.held_out if len(parts.held_out) else None,
         processing_class=load_tokenizer(path),
         callbacks=[callback],
+        peft_config=parts.lora,
     )
     quieten(trainer)
     return trainer, callback
@@ -240,8 +248,8 @@ def _refusals_explained() -> Iterator[None]:
         if isinstance(exc, SyncError | requests.RequestException) or file_error(exc):
             raise
         raise ConfigError(
-            f"TRL or vLLM refuses this run: {_reason(exc)}; look at the sections `trainer` and "
-            "`rollout.engine` (--debug shows where)"
+            f"TRL, PEFT or vLLM refuses this run: {_reason(exc)}; look at the sections `trainer`, "
+            "`peft` and `rollout.engine` (--debug shows where)"
         ) from exc
 
 

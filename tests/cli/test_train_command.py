@@ -141,7 +141,7 @@ WRONG = {
     "an argument of the trainer": (["trainer.peft_config.r=8"], ["an argument of GRPOTrainer"]),
     "a kernel that a CPU lacks": (
         ["rollout.engine.quantization=fp8", "rollout.engine.dtype=bfloat16", "warmup=null"],
-        ["TRL or vLLM refuses this run", "`rollout.engine`"],
+        ["TRL, PEFT or vLLM refuses this run", "`rollout.engine`"],
     ),
     "no tokenizer": (["model.tiny=null", "model.path={model}"], ["tokenizer", "{model}"]),
 }

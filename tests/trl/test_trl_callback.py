@@ -24,6 +24,9 @@ from qerl_sync.errors import CompatError
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
+PARTS_OF_ADAPTED = ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.down")
+
+
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     return save_policy(tmp_path_factory.mktemp("policy"))
@@ -103,6 +106,41 @@ def test_syncs_when_trl_says_and_logs_through_trl(train):
     assert steps_of(run.callback) == [0, 1, 2, 3]
     assert any("eval_sync/version" in entry or "sync/version" in entry for entry in run.log[-2:])
     assert_engine_has_the_trainers_weights(run)
+
+
+@pytest.mark.parametrize("own_process", [False, True])
+def test_adapters_are_merged_into_what_is_sent_alone(policy, tmp_path, monkeypatch, own_process):
+    """TRL's own sync, which would merge them in the trainer's weights, is replaced."""
+    from peft import LoraConfig, PeftModel
+
+    monkeypatch.setattr(PeftModel, "merge_adapter", None, raising=False)
+    options = {"lora": "merge", "verify": "full"}
+    callback = WeightSyncCallback(engine=ENGINE, in_own_process=own_process, **options)
+    trainer = build_trainer(
+        policy,
+        tmp_path,
+        [callback],
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+        max_steps=4,
+        learning_rate=1e-2,
+    )
+    model = trainer.model
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    first, *later = callback.reports
+    assert first.unsent_tensors == 0
+    # The last ones: B begins at zero, so that one step changes nothing of A's.
+    assert all(report.unsent_bytes > report.sent_bytes / 2 for report in later)
+    assert all(report.changed_tensors for report in later)
+    assert all(report.undelivered == () for report in later)
+    assert all(report.prediction_exact for report in callback.reports)
+    names = {f"model.layers.{i}.{n}_proj.weight" for i in (0, 1) for n in PARTS_OF_ADAPTED}
+    assert set(callback.session.plan.order) == names
+    assert gap(trainer.state.log_history) <= 1e-5
+    assert callback.reports[-1].probe_gap <= 1e-5
+    for name, parameter in model.named_parameters():
+        assert name not in frozen or parameter.equal(frozen[name]), name
+    callback.close()
 
 
 def test_weights_of_a_lost_engine_are_not_taken_for_current(train, monkeypatch):

@@ -23,6 +23,7 @@ PUBLIC = [
     "HTTPClient",
     "InProcessTransport",
     "LLMClient",
+    "PEFTSource",
     "PoisonedError",
     "RemoteTransport",
     "RolloutActor",

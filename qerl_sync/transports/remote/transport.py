@@ -256,10 +256,14 @@ class RemoteTransport(Transport):
         self._announced = staging.segments
         for peer in self._peers:
             peer.forget_chunks()
+            known = peer.plan_digest == plan.digest
+            if not known:
+                # A worker keeps the last plan that it was sent, also one that it then refuses.
+                peer.plan_digest = ""
             peer.send(
                 say.SyncRequest(
                     digest=plan.digest,
-                    plan=None if peer.plan_digest == plan.digest else plan.to_json(),
+                    plan=None if known else plan.to_json(),
                     layer_map=peer.layer_map.digest if peer.layer_map else "",
                     held=indices,
                     verify=options.verify,
