@@ -193,6 +193,32 @@ def test_an_adapter_that_vllm_cannot_activate_leaves_the_old_one(engines, monkey
     assert logprob_gap(engines.served, policy) < EXACT
 
 
+def test_a_layer_that_holds_another_adapter_is_found(engines, monkeypatch):
+    policy = make_policy(seed=5)
+    sync = session(engines, policy, verify="checksum")
+    sync.push(1)
+    before = generate(engines.served)
+    step(policy, 6)
+    serve = vllm_lora.serve
+
+    def serve_otherwise(runner, lora_model):
+        serve(runner, lora_model)
+        if not done:
+            module = runner.lora_manager._adapter_manager.modules["model.layers.1.mlp.down_proj"]
+            module.lora_b_stacked[0][0] *= 2
+            done.append(True)
+
+    done: list[bool] = []
+    with monkeypatch.context() as patched:
+        patched.setattr(vllm_lora, "serve", serve_otherwise)
+        with pytest.raises(CoverageError) as caught:
+            sync.push(2)
+    assert caught.value.layer == "model.layers.1.mlp.down_proj"
+    assert generate(engines.served) == before
+    sync.push(3)
+    assert logprob_gap(engines.served, policy) < EXACT
+
+
 def test_a_base_that_was_lost_or_changed_travels_again(engines):
     policy, full = make_policy(seed=8), make_model("dense", 1)
     sync = session(engines, policy)

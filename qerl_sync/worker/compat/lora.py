@@ -206,6 +206,33 @@ def serve(runner: Any, lora_model: Any) -> None:
     _give_requests_in_flight(runner, request)
 
 
+def wrongly_held(runner: Any, lora_model: Any) -> str:
+    """Return the first layer whose slot does not hold the served adapter's factors; empty if none.
+
+    Looks at linear layers that this rank has whole.
+    """
+    manager = runner.lora_manager._adapter_manager
+    index = manager.lora_index_to_id.index(ADAPTER_ID)
+    for name, module in manager.modules.items():
+        layer = lora_model.get_lora(name)
+        for kind in ("lora_a", "lora_b"):
+            slots: Any = getattr(module, f"{kind}_stacked", None)
+            given: Any = getattr(layer, kind, None)
+            factors = given if isinstance(given, list) else [given]
+            whole = isinstance(slots, tuple) and getattr(module, "tp_size", 2) == 1
+            if not whole or (layer is not None and len(factors) != len(slots)):
+                continue
+            for slot, factor in zip(slots, factors, strict=False):
+                if slot.dim() != 4:  # experts
+                    continue
+                wanted = torch.zeros_like(slot[index, 0], device="cpu")
+                if factor is not None:
+                    wanted[: factor.shape[0], : factor.shape[1]] = factor
+                if not slot[index, 0].cpu().equal(wanted):
+                    return str(name)
+    return ""
+
+
 def _request() -> Any:
     from vllm.lora.request import LoRARequest
 

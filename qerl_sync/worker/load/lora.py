@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qerl_sync.errors import CompatError, ConfigError
+from qerl_sync.errors import CompatError, ConfigError, CoverageError
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat import lora as vllm_lora
@@ -40,12 +40,25 @@ class AdapterLoad:
         self._built = vllm_lora.build_adapter(config, runner, self._adapter, self._tensors)
         self._tensors = {}
 
-    def swap(self) -> None:
-        """Serve it from now on. If vLLM fails in the middle, serve the one before it again."""
+    def swap(self, *, verify: bool) -> None:
+        """Serve it from now on. If vLLM fails in the middle, serve the one before it again.
+
+        Args:
+            verify: read back what vLLM's layers hold.
+
+        Raises:
+            CoverageError: it is not the adapter; `layer`.
+        """
         runner = self._parts.runner
         before = vllm_lora.served_adapter(runner)
         try:
             vllm_lora.serve(runner, self._built)
+            if verify and (layer := vllm_lora.wrongly_held(runner, self._built)):
+                raise CoverageError(
+                    f"vLLM's layer {layer!r} does not hold the adapter that arrived; report it, "
+                    "with the model's architecture, and choose sync.lora: merge",
+                    layer=layer,
+                )
         except BaseException:
             vllm_lora.serve(runner, before)
             raise

@@ -300,7 +300,7 @@ class Receiver:
             raise SyncError(f"{reason}; versions only move forwards. Begin a new session")
         with self._aborting(), compat.loading_context(self._config):
             if self._adapter is not None:
-                self._adapter.swap()
+                self._adapter.swap(verify=self._options.checksums)
             else:
                 serve_base(self._parts)
         self._adapter, self._rollback, self._untouched = None, None, False
