@@ -8,38 +8,23 @@ from qerl_sync.config import SyncConfig
 from qerl_sync.engines.base import WeightSyncClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.engines.llm import LLMClient
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import CompatError, ConfigError, CoverageError
 from qerl_sync.session import SyncSession, Trained
 from qerl_sync.sources.base import Source
 from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.lora import AdapterSource
+from qerl_sync.sources.peft import PEFTSource
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
 from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.verify.probe_prompt import Probe
+from qerl_sync.worker.compat.lora import smallest_max_rank
 
 BACKEND = "qerl"
 
 
-def make_source(model: Any, sync: SyncConfig) -> Source:
-    """Return the source of a Hugging Face model, with or without PEFT's adapters.
-
-    Raises:
-        ConfigError: the model is sharded, or has adapters that cannot be sent so (`sync.lora`).
-    """
-    if not hasattr(model, "peft_config"):
-        return HFSource(model)
-    if sync.lora == "adapter":
-        raise ConfigError(
-            "sync.lora: adapter is not available yet; choose merge, which sends the base weights "
-            "with the adapter merged into them"
-        )
-    from qerl_sync.sources.peft import PEFTSource
-
-    return PEFTSource(model)
-
-
 def make_session(
-    source: Source,
+    source: Any,
     sync: SyncConfig,
     *,
     llm: Any = None,
@@ -48,9 +33,73 @@ def make_session(
     trained: Trained | None = None,
     probe: Probe | None = None,
 ) -> SyncSession:
-    """A session from `source` to that engine; see `make_transport`. Close it when it is done."""
+    """A session from `source` to that engine; see `make_transport`. Close it when it is done.
+
+    Args:
+        source: a Source, or the trainer's model; see `make_source`.
+    """
     transport = make_transport(sync, llm=llm, server_url=server_url)
-    return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
+    try:
+        if not isinstance(source, Source):
+            source = make_source(source, sync, transport)
+        return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
+    except BaseException:
+        transport.close()
+        raise
+
+
+def make_source(model: Any, sync: SyncConfig, transport: Transport | None = None) -> Source:
+    """Return the source of a Hugging Face model, with or without PEFT's adapters.
+
+    Args:
+        transport: leads to all engines, which are asked whether they can serve the adapter; None:
+            it is merged.
+
+    Raises:
+        ConfigError: the model is sharded, or its adapters can be sent in no way that `sync.lora`
+            allows.
+        CompatError, CoverageError: with `sync.lora: adapter`, the engines cannot serve it.
+    """
+    if not hasattr(model, "peft_config"):
+        return HFSource(model)
+    if sync.lora == "merge":
+        return _merged(model, "asked for")
+    asked = sync.lora == "adapter"
+    try:
+        if transport is None:
+            raise ConfigError(
+                "several trainer ranks, each with a part of the model, send it merged; choose "
+                "sync.lora: merge"
+            )
+        source = AdapterSource(
+            model, reason="asked for" if asked else "the engine serves it exactly as it is"
+        )
+        transport.require_adapter(source.adapter())
+    except (ConfigError, CompatError, CoverageError) as exc:
+        if asked:
+            raise
+        return _merged(model, str(exc))
+    return source
+
+
+def _merged(model: Any, reason: str) -> Source:
+    source = PEFTSource(model)
+    source.lora = {"mode": "merge", "reason": reason}
+    return source
+
+
+def adapter_arguments(model: Any, sync: SyncConfig) -> dict[str, Any]:
+    """Return what an engine must be started with to serve the adapter of a trainer's model; nothing
+    where it has none, or none that is served as it is."""
+    if not hasattr(model, "peft_config") or sync.lora == "merge":
+        return {}
+    try:
+        rank = AdapterSource(model).adapter().rank
+    except ConfigError:
+        if sync.lora == "adapter":
+            raise
+        return {}
+    return {"enable_lora": True, "max_lora_rank": smallest_max_rank(rank)}
 
 
 def make_transport(

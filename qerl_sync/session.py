@@ -21,6 +21,7 @@ from qerl_sync.errors import (
 )
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
@@ -83,6 +84,8 @@ class SyncReport:
         probe_gap: the largest difference between the log-probabilities of a prompt on the trainer
             and on an engine (`sync.verify: full`).
         undelivered: names that changed on the trainer and did not travel, where that is a finding.
+        lora: of a model that trains an adapter. mode: how that travelled, and reason, why so; base:
+            why base weights travelled too, empty if they did not.
         unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
             have changed (`Source.unchanging`).
     """
@@ -114,6 +117,7 @@ class SyncReport:
     probe_gap: float | None = None
     unsent_tensors: int = 0
     unsent_bytes: int = 0
+    lora: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -186,9 +190,15 @@ class SyncSession:
         self._base: _Base | None = None
         self._full_plan: SyncPlan | None = None
         self._part_plan: SyncPlan | None = None
+        self._adapter: Adapter | None = None
+        self._last_base: SyncPlan | None = None
+        self._last: SyncPlan | None = None  # `_last_base` with the adapter behind it
         self.plan: SyncPlan | None = None
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
+        if source.lora is not None:
+            source.metadata()
+            self._agree_on_adapter()
 
     def push(self, step: int = 0) -> SyncReport:
         """Send the current weights and commit a new version.
@@ -202,17 +212,18 @@ class SyncSession:
             UnchangedError: after the sync, with `sync.on_unchanged: error`; see there.
         """
         watch = Stopwatch(PHASES)
-        # After whatever fails from here on, the next push sends everything.
-        base, self._base = self._base, None
+        base = self._base
         self._pushed = False
         with watch("total"):
             with watch("plan"):
                 full, layer_map = self._agree()
+                self._agree_on_adapter()
                 stamps = self._source.unchanging()
                 version = max(self.version, self._transport.committed_version()) + 1
                 if base is not None and not self._transport.holds(base.version):
                     base = None
-                plan = full if base is None else self._plan_part(full, layer_map, base, stamps)
+                part = full if base is None else self._plan_part(full, layer_map, base, stamps)
+                plan = self._with_adapter(part)
             options = SyncOptions(
                 version=version,
                 verify=self._config.verify,
@@ -220,16 +231,24 @@ class SyncSession:
                 finite_check=self._source.finite_check(self._config.check_finite),
                 stable=self._source.stable,
                 held=self._source.held_names(),
-                base=None if base is None or plan is full else base.version,
+                base=None if base is None or part is full else base.version,
                 is_base=bool(stamps),
             )
+            # After whatever fails from here on, the next push sends everything, unless the workers
+            # are what they were.
+            self._base = None
             try:
-                result = self._send(plan, layer_map, options, watch)
-            except StaleBaseError as exc:
-                # A worker was replaced, or written to, since it was asked. Nothing was touched.
-                logger.warning("everything is sent: %s", exc)
-                plan, options = full, replace(options, base=None)
-                result = self._send(plan, layer_map, options, watch)
+                try:
+                    result = self._send(plan, layer_map, options, watch)
+                except StaleBaseError as exc:
+                    # A worker was replaced, or written to, since it was asked. Nothing was touched.
+                    logger.warning("everything is sent: %s", exc)
+                    plan, options = self._with_adapter(full), replace(options, base=None)
+                    result = self._send(plan, layer_map, options, watch)
+            except BaseException:
+                if base is not None and self._transport.holds(base.version):
+                    self._base = base
+                raise
             self.version = options.version
             self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
@@ -240,8 +259,12 @@ class SyncSession:
             with watch("verify"):
                 changes = self._judge_changes(step)
         report = self._report(plan, result, step, watch.seconds)
-        report.unsent_tensors = len(full.metas) - len(plan.metas)
-        report.unsent_bytes = full.nbytes - plan.nbytes
+        report.unsent_tensors = len(full.metas) - len(plan.base_metas)
+        report.unsent_bytes = full.nbytes - sum(meta.nbytes for meta in plan.base_metas)
+        if self._source.lora is not None:
+            report.lora = dict(self._source.lora)
+        if self._adapter is not None:
+            report.lora = {**(report.lora or {}), "base": _why_base(plan, options)}
         if probed is not None:
             report.probe_gap = max(probed.gaps.values())
             report.lost |= probed.lost
@@ -299,11 +322,27 @@ class SyncSession:
             self._full_plan = plan
         return self._full_plan, self.layer_map
 
+    def _agree_on_adapter(self) -> None:
+        """Have the workers judge the source's adapter, unless it is the last one."""
+        adapter = self._source.adapter()
+        if adapter != self._adapter:
+            if adapter is not None:
+                self._transport.require_adapter(adapter)
+            self._adapter = adapter
+
+    def _with_adapter(self, plan: SyncPlan) -> SyncPlan:
+        """Return the plan with the adapter, if there is one, behind it."""
+        if self._adapter is None:
+            return plan
+        if self._last_base is not plan or self._last is None or self._last.adapter != self._adapter:
+            self._last_base, self._last = plan, plan.with_adapter(self._adapter, self.chunk_bytes)
+        return self._last
+
     def _plan_part(
         self, full: SyncPlan, layer_map: LayerMap, base: _Base, stamps: Mapping[str, Hashable]
     ) -> SyncPlan:
         """Return the plan without what has stayed as it is since `base`; the full one where that
-        is nothing or everything."""
+        is everything, or where nothing has changed at all."""
         metas = self._metas or []
         unchanged = {
             name
@@ -311,8 +350,10 @@ class SyncSession:
             if name in base.stamps and base.stamps[name] == stamp
         }
         part = part_to_send(metas, layer_map, unchanged)
-        if base.metas != metas or len(part) in (0, len(metas)):
+        if base.metas != metas or len(part) == len(metas) or not (part or self._adapter):
             return full
+        if not part:
+            return full.emptied
         if self._part_plan is None or {m.name for m in part} != set(self._part_plan.order):
             plan = self._build(part, layer_map)
             self._require_possible(plan, part)
@@ -505,6 +546,15 @@ class SyncSession:
             workers=[worker.to_json() for worker in workers],
             lost=dict(result.lost),
         )
+
+
+def _why_base(plan: SyncPlan, options: SyncOptions) -> str:
+    """Return why base weights travel with an adapter; empty if none do."""
+    if not plan.base_metas:
+        return ""
+    if options.base is None:
+        return "not all workers are known to hold it as the trainer has it"
+    return f"what trains beside the adapter, or has changed: {plan.base_metas[0].name}, ..."
 
 
 def _until(

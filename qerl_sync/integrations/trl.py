@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qerl_sync.build import BACKEND, make_session, make_source
+from qerl_sync.build import BACKEND, adapter_arguments, make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.trl_seams import (
@@ -138,6 +138,8 @@ class WeightSyncCallback(TrainerCallback):
                 "`in_own_process` would change; give its arguments to `qerl-sync serve MODEL -- "
                 "--dtype float32`"
             )
+        if not served:
+            self._engine = {**adapter_arguments(trainer.model, self.config), **self._engine}
         self._stop_waiting()
         self._takeover = Takeover(trainer, self)
 
@@ -176,8 +178,8 @@ class WeightSyncCallback(TrainerCallback):
 
         Raises:
             ConfigError: the trainer does not generate with vLLM, or with one that cannot be synced
-                as configured, or its model is sharded or carries adapters that cannot be merged;
-                or the callback syncs another trainer.
+                as configured, or its model is sharded or has adapters that can be neither served
+                nor merged; or the callback syncs another trainer.
             CompatError: the installed vLLM cannot do it, or the installed TRL has other attributes.
         """
         if self._trainer is trainer:
@@ -188,12 +190,10 @@ class WeightSyncCallback(TrainerCallback):
         given = {"trained": trainer.model.named_parameters, "probe": probe_of(model)}
         _refuse_to_wake(self.config, generation)
         if generation.mode == "colocate":
-            source = make_source(model, self.config)
-            self.session = make_session(source, self.config, llm=generation.llm, **given)
+            self.session = make_session(model, self.config, llm=generation.llm, **given)
         elif trainer.accelerator.is_main_process:
             url = _server_of(generation.vllm_client)
-            source = make_source(model, self.config)
-            self.session = make_session(source, self.config, server_url=url, **given)
+            self.session = make_session(model, self.config, server_url=url, **given)
         self._take_over(trainer)
         return self
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.build import make_session, make_source
+from qerl_sync.build import make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.trl import metrics
@@ -80,7 +80,7 @@ class AsyncWeightTransfer:
 
     def init_weight_transfer(self) -> None:
         """Raise ConfigError if no trainer is bound, or its model is sharded or has adapters that
-        cannot be merged."""
+        can be neither served nor merged."""
         if self._trainer is None:
             raise ConfigError(
                 "AsyncWeightTransfer is not bound; call `transfer.bind(trainer)` after building "
@@ -88,8 +88,7 @@ class AsyncWeightTransfer:
             )
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         given = {"trained": model.named_parameters, "probe": probe_of(model)}
-        source = make_source(model, self.config)
-        self.session = make_session(source, self.config, server_url=self.server_url, **given)
+        self.session = make_session(model, self.config, server_url=self.server_url, **given)
 
     def pause(self) -> None:
         """Do nothing: the sync pauses the server itself, when its first bytes are ready."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck
+from qerl_sync.plan.adapter import Adapter
 
 if TYPE_CHECKING:
     import torch
@@ -35,11 +36,13 @@ class Source(ABC):
             Transports then send from there, instead of copying first.
         checks_finite: `check_finite` can look before anything is materialised. False: the workers
             look at what arrives.
+        lora: of a model that trains an adapter: how it travels (`mode`) and why so (`reason`).
     """
 
     any_order = True
     stable = False
     checks_finite = False
+    lora: Mapping[str, str] | None = None
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -48,6 +51,14 @@ class Source(ABC):
 
         Transfers nothing. Called before every sync, so that a changed model is noticed.
         """
+
+    def adapter(self) -> Adapter | None:
+        """Return the LoRA adapter to be served beside the tensors of `metadata`; None: there is
+        none.
+
+        `materialize` and `check_finite` take its tensors' names too. Called after `metadata`.
+        """
+        return None
 
     def held_names(self) -> Collection[str] | None:
         """Return the names that this trainer rank holds; None: all. Some rank must hold each name.

@@ -120,7 +120,7 @@ class HFSource(Source):
                 f"the model carries PEFT adapters{since}, which this source does not merge; give "
                 "the model to a PEFTSource"
             )
-        require_whole(self._model, since=since)
+        require_whole(self._model.named_parameters(), since=since)
         return _parameters(self._model)
 
     def _value(self, name: str) -> torch.Tensor:
@@ -262,8 +262,8 @@ def _converted(
             del model._weight_conversions
 
 
-def require_whole(model: Any, *, since: str = "") -> None:
-    """Refuse a model whose parameters are not what a checkpoint holds.
+def require_whole(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = "") -> None:
+    """Refuse a model whose parameters, by name in memory, are not what a checkpoint holds.
 
     Args:
         since: what has become of a model that was whole when the source was made.
@@ -271,7 +271,7 @@ def require_whole(model: Any, *, since: str = "") -> None:
     Raises:
         ConfigError: it is sharded; `parameter` and `sharding` say which and how.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters:
         if sharding := _sharding_of(name, parameter):
             raise ConfigError(
                 f"{name!r} is sharded by {sharding}{since}, and this source does not gather; "

@@ -64,7 +64,7 @@ class PEFTSource(HFSource):
 
     def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
         _require_lora(self._adapted, self._model)
-        require_whole(self._model, since=since)
+        require_whole(self._model.named_parameters(), since=since)
         found: dict[str, _Found] = {}
         of_origin: dict[int, _Found] = {}
         for one in _walk(self._model, ""):

@@ -11,6 +11,7 @@ from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.probe_prompt import largest_gap
@@ -162,6 +163,17 @@ class Transport(ABC):
         (StaleBaseError).
         """
         return False
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        """Check that the workers can serve this LoRA adapter, by building it with zeros.
+
+        Raises:
+            ConfigError, CompatError, CoverageError: they cannot, or this transport does not lead
+                adapters there.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} does not carry adapters; choose sync.lora: merge, or one engine"
+        )
 
     @abstractmethod
     def layer_map(

@@ -24,6 +24,7 @@ _WRAPPERS = re.compile(
     r"|base_layer)\."
 )
 _ADAPTER = re.compile(r"\.lora_\w+\..*$")
+_ADAPTERS_NAME = re.compile(r"\.(lora_\w+)\.[^.]+(\.weight)?$")
 _COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)\.")
 
 
@@ -188,6 +189,9 @@ class _Delivery:
         If the checkpoint has it under another name (fused or renamed modules), a change of anything
         in the innermost module that both share counts.
         """
+        factor = _ADAPTERS_NAME.sub(r".\1\2", _WRAPPERS.sub("", name))
+        if factor in self._sent:  # the adapter travels itself
+            return factor in self._changed
         wanted = destination(name)
         if wanted in self._sent:
             return wanted in self._changed

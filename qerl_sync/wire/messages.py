@@ -9,6 +9,8 @@
     <- Pong                                         does the connection still lead anywhere?
     -- MapRequest                         ->
     <- MapReply                                     where each tensor lands
+    -- AdapterRequest                     ->
+    <- AdapterReply                                 the engine can serve that LoRA adapter
     -- SyncRequest                        ->        the plan
     <- Accepted                                     nothing has moved yet
     -- Chunk, Chunk, ...                  ->        at most `chunks_in_flight` ahead of
@@ -180,6 +182,15 @@ class MapReply(_Message):
     free_bytes: int
 
 
+class AdapterRequest(_Message):
+    type: Literal["adapter_request"] = "adapter_request"
+    adapter: dict[str, Any]
+
+
+class AdapterReply(_Message):
+    type: Literal["adapter_reply"] = "adapter_reply"
+
+
 class SyncRequest(_Message):
     type: Literal["sync_request"] = "sync_request"
     digest: str
@@ -296,6 +307,8 @@ Message = (
     | Pong
     | MapRequest
     | MapReply
+    | AdapterRequest
+    | AdapterReply
     | SyncRequest
     | Accepted
     | Chunk

@@ -162,6 +162,13 @@ class EnginePool:
             self._subjects[kind, kernels] = self._start(kind, kernels)
         return self._subjects[kind, kernels]
 
+    def start(self, path: Path, **arguments: Any) -> Any:
+        """An engine of a test's own, which lives as long as the others."""
+        if not self._kept:
+            self.subject("moe", "stock")
+        self.keep(engine := start_engine(path, **arguments))
+        return engine
+
     def keep(self, engine: Any) -> None:
         """Have an engine live as long as the others."""
         self._kept.append(engine)

@@ -114,7 +114,8 @@ def test_adapters_are_merged_into_what_is_sent_alone(policy, tmp_path, monkeypat
     from peft import LoraConfig, PeftModel
 
     monkeypatch.setattr(PeftModel, "merge_adapter", None, raising=False)
-    callback = WeightSyncCallback(engine=ENGINE, in_own_process=own_process, verify="full")
+    options = {"lora": "merge", "verify": "full"}
+    callback = WeightSyncCallback(engine=ENGINE, in_own_process=own_process, **options)
     trainer = build_trainer(
         policy,
         tmp_path,

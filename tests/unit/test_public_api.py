@@ -15,6 +15,7 @@ import pytest
 import qerl_sync
 
 PUBLIC = [
+    "AdapterSource",
     "AsyncLLMClient",
     "AsyncRolloutActor",
     "ConfigError",

@@ -109,9 +109,10 @@ class PoolSyncCallback(WeightSyncCallback):
         require_attributes(trainer, OF_TRAINER, trainer)
         require_attributes(generation, OF_GENERATION, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
+        transport = llm.pool.transport(self.config)
         self.session = SyncSession(
-            make_source(model, self.config),
-            llm.pool.transport(self.config),
+            make_source(model, self.config, transport),
+            transport,
             self.config,
             trained=trainer.model.named_parameters,
             probe=probe_of(model),

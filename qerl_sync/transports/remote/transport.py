@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.config.models import require_announced
@@ -20,6 +20,7 @@ from qerl_sync.errors import (
 )
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M")
 
 
 class RemoteTransport(Transport):
@@ -190,6 +193,11 @@ class RemoteTransport(Transport):
             and hello.instance in self._synced_instances
             for hello in self.hellos
         )
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        self.open()
+        request = say.AdapterRequest(adapter=adapter.to_json())
+        self._ask(request, say.AdapterReply, "whether it can serve the adapter")
 
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
@@ -419,18 +427,23 @@ class RemoteTransport(Transport):
         return accepted[0].owned
 
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
-        try:
-            self._control.begin_session(self._peers)
-            self._tell(request)
-            replies = [peer.expect(say.MapReply, "its layer map") for peer in self._peers]
-            self._end_talk()
-        except SyncError:
-            self.abort("the dry run failed")
-            raise
+        replies = self._ask(request, say.MapReply, "its layer map")
         for peer, reply in zip(self._peers, replies, strict=True):
             peer.layer_map = LayerMap.from_json(reply.layer_map)
         self._free_bytes = min(reply.free_bytes for reply in replies)
         return joint_map([peer.layer_map for peer in self._peers if peer.layer_map is not None])
+
+    def _ask(self, request: say.Message, kind: type[M], what: str) -> list[M]:
+        """Return every worker's answer to a question that touches nothing."""
+        try:
+            self._control.begin_session(self._peers)
+            self._tell(request)
+            replies = [peer.expect(kind, what) for peer in self._peers]
+            self._end_talk()
+        except SyncError:
+            self.abort("the dry run failed")
+            raise
+        return replies
 
     def _renew_map(self, layer_map: LayerMap) -> None:
         """Workers that were connected anew, after a failure, have forgotten theirs."""

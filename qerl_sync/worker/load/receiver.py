@@ -24,6 +24,7 @@ from qerl_sync.errors import (
 )
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.part import filled_layers
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -34,6 +35,7 @@ from qerl_sync.worker.load import memory, refresh
 from qerl_sync.worker.load.aliases import LostView, Views, lost_views
 from qerl_sync.worker.load.base import emptied_layers, sample_kernels
 from qerl_sync.worker.load.kernel_check import Held, KernelCheck
+from qerl_sync.worker.load.lora import AdapterLoad, require_adapter, serve_base
 from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.rollback import Rollback
@@ -68,6 +70,8 @@ class Receiver:
                          syncing --error, abort--> poisoned --start, finish, commit--> ready
 
     A sync that fails before its first tensor has touched nothing: the worker is as it was before.
+    A LoRA adapter is built aside and swapped in by `commit`: a sync of an adapter alone touches
+    nothing until then, whatever fails.
     With `on_failure: rollback` a sync that fails puts the old weights back instead:
 
         syncing, whole --error, abort--> ready, on the version of before
@@ -93,6 +97,7 @@ class Receiver:
 
     def __init__(self, parts: compat.EngineParts) -> None:
         compat.require_layerwise_reload()
+        self._parts = parts
         self.model = parts.model
         self._config = parts.vllm_config
         self.device = parts.device
@@ -111,7 +116,17 @@ class Receiver:
         self._check: KernelCheck | None = None
         self._held: Held | None = None
         self._kernels: dict[str, int] | None = None
+        self._adapter: AdapterLoad | None = None
+        self._able: Adapter | None = None
+        self._loads_base = True
         self._observing = contextlib.ExitStack()
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        """Check that this engine can serve the adapter. See `lora.require_adapter`."""
+        if adapter != self._able:
+            with compat.loading_context(self._config):
+                require_adapter(self._parts, adapter)
+            self._able = adapter
 
     def layer_map(
         self,
@@ -172,9 +187,14 @@ class Receiver:
             PlanError, ConfigError: what the plan stages cannot be staged here.
             CoverageError: the plan has a part of a parent layer.
             StaleBaseError: the plan is a part of the model, and the rest of it is not that of
-                `options.base` here. In each case nothing was touched.
+                `options.base` here.
+            CompatError: this engine cannot serve adapters. In each case nothing was touched.
         """
         self._require_closed()
+        self._adapter, self._loads_base = None, bool(plan.base_metas)
+        if plan.adapter is not None:
+            self.require_adapter(plan.adapter)
+            self._adapter = AdapterLoad(self._parts, plan.adapter)
         filled = self._layers_to_fill(plan, layer_map, options.base)
         spill, self.peak_staged_bytes = plan.spill, 0
         self._spill = None if spill is None else SpillBuffer(plan, spill, self.device)
@@ -185,9 +205,13 @@ class Receiver:
         self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
         self._options = options
         self.verify_seconds, self._held, self._kernels = 0.0, None, None
-        self._check = self._kernel_check(layer_map) if options.checksums else None
+        check = options.checksums and self._loads_base
+        self._check = self._kernel_check(layer_map) if check else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
         self._monitor = SyncMonitor(self.model, layer_map, filled, borrowed=borrowed)
+        self.working_bytes, self.finishing_bytes = {}, 0
+        if not self._loads_base:
+            return
         with self._aborting():
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)
@@ -217,6 +241,11 @@ class Receiver:
             LoadError: vLLM's loader failed. In both cases the worker is poisoned.
         """
         self._require_open()
+        if self._adapter is not None and chunk.names[0] in self._adapter:
+            with self._aborting():
+                for meta, tensor in self._checked(chunk, tensors):
+                    self._adapter.take(meta.name, tensor)
+            return
         self._untouched = False
         with self._aborting(), compat.loading_context(self._config):
             stream = self._checked(chunk, tensors)
@@ -245,21 +274,11 @@ class Receiver:
                     f"the sync ended with {len(missing)} tensors outstanding, the first is "
                     f"{missing[0].name!r}; send every chunk of the plan"
                 )
-            if self._options.verify != "off":
-                self._monitor.require_filled()
-            self._untouched = False
-            with compat.loading_context(self._config):
-                compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
-                self._keep_tied()
-                refresh.after_reload(self.model)
-                self._views.restore()
-            # A kernel that has failed says so here, and not after the commit.
-            cuda_memory.synchronize(self.device)
-            if self._check is not None:
-                with self._verifying():
-                    self._held = self._check.conclude()
-            if self._options.is_base:
-                self._kernels = sample_kernels(self.model, self._loaded_layers)
+            if self._adapter is not None:
+                with compat.loading_context(self._config):
+                    self._adapter.build()
+            if self._loads_base:
+                self._finish_base()
         self._close()
         self.kept_bytes = 0 if self._rollback is None else self._rollback.nbytes
         return self._monitor.trace()
@@ -271,15 +290,23 @@ class Receiver:
         whoever refers to it (requests in flight, the prefix cache) must be made to forget it.
 
         Raises:
-            SyncError: the version is not larger than the last; the worker is poisoned.
+            SyncError: the version is not larger than the last.
+            LoadError: vLLM cannot activate the adapter. In both cases the worker is poisoned, or
+                has its old adapter where the sync brought nothing else.
         """
         if version <= self._state.version:
             reason = f"version {version} was to follow {self._state.version}"
             self.abort(f"a sync failed: {reason}")
             raise SyncError(f"{reason}; versions only move forwards. Begin a new session")
-        self._rollback = None
+        with self._aborting(), compat.loading_context(self._config):
+            if self._adapter is not None:
+                self._adapter.swap(verify=self._options.checksums)
+            else:
+                serve_base(self._parts)
+        self._adapter, self._rollback, self._untouched = None, None, False
         self._state.version = version
-        self._state.held, self._state.kernels = self._held, self._kernels
+        if self._loads_base:
+            self._state.held, self._state.kernels = self._held, self._kernels
         overwritten = self._state.caches_suspect
         if overwritten:
             compat.zero_kv_caches(self._config)
@@ -299,7 +326,8 @@ class Receiver:
             self._close()
             compat.restore(self.model)
         rollback, self._rollback = self._rollback, None
-        old, self._untouched = self._untouched, False
+        # Nothing but an adapter can be untouched when others may have committed theirs.
+        old, self._untouched, self._adapter = self._untouched and keep_old, False, None
         if rollback is not None and keep_old:
             rollback.put_back()
             old = True
@@ -340,7 +368,7 @@ class Receiver:
                     "does not say which version this worker should have them from; send everything"
                 )
             return {one.name for one in layers if one.expected_numel}
-        filled = filled_layers(plan.metas, layer_map)
+        filled = filled_layers(plan.base_metas, layer_map)
         if why := self._not_on(base, [p for p in self._loaded_layers if p not in filled]):
             raise StaleBaseError(
                 f"a sync of a part of the model needs the rest of version {base} here, and {why}; "
@@ -432,6 +460,23 @@ class Receiver:
             if self._rollback is not None:
                 self._rollback.keep(head)
             compat.lend_packing(layer, head)
+
+    def _finish_base(self) -> None:
+        if self._options.verify != "off":
+            self._monitor.require_filled()
+        self._untouched = False
+        with compat.loading_context(self._config):
+            compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
+            self._keep_tied()
+            refresh.after_reload(self.model)
+            self._views.restore()
+        # A kernel that has failed says so here, and not after the commit.
+        cuda_memory.synchronize(self.device)
+        if self._check is not None:
+            with self._verifying():
+                self._held = self._check.conclude()
+        if self._options.is_base:
+            self._kernels = sample_kernels(self.model, self._loaded_layers)
 
     def _keep_tied(self) -> None:
         if self._rollback is not None:
