@@ -19,6 +19,7 @@ import torch
 
 from qerl_sync.bench.echo import EchoWorker, checksum
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
+from qerl_sync.bench.tcp import loopback_tcp_seconds
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import SyncError
 from qerl_sync.plan.checkpoint import read_json
@@ -27,7 +28,6 @@ from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.sources.shared_memory import share_parameters
 from qerl_sync.transports.remote import RemoteTransport
-from qerl_sync.wire.baselines import loopback_tcp_seconds
 from qerl_sync.wire.segments import PrivateMemory
 
 KINDS = ("shm", "shared parameters", "tcp")

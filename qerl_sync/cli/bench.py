@@ -5,16 +5,31 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from qerl_sync.cli.errors import UNEXPECTED, errors_as_text
-from qerl_sync.cli.progress import telling
 from qerl_sync.meta import parse_bytes
+
+
+@contextmanager
+def telling(console: Console) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the current activity.
+
+    On a terminal it updates one line; elsewhere (a file, a CI log) it prints a line each time.
+    """
+    if not console.is_terminal:
+        yield lambda text: console.print(text, markup=False, highlight=False)
+        return
+    with console.status("") as status:
+        yield lambda text: status.update(escape(text))
+
 
 app = typer.Typer(help="Measure, and fail where a target is missed.", no_args_is_help=True)
 
@@ -32,7 +47,7 @@ def learning(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Train with several seeds and print what each reached."""
-    wanted = _parse_seeds(seeds)
+    wanted = _parse_numbers(seeds, "seeds")
     with errors_as_text(debug=debug):
         from qerl_sync.report.tables import trials_table
         from qerl_sync.training.trials import Targets, run_seed
@@ -99,7 +114,7 @@ def ray(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Measure a sync of Ray actors, beside loads alone, Ray's put and get, and a kill."""
-    wanted = _parse_numbers(workers)
+    wanted = _parse_numbers(workers, "numbers", least=1)
     with errors_as_text(debug=debug):
         from qerl_sync.training.environment import prepare_environment
 
@@ -120,18 +135,12 @@ def ray(
             raise typer.Exit(UNEXPECTED)
 
 
-def _parse_numbers(text: str) -> list[int]:
+def _parse_numbers(text: str, what: str, least: int | None = None) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError as exc:
-        raise typer.BadParameter(f"{text!r} is no list of numbers; write 1,2,3") from exc
-    if min(found) < 1:
-        raise typer.BadParameter(f"{text!r} has a number below 1")
+        example = "0,1,2" if least is None else "1,2,3"
+        raise typer.BadParameter(f"{text!r} is no list of {what}; write {example}") from exc
+    if least is not None and min(found) < least:
+        raise typer.BadParameter(f"{text!r} has a number below {least}")
     return found
-
-
-def _parse_seeds(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as exc:
-        raise typer.BadParameter(f"{text!r} is no list of seeds; write 0,1,2") from exc

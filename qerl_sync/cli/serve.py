@@ -9,15 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from qerl_sync.cli.errors import errors_as_text
-
-if TYPE_CHECKING:
-    from qerl_sync.serving.server import ServerProcess
 
 TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
 
@@ -61,11 +58,26 @@ def serve(
 
         spec = ServerSpec(model=model, host=host, port=port, backend=backend, extra=arguments or [])
         _secure(host, console)
-        _say_where_from(model, console)
+        if not Path(model).expanduser().exists():
+            console.print(
+                f"{model} is no directory here: vLLM looks for it on the Hugging Face hub"
+            )
         started = time.monotonic()
         with ServerProcess(spec, start_timeout_seconds=start_timeout) as server:
-            _show_ready(server, time.monotonic() - started, console)
-            _wait(server, console)
+            seconds = time.monotonic() - started
+            console.print(f"[green]✓[/] ready at [bold]{server.url}[/] [dim]{seconds:.1f} s[/]")
+            console.print(
+                f'  TRL: GRPOConfig(use_vllm=True, vllm_mode="server", '
+                f'vllm_server_base_url="{server.url}")',
+                soft_wrap=True,
+            )
+            console.print("  Ctrl-C stops it")
+            try:
+                server.wait()
+            except KeyboardInterrupt:  # how a server is meant to end
+                console.print("stopping ...")
+            else:
+                server.check()
         console.print("[green]✓[/] stopped")
 
 
@@ -98,30 +110,6 @@ def _secure(host: str, console: Console) -> None:
             f"for the trainer:\n  export {TOKEN_VARIABLE}={token}",
             soft_wrap=True,
         )
-
-
-def _say_where_from(model: str, console: Console) -> None:
-    if not Path(model).expanduser().exists():
-        console.print(f"{model} is no directory here: vLLM looks for it on the Hugging Face hub")
-
-
-def _show_ready(server: ServerProcess, seconds: float, console: Console) -> None:
-    console.print(f"[green]✓[/] ready at [bold]{server.url}[/] [dim]{seconds:.1f} s[/]")
-    console.print(
-        f'  TRL: GRPOConfig(use_vllm=True, vllm_mode="server", '
-        f'vllm_server_base_url="{server.url}")',
-        soft_wrap=True,
-    )
-    console.print("  Ctrl-C stops it")
-
-
-def _wait(server: ServerProcess, console: Console) -> None:
-    try:
-        server.wait()
-    except KeyboardInterrupt:  # how a server is meant to end
-        console.print("stopping ...")
-    else:
-        server.check()
 
 
 @contextmanager

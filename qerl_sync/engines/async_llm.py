@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
@@ -137,7 +138,12 @@ class AsyncLLMClient(EngineClient):
         start: Callable[[], Coroutine[Any, Any, Any]],
         timeout_seconds: float | None,
     ) -> Any:
-        self._refuse_own_thread(method)
+        with contextlib.suppress(RuntimeError):  # this thread runs no loop
+            if asyncio.get_running_loop() is self.loop:
+                raise TransportError(
+                    f"{method}: called on the event loop of {ENGINE}, which would wait for itself; "
+                    "call from another thread, for instance with asyncio.to_thread"
+                )
         call = start()
         try:
             answer = asyncio.run_coroutine_threadsafe(call, self.loop)
@@ -156,14 +162,3 @@ class AsyncLLMClient(EngineClient):
             if error is exc:
                 raise
             raise error from exc
-
-    def _refuse_own_thread(self, method: str) -> None:
-        try:
-            current = asyncio.get_running_loop()
-        except RuntimeError:
-            return
-        if current is self.loop:
-            raise TransportError(
-                f"{method}: called on the event loop of {ENGINE}, which would wait for itself; "
-                "call from another thread, for instance with asyncio.to_thread"
-            )

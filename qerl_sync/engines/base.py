@@ -65,7 +65,7 @@ class EngineClient(ABC):
 
     @abstractmethod
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """As vLLM's, like the next three. See `WeightSyncClient`."""
+        """Do as vLLM's method, like the next three. See `WeightSyncClient`."""
 
     @abstractmethod
     def start_weight_update(self) -> None: ...
@@ -294,7 +294,7 @@ class EngineCall:
         return self._answer.result()
 
     def raise_if_failed(self) -> None:
-        """Raises TransportError (or the error of ours that the client raised) if it has failed."""
+        """Raise TransportError (or the error of ours that the client raised) if it has failed."""
         error = self._answer.exception() if self.done else None
         if error is None:
             return

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -117,10 +117,12 @@ class HTTPClient(EngineClient):
         import requests
 
         try:
-            status = self._send("GET", "health", None, None, HEALTH_SECONDS).status_code
+            return self._health_status() == 200
         except requests.RequestException:
             return False
-        return bool(status == 200)
+
+    def _health_status(self) -> int:
+        return int(self._send("GET", "health", None, None, HEALTH_SECONDS).status_code)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         model = self._get("v1/models")["data"][0]["id"]
@@ -177,9 +179,23 @@ class HTTPClient(EngineClient):
         """
         import requests
 
+        def check_alive() -> None:
+            """Raise PeerLostError if the server reports its engine dead, or no longer listens.
+            Slowness is neither."""
+            try:
+                gone = self._health_status() == 503
+            except requests.Timeout:
+                gone = False
+            except requests.ConnectionError:
+                gone = True
+            if gone:
+                raise lost(str(self), route)
+
         try:
-            send = partial(self._send, method, route, body, params, read_seconds)
-            response = self._watched(route, send)
+            # vLLM leaves calls unanswered in which its engine dies.
+            call = EngineCall(route, partial(self._send, method, route, body, params, read_seconds))
+            call.ends_within(None, WATCH_SECONDS, check_alive)
+            response = call.result()
             if may_lack and response.status_code == 404:
                 return {}
             return self._answer(route, response)
@@ -188,40 +204,16 @@ class HTTPClient(EngineClient):
         except requests.Timeout as exc:
             raise timed_out(str(self), route, self.timeout_seconds) from exc
         except requests.ConnectionError as exc:
-            raise self._unreachable(route, _cause(exc)) from exc
+            cause: BaseException = exc  # requests and urllib3 wrap the system's error several times
+            while (inner := cause.__cause__ or cause.__context__) is not None:
+                cause = inner
+            raise self._unreachable(route, str(cause)) from exc
         except requests.JSONDecodeError as exc:
             raise TransportError(
                 f"{route}: what answers at {self.base_url} is no vLLM server: {exc.doc[:200]!r}"
             ) from exc
         except requests.RequestException as exc:
             raise TransportError(f"{route}: {self} cannot be asked: {exc}") from exc
-
-    def _watched(self, route: str, send: Callable[[], Any]) -> Any:
-        """Send as `send` does, and raise PeerLostError if the engine dies: vLLM then leaves calls
-        unanswered.
-        """
-
-        def check_alive() -> None:
-            if self._is_gone():
-                raise lost(str(self), route)
-
-        answer = EngineCall(route, send)
-        answer.ends_within(None, WATCH_SECONDS, check_alive)
-        return answer.result()
-
-    def _is_gone(self) -> bool:
-        """Return True if the server reports its engine dead, or no longer listens. Slowness is
-        neither.
-        """
-        import requests
-
-        try:
-            status = self._send("GET", "health", None, None, HEALTH_SECONDS).status_code
-        except requests.Timeout:
-            return False
-        except requests.ConnectionError:
-            return True
-        return bool(status == 503)
 
     def _send(
         self,
@@ -233,6 +225,9 @@ class HTTPClient(EngineClient):
     ) -> Any:
         import requests
 
+        headers = {}
+        if method == "POST" and self._token:
+            headers[PROOF_HEADER] = proof(self._token, "http", f"/{route}")
         # A session for each call: one that is kept meets connections that the server has closed.
         with requests.Session() as session:
             # Nor a proxy, which is for the internet, nor a .netrc.
@@ -246,15 +241,10 @@ class HTTPClient(EngineClient):
                 f"{self.base_url}/{route}",
                 json=body,
                 params=params,
-                headers=self._headers(method, route),
+                headers=headers,
                 timeout=(CONNECT_SECONDS, read_seconds),
                 allow_redirects=False,
             )
-
-    def _headers(self, method: str, route: str) -> dict[str, str]:
-        if method != "POST" or not self._token:
-            return {}
-        return {PROOF_HEADER: proof(self._token, "http", f"/{route}")}
 
     def _answer(self, route: str, response: Any) -> dict[str, Any]:
         """Return the answer's JSON, {} without a body. Raise TransportError for an error status."""
@@ -285,10 +275,3 @@ def _message(response: Any) -> str:
     if isinstance(error, dict):
         error = error.get("message")
     return complaint(str(error if error is not None else parsed))
-
-
-def _cause(exc: BaseException) -> str:
-    """Return the operating system's error text, which requests and urllib3 wrap several times."""
-    while (inner := exc.__cause__ or exc.__context__) is not None:
-        exc = inner
-    return str(exc)

@@ -19,7 +19,7 @@ from qerl_sync.engines.base import (
     translated,
     version_arguments,
 )
-from qerl_sync.errors import TransportError, TransportTimeout
+from qerl_sync.errors import TransportError
 from qerl_sync.worker.compat.caches import forget_caches, llm_method
 from qerl_sync.worker.compat.coupling import lacking, vllm_version
 
@@ -71,7 +71,11 @@ class LLMClient(EngineClient):
         if not self.in_process:
             self._call("sleep", level=0, mode=mode)
         elif mode == "abort":
-            self._abort_all()
+            engine = self.llm.llm_engine
+            left = list(engine.output_processor.request_states)
+            if left:
+                abort = partial(engine.abort_request, left, internal=True)
+                self._run("abort", abort, self.timeout_seconds)
 
     def resume(self) -> None:
         if not self.in_process:
@@ -115,13 +119,6 @@ class LLMClient(EngineClient):
             self.llm.llm_engine.vllm_config, getattr(self.llm.llm_engine, "engine_core", None)
         )
 
-    def _abort_all(self) -> None:
-        engine = self.llm.llm_engine
-        left = list(engine.output_processor.request_states)
-        if left:
-            abort = partial(engine.abort_request, left, internal=True)
-            self._run("abort", abort, self.timeout_seconds)
-
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         return self._run(
             method,
@@ -135,22 +132,19 @@ class LLMClient(EngineClient):
                 f"{method}: {ENGINE} still has not answered {self._stuck_in}; start it anew"
             )
         try:
-            # Kernels run here: on another thread they would start a thread pool of their own.
-            return call() if self.in_process else self._wait_for(method, call, timeout_seconds)
-        except (TransportTimeout, KeyboardInterrupt):
-            raise
+            if self.in_process:
+                # Kernels run here: on another thread they would start a thread pool of their own.
+                return call()
+            # vLLM itself waits without end, also for an engine that has died.
+            answer = EngineCall(method, call)
+            core = getattr(self.llm.llm_engine, "engine_core", None)
+            check_alive = partial(require_alive, core, ENGINE, method)
+            if answer.ends_within(timeout_seconds, check_alive=check_alive):
+                return answer.result()
+            self._stuck_in = method
+            raise timed_out(ENGINE, method, self.timeout_seconds)
         except Exception as exc:
             error = translated(exc, ENGINE, method)
             if error is exc:
                 raise
             raise error from exc
-
-    def _wait_for(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
-        """vLLM itself waits without end, also for an engine that has died."""
-        answer = EngineCall(method, call)
-        core = getattr(self.llm.llm_engine, "engine_core", None)
-        check_alive = partial(require_alive, core, ENGINE, method)
-        if answer.ends_within(timeout_seconds, check_alive=check_alive):
-            return answer.result()
-        self._stuck_in = method
-        raise timed_out(ENGINE, method, self.timeout_seconds)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +26,6 @@ from qerl_sync.serving.command import (
 )
 from qerl_sync.serving.guard import KILL_SECONDS, kill
 from qerl_sync.serving.log import complaint_in, last_line
-from qerl_sync.serving.ports import port_of, reserve_port
 from qerl_sync.serving.processes import any_listens, is_resource_tracker, members
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 
@@ -102,7 +103,7 @@ class ServerProcess:
             )
         try:
             with contextlib.closing(reserve_port(self.spec.host, self.spec.port)) as reserved:
-                self._port = port_of(reserved)
+                self._port = int(reserved.getsockname()[1])
                 command = [sys.executable, "-m", GUARD, str(os.getpid()), str(self.grace_seconds)]
                 with self._output() as output:
                     self._guard = subprocess.Popen(
@@ -188,6 +189,36 @@ class ServerProcess:
         if self.log is None:
             return "; its output says why"
         return f"; the end of its log {self.log}:\n{complaint_in(self.log)}"
+
+
+def reserve_port(host: str, port: int | None) -> socket.socket:
+    """Return a socket bound to that port, or to a free one if it is None or 0.
+
+    While the socket is open no other program gets the port by chance. A server can still listen on
+    it, as it does not listen itself.
+
+    Raises:
+        ConfigError: another program listens there, or there is no such address on this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            host or None, port or 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, OverflowError) as exc:
+        raise ConfigError(f"there is no address {host} port {port}: {exc}") from exc
+    reserved = socket.socket(family, socket.SOCK_STREAM)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        reserved.bind(address)
+    except (OSError, OverflowError) as exc:
+        reserved.close()
+        if getattr(exc, "errno", None) == errno.EADDRINUSE:
+            raise ConfigError(
+                f"port {port} on {host} is in use; stop the program that listens there (`ss "
+                "-ltnp` names it), or choose another port"
+            ) from exc
+        raise ConfigError(f"cannot listen on {host} port {port}: {exc}") from exc
+    return reserved
 
 
 def _end(guard: subprocess.Popen[bytes]) -> None:

@@ -34,9 +34,19 @@ def load_data(config: DataConfig, seed: int, *, needs_answers: bool) -> tuple[Da
     Raises:
         ConfigError: there is no such data set, split or column.
     """
-    rows = _addition(config, seed) if config.task == "addition" else _read(config)
+    from datasets import Dataset
+
+    if config.task == "addition":
+        rows = Dataset.from_list(addition_rows(config.size, seed))
+    else:
+        rows = _read(config)
     rows = _rename(rows, "prompt_column", config.prompt_column, "prompt")
-    _require_prompts(rows, "prompt_column")
+    for number, prompt in enumerate(rows["prompt"]):
+        if not prompt or not isinstance(prompt, str | list):  # as TRL takes them
+            raise ConfigError(
+                f"data.prompt_column: the prompt of row {number} is {prompt!r}, not a text or a "
+                "list of chat messages; correct or remove that row"
+            )
     if needs_answers or config.answer_column in rows.column_names:
         rows = _rename(rows, "answer_column", config.answer_column, "answer")
     if config.eval_size >= len(rows):
@@ -46,12 +56,6 @@ def load_data(config: DataConfig, seed: int, *, needs_answers: bool) -> tuple[Da
         )
     train = rows.select(range(config.eval_size, len(rows)))
     return train, rows.select(range(config.eval_size))
-
-
-def _addition(config: DataConfig, seed: int) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_list(addition_rows(config.size, seed))
 
 
 def _read(config: DataConfig) -> Dataset:
@@ -79,8 +83,12 @@ def _read(config: DataConfig) -> Dataset:
         what = "cannot be read"
         if not path.exists():
             what = f"is neither at {where(config.path)} nor a data set that the hub gives"
+        innermost: BaseException = exc  # `datasets` wraps it into text without content
+        while innermost.__cause__ is not None:
+            innermost = innermost.__cause__
+        cause = f"{type(innermost).__name__}: {innermost}"
         raise FileError(
-            f"data.path: {config.path!r} {what} ({_innermost(exc)}); give a "
+            f"data.path: {config.path!r} {what} ({cause}); give a "
             f"{', '.join(FILE_FORMATS)} file, a directory or a hub id",
             path=config.path,
         ) from exc
@@ -90,23 +98,6 @@ def _read(config: DataConfig) -> Dataset:
             path=config.path,
         )
     return rows
-
-
-def _innermost(exc: BaseException) -> str:
-    """Describe the first error of the chain: `datasets` wraps it into text without content."""
-    while exc.__cause__ is not None:
-        exc = exc.__cause__
-    return f"{type(exc).__name__}: {exc}"
-
-
-def _require_prompts(rows: Dataset, option: str) -> None:
-    """Check that each prompt is a text or a list of messages, as TRL takes them."""
-    for number, prompt in enumerate(rows["prompt"]):
-        if not prompt or not isinstance(prompt, str | list):
-            raise ConfigError(
-                f"data.{option}: the prompt of row {number} is {prompt!r}, not a text or a list of "
-                "chat messages; correct or remove that row"
-            )
 
 
 def _rename(rows: Dataset, option: str, column: str, name: str) -> Dataset:

@@ -83,9 +83,16 @@ class RunDirectory:
         one.
         """
         self.root.mkdir(parents=True, exist_ok=True)
-        moved = self._set_aside() if self._has_run() else None
+        written, aside = self._written(), None
+        # A config.json alone is a run that was refused before it began.
+        if self.config.exists() and written != [self.config]:
+            number = 1 + len(list(self.root.glob("earlier-*")))
+            aside = self.root / f"earlier-{number}"
+            aside.mkdir()
+            for path in written:
+                path.rename(aside / path.name)
         self._write_config(config)
-        return moved
+        return aside
 
     def resume(self, config: TrainConfig) -> Path:
         """Prepare the directory for resuming. Return the checkpoint to resume from.
@@ -100,14 +107,26 @@ class RunDirectory:
                 f"nothing to resume: {self.root} holds no run; leave --resume away, or name its "
                 "directory with --output-dir"
             )
-        self._check_same_run(config)
+        before, now = read_json(self.config), config.model_dump(mode="json")
+        changed = [name for name in FIXED_SECTIONS if before.get(name) != now[name]]
+        if changed:
+            raise ConfigError(
+                f"cannot resume {self.root}: {', '.join(changed)} changed since it was started "
+                f"(compare {self.config}); change it back, or start a new run without --resume"
+            )
         checkpoint = self.latest_checkpoint()
         if checkpoint is None:
             raise ConfigError(
                 f"nothing to resume: the run in {self.root} has no checkpoint yet "
                 "(trainer.save_steps says when it writes one); leave --resume away to start over"
             )
-        _require_whole(checkpoint)
+        # Files that were cut off or overwritten are found before an engine is started.
+        require_whole_files(checkpoint)
+        step_of(checkpoint)
+        for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
+            # As torch.save writes it; its contents stand at its end.
+            if not zipfile.is_zipfile(file):
+                raise damaged(checkpoint, file, "it is cut off, or no file of torch's")
         self.keep_syncs_before(step_of(checkpoint))
         self._write_config(config)
         return checkpoint
@@ -115,34 +134,12 @@ class RunDirectory:
     def _write_config(self, config: TrainConfig) -> None:
         self.config.write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
-    def _check_same_run(self, config: TrainConfig) -> None:
-        before = read_json(self.config)
-        now = config.model_dump(mode="json")
-        changed = [name for name in FIXED_SECTIONS if before.get(name) != now[name]]
-        if changed:
-            raise ConfigError(
-                f"cannot resume {self.root}: {', '.join(changed)} changed since it was started "
-                f"(compare {self.config}); change it back, or start a new run without --resume"
-            )
-
-    def _has_run(self) -> bool:
-        return self.config.exists() and any(path != self.config for path in self._written())
-
     def _written(self) -> list[Path]:
         """Return the files and directories that a run has left here."""
         fixed = [self.config, self.model, self.trained, self.syncs, self.plans, self.summary]
         others = [self.engine_log, self.reward_plot, self.buffers_plot]
         found = [path for path in [*fixed, *others] if path.exists()]
         return [*found, *self.root.glob("checkpoint-*")]
-
-    def _set_aside(self) -> Path:
-        """Move an earlier run into a directory of its own. Leave everything else in place."""
-        number = 1 + len(list(self.root.glob("earlier-*")))
-        aside = self.root / f"earlier-{number}"
-        aside.mkdir()
-        for path in self._written():
-            path.rename(aside / path.name)
-        return aside
 
     def append_sync(self, report: dict[str, Any]) -> None:
         with self.syncs.open("a", encoding="utf-8") as lines:
@@ -185,12 +182,3 @@ def damaged(checkpoint: Path, file: Path, cause: str) -> FileError:
         "checkpoint before it",
         path=str(file),
     )
-
-
-def _require_whole(checkpoint: Path) -> None:
-    """Raise FileError for files that were cut off or overwritten, before an engine is started."""
-    require_whole_files(checkpoint)
-    step_of(checkpoint)
-    for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
-        if not zipfile.is_zipfile(file):  # as torch.save writes it; its contents stand at its end
-            raise damaged(checkpoint, file, "it is cut off, or no file of torch's")

@@ -43,8 +43,23 @@ def resolve_reward(name: str) -> Reward:
     """
     module_name, colon, attribute = name.partition(":")
     if not colon:
-        return _builtin(name)
-    module = _import(module_name, name)
+        if name not in BUILTIN:
+            raise ConfigError(
+                f"unknown reward {name!r}; {nearest(name, BUILTIN)} For your own, write "
+                "package.module:function"
+            )
+        return BUILTIN[name]
+    # A console script has its own directory on the path and not the one it is called from.
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = import_module(module_name)
+    except (ImportError, ValueError) as exc:
+        raise ConfigError(
+            f"reward {name!r}: the module {module_name!r} cannot be imported ({exc}); install it "
+            "or call the program from the directory that holds it"
+        ) from exc
     function = getattr(module, attribute, None)
     if not callable(function):
         functions = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
@@ -53,26 +68,3 @@ def resolve_reward(name: str) -> Reward:
             f"{nearest(attribute, functions)}"
         )
     return function
-
-
-def _builtin(name: str) -> Reward:
-    if name not in BUILTIN:
-        raise ConfigError(
-            f"unknown reward {name!r}; {nearest(name, BUILTIN)} For your own, write "
-            "package.module:function"
-        )
-    return BUILTIN[name]
-
-
-def _import(module_name: str, name: str) -> Any:
-    # A console script has its own directory on the path and not the one it is called from.
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        return import_module(module_name)
-    except (ImportError, ValueError) as exc:
-        raise ConfigError(
-            f"reward {name!r}: the module {module_name!r} cannot be imported ({exc}); install it "
-            "or call the program from the directory that holds it"
-        ) from exc

@@ -23,7 +23,7 @@ from qerl_sync.serving.log import complaint_in
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.training.arguments import engine_options
 from qerl_sync.training.directory import RunDirectory
-from qerl_sync.training.display import Display, Phase
+from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush
 from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token
 
@@ -52,10 +52,26 @@ def rollout_server(
     if rollout.mode != "server":
         yield None
     elif rollout.server_url is not None:
-        with display.phase("waiting for the vLLM server", f"found {rollout.server_url}") as phase:
-            client = _await(rollout.server_url, rollout.start_timeout_seconds, phase)
-        with _losses_explained(lambda: _require_health(client), None):
-            yield rollout.server_url
+        url, timeout_seconds = rollout.server_url, rollout.start_timeout_seconds
+        client, started = HTTPClient(url), time.monotonic()
+        with display.phase("waiting for the vLLM server", f"found {url}") as phase:
+            while not client.health():
+                seconds = time.monotonic() - started
+                if seconds > timeout_seconds:
+                    raise PeerLostError(
+                        f"rollout.server_url: no vLLM server answers at {url} within "
+                        f"{timeout_seconds:g} s; is it running, and is this its address? "
+                        "`rollout.server_url: null` starts one"
+                    )
+                phase.progress(seconds, f"nobody answers at {url}")
+                time.sleep(POLL_SECONDS)
+
+        def check() -> None:
+            if not client.health():
+                raise PeerLostError(f"{client} does not answer any more; its log says why")
+
+        with _losses_explained(check, None):
+            yield url
     else:
         spec = ServerSpec(model, engine=engine_options(config), port=rollout.server_port)
         with ExitStack() as stack:
@@ -154,22 +170,3 @@ def _losses_explained(check: Callable[[], None], log: Path | None) -> Iterator[N
             time.sleep(POLL_SECONDS)
         words = f"; the log of the vLLM server {log}:\n{complaint_in(log)}" if log else ""
         raise PeerLostError(f"{exc}{words}") from exc
-
-
-def _await(url: str, timeout_seconds: float, phase: Phase) -> HTTPClient:
-    client, started = HTTPClient(url), time.monotonic()
-    while not client.health():
-        seconds = time.monotonic() - started
-        if seconds > timeout_seconds:
-            raise PeerLostError(
-                f"rollout.server_url: no vLLM server answers at {url} within {timeout_seconds:g} "
-                "s; is it running, and is this its address? `rollout.server_url: null` starts one"
-            )
-        phase.progress(seconds, f"nobody answers at {url}")
-        time.sleep(POLL_SECONDS)
-    return client
-
-
-def _require_health(client: HTTPClient) -> None:
-    if not client.health():
-        raise PeerLostError(f"{client} does not answer any more; its log says why")

@@ -24,23 +24,22 @@ def warm_up(
 
     from qerl_sync.training.callbacks import ShowProgress, quieten
 
+    def example(row: dict[str, Any]) -> dict[str, Any]:
+        """Return a row in TRL's format: text to text, or chat messages to chat messages."""
+        prompt, answer = row["prompt"], str(row["answer"])
+        if isinstance(prompt, str):
+            return {"prompt": prompt, "completion": answer}
+        return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
+
     trainer = SFTTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows.map(_example, remove_columns=rows.column_names),
+        train_dataset=rows.map(example, remove_columns=rows.column_names),
         processing_class=tokenizer,
         callbacks=[ShowProgress(steps, _note)],
     )
     quieten(trainer)
     trainer.train()
-
-
-def _example(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row in TRL's format: text to text, or chat messages to chat messages."""
-    prompt, answer = row["prompt"], str(row["answer"])
-    if isinstance(prompt, str):
-        return {"prompt": prompt, "completion": answer}
-    return {"prompt": prompt, "completion": [{"role": "assistant", "content": answer}]}
 
 
 def _note(log: dict[str, Any]) -> str:
