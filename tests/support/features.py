@@ -17,7 +17,11 @@ def needs(feature: str) -> pytest.MarkDecorator:
 
 
 def require_kernels(kernels: str) -> None:
-    """Skip the test where the installed vLLM has no such kernels for a CPU."""
+    """Skip the test where the installed vLLM has no such kernels for a CPU.
+
+    Call it before the engine starts: vLLM 0.25's `set_default_torch_dtype` does not restore torch's
+    default dtype when the start fails, and every later test computes in bfloat16.
+    """
     if kernels == "fp8":
         from vllm.model_executor.layers.quantization.online import fp8
 
