@@ -310,22 +310,6 @@ class TestPlainTRL:
         assert {report.transport for report in callback.reports} == {"tcp: sync.transport says so"}
         assert gap(trainer.state.log_history) <= 1e-5
 
-    def test_adapters_are_merged_into_what_is_sent_to_a_server(self, served, tmp_path):
-        from peft import LoraConfig
-
-        callback = qerl_sync.WeightSyncCallback()
-        trainer = server_trainer(
-            served,
-            tmp_path,
-            callback,
-            peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
-        )
-        with closing(callback):
-            trainer.train()
-        assert callback.reports[0].unsent_tensors == 0
-        assert all(report.unsent_tensors for report in callback.reports[1:])
-        assert 0 < gap(trainer.state.log_history) <= 1e-5
-
     def test_trl_alone_cannot_be_built_here(self, served, tmp_path):
         """Why TRL's join is replaced. When this fails, TRL has learned to do without CUDA."""
         with pytest.raises(NotImplementedError, match="needs a CUDA device"):

@@ -108,15 +108,12 @@ def test_syncs_when_trl_says_and_logs_through_trl(train):
     assert_engine_has_the_trainers_weights(run)
 
 
-@pytest.mark.parametrize("own_process", [False, True])
-def test_adapters_are_merged_into_what_is_sent_alone(policy, tmp_path, monkeypatch, own_process):
+def test_adapters_are_merged_into_what_is_sent_alone(policy, tmp_path, monkeypatch):
     """TRL's own sync, which would merge them in the trainer's weights, is replaced."""
     from peft import LoraConfig, PeftModel
-    from vllm import envs
 
     monkeypatch.setattr(PeftModel, "merge_adapter", None, raising=False)
-    envs.disable_envs_cache()  # vLLM remembers that earlier engines were in this process
-    callback = WeightSyncCallback(engine=ENGINE, in_own_process=own_process, verify="full")
+    callback = WeightSyncCallback(engine=ENGINE, verify="full")
     trainer = build_trainer(
         policy,
         tmp_path,
