@@ -311,6 +311,7 @@ class TestPlainTRL:
         assert gap(trainer.state.log_history) <= 1e-5
 
     def test_adapters_are_merged_into_what_is_sent_to_a_server(self, served, tmp_path):
+        """One that serves no adapters: `sync.lora: auto` says so."""
         from peft import LoraConfig
 
         callback = qerl_sync.WeightSyncCallback()

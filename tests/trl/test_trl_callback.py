@@ -108,14 +108,12 @@ def test_syncs_when_trl_says_and_logs_through_trl(train):
     assert_engine_has_the_trainers_weights(run)
 
 
-@pytest.mark.parametrize("own_process", [False, True])
-def test_adapters_are_merged_into_what_is_sent_alone(policy, tmp_path, monkeypatch, own_process):
+def test_adapters_are_merged_into_what_is_sent_alone(policy, tmp_path, monkeypatch):
     """TRL's own sync, which would merge them in the trainer's weights, is replaced."""
     from peft import LoraConfig, PeftModel
 
     monkeypatch.setattr(PeftModel, "merge_adapter", None, raising=False)
-    options = {"lora": "merge", "verify": "full"}
-    callback = WeightSyncCallback(engine=ENGINE, in_own_process=own_process, **options)
+    callback = WeightSyncCallback(engine=ENGINE, lora="merge", verify="full")
     trainer = build_trainer(
         policy,
         tmp_path,
@@ -129,7 +127,6 @@ def test_adapters_are_merged_into_what_is_sent_alone(policy, tmp_path, monkeypat
     trainer.train()
     first, *later = callback.reports
     assert first.unsent_tensors == 0
-    # The last ones: B begins at zero, so that one step changes nothing of A's.
     assert all(report.unsent_bytes > report.sent_bytes / 2 for report in later)
     assert all(report.changed_tensors for report in later)
     assert all(report.undelivered == () for report in later)
