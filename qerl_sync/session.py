@@ -344,7 +344,11 @@ class SyncSession:
         """Return the plan without what has stayed as it is since `base`; the full one where that
         is everything, or where nothing has changed at all."""
         metas = self._metas or []
-        unchanged = {n for n, stamp in stamps.items() if base.stamps.get(n, self) == stamp}
+        unchanged = {
+            name
+            for name, stamp in stamps.items()
+            if name in base.stamps and base.stamps[name] == stamp
+        }
         part = part_to_send(metas, layer_map, unchanged)
         if base.metas != metas or len(part) == len(metas) or not (part or self._adapter):
             return full

@@ -214,6 +214,8 @@ def _build(
     def record(report: SyncReport) -> None:
         directory.append_sync(report.to_json())
         assert callback.session is not None
+        if report.unsent_tensors:  # `qerl-sync plan --compare` plans the whole model
+            return
         directory.record_plan(callback.session, config.sync)
 
     callback = _callback(config, record)

@@ -10,13 +10,14 @@ from fnmatch import fnmatchcase
 
 import pytest
 import torch
-from support.engines import NEW, OLD
-from support.fingerprint import fingerprint
+from support.engines import NEW, OLD, logprob_gap
+from support.fingerprint import difference, fingerprint
+from support.loaders import TensorSource
 from support.remote import push as remote_push
 from support.remote import session as remote_session
 from support.syncs import push, session
 
-from qerl_sync import HFSource, InProcessTransport, SyncConfig, SyncSession
+from qerl_sync import HFSource, InProcessTransport, PEFTSource, SyncConfig, SyncSession
 from qerl_sync.errors import CoverageError, LoadError, PoisonedError, StaleBaseError
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.sync_plan import build_plan
@@ -99,6 +100,43 @@ def test_equals_a_fresh_engine(subject, kind, kernels, part, policy):
         take(trainer, one.trainers[OLD], part)
         assert sync.push(step=3).unsent_tensors == report.unsent_tensors
         assert one.wrong_weights(NEW) == stale
+
+
+ADAPTED = {
+    "moe": {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    "tied": {"target_modules": ["o_proj", "embed_tokens"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ADAPTED)
+def test_adapters_that_train(subject, kind):
+    """In steps, of which each syncs what the adapters touch: as a full sync of plain weights."""
+    from peft import LoraConfig, get_peft_model
+
+    one = subject(kind)
+    model = get_peft_model(copy.deepcopy(one.trainers[NEW]), LoraConfig(r=2, **ADAPTED[kind]))
+    source = PEFTSource(model)
+    with session(one, source, verify="checksum") as sync:
+        assert sync.push(step=0).unsent_tensors == 0
+        before = fingerprint(one.model)
+        for step in (1, 2):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter += 0.1 * torch.randn_like(parameter)
+            report = sync.push(step=step)
+            assert report.unsent_tensors > 0
+            assert report.prediction_exact, report.first_difference
+        found = fingerprint(one.model)
+        assert difference(found, before)
+        assert logprob_gap(one.engine, model) <= 1e-5
+    names = [meta.name for meta in source.metadata()]
+    plain = {name: tensor.clone() for name, tensor in source.materialize(names)}
+    with session(one, TensorSource(plain)) as sync:
+        push(one, OLD)
+        sync.push()
+    assert difference(fingerprint(one.model), found) == []
 
 
 def test_parent_layers_travel_whole(subject):

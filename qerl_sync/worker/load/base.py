@@ -26,16 +26,17 @@ def sample_kernels(model: torch.nn.Module, layers: Collection[str]) -> dict[str,
 
 
 def emptied_layers(model: torch.nn.Module, layers: Collection[str]) -> list[str]:
-    """Return those of these layers whose parameters another layer has taken and emptied.
+    """Return those of these layers that an attention layer has taken the weights of.
 
-    That one takes them again at the end of each reload (MLA on CPUs with AMX takes `kv_b_proj`), so
-    that they must arrive in each. What a layer has packed for itself stays with it.
+    It takes them again at the end of each reload, and finds nothing unless they have arrived in it
+    (MLA on CPUs with AMX empties `kv_b_proj`).
     """
+    within = {part for one in model.modules() if compat.is_deferred(one) for part in one.modules()}
     return [
         path
         for path in layers
-        if not compat.packs(layer := model.get_submodule(path))
-        and any(not p.numel() for p in layer.parameters(recurse=False))
+        if (layer := model.get_submodule(path)) in within
+        and any(not parameter.numel() for parameter in layer.parameters(recurse=False))
     ]
 
 
