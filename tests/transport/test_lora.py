@@ -31,7 +31,9 @@ def lora_engine(tmp_path_factory):
             # Without its constructor, which compares weights by names that LoRA layers change.
             engine = started[name] = kind.__new__(kind)
             engine.arguments = {**kind.arguments, "enable_lora": True, "max_lora_rank": 8}
-            engine.start(save_model(make_model("dense", 1), tmp_path_factory.mktemp("lora") / "0"))
+            path = save_model(make_model("dense", 1), tmp_path_factory.mktemp("lora") / "0")
+            engine.paths = {0: path}
+            engine.start(path)
         return started[name]
 
     yield get
