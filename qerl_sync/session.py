@@ -234,8 +234,8 @@ class SyncSession:
                 base=None if base is None or part is full else base.version,
                 is_base=bool(stamps),
             )
-            # After whatever fails from here on, the next push sends everything, unless the workers
-            # are what they were.
+            # After whatever fails from here on, the next push sends everything, unless it was an
+            # adapter alone, of which the workers have touched nothing.
             self._base = None
             try:
                 try:
@@ -246,7 +246,8 @@ class SyncSession:
                     plan, options = self._with_adapter(full), replace(options, base=None)
                     result = self._send(plan, layer_map, options, watch)
             except BaseException:
-                if base is not None and self._transport.holds(base.version):
+                alone = not plan.base_metas
+                if alone and base is not None and self._transport.holds(base.version):
                     self._base = base
                 raise
             self.version = options.version

@@ -151,8 +151,6 @@ class RunDirectory:
         plan, measured = session.plan, session.last_trace
         if plan is None or measured is None or has_record(self.root, plan.digest):
             return
-        if not plan.base_metas:  # an adapter alone, of which vLLM's loaders see nothing
-            return
         storages = shared_storages(plan.metas, session.storages())
         record = SyncRecord(plan, measured, sync.source_order, session.chunk_bytes, storages)
         write_record(self.root, record)

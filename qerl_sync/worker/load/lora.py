@@ -31,8 +31,10 @@ class AdapterLoad:
         return name in self._names
 
     def take(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor: its memory is the transport's, or the trainer's, which steps it."""
-        self._tensors[name] = tensor.detach().to("cpu", copy=True)
+        """Copy a tensor, into vLLM's dtype: its memory is the transport's, or the trainer's, which
+        steps it."""
+        dtype = self._parts.vllm_config.lora_config.lora_dtype
+        self._tensors[name] = tensor.detach().to("cpu", dtype, copy=True)
 
     def build(self) -> None:
         """Make vLLM's form of the adapter. Raise what `compat.lora.build_adapter` does."""
