@@ -59,8 +59,8 @@ class HFSource(Source):
     checks_finite = True
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
-        _require_whole(model)
         self._model = model
+        self._require_supported()
         self._convert = convert
         self._parameters = _parameters(model)
         self._layout: tuple[tuple[str, str, torch.Size], ...] = ()
@@ -71,12 +71,13 @@ class HFSource(Source):
     def metadata(self) -> list[ParamMeta]:
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
         # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
-        _require_whole(self._model, since=" since this source was made")
+        self._require_supported(since=" since this source was made")
         parameters = self._parameters = _parameters(self._model)
         layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
-            self._groups = _groups(self._model, parameters, self._conversions)
+            twins = {name: self._twin(name) for name in parameters}
+            self._groups = _groups(self._model, twins, self._conversions)
             self._group_of = {meta.name: g for g in self._groups for meta in g.outputs}
             self._layout = layout
         return [meta for group in self._groups for meta in group.outputs]
@@ -103,7 +104,7 @@ class HFSource(Source):
         if names is not None:
             of = (self._group_of[name].parameters for name in names)
             looked_at = dict.fromkeys(one for group in of for one in group)
-        held = ((name, self._parameters[name].detach()) for name in looked_at)
+        held = ((name, self._local(name)) for name in looked_at)
         require_all_finite(held, alone=alone)
 
     @torch.no_grad()
@@ -111,9 +112,28 @@ class HFSource(Source):
         waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
         for name in names:
             if name not in waiting:
-                chosen = {p: self._parameters[p].detach() for p in self._group_of[name].parameters}
+                chosen = {p: self._whole(p) for p in self._group_of[name].parameters}
                 waiting |= _converted(self._model, chosen, self._conversions)
             yield name, waiting.pop(name)
+
+    # What sources of models that are kept otherwise in memory do in their own way.
+
+    def _require_supported(self, *, since: str = "") -> None:
+        """Raise ConfigError if parameters are not what a checkpoint holds."""
+        require_no_adapters(self._model, since=since)
+        _require_whole(self._model, since=since)
+
+    def _twin(self, name: str) -> torch.Tensor:
+        """Return a meta tensor of a parameter's whole shape."""
+        return self._parameters[name].detach().to("meta")
+
+    def _local(self, name: str) -> torch.Tensor:
+        """Return what this process has of a parameter."""
+        return self._parameters[name].detach()
+
+    def _whole(self, name: str) -> torch.Tensor:
+        """Return a parameter's whole value."""
+        return self._parameters[name].detach()
 
 
 def probe_of(model: Any) -> Probe:
@@ -161,14 +181,13 @@ def _clean(name: str) -> str:
 
 
 def _groups(
-    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], conversions: list[Any]
+    model: torch.nn.Module, twins: Mapping[str, torch.Tensor], conversions: list[Any]
 ) -> list[_Group]:
     """Find out, on meta tensors, what each parameter becomes in a checkpoint.
 
     Most parameters convert alone. Those whose conversion needs others (several parameters that
     the checkpoint keeps as one) are converted together.
     """
-    twins = {name: p.detach().to("meta") for name, p in parameters.items()}
     whole = _converted(model, twins, conversions)
     groups, together = [], []
     for name, twin in twins.items():
@@ -235,33 +254,36 @@ def _converted(
             del model._weight_conversions
 
 
-def _require_whole(model: Any, *, since: str = "") -> None:
-    """Refuse a model whose parameters are not what a checkpoint holds.
-
-    Args:
-        since: what has become of a model that was whole when the source was made.
-
-    Raises:
-        ConfigError: it is sharded, or carries adapters; `parameter` and `sharding` say which and
-            how.
-    """
+def require_no_adapters(model: Any, *, since: str = "") -> None:
+    """Raise ConfigError if the model carries PEFT adapters."""
     if hasattr(model, "peft_config"):
         raise ConfigError(
             f"the model carries PEFT adapters{since}, which this source does not merge; train full "
             "parameters (no peft_config), or keep TRL's own weight sync for this run"
         )
+
+
+def _require_whole(model: Any, *, since: str = "") -> None:
+    """Refuse a model of which this process may not hold every parameter.
+
+    Args:
+        since: what has become of a model that was whole when the source was made.
+
+    Raises:
+        ConfigError: it is sharded; `parameter` and `sharding` say which parameter and how.
+    """
     for name, parameter in model.named_parameters():
-        if sharding := _sharding_of(name, parameter):
+        if sharding := sharding_of(name, parameter):
             raise ConfigError(
-                f"{name!r} is sharded by {sharding}{since}, and this source does not gather; "
-                "train in one process, keep TRL's own weight sync for this run, or yield gathered "
-                "tensors from a StreamSource",
+                f"{name!r} is sharded by {sharding}{since}, and this source does not gather; give "
+                "the session a ShardedSource (qerl_sync.sources.sharded) on every trainer rank, or "
+                "train in one process",
                 parameter=name,
                 sharding=sharding,
             )
 
 
-def _sharding_of(name: str, parameter: torch.Tensor) -> str:
+def sharding_of(name: str, parameter: torch.Tensor) -> str:
     """Return what keeps only a part of this parameter in this process; empty if nothing does."""
     if hasattr(parameter, "to_local"):
         return "torch's fully_shard or tensor parallelism (DTensor)"

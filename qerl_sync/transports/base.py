@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -153,6 +154,21 @@ class Transport(ABC):
     def committed_version(self) -> int:
         """The highest weight version that a worker has committed; 0 if it is not known."""
         return 0
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return the context of one sync. With several trainer ranks, an error that leaves it on
+        one rank leaves it on all of them."""
+        return nullcontext()
+
+    def meet(self, what: str) -> None:  # noqa: B027  one trainer rank meets nobody
+        """Block until all trainer ranks are about to do this."""
+
+    def agree_on(self, metas: Sequence[ParamMeta]) -> None:  # noqa: B027
+        """Check that all trainer ranks have the same tensors to send.
+
+        Raises:
+            AgreementError: on all of them.
+        """
 
     @abstractmethod
     def layer_map(

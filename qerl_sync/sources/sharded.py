@@ -1,0 +1,125 @@
+"""Gather the weights of a model that several trainer ranks hold in shards."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from qerl_sync.buffers.detect import plain_tensors, storages_of
+from qerl_sync.errors import ConfigError, TransportError
+from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.sources.hf import HFSource, require_no_adapters, sharding_of
+
+
+class ShardedSource(HFSource):
+    """Yields what `HFSource` would yield of the whole model, each tensor gathered when it is due.
+
+    Example:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        ranks = TrainerRanks()
+        transport = LedTransport(RemoteTransport(client) if ranks.rank == 0 else None, ranks)
+        with SyncSession(ShardedSource(model), transport, SyncConfig()) as session:
+            session.push(step=1)  # on every rank
+
+    Takes models that are sharded by torch's `fully_shard` (FSDP2) or tensor parallelism (DTensor),
+    and whole ones (DDP). The model may become sharded later: what it is is found out at each sync.
+
+    A gather is a collective: every rank makes the same calls in the same order. A rank holds, on
+    top of its shards, what the receiver holds of the chunks in flight, and one more parameter.
+
+    Args:
+        model: a `PreTrainedModel`, sharded alike on all ranks. Its weights are read, never changed.
+        convert: see `HFSource`.
+
+    Raises:
+        ConfigError: the model is sharded in another way (`parameter` and `sharding` say which and
+            how), or carries adapters; `metadata` raises it too.
+    """
+
+    collective = True
+
+    def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
+        # Parameters of the chunk that is being materialized, which this rank has yet to gather.
+        self._due: deque[str] = deque()
+        super().__init__(model, convert=convert)
+
+    def metadata(self) -> list[ParamMeta]:
+        # A forward pass leaves FSDP2's root gathered: then its parameters are plain tensors, in the
+        # dtype of the computation, and not those that the optimizer steps.
+        for module in self._model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().metadata()
+
+    def storages(self) -> Mapping[str, Storage]:
+        found = {}
+        for group in self._groups:
+            for meta, memory in zip(group.outputs, group.memory, strict=True):
+                if isinstance(memory, str):
+                    memory = self._memory_of(memory)
+                found[meta.name] = memory
+        return found
+
+    def resident_bytes(self) -> int:
+        whole = [p for p in self._parameters.values() if not isinstance(p, DTensor)]
+        own = {s.key: s for p in whole for s in storages_of(p)}
+        return sum(storage.nbytes for storage in own.values())
+
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        groups = dict.fromkeys(self._group_of[name] for name in names)
+        self._due = deque(name for group in groups for name in group.parameters)
+        return super().materialize(names)
+
+    def end_chunk(self) -> None:
+        with torch.no_grad():
+            while self._due:
+                self._whole(self._due[0])
+
+    def _require_supported(self, *, since: str = "") -> None:
+        require_no_adapters(self._model, since=since)
+        for name, parameter in self._model.named_parameters():
+            sharding = sharding_of(name, parameter)
+            if sharding and not isinstance(parameter, DTensor):
+                raise ConfigError(
+                    f"{name!r} is sharded by {sharding}{since}, which this source does not gather; "
+                    "shard with fully_shard (accelerate: fsdp_version: 2), or keep TRL's own "
+                    "weight sync for this run",
+                    parameter=name,
+                    sharding=sharding,
+                )
+
+    def _memory_of(self, name: str) -> Storage:
+        parameter = self._parameters[name]
+        if isinstance(parameter, DTensor):
+            return Storage(f"gathered {name}", parameter.nbytes)
+        (memory,) = storages_of(parameter)
+        return memory
+
+    def _twin(self, name: str) -> torch.Tensor:
+        parameter = self._parameters[name]
+        return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+
+    def _local(self, name: str) -> torch.Tensor:
+        (local,) = plain_tensors(self._parameters[name].detach())
+        return local
+
+    def _whole(self, name: str) -> torch.Tensor:
+        due = self._due.popleft()
+        assert due == name, f"{name} is gathered where {due} is due"
+        parameter = self._parameters[name].detach()
+        if not isinstance(parameter, DTensor):
+            return parameter
+        try:
+            return parameter.full_tensor()
+        except RuntimeError as exc:
+            # The other ranks are no longer where this one is.
+            self._due.clear()
+            raise TransportError(
+                f"gathering {name!r} from the trainer ranks failed: {exc}", tensor=name
+            ) from exc
