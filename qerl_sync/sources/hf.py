@@ -73,10 +73,13 @@ class HFSource(Source):
         # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
         self._require_supported(since=" since this source was made")
         parameters = self._parameters = _parameters(self._model)
-        layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
+        layout = tuple((name, str(p.dtype), self._shape(name)) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
-            twins = {name: self._twin(name) for name in parameters}
+            twins = {
+                name: torch.empty(shape, dtype=parameters[name].dtype, device="meta")
+                for name, _, shape in layout
+            }
             self._groups = _groups(self._model, twins, self._conversions)
             self._group_of = {meta.name: g for g in self._groups for meta in g.outputs}
             self._layout = layout
@@ -123,9 +126,9 @@ class HFSource(Source):
         require_no_adapters(self._model, since=since)
         _require_whole(self._model, since=since)
 
-    def _twin(self, name: str) -> torch.Tensor:
-        """Return a meta tensor of a parameter's whole shape."""
-        return self._parameters[name].detach().to("meta")
+    def _shape(self, name: str) -> torch.Size:
+        """Return a parameter's whole shape."""
+        return self._parameters[name].shape
 
     def _local(self, name: str) -> torch.Tensor:
         """Return what this process has of a parameter."""

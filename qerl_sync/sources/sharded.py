@@ -27,8 +27,9 @@ class ShardedSource(HFSource):
         with SyncSession(ShardedSource(model), transport, SyncConfig()) as session:
             session.push(step=1)  # on every rank
 
-    Takes models that are sharded by torch's `fully_shard` (FSDP2) or tensor parallelism (DTensor),
-    and whole ones (DDP). The model may become sharded later: what it is is found out at each sync.
+    Takes models that are sharded by torch's `fully_shard` (FSDP2) or tensor parallelism (DTensor)
+    or by DeepSpeed's ZeRO-3, and whole ones (DDP, ZeRO-1 and 2). The model may become sharded
+    later: what it is is found out at each sync.
 
     A gather is a collective: every rank makes the same calls in the same order. A rank holds, on
     top of its shards, what the receiver holds of the chunks in flight, and one more parameter.
@@ -67,7 +68,7 @@ class ShardedSource(HFSource):
         return found
 
     def resident_bytes(self) -> int:
-        whole = [p for p in self._parameters.values() if not isinstance(p, DTensor)]
+        whole = [p for p in self._parameters.values() if not _is_sharded(p)]
         own = {s.key: s for p in whole for s in storages_of(p)}
         return sum(storage.nbytes for storage in own.values())
 
@@ -85,7 +86,7 @@ class ShardedSource(HFSource):
         require_no_adapters(self._model, since=since)
         for name, parameter in self._model.named_parameters():
             sharding = sharding_of(name, parameter)
-            if sharding and not isinstance(parameter, DTensor):
+            if sharding and not _is_sharded(parameter):
                 raise ConfigError(
                     f"{name!r} is sharded by {sharding}{since}, which this source does not gather; "
                     "shard with fully_shard (accelerate: fsdp_version: 2), or keep TRL's own "
@@ -96,30 +97,51 @@ class ShardedSource(HFSource):
 
     def _memory_of(self, name: str) -> Storage:
         parameter = self._parameters[name]
-        if isinstance(parameter, DTensor):
-            return Storage(f"gathered {name}", parameter.nbytes)
+        if _is_sharded(parameter):
+            return Storage(f"gathered {name}", self._shape(name).numel() * parameter.itemsize)
         (memory,) = storages_of(parameter)
         return memory
 
-    def _twin(self, name: str) -> torch.Tensor:
+    def _shape(self, name: str) -> torch.Size:
         parameter = self._parameters[name]
-        return torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
     def _local(self, name: str) -> torch.Tensor:
-        (local,) = plain_tensors(self._parameters[name].detach())
+        parameter = self._parameters[name]
+        (local,) = plain_tensors(getattr(parameter, "ds_tensor", parameter).detach())
         return local
 
     def _whole(self, name: str) -> torch.Tensor:
         due = self._due.popleft()
         assert due == name, f"{name} is gathered where {due} is due"
-        parameter = self._parameters[name].detach()
-        if not isinstance(parameter, DTensor):
-            return parameter
+        parameter = self._parameters[name]
+        if not _is_sharded(parameter):
+            return parameter.detach()
         try:
-            return parameter.full_tensor()
+            return _gathered(parameter)
         except RuntimeError as exc:
             # The other ranks are no longer where this one is.
             self._due.clear()
             raise TransportError(
                 f"gathering {name!r} from the trainer ranks failed: {exc}", tensor=name
             ) from exc
+
+
+def _is_sharded(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+
+
+def _gathered(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a copy of the whole parameter, in memory of its own and no more of it."""
+    if isinstance(parameter, DTensor):
+        whole: torch.Tensor = parameter.full_tensor().detach()
+        # Uneven shards are gathered with padding, which a view would keep alive.
+        return whole if whole.untyped_storage().nbytes() == whole.nbytes else whole.clone()
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    # ZeRO-3 keeps small parameters whole on every rank, and would no longer after the context.
+    if getattr(parameter, "ds_status", None) == ZeroParamStatus.AVAILABLE:
+        return parameter.detach().clone()
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()

@@ -56,10 +56,12 @@ def await_ranks(
     """Return what each rank has reported. None may run longer; one that was killed has nothing."""
     deadline = time.monotonic() + seconds
     try:
-        for process in started:
-            process.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired as exc:
-        raise RankFailed(f"a rank hangs:\n{logs(directory)}") from exc
+        while any(process.poll() is None for process in started):
+            if any(process.returncode not in (None, 0, -9) for process in started):
+                break  # the others would wait for it
+            if time.monotonic() > deadline:
+                raise RankFailed(f"a rank hangs:\n{logs(directory)}")
+            time.sleep(0.1)
     finally:
         for process in started:
             process.kill()
