@@ -13,6 +13,7 @@ from qerl_sync.session import SyncSession, Trained
 from qerl_sync.sources.base import Source
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
+from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
 from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.verify.probe_prompt import Probe
 
@@ -25,12 +26,25 @@ def make_session(
     *,
     llm: Any = None,
     server_url: str | None = None,
+    ranks: TrainerRanks | None = None,
     version: int = 0,
     trained: Trained | None = None,
     probe: Probe | None = None,
 ) -> SyncSession:
-    """A session from `source` to that engine; see `make_transport`. Close it when it is done."""
-    transport = make_transport(sync, llm=llm, server_url=server_url)
+    """A session from `source` to that engine; see `make_transport`. Close it when it is done.
+
+    Args:
+        ranks: all trainer ranks, where there are several and all of them call this: each with an
+            `llm` of its own, or with the `server_url` to which rank 0 sends for all.
+    """
+    transport: Transport
+    if ranks is None:
+        transport = make_transport(sync, llm=llm, server_url=server_url)
+    elif llm is not None:
+        transport = JointTransport(make_transport(sync, llm=llm), ranks)
+    else:
+        own = make_transport(sync, server_url=server_url) if ranks.rank == 0 else None
+        transport = LedTransport(own, ranks)
     return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
 
 
