@@ -1,6 +1,8 @@
-"""A program for several ranks: syncs of a tiny FSDP2 model in which one rank raises or is killed.
+"""Syncs of a tiny FSDP2 model on several ranks, in which one rank raises or is killed.
 
-Arguments: a directory, then `raise`, or `kill KIND PLACE RANK`.
+A program that forks the ranks of one case after the other: importing torch takes longer than a
+case. Arguments: a directory for what the ranks report, then the names of cases, such as `raise` or
+`kill joint between 2`.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +25,7 @@ from qerl_sync.sources.sharded import ShardedSource
 from qerl_sync.transports.base import SyncResult, Transport, WorkerReport
 from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
 from support.models import make_model
-from support.ranks import report
+from support.ranks import report, surroundings
 
 TIMEOUT_SECONDS = 3.0
 # Where a rank fails: in its source, in its transport, and, for `_whole`, in a gather itself.
@@ -135,7 +138,9 @@ def raise_everywhere(ranks: TrainerRanks) -> dict[str, Any]:
     return told
 
 
-def main(directory: str, what: str, kind: str = "", place: str = "", rank: str = "0") -> None:
+def in_one_rank(
+    directory: str, what: str, kind: str = "", place: str = "", rank: str = "0"
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ranks = TrainerRanks(TIMEOUT_SECONDS)
@@ -146,7 +151,37 @@ def main(directory: str, what: str, kind: str = "", place: str = "", rank: str =
         if ranks.rank == int(rank):
             once_at(place, lambda: os.kill(os.getpid(), signal.SIGKILL), sink, source)
         report(directory, **tried(session))
-    os._exit(0)  # torch's groups may be half way in a collective
+
+
+def fork_ranks(directory: Path, num_ranks: int, *case: str) -> None:
+    """Run a case. Kill what has not ended after a minute: it then has reported nothing."""
+    directory.mkdir()
+    common = surroundings(num_ranks)
+    pids = []
+    for rank in range(num_ranks):
+        pids.append(os.fork())
+        if not pids[-1]:
+            status = 1
+            try:
+                os.environ |= {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                in_one_rank(str(directory), *case)
+                status = 0
+            finally:
+                os._exit(status)  # torch's groups may be half way in a collective
+    deadline = time.monotonic() + 60
+    left = set(pids)
+    while left and time.monotonic() < deadline:
+        left -= {pid for pid in left if os.waitpid(pid, os.WNOHANG)[0]}
+        time.sleep(0.02)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def main(directory: str, *cases: str) -> None:
+    for case in cases:
+        num_ranks = 2 if case == "raise" else 3
+        fork_ranks(Path(directory) / case, num_ranks, *case.split())
 
 
 if __name__ == "__main__":

@@ -16,19 +16,13 @@ class RankFailed(AssertionError):
     pass
 
 
-def start_ranks(
-    program: str, num_ranks: int, directory: Path, *arguments: str
-) -> list[subprocess.Popen[bytes]]:
-    """Start `python -m program DIRECTORY ARGUMENTS...` so often, as torchrun would, without its
-    agent: that ends the ranks that are left when one dies."""
+def surroundings(num_ranks: int) -> dict[str, str]:
+    """Return what torchrun would put into the environment of each rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    tests = Path(__file__).parents[1]
-    path = os.pathsep.join([str(tests.parent), str(tests)])
-    common = {
-        **os.environ,
-        "PYTHONPATH": path,
+    return {
+        "PYTHONPATH": import_path(),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(num_ranks),
@@ -36,6 +30,19 @@ def start_ranks(
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
     }
+
+
+def import_path() -> str:
+    tests = Path(__file__).parents[1]
+    return os.pathsep.join([str(tests.parent), str(tests)])
+
+
+def start_ranks(
+    program: str, num_ranks: int, directory: Path, *arguments: str
+) -> list[subprocess.Popen[bytes]]:
+    """Start `python -m program DIRECTORY ARGUMENTS...` so often, as torchrun would, without its
+    agent: that ends the ranks that are left when one dies."""
+    common = {**os.environ, **surroundings(num_ranks)}
     started = []
     for rank in range(num_ranks):
         with (directory / f"rank-{rank}.log").open("wb") as log:
