@@ -14,8 +14,10 @@ from qerl_sync.sources.base import Source
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.sources.lora import AdapterSource
 from qerl_sync.sources.peft import PEFTSource
+from qerl_sync.sources.sharded import ShardedSource
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
+from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
 from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.verify.probe_prompt import Probe
 from qerl_sync.worker.compat.lora import smallest_max_rank
@@ -29,6 +31,7 @@ def make_session(
     *,
     llm: Any = None,
     server_url: str | None = None,
+    ranks: TrainerRanks | None = None,
     version: int = 0,
     trained: Trained | None = None,
     probe: Probe | None = None,
@@ -37,23 +40,39 @@ def make_session(
 
     Args:
         source: a Source, or the trainer's model; see `make_source`.
+        ranks: all trainer ranks, where there are several and all of them call this: each with an
+            `llm` of its own, or with the `server_url` to which rank 0 sends for all.
     """
-    transport = make_transport(sync, llm=llm, server_url=server_url)
+    transport: Transport
+    if ranks is None:
+        transport = make_transport(sync, llm=llm, server_url=server_url)
+    elif llm is not None:
+        transport = JointTransport(make_transport(sync, llm=llm), ranks)
+    else:
+        own = make_transport(sync, server_url=server_url) if ranks.rank == 0 else None
+        transport = LedTransport(own, ranks)
     try:
         if not isinstance(source, Source):
-            source = make_source(source, sync, transport)
+            source = make_source(source, sync, transport, several_ranks=ranks is not None)
         return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
     except BaseException:
         transport.close()
         raise
 
 
-def make_source(model: Any, sync: SyncConfig, transport: Transport | None = None) -> Source:
+def make_source(
+    model: Any,
+    sync: SyncConfig,
+    transport: Transport | None = None,
+    *,
+    several_ranks: bool = False,
+) -> Source:
     """Return the source of a Hugging Face model, with or without PEFT's adapters.
 
     Args:
         transport: leads to all engines, which are asked whether they can serve the adapter; None:
             it is merged.
+        several_ranks: each trainer rank calls this; the model may be, or become, sharded.
 
     Raises:
         ConfigError: the model is sharded, or its adapters can be sent in no way that `sync.lora`
@@ -61,7 +80,7 @@ def make_source(model: Any, sync: SyncConfig, transport: Transport | None = None
         CompatError, CoverageError: with `sync.lora: adapter`, the engines cannot serve it.
     """
     if not hasattr(model, "peft_config"):
-        return HFSource(model)
+        return ShardedSource(model) if several_ranks else HFSource(model)
     if sync.lora == "merge":
         return _merged(model, "asked for")
     asked = sync.lora == "adapter"

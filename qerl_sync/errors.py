@@ -19,6 +19,7 @@
     â   âââ IntegrityError      bytes arrived that the other side did not send
     â   âââ NoRoomError         shared memory has less room than the sync needs
     âââ StaleCacheError     an engine keeps what old weights have computed
+    ├── TrainerRankError    a trainer rank failed with an error of other code
     └── PoisonedError       the worker holds half of a sync and refuses to generate
 
 Each message names the thing, the value and the next step. Errors of vLLM, TRL and torch are
@@ -222,6 +223,20 @@ class StaleCacheError(SyncError):
     """
 
     connector: str = ""
+
+
+class TrainerRankError(SyncError):
+    """A trainer rank raised something else than a SyncError in a sync of several ranks.
+
+    Every rank raises it; on the one that failed, it has the original as its cause.
+
+    Attributes:
+        rank: which one.
+        error: the class name of what it raised.
+    """
+
+    rank: int
+    error: str
 
 
 class PoisonedError(SyncError):

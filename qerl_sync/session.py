@@ -214,7 +214,7 @@ class SyncSession:
         watch = Stopwatch(PHASES)
         base = self._base
         self._pushed = False
-        with watch("total"):
+        with self._transport.together(), watch("total"):
             with watch("plan"):
                 full, layer_map = self._agree()
                 self._agree_on_adapter()
@@ -307,6 +307,7 @@ class SyncSession:
         given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
         self._transport.source_device = self._source.device
         metas = self._order(given)
+        self._transport.agree_on(metas)
         if self._full_plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(
                 metas, allow_incomplete=self._config.allow_incomplete
@@ -489,8 +490,16 @@ class SyncSession:
             verified = watch.seconds["verify"]
             with watch("load"):
                 for index, (chunk, names) in enumerate(zip(plan.chunks, chunks, strict=True)):
-                    tensors = self._timed(self._source.materialize(names), watch)
-                    self._transport.send(chunk, _until(looks, index, tensors, watch))
+                    if self._source.collective:
+                        # Each rank looks at its own shard: before any rank sends, all must have.
+                        with watch("verify"):
+                            looks.await_chunk(index)
+                    self._transport.meet(f"chunk {index}")
+                    try:
+                        tensors = self._timed(self._source.materialize(names), watch)
+                        self._transport.send(chunk, _until(looks, index, tensors, watch))
+                    finally:
+                        self._source.end_chunk()
         watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified
         with watch("finish"):
             return self._transport.finish()

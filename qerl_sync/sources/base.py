@@ -34,6 +34,8 @@ class Source(ABC):
         stable: what `materialize` yields stays as it is for as long as a receiver holds it, to the
             end of the sync: parameters themselves, or copies of which each has its own memory.
             Transports then send from there, instead of copying first.
+        collective: `materialize` is a collective of all trainer ranks. Each rank then goes through
+            all chunks, and waits for the others before each.
         checks_finite: `check_finite` can look before anything is materialised. False: the workers
             look at what arrives.
         lora: of a model that trains an adapter: how it travels (`mode`) and why so (`reason`).
@@ -41,6 +43,7 @@ class Source(ABC):
 
     any_order = True
     stable = False
+    collective = False
     checks_finite = False
     lora: Mapping[str, str] | None = None
 
@@ -110,6 +113,13 @@ class Source(ABC):
             CoverageError: naming the first bad tensor.
         """
         raise NotImplementedError(f"{type(self).__name__} has checks_finite, and no check_finite")
+
+    def end_chunk(self) -> None:  # noqa: B027  most sources gather nothing
+        """Do what is left of the collectives of the last `materialize`.
+
+        Called after each chunk; where the receiver failed in its middle, the other ranks wait in
+        the collectives of the rest.
+        """
 
     @abstractmethod
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

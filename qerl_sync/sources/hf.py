@@ -71,10 +71,14 @@ class HFSource(Source):
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
         # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
         parameters = self._parameters = self._find_parameters(since=" since this source was made")
-        layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
+        layout = tuple((name, str(p.dtype), self._shape(name)) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
-            self._groups = _groups(self._model, parameters, self._conversions)
+            twins = {
+                name: torch.empty(shape, dtype=parameters[name].dtype, device="meta")
+                for name, _, shape in layout
+            }
+            self._groups = _groups(self._model, twins, self._conversions)
             self._group_of = {meta.name: g for g in self._groups for meta in g.outputs}
             self._layout = layout
         return [meta for group in self._groups for meta in group.outputs]
@@ -121,7 +125,11 @@ class HFSource(Source):
                 "the model to a PEFTSource"
             )
         require_whole(self._model.named_parameters(), since=since)
-        return _parameters(self._model)
+        return parameters_of(self._model)
+
+    def _shape(self, name: str) -> torch.Size:
+        """Return the shape of `_value`."""
+        return self._parameters[name].shape
 
     def _value(self, name: str) -> torch.Tensor:
         """Return what is sent for a parameter, before it is converted."""
@@ -158,7 +166,7 @@ def probe_of(model: Any) -> Probe:
     return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
 
 
-def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters under clean names, tied ones once, in model order, then saved buffers.
 
     Checkpoints also hold some buffers, for instance router corrections.
@@ -188,14 +196,13 @@ def clean(name: str) -> str:
 
 
 def _groups(
-    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], conversions: list[Any]
+    model: torch.nn.Module, twins: Mapping[str, torch.Tensor], conversions: list[Any]
 ) -> list[_Group]:
     """Find out, on meta tensors, what each parameter becomes in a checkpoint.
 
     Most parameters convert alone. Those whose conversion needs others (several parameters that
     the checkpoint keeps as one) are converted together.
     """
-    twins = {name: p.detach().to("meta") for name, p in parameters.items()}
     whole = _converted(model, twins, conversions)
     groups, together = [], []
     for name, twin in twins.items():
@@ -272,17 +279,17 @@ def require_whole(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str 
         ConfigError: it is sharded; `parameter` and `sharding` say which and how.
     """
     for name, parameter in parameters:
-        if sharding := _sharding_of(name, parameter):
+        if sharding := sharding_of(name, parameter):
             raise ConfigError(
-                f"{name!r} is sharded by {sharding}{since}, and this source does not gather; "
-                "train in one process, keep TRL's own weight sync for this run, or yield gathered "
-                "tensors from a StreamSource",
+                f"{name!r} is sharded by {sharding}{since}, and this source does not gather; give "
+                "the session a ShardedSource (qerl_sync.sources.sharded) on every trainer rank, or "
+                "train in one process",
                 parameter=name,
                 sharding=sharding,
             )
 
 
-def _sharding_of(name: str, parameter: torch.Tensor) -> str:
+def sharding_of(name: str, parameter: torch.Tensor) -> str:
     """Return what keeps only a part of this parameter in this process; empty if nothing does."""
     if hasattr(parameter, "to_local"):
         return "torch's fully_shard or tensor parallelism (DTensor)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,21 @@ class Transport(ABC):
         raise ConfigError(
             f"{type(self).__name__} does not carry adapters; choose sync.lora: merge, or one engine"
         )
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return the context of one sync. With several trainer ranks, an error that leaves it on
+        one rank leaves it on all of them."""
+        return nullcontext()
+
+    def meet(self, what: str) -> None:  # noqa: B027  one trainer rank meets nobody
+        """Block until all trainer ranks are about to do this."""
+
+    def agree_on(self, metas: Sequence[ParamMeta]) -> None:  # noqa: B027
+        """Check that all trainer ranks have the same tensors to send.
+
+        Raises:
+            AgreementError: on all of them.
+        """
 
     @abstractmethod
     def layer_map(

@@ -144,7 +144,9 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
         dtype: to convert the elements to before.
     """
     local = getattr(tensor, "to_local", None)
-    plain = (local() if callable(local) else tensor).detach()
+    # Of a parameter that DeepSpeed's ZeRO-3 has partitioned, this rank's part is beside it.
+    own: torch.Tensor = local() if callable(local) else getattr(tensor, "ds_tensor", tensor)
+    plain = own.detach()
     picked = _sample(plain)
     if dtype is not None:
         picked = picked.to(dtype)

@@ -381,8 +381,9 @@ def colocated(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_processes": 2}, "in 2 processes"),
-        ({"tensor_parallel_size": 2}, "tensor parallel size 2"),
+        # torch.distributed was not initialized, by which processes would sync together.
+        ({"num_processes": 2}, "init_process_group"),
+        ({"tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
