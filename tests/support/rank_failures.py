@@ -28,10 +28,10 @@ from support.models import make_model
 from support.ranks import report, surroundings
 
 TIMEOUT_SECONDS = 3.0
-# Where a rank fails: in its source, in its transport, and, for `_whole`, in a gather itself.
-PLACES = ("metadata", "layer_map", "start", "first", "between", "last", "finish", "_whole")
+# Where a rank fails: in its source, in its transport, and, for `_value`, in a gather itself.
+PLACES = ("metadata", "layer_map", "start", "first", "between", "last", "finish", "_value")
 # All that a rank does that only takes part.
-OF_FOLLOWERS = ("metadata", "_whole")
+OF_FOLLOWERS = ("metadata", "_value")
 
 
 class Sink(Transport):
@@ -89,7 +89,7 @@ def new_session(kind: str, ranks: TrainerRanks) -> tuple[SyncSession, Sink, Shar
 def once_at(place: str, act: Any, sink: Sink, source: ShardedSource) -> None:
     """Have `act` happen when the session's transport or source is there for the second time, of
     places that it passes more than once, and else for the first."""
-    left = [2 if place in ("first", "between", "last", "_whole") else 1]
+    left = [2 if place in ("first", "between", "last", "_value") else 1]
 
     def at(here: str) -> None:
         if here == place:
@@ -126,7 +126,7 @@ def raise_everywhere(ranks: TrainerRanks) -> dict[str, Any]:
     cases = [("joint", place, 1) for place in PLACES[:-1]]
     cases += [("led", place, 0) for place in PLACES[:-1]]
     # A gather that fails leaves torch's group out of step: nothing can follow it.
-    cases += [("led", "metadata", 1), ("led", "_whole", 0)]
+    cases += [("led", "metadata", 1), ("led", "_value", 0)]
     for number, (kind, place, rank) in enumerate(cases):
         act = (load_error, key_error)[number % 2]
         session, sink, source = new_session(kind, ranks)

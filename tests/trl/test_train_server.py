@@ -183,7 +183,7 @@ def trainer_of(**changes):
         sync_weights=lambda: None,
     )
     accelerator = SimpleNamespace(
-        num_processes=2, is_main_process=True, unwrap_model=lambda model: model
+        num_processes=1, is_main_process=True, unwrap_model=lambda model: model
     )
     return SimpleNamespace(
         vllm_generation=generation,
@@ -219,18 +219,6 @@ def test_other_log_probabilities_are_warned_of(caplog):
         qerl_sync.WeightSyncCallback().bind(trainer_of(model_config=other)).close()
     (record,) = caplog.records
     assert "raw_logprobs" in record.getMessage()
-
-
-def test_only_the_main_process_syncs():
-    trainer = trainer_of()
-    trainer.accelerator.is_main_process = False
-    del trainer.vllm_generation.vllm_client  # TRL makes it in the main process alone
-    callback = qerl_sync.WeightSyncCallback().bind(trainer)
-    callback.on_train_begin(None, SimpleNamespace(stateful_callbacks={}), None)
-    trainer.vllm_generation.sync_weights()
-    assert callback.session is None
-    assert callback.reports == []
-    callback.close()
 
 
 @pytest.mark.slow
