@@ -191,8 +191,9 @@ class WeightSyncCallback(TrainerCallback):
         if self._trainer is trainer:
             return self
         self._refuse_another(trainer)
-        if getattr(getattr(trainer, "accelerator", None), "num_processes", 1) > 1:
-            self._ranks = TrainerRanks(self.config.timeout_seconds)
+        num_processes = getattr(getattr(trainer, "accelerator", None), "num_processes", 1)
+        if num_processes > 1:
+            self._ranks = TrainerRanks(self.config.timeout_seconds, num_ranks=num_processes)
         # What the main process refuses, of its server for instance, all of them refuse.
         with self._ranks.together() if self._ranks else nullcontext():
             self.session = self._new_session(trainer, _generation(trainer))

@@ -61,17 +61,20 @@ class TrainerRanks:
     Args:
         timeout_seconds: what a rank may take for anything else that it waits for. Another rank
             waits twice as long for it, so that its own error comes first.
+        num_ranks: how many there are, if the caller knows.
 
     Raises:
-        ConfigError: torch.distributed has not been initialized.
+        ConfigError: torch.distributed has not been initialized, or has another number of ranks: an
+            engine in this process makes a group of one where the trainer has made none.
     """
 
-    def __init__(self, timeout_seconds: float = 300.0) -> None:
-        if not (dist.is_available() and dist.is_initialized()):
+    def __init__(self, timeout_seconds: float = 300.0, *, num_ranks: int | None = None) -> None:
+        initialized = dist.is_available() and dist.is_initialized()
+        if not initialized or dist.get_world_size() != (num_ranks or dist.get_world_size()):
             raise ConfigError(
                 "several trainer ranks sync together in torch.distributed's default group, and "
-                "this process has none; call torch.distributed.init_process_group first, or start "
-                "the program with torchrun"
+                f"this process has {'one of another size' if initialized else 'none'}; call "
+                "torch.distributed.init_process_group first, or start the program with torchrun"
             )
         self.rank: int = dist.get_rank()
         self.num_ranks: int = dist.get_world_size()
