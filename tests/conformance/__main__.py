@@ -44,7 +44,7 @@ def main(words: list[str] | None = None) -> int:
         print("every row is there; --again runs them anew", file=sys.stderr)
     with Progress(disable=not sys.stderr.isatty()) as progress:
         for name, kernels in progress.track(wanted, description="architectures"):
-            row = _run(name, kernels)
+            row = run_row(name, kernels)
             rows[f"{name} {kernels}"] = row
             line = f"{name} {kernels}: {row['ours']}, stock vLLM {row['stock']} {row['reason']}"
             print(line, flush=True)
@@ -71,12 +71,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(name: str, kernels: str) -> dict[str, Any]:
+def run_row(name: str, kernels: str) -> dict[str, Any]:
     """Run a row in a process of its own; whatever ends it is its result."""
     out = Path(os.environ.get("TMPDIR", "/tmp")) / f"conformance-{os.getpid()}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", "conformance.row", name, kernels, str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=ROW_SECONDS
