@@ -114,7 +114,7 @@ class PlanError(SyncError):
 
 
 class CoverageError(SyncError):
-    """What arrived is not what the plan promised.
+    """Raised where what arrived is not what the plan promised.
 
     Attributes:
         layer, expected, got: the parent layer that a plan brings a part of, its elements, and how

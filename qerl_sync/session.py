@@ -251,7 +251,8 @@ class SyncSession:
                     self._base = base
                 raise
             self.version = options.version
-            self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
+            if stamps:  # without, everything may change, and nothing builds on this
+                self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
             with watch("verify"):
                 probed = self._ask_engine()
@@ -346,13 +347,15 @@ class SyncSession:
         """Return the plan without what has stayed as it is since `base`; the full one where that
         is everything, or where nothing has changed at all."""
         metas = self._metas or []
+        if base.metas != metas:
+            return full
         unchanged = {
             name
             for name, stamp in stamps.items()
             if name in base.stamps and base.stamps[name] == stamp
         }
         part = part_to_send(metas, layer_map, unchanged)
-        if base.metas != metas or len(part) == len(metas) or not (part or self._adapter):
+        if len(part) == len(metas) or not (part or self._adapter):
             return full
         if not part:
             return full.emptied

@@ -11,7 +11,7 @@ from qerl_sync.meta import ParamMeta
 
 @dataclass(frozen=True)
 class Adapter:
-    """What a worker must know of a LoRA adapter to serve it.
+    """Describe a LoRA adapter to a worker that is to serve it.
 
     Attributes:
         metas: its tensors, by the names that PEFT's `save_pretrained` gives them, without

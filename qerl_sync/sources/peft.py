@@ -100,7 +100,7 @@ class PEFTSource(HFSource):
 
 @dataclass(frozen=True)
 class _Merge:
-    """What the active adapters of one LoRA layer add to one parameter of its base layer.
+    """Compute what the active adapters of a LoRA layer add to one parameter of its base layer.
 
     Attributes:
         layer: PEFT's.

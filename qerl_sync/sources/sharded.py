@@ -84,8 +84,8 @@ class ShardedSource(HFSource):
             if sharding and not _is_sharded(parameter):
                 raise ConfigError(
                     f"{name!r} is sharded by {sharding}{since}, which this source does not gather; "
-                    "shard with fully_shard (accelerate: fsdp_version: 2), or keep TRL's own "
-                    "weight sync for this run",
+                    "shard with fully_shard (accelerate: fsdp_version: 2), or train in one "
+                    "process",
                     parameter=name,
                     sharding=sharding,
                 )

@@ -1,4 +1,4 @@
-"""What trainer ranks tell each other during a sync.
+"""Let trainer ranks tell each other how far they are in a sync, and what failed.
 
 A sharded model is gathered by collectives, in which a rank waits for all others. Before each chunk
 the ranks meet, through torch.distributed's key-value store, not a collective:

@@ -39,7 +39,7 @@ def require_layerwise_reload() -> None:
 
 
 class EngineParts(NamedTuple):
-    """What a sync needs of an engine that runs in this process.
+    """Hold what a sync needs of an engine that runs in this process.
 
     Attributes:
         runner: the worker's model runner, for adapters; None: not known.
@@ -396,7 +396,7 @@ def working_bytes(model: torch.nn.Module) -> dict[str, int]:
 
 
 def reloading_bytes(model: torch.nn.Module, paths: Collection[str]) -> int:
-    """What the weights of these layers take in an open reload, in the model's own format."""
+    """Return the bytes of these layers' weights in an open reload, in the model's own format."""
     layers = map(model.get_submodule, paths)
     return sum(t.nbytes for m in layers for t in loadable_tensors(m).values() if t.is_meta)
 

@@ -1,4 +1,4 @@
-"""Whether a worker holds the version that a sync of a part of the model builds on."""
+"""Tell whether a worker holds the version that a sync of a part of the model builds on."""
 
 from __future__ import annotations
 
