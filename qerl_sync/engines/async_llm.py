@@ -82,7 +82,7 @@ class AsyncLLMClient(EngineClient):
     def resume(self) -> None:
         self._call("resume_generation")
 
-    def reset_caches(self, *, running: bool) -> bool:
+    def reset_caches(self, *, running: bool) -> bool | None:
         ask_every_replica(self.engine)
         return forget_caches(self._call, running=running)
 

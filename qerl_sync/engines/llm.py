@@ -81,7 +81,7 @@ class LLMClient(EngineClient):
         if not self.in_process:
             self._call("wake_up", tags=["scheduling"])
 
-    def reset_caches(self, *, running: bool) -> bool:
+    def reset_caches(self, *, running: bool) -> bool | None:
         def call(method: str, **options: bool) -> Any:
             reset = partial(llm_method(self.llm, method), **options)
             return self._run(method, reset, self.timeout_seconds)
