@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from qerl_sync.meta import DTYPE_BITS
 from qerl_sync.offline import map_cache
 from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
 from qerl_sync.plan.offline_map import OfflineMap, metas_to_json
+from qerl_sync.plan.recorded_map import recorded_maps
 
 PROBE_TIMEOUT_SECONDS = 600.0
 SHOWN_LINES = 12
@@ -53,7 +56,8 @@ def offline_map(
 
     A probe builds vLLM's own model class on the meta device in a process of its own, which takes
     vLLM's import time and some seconds; it needs no accelerator and no process group, and leaves
-    none behind. Its answer is cached for the same model, arguments and versions.
+    none behind. Its answer is cached for the same model, arguments and versions. Where vLLM is not
+    installed, recorded patterns answer for the architectures that they were observed of.
 
     Args:
         model: what `read_checkpoint` takes. There must be a `config.json`.
@@ -65,8 +69,8 @@ def offline_map(
 
     Raises:
         ConfigError: the model, an argument or the checkpoint cannot be right.
-        CompatError: vLLM is not installed or does not work here, or the probe died or took too
-            long.
+        CompatError: vLLM does not work here, or the probe died or took too long; or vLLM is not
+            installed, and no map is recorded for this architecture.
         LayerMapError, CoverageError: vLLM does not take the trainer's tensors; see
             `probe.observe_layer_map`.
     """
@@ -84,12 +88,7 @@ def offline_map(
         raise ConfigError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
     version = installed_vllm()
     if version is None:
-        raise CompatError(
-            "vLLM is not installed, and its own model class is what says where tensors land; "
-            "install it (`pip install 'qerl-sync[gpu]'`, or vLLM's CPU build) or run this where "
-            "the workers run",
-            missing=("vllm",),
-        )
+        return _recorded(checkpoint, engine, dtype, timeout_seconds)
     # Code that comes with a model may change while its configuration does not.
     cache = cache and not engine.get("trust_remote_code")
     file = map_cache.cache_file(cache_key(checkpoint, engine, dtype, version))
@@ -100,6 +99,34 @@ def offline_map(
         if cache:
             map_cache.store(file, found)
     return found
+
+
+def _recorded(
+    checkpoint: Checkpoint, engine: Mapping[str, Any], dtype: str | None, timeout_seconds: float
+) -> OfflineMap:
+    """Return the map that the recorded patterns give, on a machine without vLLM."""
+    version, maps = recorded_maps()
+    architecture = ((checkpoint.config or {}).get("architectures") or ["?"])[0]
+    changes = [name for name in ("quantization", "tensor_parallel_size") if engine.get(name)]
+    if architecture not in maps or changes:
+        raise CompatError(
+            "vLLM is not installed, and its own model class is what says where tensors land; no "
+            f"map is recorded for {' with '.join([architecture, *changes])}. Install vLLM (`pip "
+            "install 'qerl-sync[gpu]'`, or vLLM's CPU build) or run this where the workers run",
+            missing=("vllm",),
+        )
+    if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+        request = {"checkpoint": checkpoint.to_json(), "engine": {}, "dtype": dtype}
+        return run_probe({**request, "recorded": architecture}, timeout_seconds)
+    if checkpoint.metas is None:
+        raise CompatError(
+            "neither transformers nor the checkpoint's .safetensors files are here to say which "
+            "tensors this model has; install transformers and torch, or name a directory with them",
+            missing=("transformers",),
+        )
+    metas = [replace(meta, dtype=dtype or meta.dtype) for meta in checkpoint.metas]
+    note = "Without transformers `hf` is the order of the files, and dtypes are theirs."
+    return OfflineMap(metas, maps[architecture].layer_map(metas), "recorded", version, note)
 
 
 def installed_vllm() -> str | None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.errors import ConfigError, SyncError
 from qerl_sync.plan.checkpoint import Checkpoint
 from qerl_sync.plan.offline_map import OfflineMap
+from qerl_sync.plan.recorded_map import recorded_maps
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,8 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
 
     Args:
         request: `checkpoint`, a `Checkpoint` as JSON; `engine`, vLLM's arguments; `dtype` that the
-            trainer loads the model in, None for `Checkpoint.dtype`.
+            trainer loads the model in, None for `Checkpoint.dtype`; `recorded`, an architecture
+            whose recorded patterns are used in place of vLLM.
 
     Raises:
         SyncError: as `offline_map` does.
@@ -63,6 +65,12 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
             build = trainer_model(directory, dtype, trust=bool(engine.get("trust_remote_code")))
         with _timed(seconds, "names"):
             expected = checkpoint.held_against(HFSource(build()).metadata())
+        if architecture := request.get("recorded"):
+            version, maps = recorded_maps()
+            layer_map = maps[architecture].layer_map(expected.metas)
+            return OfflineMap(
+                expected.metas, layer_map, "recorded", version, expected.note, seconds
+            )
         with _timed(seconds, "imports"):
             from qerl_sync.worker.compat import offline as compat_offline
             from qerl_sync.worker.load.observe import observe_layer_map

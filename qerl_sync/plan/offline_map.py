@@ -9,7 +9,7 @@ from typing import Any, Literal
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import LayerMap
 
-Origin = Literal["probe", "cache"]
+Origin = Literal["probe", "cache", "recorded"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,8 @@ class OfflineMap:
     Attributes:
         metas: the trainer's tensors in its own order (`named_parameters`), under checkpoint names.
         layer_map: where each lands.
-        origin: observed from vLLM's model class now (`probe`) or earlier (`cache`).
+        origin: observed from vLLM's model class now (`probe`) or earlier (`cache`), or made from
+            patterns that qerl-sync brings (`recorded`, see `plan.recorded_map`).
         vllm_version: the vLLM that was observed.
         note: what a reader of the numbers must know, in sentences. May be empty.
         seconds: what the parts of the probe took.

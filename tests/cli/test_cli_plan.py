@@ -368,9 +368,20 @@ def test_a_bad_model_is_one_error(model, content, complaint):
     assert said.count("error:") == 1
 
 
+def test_without_vllm_recorded_patterns_answer(model, monkeypatch):
+    observed = json.loads(run(model, "--json")[0])
+    monkeypatch.setattr(offline, "installed_vllm", lambda: None)
+    shown, _ = run(model)
+    assert "Layer map recorded from vLLM" in shown
+    recorded = json.loads(run(model, "--json")[0])
+    assert recorded["layer_map"].pop("origin") == "recorded"
+    assert observed["layer_map"].pop("origin") == "cache"
+    assert recorded == observed
+
+
 def test_without_vllm_the_error_says_what_to_install(model, monkeypatch):
     monkeypatch.setattr(offline, "installed_vllm", lambda: None)
-    shown, said = run(model, code=2)
+    shown, said = run(model, "--tp", "2", code=2)
     assert (shown, said.count("error:")) == ("", 1)
     assert "qerl-sync[gpu]" in said
 

@@ -6,6 +6,8 @@ needs besides stands in `SPECIAL`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 # By the names under which configurations keep them. Widths are no squares, so that a transposed
@@ -79,6 +81,7 @@ _GEMMA = {
     "num_kv_shared_layers": 0,
     "layer_types": ["sliding_attention", "full_attention"],
 }
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 SPECIAL: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc"},
     "FalconH1ForCausalLM": {
@@ -107,6 +110,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "moe_shared_expert_intermediate_size": 96,
     },
+    "Qwen3NextForCausalLM": _LINEAR,
+    "Qwen3_5ForCausalLM": _LINEAR,
+    "Qwen3_5MoeForCausalLM": _LINEAR,
     "Zamba2ForCausalLM": {
         "layer_types": ["linear_attention", "hybrid"],
         "hybrid_layer_ids": [1],
@@ -142,17 +148,38 @@ def architectures() -> list[str]:
     return [name for name in known if config_class(name) is not None]
 
 
-def small_config(architecture: str) -> Any:
-    """Return a configuration of that architecture whose model has well under 10 MB."""
+def small_config(architecture: str, sizes: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Return a configuration of that architecture whose model has well under 10 MB.
+
+    Args:
+        sizes: in place of those of `SMALL`. With twice as many layers, the kinds of layers in
+            `SPECIAL` are repeated.
+    """
     kind = config_class(architecture)
-    config = kind(**_small(kind, SMALL, SPECIAL.get(architecture, {})))
+    special = SPECIAL.get(architecture, {})
+    times = sizes.get("num_hidden_layers", SMALL["num_hidden_layers"]) // SMALL["num_hidden_layers"]
+    text = {**SMALL, **sizes}
+    config = kind(**_small(kind, text, _repeated(special, times), text))
     config.architectures = [architecture]
     return config
 
 
-def _small(kind: Any, sizes: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
+def _repeated(special: Mapping[str, Any], times: int) -> dict[str, Any]:
+    return {
+        name: value * times
+        if name in ("layer_types", "activation_sparsity_pattern") and isinstance(value, list)
+        else _repeated(value, times)
+        if isinstance(value, dict)
+        else value
+        for name, value in special.items()
+    }
+
+
+def _small(
+    kind: Any, sizes: dict[str, Any], special: dict[str, Any], text: dict[str, Any]
+) -> dict[str, Any]:
     """Return the arguments for a configuration of that class: `sizes` by the names that it has, its
-    parts made small in the same way, and what is special."""
+    parts made small in the same way (language models by `text`), and what is special."""
     default = kind()
     names = {**vars(default), **dict.fromkeys(kind.attribute_map)}
     arguments = {name: size for name, size in sizes.items() if name in names}
@@ -163,7 +190,7 @@ def _small(kind: Any, sizes: dict[str, Any], special: dict[str, Any]) -> dict[st
         if not hasattr(part, "attribute_map") or part.__name__ == "AutoConfig":
             continue
         of_text = "text" in name or "thinker" in name or "talker" in name
-        inner = _small(part, SMALL if of_text else TOWER, special.get(name, {}))
+        inner = _small(part, text if of_text else TOWER, special.get(name, {}), text)
         arguments[name] = part(**inner).to_dict()
     own = {name: value for name, value in special.items() if not isinstance(value, dict)}
     # `...` leaves an argument to the class.

@@ -22,6 +22,7 @@ from qerl_sync.offline import layer_map as offline
 from qerl_sync.offline import map_cache
 from qerl_sync.offline.layer_map import offline_map
 from qerl_sync.plan.checkpoint import read_checkpoint
+from qerl_sync.plan.recorded_map import recorded_maps
 from qerl_sync.worker.compat.coupling import vllm_version
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,15 @@ def test_every_element_lands_and_every_layer_closes(kind):
     at = "model.layers.0.self_attn"
     (qkv,) = {found.layer_map.parents(f"{at}.{one}_proj.weight") for one in "qkv"}
     assert qkv == (f"{at}.qkv_proj",)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_recorded_patterns_say_the_same(kind):
+    found = probed()[kind]
+    (architecture,) = config_json(FAMILIES[kind]())["architectures"]
+    made = recorded_maps()[1][architecture].layer_map(found.metas)
+    assert landings(made) == landings(found.layer_map)
 
 
 @pytest.mark.vllm

@@ -22,7 +22,7 @@ from qerl_sync.serving.processes import descendants
 from qerl_sync.wire import segments
 
 # Sockets and threads of a connection end a moment after it.
-SETTLE_SECONDS = 5.0
+SETTLE_SECONDS = 20.0  # waited for only where something is left
 
 
 def judge(engine: FaultEngine, case: Case) -> Outcome:

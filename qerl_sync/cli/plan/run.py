@@ -123,11 +123,15 @@ class Outcome:
     @property
     def origin(self) -> str:
         """Where the layer map comes from, what to know of it, and how the stream is packed."""
-        cached = " earlier" if self.found.origin == "cache" else ""
+        if self.found.origin == "recorded":
+            found = "Layer map recorded from vLLM {}, which is not installed here"
+        else:
+            earlier = " earlier" if self.found.origin == "cache" else ""
+            found = f"Layer map observed{earlier} from vLLM {{}}"
         shards = self.engine.get("tensor_parallel_size", 1)
         rank = f", rank 0 of {shards}" if shards != 1 else ""
         sentences = [
-            f"Layer map observed{cached} from vLLM {self.found.vllm_version}{rank}.",
+            f"{found.format(self.found.vllm_version)}{rank}.",
             self.found.note,
             self.asked.note,
         ]
