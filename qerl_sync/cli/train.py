@@ -46,12 +46,18 @@ def train(
         from qerl_sync.config import load_config
         from qerl_sync.report.tables import summary_table
         from qerl_sync.training.display import Display
-        from qerl_sync.training.run import train as run
 
         display = Display(console)
         with display.phase("reading the configuration", f"read {config}"):
             loaded = load_config(config, [*(overrides or []), *given])
-        outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
+        if loaded.rollout.mode == "ray":
+            from qerl_sync.training.on_ray import train_on_ray
+
+            outcome = train_on_ray(loaded, display, resume=resume, verbose=verbose)
+        else:
+            from qerl_sync.training.run import train as run
+
+            outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
         console.print(summary_table(outcome.summary))
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")
