@@ -59,11 +59,13 @@ class TrainerActor:
 
         self.end_sync()
         config = config or SyncConfig.of(**options)
-        source, given = _as_source(weights), {}
+        source, given = _as_source(weights), dict[str, Any]()
         if others:  # what is known of a part is not known of the whole
             source = JoinedSource(source, others, config.timeout_seconds)
         elif not isinstance(weights, Source):
-            given = _known_of(weights)
+            from qerl_sync.sources.hf import probe_of
+
+            given = {"trained": weights.named_parameters, "probe": probe_of(weights)}
         # Without the trained parameters a second sync of the same weights, for a worker that came
         # back, could not be told from one that fails to bring what has changed.
         self._steps_tell = "trained" in given
@@ -131,10 +133,3 @@ def _as_source(weights: Any) -> Source:
     from qerl_sync.sources.hf import HFSource
 
     return weights if isinstance(weights, Source) else HFSource(weights)
-
-
-def _known_of(model: Any) -> dict[str, Any]:
-    """Return what a session checks of a sync if it knows the trainer's whole model."""
-    from qerl_sync.sources.hf import probe_of
-
-    return {"trained": model.named_parameters, "probe": probe_of(model)}
