@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from qerl_sync.session import SyncReport, SyncSession
     from qerl_sync.sources.base import Source
     from qerl_sync.sources.hf import HFSource
+    from qerl_sync.sources.lora import AdapterSource
+    from qerl_sync.sources.peft import PEFTSource
     from qerl_sync.sources.shared_memory import share_parameters
     from qerl_sync.sources.stream import StreamSource
     from qerl_sync.transports.inproc import InProcessTransport
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterSource",
     "AsyncLLMClient",
     "AsyncRolloutActor",
     "ConfigError",
@@ -39,6 +42,7 @@ __all__ = [
     "HTTPClient",
     "InProcessTransport",
     "LLMClient",
+    "PEFTSource",
     "PoisonedError",
     "RemoteTransport",
     "RolloutActor",
@@ -88,6 +92,8 @@ _MODULES = {
     ),
     "sources.base": ("Source",),
     "sources.hf": ("HFSource",),
+    "sources.lora": ("AdapterSource",),
+    "sources.peft": ("PEFTSource",),
     "sources.shared_memory": ("share_parameters",),
     "sources.stream": ("StreamSource",),
     "transports.inproc": ("InProcessTransport",),

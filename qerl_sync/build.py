@@ -8,30 +8,117 @@ from qerl_sync.config import SyncConfig
 from qerl_sync.engines.base import WeightSyncClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.engines.llm import LLMClient
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import CompatError, ConfigError, CoverageError
 from qerl_sync.session import SyncSession, Trained
 from qerl_sync.sources.base import Source
+from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.lora import AdapterSource
+from qerl_sync.sources.peft import PEFTSource
+from qerl_sync.sources.sharded import ShardedSource
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
+from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
 from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.verify.probe_prompt import Probe
+from qerl_sync.worker.compat.lora import smallest_max_rank
 
 BACKEND = "qerl"
 
 
 def make_session(
-    source: Source,
+    source: Any,
     sync: SyncConfig,
     *,
     llm: Any = None,
     server_url: str | None = None,
+    ranks: TrainerRanks | None = None,
     version: int = 0,
     trained: Trained | None = None,
     probe: Probe | None = None,
 ) -> SyncSession:
-    """A session from `source` to that engine; see `make_transport`. Close it when it is done."""
-    transport = make_transport(sync, llm=llm, server_url=server_url)
-    return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
+    """A session from `source` to that engine; see `make_transport`. Close it when it is done.
+
+    Args:
+        source: a Source, or the trainer's model; see `make_source`.
+        ranks: all trainer ranks, where there are several and all of them call this: each with an
+            `llm` of its own, or with the `server_url` to which rank 0 sends for all.
+    """
+    transport: Transport
+    if ranks is None:
+        transport = make_transport(sync, llm=llm, server_url=server_url)
+    elif llm is not None:
+        transport = JointTransport(make_transport(sync, llm=llm), ranks)
+    else:
+        own = make_transport(sync, server_url=server_url) if ranks.rank == 0 else None
+        transport = LedTransport(own, ranks)
+    try:
+        if not isinstance(source, Source):
+            source = make_source(source, sync, transport, several_ranks=ranks is not None)
+        return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
+    except BaseException:
+        transport.close()
+        raise
+
+
+def make_source(
+    model: Any,
+    sync: SyncConfig,
+    transport: Transport | None = None,
+    *,
+    several_ranks: bool = False,
+) -> Source:
+    """Return the source of a Hugging Face model, with or without PEFT's adapters.
+
+    Args:
+        transport: leads to all engines, which are asked whether they can serve the adapter; None:
+            it is merged.
+        several_ranks: each trainer rank calls this; the model may be, or become, sharded.
+
+    Raises:
+        ConfigError: the model is sharded, or its adapters can be sent in no way that `sync.lora`
+            allows.
+        CompatError, CoverageError: with `sync.lora: adapter`, the engines cannot serve it.
+    """
+    if not hasattr(model, "peft_config"):
+        return ShardedSource(model) if several_ranks else HFSource(model)
+    if sync.lora == "merge":
+        return _merged(model, "asked for")
+    asked = sync.lora == "adapter"
+    try:
+        if transport is None:
+            raise ConfigError(
+                "several trainer ranks, each with a part of the model, send it merged; choose "
+                "sync.lora: merge"
+            )
+        source = AdapterSource(
+            model, reason="asked for" if asked else "the engine serves it exactly as it is"
+        )
+        transport.require_adapter(source.adapter())
+    except (ConfigError, CompatError, CoverageError) as exc:
+        if asked:
+            raise
+        return _merged(model, str(exc))
+    return source
+
+
+def _merged(model: Any, reason: str) -> Source:
+    source = PEFTSource(model)
+    source.lora = {"mode": "merge", "reason": reason}
+    return source
+
+
+def adapter_arguments(model: Any, sync: SyncConfig) -> dict[str, Any]:
+    """Return what an engine must be started with to serve the adapter of a trainer's model; nothing
+    where it has none, or none that is served as it is."""
+    if not hasattr(model, "peft_config") or sync.lora == "merge":
+        return {}
+    try:
+        rank = AdapterSource(model).adapter().rank
+    except ConfigError:
+        if sync.lora == "adapter":
+            raise
+        return {}
+    return {"enable_lora": True, "max_lora_rank": smallest_max_rank(rank)}
 
 
 def make_transport(

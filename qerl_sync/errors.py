@@ -11,6 +11,7 @@
     ├── LoadError           vLLM's own loader failed in the middle of a sync
     ├── AgreementError      trainer and worker differ: versions, layout, plan, token
     │   ├── EngineTakenError    another trainer's session holds the engine
+    │   ├── StaleBaseError      a sync of a part of the model meets a worker without the rest
     │   └── WorldSizeError      an engine has more workers, or fewer, than have connected
     ├── TransportError      tensors or messages do not get through
     │   ├── TransportTimeout    the other side did not answer in time
@@ -18,6 +19,7 @@
     â   âââ IntegrityError      bytes arrived that the other side did not send
     â   âââ NoRoomError         shared memory has less room than the sync needs
     âââ StaleCacheError     an engine keeps what old weights have computed
+    ├── TrainerRankError    a trainer rank failed with an error of other code
     └── PoisonedError       the worker holds half of a sync and refuses to generate
 
 Each message names the thing, the value and the next step. Errors of vLLM, TRL and torch are
@@ -112,7 +114,16 @@ class PlanError(SyncError):
 
 
 class CoverageError(SyncError):
-    """What arrived is not what the plan promised."""
+    """What arrived is not what the plan promised.
+
+    Attributes:
+        layer, expected, got: the parent layer that a plan brings a part of, its elements, and how
+            many of them come.
+    """
+
+    layer: str = ""
+    expected: int = 0
+    got: int = 0
 
 
 class UnchangedError(SyncError):
@@ -141,6 +152,20 @@ class EngineTakenError(AgreementError):
     host: str
     pid: int
     since: str
+
+
+class StaleBaseError(AgreementError):
+    """A sync of a part of the model was refused: the worker does not hold the rest of it.
+
+    Nothing was touched. A session sends everything then.
+
+    Attributes:
+        base: the version that the sync builds on.
+        version: the worker's own.
+    """
+
+    base: int = 0
+    version: int = 0
 
 
 class WorldSizeError(AgreementError):
@@ -198,6 +223,20 @@ class StaleCacheError(SyncError):
     """
 
     connector: str = ""
+
+
+class TrainerRankError(SyncError):
+    """A trainer rank raised something else than a SyncError in a sync of several ranks.
+
+    Every rank raises it; on the one that failed, it has the original as its cause.
+
+    Attributes:
+        rank: which one.
+        error: the class name of what it raised.
+    """
+
+    rank: int
+    error: str
 
 
 class PoisonedError(SyncError):

@@ -23,6 +23,10 @@ class SyncOptions:
         stable: the source's tensors keep their values to the end of the sync (`Source.stable`), so
             that the transport may send from where they lie.
         held: the names that this trainer rank can send; None: all.
+        base: the version that workers must hold for a plan that leaves tensors out: what does not
+            travel stays as it is in that version. None: the plan sends everything.
+        is_base: a later sync may build on this one, so that workers remember what their kernels
+            hold at its end.
     """
 
     version: int = 0
@@ -31,6 +35,8 @@ class SyncOptions:
     finite_check: FiniteCheck = "worker"
     stable: bool = False
     held: Collection[str] | None = None
+    base: int | None = None
+    is_base: bool = False
 
     @property
     def checksums(self) -> bool:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import ConfigError, CoverageError, PlanError, SyncError, UnchangedError
+from qerl_sync.errors import (
+    ConfigError,
+    CoverageError,
+    PlanError,
+    StaleBaseError,
+    SyncError,
+    UnchangedError,
+)
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
+from qerl_sync.plan.part import part_to_send
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.stopwatch import Stopwatch
@@ -75,6 +84,10 @@ class SyncReport:
         probe_gap: the largest difference between the log-probabilities of a prompt on the trainer
             and on an engine (`sync.verify: full`).
         undelivered: names that changed on the trainer and did not travel, where that is a finding.
+        lora: of a model that trains an adapter. mode: how that travelled, and reason, why so; base:
+            why base weights travelled too, empty if they did not.
+        unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
+            have changed (`Source.unchanging`).
     """
 
     version: int
@@ -102,9 +115,26 @@ class SyncReport:
     changed_tensors: int | None = None
     undelivered: tuple[str, ...] = ()
     probe_gap: float | None = None
+    unsent_tensors: int = 0
+    unsent_bytes: int = 0
+    lora: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The sync that was committed last: a sync of a part of the model builds on it.
+
+    Attributes:
+        metas: the whole stream of then.
+        stamps: what `Source.unchanging` said of it.
+    """
+
+    version: int
+    metas: list[ParamMeta]
+    stamps: Mapping[str, Hashable]
 
 
 class SyncSession:
@@ -157,9 +187,18 @@ class SyncSession:
         self._watch = self._change_watch(trained)
         self.version = version
         self._pushed = False
+        self._base: _Base | None = None
+        self._full_plan: SyncPlan | None = None
+        self._part_plan: SyncPlan | None = None
+        self._adapter: Adapter | None = None
+        self._last_base: SyncPlan | None = None
+        self._last: SyncPlan | None = None  # `_last_base` with the adapter behind it
         self.plan: SyncPlan | None = None
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
+        if source.lora is not None:
+            source.metadata()
+            self._agree_on_adapter()
 
     def push(self, step: int = 0) -> SyncReport:
         """Send the current weights and commit a new version.
@@ -173,28 +212,46 @@ class SyncSession:
             UnchangedError: after the sync, with `sync.on_unchanged: error`; see there.
         """
         watch = Stopwatch(PHASES)
+        base = self._base
         self._pushed = False
-        with watch("total"):
+        with self._transport.together(), watch("total"):
             with watch("plan"):
-                plan, layer_map = self._agree()
-            finite_check = self._source.finite_check(self._config.check_finite)
-            if finite_check == "source" and self._transport.by_reference:
-                with watch("verify"):
-                    self._source.check_finite()
+                full, layer_map = self._agree()
+                self._agree_on_adapter()
+                stamps = self._source.unchanging()
+                version = max(self.version, self._transport.committed_version()) + 1
+                if base is not None and not self._transport.holds(base.version):
+                    base = None
+                part = full if base is None else self._plan_part(full, layer_map, base, stamps)
+                plan = self._with_adapter(part)
             options = SyncOptions(
-                version=max(self.version, self._transport.committed_version()) + 1,
+                version=version,
                 verify=self._config.verify,
                 on_failure=self._config.on_failure,
-                finite_check=finite_check,
+                finite_check=self._source.finite_check(self._config.check_finite),
                 stable=self._source.stable,
                 held=self._source.held_names(),
+                base=None if base is None or part is full else base.version,
+                is_base=bool(stamps),
             )
+            # After whatever fails from here on, the next push sends everything, unless it was an
+            # adapter alone, of which the workers have touched nothing.
+            self._base = None
             try:
-                result = self._send(plan, layer_map, options, watch)
-            except BaseException as exc:
-                self._transport.abort(f"a sync failed: {exc}")
+                try:
+                    result = self._send(plan, layer_map, options, watch)
+                except StaleBaseError as exc:
+                    # A worker was replaced, or written to, since it was asked. Nothing was touched.
+                    logger.warning("everything is sent: %s", exc)
+                    plan, options = self._with_adapter(full), replace(options, base=None)
+                    result = self._send(plan, layer_map, options, watch)
+            except BaseException:
+                alone = not plan.base_metas
+                if alone and base is not None and self._transport.holds(base.version):
+                    self._base = base
                 raise
             self.version = options.version
+            self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
             with watch("verify"):
                 probed = self._ask_engine()
@@ -203,6 +260,12 @@ class SyncSession:
             with watch("verify"):
                 changes = self._judge_changes(step)
         report = self._report(plan, result, step, watch.seconds)
+        report.unsent_tensors = len(full.metas) - len(plan.base_metas)
+        report.unsent_bytes = full.nbytes - sum(meta.nbytes for meta in plan.base_metas)
+        if self._source.lora is not None:
+            report.lora = dict(self._source.lora)
+        if self._adapter is not None:
+            report.lora = {**(report.lora or {}), "base": _why_base(plan, options)}
         if probed is not None:
             report.probe_gap = max(probed.gaps.values())
             report.lost |= probed.lost
@@ -244,7 +307,8 @@ class SyncSession:
         given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
         self._transport.source_device = self._source.device
         metas = self._order(given)
-        if self.plan is None or self.layer_map is None or metas != self._metas:
+        self._transport.agree_on(metas)
+        if self._full_plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(
                 metas, allow_incomplete=self._config.allow_incomplete
             )
@@ -252,20 +316,65 @@ class SyncSession:
                 precision = self._transport.precision
                 self._tolerance = tolerance(*precision, self._config.verify_tolerance)
                 self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
-            self.plan = build_plan(
-                metas,
-                layer_map,
-                self._config.policy,
-                chunk_bytes=self.chunk_bytes,
-                storages=self.storages(),
-                budget_bytes=self._budget_bytes(),
-                spill_budget_bytes=self._config.spill_budget_bytes,
-                spill_directory=self._config.spill_directory,
-            )
-            self._require_possible(self.plan, given)
+            self._full_plan = self._part_plan = None
+            plan = self._build(metas, layer_map)
+            self._require_possible(plan, given)
             self.layer_map, self._metas = layer_map, metas
-            self._judge(self.plan, layer_map)
-        return self.plan, self.layer_map
+            self._judge(plan, layer_map)
+            self._full_plan = plan
+        return self._full_plan, self.layer_map
+
+    def _agree_on_adapter(self) -> None:
+        """Have the workers judge the source's adapter, unless it is the last one."""
+        adapter = self._source.adapter()
+        if adapter != self._adapter:
+            if adapter is not None:
+                self._transport.require_adapter(adapter)
+            self._adapter = adapter
+
+    def _with_adapter(self, plan: SyncPlan) -> SyncPlan:
+        """Return the plan with the adapter, if there is one, behind it."""
+        if self._adapter is None:
+            return plan
+        if self._last_base is not plan or self._last is None or self._last.adapter != self._adapter:
+            self._last_base, self._last = plan, plan.with_adapter(self._adapter, self.chunk_bytes)
+        return self._last
+
+    def _plan_part(
+        self, full: SyncPlan, layer_map: LayerMap, base: _Base, stamps: Mapping[str, Hashable]
+    ) -> SyncPlan:
+        """Return the plan without what has stayed as it is since `base`; the full one where that
+        is everything, or where nothing has changed at all."""
+        metas = self._metas or []
+        unchanged = {
+            name
+            for name, stamp in stamps.items()
+            if name in base.stamps and base.stamps[name] == stamp
+        }
+        part = part_to_send(metas, layer_map, unchanged)
+        if base.metas != metas or len(part) == len(metas) or not (part or self._adapter):
+            return full
+        if not part:
+            return full.emptied
+        if self._part_plan is None or {m.name for m in part} != set(self._part_plan.order):
+            plan = self._build(part, layer_map)
+            self._require_possible(plan, part)
+            self._judge(plan, layer_map)
+            self._part_plan = plan
+        return self._part_plan
+
+    def _build(self, metas: list[ParamMeta], layer_map: LayerMap) -> SyncPlan:
+        self.plan = build_plan(
+            metas,
+            layer_map,
+            self._config.policy,
+            chunk_bytes=self.chunk_bytes,
+            storages=self.storages(),
+            budget_bytes=self._budget_bytes(),
+            spill_budget_bytes=self._config.spill_budget_bytes,
+            spill_directory=self._config.spill_directory,
+        )
+        return self.plan
 
     def _budget_bytes(self) -> int | None:
         asked = self._config.budget_bytes
@@ -356,6 +465,19 @@ class SyncSession:
     def _send(
         self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, watch: Stopwatch
     ) -> SyncResult:
+        if options.finite_check == "source" and self._transport.by_reference:
+            with watch("verify"):
+                self._source.check_finite(None if options.base is None else plan.order)
+        self.plan = plan
+        try:
+            return self._transfer(plan, layer_map, options, watch)
+        except BaseException as exc:
+            self._transport.abort(f"a sync failed: {exc}")
+            raise
+
+    def _transfer(
+        self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, watch: Stopwatch
+    ) -> SyncResult:
         held = options.held
         chunks = [[n for n in c.names if held is None or n in held] for c in plan.chunks]
         in_step = options.finite_check == "source" and not self._transport.by_reference
@@ -364,12 +486,20 @@ class SyncSession:
             with watch("start"):
                 self._transport.start(plan, layer_map, options)
             if self._watch is not None:
-                self._watch.begin()
+                self._watch.begin(layer_map.contributions.keys() - set(plan.order))
             verified = watch.seconds["verify"]
             with watch("load"):
                 for index, (chunk, names) in enumerate(zip(plan.chunks, chunks, strict=True)):
-                    tensors = self._timed(self._source.materialize(names), watch)
-                    self._transport.send(chunk, _until(looks, index, tensors, watch))
+                    if self._source.collective:
+                        # Each rank looks at its own shard: before any rank sends, all must have.
+                        with watch("verify"):
+                            looks.await_chunk(index)
+                    self._transport.meet(f"chunk {index}")
+                    try:
+                        tensors = self._timed(self._source.materialize(names), watch)
+                        self._transport.send(chunk, _until(looks, index, tensors, watch))
+                    finally:
+                        self._source.end_chunk()
         watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified
         with watch("finish"):
             return self._transport.finish()
@@ -426,6 +556,15 @@ class SyncSession:
             workers=[worker.to_json() for worker in workers],
             lost=dict(result.lost),
         )
+
+
+def _why_base(plan: SyncPlan, options: SyncOptions) -> str:
+    """Return why base weights travel with an adapter; empty if none do."""
+    if not plan.base_metas:
+        return ""
+    if options.base is None:
+        return "not all workers are known to hold it as the trainer has it"
+    return f"what trains beside the adapter, or has changed: {plan.base_metas[0].name}, ..."
 
 
 def _until(

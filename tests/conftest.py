@@ -36,16 +36,21 @@ ENGINES = re.compile(r"^pytestmark = .*pytest\.mark\.(vllm|ray|gpu|slow)\b", re.
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A fast run imports no file whose tests all need an engine, nor what those import."""
-    is_fast = str(config.option.markexpr).startswith("not (vllm or ")
     return (
-        is_fast
+        is_fast(config)
         and collection_path.suffix == ".py"
         and (ENGINES.search(collection_path.read_text()) is not None)
     ) or None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.stem in LAST)
+def is_fast(config: pytest.Config) -> bool:
+    return str(config.option.markexpr).startswith("not (vllm or ")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Of the fast tests they wait longest: begun last, one process would wait for the other.
+    last = not is_fast(config)
+    items.sort(key=lambda item: (item.path.stem in LAST) == last)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -21,6 +21,7 @@ from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PeerLostError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -52,13 +53,16 @@ class EchoLoader:
             {m.name: (Contribution(m.name, "", m.numel, m.nbytes, True),) for m in metas},
         )
 
+    def require_adapter(self, adapter: Adapter) -> None:
+        """Do nothing: the echo worker serves no requests."""
+
     def free_bytes(self) -> int:
         return 1 << 40
 
     def start(
         self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, *, borrowed: bool
     ) -> None:
-        self._trace = replay(plan.metas, layer_map)
+        self._trace = replay(plan.base_metas, layer_map)
         self.checksums = {}
 
     def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -50,6 +50,7 @@ def train(
         display = Display(console)
         with display.phase("reading the configuration", f"read {config}"):
             loaded = load_config(config, [*(overrides or []), *given])
+        # Only now: both import torch, for which nobody waits who has mistyped a path.
         if loaded.rollout.mode == "ray":
             from qerl_sync.training.on_ray import train_on_ray
 

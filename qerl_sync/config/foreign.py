@@ -65,6 +65,13 @@ def _hints_of_sft(tree: Mapping[str, Any]) -> Hints:
     return get_type_hints(SFTConfig)
 
 
+def _hints_of_lora(tree: Mapping[str, Any]) -> Hints:
+    from peft import LoraConfig
+
+    # Some of its hints name classes that exist for type checkers only.
+    return {field.name: field.type for field in dataclasses.fields(LoraConfig) if field.init}
+
+
 def _hints_of_engine(tree: Mapping[str, Any]) -> Hints:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -100,8 +107,20 @@ SECTIONS = (
             "vllm_group_port": "is without use: no weights go over TRL's NCCL group",
             "output_dir": OUR_DIRECTORY,
             "seed": OUR_SEED,
+            "peft_config": "is an argument of GRPOTrainer: set the section `peft`",
         },
         trainer="GRPOTrainer",
+    ),
+    Foreign(
+        "peft",
+        "peft",
+        "PEFT's LoraConfig",
+        _hints_of_lora,
+        {
+            "peft_type": "is ours: only LoRA adapters are synced",
+            "task_type": "is ours: the policy is a causal language model",
+            "inference_mode": "would freeze the adapters; nothing would be trained",
+        },
     ),
     Foreign(
         "warmup.trainer",

@@ -263,6 +263,20 @@ class SyncConfig(Section):
     be free before anything is touched. A worker that cannot know whether others have committed is
     poisoned all the same."""
 
+    lora: Literal["auto", "adapter", "merge"] = "auto"
+    """How a model with PEFT's LoRA adapters is synced. `adapter`: the engine gets the adapter
+    itself, in memory, and what trains beside it; the base weights travel unmerged, once, and where
+    a worker does not hold them (it is new, was poisoned, or synced by another session). The engine
+    needs `enable_lora` and a `max_lora_rank` of at least the adapter's, which TRL's colocated
+    engine gets by itself. It serves the adapter to every request that names none; requests with
+    an adapter of their own need a `max_loras` larger by one. What vLLM computes otherwise than PEFT
+    (DoRA, biases of the adapter, parameters of fused experts) is refused by name. `merge`: the
+    engine gets the base model's weights with the adapters merged into them. A merged tensor is made
+    in float32, rounded once to the base weight's dtype, sent and freed; the trainer's own weights
+    are never written to. After the first sync only parent layers that an adapter touches travel,
+    and those that are trained beside it. `auto`: `adapter` where the engine serves it exactly, else
+    `merge`; the report says which and why (`lora`). Without adapters it has no effect."""
+
     on_unchanged: Literal["warn", "error", "ignore"] = "warn"
     """What to do about a sync that brings nothing new although the trainer's step has moved: the
     source reads another model than the one that is trained, or an adapter is never merged. Where
@@ -465,6 +479,11 @@ class TrainConfig(Section):
 
     trainer: dict[str, Any] = {}
     """Arguments of TRL's `GRPOConfig`, as they are."""
+
+    peft: dict[str, Any] | None = None
+    """Train LoRA adapters in place of all weights: arguments of PEFT's `LoraConfig`, as they are
+    (`r`, `lora_alpha`, `target_modules` and so on). Null: all weights. See `sync.lora`. A warm-up
+    trains all weights, before the adapters are made."""
 
     rollout: RolloutConfig = RolloutConfig()
     """The engine that generates."""

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qerl_sync.build import BACKEND, make_session
+from qerl_sync.build import BACKEND, adapter_arguments, make_session
 from qerl_sync.config import SyncConfig
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import ConfigError, SyncError
 from qerl_sync.integrations.trl_seams import (
     Takeover,
     calling_trainer,
@@ -33,7 +33,8 @@ from qerl_sync.integrations.trl_seams import (
     without_nccl,
 )
 from qerl_sync.session import SyncReport, SyncSession
-from qerl_sync.sources.hf import HFSource, probe_of
+from qerl_sync.sources.hf import probe_of
+from qerl_sync.transports.joint import TrainerRanks
 
 __all__ = ["WeightSyncCallback", "engine_arguments", "metrics", "without_nccl"]
 
@@ -63,8 +64,11 @@ class WeightSyncCallback(TrainerCallback):
     Works with every TRL trainer that generates through `trainer.vllm_generation` (GRPO, RLOO,
     Distillation, SDPO, SDFT, GOLD, IW-OPD), with an engine in the trainer's process, in its own, or
     behind a server, which TRL then does not join in an NCCL group. Each sync appends
-    `sync/*` metrics to the trainer's own log. In several processes (server mode) make one in each;
-    the main one syncs.
+    `sync/*` metrics to the trainer's own log.
+
+    In several processes (torchrun, accelerate) make one in each, and close all of them: sharded
+    models (FSDP2) are gathered by all. With a server the main process sends, and the others learn
+    the outcome; colocated, each has an engine of its own. A sync that fails in one fails in all.
 
     Args:
         config: the `sync` section; alternatively its fields as keyword arguments.
@@ -74,12 +78,13 @@ class WeightSyncCallback(TrainerCallback):
             `{"dtype": "float32", "enforce_eager": True}`.
         in_own_process: for `vllm_mode="colocate"`: start the engine in a process of its own. The
             program's main module must be importable (`if __name__ == "__main__":`).
-        recorder: called with each report, for instance to write it to a file.
+        recorder: called with each report, for instance to write it to a file; of several
+            processes, in the main one.
 
     Attributes:
         reports: one for each sync so far.
         session: the session, once the trainer has been built: plan, layer map, last measured
-            trace, version. None in processes other than the main one.
+            trace, version.
 
     Raises:
         ConfigError: there is no such option; what `bind` raises, if a trainer is given. The
@@ -110,6 +115,7 @@ class WeightSyncCallback(TrainerCallback):
         self._recorder = recorder
         self._takeover: Takeover | None = None
         self._trainer: Any = None
+        self._ranks: TrainerRanks | None = None  # where there are several
         # The step whose weights the engine has; None where they may have changed without a step.
         self._synced_step: int | None = None
         self._syncing = False
@@ -138,6 +144,8 @@ class WeightSyncCallback(TrainerCallback):
                 "`in_own_process` would change; give its arguments to `qerl-sync serve MODEL -- "
                 "--dtype float32`"
             )
+        if not served:
+            self._engine = {**adapter_arguments(trainer.model, self.config), **self._engine}
         self._stop_waiting()
         self._takeover = Takeover(trainer, self)
 
@@ -176,24 +184,35 @@ class WeightSyncCallback(TrainerCallback):
 
         Raises:
             ConfigError: the trainer does not generate with vLLM, or with one that cannot be synced
-                as configured, or its model is sharded or carries adapters; or the callback syncs
-                another trainer.
+                as configured, or its model is sharded or has adapters that can be neither served
+                nor merged; or the callback syncs another trainer.
             CompatError: the installed vLLM cannot do it, or the installed TRL has other attributes.
         """
         if self._trainer is trainer:
             return self
         self._refuse_another(trainer)
-        generation = _generation(trainer)
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        given = {"trained": trainer.model.named_parameters, "probe": probe_of(model)}
-        _refuse_to_wake(self.config, generation)
-        if generation.mode == "colocate":
-            self.session = make_session(HFSource(model), self.config, llm=generation.llm, **given)
-        elif trainer.accelerator.is_main_process:
-            url = _server_of(generation.vllm_client)
-            self.session = make_session(HFSource(model), self.config, server_url=url, **given)
+        num_processes = getattr(getattr(trainer, "accelerator", None), "num_processes", 1)
+        if num_processes > 1:
+            self._ranks = TrainerRanks(self.config.timeout_seconds, num_ranks=num_processes)
+        # What the main process refuses, of its server for instance, all of them refuse.
+        with self._ranks.together() if self._ranks else nullcontext():
+            self.session = self._new_session(trainer, _generation(trainer))
         self._take_over(trainer)
         return self
+
+    def _new_session(self, trainer: Any, generation: Any) -> SyncSession:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        given = {
+            "ranks": self._ranks,
+            "trained": trainer.model.named_parameters,
+            "probe": probe_of(model),
+        }
+        _refuse_to_wake(self.config, generation)
+        if generation.mode == "colocate":
+            return make_session(model, self.config, llm=generation.llm, **given)
+        main = trainer.accelerator.is_main_process
+        url = _server_of(generation.vllm_client) if main else ""
+        return make_session(model, self.config, server_url=url, **given)
 
     def _refuse_another(self, trainer: Any) -> None:
         if None not in (self._trainer, trainer) and self._trainer is not trainer:
@@ -207,13 +226,18 @@ class WeightSyncCallback(TrainerCallback):
         self._trainer = trainer
         generation = trainer.vllm_generation
         generation.sync_weights = self._sync
+        if self._ranks is not None:
+            # The calls below are made by one process alone, where a server generates; a sync takes
+            # all of them, and all call this.
+            generation.generate = self._guarded(generation.generate)
         # TRL makes the client of a server in the main process only.
         engine = getattr(
             generation, "llm" if generation.mode == "colocate" else "vllm_client", None
         )
         for name in COMPUTING:
             if hasattr(engine, name):
-                setattr(engine, name, self._guarded(getattr(engine, name)))
+                alone = self._ranks is not None
+                setattr(engine, name, self._guarded(getattr(engine, name), alone=alone))
 
     def expect_new_weights(self) -> None:
         """Sync before the engine computes next: the model's weights have changed without an
@@ -237,8 +261,7 @@ class WeightSyncCallback(TrainerCallback):
     def _sync(self) -> None:
         """Replace TRL's `VLLMGeneration.sync_weights`."""
         trainer, session = self._trainer, self.session
-        if session is None:  # the main process sends the weights; TRL then waits for it
-            return
+        assert session is not None
         _wake_up(trainer.vllm_generation)
         self._syncing = True  # which asks the engine for log-probabilities (verify: full)
         try:
@@ -251,24 +274,39 @@ class WeightSyncCallback(TrainerCallback):
         mode = "train" if trainer.model.training else "eval"
         for name, value in metrics(report).items():
             trainer._metrics[mode][name].append(value)
-        if self._recorder is not None:
+        if self._recorder is not None and trainer.accelerator.is_main_process:
             self._recorder(report)
 
-    def _guarded(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def _guarded(self, compute: Callable[..., Any], *, alone: bool = False) -> Callable[..., Any]:
         """Return the same call, preceded by a sync if the engine may have other weights than the
         trainer.
+
+        Args:
+            alone: the call is made by one of several processes, which cannot sync by itself.
+
+        Raises:
+            SyncError: such a call would compute with old weights.
         """
 
         def with_current_weights(*args: Any, **options: Any) -> Any:
-            if not self._syncing and self._may_be_stale():
+            stale = not self._syncing and self._may_be_stale()
+            if self._ranks is not None and not alone:
+                # An engine that was lost is noticed by its own process only.
+                stale = any(self._ranks.meet("generating", stale))
+            if stale and alone:
+                raise SyncError(
+                    "the engine may have other weights than the trainer, and one of several "
+                    "processes cannot sync alone; in every process, generate by "
+                    "trainer.vllm_generation.generate, or first call its sync_weights()"
+                )
+            if stale:
                 self._sync()
             return compute(*args, **options)
 
         return with_current_weights
 
     def _may_be_stale(self) -> bool:
-        if self.session is None:
-            return False
+        assert self.session is not None
         if self.reports and not self.session.current:
             logger.warning(
                 "an engine was lost, restarted, or synced by another session: syncing before it "
@@ -307,6 +345,7 @@ def metrics(report: SyncReport) -> dict[str, float]:
     return {
         **{f"sync/seconds/{phase}": s for phase, s in report.seconds.items()},
         "sync/bytes": float(report.sent_bytes),
+        "sync/unsent_bytes": float(report.unsent_bytes),
         "sync/peak_buffered_bytes": float(report.peak_buffered_bytes_measured),
         "sync/peak_buffered_bytes_predicted": float(report.peak_buffered_bytes_predicted),
         "sync/peak_pinned_bytes": float(report.peak_pinned_bytes_measured),
@@ -363,12 +402,12 @@ def _generation(trainer: Any) -> Any:
 
         require_attributes(generation, ("_llm_weights_sleeping",), trainer)
         require_attributes(vllm_generation, ("empty_cache",), trainer)
-    processes = trainer.accelerator.num_processes
-    if generation.mode == "colocate" and (processes != 1 or generation.tensor_parallel_size != 1):
+    if generation.mode == "colocate" and generation.tensor_parallel_size != 1:
         raise ConfigError(
-            f"this {kind} runs in {processes} processes with tensor parallel size "
-            f"{generation.tensor_parallel_size}; this callback syncs one process with one "
-            'colocated engine. Train in one process, or with a server (vllm_mode="server")'
+            f"this {kind} has vllm_tensor_parallel_size={generation.tensor_parallel_size}: one "
+            "colocated engine spread over several processes, which this callback does not sync. "
+            "Set vllm_tensor_parallel_size=1, for an engine in each process, or start a server "
+            '(vllm_mode="server"), whose engine may be tensor parallel'
         )
     return generation
 

@@ -16,7 +16,7 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.trl import metrics
 from qerl_sync.integrations.trl_seams import require_attributes
 from qerl_sync.session import SyncReport, SyncSession
-from qerl_sync.sources.hf import HFSource, probe_of
+from qerl_sync.sources.hf import probe_of
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +79,8 @@ class AsyncWeightTransfer:
         return self
 
     def init_weight_transfer(self) -> None:
-        """Raise ConfigError if no trainer is bound, or its model is sharded or has adapters."""
+        """Raise ConfigError if no trainer is bound, or its model is sharded or has adapters that
+        can be neither served nor merged."""
         if self._trainer is None:
             raise ConfigError(
                 "AsyncWeightTransfer is not bound; call `transfer.bind(trainer)` after building "
@@ -87,8 +88,7 @@ class AsyncWeightTransfer:
             )
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         given = {"trained": model.named_parameters, "probe": probe_of(model)}
-        source = HFSource(model)
-        self.session = make_session(source, self.config, server_url=self.server_url, **given)
+        self.session = make_session(model, self.config, server_url=self.server_url, **given)
 
     def pause(self) -> None:
         """Do nothing: the sync pauses the server itself, when its first bytes are ready."""

@@ -16,15 +16,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from typing_extensions import Self
-from vllm.distributed.weight_transfer.base import WeightSource
-from vllm.distributed.weight_transfer.ipc_engine import (
-    IPCTrainerInitInfo,
-    IPCTrainerWeightTransferEngine,
-)
-from vllm.distributed.weight_transfer.nccl_engine import (
-    NCCLTrainerInitInfo,
-    NCCLTrainerWeightTransferEngine,
-)
 
 from qerl_sync import __version__
 from qerl_sync.engines.base import as_engine_client
@@ -35,7 +26,21 @@ from qerl_sync.wire import handshake as say
 from qerl_sync.wire.channel import TOKEN_VARIABLE
 from qerl_sync.wire.handshake import Expected
 from qerl_sync.wire.messages import TrainerSession
+from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.protocol import plugin
+
+require("vLLM's own nccl and ipc engines")
+
+# Only now: what an older vLLM lacks is named, and is no ImportError.
+from vllm.distributed.weight_transfer.base import WeightSource  # noqa: E402
+from vllm.distributed.weight_transfer.ipc_engine import (  # noqa: E402
+    IPCTrainerInitInfo,
+    IPCTrainerWeightTransferEngine,
+)
+from vllm.distributed.weight_transfer.nccl_engine import (  # noqa: E402
+    NCCLTrainerInitInfo,
+    NCCLTrainerWeightTransferEngine,
+)
 
 plugin.register()
 

@@ -146,7 +146,7 @@ class Difference:
 
 def first_difference(planned: SyncPlan, record: SyncRecord) -> Difference | None:
     """Compare a record with `planned`, tensor by tensor. None: it measured what was predicted."""
-    ours, theirs = planned.metas, record.plan.metas
+    ours, theirs = planned.base_metas, record.plan.base_metas
     for i, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
         if mine != other:
             return Difference(

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta, Storage, format_bytes
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.budget import order_within_budget
 from qerl_sync.plan.chunks import Chunk as Chunk
 from qerl_sync.plan.chunks import cut_anywhere, cut_between_layers
@@ -49,6 +50,8 @@ class SyncPlan:
         layer_map_digest: the layer map that it was planned with.
         budget_bytes: the budget that it was planned with.
         spill: with the policy `spill`, what the worker stages and when it loads.
+        adapter: a LoRA adapter whose tensors are the last of `metas`, in chunks of their own.
+            vLLM's loaders do not see them, and no trace has them.
     """
 
     policy: str
@@ -59,6 +62,19 @@ class SyncPlan:
     layer_map_digest: str
     budget_bytes: int | None = None
     spill: Spill | None = None
+    adapter: Adapter | None = None
+
+    @cached_property
+    def base_metas(self) -> tuple[ParamMeta, ...]:
+        """The tensors that vLLM's loaders get, in the order in which they will be sent."""
+        return self.metas[: len(self.metas) - (len(self.adapter.metas) if self.adapter else 0)]
+
+    @cached_property
+    def base_chunks(self) -> tuple[Chunk, ...]:
+        """The chunks that hold `base_metas`."""
+        last = self.base_metas[-1].name if self.base_metas else None
+        ends = [i + 1 for i, chunk in enumerate(self.chunks) if chunk.names[-1] == last]
+        return self.chunks[: ends[0] if ends else 0]
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -78,14 +94,14 @@ class SyncPlan:
     def load_metas(self) -> tuple[ParamMeta, ...]:
         """The stream in the order in which vLLM gets it."""
         if self.spill is None:
-            return self.metas
+            return self.base_metas
         return tuple(self.metas[place] for place in self.spill.load_order)
 
     @cached_property
     def chunk_loads(self) -> tuple[tuple[str, ...], ...]:
         """The names that vLLM gets with each chunk."""
         if self.spill is None:
-            return tuple(chunk.names for chunk in self.chunks)
+            return tuple(chunk.names for chunk in self.base_chunks)
         order = self.order
         return tuple(tuple(order[place] for place in places) for places in self.spill.loads)
 
@@ -99,11 +115,16 @@ class SyncPlan:
         """The bytes that are staged after each chunk, which is when most are."""
         if self.spill is None:
             return [0] * len(self.chunks)
-        return self.spill.staged_bytes(self.metas, self.chunk_lengths)
+        staged = self.spill.staged_bytes(self.base_metas, self.base_chunk_lengths)
+        return staged + [0] * (len(self.chunks) - len(staged))
 
     @property
     def chunk_lengths(self) -> list[int]:
         return [len(chunk.names) for chunk in self.chunks]
+
+    @property
+    def base_chunk_lengths(self) -> list[int]:
+        return [len(chunk.names) for chunk in self.base_chunks]
 
     @cached_property
     def digest(self) -> str:
@@ -116,6 +137,8 @@ class SyncPlan:
         }
         if self.spill is not None:
             agreed["spill"] = self.spill.to_json()
+        if self.adapter is not None:
+            agreed["adapter"] = self.adapter.to_json()
         return hashlib.sha256(json.dumps(agreed, separators=(",", ":")).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -125,6 +148,7 @@ class SyncPlan:
             "policy": self.policy,
             "budget_bytes": self.budget_bytes,
             "spill": None if self.spill is None else self.spill.to_json(),
+            "adapter": None if self.adapter is None else self.adapter.to_json(),
             "layer_map_digest": self.layer_map_digest,
             "metas": [[m.name, m.dtype, list(m.shape)] for m in self.metas],
             "chunks": [asdict(chunk) for chunk in self.chunks],
@@ -152,6 +176,7 @@ class SyncPlan:
             layer_map_digest=data["layer_map_digest"],
             budget_bytes=data.get("budget_bytes"),
             spill=None if data.get("spill") is None else Spill.from_json(data["spill"]),
+            adapter=None if data.get("adapter") is None else Adapter.from_json(data["adapter"]),
         )
         if plan.digest != data["digest"]:
             raise PlanError(
@@ -159,9 +184,29 @@ class SyncPlan:
                 f"the file says {str(data['digest'])[:12]}; make the plan again"
             )
         if plan.spill is not None:
-            plan.spill.require_possible(plan.chunk_lengths)
-            plan.spill.require_within_budget(plan.metas, plan.chunk_lengths)
+            plan.spill.require_possible(plan.base_chunk_lengths)
+            plan.spill.require_within_budget(plan.base_metas, plan.base_chunk_lengths)
         return plan
+
+    @cached_property
+    def emptied(self) -> SyncPlan:
+        """The plan that sends nothing, with the same layer map."""
+        none = Trace.of_columns((), (), (), ())
+        return replace(self, metas=(), chunks=(), predicted=none, as_given=none, spill=None)
+
+    def with_adapter(self, adapter: Adapter, chunk_bytes: int | None) -> SyncPlan:
+        """Return the plan that sends the adapter after this one's tensors, which may be none.
+
+        Args:
+            chunk_bytes: upper bound of a chunk, as in `build_plan`.
+        """
+        chunks = cut_anywhere(adapter.metas, chunk_bytes or CHUNK_BYTES)
+        return replace(
+            self,
+            metas=(*self.metas, *adapter.metas),
+            chunks=(*self.chunks, *chunks),
+            adapter=adapter,
+        )
 
 
 def build_plan(

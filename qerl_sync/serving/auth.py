@@ -41,6 +41,7 @@ GENERATING = frozenset(
         "/v1/chat/completions/batch",
         "/v1/responses",
         "/v1/messages",
+        "/v1/systemone",  # decisions within a schema, since vLLM 0.32
         "/cohere/v2/chat",
         "/inference/v1/generate",
         "/invocations",

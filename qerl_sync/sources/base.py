@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck
+from qerl_sync.plan.adapter import Adapter
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,18 @@ class Source(ABC):
         stable: what `materialize` yields stays as it is for as long as a receiver holds it, to the
             end of the sync: parameters themselves, or copies of which each has its own memory.
             Transports then send from there, instead of copying first.
+        collective: `materialize` is a collective of all trainer ranks. Each rank then goes through
+            all chunks, and waits for the others before each.
         checks_finite: `check_finite` can look before anything is materialised. False: the workers
             look at what arrives.
+        lora: of a model that trains an adapter: how it travels (`mode`) and why so (`reason`).
     """
 
     any_order = True
     stable = False
+    collective = False
     checks_finite = False
+    lora: Mapping[str, str] | None = None
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -49,12 +55,29 @@ class Source(ABC):
         Transfers nothing. Called before every sync, so that a changed model is noticed.
         """
 
+    def adapter(self) -> Adapter | None:
+        """Return the LoRA adapter to be served beside the tensors of `metadata`; None: there is
+        none.
+
+        `materialize` and `check_finite` take its tensors' names too. Called after `metadata`.
+        """
+        return None
+
     def held_names(self) -> Collection[str] | None:
         """Return the names that this trainer rank holds; None: all. Some rank must hold each name.
 
         `metadata` describes the whole model all the same; only what is held is materialised.
         """
         return None
+
+    def unchanging(self) -> Mapping[str, Hashable]:
+        """Return the tensors whose values need not be sent again while they stay the same, each
+        with a stamp that is another as soon as they are not (None: they never change).
+
+        Called before each sync, after `metadata`. A name with the stamp that it had at the last
+        committed sync is left out, unless its parent layer has something new to get.
+        """
+        return {}
 
     @property
     def device(self) -> torch.device | None:
@@ -90,6 +113,13 @@ class Source(ABC):
             CoverageError: naming the first bad tensor.
         """
         raise NotImplementedError(f"{type(self).__name__} has checks_finite, and no check_finite")
+
+    def end_chunk(self) -> None:  # noqa: B027  most sources gather nothing
+        """Do what is left of the collectives of the last `materialize`.
+
+        Called after each chunk; where the receiver failed in its middle, the other ranks wait in
+        the collectives of the rest.
+        """
 
     @abstractmethod
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -59,10 +59,9 @@ class HFSource(Source):
     checks_finite = True
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
-        _require_whole(model)
         self._model = model
         self._convert = convert
-        self._parameters = _parameters(model)
+        self._parameters = self._find_parameters()
         self._layout: tuple[tuple[str, str, torch.Size], ...] = ()
         self._groups: list[_Group] = []
         self._group_of: dict[str, _Group] = {}
@@ -71,12 +70,15 @@ class HFSource(Source):
     def metadata(self) -> list[ParamMeta]:
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
         # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
-        _require_whole(self._model, since=" since this source was made")
-        parameters = self._parameters = _parameters(self._model)
-        layout = tuple((name, str(p.dtype), p.shape) for name, p in parameters.items())
+        parameters = self._parameters = self._find_parameters(since=" since this source was made")
+        layout = tuple((name, str(p.dtype), self._shape(name)) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
-            self._groups = _groups(self._model, parameters, self._conversions)
+            twins = {
+                name: torch.empty(shape, dtype=parameters[name].dtype, device="meta")
+                for name, _, shape in layout
+            }
+            self._groups = _groups(self._model, twins, self._conversions)
             self._group_of = {meta.name: g for g in self._groups for meta in g.outputs}
             self._layout = layout
         return [meta for group in self._groups for meta in group.outputs]
@@ -89,9 +91,7 @@ class HFSource(Source):
         found = {}
         for group in self._groups:
             for meta, memory in zip(group.outputs, group.memory, strict=True):
-                if isinstance(memory, str):
-                    (memory,) = storages_of(self._parameters[memory])
-                found[meta.name] = memory
+                found[meta.name] = self._memory(memory) if isinstance(memory, str) else memory
         return found
 
     def resident_bytes(self) -> int:
@@ -103,7 +103,7 @@ class HFSource(Source):
         if names is not None:
             of = (self._group_of[name].parameters for name in names)
             looked_at = dict.fromkeys(one for group in of for one in group)
-        held = ((name, self._parameters[name].detach()) for name in looked_at)
+        held = ((name, tensor) for name in looked_at for tensor in self._read_for(name))
         require_all_finite(held, alone=alone)
 
     @torch.no_grad()
@@ -111,9 +111,38 @@ class HFSource(Source):
         waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
         for name in names:
             if name not in waiting:
-                chosen = {p: self._parameters[p].detach() for p in self._group_of[name].parameters}
+                chosen = {p: self._value(p) for p in self._group_of[name].parameters}
                 waiting |= _converted(self._model, chosen, self._conversions)
             yield name, waiting.pop(name)
+
+    # What a source overrides that sends something else than the model's own parameters.
+
+    def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
+        """Return the model's parameters by their names in memory. `since`: see `require_whole`."""
+        if hasattr(self._model, "peft_config"):
+            raise ConfigError(
+                f"the model carries PEFT adapters{since}, which this source does not merge; give "
+                "the model to a PEFTSource"
+            )
+        require_whole(self._model.named_parameters(), since=since)
+        return parameters_of(self._model)
+
+    def _shape(self, name: str) -> torch.Size:
+        """Return the shape of `_value`."""
+        return self._parameters[name].shape
+
+    def _value(self, name: str) -> torch.Tensor:
+        """Return what is sent for a parameter, before it is converted."""
+        return self._parameters[name].detach()
+
+    def _memory(self, name: str) -> Storage:
+        """Return the memory that `_value` lies in."""
+        (storage,) = storages_of(self._parameters[name])
+        return storage
+
+    def _read_for(self, name: str) -> Iterable[torch.Tensor]:
+        """Return the tensors that must be finite for `_value` to be."""
+        return [self._parameters[name].detach()]
 
 
 def probe_of(model: Any) -> Probe:
@@ -137,38 +166,43 @@ def probe_of(model: Any) -> Probe:
     return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
 
 
-def _parameters(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return parameters under clean names, tied ones once, in model order, then saved buffers.
 
     Checkpoints also hold some buffers, for instance router corrections.
     """
-    found: dict[str, torch.Tensor] = {_clean(name): p for name, p in model.named_parameters()}
-    return found | {_clean(name): b for name, b in _saved_buffers(model)}
+    found: dict[str, torch.Tensor] = {clean(name): p for name, p in model.named_parameters()}
+    return found | {clean(name): b for name, b in _saved_buffers(model)}
 
 
 def _saved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the buffers that `save_pretrained` writes and training may change."""
     for path, module in model.named_modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
-                yield f"{path}.{name}" if path else name, buffer
+        for name, buffer in saved_buffers_of(module):
+            yield f"{path}.{name}" if path else name, buffer
 
 
-def _clean(name: str) -> str:
+def saved_buffers_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the module's own buffers that `save_pretrained` writes and training may change."""
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set and buffer.is_floating_point():
+            yield name, buffer
+
+
+def clean(name: str) -> str:
     for prefix in WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name
 
 
 def _groups(
-    model: torch.nn.Module, parameters: Mapping[str, torch.Tensor], conversions: list[Any]
+    model: torch.nn.Module, twins: Mapping[str, torch.Tensor], conversions: list[Any]
 ) -> list[_Group]:
     """Find out, on meta tensors, what each parameter becomes in a checkpoint.
 
     Most parameters convert alone. Those whose conversion needs others (several parameters that
     the checkpoint keeps as one) are converted together.
     """
-    twins = {name: p.detach().to("meta") for name, p in parameters.items()}
     whole = _converted(model, twins, conversions)
     groups, together = [], []
     for name, twin in twins.items():
@@ -235,33 +269,27 @@ def _converted(
             del model._weight_conversions
 
 
-def _require_whole(model: Any, *, since: str = "") -> None:
-    """Refuse a model whose parameters are not what a checkpoint holds.
+def require_whole(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = "") -> None:
+    """Refuse a model whose parameters, by name in memory, are not what a checkpoint holds.
 
     Args:
         since: what has become of a model that was whole when the source was made.
 
     Raises:
-        ConfigError: it is sharded, or carries adapters; `parameter` and `sharding` say which and
-            how.
+        ConfigError: it is sharded; `parameter` and `sharding` say which and how.
     """
-    if hasattr(model, "peft_config"):
-        raise ConfigError(
-            f"the model carries PEFT adapters{since}, which this source does not merge; train full "
-            "parameters (no peft_config), or keep TRL's own weight sync for this run"
-        )
-    for name, parameter in model.named_parameters():
-        if sharding := _sharding_of(name, parameter):
+    for name, parameter in parameters:
+        if sharding := sharding_of(name, parameter):
             raise ConfigError(
-                f"{name!r} is sharded by {sharding}{since}, and this source does not gather; "
-                "train in one process, keep TRL's own weight sync for this run, or yield gathered "
-                "tensors from a StreamSource",
+                f"{name!r} is sharded by {sharding}{since}, and this source does not gather; give "
+                "the session a ShardedSource (qerl_sync.sources.sharded) on every trainer rank, or "
+                "train in one process",
                 parameter=name,
                 sharding=sharding,
             )
 
 
-def _sharding_of(name: str, parameter: torch.Tensor) -> str:
+def sharding_of(name: str, parameter: torch.Tensor) -> str:
     """Return what keeps only a part of this parameter in this process; empty if nothing does."""
     if hasattr(parameter, "to_local"):
         return "torch's fully_shard or tensor parallelism (DTensor)"

@@ -11,6 +11,7 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.training.environment import ENGINE_VARIABLES, QUIET_VARIABLES
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from trl import GRPOConfig, SFTConfig
 
 # The variables of a run that engines read. Actors on other nodes do not inherit them.
@@ -50,6 +51,22 @@ def sft_arguments(config: TrainConfig) -> SFTConfig | None:
     given = {"save_strategy": "no", **config.warmup.trainer}
     ours = {"output_dir": config.output_dir, "seed": config.seed}
     return _make(SFTConfig, "warmup.trainer", {**given, **ours})
+
+
+def lora_arguments(config: TrainConfig) -> LoraConfig | None:
+    """Return PEFT's arguments from the section `peft`; None if all weights are trained.
+
+    Raises:
+        ConfigError: PEFT refuses a value or a combination of values.
+    """
+    if config.peft is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **config.peft)
+    except (TypeError, ValueError, ImportError) as exc:
+        raise ConfigError(f"peft: PEFT's LoraConfig refuses it: {exc}") from exc
 
 
 def engine_options(config: TrainConfig) -> dict[str, Any]:

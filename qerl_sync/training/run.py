@@ -21,6 +21,7 @@ from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
 from qerl_sync.training.arguments import (
     engine_options,
     grpo_arguments,
+    lora_arguments,
     pool_arguments,
     sft_arguments,
 )
@@ -35,6 +36,7 @@ from qerl_sync.training.warmup import warm_up
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from peft import LoraConfig
     from trl import GRPOConfig, SFTConfig
 
     from qerl_sync.integrations.trl import WeightSyncCallback
@@ -56,6 +58,7 @@ class _Parts:
 
     grpo: GRPOConfig
     sft: SFTConfig | None
+    lora: LoraConfig | None
     rewards: list[Reward]
     rows: Dataset
     held_out: Dataset
@@ -126,7 +129,7 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
         os.environ["OMP_NUM_THREADS"] = str(config.threads)
     needs_answers = config.warmup is not None or any(name in BUILTIN for name in config.reward)
     rewards = [resolve_reward(name) for name in config.reward]
-    grpo, sft = grpo_arguments(config), sft_arguments(config)
+    grpo, sft, lora = grpo_arguments(config), sft_arguments(config), lora_arguments(config)
     if config.model.path is not None:
         load_tokenizer(config.model.path)
     rows, held_out = load_data(config.data, config.seed, needs_answers=needs_answers)
@@ -134,7 +137,7 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
         raise ConfigError(
             "trainer.eval_strategy is set and there is nothing to evaluate; set data.eval_size"
         )
-    return _Parts(grpo, sft, rewards, rows, held_out)
+    return _Parts(grpo, sft, lora, rewards, rows, held_out)
 
 
 def _open(
@@ -194,6 +197,8 @@ def _build(
     def record(report: SyncReport) -> None:
         directory.append_sync(report.to_json())
         assert callback.session is not None
+        if report.unsent_tensors:  # `qerl-sync plan --compare` plans the whole model
+            return
         directory.record_plan(callback.session, config.sync)
 
     callback = _callback(config, record)
@@ -206,6 +211,7 @@ def _build(
         eval_dataset=parts.held_out if len(parts.held_out) else None,
         processing_class=load_tokenizer(path),
         callbacks=[callback],
+        peft_config=parts.lora,
     )
     quieten(trainer)
     return trainer, callback
@@ -227,8 +233,8 @@ def _raise_refusal(exc: Exception) -> None:
     else:
         reason = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
     raise ConfigError(
-        f"TRL or vLLM refuses this run: {reason}; look at the sections `trainer` and "
-        "`rollout.engine` (--debug shows where)"
+        f"TRL, PEFT or vLLM refuses this run: {reason}; look at the sections `trainer`, `peft` "
+        "and `rollout.engine` (--debug shows where)"
     ) from exc
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.probe_prompt import largest_gap
@@ -153,6 +155,41 @@ class Transport(ABC):
     def committed_version(self) -> int:
         """The highest weight version that a worker has committed; 0 if it is not known."""
         return 0
+
+    def holds(self, version: int) -> bool:
+        """Return whether all workers of the next sync have `version` as this transport committed
+        it, as far as can be told without asking, so that a sync of a part can build on it.
+
+        Called after `committed_version`. A worker that has become another since refuses
+        (StaleBaseError).
+        """
+        return False
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        """Check that the workers can serve this LoRA adapter, by building it with zeros.
+
+        Raises:
+            ConfigError, CompatError, CoverageError: they cannot, or this transport does not lead
+                adapters there.
+        """
+        raise ConfigError(
+            f"{type(self).__name__} does not carry adapters; choose sync.lora: merge, or one engine"
+        )
+
+    def together(self) -> AbstractContextManager[None]:
+        """Return the context of one sync. With several trainer ranks, an error that leaves it on
+        one rank leaves it on all of them."""
+        return nullcontext()
+
+    def meet(self, what: str) -> None:  # noqa: B027  one trainer rank meets nobody
+        """Block until all trainer ranks are about to do this."""
+
+    def agree_on(self, metas: Sequence[ParamMeta]) -> None:  # noqa: B027
+        """Check that all trainer ranks have the same tensors to send.
+
+        Raises:
+            AgreementError: on all of them.
+        """
 
     @abstractmethod
     def layer_map(

@@ -9,6 +9,7 @@ from qerl_sync.engines.base import translated
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import (
@@ -60,6 +61,9 @@ class InProcessTransport(Transport):
         """False: another session has synced this model since, and the engine serves its weights."""
         return self._committed in (None, self._receiver.version)
 
+    def require_adapter(self, adapter: Adapter) -> None:
+        self._receiver.require_adapter(adapter)
+
     def layer_map(
         self,
         metas: Sequence[ParamMeta],
@@ -73,6 +77,9 @@ class InProcessTransport(Transport):
 
     def committed_version(self) -> int:
         return self._receiver.version
+
+    def holds(self, version: int) -> bool:
+        return self._committed == version == self._receiver.version and not self._receiver.poisoned
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         from qerl_sync.worker.compat import engine as compat

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ _WRAPPERS = re.compile(
     r"|base_layer)\."
 )
 _ADAPTER = re.compile(r"\.lora_\w+\..*$")
+_ADAPTERS_NAME = re.compile(r"\.(lora_\w+)\.[^.]+(\.weight)?$")
 _COPIES = re.compile(r"\.(modules_to_save\.[^.]+|original_module)\.")
 
 
@@ -61,11 +62,13 @@ class ChangeWatch:
         self._waiting: dict[str, int] = {}
         self._still = 0
         self._step: int | None = None
+        self._dtypes: dict[str, torch.dtype] = {}
         self.begin()
 
-    def begin(self) -> None:
-        self._seen: dict[str, int] = {}
-        self._dtypes: dict[str, torch.dtype] = {}
+    def begin(self, unsent: Collection[str] = ()) -> None:
+        """Begin a sync that leaves out `unsent`, which stay as they were sent before."""
+        self._seen = {name: self._sent[name] for name in unsent if name in self._sent}
+        self._dtypes = {name: self._dtypes[name] for name in unsent if name in self._dtypes}
         self._by_memory: dict[tuple[int, torch.dtype, torch.Size], int] = {}
 
     def see(self, name: str, tensor: torch.Tensor) -> None:
@@ -89,7 +92,7 @@ class ChangeWatch:
         if judged and self._sent:
             result = self._judge(step, changed, moved)
         self._sent, self._trained, self._step = sent, trained, step
-        self.begin()
+        self._by_memory.clear()  # another tensor may lie there in the next sync
         return result
 
     def _judge(self, step: int, changed: set[str], moved: list[str]) -> Changes:
@@ -141,7 +144,9 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
         dtype: to convert the elements to before.
     """
     local = getattr(tensor, "to_local", None)
-    plain = (local() if callable(local) else tensor).detach()
+    # Of a parameter that DeepSpeed's ZeRO-3 has partitioned, this rank's part is beside it.
+    own: torch.Tensor = local() if callable(local) else getattr(tensor, "ds_tensor", tensor)
+    plain = own.detach()
     picked = _sample(plain)
     if dtype is not None:
         picked = picked.to(dtype)
@@ -186,6 +191,9 @@ class _Delivery:
         If the checkpoint has it under another name (fused or renamed modules), a change of anything
         in the innermost module that both share counts.
         """
+        factor = _ADAPTERS_NAME.sub(r".\1\2", _WRAPPERS.sub("", name))
+        if factor in self._sent:  # the adapter travels itself
+            return factor in self._changed
         wanted = destination(name)
         if wanted in self._sent:
             return wanted in self._changed

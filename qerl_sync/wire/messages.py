@@ -9,6 +9,8 @@
     <- Pong                                         does the connection still lead anywhere?
     -- MapRequest                         ->
     <- MapReply                                     where each tensor lands
+    -- AdapterRequest                     ->
+    <- AdapterReply                                 the engine can serve that LoRA adapter
     -- SyncRequest                        ->        the plan
     <- Accepted                                     nothing has moved yet
     -- Chunk, Chunk, ...                  ->        at most `chunks_in_flight` ahead of
@@ -41,7 +43,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.options import FiniteCheck, OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 7
+PROTOCOL = 8
 
 
 class _Message(BaseModel):
@@ -108,6 +110,8 @@ class Hello(_Message):
     """UUID of the GPU that the worker's weights are on; empty if they are elsewhere."""
     version: int
     """The weight version last committed here; 0 if none."""
+    instance: str = ""
+    """Names the worker's model among all that ever were: of another process, another one."""
     poisoned: str | None
     connector: str = ""
     """vLLM's connector that keeps keys and values, or embeddings, outside of the engine."""
@@ -178,6 +182,15 @@ class MapReply(_Message):
     free_bytes: int
 
 
+class AdapterRequest(_Message):
+    type: Literal["adapter_request"] = "adapter_request"
+    adapter: dict[str, Any]
+
+
+class AdapterReply(_Message):
+    type: Literal["adapter_reply"] = "adapter_reply"
+
+
 class SyncRequest(_Message):
     type: Literal["sync_request"] = "sync_request"
     digest: str
@@ -191,7 +204,9 @@ class SyncRequest(_Message):
     verify: Verify
     on_failure: OnFailure
     finite_check: FiniteCheck
-    """See `SyncOptions`, three of whose fields these are."""
+    base: int | None = None
+    is_base: bool = False
+    """See `SyncOptions`, five of whose fields these are."""
     segments: list[Segment]
     slots: list[int]
     """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what
@@ -292,6 +307,8 @@ Message = (
     | Pong
     | MapRequest
     | MapReply
+    | AdapterRequest
+    | AdapterReply
     | SyncRequest
     | Accepted
     | Chunk

@@ -141,7 +141,7 @@ WRONG = {
     "an argument of the trainer": (["trainer.peft_config.r=8"], ["an argument of GRPOTrainer"]),
     "a kernel that a CPU lacks": (
         ["rollout.engine.quantization=fp8", "rollout.engine.dtype=bfloat16", "warmup=null"],
-        ["TRL or vLLM refuses this run", "`rollout.engine`"],
+        ["TRL, PEFT or vLLM refuses this run", "`rollout.engine`"],
     ),
     "no tokenizer": (["model.tiny=null", "model.path={model}"], ["tokenizer", "{model}"]),
 }
@@ -207,11 +207,12 @@ def test_a_missing_file_is_named_with_what_is_there():
     assert "grpo_cpu.yaml" in done.stdout + done.stderr
 
 
-def test_help_needs_no_torch():
+def test_help_and_a_mistyped_path_need_no_torch():
     code = (
         "import sys; from typer.testing import CliRunner; from qerl_sync.cli.main import app;"
         "r = CliRunner().invoke(app, ['--help']); assert r.exit_code == 0, r.output;"
         "assert 'train' in r.output and 'plan' in r.output;"
+        "r = CliRunner().invoke(app, ['train', 'no.yaml']); assert r.exit_code == 2, r.output;"
         "assert not {'torch', 'vllm', 'trl', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd=ROOT)

@@ -13,7 +13,9 @@ from support.fingerprint import difference, fingerprint
 from support.models import make_model, save_model
 
 from qerl_sync import HFSource
-from qerl_sync.errors import CoverageError, LayerMapError, LoadError
+from qerl_sync.errors import CoverageError, LayerMapError, LoadError, StaleBaseError
+from qerl_sync.options import SyncOptions
+from qerl_sync.plan.sync_plan import build_plan
 from qerl_sync.worker.load.aliases import LostView, lost_views
 from qerl_sync.worker.load.receiver import Receiver
 
@@ -253,7 +255,10 @@ def latent(subject, tmp_path, monkeypatch):
     """DeepSeek-V2. Its attention packs `kv_b_proj` and empties it, as on CPUs with AMX."""
     from transformers import DeepseekV2Config
     from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+    if not hasattr(AttentionBackendEnum, "CPU_MLA"):
+        pytest.skip("this vLLM has no AttentionBackendEnum.CPU_MLA: latent attention needs a GPU")
     subject("dense")
 
     def pack_and_empty(self, act_dtype):
@@ -297,6 +302,15 @@ def test_latent_attention_that_frees_its_projection(latent):
         latent.sync(version, verify="checksum")
         assert packed().equal(right(version))
         assert latent.wrong_weights(version) == []
+    # Each reload takes the projection anew: it cannot stay behind.
+    latent.sync(OLD, is_base=True)
+    receiver = Receiver(latent.parts)
+    metas = HFSource(latent.trainers[OLD]).metadata()
+    layer_map = receiver.layer_map(metas)
+    norm = build_plan([m for m in metas if m.name == "model.norm.weight"], layer_map, "warn")
+    with pytest.raises(StaleBaseError):
+        receiver.start(norm, layer_map, SyncOptions(base=receiver.version))
+    assert packed().equal(right(OLD))
     failing = bare.started(latent.parts, HFSource(latent.trainers[NEW]), on_failure="rollback")
     with pytest.raises(LoadError), failing as receiver:
         fail_after(receiver.finish)
@@ -341,8 +355,9 @@ VISION_LANGUAGE = {
 def test_vision_language_models(subject, tmp_path, monkeypatch, family):
     """Qwen2-VL and Qwen2.5-VL keep mean and deviation of their image processor as buffers."""
     import transformers
-    from vllm.model_executor.layers.fusion import mm_input_norm
 
+    # An older vLLM keeps no such buffers.
+    mm_input_norm = pytest.importorskip("vllm.model_executor.layers.fusion.mm_input_norm")
     subject("dense")
     # The processor that has them needs torchvision.
     norm = mm_input_norm.NormParams([0.48, 0.45, 0.40], [0.27, 0.26, 0.28], 1 / 255)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.engines import NEW, OLD, generate
+from support.features import require_packed
 from support.syncs import push, session
 from support.worker_extension import unfinished
 
@@ -249,6 +250,7 @@ def test_a_tied_head_computes_with_the_packed_copy_of_the_embeddings(subject, mo
     """vLLM packs both. What it would take to pack the head once more is not counted either; in an
     open reload nothing is tied: it must be known before."""
     one = subject("tied")
+    require_packed(one.model, "lm_head")
     push(one, NEW)
     assert one.model.lm_head.cpu_linear is one.model.model.embed_tokens.cpu_linear
     assert one.wrong_weights(NEW) == []

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.engines import NEW, OLD, Subject
+from support.features import needs
 from support.native import Broadcast, backend, without_cuda
 from test_failures import Wide
 from test_vllm_contract import FourMethods
@@ -24,7 +25,7 @@ from qerl_sync.wire.channel import TOKEN_VARIABLE
 from qerl_sync.wire.handshake import call
 from qerl_sync.wire.messages import PROTOCOL
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, needs("vLLM's own nccl and ipc engines")]
 
 BUFFER_BYTES = 40 << 10
 

@@ -97,7 +97,19 @@ def test_every_element_lands_and_every_layer_closes(kind):
 def test_recorded_maps_are_what_the_installed_vllm_says(kind):
     found = probed()[f"recorded {kind}"]
     assert not isinstance(found, str), found
-    assert (found.metas, found.layer_map) == (recorded()[kind].metas, recorded()[kind].layer_map)
+    assert found.metas == recorded()[kind].metas
+    assert landings(found.layer_map) == landings(recorded()[kind].layer_map)
+
+
+def landings(layer_map):
+    """Where everything lands. vLLM's classes have other names in other versions, and a tied head to
+    which nothing is sent is a layer of its own in some."""
+    layers = {
+        name: replace(layer, kind="")
+        for name, layer in layer_map.layers.items()
+        if layer.expected_numel
+    }
+    return layers, layer_map.contributions, layer_map.elsewhere
 
 
 @pytest.mark.vllm

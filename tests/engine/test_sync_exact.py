@@ -6,6 +6,7 @@ import logging
 
 import pytest
 from support.engines import NEW, OLD, EnginePool, logprob_gap, start_engine
+from support.features import require_packed
 from support.models import CONFIGS, make_model, save_model
 from support.syncs import push, session
 
@@ -177,19 +178,18 @@ def test_the_trainers_weights_are_only_read(subject):
     assert all(after[name].equal(value) for name, value in before.items())
 
 
-def test_stock_vllm_leaves_tied_heads_and_experts_old(subject):
+@pytest.mark.parametrize(("kind", "layer"), [("tied", "lm_head"), ("moe", "mlp.experts")])
+def test_stock_vllm_leaves_tied_heads_and_experts_old(subject, kind, layer):
     """What `worker/load/refresh.py` cures. If this fails, vLLM has learned it: drop the cure."""
-    from qerl_sync.worker.compat import engine as compat
-
-    for kind in ("tied", "moe"):
-        one = subject(kind)
-        parts = compat.in_process_parts(one.engine)
-        source = HFSource(one.trainers[NEW])
-        names = [meta.name for meta in source.metadata()]
-        with compat.loading_context(parts.vllm_config):
-            compat.begin_reload(parts.model)
-            parts.model.load_weights(source.materialize(names))
-            compat.finish_reload(parts.model, parts.vllm_config)
-        assert one.wrong_weights(NEW), kind
-        push(one, NEW)
-        assert one.wrong_weights(NEW) == []
+    one = subject(kind)
+    require_packed(one.model, layer)
+    parts = compat.in_process_parts(one.engine)
+    source = HFSource(one.trainers[NEW])
+    names = [meta.name for meta in source.metadata()]
+    with compat.loading_context(parts.vllm_config):
+        compat.begin_reload(parts.model)
+        parts.model.load_weights(source.materialize(names))
+        compat.finish_reload(parts.model, parts.vllm_config)
+    assert one.wrong_weights(NEW)
+    push(one, NEW)
+    assert one.wrong_weights(NEW) == []

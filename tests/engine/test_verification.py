@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from support.engines import NEW, OLD, generate
+from support.features import require_packed
 from support.remote import session as remote_session
 from support.remote import transport_to
 from support.syncs import push, session
@@ -191,11 +192,12 @@ def test_right_syncs_pass(subject, kind, kernels):
 
 @pytest.mark.parametrize(
     ("kind", "cure", "layer"),
-    [("tied", "after_reload", "lm_head"), ("moe", "before_processing", r"mlp\.experts")],
+    [("tied", "after_reload", "lm_head"), ("moe", "before_processing", "mlp.experts")],
 )
 def test_packed_copies_that_stay_old_are_found(subject, monkeypatch, kind, cure, layer):
     """What stock vLLM does, silently."""
     one = subject(kind)
+    require_packed(one.model, layer)
     push(one, OLD, verify="checksum")
     with monkeypatch.context() as patched:
         patched.setattr(refresh, cure, lambda of: None)
@@ -225,6 +227,7 @@ def test_a_kernel_that_something_else_has_written_to_is_found(subject, monkeypat
 
 def test_without_checksums_the_next_sync_has_nothing_to_compare_with(subject, monkeypatch):
     one = subject("tied")
+    require_packed(one.model, "lm_head")
     push(one, OLD, verify="checksum")
     push(one, NEW)
     monkeypatch.setattr(refresh, "after_reload", lambda model: [])

@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from support.engines import NEW, OLD
+from support.features import needs
 from support.native import backend
 
 from qerl_sync import ConfigError, HFSource, SyncConfig, TransportError
 from qerl_sync.errors import CoverageError, PlanError
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, needs("trainer's side of weight transfer")]
 
 TIMEOUT_SECONDS = 30.0
 

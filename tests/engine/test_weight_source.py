@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from support.features import needs
 
 from qerl_sync import HFSource
 from qerl_sync.errors import PlanError
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, needs("trainer's side of weight transfer")]
 
 SOURCES = os.environ.get("QERL_SYNC_VLLM_SOURCES", "")
 

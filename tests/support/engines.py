@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from support.features import require_kernels
 from support.fingerprint import difference, fingerprint
 from support.models import make_model, save_model
 
@@ -21,7 +22,7 @@ OLD, NEW = 0, 1  # seeds of the two versions of a model
 def kernels_in_use(kernels: str) -> Iterator[None]:
     """`stock`: CPU kernels pack weights into handles of their own. `plain`: parameters are used as
     they are, as by unquantised GPU kernels. vLLM decides when it processes a layer. `fp8`: stock,
-    and the engine quantises what it loads."""
+    and the engine quantises what it loads. `bf16`: stock, in bfloat16."""
     if kernels != "plain":
         yield
         return
@@ -51,6 +52,7 @@ ENGINE_ARGUMENTS: dict[str, dict[str, Any]] = {
     "stock": {},
     "plain": {},
     "fp8": {"quantization": "fp8_per_channel", "dtype": "bfloat16"},
+    "bf16": {"dtype": "bfloat16"},
 }
 
 
@@ -152,12 +154,20 @@ class EnginePool:
         self._kept: list[Any] = []
 
     def subject(self, kind: str, kernels: str) -> Subject:
+        require_kernels(kernels)
         # vLLM makes the experts' process group with the first engine of a process, or never.
         if not self._kept and kind != "moe":
             self.subject("moe", "stock")
         if (kind, kernels) not in self._subjects:
             self._subjects[kind, kernels] = self._start(kind, kernels)
         return self._subjects[kind, kernels]
+
+    def start(self, path: Path, **arguments: Any) -> Any:
+        """An engine of a test's own, which lives as long as the others."""
+        if not self._kept:
+            self.subject("moe", "stock")
+        self.keep(engine := start_engine(path, **arguments))
+        return engine
 
     def keep(self, engine: Any) -> None:
         """Have an engine live as long as the others."""

@@ -49,6 +49,7 @@ class HandMadeTransport(Transport):
         self.received: list[str] = []
         self.probed = 0
         self.started = self.aborted = self.miscount = False
+        self.holding = False
         self.fail_at: int | None = None
         self.refuse: Exception | None = None
 
@@ -66,6 +67,9 @@ class HandMadeTransport(Transport):
 
     def free_bytes(self) -> int:
         return 1 << 30
+
+    def holds(self, version):
+        return self.holding
 
     def start(self, plan, layer_map, options):
         self.options = options

@@ -37,7 +37,9 @@ ENGINE = {"dtype": "float32", "enforce_eager": True, "num_gpu_blocks_override": 
 _KEPT: list[Any] = []
 
 
-def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: Any) -> Any:
+def build_trainer(
+    path: Path, output_dir: Path, callbacks: Any = (), *, peft_config: Any = None, **changes: Any
+) -> Any:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -65,6 +67,7 @@ def build_trainer(path: Path, output_dir: Path, callbacks: Any = (), **changes: 
         train_dataset=rows,
         eval_dataset=rows.select(range(4)),
         callbacks=list(callbacks),
+        peft_config=peft_config,
     )
     if trainer.use_vllm and trainer.args.vllm_mode == "colocate":
         _KEPT.append(trainer.vllm_generation.llm)

@@ -68,6 +68,10 @@ class WorkerExtension:
             "resources": {**open_resources(), "hooks": len(model._forward_pre_hooks)},
         }
 
+    def spoil(self, name: str) -> None:
+        """Write zeros to a parameter, as an engine has them that dropped its weights."""
+        self.model_runner.model.get_parameter(name).data.zero_()
+
     def break_loader(self, rank: int, path: str) -> None:
         """Make vLLM fail when it processes a layer, on rank `rank` alone; -1 on all.
 

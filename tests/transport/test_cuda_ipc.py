@@ -337,7 +337,7 @@ def test_a_gpus_worker_counts_what_it_holds_in_host_memory():
     """Over shared memory and sockets tensors arrive there; deferred layers must be copied out."""
     layer = torch.nn.Linear(2, 2)
     layers = {"": ParentLayer("", "Attention", 4, 4, deferred=True)}
-    monitor = SyncMonitor(layer, LayerMap(layers, {}), borrowed=True)
+    monitor = SyncMonitor(layer, LayerMap(layers, {}), layers, borrowed=True)
     slot = torch.ones(4)
     arguments = {"param": layer.weight, "loaded_weight": slot}
     monitor.begin("weight")

@@ -308,6 +308,30 @@ def test_a_second_pool_is_refused_by_the_engines_of_the_first(monkeypatch):
         assert not second.push().lost
 
 
+# ---- a part of the model
+
+
+class Declaring(TensorSource):
+    def unchanging(self):
+        return dict.fromkeys(list(self.held)[1:])
+
+
+def test_all_get_everything_where_one_of_them_is_new():
+    pool = pool_of(Engine(instance="a"), Engine(instance="b"))
+    config = SyncConfig.of(chunk_bytes=900)
+    with SyncSession(Declaring(WEIGHTS), pool, config) as session:
+        assert session.push().unsent_tensors == 0
+        assert session.push().unsent_tensors == len(WEIGHTS) - 1
+        pool.add("engine-2", Engine(instance="c"))
+        report = session.push()
+        assert (report.unsent_tensors, len(report.workers)) == (0, 3)
+        assert session.push().unsent_tensors == len(WEIGHTS) - 1
+        # It has the version, and is another model than the one that got it.
+        pool.remove("engine-2")
+        pool.add("engine-2", Engine(instance="d", version=session.version))
+        assert session.push().unsent_tensors == 0
+
+
 # ---- versions
 
 

@@ -183,7 +183,7 @@ def trainer_of(**changes):
         sync_weights=lambda: None,
     )
     accelerator = SimpleNamespace(
-        num_processes=2, is_main_process=True, unwrap_model=lambda model: model
+        num_processes=1, is_main_process=True, unwrap_model=lambda model: model
     )
     return SimpleNamespace(
         vllm_generation=generation,
@@ -219,18 +219,6 @@ def test_other_log_probabilities_are_warned_of(caplog):
         qerl_sync.WeightSyncCallback().bind(trainer_of(model_config=other)).close()
     (record,) = caplog.records
     assert "raw_logprobs" in record.getMessage()
-
-
-def test_only_the_main_process_syncs():
-    trainer = trainer_of()
-    trainer.accelerator.is_main_process = False
-    del trainer.vllm_generation.vllm_client  # TRL makes it in the main process alone
-    callback = qerl_sync.WeightSyncCallback().bind(trainer)
-    callback.on_train_begin(None, SimpleNamespace(stateful_callbacks={}), None)
-    trainer.vllm_generation.sync_weights()
-    assert callback.session is None
-    assert callback.reports == []
-    callback.close()
 
 
 @pytest.mark.slow
@@ -309,6 +297,23 @@ class TestPlainTRL:
         assert [report.version for report in callback.reports] == [5, 6]
         assert {report.transport for report in callback.reports} == {"tcp: sync.transport says so"}
         assert gap(trainer.state.log_history) <= 1e-5
+
+    def test_adapters_are_merged_into_what_is_sent_to_a_server(self, served, tmp_path):
+        """One that serves no adapters: `sync.lora: auto` says so."""
+        from peft import LoraConfig
+
+        callback = qerl_sync.WeightSyncCallback()
+        trainer = server_trainer(
+            served,
+            tmp_path,
+            callback,
+            peft_config=LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+        )
+        with closing(callback):
+            trainer.train()
+        assert callback.reports[0].unsent_tensors == 0
+        assert all(report.unsent_tensors for report in callback.reports[1:])
+        assert 0 < gap(trainer.state.log_history) <= 1e-5
 
     def test_trl_alone_cannot_be_built_here(self, served, tmp_path):
         """Why TRL's join is replaced. When this fails, TRL has learned to do without CUDA."""

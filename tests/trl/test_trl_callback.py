@@ -24,6 +24,9 @@ from qerl_sync.errors import CompatError
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 
+PARTS_OF_ADAPTED = ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.down")
+
+
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
     return save_policy(tmp_path_factory.mktemp("policy"))
@@ -103,6 +106,38 @@ def test_syncs_when_trl_says_and_logs_through_trl(train):
     assert steps_of(run.callback) == [0, 1, 2, 3]
     assert any("eval_sync/version" in entry or "sync/version" in entry for entry in run.log[-2:])
     assert_engine_has_the_trainers_weights(run)
+
+
+def test_adapters_are_merged_into_what_is_sent_alone(policy, tmp_path, monkeypatch):
+    """TRL's own sync, which would merge them in the trainer's weights, is replaced."""
+    from peft import LoraConfig, PeftModel
+
+    monkeypatch.setattr(PeftModel, "merge_adapter", None, raising=False)
+    callback = WeightSyncCallback(engine=ENGINE, lora="merge", verify="full")
+    trainer = build_trainer(
+        policy,
+        tmp_path,
+        [callback],
+        peft_config=LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+        max_steps=4,
+        learning_rate=1e-2,
+    )
+    model = trainer.model
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    trainer.train()
+    first, *later = callback.reports
+    assert first.unsent_tensors == 0
+    assert all(report.unsent_bytes > report.sent_bytes / 2 for report in later)
+    assert all(report.changed_tensors for report in later)
+    assert all(report.undelivered == () for report in later)
+    assert all(report.prediction_exact for report in callback.reports)
+    names = {f"model.layers.{i}.{n}_proj.weight" for i in (0, 1) for n in PARTS_OF_ADAPTED}
+    assert set(callback.session.plan.order) == names
+    assert gap(trainer.state.log_history) <= 1e-5
+    assert callback.reports[-1].probe_gap <= 1e-5
+    for name, parameter in model.named_parameters():
+        assert name not in frozen or parameter.equal(frozen[name]), name
+    callback.close()
 
 
 def test_weights_of_a_lost_engine_are_not_taken_for_current(train, monkeypatch):
@@ -346,8 +381,9 @@ def colocated(**changes):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_processes": 2}, "in 2 processes"),
-        ({"tensor_parallel_size": 2}, "tensor parallel size 2"),
+        # torch.distributed was not initialized, by which processes would sync together.
+        ({"num_processes": 2}, "init_process_group"),
+        ({"tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -69,6 +69,28 @@ def test_a_model_that_stands_still_is_told_of_once(caplog):
     assert "the model is frozen" in record.message
 
 
+def test_what_was_wrongly_left_out_is_named():
+    """A source that takes a layer for frozen, which is trained."""
+    source = ListSource(interleave(QKV))
+    source.unchanging = lambda: {name: None for name in NAMES if name.startswith("b")}
+    transport = HandMadeTransport()
+    session = SyncSession(source, transport, SyncConfig(), trained=source.tensors.items)
+    assert session.push(step=0).unsent_tensors == 0
+    assert session.push(step=0).unsent_tensors == 0, "nobody says what the workers hold"
+    transport.holding = True
+    for step in range(1, PATIENCE + 1):
+        step_of(source.tensors, "a.q", "b.q")
+        report = session.push(step=step)
+        assert (report.num_tensors, report.unsent_tensors) == (3, 3)
+        assert report.changed_tensors == 1
+    assert report.undelivered == ("b.q",)
+    transport.fail_at = 1
+    with pytest.raises(ConnectionError):
+        session.push(step=PATIENCE + 1)
+    transport.fail_at, transport.holding = None, False  # what it had begun to change
+    assert session.push(step=PATIENCE + 1).unsent_tensors == 0, "after a failure all travels"
+
+
 def test_ignored_where_it_is_meant(caplog):
     session, _ = make(on_unchanged="ignore")
     with caplog.at_level(logging.WARNING, logger="qerl_sync"):

@@ -16,6 +16,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.diagnosis import Cause, diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
+from qerl_sync.plan.part import part_to_send
 from qerl_sync.plan.policies import as_given, by_parent_layer
 from qerl_sync.plan.replay import open_layers_at, replay
 from qerl_sync.plan.sync_plan import POLICIES, SyncPlan, build_plan
@@ -181,6 +182,26 @@ def _two_layers():
     contributions = {m.name: (Contribution(m.name[0], "w", 4, 8, True),) for m in metas}
     layers = {name: ParentLayer(name, "Linear", 8, 8) for name in "ab"}
     return metas, LayerMap(layers, contributions)
+
+
+@given(streams(), st.randoms(use_true_random=False))
+def test_a_part_is_the_smallest_one_of_whole_layers(stream, random):
+    metas, layer_map = stream
+    changed = {meta.name for meta in metas if random.random() < 0.3}
+    part = part_to_send(metas, layer_map, {m.name for m in metas} - changed)
+    sent = {meta.name for meta in part}
+    assert [meta for meta in metas if meta.name in sent] == part
+
+    def module(name):
+        return name.rpartition(".")[0]
+
+    lands = {m.name: {c.parent_layer for c in layer_map.contributions[m.name]} for m in metas}
+    written = {module(name) for name, layers in lands.items() if not layers}
+    places = {n: lands[n] | ({module(n) + "."} if module(n) in written else set()) for n in lands}
+    reached: set[str] = set()
+    while grown := {n for n in lands if n in changed or places[n] & reached} - reached:
+        reached |= grown | {place for name in grown for place in places[name]}
+    assert sent == reached & lands.keys()
 
 
 def _components(metas, layer_map):

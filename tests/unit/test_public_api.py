@@ -15,6 +15,7 @@ import pytest
 import qerl_sync
 
 PUBLIC = [
+    "AdapterSource",
     "AsyncLLMClient",
     "AsyncRolloutActor",
     "ConfigError",
@@ -22,6 +23,7 @@ PUBLIC = [
     "HTTPClient",
     "InProcessTransport",
     "LLMClient",
+    "PEFTSource",
     "PoisonedError",
     "RemoteTransport",
     "RolloutActor",

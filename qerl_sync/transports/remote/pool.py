@@ -23,6 +23,7 @@ from qerl_sync.errors import (
 )
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -138,6 +139,7 @@ class PoolTransport(Transport):
         self._metas: list[ParamMeta] = []
         self._allow_incomplete: Sequence[str] = ()
         self._maps: set[str] = set()
+        self._adapter: Adapter | None = None
         self._hello: Hello | None = None
         # Engines that are not part of the current or last sync, with the reason.
         self._lost: dict[str, str] = {}
@@ -198,6 +200,19 @@ class PoolTransport(Transport):
             self._lost.pop(member.name)
         return max([self._spent_version, *stated.values()])
 
+    def holds(self, version: int) -> bool:
+        """See the base class. One engine that is new, or was lost, has all get everything."""
+        return bool(self._ready) and all(m.transport.holds(version) for m in self._ready)
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        """See the base class. Every engine must be able to; one that joins later is asked then."""
+        self._each(
+            self._those_up(),
+            lambda member: member.transport.require_adapter(adapter),
+            leave_behind=False,
+        )
+        self._adapter = adapter
+
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
     ) -> LayerMap:
@@ -207,6 +222,8 @@ class PoolTransport(Transport):
         metas = list(metas)
 
         def ask(member: Member) -> LayerMap:
+            if self._adapter is not None and not member.ready:
+                member.transport.require_adapter(self._adapter)
             layer_map = member.transport.layer_map(metas, allow_incomplete=allow_incomplete)
             if self._hello is not None:
                 self._require_alike([member])
@@ -390,6 +407,8 @@ class PoolTransport(Transport):
                 "with; start it as they were started, or sync it in a session of its own"
             )
         self._require_alike([member])
+        if self._adapter is not None:
+            member.transport.require_adapter(self._adapter)
         member.ready = True
 
     def _staging_with_room(self, plan: SyncPlan) -> Staging:

@@ -6,14 +6,21 @@ import logging
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.config.models import require_announced
 from qerl_sync.engines.base import PauseMode, WeightSyncClient, as_engine_client
-from qerl_sync.errors import ConfigError, NoRoomError, SyncError, TransportError
+from qerl_sync.errors import (
+    ConfigError,
+    NoRoomError,
+    StaleBaseError,
+    SyncError,
+    TransportError,
+)
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
@@ -38,6 +45,8 @@ if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
+
+M = TypeVar("M")
 
 
 class RemoteTransport(Transport):
@@ -139,6 +148,7 @@ class RemoteTransport(Transport):
         self._taken = False
         self.slot_device: torch.device | None = None
         self._no_room: dict[str, str] = {}
+        self._synced_instances: set[str] = set()  # of the last sync that was committed
 
     @property
     def peers(self) -> Sequence[Peer]:
@@ -175,6 +185,19 @@ class RemoteTransport(Transport):
             self.disconnect()
         self.open()  # others may have synced them since we were connected
         return max(hello.version for hello in self.hellos)
+
+    def holds(self, version: int) -> bool:
+        return bool(self._peers) and all(
+            hello.version == version
+            and not hello.poisoned
+            and hello.instance in self._synced_instances
+            for hello in self.hellos
+        )
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        self.open()
+        request = say.AdapterRequest(adapter=adapter.to_json())
+        self._ask(request, say.AdapterReply, "whether it can serve the adapter")
 
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
@@ -221,20 +244,33 @@ class RemoteTransport(Transport):
         self._staging = staging
         if self._staging_is_mine:
             staging.begin(options, layer_map.parents_text, self.busy_cores)
+        if options.base is not None and not self.holds(options.base):
+            raise StaleBaseError(  # connected anew since the session has asked
+                f"a worker is not on version {options.base} any more, on which this sync builds; "
+                "send everything",
+                base=options.base,
+                version=min(hello.version for hello in self.hellos),
+            )
         self._control.pause(self._peers)
         self._control.begin_session(self._peers)
         self._announced = staging.segments
         for peer in self._peers:
             peer.forget_chunks()
+            known = peer.plan_digest == plan.digest
+            if not known:
+                # A worker keeps the last plan that it was sent, also one that it then refuses.
+                peer.plan_digest = ""
             peer.send(
                 say.SyncRequest(
                     digest=plan.digest,
-                    plan=None if peer.plan_digest == plan.digest else plan.to_json(),
+                    plan=None if known else plan.to_json(),
                     layer_map=peer.layer_map.digest if peer.layer_map else "",
                     held=indices,
                     verify=options.verify,
                     on_failure=options.on_failure,
                     finite_check=options.finite_check,
+                    base=options.base,
+                    is_base=options.is_base,
                     segments=self._announced.get(peer.kind, []),
                     slots=slots,
                 )
@@ -308,6 +344,7 @@ class RemoteTransport(Transport):
         for peer in self._peers:
             overwritten |= peer.expect(say.Committed, "committing").caches_overwritten
             peer.hello = peer.hello.model_copy(update={"version": self._version, "poisoned": None})
+        self._synced_instances = {hello.instance for hello in self.hellos}
         assert self._staging is not None
         if self._staging_is_mine:
             self._staging.unlink(self._peers)
@@ -390,18 +427,23 @@ class RemoteTransport(Transport):
         return accepted[0].owned
 
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
-        try:
-            self._control.begin_session(self._peers)
-            self._tell(request)
-            replies = [peer.expect(say.MapReply, "its layer map") for peer in self._peers]
-            self._end_talk()
-        except SyncError:
-            self.abort("the dry run failed")
-            raise
+        replies = self._ask(request, say.MapReply, "its layer map")
         for peer, reply in zip(self._peers, replies, strict=True):
             peer.layer_map = LayerMap.from_json(reply.layer_map)
         self._free_bytes = min(reply.free_bytes for reply in replies)
         return joint_map([peer.layer_map for peer in self._peers if peer.layer_map is not None])
+
+    def _ask(self, request: say.Message, kind: type[M], what: str) -> list[M]:
+        """Return every worker's answer to a question that touches nothing."""
+        try:
+            self._control.begin_session(self._peers)
+            self._tell(request)
+            replies = [peer.expect(kind, what) for peer in self._peers]
+            self._end_talk()
+        except SyncError:
+            self.abort("the dry run failed")
+            raise
+        return replies
 
     def _renew_map(self, layer_map: LayerMap) -> None:
         """Workers that were connected anew, after a failure, have forgotten theirs."""

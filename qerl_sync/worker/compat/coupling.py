@@ -153,6 +153,27 @@ FEATURES: dict[str, Feature] = {
             ),
         },
     ),
+    # Of a worker's runner besides: `execute_model`, `requests`, `input_batch` (its rows' adapters)
+    # or `lora_state` and `req_states`; of its `lora_manager`: `vocab_size`.
+    "LoRA adapters": Feature(
+        False,
+        {
+            "vllm.config.lora": "MaxLoRARanks",
+            "vllm.lora.lora_model": "LoRAModel.from_lora_tensors",
+            "vllm.lora.peft_helper": "PEFTHelper",
+            "vllm.lora.request": "LoRARequest",
+            "vllm.lora.utils": "parse_fine_tuned_lora_name",
+            "vllm.lora.model_manager": (
+                "LoRAModelManager._create_merged_loras_inplace "
+                "LRUCacheLoRAModelManager.add_adapter LRUCacheLoRAModelManager.remove_adapter "
+                "LRUCacheLoRAModelManager.activate_adapter "
+                "LRUCacheLoRAModelManager.remove_oldest_adapter LRUCacheLoRAModelManager.capacity"
+            ),
+            "vllm.lora.worker_manager": "LRUCacheWorkerLoRAManager._load_adapter",
+            "vllm.v1.core.sched.output": "NewRequestData.lora_request",
+            "vllm.model_executor.models.utils": "PPMissingLayer",
+        },
+    ),
     "TRL": Feature(
         False,
         {

@@ -39,11 +39,16 @@ def require_layerwise_reload() -> None:
 
 
 class EngineParts(NamedTuple):
-    """What a sync needs of an engine that runs in this process."""
+    """What a sync needs of an engine that runs in this process.
+
+    Attributes:
+        runner: the worker's model runner, for adapters; None: not known.
+    """
 
     model: torch.nn.Module
     vllm_config: Any
     device: torch.device
+    runner: Any = None
 
 
 def in_process_parts(llm: Any) -> EngineParts:
@@ -62,7 +67,7 @@ def in_process_parts(llm: Any) -> EngineParts:
             "the engine's model is not in this process; set VLLM_ENABLE_V1_MULTIPROCESSING=0 "
             "before vLLM is imported"
         )
-    return EngineParts(model, runner.vllm_config, torch.device(runner.device))
+    return EngineParts(model, runner.vllm_config, torch.device(runner.device), runner)
 
 
 def drop_requests(llm: Any) -> int:
@@ -390,9 +395,9 @@ def working_bytes(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def reloading_bytes(model: torch.nn.Module) -> int:
-    """What the weights of an open reload take, in the model's own format."""
-    layers = model.modules()
+def reloading_bytes(model: torch.nn.Module, paths: Collection[str]) -> int:
+    """What the weights of these layers take in an open reload, in the model's own format."""
+    layers = map(model.get_submodule, paths)
     return sum(t.nbytes for m in layers for t in loadable_tensors(m).values() if t.is_meta)
 
 

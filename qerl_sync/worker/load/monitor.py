@@ -26,6 +26,9 @@ class SyncMonitor:
     copies out what deferred layers keep; of memory that belongs to the source it sees to it that
     nobody writes to it while it is held.
 
+    Args:
+        filled: the parent layers that the stream fills; all others stay as they are.
+
     Attributes:
         before_processing, after_processing: called with each layer before vLLM processes it, and
             afterwards.
@@ -35,11 +38,13 @@ class SyncMonitor:
         self,
         model: torch.nn.Module,
         layer_map: LayerMap,
+        filled: Collection[str],
         *,
         borrowed: bool = False,
     ) -> None:
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._layers = layer_map.layers
+        self._filled = filled
         # Wherever it lies: what a GPU's worker gets over shared memory or a socket is on the host,
         # and vLLM holds it as well.
         self._rule = DeviceRule(torch.device("cpu"))
@@ -90,15 +95,18 @@ class SyncMonitor:
 
     def require_filled(self) -> None:
         """The stream has ended. Raises CoverageError, naming the first of them, unless each parent
-        layer got its elements and was processed, once. Deferred layers are, at the end."""
-        wrong = [
-            f"{path} ({layer.kind}) got {self._received[path]:,} of {layer.expected_numel:,} "
-            f"elements and was processed {self._closings[path]} times"
-            for path, layer in self._layers.items()
-            if not layer.deferred
-            and layer.expected_numel
-            and (self._received[path], self._closings[path]) != (layer.expected_numel, 1)
-        ]
+        layer that it fills got its elements and was processed, once, and all others got nothing.
+        Deferred layers are processed at the end."""
+        wrong = []
+        for path, layer in self._layers.items():
+            numel, closings = (layer.expected_numel, 1) if path in self._filled else (0, 0)
+            if layer.deferred or not layer.expected_numel:
+                continue
+            if (self._received[path], self._closings[path]) != (numel, closings):
+                wrong.append(
+                    f"{path} ({layer.kind}) got {self._received[path]:,} of {numel:,} elements "
+                    f"and was processed {self._closings[path]} times"
+                )
         if wrong:
             raise CoverageError(
                 f"{len(wrong)} parent layers were not filled as planned: {wrong[0]}. vLLM counted "
@@ -108,7 +116,7 @@ class SyncMonitor:
     @property
     def parent_layers(self) -> Collection[str]:
         """Those that the stream is to fill."""
-        return {path for path, layer in self._layers.items() if layer.expected_numel}
+        return {path for path in self._filled if self._layers[path].expected_numel}
 
     def trace(self) -> Trace:
         return self._ledger.trace()

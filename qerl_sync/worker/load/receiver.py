@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from weakref import WeakKeyDictionary
@@ -14,17 +15,27 @@ import torch
 
 from qerl_sync.buffers.detect import dtype_name, require_finite, require_in_range
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import CoverageError, LoadError, PoisonedError, SyncError
+from qerl_sync.errors import (
+    CoverageError,
+    LoadError,
+    PoisonedError,
+    StaleBaseError,
+    SyncError,
+)
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.part import filled_layers
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import memory, refresh
 from qerl_sync.worker.load.aliases import LostView, Views, lost_views
+from qerl_sync.worker.load.base import emptied_layers, sample_kernels
 from qerl_sync.worker.load.kernel_check import Held, KernelCheck
+from qerl_sync.worker.load.lora import AdapterLoad, require_adapter, serve_base
 from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.rollback import Rollback
@@ -41,6 +52,10 @@ class _ModelState:
     version: int = 0
     caches_suspect: bool = False
     held: Held | None = None
+    # Versions only move forwards, so that this and the version name one state of the weights.
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
+    # Of the sync that was committed last, where a sync of a part may build on it.
+    kernels: dict[str, int] | None = None
     # Found in whole weights: after a sync that failed, values no longer tell what was a view.
     lost_views: list[LostView] | None = None
 
@@ -55,6 +70,8 @@ class Receiver:
                          syncing --error, abort--> poisoned --start, finish, commit--> ready
 
     A sync that fails before its first tensor has touched nothing: the worker is as it was before.
+    A LoRA adapter is built aside and swapped in by `commit`: a sync of an adapter alone touches
+    nothing until then, whatever fails.
     With `on_failure: rollback` a sync that fails puts the old weights back instead:
 
         syncing, whole --error, abort--> ready, on the version of before
@@ -80,6 +97,7 @@ class Receiver:
 
     def __init__(self, parts: compat.EngineParts) -> None:
         compat.require_layerwise_reload()
+        self._parts = parts
         self.model = parts.model
         self._config = parts.vllm_config
         self.device = parts.device
@@ -97,7 +115,18 @@ class Receiver:
         self._poisoned_before: str | None = None
         self._check: KernelCheck | None = None
         self._held: Held | None = None
+        self._kernels: dict[str, int] | None = None
+        self._adapter: AdapterLoad | None = None
+        self._able: Adapter | None = None
+        self._loads_base = True
         self._observing = contextlib.ExitStack()
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        """Check that this engine can serve the adapter. See `lora.require_adapter`."""
+        if adapter != self._able:
+            with compat.loading_context(self._config):
+                require_adapter(self._parts, adapter)
+            self._able = adapter
 
     def layer_map(
         self,
@@ -130,6 +159,11 @@ class Receiver:
         return self._state.version
 
     @property
+    def instance(self) -> str:
+        """Names this model among all that ever were: with `version`, one state of its weights."""
+        return self._state.instance
+
+    @property
     def poisoned(self) -> str | None:
         """Why the model refuses to run; None if it runs."""
         return self._state.reason
@@ -151,8 +185,17 @@ class Receiver:
         Raises:
             SyncError: a sync is already open.
             PlanError, ConfigError: what the plan stages cannot be staged here.
+            CoverageError: the plan has a part of a parent layer.
+            StaleBaseError: the plan is a part of the model, and the rest of it is not that of
+                `options.base` here.
+            CompatError: this engine cannot serve adapters. In each case nothing was touched.
         """
         self._require_closed()
+        self._adapter, self._loads_base = None, bool(plan.base_metas)
+        if plan.adapter is not None:
+            self.require_adapter(plan.adapter)
+            self._adapter = AdapterLoad(self._parts, plan.adapter)
+        filled = self._layers_to_fill(plan, layer_map, options.base)
         spill, self.peak_staged_bytes = plan.spill, 0
         self._spill = None if spill is None else SpillBuffer(plan, spill, self.device)
         self._open = self._state.syncing = self._untouched = True
@@ -161,10 +204,14 @@ class Receiver:
         self.poison("a sync is in progress")
         self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
         self._options = options
-        self.verify_seconds, self._held = 0.0, None
-        self._check = self._kernel_check(layer_map) if options.checksums else None
+        self.verify_seconds, self._held, self._kernels = 0.0, None, None
+        check = options.checksums and self._loads_base
+        self._check = self._kernel_check(layer_map) if check else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
-        self._monitor = SyncMonitor(self.model, layer_map, borrowed=borrowed)
+        self._monitor = SyncMonitor(self.model, layer_map, filled, borrowed=borrowed)
+        self.working_bytes, self.finishing_bytes = {}, 0
+        if not self._loads_base:
+            return
         with self._aborting():
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)
@@ -176,7 +223,7 @@ class Receiver:
                 compat.begin_reload(self.model)
             if options.on_failure == "rollback":
                 self._rollback = Rollback()
-                self._rollback.begin(self.model)
+                self._rollback.begin(self.model, filled)
             self._monitor.before_processing = partial(self._before_processing, lost)
             self._monitor.after_processing = partial(self._renew_tied, tied)
             self.working_bytes = compat.working_bytes(self.model)
@@ -194,6 +241,11 @@ class Receiver:
             LoadError: vLLM's loader failed. In both cases the worker is poisoned.
         """
         self._require_open()
+        if self._adapter is not None and chunk.names[0] in self._adapter:
+            with self._aborting():
+                for meta, tensor in self._checked(chunk, tensors):
+                    self._adapter.take(meta.name, tensor)
+            return
         self._untouched = False
         with self._aborting(), compat.loading_context(self._config):
             stream = self._checked(chunk, tensors)
@@ -222,19 +274,11 @@ class Receiver:
                     f"the sync ended with {len(missing)} tensors outstanding, the first is "
                     f"{missing[0].name!r}; send every chunk of the plan"
                 )
-            if self._options.verify != "off":
-                self._monitor.require_filled()
-            self._untouched = False
-            with compat.loading_context(self._config):
-                compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
-                self._keep_tied()
-                refresh.after_reload(self.model)
-                self._views.restore()
-            # A kernel that has failed says so here, and not after the commit.
-            cuda_memory.synchronize(self.device)
-            if self._check is not None:
-                with self._verifying():
-                    self._held = self._check.conclude()
+            if self._adapter is not None:
+                with compat.loading_context(self._config):
+                    self._adapter.build()
+            if self._loads_base:
+                self._finish_base()
         self._close()
         self.kept_bytes = 0 if self._rollback is None else self._rollback.nbytes
         return self._monitor.trace()
@@ -246,15 +290,23 @@ class Receiver:
         whoever refers to it (requests in flight, the prefix cache) must be made to forget it.
 
         Raises:
-            SyncError: the version is not larger than the last; the worker is poisoned.
+            SyncError: the version is not larger than the last.
+            LoadError: vLLM cannot activate the adapter. In both cases the worker is poisoned, or
+                has its old adapter where the sync brought nothing else.
         """
         if version <= self._state.version:
             reason = f"version {version} was to follow {self._state.version}"
             self.abort(f"a sync failed: {reason}")
             raise SyncError(f"{reason}; versions only move forwards. Begin a new session")
-        self._rollback = None
+        with self._aborting(), compat.loading_context(self._config):
+            if self._adapter is not None:
+                self._adapter.swap(verify=self._options.checksums)
+            else:
+                serve_base(self._parts)
+        self._adapter, self._rollback, self._untouched = None, None, False
         self._state.version = version
-        self._state.held = self._held
+        if self._loads_base:
+            self._state.held, self._state.kernels = self._held, self._kernels
         overwritten = self._state.caches_suspect
         if overwritten:
             compat.zero_kv_caches(self._config)
@@ -274,7 +326,8 @@ class Receiver:
             self._close()
             compat.restore(self.model)
         rollback, self._rollback = self._rollback, None
-        old, self._untouched = self._untouched, False
+        # Nothing but an adapter can be untouched when others may have committed theirs.
+        old, self._untouched, self._adapter = self._untouched and keep_old, False, None
         if rollback is not None and keep_old:
             rollback.put_back()
             old = True
@@ -299,6 +352,49 @@ class Receiver:
         # A replayed CUDA graph does not come by the hook; what follows it does come by this.
         vars(self.model)["compute_logits"] = refuse
         self._state.reason = reason
+
+    def _layers_to_fill(
+        self, plan: SyncPlan, layer_map: LayerMap, base: int | None
+    ) -> Collection[str]:
+        """Return the parent layers that the plan brings; `start` has what is raised."""
+        layers = layer_map.layers.values()
+        self._loaded_layers = [
+            one.name for one in layers if one.expected_numel and not one.deferred
+        ]
+        if base is None:
+            if unsent := layer_map.contributions.keys() - set(plan.order):
+                raise CoverageError(
+                    f"the plan leaves out {len(unsent)} tensors, the first is {min(unsent)!r}, and "
+                    "does not say which version this worker should have them from; send everything"
+                )
+            return {one.name for one in layers if one.expected_numel}
+        filled = filled_layers(plan.base_metas, layer_map)
+        if why := self._not_on(base, [p for p in self._loaded_layers if p not in filled]):
+            raise StaleBaseError(
+                f"a sync of a part of the model needs the rest of version {base} here, and {why}; "
+                "send everything",
+                base=base,
+                version=self.version,
+            )
+        return filled
+
+    def _not_on(self, base: int, kept: Sequence[str]) -> str:
+        """Return why the layers `kept` may have other weights than those of version `base`; empty
+        if they have those."""
+        if self.poisoned is not None:
+            return f"this worker is poisoned: {self.poisoned}"
+        if self.version != base:
+            return f"this worker has version {self.version}"
+        if self._state.kernels is None:
+            return "that sync was not to be built upon"
+        if emptied := emptied_layers(self.model, kept):
+            return f"{emptied[0]} has given its weights away to another layer"
+        # The trainer is not the only one who can write here: `sleep(level=2)` drops all weights.
+        known = self._state.kernels
+        for name, sample in sample_kernels(self.model, kept).items():
+            if known.get(name) != sample:
+                return f"something else has written to {name} since"
+        return ""
 
     def _require_closed(self) -> None:
         if self._state.syncing:
@@ -365,6 +461,23 @@ class Receiver:
                 self._rollback.keep(head)
             compat.lend_packing(layer, head)
 
+    def _finish_base(self) -> None:
+        if self._options.verify != "off":
+            self._monitor.require_filled()
+        self._untouched = False
+        with compat.loading_context(self._config):
+            compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
+            self._keep_tied()
+            refresh.after_reload(self.model)
+            self._views.restore()
+        # A kernel that has failed says so here, and not after the commit.
+        cuda_memory.synchronize(self.device)
+        if self._check is not None:
+            with self._verifying():
+                self._held = self._check.conclude()
+        if self._options.is_base:
+            self._kernels = sample_kernels(self.model, self._loaded_layers)
+
     def _keep_tied(self) -> None:
         if self._rollback is not None:
             for path in refresh.tied_layers(self.model):
@@ -401,7 +514,14 @@ class Receiver:
             (view.path, view.name): (view.source_path, view.parameter)
             for view in self._find_lost_views()
         }
-        return KernelCheck(self.model, layer_map, self._dtype, self._state.held, views)
+        return KernelCheck(
+            self.model,
+            layer_map,
+            self._dtype,
+            self._state.held,
+            views,
+            is_part=self._options.base is not None,
+        )
 
     @contextlib.contextmanager
     def _verifying(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -34,13 +35,16 @@ class Rollback:
         self._attributes: dict[int, tuple[Any, dict[str, Any]]] = {}
         self._packings: dict[int, Any] = {}
 
-    def begin(self, model: torch.nn.Module) -> None:
+    def begin(self, model: torch.nn.Module, filled: Collection[str]) -> None:
         """Keep what is written to without its layer being processed.
+
+        Args:
+            filled: paths of the layers that the sync writes to.
 
         Raises:
             PlanError: there is not enough host memory for all that a sync may write to.
         """
-        _require_memory(compat.reloading_bytes(model))
+        _require_memory(compat.reloading_bytes(model, filled))
         for layer in model.modules():
             # Biases and a few more are written on arrival, attention layers at the end.
             if compat.is_deferred(layer):

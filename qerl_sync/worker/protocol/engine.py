@@ -29,6 +29,7 @@ from qerl_sync.errors import ConfigError, SyncError
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat.lora import calling_runner
 from qerl_sync.worker.load.receiver import Receiver
 from qerl_sync.worker.protocol.connection import TrainerConnection
 from qerl_sync.worker.protocol.identity import hello_of
@@ -54,7 +55,8 @@ class QerlWeightTransferEngine(WeightTransferEngine):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: Any) -> None:
         super().__init__(config, vllm_config, device, model)
         device = torch.device(device)
-        self._receiver = Receiver(compat.EngineParts(model, vllm_config, device))
+        runner = calling_runner(model)
+        self._receiver = Receiver(compat.EngineParts(model, vllm_config, device, runner))
         self._connection = TrainerConnection(self._receiver, device, self._hello)
         self._update_open = False
 

@@ -48,6 +48,7 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
         cores=sorted(own_cores()) if receiver.device.type == "cpu" else [],
         device_uuid=cuda_memory.device_uuid(receiver.device),
         version=receiver.version,
+        instance=receiver.instance,
         poisoned=receiver.poisoned,
         connector=connector,
         connector_keeps=connector_keeps,

@@ -53,6 +53,7 @@ from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.load.planned_loads import LoadReport, PlannedLoads, packed_storages
 from qerl_sync.worker.load.receiver import Receiver
 from qerl_sync.worker.protocol.admission import Admission
@@ -68,6 +69,8 @@ class _Planned:
     supports_draft_weight_update = False
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: Any) -> None:
+        # vLLM 0.25's engines have another contract, which would fail in the middle of a sync.
+        require("vLLM's own nccl and ipc engines")
         super().__init__(config, vllm_config, device, model)  # type: ignore[call-arg]
         parts = compat.EngineParts(model, vllm_config, torch.device(device))
         self._model = model

@@ -26,6 +26,7 @@ from qerl_sync.errors import (
 )
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import FiniteCheck, SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -69,6 +70,8 @@ class Loader(Protocol):
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
     ) -> LayerMap: ...
+
+    def require_adapter(self, adapter: Adapter) -> None: ...
 
     def free_bytes(self) -> int: ...
 
@@ -145,6 +148,9 @@ class WorkerSession:
         try:
             if isinstance(lead, say.MapRequest):
                 self._map(lead)
+            elif isinstance(lead, say.AdapterRequest):
+                self._loader.require_adapter(Adapter.from_json(lead.adapter))
+                self._tell(say.AdapterReply())
             elif isinstance(lead, say.SyncRequest):
                 self._sync(_all_of(requests, say.SyncRequest))
             elif isinstance(lead, say.Abort):
@@ -227,8 +233,8 @@ class WorkerSession:
                 )
         if self._plan is None or self._plan.digest != digest:
             plan = _plan_of(requests[0])
-            unknown = [name for name in plan.order if name not in self._layer_map.contributions]
-            if unknown:
+            known = self._layer_map.contributions
+            if unknown := [meta.name for meta in plan.base_metas if meta.name not in known]:
                 raise AgreementError(f"the plan has {unknown[0]!r}, which the layer map does not")
             self._plan = plan
         return self._plan, self._layer_map
@@ -365,6 +371,11 @@ def _plan_of(request: say.SyncRequest) -> SyncPlan:
 def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
     lead = requests[0]
     for rank, one in enumerate(requests):
+        if (one.base, one.is_base) != (lead.base, lead.is_base):
+            raise AgreementError(
+                f"trainer rank {rank} builds on version {one.base}, and rank 0 on {lead.base}: "
+                "Source.unchanging and the session's pushes must be the same on all ranks"
+            )
         if (one.verify, one.on_failure) != (lead.verify, lead.on_failure):
             raise AgreementError(
                 f"trainer rank {rank} asks for verify: {one.verify}, on_failure: {one.on_failure}, "
@@ -375,7 +386,13 @@ def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
     asked = {request.finite_check for request in requests}
     order: tuple[FiniteCheck, ...] = ("worker", "nobody", "source")
     finite_check = next(check for check in order if check in asked)
-    return SyncOptions(verify=lead.verify, on_failure=lead.on_failure, finite_check=finite_check)
+    return SyncOptions(
+        verify=lead.verify,
+        on_failure=lead.on_failure,
+        finite_check=finite_check,
+        base=lead.base,
+        is_base=lead.is_base,
+    )
 
 
 def _told_checksums(names: Sequence[str], one: Arrived) -> dict[str, int]:

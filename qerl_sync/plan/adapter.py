@@ -1,0 +1,56 @@
+"""A LoRA adapter that travels beside base tensors, as a value. No tensor in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qerl_sync.meta import ParamMeta
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a worker must know of a LoRA adapter to serve it.
+
+    Attributes:
+        metas: its tensors, by the names that PEFT's `save_pretrained` gives them, without
+            `base_model.model.`: `model.layers.0.self_attn.q_proj.lora_A.weight`.
+        scalings: by the path of the layer that it is added to, the factor of B A x. PEFT computes
+            it from `lora_alpha`, `use_rslora` and the patterns; vLLM knows one for all layers.
+    """
+
+    metas: tuple[ParamMeta, ...]
+    scalings: Mapping[str, float]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(meta.nbytes for meta in self.metas)
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of its layers."""
+        return max(m.shape[0] for m in self.metas if is_lora_a(m.name))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "metas": [[m.name, m.dtype, list(m.shape)] for m in self.metas],
+            "scalings": dict(self.scalings),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Adapter:
+        return cls(
+            metas=tuple(ParamMeta(n, d, tuple(s)) for n, d, s in data["metas"]),
+            scalings=dict(data["scalings"]),
+        )
+
+
+def is_lora_a(name: str) -> bool:
+    """Return whether a tensor is the first factor, with one row for each rank."""
+    return name.endswith((".lora_A.weight", ".lora_embedding_A"))
+
+
+def layer_of(name: str) -> str:
+    """Return the path of the layer that an adapter's tensor belongs to."""
+    return name.rpartition(".lora_")[0]

@@ -1,0 +1,222 @@
+"""Read a PEFT model as two things: its base, never merged, and the adapter that trains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qerl_sync.buffers.detect import dtype_name, require_all_finite
+from qerl_sync.errors import ConfigError
+from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.adapter import Adapter
+from qerl_sync.sources.hf import HFSource, clean, require_whole, saved_buffers_of
+
+MERGE = "choose sync.lora: merge"
+# The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
+FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+
+
+class AdapterSource(HFSource):
+    """Yields a LoRA adapter, and the base weights that it is added to where workers lack them.
+
+    Example:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=8))
+        llm = LLM(path, enable_lora=True, max_lora_rank=8)
+        with SyncSession(AdapterSource(model), InProcessTransport(llm), SyncConfig()) as session:
+            session.push(step=1)  # base and adapter
+            session.push(step=2)  # the adapter
+
+    Workers hold the base as the trainer has it, and serve the adapter to every request that names
+    no adapter of its own. What trains beside the adapter (`modules_to_save`, biases, norms) travels
+    with it, in the same sync.
+
+    Args:
+        model: an unsharded `PeftModel`, or a `PreTrainedModel` with `add_adapter`. Never changed.
+
+    Attributes:
+        lora: how the adapter travels and why so, for `SyncReport.lora`.
+
+    Raises:
+        ConfigError: the model is sharded, or has something that vLLM does not serve as an adapter:
+            `feature` names it. `metadata` raises it too, and where the adapter is merged into the
+            base or disabled at the moment.
+    """
+
+    lora: Mapping[str, str]
+
+    def __init__(self, model: Any, *, reason: str = "asked for") -> None:
+        if not hasattr(model, "peft_config"):
+            raise ConfigError(
+                f"this {type(model).__name__} has no PEFT adapter to send; give the model that "
+                "get_peft_model returned, or an HFSource"
+            )
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._peft_config = model.peft_config
+        self._factors: dict[str, torch.Tensor] = {}
+        self._scalings: dict[str, float] = {}
+        self.lora = {"mode": "adapter", "reason": reason}
+        super().__init__(base)
+
+    def adapter(self) -> Adapter:
+        metas = (
+            ParamMeta(name, dtype_name(t.dtype), tuple(t.shape))
+            for name, t in self._factors.items()
+        )
+        return Adapter(tuple(metas), dict(self._scalings))
+
+    def unchanging(self) -> Mapping[str, Hashable]:
+        # torch counts what writes to a tensor in place, and a new one is elsewhere.
+        stamps = {name: (t.data_ptr(), t._version) for name, t in self._parameters.items()}
+        return {
+            meta.name: tuple(stamps[name] for name in group.parameters)
+            for group in self._groups
+            for meta in group.outputs
+            if not any(self._parameters[name].requires_grad for name in group.parameters)
+        }
+
+    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
+        factors = self._factors if names is None else self._factors.keys() & set(names)
+        if names is None or len(factors) < len(names):
+            others = None if names is None else [n for n in names if n not in self._factors]
+            super().check_finite(others, alone=alone)
+        require_all_finite(((n, self._factors[n].detach()) for n in factors), alone=alone)
+
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        base = super().materialize([name for name in names if name not in self._factors])
+        for name in names:
+            yield (name, self._factors[name].detach()) if name in self._factors else next(base)
+
+    def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
+        """Return the base under the names that it has without PEFT; note the adapter's factors."""
+        kinds = _PEFTKinds()
+        modules = list(self._model.named_modules())
+        layers = {path: module for path, module in modules if isinstance(module, kinds.layer)}
+        name = _only_adapter(layers.values(), self._peft_config)
+        _refuse_features(self._peft_config[name], name, layers)
+        self._factors, self._scalings = {}, {}
+        hidden: set[int] = set()  # every adapter's tensors, and copies that this one does not use
+        for path, module in modules:
+            if path in layers:
+                self._note_factors(path, module, name, hidden)
+            elif isinstance(module, kinds.saved_copy):
+                copies: Any = module
+                own = name in copies.modules_to_save
+                used = copies.modules_to_save[name] if own else copies.original_module
+                hidden |= {id(p) for p in module.parameters()} - {id(p) for p in used.parameters()}
+            elif isinstance(module, kinds.wrapper):
+                raise _refusal(name, path, type(module).__name__, "it trains a part of a tensor")
+        if not self._factors:
+            raise ConfigError(
+                f"the adapter {name!r} has no LoRA layer in this {type(self._model).__name__}: it "
+                "is not attached to it; give the model that get_peft_model returned",
+                feature="no layers",
+            )
+        found: dict[str, torch.Tensor] = {}
+        buffers: dict[str, torch.Tensor] = {}
+        for path, module in modules:
+            for key, parameter in module._parameters.items():
+                if parameter is not None and id(parameter) not in hidden:
+                    found[_plain(f"{path}.{key}" if path else key)] = parameter
+                    hidden.add(id(parameter))  # tied ones once, as `named_parameters` yields them
+            buffers.update(
+                (_plain(f"{path}.{key}" if path else key), buffer)
+                for key, buffer in saved_buffers_of(module)
+            )
+        require_whole(found.items(), since=since)
+        return found | buffers
+
+    def _note_factors(self, path: str, layer: Any, name: str, hidden: set[int]) -> None:
+        for kind in layer.adapter_layer_names:
+            container = getattr(layer, kind, None)
+            if isinstance(container, torch.nn.Module):
+                hidden |= {id(p) for p in container.parameters()}
+        if name not in layer.scaling:
+            return
+        if layer.merged or layer.disable_adapters:
+            raise ConfigError(
+                f"the adapter is {'merged into' if layer.merged else 'disabled in'} {path!r} at "
+                "the moment, and the base weights or the trainer's own answers are not those that "
+                "train; call unmerge_adapter() or enable_adapter_layers() before the sync",
+                feature="merged" if layer.merged else "disabled",
+            )
+        self._scalings[path] = float(layer.scaling[name])
+        for kind in FACTORS:
+            factor = getattr(layer, kind, {})
+            if name in factor:
+                own = factor[name]
+                of_linear = isinstance(own, torch.nn.Module)
+                tensor = own.weight if of_linear else own
+                self._factors[f"{path}.{kind}{'.weight' if of_linear else ''}"] = tensor
+
+
+class _PEFTKinds:
+    """PEFT's classes of modules that hold what it trains."""
+
+    def __init__(self) -> None:
+        from peft.tuners.lora import LoraLayer
+        from peft.utils import other
+
+        self.layer: Any = LoraLayer
+        self.saved_copy: Any = other.ModulesToSaveWrapper
+        # Older PEFT has no common class, and no other wrapper.
+        self.wrapper: Any = getattr(other, "AuxiliaryTrainingWrapper", ())
+
+
+def _only_adapter(layers: Iterable[Any], configs: Mapping[str, Any]) -> str:
+    """Return the name of the one adapter that is active."""
+    active = sorted({name for layer in layers for name in layer.active_adapters})
+    if len(active) > 1:
+        raise ConfigError(
+            f"the adapters {', '.join(active)} are active at once, and an engine serves one; "
+            f"activate one (model.set_adapter({active[0]!r})), or {MERGE}",
+            feature="several active adapters",
+        )
+    # Without layers: of another kind than LoRA, or not attached. Its configuration tells.
+    return active[0] if active else next(iter(configs))
+
+
+# Fields of a LoraConfig that vLLM's adapters have no counterpart of.
+REFUSED = {
+    "use_dora": "DoRA scales whole columns of the base",
+    "use_bdlora": "its factors are block-diagonal",
+    "use_qalora": "it pools the inputs",
+    "lora_bias": "the second factor has a bias, which vLLM does not add",
+    "target_parameters": "it adapts parameters of fused experts, which vLLM names otherwise",
+    "trainable_token_indices": "single rows of the embeddings train",
+    "layer_replication": "it computes layers several times",
+    "alora_invocation_tokens": "it begins in the middle of a prompt",
+    "arrow_config": "it mixes several adapters",
+    "megatron_config": "its layers are Megatron's",
+}
+
+
+def _refuse_features(config: Any, name: str, layers: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what would be served otherwise than it is trained."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        raise _refusal(name, "peft_type", kind, "vLLM serves LoRA only")
+    for field, why in REFUSED.items():
+        if value := getattr(config, field, None):
+            raise _refusal(name, field, value, why)
+    for path, layer in layers.items():
+        if variant := getattr(layer, "lora_variant", {}).get(name):
+            raise _refusal(name, path, type(variant).__name__, "vLLM computes plain LoRA")
+
+
+def _refusal(name: str, feature: str, value: object, why: str) -> ConfigError:
+    return ConfigError(
+        f"the adapter {name!r} cannot be served beside its base: {feature} is {value!r}, and "
+        f"{why}; leave it away, or {MERGE}",
+        feature=feature,
+    )
+
+
+_PEFT_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
+
+
+def _plain(name: str) -> str:
+    """Return the name that a base parameter has without PEFT."""
+    return clean(_PEFT_PARTS.sub("", name))

@@ -1,0 +1,252 @@
+"""Transports whose every call is made on all trainer ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.meta import ParamMeta
+from qerl_sync.options import SyncOptions
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
+from qerl_sync.transports.joint.ranks import TrainerRanks
+
+if TYPE_CHECKING:
+    import torch
+
+
+class JointTransport(Transport):
+    """Each trainer rank to an engine of its own, all in one sync.
+
+    Example:
+        transport = JointTransport(InProcessTransport(llm), TrainerRanks())
+        with SyncSession(ShardedSource(model), transport, SyncConfig()) as session:
+            session.push(step=1)  # on every rank
+
+    A sync that fails on one rank fails on all of them, and poisons all engines that have begun.
+
+    Args:
+        own: this rank's way to its engine.
+        ranks: all ranks.
+    """
+
+    def __init__(self, own: Transport, ranks: TrainerRanks) -> None:
+        self._own = own
+        self._ranks = ranks
+        self.by_reference = own.by_reference
+        # Of one chunk only, a rank that fails would be noticed after the last gather.
+        self.chunk_bytes = own.chunk_bytes or Transport.chunk_bytes
+        self.busy_cores = ()
+
+    def together(self) -> AbstractContextManager[None]:
+        return self._ranks.together()
+
+    def meet(self, what: str) -> None:
+        self._ranks.meet(what)
+
+    def agree_on(self, metas: Sequence[ParamMeta]) -> None:
+        parts = [[meta.name, meta.dtype, list(meta.shape)] for meta in metas]
+        self._ranks.require_same("the tensors to send", _digest(parts), lambda: parts)
+
+    @property
+    def connected(self) -> bool:
+        return self._own.connected
+
+    def committed_version(self) -> int:
+        return int(max(self._ranks.meet("the version", self._own.committed_version())))
+
+    def layer_map(
+        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+    ) -> LayerMap:
+        self._own.source_device = self.source_device
+        layer_map = self._own.layer_map(metas, allow_incomplete=allow_incomplete)
+        parts = layer_map.to_json()
+        self._ranks.require_same(
+            "the layer map", layer_map.digest, lambda: sorted(parts.items(), key=str)
+        )
+        return layer_map
+
+    def free_bytes(self) -> int:
+        return int(min(self._ranks.meet("free memory", self._own.free_bytes())))
+
+    def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
+        self._agree_on_plan(plan, options)
+        self._own.start(plan, layer_map, options)
+
+    def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._own.send(chunk, tensors)
+
+    def finish(self) -> SyncResult:
+        # A commit cannot be taken back: first all ranks have sent the last chunk.
+        self._ranks.meet("committing")
+        result = self._own.finish()
+        self._ranks.meet("having committed")
+        return result
+
+    def abort(self, reason: str) -> None:
+        self._own.abort(reason)
+
+    @property
+    def precision(self) -> tuple[str, str | None]:
+        return self._own.precision
+
+    @property
+    def context_tokens(self) -> int:
+        return self._own.context_tokens
+
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        return self._own.prompt_logprobs(token_ids)
+
+    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
+        return self._own.probe_gaps(token_ids, right)
+
+    def invalidate(self, reason: str) -> None:
+        self._own.invalidate(reason)
+
+    def close(self) -> None:
+        self._own.close()
+
+    def _agree_on_plan(self, plan: SyncPlan, options: SyncOptions) -> None:
+        said = f"{plan.digest} for version {options.version}"
+        self._ranks.require_same(
+            "the plan",
+            said,
+            lambda: (
+                [[m.name, m.dtype, list(m.shape)] for m in plan.metas]
+                + [f"{len(chunk.names)} tensors in a chunk" for chunk in plan.chunks]
+                + [said]
+            ),
+        )
+
+
+class LedTransport(JointTransport):
+    """Rank 0 to its engines, for all trainer ranks, which gather with it and learn the outcome.
+
+    Example:
+        ranks = TrainerRanks()
+        own = RemoteTransport(HTTPClient(url)) if ranks.rank == 0 else None
+        transport = LedTransport(own, ranks)
+
+    Args:
+        own: rank 0's transport; None on the other ranks, which open no connection.
+        ranks: all ranks.
+    """
+
+    def __init__(self, own: Transport | None, ranks: TrainerRanks) -> None:
+        super().__init__(own or Follower(), ranks)
+
+    def committed_version(self) -> int:
+        return int(self._ranks.of_leader("the version", self._own.committed_version))
+
+    def layer_map(
+        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+    ) -> LayerMap:
+        self._own.source_device = self.source_device
+
+        def asked() -> dict[str, Any]:
+            found = self._own.layer_map(metas, allow_incomplete=allow_incomplete)
+            return {
+                "layer_map": found.to_json(),
+                "chunk_bytes": self.chunk_bytes,
+                "precision": self._own.precision,
+                "context_tokens": self._own.context_tokens,
+            }
+
+        told = self._ranks.of_leader("the layer map", asked)
+        self.chunk_bytes = told["chunk_bytes"]
+        if isinstance(self._own, Follower):
+            self._own.told = told
+        return LayerMap.from_json(told["layer_map"])
+
+    def free_bytes(self) -> int:
+        return int(self._ranks.of_leader("free memory", self._own.free_bytes))
+
+    def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
+        super().start(plan, layer_map, options)
+        self.busy_cores = self._own.busy_cores
+
+    def finish(self) -> SyncResult:
+        return _unpacked(self._ranks.of_leader("committing", lambda: _packed(self._own.finish())))
+
+    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
+        def asked() -> list[Any]:
+            found = self._own.probe_gaps(token_ids, right)
+            return [dict(found.gaps), dict(found.lost)]
+
+        return ProbeResult(*self._ranks.of_leader("asking the engines", asked))
+
+
+class Follower(Transport):
+    """Stands for the way to the engines on a trainer rank for which another one sends.
+
+    Attributes:
+        told: what rank 0 has said of the engines.
+    """
+
+    told: dict[str, Any]
+
+    def layer_map(
+        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+    ) -> LayerMap:
+        raise NotImplementedError("rank 0 asks the engines")
+
+    def free_bytes(self) -> int:
+        raise NotImplementedError("rank 0 asks the engines")
+
+    def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
+        pass
+
+    def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        deque(tensors, maxlen=0)  # take part in the gathers, keep nothing
+
+    def finish(self) -> SyncResult:
+        raise NotImplementedError("rank 0 commits")
+
+    def abort(self, reason: str) -> None:
+        pass
+
+    @property
+    def precision(self) -> tuple[str, str | None]:
+        dtype, quantization = self.told["precision"]
+        return dtype, quantization
+
+    @property
+    def context_tokens(self) -> int:
+        return int(self.told["context_tokens"])
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _packed(result: SyncResult) -> dict[str, Any]:
+    workers = [
+        {
+            **vars(worker),
+            "trace": worker.trace.to_json(),
+            "predicted": worker.predicted.to_json(),
+            "seconds": dict(worker.seconds),
+        }
+        for worker in result.workers
+    ]
+    return {**vars(result), "workers": workers, "lost": dict(result.lost)}
+
+
+def _unpacked(told: dict[str, Any]) -> SyncResult:
+    workers = [
+        WorkerReport(
+            **{
+                **worker,
+                "trace": Trace.from_json(worker["trace"]),
+                "predicted": Trace.from_json(worker["predicted"]),
+            }
+        )
+        for worker in told["workers"]
+    ]
+    return SyncResult(**{**told, "workers": workers})

@@ -1,0 +1,1 @@
+"""Which architectures survive a sync: ours beside vLLM's own reload (`scripts/conformance`)."""

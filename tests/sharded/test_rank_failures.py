@@ -1,0 +1,51 @@
+"""A rank that raises or dies in the middle of a sync of several ranks: all raise, none hangs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.ranks import import_path, read
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+CLASSES = {"load_error": "LoadError", "key_error": "TrainerRankError"}
+KILLS = ["kill joint between 2", "kill led between 0", "kill led metadata 1"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("ranks")
+    subprocess.run(
+        [sys.executable, "-m", "support.rank_failures", str(directory), "raise", *KILLS],
+        env={**os.environ, "PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=280,
+    )
+    return directory
+
+
+def test_what_one_rank_raises_all_ranks_raise(directory):
+    told = [read(directory / "raise", rank) for rank in range(2)]
+    assert len(told[0]) == 16 + 4
+    for name in told[0]:
+        on_ranks = [of_rank[name] for of_rank in told]
+        if name.startswith("after"):
+            assert [one.get("version") for one in on_ranks] == [1, 1], (name, on_ranks)
+            continue
+        rank = int(name[-1])
+        error = CLASSES[on_ranks[0]["raised"]]
+        found = [(one.get("error"), one.get("rank")) for one in on_ranks]
+        assert found == [(error, rank)] * 2, (name, on_ranks)
+
+
+@pytest.mark.parametrize("case", KILLS)
+def test_a_rank_that_is_killed_is_named_on_all_others(directory, case):
+    killed = int(case[-1])
+    told = [read(directory / case, rank) for rank in range(3)]
+    assert not told.pop(killed)
+    for one in told:
+        assert (one["error"], one["rank"]) == ("PeerLostError", killed), told

@@ -1,0 +1,83 @@
+"""A program for two ranks: a model that DeepSpeed's ZeRO-3 partitions, gathered."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qerl_sync import HFSource
+from qerl_sync.sources.sharded import ShardedSource
+from qerl_sync.verify.changes import fingerprint
+from support.models import make_model
+from support.ranks import report
+
+
+def partitioned(kind: str, threshold: int) -> Any:
+    """An engine of DeepSpeed's. Parameters of up to `threshold` elements stay whole."""
+    import deepspeed
+
+    # It would compile one for shared memory, for minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    model = make_model(kind, 1)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold},
+        "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config
+    )
+    return engine
+
+
+def gathered(source: ShardedSource, chunks: int = 3) -> dict[str, torch.Tensor]:
+    """Everything, in chunks of which the receiver takes the first tensor only, and then all."""
+    names = [meta.name for meta in source.metadata()]
+    for half in (0, 1):
+        found: dict[str, torch.Tensor] = {}
+        for begin in range(chunks):
+            stream = source.materialize(names[begin::chunks])
+            found |= [next(stream)] if half == 0 else stream
+            source.end_chunk()
+    return found
+
+
+def main(directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    said: dict[str, Any] = {}
+    for kind, threshold in (("tied", 0), ("moe", 1000)):
+        whole = HFSource(make_model(kind, 1))
+        engine = partitioned(kind, threshold)
+        source = ShardedSource(engine.module)
+        expected = {m.name: t for m, (_, t) in zip(whole.metadata(), stream_of(whole), strict=True)}
+        first = gathered(source)
+        source.check_finite()
+        tokens = torch.tensor([[1, 2, 3, 4]])
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
+        second = gathered(source)
+        parts = [p for p in engine.module.parameters() if p.ds_tensor.numel() < p.ds_numel]
+        said[kind] = {
+            "metas": source.metadata() == whole.metadata(),
+            "equal": sum(torch.equal(first[n], expected[n]) for n in expected),
+            "tensors": len(expected),
+            "trained": sum(not torch.equal(first[n], second[n]) for n in expected),
+            "fingerprints": [fingerprint(t) for t in second.values()],
+            "partitioned": len(parts),
+            "still": all(p.numel() == 0 for p in parts if p.ds_numel > threshold),
+        }
+    report(directory, **said)
+    os._exit(0)
+
+
+def stream_of(source: HFSource) -> Any:
+    return source.materialize([meta.name for meta in source.metadata()])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

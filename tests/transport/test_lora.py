@@ -1,0 +1,104 @@
+"""LoRA adapters in engines of other processes, served to requests that name none."""
+
+from __future__ import annotations
+
+import pytest
+from support.adapters import make_policy, step
+from support.models import make_model, save_model
+from support.remote import Async, OwnProcess, Server, TensorParallel, gap, session, transport_to
+
+from qerl_sync import AdapterSource, ConfigError, SyncConfig, SyncError, SyncSession
+
+pytestmark = pytest.mark.vllm
+
+EXACT = 1e-5
+KINDS = {
+    "own process": OwnProcess,
+    "async": Async,
+    "server": Server,
+    "tensor parallel": TensorParallel,
+}
+
+
+@pytest.fixture(scope="module")
+def lora_engine(tmp_path_factory):
+    """Engines that begin on other base weights than the policies'."""
+    started = {}
+
+    def get(name):
+        if name not in started:
+            kind = KINDS[name]
+            # Without its constructor, which compares weights by names that LoRA layers change.
+            engine = started[name] = kind.__new__(kind)
+            engine.arguments = {**kind.arguments, "enable_lora": True, "max_lora_rank": 8}
+            path = save_model(make_model("dense", 1), tmp_path_factory.mktemp("lora") / "0")
+            engine.paths = {0: path}
+            engine.start(path)
+        return started[name]
+
+    yield get
+    for one in started.values():
+        one.close()
+
+
+def gap_to(engine, policy):
+    answers = zip(engine.prompts, engine.generate(), strict=True)
+    return max(gap(policy, prompt, answer) for prompt, answer in answers)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("name", KINDS)
+def test_only_the_adapter_travels_and_every_request_gets_it(lora_engine, name, transport):
+    if transport == "tcp" and name != "own process":
+        pytest.skip("what carries the bytes does not depend on the engine")
+    engine = lora_engine(name)
+    policy = make_policy(seed=3)
+    adapter = AdapterSource(policy).adapter()
+    options = {"transport": transport, "chunk_bytes": "16KiB", "verify": "checksum"}
+    with session(engine, AdapterSource(policy), **options) as sync:
+        for number in (1, 2, 3):
+            step(policy, number)
+            assert gap_to(engine, policy) > 0.1, "the engine has another adapter"
+            report = sync.push(number)
+            assert gap_to(engine, policy) < EXACT
+        assert report.sent_bytes == adapter.nbytes
+        assert report.num_chunks > 1
+
+
+def test_a_trainer_that_fails_in_the_middle_leaves_the_old_adapter(lora_engine):
+    engine = lora_engine("own process")
+    policy = make_policy(seed=4)
+
+    class Cut(AdapterSource):
+        cut = False
+
+        def materialize(self, names):
+            yield from super().materialize(names)
+            if self.cut:
+                raise ConnectionResetError("peer gone")
+
+    source = Cut(policy)
+    with session(engine, source, transport="shm", chunk_bytes="16KiB") as sync:
+        sync.push(1)
+        before = engine.generate()
+        source.cut = True
+        step(policy, 5)
+        with pytest.raises((ConnectionResetError, SyncError), match="peer gone"):
+            sync.push(2)
+        assert engine.generate() == before, "it goes on without another sync"
+        source.cut = False
+        assert not sync.push(3).lora["base"]
+        assert gap_to(engine, policy) < EXACT
+
+
+def test_what_the_engine_cannot_serve_is_refused_at_construction(lora_engine, remote):
+    for engine, policy, value in (
+        (lora_engine("own process"), make_policy(r=16), 16),
+        (remote("own process"), make_policy(), None),
+    ):
+        config = SyncConfig.of(timeout_seconds=60)
+        transport = transport_to(engine, config)
+        with pytest.raises(ConfigError) as caught:
+            SyncSession(AdapterSource(policy), transport, config)
+        assert getattr(caught.value, "rank", None) == value
+        transport.close()

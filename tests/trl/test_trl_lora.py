@@ -1,0 +1,63 @@
+"""GRPOTrainer with a peft_config: the adapter travels, and TRL's unchanged calls are answered with
+it."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from support.remote import engine_environment
+from support.trainers import ENGINE, build_trainer, gap, gap_now, save_policy
+
+from qerl_sync import WeightSyncCallback
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+EXACT = 1e-5
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """TRL sets RANK, MASTER_PORT and others, which programs that other tests start would follow."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.parametrize("in_own_process", [False, True])
+def test_grpo_trains_an_adapter(policy, tmp_path, in_own_process):
+    from peft import LoraConfig
+
+    callback = WeightSyncCallback(
+        engine=ENGINE, in_own_process=in_own_process, on_unchanged="error"
+    )
+    config = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    with engine_environment({}):  # the first engine had vLLM remember that it was in this process
+        trainer = build_trainer(
+            policy,
+            tmp_path / "run",
+            [callback],
+            peft_config=config,
+            max_steps=4,
+            learning_rate=0.02,
+        )
+    trainer.train()
+    assert gap(trainer.state.log_history) <= EXACT
+    first, *later = callback.reports
+    assert {report.lora["mode"] for report in callback.reports} == {"adapter"}
+    assert first.lora["base"]
+    factors = [p for n, p in trainer.model.named_parameters() if "lora_" in n]
+    adapter_bytes = sum(p.nbytes for p in factors)
+    assert [report.sent_bytes for report in later] == [adapter_bytes] * 3
+    assert any(p.abs().max() > 1e-3 for n, p in trainer.model.named_parameters() if "lora_B" in n)
+    if not in_own_process:
+        assert gap_now(trainer) > 1e-3, "the last step came after the last sync"
+        callback.session.push()
+        assert gap_now(trainer) <= EXACT
+    callback.close()
