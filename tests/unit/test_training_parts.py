@@ -524,8 +524,9 @@ def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once():
 
     console = Console(file=io.StringIO())
     before = signal.getsignal(signal.SIGINT)
-    with Display(console).steps("training", "trained") as steps:
-        stop = StopCleanly(steps)
+    display = Display(console)
+    with display.steps("training", "trained"):
+        stop = StopCleanly(display)
         control = TrainerControl()
         with stop.listening():
             stop.on_step_end(None, None, control)

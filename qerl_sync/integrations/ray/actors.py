@@ -14,12 +14,12 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
 from qerl_sync.engines.base import PauseMode
 from qerl_sync.engines.ray_actor import CONTROL as CONTROL
 from qerl_sync.errors import AgreementError, PoisonedError
-from qerl_sync.integrations.ray.rollouts import Rollout
 from qerl_sync.worker.protocol import mailbox as mailbox
 
 # How often an actor looks whether the process of its engine lives.
@@ -27,6 +27,27 @@ LOOK_SECONDS = 0.5
 
 # Text, token ids, or vLLM's own mappings, which may hold images.
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion.
+
+    Attributes:
+        logprobs: of each completion token, under the engine's weights.
+        version: of the weights that the worker had when it was asked: no token is older.
+        worker: the actor's name.
+        last_version: of the weights that its last token comes from. Larger than `version` only
+            where requests in flight go on after a sync (`AsyncRolloutActor`).
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+    text: str
+    version: int
+    worker: str
+    last_version: int
 
 
 class RolloutActor:
@@ -136,7 +157,20 @@ class RolloutActor:
         if not isinstance(sampling, SamplingParams):
             sampling = SamplingParams(**{"logprobs": 0, **(sampling or {})})
         return [
-            self._rollout(output.prompt_token_ids, completion, begun, ended)
+            Rollout(
+                prompt_ids=list(output.prompt_token_ids),
+                completion_ids=list(completion.token_ids),
+                logprobs=[
+                    step[token].logprob
+                    for token, step in zip(
+                        completion.token_ids, completion.logprobs or [], strict=False
+                    )
+                ],
+                text=completion.text,
+                version=begun,
+                last_version=ended,
+                worker=self.name,
+            )
             for output, ended in self._complete(given, sampling)
             for completion in output.outputs
         ]
@@ -150,21 +184,6 @@ class RolloutActor:
                 self._client.pause("abort")
             raise
         return [(output, self.version) for output in outputs]
-
-    def _rollout(
-        self, prompt_ids: Sequence[int], completion: Any, begun: int, ended: int
-    ) -> Rollout:
-        ids = list(completion.token_ids)
-        steps = completion.logprobs or []
-        return Rollout(
-            prompt_ids=list(prompt_ids),
-            completion_ids=ids,
-            logprobs=[step[token].logprob for token, step in zip(ids, steps, strict=False)],
-            text=completion.text,
-            version=begun,
-            last_version=ended,
-            worker=self.name,
-        )
 
     def _require(self, version: int) -> None:
         if self._paused:  # between two calls of a sync too: weights, caches and version differ
