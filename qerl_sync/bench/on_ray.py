@@ -77,10 +77,10 @@ class EchoActor:
     """Connect like a worker, with the real session and chunk receivers, and load nothing."""
 
     def __init__(self) -> None:
-        from qerl_sync.worker.protocol.connection import TrainerConnection
+        from qerl_sync.worker.protocol.session import WorkerSession
 
         self._loader = EchoLoader()
-        self._connection = TrainerConnection(self._loader, torch.device("cpu"), hello)
+        self._connection = WorkerSession(self._loader, torch.device("cpu"), hello)
 
     def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
         self._connection.open(request["init_info"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from qerl_sync.wire.channel import proof
+from qerl_sync.wire.connection import proof
 from qerl_sync.wire.messages import PROTOCOL, TrainerSession
 
 KEY = "qerl_sync"

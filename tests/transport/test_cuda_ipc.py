@@ -317,7 +317,7 @@ def test_places_outside_of_the_slots_are_refused(gpu, workers, monkeypatch, plac
 
     with session(engine, transport="cuda_ipc") as sync:
         with monkeypatch.context() as patch:
-            patch.setattr("qerl_sync.wire.channel.encode", moved)
+            patch.setattr("qerl_sync.wire.connection.encode", moved)
             with pytest.raises(TransportError, match="outside of the"):
                 sync.push()
         sync.push()

@@ -23,7 +23,7 @@ from qerl_sync.transports.remote.pool import PoolTransport
 from qerl_sync.verify.probe_prompt import Probe
 from qerl_sync.wire import segments
 from qerl_sync.worker.protocol import mailbox as mailbox
-from qerl_sync.worker.protocol.connection import TrainerConnection
+from qerl_sync.worker.protocol.session import WorkerSession
 
 WEIGHTS = tensors(0)
 
@@ -54,7 +54,7 @@ class Engine(EngineClient):
             return hello().model_copy(update=reported)
 
         self.started.append(self)
-        self.connection = TrainerConnection(EchoLoader(), torch.device("cpu"), introduce)
+        self.connection = WorkerSession(EchoLoader(), torch.device("cpu"), introduce)
 
     def init_weight_transfer_engine(self, call: dict[str, Any]) -> None:
         self.endpoints += call["endpoints"]
@@ -152,7 +152,7 @@ def test_between_two_syncs_no_memory_has_a_name_that_a_killed_trainer_would_leav
             report = session.push()
             assert (len(report.workers), report.lost) == (2, {})
             assert named_segments() == before
-        pool._members["late"].transport.peers[0].close()
+        pool._members["late"].transport.workers[0].close()
         session.push()
         assert named_segments() == before
         report = session.push()

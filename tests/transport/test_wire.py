@@ -44,10 +44,18 @@ from qerl_sync.plan.staging import touched_bytes
 from qerl_sync.serving.processes import descendants
 from qerl_sync.transports.remote import compatibility as agreement
 from qerl_sync.transports.remote import control, transport
-from qerl_sync.transports.remote.peer import Peer
-from qerl_sync.wire import channel, segments
+from qerl_sync.transports.remote.connection import WorkerConnection
+from qerl_sync.wire import connection as wire
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import HANDSHAKE_SECONDS, Channel, Listener, connect, new_token, proof
+from qerl_sync.wire import segments
+from qerl_sync.wire.connection import (
+    HANDSHAKE_SECONDS,
+    Connection,
+    Listener,
+    connect,
+    new_token,
+    proof,
+)
 from qerl_sync.wire.segments import AttachedSegment, SharedSegment, remove_abandoned
 
 OLD, NEW = tensors(0), tensors(1)
@@ -300,7 +308,7 @@ def test_a_worker_does_not_believe_a_listener_without_the_token():
 
 
 def test_a_listener_that_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(channel, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(wire, "HANDSHAKE_SECONDS", 0.2)
     with Opened() as (port, _), pytest.raises(TransportTimeout, match="is it the trainer"):
         connect(HOST, port, "secret", 5)
 
@@ -335,7 +343,7 @@ def test_nobody_listens():
 
 
 def test_a_worker_does_not_wait_long_where_nobody_listens(monkeypatch):
-    monkeypatch.setattr(channel, "REFUSED_SECONDS", 0.3)
+    monkeypatch.setattr(wire, "REFUSED_SECONDS", 0.3)
     started = time.monotonic()
     with pytest.raises(PeerLostError, match="cannot reach the trainer"):
         connect(HOST, unused_port(), "secret", 300)
@@ -370,16 +378,16 @@ def test_a_port_in_use_is_named(workers):
         Listener(HOST, port, "secret")
 
 
-def pair(listener: Listener) -> tuple[Channel, Channel]:
+def pair(listener: Listener) -> tuple[Connection, Connection]:
     worker = connect(HOST, listener.port, "secret", 5)
     trainer = listener.accept(5)
     assert trainer is not None
     return trainer, worker
 
 
-def send_raw(channel: Channel, frame: bytes) -> None:
-    tag = channel._own_tags.next(frame)
-    channel._connection.send(struct.pack("!Q", len(tag) + len(frame)) + tag + frame)
+def send_raw(end: Connection, frame: bytes) -> None:
+    tag = end._own_tags.next(frame)
+    end._connection.send(struct.pack("!Q", len(tag) + len(frame)) + tag + frame)
 
 
 def test_frames_that_cannot_be_are_refused(listener):
@@ -504,7 +512,7 @@ def test_a_dead_trainer_is_followed_by_the_next_and_finds_it_there(workers, monk
     engine = workers()
     with session(engine) as first, session(engine, OLD) as second:
         first.push()
-        for peer in first._transport._peers:
+        for peer in first._transport._workers:
             peer.close()
         assert second.push().version == 2
         with pytest.raises(EngineTakenError):
@@ -517,7 +525,7 @@ def test_a_worker_tells_the_caller_when_its_trainer_is_gone_before_it_asked_for_
     engine = workers(2)
     with session(engine) as sync:
         sync.push()
-        peers = sync._transport._peers
+        peers = sync._transport._workers
         (lost,) = [peer for peer in peers if peer.hello.rank == 1]
         peers.remove(lost)
         lost.close()
@@ -621,14 +629,14 @@ def test_another_protocol_is_refused(workers, monkeypatch):
                 sync.push()
         assert serves(engine, OLD)
         sync.push()
-        assert len(sync._transport._peers) == 2
+        assert len(sync._transport._workers) == 2
     assert serves(engine, NEW)
 
 
 def test_a_worker_that_speaks_otherwise_is_refused_with_its_versions(workers, monkeypatch):
     """Its first message has fields that nobody here knows."""
     engine = workers(2)
-    known = channel.encode
+    known = wire.encode
 
     def unknown(message):
         own, other = b'"protocol":%d', b'"protocol":%d,"dialect":"new"'
@@ -636,7 +644,7 @@ def test_a_worker_that_speaks_otherwise_is_refused_with_its_versions(workers, mo
 
     with session(engine) as sync:
         with monkeypatch.context() as patch:
-            patch.setattr(channel, "encode", unknown)
+            patch.setattr(wire, "encode", unknown)
             with pytest.raises(
                 AgreementError, match=rf"speaks protocol {say.PROTOCOL + 1} \(packages: .*qerl-sync"
             ):
@@ -680,9 +688,11 @@ def test_a_missing_rank_is_named(workers):
 
 def on_the_wire(monkeypatch, kind, change) -> None:
     """What the trainer sends of that kind is changed on its way."""
-    send = Peer.send
+    tell = WorkerConnection.tell
     monkeypatch.setattr(
-        Peer, "send", lambda peer, m: send(peer, change(m) if isinstance(m, kind) else m)
+        WorkerConnection,
+        "tell",
+        lambda worker, m: tell(worker, change(m) if isinstance(m, kind) else m),
     )
 
 
@@ -845,7 +855,7 @@ def test_a_trainer_that_dies_leaves_poisoned_workers_to_the_next_one(workers, ca
 
     def vanish(names):
         if "layer.2.weight" in names:
-            for peer in first._transport._peers:
+            for peer in first._transport._workers:
                 peer.close()
         return gather(names)
 

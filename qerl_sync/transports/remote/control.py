@@ -10,8 +10,8 @@ from typing import Any
 from qerl_sync.engines.base import EngineCall, EngineClient, PauseMode
 from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
 from qerl_sync.transports.base import still_cached
-from qerl_sync.transports.remote.peer import Peer
-from qerl_sync.wire.channel import proof
+from qerl_sync.transports.remote.connection import WorkerConnection
+from qerl_sync.wire.connection import proof
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ class EngineControl:
         except TransportError as exc:
             logger.warning("closing the update that somebody left open: %s", exc)
 
-    def begin_session(self, peers: Sequence[Peer]) -> None:
+    def begin_session(self, workers: Sequence[WorkerConnection]) -> None:
         """From here to `end_session` the workers' threads are ours."""
         if self._client is None:
             self.in_session = True
@@ -83,15 +83,15 @@ class EngineControl:
         self._number += 1
         update = {"number": self._number, "proof": proof(self._token, "update", self._number)}
         self._call = EngineCall("update_weights", partial(self._client.update_weights, update))
-        for peer in peers:
-            peer.check_alive = self._check_alive
+        for worker in workers:
+            worker.check_alive = self._check_alive
 
-    def end_session(self, peers: Sequence[Peer], version: str | None = None) -> None:
+    def end_session(self, workers: Sequence[WorkerConnection], version: str | None = None) -> None:
         """Until the engine has its workers again. They have been told End."""
         self.in_session = False
         if self._call is not None and self._client is not None:
             # vLLM's server does not answer a call in which its engine has died.
-            self._call.wait(self._timeout_seconds, _look_at(peers, "ending the sync"))
+            self._call.wait(self._timeout_seconds, _look_at(workers, "ending the sync"))
             self._client.finish_weight_update(version)
 
     def end_failed_session(self) -> bool:
@@ -107,14 +107,14 @@ class EngineControl:
             return False
         return True
 
-    def pause(self, peers: Sequence[Peer] = ()) -> None:
+    def pause(self, workers: Sequence[WorkerConnection] = ()) -> None:
         """Raises PeerLostError if one of them is lost meanwhile: an engine may take seconds to
         notice that."""
         if self._client is None:
             return
         self.paused = True
         self._pausing = EngineCall("pause", partial(self._client.pause, self._pause_mode))
-        self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, _look_at(peers, "pausing"))
+        self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, _look_at(workers, "pausing"))
 
     def resume(self, *, caches: bool, overwritten: bool = False, connector: str = "") -> None:
         """Let the engine go on.
@@ -179,11 +179,11 @@ class EngineControl:
             )
 
 
-def _look_at(peers: Sequence[Peer], what: str) -> Callable[[], None]:
+def _look_at(workers: Sequence[WorkerConnection], what: str) -> Callable[[], None]:
     """A glance that raises PeerLostError once one of them is lost."""
 
     def check_alive() -> None:
-        for peer in peers:
-            peer.require_connected(what)
+        for worker in workers:
+            worker.require_open(what)
 
     return check_alive

@@ -284,7 +284,7 @@ class PoolTransport(Transport):
         self._spent_version = self._version
         committed = self._each(list(complete), lambda member: member.transport.commit())
         assert self._staging is not None
-        self._staging.unlink(peer for member in committed for peer in member.transport.peers)
+        self._staging.unlink(worker for member in committed for worker in member.transport.workers)
         self._require_some(list(committed))
         for member in committed:
             member.version = self._version
@@ -431,8 +431,8 @@ class PoolTransport(Transport):
             self._staging = Staging(kinds, devices[0] if devices else None)
             self._staging_kinds = kinds
         slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
-        peers = [peer for member in members for peer in member.transport.peers]
-        self._staging.prepare(slots, peers, later=parameters_are_shared())
+        workers = [worker for member in members for worker in member.transport.workers]
+        self._staging.prepare(slots, workers, later=parameters_are_shared())
         return self._staging
 
     def _each(

@@ -54,7 +54,7 @@ class StagedChunk:
     """Where a chunk lies.
 
     Attributes:
-        places: (segment, offset) of each tensor, for each kind of shared memory (`Peer.kind`).
+        places: (segment, offset) of each tensor, by `WorkerConnection.kind`.
         pieces: its bytes in host memory, in order; none if no worker gets them from there.
         in_place: the tensors lie in shared memory as they are.
         checksums: of each tensor, if `SyncOptions.checksums`.
@@ -68,7 +68,7 @@ class StagedChunk:
     _storing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def stored_by(self, put: Callable[[torch.Tensor], Any]) -> Any:
-        """What an object store calls the chunk. The first who asks puts it there; peers of other
+        """What an object store calls the chunk. The first who asks puts it there; those of other
         engines ask at the same time, each in a thread of its own, and wait for that one copy."""
         with self._storing:
             if self._stored is None:
@@ -87,8 +87,8 @@ class Staging:
     places where they lie. Nor do large tensors that go over sockets, if they last.
 
     Args:
-        kinds: how bytes travel to the workers (`Peer.kind`). Tensors stay where they are only if
-            that suits all of them.
+        kinds: how bytes travel to the workers (`WorkerConnection.kind`). Tensors stay where they
+            are only if that suits all of them.
         device: where the slots for `cuda_ipc` are.
 
     Attributes:
@@ -143,7 +143,7 @@ class Staging:
         """Have slots of these sizes that all of `readers` can attach.
 
         Args:
-            readers: the peers of the sync, as `unlink` is given them after it.
+            readers: the connections of the sync, as `unlink` is given them after it.
             later: make each slot when it is first needed.
 
         Raises:

@@ -31,13 +31,24 @@ from qerl_sync.transports.remote.compatibility import (
     require_protocol,
     require_same_map,
 )
+from qerl_sync.transports.remote.connection import (
+    PING_SECONDS,
+    WorkerConnection,
+    choose_transport,
+)
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
-from qerl_sync.transports.remote.listener import WorkerListener
-from qerl_sync.transports.remote.peer import Peer, Ways, choose_transport
+from qerl_sync.transports.remote.listener import admit_workers, reject
 from qerl_sync.transports.remote.staging import StagedChunk, Staging
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token, parse_endpoint, proof
+from qerl_sync.wire.connection import (
+    TOKEN_VARIABLE,
+    Listener,
+    format_endpoint,
+    new_token,
+    parse_endpoint,
+    proof,
+)
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.segments import parameters_are_shared
 
@@ -138,8 +149,8 @@ class RemoteTransport(Transport):
         )
         # Workers keep to one session while it is alive, and name it to whoever else asks.
         self._session = say.TrainerSession.begin()
-        self._listener: WorkerListener | None = None
-        self._peers: list[Peer] = []
+        self._listener: Listener[WorkerConnection] | None = None
+        self._workers: list[WorkerConnection] = []
         self._staging: Staging | None = None
         self._staging_is_mine = True
         self._committing = False
@@ -151,14 +162,14 @@ class RemoteTransport(Transport):
         self._synced_instances: set[str] = set()  # of the last sync that was committed
 
     @property
-    def peers(self) -> Sequence[Peer]:
-        """The workers that are connected. A worker that connects anew is another peer."""
-        return self._peers
+    def workers(self) -> Sequence[WorkerConnection]:
+        """The workers that are connected. A worker that connects anew is another worker."""
+        return self._workers
 
     @property
     def kinds(self) -> set[str]:
         """How bytes travel to the workers that are connected."""
-        return {peer.kind for peer in self._peers}
+        return {worker.kind for worker in self._workers}
 
     @property
     def busy_cores(self) -> set[int]:  # type: ignore[override]
@@ -167,27 +178,28 @@ class RemoteTransport(Transport):
 
     @property
     def connected(self) -> bool:
-        return bool(self._peers) and all(peer.connected for peer in self._peers)
+        return bool(self._workers) and all(worker.connected for worker in self._workers)
 
     @property
     def hellos(self) -> list[say.Hello]:
         """What the workers that are connected have said of themselves."""
-        return [peer.hello for peer in self._peers]
+        return [worker.hello for worker in self._workers]
 
     def committed_version(self) -> int:
         """See the base class. Connect anew where workers were lost, or have joined the engine."""
-        if self._peers and self._has_grown():
+        if self._workers and self._has_grown():
             if len(self._endpoints) > 1:
                 raise SyncError(
-                    f"the engine no longer has the {len(self._peers)} workers that this trainer's "
-                    "ranks are connected to; close the session on every rank and make a new one"
+                    f"the engine no longer has the {len(self._workers)} workers that this "
+                    "trainer's ranks are connected to; close the session on every rank and make a "
+                    "new one"
                 )
             self.disconnect()
         self.open()  # others may have synced them since we were connected
         return max(hello.version for hello in self.hellos)
 
     def holds(self, version: int) -> bool:
-        return bool(self._peers) and all(
+        return bool(self._workers) and all(
             hello.version == version
             and not hello.poisoned
             and hello.instance in self._synced_instances
@@ -251,27 +263,27 @@ class RemoteTransport(Transport):
                 base=options.base,
                 version=min(hello.version for hello in self.hellos),
             )
-        self._control.pause(self._peers)
-        self._control.begin_session(self._peers)
+        self._control.pause(self._workers)
+        self._control.begin_session(self._workers)
         self._announced = staging.segments
-        for peer in self._peers:
-            peer.forget_chunks()
-            known = peer.plan_digest == plan.digest
+        for worker in self._workers:
+            worker.forget_chunks()
+            known = worker.plan_digest == plan.digest
             if not known:
                 # A worker keeps the last plan that it was sent, also one that it then refuses.
-                peer.plan_digest = ""
-            peer.send(
+                worker.plan_digest = ""
+            worker.tell(
                 say.SyncRequest(
                     digest=plan.digest,
                     plan=None if known else plan.to_json(),
-                    layer_map=peer.layer_map.digest if peer.layer_map else "",
+                    layer_map=worker.layer_map.digest if worker.layer_map else "",
                     held=indices,
                     verify=options.verify,
                     on_failure=options.on_failure,
                     finite_check=options.finite_check,
                     base=options.base,
                     is_base=options.is_base,
-                    segments=self._announced.get(peer.kind, []),
+                    segments=self._announced.get(worker.kind, []),
                     slots=slots,
                 )
             )
@@ -282,7 +294,7 @@ class RemoteTransport(Transport):
             self._part = part_of(plan, self._await_taken())
         if self._rank and any(self._part.sizes) and not parameters_are_shared():
             # Before the first byte: what this rank sends, and so needs room for, is known by now.
-            staging.prepare(slots, self._peers, later=False)
+            staging.prepare(slots, self._workers, later=False)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
@@ -299,9 +311,9 @@ class RemoteTransport(Transport):
     def await_room(self, index: int) -> bool:
         """Until every worker has loaded what was in the slot that chunk `index` gets. Returns
         whether they are ahead of us: they load quicker than we stage, or have nothing yet."""
-        prompt = [peer.await_loaded(index - self._chunks_in_flight) for peer in self._peers]
+        prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self._workers]
         if index < self._chunks_in_flight:
-            return not any(peer.busy for peer in self._peers)
+            return not any(worker.busy for worker in self._workers)
         return all(prompt)
 
     def announce(self, index: int, staged: StagedChunk) -> None:
@@ -309,15 +321,15 @@ class RemoteTransport(Transport):
         assert self._staging is not None
         self._await_taken()
         before, self._announced = self._announced, self._staging.segments
-        for peer in self._peers:
-            segments = self._announced.get(peer.kind, [])
-            peer.announce(
+        for worker in self._workers:
+            segments = self._announced.get(worker.kind, [])
+            worker.announce(
                 say.Chunk(
                     index=index,
-                    places=staged.places.get(peer.kind, []),
+                    places=staged.places.get(worker.kind, []),
                     in_place=staged.in_place,
                     checksums=staged.checksums,
-                    segments=segments if segments != before.get(peer.kind, []) else [],
+                    segments=segments if segments != before.get(worker.kind, []) else [],
                 ),
                 staged,
             )
@@ -331,33 +343,39 @@ class RemoteTransport(Transport):
         if not self._control.in_session:
             raise SyncError("no sync is open on these workers; start one first")
         self._await_taken()
-        for peer in self._peers:
-            peer.await_loaded(len(self._plan.chunks))
+        for worker in self._workers:
+            worker.await_loaded(len(self._plan.chunks))
         self._tell(say.Finish())
-        self._reported = [peer.expect(say.Report, "finishing the sync") for peer in self._peers]
+        self._reported = [
+            worker.expect(say.Report, "finishing the sync") for worker in self._workers
+        ]
 
     def commit(self) -> SyncResult:
         """Let the workers generate with the new weights. Returns what they measured."""
         self._committing = True
         self._tell(say.Commit(version=self._version))
         overwritten = False
-        for peer in self._peers:
-            overwritten |= peer.expect(say.Committed, "committing").caches_overwritten
-            peer.hello = peer.hello.model_copy(update={"version": self._version, "poisoned": None})
+        for worker in self._workers:
+            overwritten |= worker.expect(say.Committed, "committing").caches_overwritten
+            worker.hello = worker.hello.model_copy(
+                update={"version": self._version, "poisoned": None}
+            )
         self._synced_instances = {hello.instance for hello in self.hellos}
         assert self._staging is not None
         if self._staging_is_mine:
-            self._staging.unlink(self._peers)
+            self._staging.unlink(self._workers)
         self._end_talk(version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
         self._committing = False
         return SyncResult(
             workers=[
-                self._report(peer, reported)
-                for peer, reported in zip(self._peers, self._reported, strict=True)
+                self._report(worker, reported)
+                for worker, reported in zip(self._workers, self._reported, strict=True)
             ],
-            kind="; ".join(dict.fromkeys(f"{peer.kind}: {peer.reason}" for peer in self._peers)),
+            kind="; ".join(
+                dict.fromkeys(f"{worker.kind}: {worker.reason}" for worker in self._workers)
+            ),
             verify_seconds=self._staging.verify_seconds,
         )
 
@@ -367,7 +385,7 @@ class RemoteTransport(Transport):
         version, go on."""
         in_session, committing, self._committing = self._control.in_session, self._committing, False
         if in_session:
-            untouched = [self._abort(peer, reason) for peer in self._peers]
+            untouched = [self._abort(worker, reason) for worker in self._workers]
             unharmed = self._end_failed_talk() and all(untouched)
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
@@ -383,7 +401,7 @@ class RemoteTransport(Transport):
 
     @property
     def precision(self) -> tuple[str, str | None]:
-        return self._peers[0].hello.dtype, self._peers[0].hello.quantization
+        return self._workers[0].hello.dtype, self._workers[0].hello.quantization
 
     @property
     def context_tokens(self) -> int:
@@ -398,10 +416,10 @@ class RemoteTransport(Transport):
         """The engine stays paused, as after a sync that failed; also where it cannot be told."""
         try:
             self._control.pause()
-            self._control.begin_session(self._peers)
+            self._control.begin_session(self._workers)
             self._tell(say.Invalidate(reason=reason))
-            for peer in self._peers:
-                peer.expect(say.Aborted, "being poisoned")
+            for worker in self._workers:
+                worker.expect(say.Aborted, "being poisoned")
         finally:
             if self._control.in_session:
                 self._end_failed_talk()
@@ -420,25 +438,27 @@ class RemoteTransport(Transport):
         rank is to send; None: all."""
         if self._taken:
             return None
-        accepted = [peer.expect(say.Accepted, "taking the plan") for peer in self._peers]
-        for peer in self._peers:
-            peer.plan_digest = self._plan.digest
+        accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self._workers]
+        for worker in self._workers:
+            worker.plan_digest = self._plan.digest
         self._taken = True
         return accepted[0].owned
 
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
         replies = self._ask(request, say.MapReply, "its layer map")
-        for peer, reply in zip(self._peers, replies, strict=True):
-            peer.layer_map = LayerMap.from_json(reply.layer_map)
+        for worker, reply in zip(self._workers, replies, strict=True):
+            worker.layer_map = LayerMap.from_json(reply.layer_map)
         self._free_bytes = min(reply.free_bytes for reply in replies)
-        return joint_map([peer.layer_map for peer in self._peers if peer.layer_map is not None])
+        return joint_map(
+            [worker.layer_map for worker in self._workers if worker.layer_map is not None]
+        )
 
     def _ask(self, request: say.Message, kind: type[M], what: str) -> list[M]:
         """Return every worker's answer to a question that touches nothing."""
         try:
-            self._control.begin_session(self._peers)
+            self._control.begin_session(self._workers)
             self._tell(request)
-            replies = [peer.expect(kind, what) for peer in self._peers]
+            replies = [worker.expect(kind, what) for worker in self._workers]
             self._end_talk()
         except SyncError:
             self.abort("the dry run failed")
@@ -447,7 +467,9 @@ class RemoteTransport(Transport):
 
     def _renew_map(self, layer_map: LayerMap) -> None:
         """Workers that were connected anew, after a failure, have forgotten theirs."""
-        if self._map_request is not None and any(peer.layer_map is None for peer in self._peers):
+        if self._map_request is not None and any(
+            worker.layer_map is None for worker in self._workers
+        ):
             require_same_map(layer_map, self._ask_map(self._map_request))
 
     @property
@@ -471,12 +493,12 @@ class RemoteTransport(Transport):
 
         Several trainer ranks would have to do so at the same time: there a lost worker is an error.
         """
-        if self._peers:
+        if self._workers:
             try:
-                for peer in self._peers:
-                    peer.ping()
-                for peer in self._peers:
-                    peer.await_pong()
+                for worker in self._workers:
+                    worker.send(say.Ping(), PING_SECONDS)
+                for worker in self._workers:
+                    worker.await_pong()
                 return
             except TransportError as exc:
                 self.disconnect()
@@ -489,17 +511,11 @@ class RemoteTransport(Transport):
             address, port = self._address, self._port
             if self._endpoints:
                 address, port = parse_endpoint(self._endpoints[self._rank])
-            self._listener = WorkerListener(
-                address,
-                port,
-                self._token,
-                bind=self._bind or address,
-                timeout_seconds=self._timeout_seconds,
-                num_workers=self._num_workers,
-            )
-        endpoints = self._endpoints or [self._listener.endpoint]
+            self._listener = Listener(self._bind or address, port, self._token, WorkerConnection)
+            self._endpoint = format_endpoint(address, self._listener.port)
+        endpoints = self._endpoints or [self._endpoint]
         if len(endpoints) == 1:  # of several ranks, workers may have come to this one before
-            self._listener.reject()
+            reject(self._listener)
         self.slot_device = cuda_memory.concrete_device(self.source_device)
         call = self._control.ask_to_connect(
             {
@@ -510,8 +526,15 @@ class RemoteTransport(Transport):
                 "timeout_seconds": self._worker_timeout_seconds,
             }
         )
-        self._peers = self._listener.admit(call, self._greet, self._control.world_size)
-        if any(peer.hello.update_open for peer in self._peers):
+        self._workers = admit_workers(
+            self._listener,
+            call,
+            self._greet,
+            num_workers=self._num_workers,
+            world_size=self._control.world_size,
+            timeout_seconds=self._timeout_seconds,
+        )
+        if any(worker.hello.update_open for worker in self._workers):
             try:
                 self._control.close_stale_update()
             except BaseException:
@@ -523,30 +546,30 @@ class RemoteTransport(Transport):
         data parallel replicas to an engine that runs (elastic expert parallelism)."""
         if any(hello.server_is_partial for hello in self.hellos):
             return False
-        return self._control.world_size() not in (None, len(self._peers))
+        return self._control.world_size() not in (None, len(self._workers))
 
-    def _greet(self, peer: Peer) -> None:
+    def _greet(self, worker: WorkerConnection) -> None:
         from qerl_sync import __version__
 
-        require_protocol(peer.hello, __version__)
-        keeps = peer.hello.connector_keeps
+        require_protocol(worker.hello, __version__)
+        keeps = worker.hello.connector_keeps
         resets = self._client is None or self._client.resets_connector
-        if peer.hello.connector and not resets:
+        if worker.hello.connector and not resets:
             keeps = (
                 keeps or "this actor's reset_prefix_cache does not reach it; inherit RolloutActor"
             )
-        require_emptied(peer.hello.connector, keeps)
-        ways = Ways(
-            wanted=self._wanted,
+        require_emptied(worker.hello.connector, keeps)
+        choose_transport(
+            worker,
+            self._wanted,
             authenticated=self._shared_token,
             store=None if self._client is None else self._client.store,
             no_room=self._no_room,
             # Of several trainer ranks each has a GPU of its own, and none can fall back alone.
             device=self.slot_device if self.can_fall_back or self._wanted == "cuda_ipc" else None,
         )
-        choose_transport(peer, ways, host_id())
-        logger.info("%s: %s (%s)", peer.name, peer.kind, peer.reason)
-        peer.send(say.End())
+        logger.info("%s: %s (%s)", worker.peer, worker.kind, worker.reason)
+        worker.tell(say.End())
 
     def _staging_with_room(self, slots: list[int], layer_map: LayerMap) -> Staging:
         try:
@@ -562,52 +585,52 @@ class RemoteTransport(Transport):
         if self._staging is None:
             self._staging = Staging(self.kinds, self.slot_device)
         later = self._rank > 0 or parameters_are_shared()
-        self._staging.prepare(slots, self._peers, later=later)
+        self._staging.prepare(slots, self._workers, later=later)
         return self._staging
 
     def disconnect(self) -> None:
         """The next use connects anew."""
-        for peer in self._peers:
-            peer.close()
-        self._peers = []
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
         if self._staging is not None and self._staging_is_mine:
             self._staging.close()
         self._staging = None
 
-    def _abort(self, peer: Peer, reason: str) -> bool:
+    def _abort(self, worker: WorkerConnection, reason: str) -> bool:
         """Returns whether the worker was not touched and goes on with what it has."""
         try:
-            peer.forget_chunks()
-            peer.send(say.Abort(reason=reason, keep_old=not self._committing))
-            reported = peer.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
+            worker.forget_chunks()
+            worker.tell(say.Abort(reason=reason, keep_old=not self._committing))
+            reported = worker.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
             return reported.poisoned is None
         except SyncError as exc:
-            logger.warning("%s cannot be told that the sync has failed: %s", peer.name, exc)
+            logger.warning("%s cannot be told that the sync has failed: %s", worker.peer, exc)
             return False
 
     def _end_talk(self, version: str | None = None) -> None:
         self._tell(say.End())
-        self._control.end_session(self._peers, version)
+        self._control.end_session(self._workers, version)
 
     def _end_failed_talk(self) -> bool:
         """Returns whether the engine is ready for the next call."""
-        for peer in self._peers:
+        for worker in self._workers:
             with suppress(SyncError):
-                peer.send(say.End())
+                worker.tell(say.End())
         return self._control.end_failed_session()
 
     def _tell(self, message: say.Message) -> None:
-        for peer in self._peers:
-            peer.send(message)
+        for worker in self._workers:
+            worker.tell(message)
 
-    def _report(self, peer: Peer, reported: say.Report) -> WorkerReport:
+    def _report(self, worker: WorkerConnection, reported: say.Report) -> WorkerReport:
         plan = self._plan
-        assert peer.layer_map is not None
-        same = peer.layer_map.digest == plan.layer_map_digest
+        assert worker.layer_map is not None
+        same = worker.layer_map.digest == plan.layer_map_digest
         return WorkerReport(
-            worker=peer.name,
+            worker=worker.peer,
             trace=Trace.from_json(reported.trace),
-            predicted=plan.predicted if same else replay(plan.load_metas, peer.layer_map),
+            predicted=plan.predicted if same else replay(plan.load_metas, worker.layer_map),
             seconds=reported.seconds,
             peak_extra_bytes=reported.peak_extra_bytes,
             peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from qerl_sync.errors import AgreementError, EngineTakenError
 from qerl_sync.wire import handshake as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, same_proof
+from qerl_sync.wire.connection import TOKEN_VARIABLE, same_proof
 from qerl_sync.wire.messages import PROTOCOL, Hello, TrainerSession
 
 S = TypeVar("S", bound=BaseModel)

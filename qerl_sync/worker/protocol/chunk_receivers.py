@@ -12,11 +12,11 @@ import torch
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
-from qerl_sync.wire.channel import Channel
+from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.device_segments import AttachedDeviceSegment
 from qerl_sync.wire.messages import Chunk, Segment
 from qerl_sync.wire.segments import AttachedSegment, PrivateMemory, read_only_view
-from qerl_sync.worker.protocol import mailbox as mailbox
+from qerl_sync.worker.protocol import mailbox
 
 Place = tuple[int, int]
 A = TypeVar("A", AttachedSegment, AttachedDeviceSegment)
@@ -45,10 +45,10 @@ class ChunkReceiver(ABC):
             TransportError: a tensor would lie outside of that memory, or its bytes do not come.
         """
 
-    def release(self) -> None:  # noqa: B027  not every inlet keeps the trainer's memory from it
+    def release(self) -> None:  # noqa: B027  not every receiver keeps the trainer's memory from it
         """Every chunk is loaded: unmap what the trainer frees when the sync is over."""
 
-    def rest(self) -> None:  # noqa: B027  not every inlet has something to give back
+    def rest(self) -> None:  # noqa: B027  not every receiver has something to give back
         """The sync is over: give back what the next one can get anew."""
 
     @abstractmethod
@@ -150,14 +150,14 @@ def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int
     return runs
 
 
-class TcpInlet(ChunkReceiver):
-    """Private memory that each chunk is received into: it follows its message on the channel.
+class TcpReceiver(ChunkReceiver):
+    """Private memory that each chunk is received into: it follows its message on the connection.
 
     It stays from sync to sync: getting fresh pages would take about as long as receiving into them.
     """
 
-    def __init__(self, channel: Channel, timeout_seconds: float) -> None:
-        self._channel, self._timeout_seconds = channel, timeout_seconds
+    def __init__(self, connection: Connection, timeout_seconds: float) -> None:
+        self._connection, self._timeout_seconds = connection, timeout_seconds
         self._slots: list[PrivateMemory] = []
 
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
@@ -177,7 +177,7 @@ class TcpInlet(ChunkReceiver):
                 f"chunk {chunk.index} has {nbytes:,} bytes, its slot {slot.nbytes:,}"
             )
         memory = slot.bytes.numpy().data
-        self._channel.receive_into(
+        self._connection.receive_into(
             [memory[begin:end] for begin, end in pieces],
             self._timeout_seconds,
             f"receiving chunk {chunk.index}",

@@ -1,4 +1,7 @@
-"""The worker's side of a conversation: vLLM lends its thread, the trainer's requests are served.
+"""The worker's side of a sync: vLLM lends its thread, the trainer's requests are served.
+
+No vLLM in here: the calls come from an engine (`worker.protocol.engine`), or from whatever else
+lends a thread.
 
 Everything that can go wrong is told to the trainer over its channel. Nothing is raised into vLLM,
 unless the trainer is lost before its first request: vLLM's collective calls take the first rank's
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
@@ -19,6 +22,7 @@ from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import (
     AgreementError,
     CoverageError,
+    EngineTakenError,
     LoadError,
     SyncError,
     TransportError,
@@ -34,9 +38,11 @@ from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
+from qerl_sync.wire.connection import Connection, connect, parse_endpoint, proof, same_proof
 from qerl_sync.worker.load.footprint import Arrivals, footprint_bytes
 from qerl_sync.worker.load.memory import PeakMemory
-from qerl_sync.worker.protocol.inbox import Arrived, Inbox
+from qerl_sync.worker.protocol.calls import ConnectCall, ServeCall, parsed
+from qerl_sync.worker.protocol.connection import Arrived, TrainerConnection
 
 logger = logging.getLogger(__name__)
 
@@ -99,48 +105,120 @@ class _GivenUp(SyncError):
 
 
 class WorkerSession:
-    """Serves the requests of one trainer, whose ranks say the same things, each on its channel.
+    """Serves one trainer at a time, whose ranks say the same things, each on its connection.
+
+    Opened by a call that knows the token, used by calls that prove it again.
 
     Args:
-        loader: takes the weights.
-        inboxes: of each trainer rank, in rank order; rank 0 leads.
+        loader: takes the weights (`worker.load.receiver.Receiver`).
+        hello: returns what the worker says of itself.
     """
 
-    def __init__(self, loader: Loader, inboxes: Sequence[Inbox], device: torch.device) -> None:
+    def __init__(
+        self, loader: Loader, device: torch.device, hello: Callable[[], say.Hello]
+    ) -> None:
         self._loader = loader
-        self._inboxes = inboxes
         self._device = device
+        self._hello = hello
         self._memory = PeakMemory(device)
+        self._connections: list[TrainerConnection] = []  # in rank order; rank 0 leads
+        self._token = ""
+        self._session: say.TrainerSession | None = None
+        self._calls = 0
         self._layer_map: LayerMap | None = None
         self._plan: SyncPlan | None = None
         # All is told and the trainer decides: others may have committed already.
         self._in_doubt = False
 
-    def serve(self) -> None:
-        """Answer requests until the trainer says End, or is lost.
+    def open(self, call: object) -> None:
+        """Connect to every rank of the trainer and agree on how bytes will travel.
+
+        Args:
+            call: from anybody, and of any form; `ConnectCall` says of which it must be.
 
         Raises:
+            AgreementError: the call is none of ours, or the token is wrong.
+            EngineTakenError: another trainer's session is connected. The caller is told on a
+                connection of its own, too: through vLLM only a text gets back.
+            TransportError: the trainer cannot be reached.
+        """
+        asked = parsed(ConnectCall, call)
+        token, timeout_seconds = asked.require_token(), asked.timeout_seconds
+        held = self._session
+        if held and held != asked.session and any(one.alive for one in self._connections):
+            refusal = EngineTakenError(
+                f"another trainer is connected: {held}. Close its session, or end that process; "
+                "then try again. To sync one engine from several trainer ranks, give them the "
+                "same endpoints (RemoteTransport)",
+                **held.facts(),
+            )
+            for endpoint in asked.endpoints:
+                with (
+                    suppress(SyncError),
+                    connect(*parse_endpoint(endpoint), token, timeout_seconds, Connection) as own,
+                ):
+                    own.send(say.failure(refusal), timeout_seconds)
+            raise refusal
+        self.close()
+        self._layer_map = self._plan = None
+        try:
+            for endpoint in asked.endpoints:
+                connection = connect(
+                    *parse_endpoint(endpoint), token, timeout_seconds, TrainerConnection
+                )
+                self._connections.append(connection)
+                connection.send(self._hello(), timeout_seconds)
+                connection.read_ahead(timeout_seconds)
+            self._token, self._session, self._calls = token, asked.session, 0
+            for connection in self._connections:
+                connection.open_transport(self._device)
+        except BaseException:
+            self.close()
+            raise
+
+    def serve(self, call: object) -> None:
+        """Serve the trainer's requests until it says End. Its failures are told to it alone.
+
+        Args:
+            call: from anybody, and of any form; `ServeCall` says of which it must be.
+
+        Raises:
+            AgreementError: nobody is connected, or who calls is not who is.
             SyncError: the trainer was lost before its first request. Whoever made the call would
                 otherwise take this worker for one that has been synced.
         """
+        asked = parsed(ServeCall, call)
+        if not self._connections:
+            raise AgreementError("no trainer is connected to this worker")
+        if not same_proof(proof(self._token, "update", asked.number), asked.proof):
+            raise AgreementError("the call does not come from the trainer that is connected")
+        if asked.number <= self._calls:
+            raise AgreementError(f"the trainer's call {asked.number} was repeated")
+        self._calls = asked.number
         heard = False
         try:
             while True:
-                requests = [inbox.next("its next request") for inbox in self._inboxes]
+                requests = [connection.next("its next request") for connection in self._connections]
                 heard = True
                 if isinstance(requests[0], say.End):
                     return
                 self._answer(requests)
         except Exception as exc:
             expected = isinstance(exc, SyncError)
-            logger.error("the conversation with the trainer ended: %s", exc, exc_info=not expected)
+            logger.error("the session with the trainer ended: %s", exc, exc_info=not expected)
             self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
             self._release(exc)
             self._tell(say.failure(exc))
-            for inbox in self._inboxes:
-                inbox.close()
+            for connection in self._connections:
+                connection.close()
             if not heard:
                 raise
+
+    def close(self) -> None:
+        """Let go of the trainer and of its memory."""
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
 
     def _answer(self, requests: list[Item]) -> None:
         lead = requests[0]
@@ -185,8 +263,8 @@ class WorkerSession:
         self._wire_clock = Stopwatch(PHASES)
         self._memory.start()
         self._loader.start(plan, layer_map, options, borrowed=True)
-        for inbox, part in zip(self._inboxes, parts, strict=True):
-            inbox.send(say.Accepted(owned=None if part.owned is None else list(part.owned)))
+        for connection, part in zip(self._connections, parts, strict=True):
+            connection.tell(say.Accepted(owned=None if part.owned is None else list(part.owned)))
         in_place = [
             self._load(index, plan, parts, clock, checksums=options.checksums)
             for index in range(len(plan.chunks))
@@ -242,8 +320,8 @@ class WorkerSession:
     def _prepare(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> list[Part]:
         """Who sends what, and the memory for it."""
         parts = divide(plan, [request.held for request in requests])
-        for rank, (inbox, part, request) in enumerate(
-            zip(self._inboxes, parts, requests, strict=True)
+        for rank, (connection, part, request) in enumerate(
+            zip(self._connections, parts, requests, strict=True)
         ):
             held = part if request.held is None and rank == 0 else part_of(plan, request.held)
             number = len(request.slots)
@@ -252,10 +330,10 @@ class WorkerSession:
                     f"trainer rank {rank} announces receive buffers of {request.slots} bytes, "
                     "which is not what the plan needs"
                 )
-            if inbox.chunk_receiver is None:
+            if connection.chunk_receiver is None:
                 raise TransportError(f"trainer rank {rank} has not opened its transport")
-            inbox.expect(part.chunks)
-            inbox.chunk_receiver.prepare(request.segments, request.slots)
+            connection.expected = part.chunks
+            connection.chunk_receiver.prepare(request.segments, request.slots)
         return parts
 
     def _load(
@@ -265,7 +343,7 @@ class WorkerSession:
         senders = {i: part.chunks[index] for i, part in enumerate(parts) if part.chunks[index]}
         with clock("wait"):
             arrived = {
-                i: _awaited(self._inboxes[i], Arrived, f"chunk {index} of {len(plan.chunks)}")
+                i: _awaited(self._connections[i], Arrived, f"chunk {index} of {len(plan.chunks)}")
                 for i in senders
             }
         found: dict[str, torch.Tensor] = {}
@@ -287,12 +365,12 @@ class WorkerSession:
                 chunk, self._intact(index, stream, reported) if reported else stream
             )
             # vLLM's loaders return before a GPU has copied what they got, and the credit allows
-            # the trainer, or the inbox, to write the next chunk over it.
+            # the trainer, or the reading thread, to write the next chunk over it.
             cuda_memory.synchronize(self._device)
         for name, tensor in found.items():
             _require_released(name, _references(tensor) - references[name])
         for i in senders:
-            self._inboxes[i].send(say.Credit(index=index))
+            self._connections[i].tell(say.Credit(index=index))
         return in_place
 
     def _intact(
@@ -317,7 +395,9 @@ class WorkerSession:
     def _extra_bytes(self) -> int | None:
         measured = self._memory.extra_bytes()
         standing = sum(
-            inbox.chunk_receiver.standing_bytes for inbox in self._inboxes if inbox.chunk_receiver
+            connection.chunk_receiver.standing_bytes
+            for connection in self._connections
+            if connection.chunk_receiver
         )
         return None if measured is None else measured + standing
 
@@ -328,11 +408,13 @@ class WorkerSession:
             Arrivals(
                 sizes=part.sizes if self._memory.counts_mapped else [0] * len(part.sizes),
                 chunks_in_flight=len(request.slots),
-                standing_bytes=inbox.chunk_receiver.standing_bytes if inbox.chunk_receiver else 0,
+                standing_bytes=connection.chunk_receiver.standing_bytes
+                if connection.chunk_receiver
+                else 0,
                 in_place=[chunk[rank] for chunk in in_place],
             )
-            for rank, (part, request, inbox) in enumerate(
-                zip(parts, requests, self._inboxes, strict=True)
+            for rank, (part, request, connection) in enumerate(
+                zip(parts, requests, self._connections, strict=True)
             )
         ]
 
@@ -344,18 +426,18 @@ class WorkerSession:
         """
         if error is not None:
             traceback.clear_frames(error.__traceback__)
-        for inbox in self._inboxes:
-            if inbox.chunk_receiver is not None:
-                inbox.chunk_receiver.release()
+        for connection in self._connections:
+            if connection.chunk_receiver is not None:
+                connection.chunk_receiver.release()
 
     def _each(self, kind: type[M], what: str) -> list[M]:
-        return [_awaited(inbox, kind, what) for inbox in self._inboxes]
+        return [_awaited(connection, kind, what) for connection in self._connections]
 
     def _tell(self, message: say.Message) -> None:
         """To every rank, also where some are gone."""
-        for inbox in self._inboxes:
+        for connection in self._connections:
             with suppress(TransportError):
-                inbox.send(message)
+                connection.tell(message)
 
 
 def _plan_of(request: say.SyncRequest) -> SyncPlan:
@@ -411,8 +493,8 @@ def _all_of(items: list[Item], kind: type[M]) -> list[M]:
     return items  # type: ignore[return-value]
 
 
-def _awaited(inbox: Inbox, kind: type[M], what: str) -> M:
-    item = inbox.next(what)
+def _awaited(connection: TrainerConnection, kind: type[M], what: str) -> M:
+    item = connection.next(what)
     if isinstance(item, say.Abort):
         raise _GivenUp(item)
     if not isinstance(item, kind):
