@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.engines.base import EngineClient, PauseMode, timed_out, translated
+from qerl_sync.engines.base import (
+    MethodClient,
+    PauseMode,
+    timed_out,
+    translated,
+    vllm_request,
+)
 from qerl_sync.errors import ConfigError, PeerLostError, TransportError
 from qerl_sync.meta import format_bytes
 from qerl_sync.worker.compat.caches import forget_caches
@@ -40,7 +46,7 @@ def capabilities(handle: Any) -> frozenset[str]:
     return frozenset(name for name in OPTIONAL if hasattr(handle, name))
 
 
-class RayActorClient(EngineClient):
+class RayActorClient(MethodClient):
     """An actor with the methods of `integrations.ray.RolloutActor` as an EngineClient.
 
     An actor with vLLM's four methods only is called as vLLM's `RayVLLMWeightSyncClient` calls it,
@@ -60,24 +66,12 @@ class RayActorClient(EngineClient):
     """
 
     def __init__(self, handle: Any, name: str, timeout_seconds: float = 300) -> None:
-        self.handle = handle
-        self.name = name
-        self.timeout_seconds = timeout_seconds
+        super().__init__(handle, timeout_seconds)
+        self.handle, self.name = handle, name
         self.capabilities = capabilities(handle)
         self._ours = self.resets_connector = "reset_caches" in self.capabilities
         self.store = self
         self._node: str | None = None
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", self._request("init_info", init_info))
-
-    def start_weight_update(self) -> None:
-        self._call("start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # It takes as long as the whole sync, which has timeouts of its own.
-        answer = self._ask("update_weights", self._request("update_info", update_info))
-        self._answer("update_weights", answer, None)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         if self._ours:
@@ -144,8 +138,8 @@ class RayActorClient(EngineClient):
             )
         if "status" in self.capabilities:
             status = self.handle.status.options(concurrency_group=CONTROL).remote()
-            self._node = self._answer("status", status, self.timeout_seconds)["node"]
-        if not self._answer("deliver", self._deliver(key, -1, None), self.timeout_seconds):
+            self._node = self._answer("status", status)["node"]
+        if not self._answer("deliver", self._deliver(key, -1, None)):
             raise TransportError(
                 f"the worker of {self.name} is not in the actor's own process, which is where Ray "
                 "hands out objects"
@@ -164,35 +158,28 @@ class RayActorClient(EngineClient):
         if self._ours:
             return {name: info}
         try:
-            from vllm.distributed.weight_transfer import base
+            return vllm_request(name, info)
         except ImportError:
             return {name: info}
-        kinds = {
-            "init_info": base.WeightTransferInitRequest,
-            "update_info": base.WeightTransferUpdateRequest,
-        }
-        return kinds[name](**{name: info})
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        return self._answer(method, self._ask(method, *arguments), self.timeout_seconds)
-
-    def _call_if_there(self, method: str, *arguments: Any) -> Any:
-        return self._call(method, *arguments) if method in self.capabilities else None
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:
-            return getattr(self.handle, method).remote(*arguments)
+            answer = getattr(self.handle, method).remote(*arguments, **options)
         except (AttributeError, TypeError) as exc:
             raise TransportError(
                 f"actor {self.name} cannot be asked {method}: {exc}; it needs vLLM's four methods "
                 "with vLLM's signatures (docs/ray.md)"
             ) from exc
+        return self._answer(method, answer)
 
-    def _answer(self, method: str, answer: Any, timeout_seconds: float | None) -> Any:
+    def _call_if_there(self, method: str, *arguments: Any) -> Any:
+        return self._call(method, *arguments) if method in self.capabilities else None
+
+    def _answer(self, method: str, answer: Any) -> Any:
         import ray
 
         try:
-            return ray.get(answer, timeout=timeout_seconds)
+            return ray.get(answer, timeout=self._seconds(method))
         except ray.exceptions.GetTimeoutError as exc:
             raise timed_out(f"actor {self.name}", method, self.timeout_seconds) from exc
         except ray.exceptions.RayActorError as exc:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.engines.base import translated
+from qerl_sync.engines.base import translating
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
@@ -119,10 +119,8 @@ class InProcessTransport(Transport):
         )
 
     def _reset(self, method: str, **options: bool) -> Any:
-        try:
+        with translating("the vLLM engine", method):
             return llm_method(self._llm, method)(**options)
-        except Exception as exc:
-            raise translated(exc, "the vLLM engine", method) from exc
 
     @property
     def precision(self) -> tuple[str, str | None]:

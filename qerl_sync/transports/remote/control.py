@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from qerl_sync.engines.base import EngineCall, EngineClient, PauseMode
+from qerl_sync.engines.base import EngineClient, PauseMode, ends_within, in_thread
 from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
 from qerl_sync.transports.base import still_cached
 from qerl_sync.transports.remote.connection import WorkerConnection
@@ -17,6 +17,51 @@ logger = logging.getLogger(__name__)
 
 # How long a failed conversation may take to end, on top of the timeout that it has run into.
 GRACE_SECONDS = 5.0
+
+
+class EngineCall:
+    """A call of the engine's client, in a thread, while its workers are talked to."""
+
+    def __init__(self, method: Callable[..., Any], *arguments: Any) -> None:
+        self._what = method.__name__
+        self._answer = in_thread(self._what, partial(method, *arguments))
+
+    @property
+    def done(self) -> bool:
+        return self._answer.done()
+
+    def ends_within(self, timeout_seconds: float) -> bool:
+        return ends_within(self._answer, timeout_seconds)
+
+    def raise_if_failed(self) -> None:
+        """Raise TransportError (or the error of ours that the client raised) if it has failed."""
+        error = self._answer.exception() if self.done else None
+        if isinstance(error, SyncError):
+            raise error
+        if error is not None:
+            raise TransportError(
+                f"the engine's {self._what} failed: {type(error).__name__}: {error}; look "
+                "at the engine's log"
+            ) from error
+
+    def wait(
+        self,
+        timeout_seconds: float,
+        workers: Sequence[WorkerConnection] = (),
+        doing: str = "ending the call",
+    ) -> None:
+        """Block until the call has returned. Raises as `raise_if_failed`, TransportTimeout if it
+        does not return, and PeerLostError once one of `workers` is lost."""
+
+        def check_alive() -> None:
+            for worker in workers:
+                worker.require_open(doing)
+
+        if not ends_within(self._answer, timeout_seconds, check_alive):
+            raise TransportTimeout(
+                f"the engine's {self._what} did not return within {timeout_seconds:.0f} s"
+            )
+        self.raise_if_failed()
 
 
 class EngineControl:
@@ -53,9 +98,7 @@ class EngineControl:
         self._number = 0
         if self._client is None:
             return None
-        return EngineCall(
-            "init_weight_transfer_engine", partial(self._client.init_weight_transfer_engine, call)
-        )
+        return EngineCall(self._client.init_weight_transfer_engine, call)
 
     def world_size(self) -> int | None:
         """Ask how many workers the engine has now; None: its client cannot tell."""
@@ -82,7 +125,7 @@ class EngineControl:
         self.in_session = True
         self._number += 1
         update = {"number": self._number, "proof": proof(self._token, "update", self._number)}
-        self._call = EngineCall("update_weights", partial(self._client.update_weights, update))
+        self._call = EngineCall(self._client.update_weights, update)
         for worker in workers:
             worker.check_alive = self._check_alive
 
@@ -91,7 +134,7 @@ class EngineControl:
         self.in_session = False
         if self._call is not None and self._client is not None:
             # vLLM's server does not answer a call in which its engine has died.
-            self._call.wait(self._timeout_seconds, _look_at(workers, "ending the sync"))
+            self._call.wait(self._timeout_seconds, workers, "ending the sync")
             self._client.finish_weight_update(version)
 
     def end_failed_session(self) -> bool:
@@ -113,8 +156,8 @@ class EngineControl:
         if self._client is None:
             return
         self.paused = True
-        self._pausing = EngineCall("pause", partial(self._client.pause, self._pause_mode))
-        self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, _look_at(workers, "pausing"))
+        self._pausing = EngineCall(self._client.pause, self._pause_mode)
+        self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, workers, "pausing")
 
     def resume(self, *, caches: bool, overwritten: bool = False, connector: str = "") -> None:
         """Let the engine go on.
@@ -177,13 +220,3 @@ class EngineControl:
                 "the engine returned from update_weights before its workers had answered; look at "
                 "its log"
             )
-
-
-def _look_at(workers: Sequence[WorkerConnection], what: str) -> Callable[[], None]:
-    """A glance that raises PeerLostError once one of them is lost."""
-
-    def check_alive() -> None:
-        for worker in workers:
-            worker.require_open(what)
-
-    return check_alive

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from qerl_sync.engines.base import EngineCall
 from qerl_sync.errors import AgreementError, TransportError, TransportTimeout
 from qerl_sync.transports.remote.compatibility import require_alike, require_complete
 from qerl_sync.transports.remote.connection import WorkerConnection
-from qerl_sync.transports.remote.control import GRACE_SECONDS
+from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineCall
 from qerl_sync.wire.connection import Listener
 
 
