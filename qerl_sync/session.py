@@ -54,7 +54,7 @@ PHASES = ("plan", "start", "gather", "load", "finish", "verify", "total")
 
 @dataclass
 class SyncReport:
-    """What one sync did and cost.
+    """Report what one sync did and cost.
 
     Example:
         report = session.push(step=1)
@@ -157,7 +157,7 @@ class SyncSession:
             with adapters, so that those that do not travel can be named; see `sync.on_unchanged`.
         probe: what the trainer's model says of a prompt, for `sync.verify: full`.
 
-    Closing it (or leaving it as a context) lets go of the workers and of shared memory.
+    Closing it (or leaving it as a context) disconnects the workers and frees shared memory.
     """
 
     def __init__(
@@ -276,7 +276,7 @@ class SyncSession:
 
     @property
     def current(self) -> bool:
-        """Whether the workers hold what was last pushed, as far as can be told without asking them.
+        """Return whether the workers hold what was last pushed, as far as is known without asking.
 
         False before the first push and after one that failed; where a connection is lost: its
         engine has ended, and one in its place has the weights that it was started with; and where
@@ -285,7 +285,7 @@ class SyncSession:
         return self._pushed and self._transport.connected
 
     def close(self) -> None:
-        """Let go of the workers. Idempotent; the session cannot push again."""
+        """Disconnect from the workers. Idempotent; the session cannot push again."""
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -295,17 +295,22 @@ class SyncSession:
         self.close()
 
     def storages(self) -> Mapping[str, Storage]:
-        """The memory behind each of the tensors that workers get, where several share one."""
+        """Return the memory behind each tensor that workers get, where several share one."""
         return self._source.storages() if self._transport.by_reference else {}
 
     @property
     def chunk_bytes(self) -> int | None:
-        """Upper bound of a chunk: that of the configuration, else that of the transport."""
+        """Return the upper bound of a chunk: the configuration's, else the transport's."""
         return self._config.chunk_bytes or self._transport.chunk_bytes
 
     def _agree(self) -> tuple[SyncPlan, LayerMap]:
-        """The plan for what the source has now: the last one, unless names or shapes changed."""
-        given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
+        """Return the plan for what the source has: the last one, unless names or shapes changed."""
+        ignored = self._config.ignore_names
+        given = [
+            meta
+            for meta in self._source.metadata()
+            if not any(fnmatchcase(meta.name, pattern) for pattern in ignored)
+        ]
         self._transport.source_device = self._source.device
         metas = self._order(given)
         self._transport.agree_on(metas)
@@ -387,11 +392,8 @@ class SyncSession:
         resident_bytes = self._source.resident_bytes() if self._transport.by_reference else 0
         return free_bytes + resident_bytes
 
-    def _is_ignored(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self._config.ignore_names)
-
     def _require_possible(self, plan: SyncPlan, given: list[ParamMeta]) -> None:
-        """Raises PlanError if the source cannot yield in the plan's order."""
+        """Raise PlanError if the source cannot yield in the plan's order."""
         if self._source.any_order or plan.metas == tuple(given):
             return
         pairs = zip(plan.metas, given, strict=True)
@@ -418,8 +420,8 @@ class SyncSession:
         logger.warning(text)
 
     def _ask_engine(self) -> ProbeResult | None:
-        """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far, and
-        if it cannot be asked."""
+        """With `verify: full`, ask the engine how far it parts from the trainer. Poison it if that
+        is too far, or if it cannot be asked."""
         if self._probe is None:
             return None
         tokens = self._prompt
@@ -514,7 +516,7 @@ class SyncSession:
     def _timed(
         self, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same stream, looked at; the time spent waiting for it is the phase "gather"."""
+        """Yield the same stream; the time spent waiting for it is the phase "gather"."""
         while True:
             with watch("gather"):
                 item = next(tensors, None)

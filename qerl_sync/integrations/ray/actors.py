@@ -22,6 +22,8 @@ from qerl_sync.engines.ray_actor import CONTROL as CONTROL
 from qerl_sync.errors import AgreementError, PoisonedError
 from qerl_sync.worker.protocol import mailbox as mailbox
 
+logger = logging.getLogger(__name__)
+
 # How often an actor looks whether the process of its engine lives.
 LOOK_SECONDS = 0.5
 
@@ -100,7 +102,16 @@ class RolloutActor:
         self._client = self._control(self.llm)
         core = self._core(self.llm)
         if hasattr(core, "resources"):  # it has a process of its own
-            threading.Thread(target=_end_with, args=(core,), name="watch", daemon=True).start()
+
+            def end_with_engine() -> NoReturn:
+                # Ray does not notice that the engine is dead; ending the actor makes it restart
+                # both.
+                while not core.resources.engine_dead:
+                    time.sleep(LOOK_SECONDS)
+                logger.error("the engine's process has ended, and the actor with it")
+                os._exit(1)
+
+            threading.Thread(target=end_with_engine, name="watch", daemon=True).start()
 
     def __repr__(self) -> str:
         """Return the text that Ray prints before each line of the actor's log."""
@@ -282,18 +293,6 @@ def with_defaults(engine: Mapping[str, Any]) -> dict[str, Any]:
         # vLLM would find that it is in a placement group, and take actors of its own for its ranks.
         needed["distributed_executor_backend"] = "mp"
     return {**needed, **engine}
-
-
-def _end_with(core: Any) -> NoReturn:
-    """End the actor when its engine dies.
-
-    An actor without its engine is useless, and Ray does not notice: ending it makes Ray restart
-    both.
-    """
-    while not core.resources.engine_dead:
-        time.sleep(LOOK_SECONDS)
-    logging.getLogger(__name__).error("the engine's process has ended, and the actor with it")
-    os._exit(1)
 
 
 def _payload(request: Any, name: str) -> dict[str, Any]:

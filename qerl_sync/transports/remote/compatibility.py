@@ -1,4 +1,4 @@
-"""What trainer and workers, and workers among themselves, must have in common."""
+"""Check that trainer and workers, and workers among themselves, fit together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALIKE = ("model", "dtype", "quantization", "layout", "packages")
 
 
 def require_protocol(hello: Hello, own_version: str) -> None:
-    """Raises AgreementError if the worker runs another qerl-sync."""
+    """Raise AgreementError if the worker runs another qerl-sync."""
     theirs = hello.packages.get("qerl-sync", "?")
     if hello.protocol != PROTOCOL or theirs != own_version:
         raise AgreementError(
@@ -23,7 +23,7 @@ def require_protocol(hello: Hello, own_version: str) -> None:
 
 
 def require_alike(hellos: Sequence[Hello]) -> None:
-    """Raises AgreementError, naming the first difference between workers."""
+    """Raise AgreementError, naming the first difference between workers."""
     first = hellos[0]
     for other in hellos[1:]:
         for name in ALIKE:
@@ -73,7 +73,7 @@ def require_complete(hellos: Sequence[Hello], world_size: int | None) -> None:
 
 
 def require_same_map(planned: LayerMap, now: LayerMap) -> None:
-    """Raises AgreementError, naming the first difference, if workers load in another way now."""
+    """Raise AgreementError, naming the first difference, if workers load in another way now."""
     if planned.digest == now.digest:
         return
     pairs: tuple[tuple[Mapping[str, object], Mapping[str, object]], ...] = (
@@ -91,7 +91,7 @@ def require_same_map(planned: LayerMap, now: LayerMap) -> None:
 
 
 def joint_map(maps: Sequence[LayerMap]) -> LayerMap:
-    """One layer map to plan with, where ranks hold different parts of the model.
+    """Return one layer map to plan with, where ranks hold different parts of the model.
 
     A tensor's parents are those that it has on any rank, with what most elements of it are worth
     on one, so that a plan that holds for the joint map holds for each rank.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from qerl_sync.engines.base import EngineClient, PauseMode, ends_within, in_thre
 from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
 from qerl_sync.transports.base import still_cached
 from qerl_sync.transports.remote.connection import WorkerConnection
+from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import proof
 
 logger = logging.getLogger(__name__)
@@ -70,7 +72,7 @@ class EngineControl:
     Trainer ranks other than 0 have no client: there every call does nothing.
 
     Attributes:
-        lent: from `begin_session` to `end_session` the workers' threads are ours.
+        in_session: from `begin_session` to `end_session` the workers' threads are ours.
         paused: we have paused the engine, and it is ours to resume.
     """
 
@@ -105,8 +107,8 @@ class EngineControl:
         return None if self._client is None else self._client.world_size()
 
     def close_stale_update(self) -> None:
-        """An earlier trainer died in one. Where vLLM has closed it on a rank by itself, that rank
-        refuses, and all ranks are out of it then, too."""
+        """Close the update that a dead trainer left open. A rank on which vLLM has closed it
+        raises; ignore that."""
         if self._client is None:
             return
         try:
@@ -117,7 +119,7 @@ class EngineControl:
             logger.warning("closing the update that somebody left open: %s", exc)
 
     def begin_session(self, workers: Sequence[WorkerConnection]) -> None:
-        """From here to `end_session` the workers' threads are ours."""
+        """Have the engine lend us its workers' threads, until `end_session`."""
         if self._client is None:
             self.in_session = True
             return
@@ -130,15 +132,21 @@ class EngineControl:
             worker.check_alive = self._check_alive
 
     def end_session(self, workers: Sequence[WorkerConnection], version: str | None = None) -> None:
-        """Until the engine has its workers again. They have been told End."""
+        """Tell the workers End, and block until the engine has them again."""
+        for worker in workers:
+            worker.tell(say.End())
         self.in_session = False
         if self._call is not None and self._client is not None:
             # vLLM's server does not answer a call in which its engine has died.
             self._call.wait(self._timeout_seconds, workers, "ending the sync")
             self._client.finish_weight_update(version)
 
-    def end_failed_session(self) -> bool:
-        """The same after a failure. Returns whether the engine is ready for the next call."""
+    def end_failed_session(self, workers: Sequence[WorkerConnection]) -> bool:
+        """End the session as far as it can be ended. Return whether the engine is ready for the
+        next call."""
+        for worker in workers:
+            with suppress(SyncError):  # it may be what has failed
+                worker.tell(say.End())
         self.in_session = False
         if self._call is None or self._client is None:
             return True
@@ -151,8 +159,8 @@ class EngineControl:
         return True
 
     def pause(self, workers: Sequence[WorkerConnection] = ()) -> None:
-        """Raises PeerLostError if one of them is lost meanwhile: an engine may take seconds to
-        notice that."""
+        """Pause the engine. Raise PeerLostError if one of `workers` is lost meanwhile: an engine
+        may take seconds to notice that."""
         if self._client is None:
             return
         self.paused = True
@@ -203,7 +211,8 @@ class EngineControl:
             self.refuse(reason)
 
     def leave_paused(self, reason: str) -> None:
-        """Until the next sync that succeeds. Whoever asks the engine for something hears why."""
+        """Leave the engine paused until the next sync that succeeds; requests are refused with
+        `reason`."""
         self.paused = False
         self.refuse(reason)
 
@@ -212,7 +221,7 @@ class EngineControl:
             self._client.refuse(reason)
 
     def _check_alive(self) -> None:
-        """Whether the workers still listen, while we wait for one of them."""
+        """Raise if the workers no longer listen, while we wait for one of them."""
         assert self._call is not None
         self._call.raise_if_failed()
         if self._call.done:

@@ -1,4 +1,4 @@
-"""The same for several engines at a time, in threads that die with the process."""
+"""Call several engines at a time, in threads that die with the process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ R = TypeVar("R")
 
 
 def in_parallel(works: Sequence[Callable[[], R]]) -> list[R | BaseException]:
-    """What each returned, or raised."""
+    """Run all at the same time. Return what each returned or raised, in order."""
     outcomes: list[R | BaseException] = [RuntimeError("it never ran")] * len(works)
 
     def run(index: int) -> None:

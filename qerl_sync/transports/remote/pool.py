@@ -89,7 +89,7 @@ class Member:
 
     @property
     def absence(self) -> str:
-        """Why a sync goes without it."""
+        """Return the reason why a sync goes without it."""
         if not self.why:
             return "not up yet"
         since = f"version {self.last_version}" if self.last_version else "it joined"
@@ -101,7 +101,7 @@ class Member:
 
 
 class PoolTransport(Transport):
-    """Every chunk is gathered and staged once, and loaded by all engines at the same time.
+    """Gather and stage every chunk once, and have all engines load it at the same time.
 
         new, lost --is up, next sync--> ready --error of its own--> lost
 
@@ -152,7 +152,7 @@ class PoolTransport(Transport):
 
     @property
     def versions(self) -> Mapping[str, int]:
-        """The weight version of each engine; 0 where it is not known, or never was synced."""
+        """Return the weight version of each engine; 0: not known, or never synced."""
         return {name: member.version for name, member in self._members.items()}
 
     def add(self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = _always) -> None:
@@ -168,8 +168,8 @@ class PoolTransport(Transport):
             member.transport.close()
 
     def forget(self, name: str, reason: str) -> None:
-        """An engine is known to be gone, or back on other weights: it needs a full sync. Nothing if
-        it is not, or no longer, in the pool, or needs one anyway."""
+        """Mark an engine for a full sync: it is known to be gone, or back on other weights. Do
+        nothing if it is not, or no longer, in the pool, or needs one anyway."""
         member = self._members.get(name)
         if member is not None and member.ready:
             self._lose(member, TransportError(reason))
@@ -216,7 +216,7 @@ class PoolTransport(Transport):
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
     ) -> LayerMap:
-        """As the base class. The first time every engine must answer, so that one that was started
+        """See the base class. The first time every engine must answer, so that one that was started
         wrongly is named before anything is trained; later those that do not are left behind."""
         first = not self._metas
         metas = list(metas)
@@ -314,7 +314,7 @@ class PoolTransport(Transport):
         return min(member.transport.context_tokens for member in self._ready)
 
     def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
-        """As the base class. An engine that does not answer is left behind."""
+        """See the base class. An engine that does not answer is left behind."""
         reported = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
         self._require_some(list(reported))
         return ProbeResult(
@@ -390,8 +390,8 @@ class PoolTransport(Transport):
             time.sleep(0.1)
 
     def _require_alike(self, members: Iterable[Member]) -> None:
-        """Raises AgreementError if one has another model, dtype, quantisation or layout than those
-        that were taken in before; names both."""
+        """Raise AgreementError if one has another model, dtype, quantisation or layout than those
+        that were taken in before. Names both."""
         for member in members:
             for reported in member.transport.hellos:
                 hello = reported.model_copy(update={"engine": member.name})
@@ -399,7 +399,7 @@ class PoolTransport(Transport):
                 require_alike([self._hello, hello])
 
     def _take_in(self, member: Member) -> None:
-        """Connect, and see that the plan holds for this engine too."""
+        """Connect, and check that the plan holds for this engine too."""
         found = member.transport.layer_map(self._metas, allow_incomplete=self._allow_incomplete)
         if found.digest not in self._maps:
             raise AgreementError(
@@ -418,7 +418,8 @@ class PoolTransport(Transport):
             sharing = [m for m in self._ready if exc.transport in m.transport.kinds]
             if not all(member.transport.can_fall_back for member in sharing):
                 raise
-            self._each(sharing, partial(_fall_back, reason=exc))
+            no_room = exc
+            self._each(sharing, lambda member: member.transport.fall_back(no_room))
             return self._staging_with_room(plan)  # where a GPU has no room, /dev/shm may have
 
     def _staging_for(self, plan: SyncPlan, members: Sequence[Member]) -> Staging:
@@ -438,7 +439,7 @@ class PoolTransport(Transport):
     def _each(
         self, members: Sequence[Member], work: Callable[[Member], R], *, leave_behind: bool = True
     ) -> dict[Member, R]:
-        """Do it for all at the same time. Returns what came of it, without those left behind.
+        """Do it for all at the same time. Return the results of those that are not left behind.
 
         A CoverageError is about the weights if no member can do it. One that others do not have is
         the member's own: bytes that changed on the way to it, kernels that do not hold them.
@@ -450,14 +451,16 @@ class PoolTransport(Transport):
         for member, outcome in zip(members, outcomes, strict=True):
             if not isinstance(outcome, BaseException):
                 done |= {member: outcome}
-            elif leave_behind and _is_its_own(outcome, own):
+            elif leave_behind and isinstance(
+                outcome, own if isinstance(outcome, SyncError) else Exception
+            ):
                 self._lose(member, outcome)
             else:
                 raise outcome
         return done
 
     def _of_all(self, work: Callable[[Member], R]) -> list[R]:
-        """Of the members that are left: those that fail in it are left behind."""
+        """Do it for all active members. Those that fail in it are left behind."""
         done = self._each(self._active, work)
         self._active = list(done)
         self._require_some(self._active)
@@ -480,14 +483,6 @@ class PoolTransport(Transport):
             return
         reasons = "; ".join(f"{name}: {why}" for name, why in self._lost.items())
         raise TransportError(f"no engine of the pool is left ({reasons or 'it has none'})")
-
-
-def _fall_back(member: Member, reason: NoRoomError) -> None:
-    member.transport.fall_back(reason)
-
-
-def _is_its_own(error: BaseException, own: tuple[type[SyncError], ...]) -> bool:
-    return isinstance(error, own if isinstance(error, SyncError) else Exception)
 
 
 def _end(transport: RemoteTransport, reason: str) -> None:

@@ -68,8 +68,8 @@ class StagedChunk:
     _storing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def stored_by(self, put: Callable[[torch.Tensor], Any]) -> Any:
-        """What an object store calls the chunk. The first who asks puts it there; those of other
-        engines ask at the same time, each in a thread of its own, and wait for that one copy."""
+        """Return what an object store calls the chunk. The first call puts it there; connections
+        to other engines ask at the same time, and wait for that one copy."""
         with self._storing:
             if self._stored is None:
                 (piece,) = self.pieces
@@ -209,8 +209,11 @@ class Staging:
     def _place(
         self, index: int, metas: Sequence[ParamMeta], stream: Iterator[Planned]
     ) -> StagedChunk:
-        """In place if all of it lies in shared memory. What does not is the source's again with the
-        next tensor that is asked for, so it is copied as it comes."""
+        """Leave the chunk in place if all of it lies in shared memory, else copy it.
+
+        A tensor is the source's again when the next one is asked for, so each is copied as it
+        comes: what lies in shared memory stays valid, and is copied too once one does not.
+        """
         arrived: list[Planned] = []
         places: list[tuple[int, int]] = []
         for item in stream if self._in_place and parameters_are_shared() else ():
@@ -277,7 +280,9 @@ class Staging:
                 number = [s for s in self._device_slots if s is not None].index(slot)
                 staged.places["cuda_ipc"] = [(number, offset) for offset in places]
                 continue
-            first, counts = 0, _counts(len(metas), staying)
+            # Each tensor that stays is a piece of its own; the others join those beside them.
+            ends = sorted({0, len(metas), *staying, *(place + 1 for place in staying)})
+            first, counts = 0, [end - begin for begin, end in pairwise(ends)]
             for count, (begin, end) in zip(counts, spans(metas, counts), strict=True):
                 staged.pieces.append(Piece(count, staying.get(first, slot.bytes[begin:end])))
                 first += count
@@ -286,7 +291,7 @@ class Staging:
         return staged
 
     def _stays(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor is sent from where it lies."""
+        """Return whether the tensor is sent from where it lies."""
         return (
             self._options.stable
             and self._in_pieces
@@ -307,7 +312,7 @@ class Staging:
         return [s for s in (self._slots[index], self._device_slots[index]) if s is not None]
 
     def _number(self, segment: SharedSegment) -> int:
-        """The place of a segment in the table that workers know."""
+        """Return the place of a segment in the table that workers know."""
         for number, known in enumerate(self._table):
             if known is segment:
                 return number
@@ -328,9 +333,3 @@ def _write_beside(slot: Slot, offset: int, meta: ParamMeta, tensor: torch.Tensor
         target[:] = tensor.detach().view(-1).view(torch.uint8).numpy()
     else:
         _write_alone(slot, offset, meta, tensor)
-
-
-def _counts(total: int, alone: Collection[int]) -> list[int]:
-    """How many of `total` tensors each piece has, where those in `alone` make one each."""
-    ends = sorted({0, total, *alone, *(place + 1 for place in alone)})
-    return [end - begin for begin, end in pairwise(ends)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from qerl_sync.buffers.trace import Trace
@@ -151,8 +150,8 @@ class RemoteTransport(Transport):
         self._session = say.TrainerSession.begin()
         self._listener: Listener[WorkerConnection] | None = None
         self._workers: list[WorkerConnection] = []
-        self._staging: Staging | None = None
-        self._staging_is_mine = True
+        self._staging: Staging | None = None  # of the current sync
+        self._own_staging: Staging | None = None  # a pool's members have none
         self._committing = False
         self._free_bytes = 0
         self._map_request: say.MapRequest | None = None
@@ -163,12 +162,12 @@ class RemoteTransport(Transport):
 
     @property
     def workers(self) -> Sequence[WorkerConnection]:
-        """The workers that are connected. A worker that connects anew is another worker."""
+        """Return the connections to all workers; none before the first use, or after a failure."""
         return self._workers
 
     @property
     def kinds(self) -> set[str]:
-        """How bytes travel to the workers that are connected."""
+        """Return the ways by which bytes travel to the workers."""
         return {worker.kind for worker in self._workers}
 
     @property
@@ -182,15 +181,19 @@ class RemoteTransport(Transport):
 
     @property
     def hellos(self) -> list[say.Hello]:
-        """What the workers that are connected have said of themselves."""
+        """Return what the connected workers have said of themselves."""
         return [worker.hello for worker in self._workers]
 
     def committed_version(self) -> int:
         """See the base class. Connect anew where workers were lost, or have joined the engine."""
-        if self._workers and self._has_grown():
+        # vLLM can add data parallel replicas to an engine that runs (elastic expert parallelism). A
+        # server of a part of the replicas counts those of the others, too.
+        partial = any(hello.server_is_partial for hello in self.hellos)
+        counted = len(self._workers)
+        if counted and not partial and self._control.world_size() not in (None, counted):
             if len(self._endpoints) > 1:
                 raise SyncError(
-                    f"the engine no longer has the {len(self._workers)} workers that this "
+                    f"the engine no longer has the {counted} workers that this "
                     "trainer's ranks are connected to; close the session on every rank and make a "
                     "new one"
                 )
@@ -221,7 +224,7 @@ class RemoteTransport(Transport):
         return self._ask_map(self._map_request)
 
     def free_bytes(self) -> int:
-        """As each worker told it with its layer map; receive buffers are not yet taken off."""
+        """See the base class. Each worker reports it with its layer map, before receive buffers."""
         return self._free_bytes
 
     def start(
@@ -240,22 +243,19 @@ class RemoteTransport(Transport):
         """
         self.open()
         self._renew_map(layer_map)
-        self._staging_is_mine = staging is None
         self._plan, self._version, self._index = plan, options.version, 0
         self._committing = False
         indices = None
         if options.held is not None:
             indices = [i for i, meta in enumerate(plan.metas) if meta.name in options.held]
         slots = slot_bytes(part_of(plan, indices).sizes, self._chunks_in_flight)
-        if staging is None:
-            staging = self._staging_with_room(slots, layer_map)
+        self._staging = staging or self._prepare_slots(slots, layer_map)
         if "ray" in self.kinds:
             assert self._client is not None
             assert self._client.store is not None
             self._client.store.require_store(sum(slots))
-        self._staging = staging
-        if self._staging_is_mine:
-            staging.begin(options, layer_map.parents_text, self.busy_cores)
+        if self._own_staging is not None:
+            self._own_staging.begin(options, layer_map.parents_text, self.busy_cores)
         if options.base is not None and not self.holds(options.base):
             raise StaleBaseError(  # connected anew since the session has asked
                 f"a worker is not on version {options.base} any more, on which this sync builds; "
@@ -265,7 +265,7 @@ class RemoteTransport(Transport):
             )
         self._control.pause(self._workers)
         self._control.begin_session(self._workers)
-        self._announced = staging.segments
+        self._announced = self._staging.segments
         for worker in self._workers:
             worker.forget_chunks()
             known = worker.plan_digest == plan.digest
@@ -288,13 +288,15 @@ class RemoteTransport(Transport):
                 )
             )
         self._taken = False
-        # Of several trainer ranks, workers say what each sends. One alone need not wait for that.
+        # Of several trainer ranks, workers say what each sends. One alone need not wait for that:
+        # it gathers the first chunk while workers open the sync.
         self._part: Part = part_of(plan, None)
         if len(self._endpoints) > 1 or indices is not None:
             self._part = part_of(plan, self._await_taken())
         if self._rank and any(self._part.sizes) and not parameters_are_shared():
-            # Before the first byte: what this rank sends, and so needs room for, is known by now.
-            staging.prepare(slots, self._workers, later=False)
+            # Only now is it known what this rank sends. Find out before the first byte whether
+            # there is room for it.
+            self._staging.prepare(slots, self._workers, later=False)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
@@ -309,8 +311,11 @@ class RemoteTransport(Transport):
             self.announce(index, staged)
 
     def await_room(self, index: int) -> bool:
-        """Until every worker has loaded what was in the slot that chunk `index` gets. Returns
-        whether they are ahead of us: they load quicker than we stage, or have nothing yet."""
+        """Block until every worker has loaded what was in the slot that chunk `index` gets.
+
+        Returns:
+            Whether they wait for us: they load faster than we stage, or have nothing yet.
+        """
         prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self._workers]
         if index < self._chunks_in_flight:
             return not any(worker.busy for worker in self._workers)
@@ -339,7 +344,7 @@ class RemoteTransport(Transport):
         return self.commit()
 
     def complete(self) -> None:
-        """Until every worker has all of the weights, whole, and awaits the commit."""
+        """Block until every worker has all of the weights, whole, and awaits the commit."""
         if not self._control.in_session:
             raise SyncError("no sync is open on these workers; start one first")
         self._await_taken()
@@ -351,7 +356,7 @@ class RemoteTransport(Transport):
         ]
 
     def commit(self) -> SyncResult:
-        """Let the workers generate with the new weights. Returns what they measured."""
+        """Let the workers generate with the new weights. Return what they measured."""
         self._committing = True
         self._tell(say.Commit(version=self._version))
         overwritten = False
@@ -362,9 +367,9 @@ class RemoteTransport(Transport):
             )
         self._synced_instances = {hello.instance for hello in self.hellos}
         assert self._staging is not None
-        if self._staging_is_mine:
-            self._staging.unlink(self._workers)
-        self._end_talk(version=str(self._version))
+        if self._own_staging is not None:
+            self._own_staging.unlink(self._workers)
+        self._control.end_session(self._workers, version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
         self._committing = False
@@ -386,7 +391,7 @@ class RemoteTransport(Transport):
         in_session, committing, self._committing = self._control.in_session, self._committing, False
         if in_session:
             untouched = [self._abort(worker, reason) for worker in self._workers]
-            unharmed = self._end_failed_talk() and all(untouched)
+            unharmed = self._control.end_failed_session(self._workers) and all(untouched)
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
         unharmed = unharmed and not committing
@@ -396,8 +401,8 @@ class RemoteTransport(Transport):
             self._control.leave_paused(reason)
         if not (in_session and unharmed):  # what state the engine's update is in is not known
             self.disconnect()
-        elif self._staging is not None and self._staging_is_mine:
-            self._staging.unlink(())  # not every worker has attached them
+        elif self._own_staging is not None:
+            self._own_staging.unlink(())  # not every worker has attached them
 
     @property
     def precision(self) -> tuple[str, str | None]:
@@ -413,7 +418,8 @@ class RemoteTransport(Transport):
         return self._client.prompt_logprobs(token_ids)
 
     def invalidate(self, reason: str) -> None:
-        """The engine stays paused, as after a sync that failed; also where it cannot be told."""
+        """See the base class. The engine stays paused, as after a failed sync; also where its
+        workers cannot be told."""
         try:
             self._control.pause()
             self._control.begin_session(self._workers)
@@ -422,7 +428,7 @@ class RemoteTransport(Transport):
                 worker.expect(say.Aborted, "being poisoned")
         finally:
             if self._control.in_session:
-                self._end_failed_talk()
+                self._control.end_failed_session(self._workers)
             self._control.leave_paused(reason)
             self.disconnect()
 
@@ -434,8 +440,12 @@ class RemoteTransport(Transport):
             self._listener = None
 
     def _await_taken(self) -> list[int] | None:
-        """Until every worker has opened the sync. Returns which of the plan's tensors this trainer
-        rank is to send; None: all."""
+        """Block until every worker has opened the sync.
+
+        Returns:
+            Indices of the plan's tensors that this trainer rank is to send; None: all, or it was
+            called before.
+        """
         if self._taken:
             return None
         accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self._workers]
@@ -459,7 +469,7 @@ class RemoteTransport(Transport):
             self._control.begin_session(self._workers)
             self._tell(request)
             replies = [worker.expect(kind, what) for worker in self._workers]
-            self._end_talk()
+            self._control.end_session(self._workers)
         except SyncError:
             self.abort("the dry run failed")
             raise
@@ -474,8 +484,8 @@ class RemoteTransport(Transport):
 
     @property
     def can_fall_back(self) -> bool:
-        """Whether workers may be connected anew to send over something else. Several trainer ranks
-        would have to do so at the same time."""
+        """Return whether workers may be connected anew to send over something else. Several
+        trainer ranks would have to do so at the same time."""
         return self._wanted == "auto" and len(self._endpoints) <= 1
 
     def fall_back(self, reason: NoRoomError) -> None:
@@ -541,13 +551,6 @@ class RemoteTransport(Transport):
                 self.disconnect()
                 raise
 
-    def _has_grown(self) -> bool:
-        """Return whether the engine has other workers than those that are connected: vLLM can add
-        data parallel replicas to an engine that runs (elastic expert parallelism)."""
-        if any(hello.server_is_partial for hello in self.hellos):
-            return False
-        return self._control.world_size() not in (None, len(self._workers))
-
     def _greet(self, worker: WorkerConnection) -> None:
         from qerl_sync import __version__
 
@@ -571,34 +574,33 @@ class RemoteTransport(Transport):
         logger.info("%s: %s (%s)", worker.peer, worker.kind, worker.reason)
         worker.tell(say.End())
 
-    def _staging_with_room(self, slots: list[int], layer_map: LayerMap) -> Staging:
+    def _prepare_slots(self, slots: list[int], layer_map: LayerMap) -> Staging:
+        """Return slots with room for the chunks in flight; over another transport where there is
+        too little of one kind of memory."""
+        if self._own_staging is None:
+            self._own_staging = Staging(self.kinds, self.slot_device)
+        later = self._rank > 0 or parameters_are_shared()
         try:
-            return self._staging_for(slots)
+            self._own_staging.prepare(slots, self._workers, later=later)
         except NoRoomError as exc:
             if not self.can_fall_back:
                 raise
             self.fall_back(exc)
             self._renew_map(layer_map)
-            return self._staging_with_room(slots, layer_map)  # /dev/shm may have what a GPU has not
-
-    def _staging_for(self, slots: list[int]) -> Staging:
-        if self._staging is None:
-            self._staging = Staging(self.kinds, self.slot_device)
-        later = self._rank > 0 or parameters_are_shared()
-        self._staging.prepare(slots, self._workers, later=later)
-        return self._staging
+            return self._prepare_slots(slots, layer_map)  # /dev/shm may have what a GPU has not
+        return self._own_staging
 
     def disconnect(self) -> None:
-        """The next use connects anew."""
+        """Close all connections. The next use connects anew."""
         for worker in self._workers:
             worker.close()
         self._workers = []
-        if self._staging is not None and self._staging_is_mine:
-            self._staging.close()
-        self._staging = None
+        if self._own_staging is not None:
+            self._own_staging.close()
+        self._staging = self._own_staging = None
 
     def _abort(self, worker: WorkerConnection, reason: str) -> bool:
-        """Returns whether the worker was not touched and goes on with what it has."""
+        """Return whether the worker was not touched and goes on with what it has."""
         try:
             worker.forget_chunks()
             worker.tell(say.Abort(reason=reason, keep_old=not self._committing))
@@ -607,17 +609,6 @@ class RemoteTransport(Transport):
         except SyncError as exc:
             logger.warning("%s cannot be told that the sync has failed: %s", worker.peer, exc)
             return False
-
-    def _end_talk(self, version: str | None = None) -> None:
-        self._tell(say.End())
-        self._control.end_session(self._workers, version)
-
-    def _end_failed_talk(self) -> bool:
-        """Returns whether the engine is ready for the next call."""
-        for worker in self._workers:
-            with suppress(SyncError):
-                worker.tell(say.End())
-        return self._control.end_failed_session()
 
     def _tell(self, message: say.Message) -> None:
         for worker in self._workers:

@@ -1,4 +1,4 @@
-"""Whether a trainer may drive vLLM's own engines on this worker, and fits it."""
+"""Check that a trainer may drive vLLM's own engines on this worker, and fits it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class Admission:
-    """Takes from vLLM's calls what `wire.introductions` has added, and holds it against the worker.
+    """Takes from vLLM's calls what `wire.handshake` has added, and holds it against the worker.
 
     Where QERL_SYNC_TOKEN is set when this is made, every call must show that it is known. Where it
     is not, vLLM's own trainer engines, which add nothing, are admitted too.
@@ -33,7 +33,7 @@ class Admission:
         self._calls = 0
 
     def introduced(self, init_info: Mapping[str, Any]) -> dict[str, Any]:
-        """What is vLLM's of it.
+        """Check a call that introduces a trainer. Return vLLM's part of it.
 
         Raises:
             AgreementError: the token is wrong or missing, the trainer runs another qerl-sync, or
@@ -51,7 +51,7 @@ class Admission:
         return rest
 
     def called(self, update_info: Mapping[str, Any]) -> dict[str, Any]:
-        """What is vLLM's of it.
+        """Check a call that brings an update. Return vLLM's part of it.
 
         Raises:
             AgreementError: the token is wrong, or the call was repeated.
@@ -123,7 +123,7 @@ class Admission:
 
 
 def _parted(info: Mapping[str, Any], kind: type[S]) -> tuple[dict[str, Any], S | None]:
-    """vLLM's part and ours, which may be missing."""
+    """Return vLLM's part and ours, which may be missing."""
     rest = dict(info)
     reported = rest.pop(say.KEY, None)
     if reported is None:

@@ -1,4 +1,4 @@
-"""How a chunk's bytes become tensors in the worker: mapped from shared memory, or received."""
+"""Make tensors of a chunk's bytes in the worker: mapped from shared memory, or received."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ class ChunkReceiver(ABC):
 
     @abstractmethod
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
-        """Get the memory that the next sync arrives in. Raises TransportError."""
+        """Get the memory that the next sync arrives in. Raise TransportError if there is none."""
 
     @abstractmethod
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
-        """The chunk's tensors, in memory that is used again `chunks_in_flight` chunks later.
+        """Return the chunk's tensors, in memory that is reused `chunks_in_flight` chunks later.
 
         Raises:
             TransportError: a tensor would lie outside of that memory, or its bytes do not come.
         """
 
     def release(self) -> None:  # noqa: B027  not every receiver keeps the trainer's memory from it
-        """Every chunk is loaded: unmap what the trainer frees when the sync is over."""
+        """Unmap what the trainer frees when the sync is over. Every chunk is loaded by now."""
 
     def rest(self) -> None:  # noqa: B027  not every receiver has something to give back
-        """The sync is over: give back what the next one can get anew."""
+        """Give back what the next sync can get anew. This one is over."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all memory."""
 
 
 class SegmentReceiver(ChunkReceiver, Generic[A]):
@@ -89,7 +89,7 @@ class SegmentReceiver(ChunkReceiver, Generic[A]):
         ]
 
     def _make_ready(self, places: Iterable[tuple[ParamMeta, Place]]) -> None:
-        """These tensors will be read."""
+        """Prepare memory of these tensors for being read."""
 
     def close(self) -> None:
         self._attached, self._table = {}, []
@@ -140,7 +140,7 @@ class CudaIpcReceiver(SegmentReceiver[AttachedDeviceSegment]):
 
 
 def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int]]:
-    """The memory of these tensors, as few pieces: (segment, begin, end)."""
+    """Return the memory of these tensors in as few pieces as possible: (segment, begin, end)."""
     runs: list[tuple[int, int, int]] = []
     for number, begin, end in sorted((n, at, at + meta.nbytes) for meta, (n, at) in places):
         if runs and runs[-1][0] == number and begin <= runs[-1][2] + mmap.PAGESIZE:

@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 class QerlInitInfo(dict[str, Any], WeightTransferInitInfo):
-    """What the trainer says when it connects: see `calls.ConnectCall`."""
+    """Hold a trainer's request to connect: see `calls.ConnectCall`."""
 
 
 class QerlUpdateInfo(dict[str, Any], WeightTransferUpdateInfo):
-    """What the trainer says when it calls: see `calls.ServeCall`."""
+    """Hold a trainer's request for the worker's thread: see `calls.ServeCall`."""
 
 
 class QerlWeightTransferEngine(WeightTransferEngine):
@@ -61,12 +61,12 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         self._update_open = False
 
     def parse_init_info(self, init_dict: Any) -> QerlInitInfo:
-        """Any form will do: `WorkerSession` says what is wrong with it. What is raised here is
-        raised on all ranks."""
+        """Take any form. `WorkerSession` refuses wrong ones: what is raised here would be raised on
+        all ranks."""
         return cast("QerlInitInfo", init_dict)
 
     def parse_update_info(self, update_dict: Any) -> QerlUpdateInfo:
-        """As `parse_init_info`."""
+        """Take any form, as `parse_init_info`."""
         return cast("QerlUpdateInfo", update_dict)
 
     def init_transfer_engine(self, init_info: QerlInitInfo) -> None:

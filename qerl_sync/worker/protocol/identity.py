@@ -1,4 +1,4 @@
-"""What a worker says of itself."""
+"""Describe a worker to the trainer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARALLEL_SIZES = (
 
 
 def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False) -> Hello:
-    """Of the worker rank whose model that receiver loads. Called by the thread that loads it."""
+    """Describe the worker rank whose model that receiver loads. Call it in the loading thread."""
     parallel = vllm_config.parallel_config
     dtype, quantization = receiver.precision
     connector, connector_keeps = connector_of(vllm_config)
@@ -57,7 +57,7 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
 
 
 def packages() -> dict[str, str]:
-    """Versions that matter to a sync."""
+    """Return the versions of the packages that matter to a sync."""
     found = {"torch": str(torch.__version__), "vllm": vllm_version()}
     try:
         found["qerl-sync"] = version("qerl-sync")

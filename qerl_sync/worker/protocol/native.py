@@ -24,7 +24,7 @@ ipc, not packed: tensors are the trainer's own memory, which it keeps until afte
 A trainer that tells no plan (vLLM's own trainer engines) is served as well, in its own order, as
 long as one update brings everything (packed ipc does not) and QERL_SYNC_TOKEN is not set here.
 
-What goes one way only, vLLM's calls, is what both sides agree by (`wire.introductions`): protocol
+What goes one way only, vLLM's calls, is what both sides agree by (`wire.handshake`): protocol
 and version, the token where there is one, and what the trainer expects of the engine, when it
 connects; the plan with each sync. The trainer learns nothing of a worker that does not refuse.
 The token proves who calls. It does not protect the bytes, which are vLLM's.
@@ -64,7 +64,7 @@ PLAN = "plan"
 
 
 class _Planned:
-    """What both engines have in common, to stand before vLLM's class among the bases."""
+    """Mix into vLLM's engines what both have in common; stands before vLLM's class."""
 
     supports_draft_weight_update = False
 
@@ -81,11 +81,11 @@ class _Planned:
 
     @property
     def last_report(self) -> LoadReport | None:
-        """Of the last sync that was finished."""
+        """Return the report of the last sync that was finished."""
         return self._loads.last_report
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
-        """vLLM's own; None where the trainer only introduces itself.
+        """Return vLLM's own info; None where the trainer only introduces itself.
 
         Raises:
             AgreementError: the trainer does not fit, or may not.

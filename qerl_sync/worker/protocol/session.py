@@ -230,7 +230,11 @@ class WorkerSession:
                 self._loader.require_adapter(Adapter.from_json(lead.adapter))
                 self._tell(say.AdapterReply())
             elif isinstance(lead, say.SyncRequest):
-                self._sync(_all_of(requests, say.SyncRequest))
+                syncs = [one for one in requests if isinstance(one, say.SyncRequest)]
+                if len(syncs) < len(requests):
+                    asked = ", ".join(type(one).__name__ for one in requests)
+                    raise AgreementError(f"trainer ranks ask for different things: {asked}")
+                self._sync(syncs)
             elif isinstance(lead, say.Abort):
                 self._loader.abort(lead.reason, keep_old=lead.keep_old)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
@@ -273,10 +277,11 @@ class WorkerSession:
         with clock("finish"):
             trace = self._loader.finish()
         self._release()
+        verify_seconds = self._loader.verify_seconds + self._wire_clock.seconds["verify"]
         self._tell(
             say.Report(
                 trace=trace.to_json(),
-                seconds=clock.seconds | {"verify": self._verify_seconds()},
+                seconds=clock.seconds | {"verify": verify_seconds},
                 peak_extra_bytes=self._extra_bytes(),
                 peak_staged_bytes=self._loader.peak_staged_bytes,
                 kept_bytes=self._loader.kept_bytes,
@@ -296,7 +301,7 @@ class WorkerSession:
         self._tell(say.Committed(caches_overwritten=overwritten))
 
     def _agree(self, requests: list[say.SyncRequest]) -> tuple[SyncPlan, LayerMap]:
-        """Hold the trainer's plan against what this worker knows, before anything is touched."""
+        """Check the trainer's plan against what this worker knows, before anything is touched."""
         if self._layer_map is None or self._layer_map.digest != requests[0].layer_map:
             raise AgreementError(
                 "the plan was made with another layer map than this worker's: its engine was "
@@ -318,7 +323,7 @@ class WorkerSession:
         return self._plan, self._layer_map
 
     def _prepare(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> list[Part]:
-        """Who sends what, and the memory for it."""
+        """Decide who sends what, and get the memory for it."""
         parts = divide(plan, [request.held for request in requests])
         for rank, (connection, part, request) in enumerate(
             zip(self._connections, parts, requests, strict=True)
@@ -339,7 +344,7 @@ class WorkerSession:
     def _load(
         self, index: int, plan: SyncPlan, parts: list[Part], clock: Stopwatch, *, checksums: bool
     ) -> list[bool]:
-        """Returns for each trainer rank whether the worker read its part in place."""
+        """Load a chunk. Return for each trainer rank whether the worker read its part in place."""
         senders = {i: part.chunks[index] for i, part in enumerate(parts) if part.chunks[index]}
         with clock("wait"):
             arrived = {
@@ -376,7 +381,7 @@ class WorkerSession:
     def _intact(
         self, index: int, tensors: Iterator[tuple[str, torch.Tensor]], reported: Mapping[str, int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The stream, each tensor held against the trainer's checksum before vLLM sees it."""
+        """Yield the stream. Compare each tensor with the trainer's checksum before vLLM sees it."""
         for name, tensor in tensors:
             with self._wire_clock("verify"):
                 found = checksum(tensor)
@@ -388,9 +393,6 @@ class WorkerSession:
                     "during the sync), or a network card or memory is broken"
                 )
             yield name, tensor
-
-    def _verify_seconds(self) -> float:
-        return self._loader.verify_seconds + self._wire_clock.seconds["verify"]
 
     def _extra_bytes(self) -> int | None:
         measured = self._memory.extra_bytes()
@@ -434,7 +436,7 @@ class WorkerSession:
         return [_awaited(connection, kind, what) for connection in self._connections]
 
     def _tell(self, message: say.Message) -> None:
-        """To every rank, also where some are gone."""
+        """Send to every rank, also where some are gone."""
         for connection in self._connections:
             with suppress(TransportError):
                 connection.tell(message)
@@ -486,13 +488,6 @@ def _told_checksums(names: Sequence[str], one: Arrived) -> dict[str, int]:
     return dict(zip(names, one.checksums, strict=True))
 
 
-def _all_of(items: list[Item], kind: type[M]) -> list[M]:
-    for item in items:
-        if not isinstance(item, kind):
-            raise AgreementError(f"trainer ranks ask for different things: {items[0]!r}, {item!r}")
-    return items  # type: ignore[return-value]
-
-
 def _awaited(connection: TrainerConnection, kind: type[M], what: str) -> M:
     item = connection.next(what)
     if isinstance(item, say.Abort):
@@ -507,7 +502,7 @@ def _references(tensor: torch.Tensor) -> int:
 
 
 def _require_released(name: str, kept: int) -> None:
-    """Its memory is used again: vLLM must not hold it any longer."""
+    """Raise LoadError if vLLM still refers to a chunk's memory, which will be used again."""
     if kept > 0:
         raise LoadError(
             f"vLLM still refers to {name!r} after its chunk was loaded; its weights would change "
