@@ -208,7 +208,7 @@ def start_terminal(ray: Any) -> Any:
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1)
-    return remote(Terminal).options(name="terminal").remote()
+    return remote(Terminal).remote()
 
 
 @contextmanager

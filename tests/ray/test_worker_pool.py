@@ -377,6 +377,7 @@ def test_what_the_trainer_shows_appears_at_the_terminal(is_terminal: bool):
     from rich.console import Console
 
     terminal = start_terminal(ray)
+    ray.get(terminal.__ray_ready__.remote())  # `show` does not wait long for it
     here = Display(Console(file=io.StringIO(), force_terminal=is_terminal, width=90))
     remote = remote_display(terminal, console_of(here))
     text = drawn_at_a_terminal(remote, here, terminal)
@@ -397,6 +398,7 @@ def test_a_run_goes_on_without_its_display():
     from rich.console import Console
 
     terminal = start_terminal(ray)
+    ray.get(terminal.__ray_ready__.remote())  # `show` does not wait long for it
     here = Display(Console(file=io.StringIO()))
     remote = remote_display(terminal, console_of(here))
     with remote.phase("doing", "done"):
