@@ -32,7 +32,7 @@ from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, shortened, tolerance
-from qerl_sync.wire.cores import avoid_cores
+from qerl_sync.wire.host import avoid_cores
 
 if TYPE_CHECKING:
     import torch
@@ -451,7 +451,9 @@ class SyncSession:
             raise CoverageError(
                 f"{reason}. The engine is poisoned: it computes with other weights, or the model "
                 "otherwise. Hold a fresh engine against the trainer; sync.verify_tolerance raises "
-                "the bound"
+                "the bound",
+                engine=engine,
+                gap=gap,
             )
         return probed
 

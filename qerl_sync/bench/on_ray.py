@@ -31,7 +31,7 @@ from qerl_sync.integrations.ray.cluster import connect, require_ray
 from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
 from qerl_sync.session import SyncSession
 from qerl_sync.sources.hf import HFSource
-from qerl_sync.wire.cores import own_cores
+from qerl_sync.wire.host import own_cores
 from qerl_sync.worker.protocol import mailbox as mailbox
 
 SECOND = {"second": 1}

@@ -18,10 +18,10 @@ from typing import Any
 
 from qerl_sync import errors
 from qerl_sync.errors import CompatError, ConfigError
-from qerl_sync.meta import DTYPE_BITS
+from qerl_sync.meta import DTYPE_BITS, metas_to_json
 from qerl_sync.offline import map_cache
 from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
-from qerl_sync.plan.offline_map import OfflineMap, metas_to_json
+from qerl_sync.plan.offline_map import OfflineMap
 
 PROBE_TIMEOUT_SECONDS = 600.0
 SHOWN_LINES = 12

@@ -66,7 +66,7 @@ def lora_arguments(config: TrainConfig) -> LoraConfig | None:
     try:
         return LoraConfig(task_type="CAUSAL_LM", **config.peft)
     except (TypeError, ValueError, ImportError) as exc:
-        raise ConfigError(f"peft: PEFT's LoraConfig refuses it: {exc}") from exc
+        raise ConfigError(f"peft: PEFT's LoraConfig refuses it: {exc}", place="peft") from exc
 
 
 def engine_options(config: TrainConfig) -> dict[str, Any]:
@@ -105,4 +105,6 @@ def _make(kind: Any, section: str, arguments: Mapping[str, Any]) -> Any:
     try:
         return kind(**{"disable_tqdm": True, **arguments})
     except (TypeError, ValueError, ImportError) as exc:
-        raise ConfigError(f"{section}: TRL's {kind.__name__} refuses it: {exc}") from exc
+        raise ConfigError(
+            f"{section}: TRL's {kind.__name__} refuses it: {exc}", place=section
+        ) from exc

@@ -416,7 +416,8 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
     # Length first: int() refuses thousands of digits with an error of its own.
     if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
         raise AgreementError(
-            f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500 or [::1]:29500"
+            f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500 or [::1]:29500",
+            subject="endpoint",
         )
     return host, int(port)
 
@@ -473,7 +474,8 @@ def connect(
         connection.close()
         raise AgreementError(
             f"the trainer at {at} and this worker do not share a token; set the same "
-            "QERL_SYNC_TOKEN for both, or for neither"
+            "QERL_SYNC_TOKEN for both, or for neither",
+            subject="token",
         ) from exc
     return kind(connection, "the trainer", key, WORKER)
 

@@ -118,7 +118,7 @@ def test_each_rank_knows_whether_vllm_has_its_update_open(ranks):
 
 def test_a_rank_that_cannot_introduce_itself_lets_go_of_the_trainer(ranks, monkeypatch):
     monkeypatch.delattr(MODEL, "max_model_len")
-    with pytest.raises(PeerLostError, match="its hello"):
+    with pytest.raises(PeerLostError):
         hellos(ranks)
 
 

@@ -210,7 +210,8 @@ class RolloutActor:
         if self.version < version:
             raise AgreementError(
                 f"{self.name} has weight version {self.version}, and {version} is required; "
-                "sync it first"
+                "sync it first",
+                subject="weight_version",
             )
 
     # ---- what a trainer calls: vLLM's four methods, and those of engines.base.EngineClient

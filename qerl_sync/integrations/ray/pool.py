@@ -544,7 +544,8 @@ class Worker:
         if theirs != __version__:
             raise AgreementError(
                 f"{self.name} runs qerl-sync {theirs} on node {status.get('node')}, and this "
-                f"process {__version__}; install the same version on every node"
+                f"process {__version__}; install the same version on every node",
+                subject="version",
             )
         return status
 

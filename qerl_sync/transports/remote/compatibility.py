@@ -18,7 +18,8 @@ def require_protocol(hello: Hello, own_version: str) -> None:
     if hello.protocol != PROTOCOL or theirs != own_version:
         raise AgreementError(
             f"worker {hello.rank} runs qerl-sync {theirs} (protocol {hello.protocol}), the trainer "
-            f"{own_version} (protocol {PROTOCOL}); install the same version for both"
+            f"{own_version} (protocol {PROTOCOL}); install the same version for both",
+            subject="version",
         )
 
 
@@ -31,7 +32,8 @@ def require_alike(hellos: Sequence[Hello]) -> None:
             if mine != theirs:
                 raise AgreementError(
                     f"{first.worker} has {name} {mine!r}, {other.worker} {theirs!r}; sync them in "
-                    "sessions of their own, or start them alike"
+                    "sessions of their own, or start them alike",
+                    subject=name,
                 )
 
 
@@ -56,6 +58,7 @@ def require_complete(hellos: Sequence[Hello], world_size: int | None) -> None:
             raise AgreementError(
                 f"of engine {engine}, replica {replica}, the worker ranks {missing} of {size} did "
                 "not connect; look at their log",
+                subject="ranks",
                 engine=engine,
                 replica=replica,
                 ranks=missing,
@@ -86,7 +89,8 @@ def require_same_map(planned: LayerMap, now: LayerMap) -> None:
                 raise AgreementError(
                     f"the workers are not what the plan was made for: of {name!r} they said "
                     f"{before.get(name)!r}, and now {after.get(name)!r}. Their engine was started "
-                    "with another model or layout; close the session and make a new one"
+                    "with another model or layout; close the session and make a new one",
+                    subject="layer_map",
                 )
 
 

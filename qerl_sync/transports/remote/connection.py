@@ -232,7 +232,7 @@ class WorkerConnection(Connection):
     def _prove(self, kind: str, probe: say.Segment, nonce: torch.Tensor, other: str) -> None:
         ready = self._propose(kind, {"probe": probe.model_dump()})
         if ready.options.get("probe") != bytes(nonce.numpy()).hex():
-            raise AgreementError(f"{self.peer} sees {other} than the trainer")
+            raise AgreementError(f"{self.peer} sees {other} than the trainer", subject="memory")
 
     def _propose(self, transport: str, options: dict[str, object]) -> say.Ready:
         proposal = {
@@ -306,7 +306,8 @@ def choose_transport(
         if wanted == "cuda_ipc" and (apart := _no_common_gpu(worker.hello, device)):
             raise AgreementError(
                 f"sync.transport: cuda_ipc needs {worker.peer} in a process of its own on the "
-                f"GPU that the trainer's tensors are on, and {apart}; choose auto"
+                f"GPU that the trainer's tensors are on, and {apart}; choose auto",
+                subject="device",
             )
         opening[wanted]()
         worker.kind, worker.reason = wanted, "sync.transport says so"

@@ -95,7 +95,8 @@ def _forget_lost(workers: list[WorkerConnection], new: WorkerConnection) -> None
             new.close()
             raise AgreementError(
                 f"{old.peer} and {new.peer} claim the same place in the engine; start each engine "
-                "in processes of its own, and sync them in sessions of their own"
+                "in processes of its own, and sync them in sessions of their own",
+                subject="place",
             )
         old.close()
         workers.remove(old)

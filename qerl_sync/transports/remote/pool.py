@@ -29,7 +29,6 @@ from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
 from qerl_sync.transports.remote.compatibility import joint_map, require_alike
-from qerl_sync.transports.remote.parallel import in_parallel
 from qerl_sync.transports.remote.staging import Staging
 from qerl_sync.transports.remote.transport import RemoteTransport
 from qerl_sync.verify.probe_prompt import largest_gap
@@ -257,7 +256,8 @@ class PoolTransport(Transport):
         if self.required_version not in (None, version):
             raise ConfigError(
                 f"version {self.required_version} is asked for, and a worker has {version - 1} "
-                f"already; versions only move forwards, ask for {version} or more"
+                f"already; versions only move forwards, ask for {version} or more",
+                least=version,
             )
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
         self._require_some(self._ready)
@@ -404,7 +404,8 @@ class PoolTransport(Transport):
         if found.digest not in self._maps:
             raise AgreementError(
                 f"{member.name} has another layer map than the engines that the plan was made "
-                "with; start it as they were started, or sync it in a session of its own"
+                "with; start it as they were started, or sync it in a session of its own",
+                subject="layer_map",
             )
         self._require_alike([member])
         if self._adapter is not None:
@@ -488,3 +489,24 @@ class PoolTransport(Transport):
 def _end(transport: RemoteTransport, reason: str) -> None:
     transport.abort(reason)
     transport.disconnect()
+
+
+def in_parallel(works: Sequence[Callable[[], R]]) -> list[R | BaseException]:
+    """Run all at the same time. Return what each returned or raised, in order. The
+    threads die with the process."""
+    outcomes: list[R | BaseException] = [RuntimeError("it never ran")] * len(works)
+
+    def run(index: int) -> None:
+        try:
+            outcomes[index] = works[index]()
+        except BaseException as exc:
+            outcomes[index] = exc
+
+    threads = [
+        threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(works))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes

@@ -19,8 +19,8 @@ from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
-from qerl_sync.wire.cores import avoid_cores
 from qerl_sync.wire.device_segments import DeviceSegment
+from qerl_sync.wire.host import avoid_cores
 from qerl_sync.wire.messages import Segment
 from qerl_sync.wire.segments import (
     PrivateMemory,

@@ -17,7 +17,7 @@ from qerl_sync.errors import (
     SyncError,
     TransportError,
 )
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
@@ -219,7 +219,7 @@ class RemoteTransport(Transport):
     ) -> LayerMap:
         self.open()
         self._map_request = say.MapRequest(
-            metas=say.pack_metas(list(metas)), allow_incomplete=list(allow_incomplete)
+            metas=metas_to_json(metas), allow_incomplete=list(allow_incomplete)
         )
         return self._ask_map(self._map_request)
 

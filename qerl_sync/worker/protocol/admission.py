@@ -62,7 +62,9 @@ class Admission:
         if reported is not None:
             self._require_own_session(reported)
             if reported.number <= self._calls:
-                raise AgreementError(f"the trainer's update {reported.number} was repeated")
+                raise AgreementError(
+                    f"the trainer's update {reported.number} was repeated", subject="call"
+                )
             self._calls = reported.number
         return rest
 
@@ -81,14 +83,16 @@ class Admission:
         if not self._token and shown:
             raise AgreementError(
                 f"the trainer has a {TOKEN_VARIABLE} and this worker none; set the same for both, "
-                "or for neither"
+                "or for neither",
+                subject="token",
             )
         if self._token and not (shown and same_proof(right(reported), shown)):
             finding = "shows another one" if shown else "does not show it"
             raise AgreementError(
                 f"this worker has a {TOKEN_VARIABLE} and the call {finding}; set the same for "
                 "both, and let the trainer use the backend qerl_nccl or qerl_ipc "
-                "(qerl_sync.integrations.vllm_native)"
+                "(qerl_sync.integrations.vllm_native)",
+                subject="token",
             )
 
     def _require_own_version(self, reported: say.Introduction) -> None:
@@ -97,7 +101,8 @@ class Admission:
             raise AgreementError(
                 f"{self._name} runs qerl-sync {own} (protocol {PROTOCOL}), the trainer "
                 f"{reported.version} (protocol {reported.protocol}); install the same version for "
-                "both"
+                "both",
+                subject="version",
             )
 
     def _require_expected(self, expected: say.Expected) -> None:
@@ -108,12 +113,14 @@ class Admission:
             if name not in own:
                 raise AgreementError(
                     f"the trainer expects {name} {wanted!r}, of which workers say nothing; "
-                    f"`expected` may name {', '.join(own)}"
+                    f"`expected` may name {', '.join(own)}",
+                    subject=name,
                 )
             if own[name] != wanted:
                 raise AgreementError(
                     f"{self._name} has {name} {own[name]!r}, the trainer expects {wanted!r}; "
-                    "start the engine so, or the trainer with another `expected`"
+                    "start the engine so, or the trainer with another `expected`",
+                    subject=name,
                 )
 
     @property
@@ -135,5 +142,6 @@ def _parted(info: Mapping[str, Any], kind: type[S]) -> tuple[dict[str, Any], S |
         place = ".".join(map(str, first["loc"])) or "it"
         raise AgreementError(
             f"what the call says under {say.KEY!r} is not of qerl-sync's trainer ({place}: "
-            f"{first['msg']}); install the same version for both"
+            f"{first['msg']}); install the same version for both",
+            subject="call",
         ) from exc

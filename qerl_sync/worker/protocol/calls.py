@@ -45,7 +45,8 @@ class ConnectCall(_Call):
             raise AgreementError(
                 f"the token is wrong; set the same {TOKEN_VARIABLE} for trainer and server"
                 if own
-                else "the call brings no token, or one that does not fit it"
+                else "the call brings no token, or one that does not fit it",
+                subject="token",
             )
         return token
 
@@ -67,5 +68,6 @@ def parsed(kind: type[C], call: object) -> C:
         place = ".".join(map(str, first["loc"])) or "the call"
         raise AgreementError(
             f"the call is not one of qerl-sync's trainer ({place}: {first['msg']}); drive this "
-            "engine with a SyncSession or the trainer engine `qerl`"
+            "engine with a SyncSession or the trainer engine `qerl`",
+            subject="call",
         ) from exc

@@ -22,10 +22,11 @@ Place = tuple[int, int]
 A = TypeVar("A", AttachedSegment, AttachedDeviceSegment)
 
 
-class ChunkReceiver(ABC):
+class ChunkReceiver:
     """One trainer rank's chunks. `prepare` before a sync, `fetch` for each chunk, `rest` after it.
 
-    `fetch` and `rest` run in a thread of their own while the worker loads; the others do not.
+    `fetch` and `rest` run in a thread of their own while the worker loads; the others do not. This
+    class stands for a connection on which no transport was opened.
 
     Attributes:
         standing_bytes: memory of the worker's own that it holds from sync to sync.
@@ -33,30 +34,29 @@ class ChunkReceiver(ABC):
 
     standing_bytes = 0
 
-    @abstractmethod
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
         """Get the memory that the next sync arrives in. Raise TransportError if there is none."""
+        raise TransportError("the trainer has not opened a transport on this connection")
 
-    @abstractmethod
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
         """Return the chunk's tensors, in memory that is reused `chunks_in_flight` chunks later.
 
         Raises:
             TransportError: a tensor would lie outside of that memory, or its bytes do not come.
         """
+        raise NotImplementedError
 
-    def release(self) -> None:  # noqa: B027  not every receiver keeps the trainer's memory from it
+    def release(self) -> None:
         """Unmap what the trainer frees when the sync is over. Every chunk is loaded by now."""
 
-    def rest(self) -> None:  # noqa: B027  not every receiver has something to give back
+    def rest(self) -> None:
         """Give back what the next sync can get anew. This one is over."""
 
-    @abstractmethod
     def close(self) -> None:
         """Release all memory."""
 
 
-class SegmentReceiver(ChunkReceiver, Generic[A]):
+class SegmentReceiver(ChunkReceiver, ABC, Generic[A]):
     """Views of the trainer's memory, which is mapped once: nothing is copied."""
 
     def __init__(self) -> None:

@@ -54,7 +54,7 @@ class TrainerConnection(Connection):
 
     def __init__(self, connection: socket.socket, peer: str, key: bytes, role: str) -> None:
         super().__init__(connection, peer, key, role)
-        self.chunk_receiver: ChunkReceiver | None = None
+        self.chunk_receiver = ChunkReceiver()
         self.expected: Sequence[Sequence[ParamMeta]] = ()
         self._queue: queue.SimpleQueue[say.Message | Arrived | SyncError] = queue.SimpleQueue()
         self._error: SyncError | None = None
@@ -109,8 +109,7 @@ class TrainerConnection(Connection):
         with suppress(queue.Empty):  # chunks that nobody will load keep memory mapped
             while True:
                 self._queue.get_nowait()
-        if self.chunk_receiver is not None:
-            self.chunk_receiver.close()
+        self.chunk_receiver.close()
 
     def _open(self, proposal: say.Welcome, device: torch.device) -> dict[str, Any]:
         """Make `chunk_receiver`. Return what shows the trainer that its memory is seen here."""
@@ -144,16 +143,16 @@ class TrainerConnection(Connection):
                 message = self.receive(math.inf, "the trainer's next message")
                 if isinstance(message, say.Ping):
                     self.tell(say.Pong())
-                    continue
-                self._queue.put(self._fetch(message) if isinstance(message, say.Chunk) else message)
-                if isinstance(message, say.End) and self.chunk_receiver is not None:
+                elif isinstance(message, say.Chunk):
+                    if not 0 <= (index := message.index) < len(self.expected):
+                        raise TransportError(f"chunk {index} arrived, which no sync awaits")
+                    tensors = self.chunk_receiver.fetch(message, self.expected[index])
+                    self._queue.put(Arrived(index, tensors, message.in_place, message.checksums))
+                    del tensors  # the loader gives them up while this thread waits for the next
+                else:
+                    self._queue.put(message)
+                if isinstance(message, say.End):
                     self.chunk_receiver.rest()
         except Exception as exc:
             self._error = exc if isinstance(exc, SyncError) else TransportError(str(exc))
             self._queue.put(self._error)
-
-    def _fetch(self, chunk: say.Chunk) -> Arrived:
-        if self.chunk_receiver is None or not 0 <= chunk.index < len(self.expected):
-            raise TransportError(f"chunk {chunk.index} arrived, which no sync awaits")
-        tensors = self.chunk_receiver.fetch(chunk, self.expected[chunk.index])
-        return Arrived(chunk.index, tensors, chunk.in_place, chunk.checksums)

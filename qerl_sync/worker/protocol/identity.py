@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from qerl_sync.wire import cuda_memory
-from qerl_sync.wire.cores import own_cores
-from qerl_sync.wire.host import host_id
+from qerl_sync.wire.host import host_id, own_cores
 from qerl_sync.wire.messages import PROTOCOL, Hello
 from qerl_sync.worker.compat.caches import connector_of
 from qerl_sync.worker.compat.coupling import vllm_version

@@ -49,7 +49,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from qerl_sync.errors import AgreementError, ConfigError, SyncError, TransportError
-from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.meta import ParamMeta, Storage, metas_from_json
 from qerl_sync.options import FiniteCheck
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.worker.compat import engine as compat
@@ -142,7 +142,7 @@ class _Planned:
 
     def _metas_of(self, info: Any) -> list[ParamMeta]:
         triples = zip(info.names, info.dtype_names, info.shapes, strict=True)
-        return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in triples]
+        return metas_from_json(triples)
 
     def _storages(self) -> Mapping[str, Storage]:
         return {}
@@ -187,7 +187,8 @@ class QerlIPCWeightTransferEngine(_Planned, IPCWeightTransferEngine):
         if self.packed:
             raise AgreementError(
                 "tensors arrive buffer by buffer and the trainer has told no plan; let it use the "
-                "backend qerl_ipc (QerlIPCTrainerInitInfo), or packed=False"
+                "backend qerl_ipc (QerlIPCTrainerInitInfo), or packed=False",
+                subject="plan",
             )
         return super()._metas_of(info)
 

@@ -28,7 +28,7 @@ from qerl_sync.errors import (
     TransportError,
     TransportTimeout,
 )
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, metas_from_json
 from qerl_sync.options import FiniteCheck, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
@@ -189,11 +189,13 @@ class WorkerSession:
         """
         asked = parsed(ServeCall, call)
         if not self._connections:
-            raise AgreementError("no trainer is connected to this worker")
+            raise AgreementError("no trainer is connected to this worker", subject="session")
         if not same_proof(proof(self._token, "update", asked.number), asked.proof):
-            raise AgreementError("the call does not come from the trainer that is connected")
+            raise AgreementError(
+                "the call does not come from the trainer that is connected", subject="token"
+            )
         if asked.number <= self._calls:
-            raise AgreementError(f"the trainer's call {asked.number} was repeated")
+            raise AgreementError(f"the trainer's call {asked.number} was repeated", subject="call")
         self._calls = asked.number
         heard = False
         try:
@@ -233,7 +235,9 @@ class WorkerSession:
                 syncs = [one for one in requests if isinstance(one, say.SyncRequest)]
                 if len(syncs) < len(requests):
                     asked = ", ".join(type(one).__name__ for one in requests)
-                    raise AgreementError(f"trainer ranks ask for different things: {asked}")
+                    raise AgreementError(
+                        f"trainer ranks ask for different things: {asked}", subject="request"
+                    )
                 self._sync(syncs)
             elif isinstance(lead, say.Abort):
                 self._loader.abort(lead.reason, keep_old=lead.keep_old)
@@ -254,7 +258,7 @@ class WorkerSession:
             self._tell(say.failure(exc))
 
     def _map(self, request: say.MapRequest) -> None:
-        metas = say.unpack_metas(request.metas)
+        metas = metas_from_json(request.metas)
         self._layer_map = self._loader.layer_map(metas, allow_incomplete=request.allow_incomplete)
         reported = self._layer_map.to_json()
         self._tell(say.MapReply(layer_map=reported, free_bytes=self._loader.free_bytes()))
@@ -273,16 +277,29 @@ class WorkerSession:
             self._load(index, plan, parts, clock, checksums=options.checksums)
             for index in range(len(plan.chunks))
         ]
-        self._each(say.Finish, "the end of the stream")
+        for connection in self._connections:
+            _await(connection, say.Finish, "the end of the stream")
         with clock("finish"):
             trace = self._loader.finish()
         self._release()
+        # Slots of this worker's own stay from sync to sync, and count in what it took.
+        standing = [one.chunk_receiver.standing_bytes for one in self._connections]
+        extra_bytes = self._memory.extra_bytes()
+        arrivals = [
+            Arrivals(
+                sizes=part.sizes if self._memory.counts_mapped else [0] * len(part.sizes),
+                chunks_in_flight=len(request.slots),
+                standing_bytes=standing[rank],
+                in_place=[chunk[rank] for chunk in in_place],
+            )
+            for rank, (part, request) in enumerate(zip(parts, requests, strict=True))
+        ]
         verify_seconds = self._loader.verify_seconds + self._wire_clock.seconds["verify"]
         self._tell(
             say.Report(
                 trace=trace.to_json(),
                 seconds=clock.seconds | {"verify": verify_seconds},
-                peak_extra_bytes=self._extra_bytes(),
+                peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
                 peak_staged_bytes=self._loader.peak_staged_bytes,
                 kept_bytes=self._loader.kept_bytes,
                 peak_extra_bytes_predicted=self._loader.kept_bytes
@@ -291,12 +308,12 @@ class WorkerSession:
                     layer_map,
                     self._loader.working_bytes,
                     self._loader.finishing_bytes,
-                    self._arrivals(parts, requests, in_place),
+                    arrivals,
                 ),
             )
         )
         self._in_doubt = True
-        commits = self._each(say.Commit, "the other workers")
+        commits = [_await(one, say.Commit, "the other workers") for one in self._connections]
         overwritten = self._loader.commit(commits[0].version)
         self._tell(say.Committed(caches_overwritten=overwritten))
 
@@ -305,20 +322,31 @@ class WorkerSession:
         if self._layer_map is None or self._layer_map.digest != requests[0].layer_map:
             raise AgreementError(
                 "the plan was made with another layer map than this worker's: its engine was "
-                "restarted, or its model replaced. Close the session and make a new one"
+                "restarted, or its model replaced. Close the session and make a new one",
+                subject="layer_map",
             )
         digest = requests[0].digest
         for rank, request in enumerate(requests):
             if request.digest != digest:
                 raise AgreementError(
                     f"trainer rank {rank} has another plan than rank 0 (digest {request.digest} "
-                    f"and {digest}): names, dtypes, shapes or settings differ between them"
+                    f"and {digest}): names, dtypes, shapes or settings differ between them",
+                    subject="plan",
                 )
         if self._plan is None or self._plan.digest != digest:
-            plan = _plan_of(requests[0])
+            sent = requests[0].plan
+            plan = None if sent is None else SyncPlan.from_json(sent)
+            if plan is None or plan.digest != digest:
+                raise AgreementError(
+                    f"the plan with digest {digest} did not come with the sync that follows it; "
+                    "close the session and make a new one",
+                    subject="plan",
+                )
             known = self._layer_map.contributions
             if unknown := [meta.name for meta in plan.base_metas if meta.name not in known]:
-                raise AgreementError(f"the plan has {unknown[0]!r}, which the layer map does not")
+                raise AgreementError(
+                    f"the plan has {unknown[0]!r}, which the layer map does not", subject="plan"
+                )
             self._plan = plan
         return self._plan, self._layer_map
 
@@ -333,10 +361,9 @@ class WorkerSession:
             if not number or request.slots != slot_bytes(held.sizes, number):
                 raise AgreementError(
                     f"trainer rank {rank} announces receive buffers of {request.slots} bytes, "
-                    "which is not what the plan needs"
+                    "which is not what the plan needs",
+                    subject="slots",
                 )
-            if connection.chunk_receiver is None:
-                raise TransportError(f"trainer rank {rank} has not opened its transport")
             connection.expected = part.chunks
             connection.chunk_receiver.prepare(request.segments, request.slots)
         return parts
@@ -348,7 +375,7 @@ class WorkerSession:
         senders = {i: part.chunks[index] for i, part in enumerate(parts) if part.chunks[index]}
         with clock("wait"):
             arrived = {
-                i: _awaited(self._connections[i], Arrived, f"chunk {index} of {len(plan.chunks)}")
+                i: _await(self._connections[i], Arrived, f"chunk {index} of {len(plan.chunks)}")
                 for i in senders
             }
         found: dict[str, torch.Tensor] = {}
@@ -359,7 +386,12 @@ class WorkerSession:
             names = [meta.name for meta in senders[i]]
             found |= zip(names, one.tensors, strict=True)
             if checksums:
-                reported |= _told_checksums(names, one)
+                if len(one.checksums) != len(names):
+                    raise TransportError(
+                        f"chunk {index} has {len(names)} tensors and came with "
+                        f"{len(one.checksums)} checksums"
+                    )
+                reported |= zip(names, one.checksums, strict=True)
         in_place = [i in arrived and arrived[i].in_place for i in range(len(parts))]
         del arrived, one
         references = {name: _references(tensor) for name, tensor in found.items()}
@@ -373,7 +405,13 @@ class WorkerSession:
             # the trainer, or the reading thread, to write the next chunk over it.
             cuda_memory.synchronize(self._device)
         for name, tensor in found.items():
-            _require_released(name, _references(tensor) - references[name])
+            # The next chunk is written over this one: what vLLM keeps of it would change.
+            if _references(tensor) > references[name]:
+                raise LoadError(
+                    f"vLLM still refers to {name!r} after its chunk was loaded; its weights would "
+                    "change with the next chunk. This architecture cannot be synced over this "
+                    "transport; colocate the engine"
+                )
         for i in senders:
             self._connections[i].tell(say.Credit(index=index))
         return in_place
@@ -394,32 +432,6 @@ class WorkerSession:
                 )
             yield name, tensor
 
-    def _extra_bytes(self) -> int | None:
-        measured = self._memory.extra_bytes()
-        standing = sum(
-            connection.chunk_receiver.standing_bytes
-            for connection in self._connections
-            if connection.chunk_receiver
-        )
-        return None if measured is None else measured + standing
-
-    def _arrivals(
-        self, parts: list[Part], requests: list[say.SyncRequest], in_place: list[list[bool]]
-    ) -> list[Arrivals]:
-        return [
-            Arrivals(
-                sizes=part.sizes if self._memory.counts_mapped else [0] * len(part.sizes),
-                chunks_in_flight=len(request.slots),
-                standing_bytes=connection.chunk_receiver.standing_bytes
-                if connection.chunk_receiver
-                else 0,
-                in_place=[chunk[rank] for chunk in in_place],
-            )
-            for rank, (part, request, connection) in enumerate(
-                zip(parts, requests, self._connections, strict=True)
-            )
-        ]
-
     def _release(self, error: BaseException | None = None) -> None:
         """Unmap what the trainer will free: no chunk of this sync is read any more.
 
@@ -429,11 +441,7 @@ class WorkerSession:
         if error is not None:
             traceback.clear_frames(error.__traceback__)
         for connection in self._connections:
-            if connection.chunk_receiver is not None:
-                connection.chunk_receiver.release()
-
-    def _each(self, kind: type[M], what: str) -> list[M]:
-        return [_awaited(connection, kind, what) for connection in self._connections]
+            connection.chunk_receiver.release()
 
     def _tell(self, message: say.Message) -> None:
         """Send to every rank, also where some are gone."""
@@ -442,29 +450,21 @@ class WorkerSession:
                 connection.tell(message)
 
 
-def _plan_of(request: say.SyncRequest) -> SyncPlan:
-    plan = None if request.plan is None else SyncPlan.from_json(request.plan)
-    if plan is None or plan.digest != request.digest:
-        raise AgreementError(
-            f"the plan with digest {request.digest} did not come with the sync that follows it; "
-            "close the session and make a new one"
-        )
-    return plan
-
-
 def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
     lead = requests[0]
     for rank, one in enumerate(requests):
         if (one.base, one.is_base) != (lead.base, lead.is_base):
             raise AgreementError(
                 f"trainer rank {rank} builds on version {one.base}, and rank 0 on {lead.base}: "
-                "Source.unchanging and the session's pushes must be the same on all ranks"
+                "Source.unchanging and the session's pushes must be the same on all ranks",
+                subject="base",
             )
         if (one.verify, one.on_failure) != (lead.verify, lead.on_failure):
             raise AgreementError(
                 f"trainer rank {rank} asks for verify: {one.verify}, on_failure: {one.on_failure}, "
                 f"and rank 0 for verify: {lead.verify}, on_failure: {lead.on_failure}; give all "
-                "ranks the same sync.verify and sync.on_failure"
+                "ranks the same sync.verify and sync.on_failure",
+                subject="options",
             )
     # Values count as looked at only if every rank has looked at what it sends.
     asked = {request.finite_check for request in requests}
@@ -479,16 +479,8 @@ def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
     )
 
 
-def _told_checksums(names: Sequence[str], one: Arrived) -> dict[str, int]:
-    if len(one.checksums) != len(names):
-        raise TransportError(
-            f"chunk {one.index} has {len(names)} tensors and came with {len(one.checksums)} "
-            "checksums"
-        )
-    return dict(zip(names, one.checksums, strict=True))
-
-
-def _awaited(connection: TrainerConnection, kind: type[M], what: str) -> M:
+def _await(connection: TrainerConnection, kind: type[M], what: str) -> M:
+    """Block for the trainer rank's next message, which must be of that kind."""
     item = connection.next(what)
     if isinstance(item, say.Abort):
         raise _GivenUp(item)
@@ -498,14 +490,5 @@ def _awaited(connection: TrainerConnection, kind: type[M], what: str) -> M:
 
 
 def _references(tensor: torch.Tensor) -> int:
+    """Count what refers to the tensor's storage."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-def _require_released(name: str, kept: int) -> None:
-    """Raise LoadError if vLLM still refers to a chunk's memory, which will be used again."""
-    if kept > 0:
-        raise LoadError(
-            f"vLLM still refers to {name!r} after its chunk was loaded; its weights would change "
-            "with the next chunk. This architecture cannot be synced over this transport; colocate "
-            "the engine"
-        )
