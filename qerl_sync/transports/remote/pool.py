@@ -261,7 +261,7 @@ class PoolTransport(Transport):
             )
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
         self._require_some(self._ready)
-        staging = self._staging_with_room(plan)
+        staging = self._prepare_slots(plan)
         ready = self._ready
 
         def start(member: Member) -> None:
@@ -412,29 +412,29 @@ class PoolTransport(Transport):
             member.transport.require_adapter(self._adapter)
         member.ready = True
 
-    def _staging_with_room(self, plan: SyncPlan) -> Staging:
-        try:
-            return self._staging_for(plan, self._ready)
-        except NoRoomError as exc:
-            sharing = [m for m in self._ready if exc.transport in m.transport.kinds]
-            if not all(member.transport.can_fall_back for member in sharing):
-                raise
-            no_room = exc
-            self._each(sharing, lambda member: member.transport.fall_back(no_room))
-            return self._staging_with_room(plan)  # where a GPU has no room, /dev/shm may have
-
-    def _staging_for(self, plan: SyncPlan, members: Sequence[Member]) -> Staging:
-        kinds = {kind for member in members for kind in member.transport.kinds}
+    def _prepare_slots(self, plan: SyncPlan) -> Staging:
+        """Return slots with room for the chunks in flight; over another transport where there is
+        too little of one kind of memory."""
+        transports = [member.transport for member in self._ready]
+        kinds = {kind for transport in transports for kind in transport.kinds}
         if self._staging is None or kinds != self._staging_kinds:
             if self._staging is not None:
                 self._staging.close()
-            on_gpu = (m.transport for m in members if "cuda_ipc" in m.transport.kinds)
-            devices = [transport.slot_device for transport in on_gpu]  # the trainer's: all the same
+            # The trainer's device: the same for all.
+            devices = [t.slot_device for t in transports if "cuda_ipc" in t.kinds]
             self._staging = Staging(kinds, devices[0] if devices else None)
             self._staging_kinds = kinds
         slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
-        workers = [worker for member in members for worker in member.transport.workers]
-        self._staging.prepare(slots, workers, later=parameters_are_shared())
+        workers = [worker for transport in transports for worker in transport.workers]
+        try:
+            self._staging.prepare(slots, workers, later=parameters_are_shared())
+        except NoRoomError as exc:
+            no_room = exc
+            sharing = [m for m in self._ready if exc.transport in m.transport.kinds]
+            if not all(member.transport.can_fall_back for member in sharing):
+                raise
+            self._each(sharing, lambda member: member.transport.fall_back(no_room))
+            return self._prepare_slots(plan)  # where a GPU has no room, /dev/shm may have
         return self._staging
 
     def _each(

@@ -107,8 +107,6 @@ class Staging:
         self._device_slots: list[DeviceSegment | None] = []
         self._table: list[SharedSegment] = []
         self._unlinked_for: set[object] | None = None
-        self._write = _write_beside
-        self._avoided: Collection[int] = ()
         self._options = SyncOptions()
         self._parents: Parents | None = None
         self._busy_cores: Collection[int] = ()
@@ -189,43 +187,38 @@ class Staging:
         Raises:
             CoverageError: the source yields something else than `metas`.
         """
+        # Copying with all cores would take them from workers that load, and wait for the slowest.
+        write = _write_alone if awaited else _write_beside
+        avoided = () if awaited else self._busy_cores
         sums: list[int] = []
-        self._write = _write_alone if awaited else _write_beside
-        self._avoided = () if awaited else self._busy_cores
-        stream = as_planned(metas, tensors, self._parents)
-        staged = self._place(index, metas, self._summed(stream, sums))
-        staged.checksums = sums
-        return staged
 
-    def _summed(self, stream: Iterable[Planned], sums: list[int]) -> Iterator[Planned]:
-        for meta, tensor in stream:
-            if self._options.checksums:
-                start = time.perf_counter()
-                with avoid_cores(self._avoided):
-                    sums.append(checksum(tensor))
-                self.verify_seconds += time.perf_counter() - start
-            yield meta, tensor
+        def summed() -> Iterator[Planned]:
+            for meta, tensor in as_planned(metas, tensors, self._parents):
+                if self._options.checksums:
+                    start = time.perf_counter()
+                    with avoid_cores(avoided):
+                        sums.append(checksum(tensor))
+                    self.verify_seconds += time.perf_counter() - start
+                yield meta, tensor
 
-    def _place(
-        self, index: int, metas: Sequence[ParamMeta], stream: Iterator[Planned]
-    ) -> StagedChunk:
-        """Leave the chunk in place if all of it lies in shared memory, else copy it.
-
-        A tensor is the source's again when the next one is asked for, so each is copied as it
-        comes: what lies in shared memory stays valid, and is copied too once one does not.
-        """
+        stream = summed()
+        # In place if all of it lies in shared memory. Other memory is the source's again when the
+        # next tensor is asked for, so the first such tensor has the rest copied as it comes.
         arrived: list[Planned] = []
-        places: list[tuple[int, int]] = []
+        shared: list[tuple[int, int]] = []
         for item in stream if self._in_place and parameters_are_shared() else ():
             arrived.append(item)
             at = locate(item[1])
             if at is None:
                 break
-            places.append((self._number(at[0]), at[1]))
-        if metas and self._in_place and len(places) == len(metas):
+            shared.append((self._number(at[0]), at[1]))
+        if metas and self._in_place and len(shared) == len(metas):
             next(stream, None)  # to its end: it may be a collective, and have too much
-            return StagedChunk({"shm": places}, [], in_place=True)
-        return self._copy(index, metas, chain(arrived, stream))
+            staged = StagedChunk({"shm": shared}, [], in_place=True)
+        else:
+            staged = self._copy(index, metas, chain(arrived, stream), write, avoided)
+        staged.checksums = sums
+        return staged
 
     def unlink(self, readers: Iterable[object]) -> None:
         """Remove the names of the slots. Call it after a sync that all of `readers` have taken.
@@ -261,17 +254,26 @@ class Staging:
         index: int,
         metas: Sequence[ParamMeta],
         tensors: Iterable[Planned],
+        write: Callable[[Slot, int, ParamMeta, torch.Tensor], None],
+        avoided: Collection[int],
     ) -> StagedChunk:
         places, _ = offsets(metas)
         slots = self._slots_of(index)
         staying: dict[int, torch.Tensor] = {}
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
-            if self._stays(tensor):
+            stays = (
+                self._options.stable
+                and self._in_pieces
+                and tensor.device.type == "cpu"
+                and tensor.is_contiguous()
+                and tensor.nbytes >= PIECE_BYTES
+            )
+            if stays:  # it is sent from where it lies
                 staying[place] = tensor
             else:
-                with avoid_cores(self._avoided):
+                with avoid_cores(avoided):
                     for slot in slots:
-                        self._write(slot, offset, meta, tensor)
+                        write(slot, offset, meta, tensor)
         staged = StagedChunk({}, [])
         for slot in slots:
             if isinstance(slot, DeviceSegment):
@@ -289,16 +291,6 @@ class Staging:
             number = self._number(slot) if isinstance(slot, SharedSegment) else 0
             staged.places["shm"] = [(number, offset) for offset in places]
         return staged
-
-    def _stays(self, tensor: torch.Tensor) -> bool:
-        """Return whether the tensor is sent from where it lies."""
-        return (
-            self._options.stable
-            and self._in_pieces
-            and tensor.device.type == "cpu"
-            and tensor.is_contiguous()
-            and tensor.nbytes >= PIECE_BYTES
-        )
 
     def _slots_of(self, index: int) -> list[Slot]:
         """Return where chunk `index` is copied to: host memory, the GPU's, or both."""
