@@ -14,7 +14,6 @@ from qerl_sync.sources.base import Source
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.sources.lora import AdapterSource
 from qerl_sync.sources.peft import PEFTSource
-from qerl_sync.sources.sharded import ShardedSource
 from qerl_sync.transports.base import Transport
 from qerl_sync.transports.inproc import InProcessTransport
 from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
@@ -80,7 +79,11 @@ def make_source(
         CompatError, CoverageError: with `sync.lora: adapter`, the engines cannot serve it.
     """
     if not hasattr(model, "peft_config"):
-        return ShardedSource(model) if several_ranks else HFSource(model)
+        if not several_ranks:
+            return HFSource(model)
+        from qerl_sync.sources.sharded import ShardedSource  # torch's FSDP takes 2 s to import
+
+        return ShardedSource(model)
     if sync.lora == "merge":
         return _merged(model, "asked for")
     asked = sync.lora == "adapter"

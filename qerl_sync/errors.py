@@ -15,10 +15,10 @@
     │   └── WorldSizeError      an engine has more workers, or fewer, than have connected
     ├── TransportError      tensors or messages do not get through
     │   ├── TransportTimeout    the other side did not answer in time
-    â   âââ PeerLostError       the other side is gone
-    â   âââ IntegrityError      bytes arrived that the other side did not send
-    â   âââ NoRoomError         shared memory has less room than the sync needs
-    âââ StaleCacheError     an engine keeps what old weights have computed
+    │   ├── PeerLostError       the other side is gone
+    │   ├── IntegrityError      bytes arrived that the other side did not send
+    │   └── NoRoomError         shared memory has less room than the sync needs
+    ├── StaleCacheError     an engine keeps what old weights have computed
     ├── TrainerRankError    a trainer rank failed with an error of other code
     └── PoisonedError       the worker holds half of a sync and refuses to generate
 

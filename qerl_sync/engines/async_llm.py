@@ -60,7 +60,7 @@ class AsyncLLMClient(MethodClient):
     def resume(self) -> None:
         self._call("resume_generation")
 
-    def reset_caches(self, *, running: bool) -> bool:
+    def reset_caches(self, *, running: bool) -> bool | None:
         ask_every_replica(self.engine)
         return forget_caches(self._call, running=running)
 

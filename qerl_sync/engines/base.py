@@ -85,7 +85,7 @@ class EngineClient(ABC):
     def resume(self) -> None:  # noqa: B027
         """Schedule again."""
 
-    def reset_caches(self, *, running: bool) -> bool:
+    def reset_caches(self, *, running: bool) -> bool | None:
         """Empty every cache that holds results of old weights.
 
         These are the prefix, encoder and multimodal caches, and the KV connector's external store.
@@ -95,7 +95,7 @@ class EngineClient(ABC):
         Returns:
             False if not all are empty: requests in flight hold on to their blocks, and vLLM then
             keeps the whole prefix cache; or the KV connector did not empty its own. Later requests
-            with the same prefix would reuse what is left.
+            with the same prefix would reuse what is left. None if the engine does not say.
         """
         return True
 

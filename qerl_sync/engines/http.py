@@ -95,7 +95,7 @@ class HTTPClient(EngineClient):
     def resume(self) -> None:
         self._post("resume")
 
-    def reset_caches(self, *, running: bool) -> bool:
+    def reset_caches(self, *, running: bool) -> bool | None:
         def call(route: str, **options: bool) -> Any:
             # The route has another name for the connector than vLLM's methods have.
             names = {"reset_connector": "reset_external"}

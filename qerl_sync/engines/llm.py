@@ -64,7 +64,7 @@ class LLMClient(MethodClient):
         if not self.in_process:
             self._call("wake_up", tags=["scheduling"])
 
-    def reset_caches(self, *, running: bool) -> bool:
+    def reset_caches(self, *, running: bool) -> bool | None:
         return forget_caches(self._call, running=running)
 
     def refuse(self, reason: str) -> None:

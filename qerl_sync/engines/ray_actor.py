@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from qerl_sync.engines.base import (
     MethodClient,
@@ -87,9 +87,9 @@ class RayActorClient(MethodClient):
     def resume(self) -> None:
         self._call_if_there("resume")
 
-    def reset_caches(self, *, running: bool) -> bool:
+    def reset_caches(self, *, running: bool) -> bool | None:
         if self._ours:
-            return bool(self._call("reset_caches", running))
+            return cast("bool | None", self._call("reset_caches", running))
 
         def call(method: str, **options: bool) -> bool:
             return self._call_if_there(method) is not False

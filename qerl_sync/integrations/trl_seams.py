@@ -7,7 +7,6 @@ itself nor, later, the engine. `calling_trainer` finds the one, `Takeover` waits
 from __future__ import annotations
 
 import inspect
-import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any, ClassVar, Protocol
 from transformers import Trainer
 
 from qerl_sync.config.violations import Violation, config_error, nearest
+from qerl_sync.engines.environment import changed_environment
 from qerl_sync.errors import CompatError
 from qerl_sync.worker.compat.coupling import WINDOW
 
@@ -261,21 +261,6 @@ def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[Non
         yield
     finally:
         setattr(owner, name, original)
-
-
-@contextmanager
-def changed_environment(changes: Mapping[str, str]) -> Iterator[None]:
-    """Set these environment variables in this context."""
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

@@ -15,9 +15,9 @@ from pathlib import Path
 from types import FrameType
 
 from qerl_sync.config import TrainConfig
+from qerl_sync.engines.environment import changed_environment
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import PeerLostError
-from qerl_sync.integrations.trl_seams import changed_environment
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.log import complaint_in
 from qerl_sync.serving.server import ServerProcess

@@ -87,7 +87,9 @@ def still_cached(connector: str) -> StaleCacheError:
     if not connector:
         return StaleCacheError(
             "vLLM does not empty its prefix cache, whose keys and values belong to the old "
-            "weights: a request is still running. Sync between two calls of generate"
+            "weights: a request still holds blocks of it, or a data parallel replica does. The "
+            "engine does not generate. Sync between two calls of generate, or look at the engine's "
+            "log and sync again"
         )
     return StaleCacheError(
         f"the connector {connector} did not empty what it keeps of the old weights, or requests in "

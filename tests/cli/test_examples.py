@@ -18,7 +18,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "ray.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / name for name in ("index.md", "ray.md", "recipes.md")),
+)
 SHARED_MEMORY = Path("/dev/shm")
 # Programs that import torch and vLLM several times; other tests may want the same cores.
 WAIT_SECONDS = 500.0

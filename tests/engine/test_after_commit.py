@@ -177,11 +177,22 @@ def test_requests_are_computed_anew_where_the_kv_cache_is_gone(engine, monkeypat
     assert engine.running is overwritten
 
 
-def test_an_engine_whose_connector_keeps_old_work_stays_paused(engine):
-    """Without a connector False means requests in flight, which are the user's choice."""
+def test_an_engine_that_keeps_its_prefix_cache_without_a_request_stays_paused(engine):
+    """Of requests in flight that may keep theirs, a full cache is the user's choice."""
     engine.empties = False
     with session(engine, recompute_running=False) as sync:
         sync.push()
+    with session(engine) as sync:
+        with pytest.raises(StaleCacheError):
+            sync.push()
+        assert engine.said[-2:] == ["reset", "refuse"]
+        engine.empties = None  # an engine that does not say
+        sync.push()
+        assert engine.said[-3:] == ["reset", "resume", "admit"]
+
+
+def test_an_engine_whose_connector_keeps_old_work_stays_paused(engine):
+    engine.empties = False
     engine.says(connector="SomeConnector")
     with session(engine, recompute_running=False) as sync:
         with pytest.raises(StaleCacheError) as raised:

@@ -9,15 +9,16 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import transformers as tf
+from typing import TYPE_CHECKING, Any
 
 import qerl_sync
 from qerl_sync.plan.checkpoint import Checkpoint
 from qerl_sync.plan.offline_map import OfflineMap
 from support.layer_maps import MODELS
 from support.models import CONFIGS
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 PROGRAM = """
 import json, sys
@@ -53,49 +54,66 @@ _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _QWEN2_MOE = {**_COMMON, **_MOE, "num_experts": 4, "shared_expert_intermediate_size": 96}
 _BIASED = {"attention_bias": True, "mlp_bias": True}
 
+
+def _make(kind: str, **arguments: Any) -> Callable[[], PretrainedConfig]:
+    def make() -> PretrainedConfig:
+        import transformers  # which takes seconds, and most who import this file run nothing
+
+        return getattr(transformers, kind)(**arguments)
+
+    return make
+
+
 # Architectures that vLLM stacks in different ways, in variants of biases, ties and dense layers.
-FAMILIES: dict[str, Callable[[], tf.PretrainedConfig]] = {
-    "gemma2": lambda: tf.Gemma2Config(**_HEADS),
-    "gemma2, biased": lambda: tf.Gemma2Config(**_HEADS, attention_bias=True),
-    "gemma3": lambda: tf.Gemma3TextConfig(**_HEADS),
-    "gemma3, own head": lambda: tf.Gemma3TextConfig(**_HEADS, tie_word_embeddings=False),
-    "llama": lambda: tf.LlamaConfig(**_COMMON),
-    "llama, biased and tied": lambda: tf.LlamaConfig(**_HEADS, **_BIASED, tie_word_embeddings=True),
-    "mistral": lambda: tf.MistralConfig(**_HEADS),
-    "mixtral": lambda: tf.MixtralConfig(**_COMMON, num_local_experts=4),
-    "qwen2": lambda: tf.Qwen2Config(**_COMMON),
-    "qwen2, tied": lambda: tf.Qwen2Config(**_COMMON, tie_word_embeddings=True),
-    "qwen2_moe": lambda: tf.Qwen2MoeConfig(**_QWEN2_MOE, mlp_only_layers=[0]),
-    "qwen2_moe, every other layer": lambda: tf.Qwen2MoeConfig(**_QWEN2_MOE, decoder_sparse_step=2),
-    "qwen3": lambda: tf.Qwen3Config(**_HEADS, tie_word_embeddings=True),
-    "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_HEADS, **_MOE, num_experts=4, mlp_only_layers=[1]),
+FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
+    "gemma2": _make("Gemma2Config", **_HEADS),
+    "gemma2, biased": _make("Gemma2Config", **_HEADS, attention_bias=True),
+    "gemma3": _make("Gemma3TextConfig", **_HEADS),
+    "gemma3, own head": _make("Gemma3TextConfig", **_HEADS, tie_word_embeddings=False),
+    "llama": _make("LlamaConfig", **_COMMON),
+    "llama, biased and tied": _make("LlamaConfig", **_HEADS, **_BIASED, tie_word_embeddings=True),
+    "mistral": _make("MistralConfig", **_HEADS),
+    "mixtral": _make("MixtralConfig", **_COMMON, num_local_experts=4),
+    "qwen2": _make("Qwen2Config", **_COMMON),
+    "qwen2, tied": _make("Qwen2Config", **_COMMON, tie_word_embeddings=True),
+    "qwen2_moe": _make("Qwen2MoeConfig", **_QWEN2_MOE, mlp_only_layers=[0]),
+    "qwen2_moe, every other layer": _make("Qwen2MoeConfig", **_QWEN2_MOE, decoder_sparse_step=2),
+    "qwen3": _make("Qwen3Config", **_HEADS, tie_word_embeddings=True),
+    "qwen3_moe": _make("Qwen3MoeConfig", **_HEADS, **_MOE, num_experts=4, mlp_only_layers=[1]),
 }
 
 _ALIBI = {"vocab_size": 199, "hidden_size": 64}
 
 # Models whose constructors in vLLM read the values of tensors, with their numbers of tensors.
-READING: dict[str, tuple[Callable[[], tf.PretrainedConfig], int]] = {
-    "alibi": (lambda: tf.BloomConfig(**_ALIBI, n_layer=2, n_head=4), 29),
+READING: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
+    "alibi": (_make("BloomConfig", **_ALIBI, n_layer=2, n_head=4), 29),
     "alibi without biases": (
-        lambda: tf.FalconConfig(
-            **_ALIBI, num_hidden_layers=2, num_attention_heads=4, alibi=True, bias=False
+        _make(
+            "FalconConfig",
+            **_ALIBI,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            alibi=True,
+            bias=False,
         ),
         15,
     ),
-    "activation with parameters": (lambda: tf.ApertusConfig(**_COMMON), 45),
+    "activation with parameters": (_make("ApertusConfig", **_COMMON), 45),
 }
 
 # What vLLM would get wrong, by the first words of the refusal.
 REFUSED = {
-    "ignored bias": lambda: tf.Qwen3Config(**_HEADS, attention_bias=True),
-    "bias that is not there": lambda: tf.Qwen2MoeConfig(**_QWEN2_MOE, qkv_bias=False),
-    "lost sinks": lambda: tf.GptOssConfig(**_HEADS, num_local_experts=4, num_experts_per_tok=2),
+    "ignored bias": _make("Qwen3Config", **_HEADS, attention_bias=True),
+    "bias that is not there": _make("Qwen2MoeConfig", **_QWEN2_MOE, qkv_bias=False),
+    "lost sinks": _make("GptOssConfig", **_HEADS, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
-def config_json(config: tf.PretrainedConfig, dtype: str = "float32") -> dict[str, Any]:
+def config_json(config: PretrainedConfig, dtype: str = "float32") -> dict[str, Any]:
     """What `save_pretrained` writes for a model of this configuration."""
-    family = tf.AutoModelForCausalLM._model_mapping[type(config)]
+    from transformers import AutoModelForCausalLM
+
+    family = AutoModelForCausalLM._model_mapping[type(config)]
     config.architectures, config.dtype = [family.__name__], dtype
     return json.loads(config.to_json_string())
 
@@ -103,7 +121,7 @@ def config_json(config: tf.PretrainedConfig, dtype: str = "float32") -> dict[str
 @functools.cache
 def probed() -> dict[str, OfflineMap | str]:
     """All models of the tests, observed; of those that are refused, the error's type and text."""
-    requests: dict[str, tuple[tf.PretrainedConfig, dict[str, Any]]] = {
+    requests: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
         **{f"live {kind}": (make(), ENGINE) for kind, make in CONFIGS.items()},
         "live dense, fp8": (CONFIGS["dense"](), FP8),
         "two ranks": (CONFIGS["moe"](), {**ENGINE, "tensor_parallel_size": 2}),

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
+from unittest import mock
 
 import torch
 
 from qerl_sync import HFSource, RemoteTransport, Source, SyncConfig, SyncReport, SyncSession
-from qerl_sync.integrations.trl_seams import changed_environment
 from qerl_sync.wire import segments
 from support import worker_extension
 from support.engines import NEW, OLD, SMALL, EnginePool, Subject, start_engine
@@ -460,7 +460,7 @@ def engine_environment(changes: dict[str, str]) -> Iterator[None]:
     from vllm import envs
 
     envs.disable_envs_cache()
-    with changed_environment(changes):
+    with mock.patch.dict(os.environ, changes):
         yield
 
 

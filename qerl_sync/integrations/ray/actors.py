@@ -242,8 +242,9 @@ class RolloutActor:
         self._client.resume()
         self._paused = False
 
-    def reset_caches(self, running: bool) -> bool:
-        return bool(self._client.reset_caches(running=running))
+    def reset_caches(self, running: bool) -> bool | None:
+        emptied: bool | None = self._client.reset_caches(running=running)
+        return emptied
 
     def world_size(self) -> int:
         """Return the number of workers, those of all data parallel replicas included."""

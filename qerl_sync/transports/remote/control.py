@@ -183,10 +183,13 @@ class EngineControl:
         if client is None:
             return
         if caches:
-            forgotten = client.reset_caches(running=self._recompute_running or overwritten)
-            if not forgotten and connector:
+            running = self._recompute_running or overwritten
+            forgotten = client.reset_caches(running=running)
+            # No request holds its blocks any more, so False is a cache that was not emptied, of one
+            # data parallel replica for instance.
+            if (not forgotten and connector) or (forgotten is False and running):
                 raise still_cached(connector)
-            if not forgotten:
+            if not forgotten and not running:
                 logger.warning(
                     "requests in flight keep what they computed with the old weights, and vLLM "
                     "keeps its whole prefix cache with them; sync.recompute_running: true "

@@ -82,7 +82,8 @@ class RemoteTransport(Transport):
         address: under which workers reach this trainer.
         port: that it listens on; 0 is any free one. With `endpoints`, theirs counts.
         bind: the address that it listens on, and no other; empty: `address`.
-        pause_mode, recompute_running: see `SyncConfig`.
+        pause_mode: see `SyncConfig`.
+        recompute_running: see `SyncConfig`.
         endpoints: `host:port` of each trainer rank, where there are several; QERL_SYNC_TOKEN must
             then be set for all of them and for the workers.
         rank: of this process among them.

@@ -15,7 +15,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 
-def forget_caches(call: Callable[..., Any], *, running: bool) -> bool:
+def forget_caches(call: Callable[..., Any], *, running: bool) -> bool | None:
     """Empty every cache of an engine that holds work of old weights.
 
     Args:
@@ -23,7 +23,8 @@ def forget_caches(call: Callable[..., Any], *, running: bool) -> bool:
         running: requests in flight forget their keys and values too.
 
     Returns:
-        Whether the prefix cache and what a KV connector keeps are empty.
+        Whether the prefix cache and what a KV connector keeps are empty; None where it is not said,
+        as by the HTTP server of vLLM 0.25.
     """
     # With the connector always: vLLM reports success where there is none, and without this an
     # external cache hands blocks of the old weights to requests with the same prefix.
@@ -34,7 +35,7 @@ def forget_caches(call: Callable[..., Any], *, running: bool) -> bool:
     # vLLM's own pause empties it with the others. It clears the API side before the engine's side,
     # so that neither believes that the other has an item which it has not.
     call("reset_mm_cache")
-    return bool(done)
+    return None if done is None else bool(done)
 
 
 def ask_every_replica(engine: Any) -> None:
