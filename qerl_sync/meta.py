@@ -1,4 +1,4 @@
-"""What is known of a tensor without having it: name, dtype, shape, bytes. No torch in here."""
+"""Describe a tensor without having it: name, dtype, shape, bytes. No torch in here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a session needs of the way to the workers."""
+"""Define what a session needs of the way to the workers."""
 
 from __future__ import annotations
 

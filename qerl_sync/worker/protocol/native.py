@@ -204,7 +204,7 @@ class WeightReports:
     """
 
     def last_weight_report(self) -> dict[str, Any] | None:
-        """Of this rank's last sync, as `LoadReport.to_json` has it; None if there was none.
+        """Return `LoadReport.to_json` of this rank's last sync; None if there was none.
 
         Raises:
             ConfigError: the engine has another backend.
