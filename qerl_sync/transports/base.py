@@ -183,7 +183,7 @@ class Transport(ABC):
         one rank leaves it on all of them."""
         return nullcontext()
 
-    def meet(self, what: str) -> None:  # noqa: B027  one trainer rank meets nobody
+    def meet(self, what: str) -> None:  # noqa: B027  there is one rank alone
         """Block until all trainer ranks are about to do this."""
 
     def agree_on(self, metas: Sequence[ParamMeta]) -> None:  # noqa: B027

@@ -164,7 +164,7 @@ class Connection:
         if not TAG_BYTES <= length <= MAX_FRAME_BYTES:
             raise TransportError(f"{self.peer} announces a message of {length:,} bytes; closing")
         self._fill(_LENGTH.size + length, *wait)
-        # A frame is taken whole or not at all: whoever gives up in its middle can come back for it.
+        # A frame is taken whole or not at all: a caller that times out in its middle may call again.
         body = bytes(self._received[_LENGTH.size : _LENGTH.size + length])
         del self._received[: _LENGTH.size + length]
         tag, frame = body[:TAG_BYTES], body[TAG_BYTES:]
@@ -307,7 +307,8 @@ class Connection:
 class Listener(Generic[C]):
     """Accept connections in the background, for as long as it is open.
 
-    Each handshake has a thread of its own, so that strangers delay nobody; their number is bounded.
+    Each handshake has a thread of its own, so that strangers delay no worker; their number is
+    bounded.
 
     Args:
         host: the address to bind to; a name is bound to the first of its addresses that can be.
@@ -531,7 +532,7 @@ def _prove(connection: socket.socket, token: str, role: str) -> bytes:
         nonces = nonce + _exactly(connection, _NONCE, deadline)
         _require_seal(connection, token, TRAINER, nonces, deadline)
         connection.sendall(_seal(token, WORKER, nonces))
-        # The trainer answers a worker that it admits; one that it turns away finds the line cut.
+        # The trainer answers a worker that it admits; the connection of others is cut.
         _exactly(connection, 1, deadline)
     else:
         nonces = _exactly(connection, _NONCE, deadline) + nonce

@@ -122,7 +122,7 @@ class AsyncRolloutActor(RolloutActor):
         tasks = [asyncio.ensure_future(self._output(prompt, sampling)) for prompt in prompts]
         try:
             return await asyncio.gather(*tasks)
-        except BaseException:  # nobody takes what the others would still generate
+        except BaseException:  # the others would generate for nothing
             for task in tasks:
                 task.cancel()
             raise

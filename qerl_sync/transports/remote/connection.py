@@ -288,7 +288,7 @@ def choose_transport(
         SyncError: the transport that was asked for does not work, with the reason.
     """
     here = worker.hello.host == host_id()
-    # Within one machine, whoever could change bytes on their way can change memory as well.
+    # Within one machine, a process that could change bytes on their way can change memory too.
     sealed = authenticated and not here
     opening: dict[str, Callable[[], None]] = {
         "shm": worker.open_shm,

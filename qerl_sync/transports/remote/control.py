@@ -17,7 +17,7 @@ from qerl_sync.wire.connection import proof
 
 logger = logging.getLogger(__name__)
 
-# How long a failed conversation may take to end, on top of the timeout that it has run into.
+# How long a failed session may take to end, on top of the timeout that it has run into.
 GRACE_SECONDS = 5.0
 
 
@@ -116,7 +116,7 @@ class EngineControl:
         except (PeerLostError, TransportTimeout):
             raise
         except TransportError as exc:
-            logger.warning("closing the update that somebody left open: %s", exc)
+            logger.warning("closing the update that an earlier trainer left open: %s", exc)
 
     def begin_session(self, workers: Sequence[WorkerConnection]) -> None:
         """Have the engine lend us its workers' threads, until `end_session`."""
@@ -204,7 +204,7 @@ class EngineControl:
         """Resume an engine whose workers are as they were before a sync that failed."""
         if not self.paused:
             return
-        # One that pauses or resumes later would stay as it is then, and nobody would know.
+        # An engine that is still pausing would pause after this, unnoticed.
         if self._pausing is not None and not self._pausing.ends_within(GRACE_SECONDS):
             self.leave_paused(reason)
             return

@@ -26,10 +26,10 @@ def admit_workers(
     Args:
         call: the engine's, which returns when all its workers have been greeted.
         num_workers: how many to wait for where no call of the engine says when all are there.
-        world_size: returns how many workers the engine has; None if nobody knows.
+        world_size: returns how many workers the engine has; None: not known.
 
     Raises:
-        SyncError: of any kind; nobody is connected then.
+        SyncError: of any kind; no worker is connected then.
     """
     workers: list[WorkerConnection] = []
     deadline = time.monotonic() + timeout_seconds
@@ -76,7 +76,7 @@ def admit_workers(
 
 
 def reject(listener: Listener[WorkerConnection], timeout_seconds: float = 0.0) -> None:
-    """Close the connections of workers that nobody waits for, until none comes within the time."""
+    """Close the connections of late workers, until none comes within the time."""
     while (late := listener.accept(timeout_seconds)) is not None:
         late.close()
 

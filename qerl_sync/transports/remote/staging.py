@@ -78,7 +78,7 @@ class StagedChunk:
 
 
 class Staging:
-    """Slots in shared memory, or private ones where nobody shares memory with us.
+    """Slots in shared memory, or private ones where no worker shares memory with us.
 
     Workers on the trainer's GPU have slots there. Where there are others too, a chunk is copied to
     both.

@@ -67,9 +67,9 @@ class RemoteTransport(Transport):
         with SyncSession(HFSource(model), transport, SyncConfig()) as session:
             session.push(step=1)
 
-    The engines' control plane lends us their workers' threads; what is said and sent goes over
-    connections of our own (`wire.messages` has the conversation). One call of `update_weights` is
-    one sync, between two steps of the scheduler.
+    The engines' control plane lends us their workers' threads; messages and chunks go over
+    connections of our own (`wire.messages`). One call of `update_weights` is one sync, between two
+    steps of the scheduler.
 
     On several trainer ranks, each makes one, with the same `endpoints`; rank 0 has the client.
 
@@ -147,7 +147,7 @@ class RemoteTransport(Transport):
             pause_mode=pause_mode,
             recompute_running=recompute_running,
         )
-        # Workers keep to one session while it is alive, and name it to whoever else asks.
+        # Workers serve one session while it is alive, and name it to other trainers.
         self._session = say.TrainerSession.begin()
         self._listener: Listener[WorkerConnection] | None = None
         self._workers: list[WorkerConnection] = []

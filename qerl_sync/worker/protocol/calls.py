@@ -19,7 +19,7 @@ class _Call(BaseModel):
 
 
 class ConnectCall(_Call):
-    """Where the trainer's ranks listen, and what shows that it is the trainer who asks."""
+    """Where the trainer's ranks listen, and a proof that the call is the trainer's."""
 
     endpoints: Annotated[list[str], Field(min_length=1)]
     """`host:port` of each trainer rank, in rank order; an IPv6 address in brackets."""

@@ -194,7 +194,7 @@ class TcpReceiver(ChunkReceiver):
 class ObjectStoreReceiver(ChunkReceiver):
     """Views of objects of a cluster's store, which something else in this process brings here.
 
-    Nothing is copied; an object is let go of when its chunk is loaded.
+    Nothing is copied; an object is released when its chunk is loaded.
     """
 
     def __init__(self, key: str, timeout_seconds: float) -> None:

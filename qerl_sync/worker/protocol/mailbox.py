@@ -1,4 +1,4 @@
-"""Chunks that somebody else in this process received, waiting for the worker's inlet.
+"""Keep chunks that another thread of this process received, for the worker to take.
 
 Ray hands objects to an actor's method and not to a thread of vLLM's: the method leaves them here.
 """
@@ -33,7 +33,7 @@ def clear(key: str) -> None:
 
 
 def put(key: str, index: int, chunk: Any) -> bool:
-    """Leave a chunk. Return whether somebody waits for it."""
+    """Leave a chunk. Return whether a worker waits for it."""
     with _changed:
         if key in _waiting:
             _waiting[key][index] = chunk

@@ -183,7 +183,7 @@ class WorkerSession:
             call: from anybody, and of any form; `ServeCall` says of which it must be.
 
         Raises:
-            AgreementError: nobody is connected, or who calls is not who is.
+            AgreementError: no trainer is connected, or the call comes from another one.
             SyncError: the trainer was lost before its first request. Whoever made the call would
                 otherwise take this worker for one that has been synced.
         """
@@ -250,7 +250,7 @@ class WorkerSession:
             self._loader.abort(str(exc), keep_old=exc.keep_old)
             self._release(exc)
             self._tell(say.Aborted(poisoned=self._loader.poisoned))
-        except TransportTimeout:  # nobody is there to go on with
+        except TransportTimeout:  # the trainer is gone
             raise
         except SyncError as exc:
             self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
