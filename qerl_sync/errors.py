@@ -121,12 +121,14 @@ class CoverageError(SyncError):
     """Raised where what arrived is not what the plan promised.
 
     Attributes:
+        tensor: the checkpoint name of the tensor that is wrong.
         layer, expected, got: the parent layer that a plan brings a part of, its elements, and how
             many of them come.
         engine, gap: the engine whose log-probabilities part most from the trainer's, and by how
             much (`sync.verify: full`).
     """
 
+    tensor: str = ""
     layer: str = ""
     expected: int = 0
     got: int = 0

@@ -68,7 +68,7 @@ def offline_map(
         CompatError: vLLM is not installed or does not work here, or the probe died or took too
             long.
         LayerMapError, CoverageError: vLLM does not take the trainer's tensors; see
-            `probe.observe_layer_map`.
+            `worker.load.observe.observe_layer_map`.
     """
     checkpoint = model if isinstance(model, Checkpoint) else read_checkpoint(model)
     engine = dict(engine or {})

@@ -133,7 +133,7 @@ class ProbeResult:
 class Transport(ABC):
     """Carries one sync at a time: `start`, `send` for each chunk in plan order, `finish`.
 
-    Any error leaves the workers poisoned (see `worker.receiver`); `abort` may follow and is
+    Any error leaves the workers poisoned (see `worker.load.receiver`); `abort` may follow and is
     idempotent. After it a new `start` is allowed.
 
     Attributes:

@@ -164,7 +164,7 @@ class Connection:
         if not TAG_BYTES <= length <= MAX_FRAME_BYTES:
             raise TransportError(f"{self.peer} announces a message of {length:,} bytes; closing")
         self._fill(_LENGTH.size + length, *wait)
-        # A frame is taken whole or not at all: a caller that times out in its middle may call again.
+        # A frame is taken whole or not at all: a caller that times out in it may call again.
         body = bytes(self._received[_LENGTH.size : _LENGTH.size + length])
         del self._received[: _LENGTH.size + length]
         tag, frame = body[:TAG_BYTES], body[TAG_BYTES:]

@@ -79,7 +79,7 @@ class SharedSegment:
             _PARAMETERS.add(self)
 
     def unlink(self) -> None:
-        """Remove the name. Readers that have attached the segment keep it; none can attach it anew."""
+        """Remove the name. Readers that are attached keep the segment; none can attach it anew."""
         self._path.unlink(missing_ok=True)
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:

@@ -1,4 +1,4 @@
-"""Workers without vLLM: what they are told goes through the real connection, conversation and
+"""Workers without vLLM: what they are told goes through the real connection, session and
 transports, into a model that is a dictionary."""
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from qerl_sync.transports.base import still_cached
 from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import proof
+from qerl_sync.wire.handshake import ConnectCall, ServeCall
 
 logger = logging.getLogger(__name__)
 
@@ -95,12 +96,12 @@ class EngineControl:
         self._pausing: EngineCall | None = None
         self.in_session = self.paused = False
 
-    def ask_to_connect(self, call: dict[str, Any]) -> EngineCall | None:
+    def ask_to_connect(self, call: ConnectCall) -> EngineCall | None:
         """Begin to have the engine's workers connect; calls are counted anew from here."""
         self._number = 0
         if self._client is None:
             return None
-        return EngineCall(self._client.init_weight_transfer_engine, call)
+        return EngineCall(self._client.init_weight_transfer_engine, call.model_dump())
 
     def world_size(self) -> int | None:
         """Ask how many workers the engine has now; None: its client cannot tell."""
@@ -126,7 +127,8 @@ class EngineControl:
         self._client.start_weight_update()
         self.in_session = True
         self._number += 1
-        update = {"number": self._number, "proof": proof(self._token, "update", self._number)}
+        shown = proof(self._token, "update", self._number)
+        update = ServeCall(number=self._number, proof=shown).model_dump()
         self._call = EngineCall(self._client.update_weights, update)
         for worker in workers:
             worker.check_alive = self._check_alive

@@ -48,6 +48,7 @@ from qerl_sync.wire.connection import (
     parse_endpoint,
     proof,
 )
+from qerl_sync.wire.handshake import ConnectCall
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.segments import parameters_are_shared
 
@@ -529,13 +530,13 @@ class RemoteTransport(Transport):
             reject(self._listener)
         self.slot_device = cuda_memory.concrete_device(self.source_device)
         call = self._control.ask_to_connect(
-            {
-                "endpoints": endpoints,
-                "proof": proof(self._token, "init", *endpoints),
-                "session": self._session.model_dump(),
-                "token": "" if self._shared_token else self._token,
-                "timeout_seconds": self._worker_timeout_seconds,
-            }
+            ConnectCall(
+                endpoints=endpoints,
+                proof=proof(self._token, "init", *endpoints),
+                session=self._session,
+                token="" if self._shared_token else self._token,
+                timeout_seconds=self._worker_timeout_seconds,
+            )
         )
         self._workers = admit_workers(
             self._listener,

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from qerl_sync.errors import AgreementError, EngineTakenError
 from qerl_sync.wire import handshake as say
@@ -135,13 +135,4 @@ def _parted(info: Mapping[str, Any], kind: type[S]) -> tuple[dict[str, Any], S |
     reported = rest.pop(say.KEY, None)
     if reported is None:
         return rest, None
-    try:
-        return rest, kind.model_validate(reported)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise AgreementError(
-            f"what the call says under {say.KEY!r} is not of qerl-sync's trainer ({place}: "
-            f"{first['msg']}); install the same version for both",
-            subject="call",
-        ) from exc
+    return rest, say.parse(kind, reported, f"what the call says under {say.KEY!r}")

@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 class QerlInitInfo(dict[str, Any], WeightTransferInitInfo):
-    """Hold a trainer's request to connect: see `calls.ConnectCall`."""
+    """Hold a trainer's request to connect: see `wire.handshake.ConnectCall`."""
 
 
 class QerlUpdateInfo(dict[str, Any], WeightTransferUpdateInfo):
-    """Hold a trainer's request for the worker's thread: see `calls.ServeCall`."""
+    """Hold a trainer's request for the worker's thread: see `wire.handshake.ServeCall`."""
 
 
 class QerlWeightTransferEngine(WeightTransferEngine):

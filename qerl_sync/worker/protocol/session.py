@@ -39,9 +39,9 @@ from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import Connection, connect, parse_endpoint, proof, same_proof
+from qerl_sync.wire.handshake import ConnectCall, ServeCall, parse
 from qerl_sync.worker.load.footprint import Arrivals, footprint_bytes
 from qerl_sync.worker.load.memory import PeakMemory
-from qerl_sync.worker.protocol.calls import ConnectCall, ServeCall, parsed
 from qerl_sync.worker.protocol.connection import Arrived, TrainerConnection
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ Item = say.Message | Arrived
 
 
 class Loader(Protocol):
-    """Takes the weights; `worker.receiver.Receiver` has what each part means."""
+    """Takes the weights; `worker.load.receiver.Receiver` has what each part means."""
 
     @property
     def working_bytes(self) -> Mapping[str, int]: ...
@@ -142,7 +142,7 @@ class WorkerSession:
                 connection of its own, too: through vLLM only a text gets back.
             TransportError: the trainer cannot be reached.
         """
-        asked = parsed(ConnectCall, call)
+        asked = parse(ConnectCall, call)
         token, timeout_seconds = asked.require_token(), asked.timeout_seconds
         held = self._session
         if held and held != asked.session and any(one.alive for one in self._connections):
@@ -187,7 +187,7 @@ class WorkerSession:
             SyncError: the trainer was lost before its first request. Whoever made the call would
                 otherwise take this worker for one that has been synced.
         """
-        asked = parsed(ServeCall, call)
+        asked = parse(ServeCall, call)
         if not self._connections:
             raise AgreementError("no trainer is connected to this worker", subject="session")
         if not same_proof(proof(self._token, "update", asked.number), asked.proof):
@@ -428,7 +428,8 @@ class WorkerSession:
                     f"{name!r} of chunk {index} arrived with checksum {found:016x}, and the "
                     f"trainer sent {reported[name]:016x}: its bytes changed on the way. "
                     "Somebody has written to them (shared memory, a parameter that was stepped "
-                    "during the sync), or a network card or memory is broken"
+                    "during the sync), or a network card or memory is broken",
+                    tensor=name,
                 )
             yield name, tensor
 
