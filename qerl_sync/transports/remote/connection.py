@@ -137,7 +137,7 @@ class WorkerConnection(Connection):
 
     def announce(self, chunk: say.Chunk, staged: StagedChunk) -> None:
         """Send a chunk. Its memory must stay as it is until the chunk is loaded."""
-        self._on_the_way.append(chunk.index)
+        self._on_the_way.append(chunk.index)  # before it is sent: its credit may come at once
         if self._sender is None and self._store is None:
             self.tell(chunk)
             return
@@ -181,6 +181,8 @@ class WorkerConnection(Connection):
         if self._sender is not None:
             self.forget_chunks()
             self._jobs.put(None)
+            # A send that waits for a stopped worker ends by this; only then may slots be freed,
+            # which the thread reads.
             self.cut_off()
             self._sender.join()
         super().close()

@@ -267,6 +267,7 @@ class PoolTransport(Transport):
         def start(member: Member) -> None:
             member.transport.start(plan, layer_map, options, staging=staging)
 
+        # If this raises, any of them may have begun: `abort` must end them all.
         self._active = ready
         self._active = list(self._each(ready, start))
         staging.begin(options, layer_map.parents_text, self.busy_cores)
@@ -281,6 +282,8 @@ class PoolTransport(Transport):
 
     def finish(self) -> SyncResult:
         complete = self._each(self._active, lambda member: member.transport.complete())
+        # From the first Commit on a member may have this version, whatever we hear of it. It is not
+        # used again: a worker would refuse it, or two states would have one version.
         self._spent_version = self._version
         committed = self._each(list(complete), lambda member: member.transport.commit())
         assert self._staging is not None

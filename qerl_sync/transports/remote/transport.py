@@ -266,6 +266,8 @@ class RemoteTransport(Transport):
                 version=min(hello.version for hello in self.hellos),
             )
         self._control.pause(self._workers)
+        # One `update_weights` for the whole sync: between two of them the scheduler would run steps
+        # on a mix of versions.
         self._control.begin_session(self._workers)
         self._announced = self._staging.segments
         for worker in self._workers:
@@ -307,7 +309,10 @@ class RemoteTransport(Transport):
             owned = {meta.name for meta in metas}
             tensors = (named for named in tensors if named[0] in owned)
         assert self._staging is not None
+        # The slot may still be read: what is written to it before its credit would be loaded as the
+        # earlier chunk.
         awaited = self.await_room(index)
+        # Also without tensors of its own: the source's stream may be a part of collectives.
         staged = self._staging.stage(index, metas, tensors, awaited=awaited)
         if metas:
             self.announce(index, staged)
@@ -326,6 +331,7 @@ class RemoteTransport(Transport):
     def announce(self, index: int, staged: StagedChunk) -> None:
         """Send a staged chunk to every worker."""
         assert self._staging is not None
+        # A worker that refuses the plan says so here, before the first chunk is read.
         self._await_taken()
         before, self._announced = self._announced, self._staging.segments
         for worker in self._workers:
@@ -359,6 +365,8 @@ class RemoteTransport(Transport):
 
     def commit(self) -> SyncResult:
         """Let the workers generate with the new weights. Return what they measured."""
+        # From the first Commit on a failure leaves it open which workers have committed: `abort`
+        # must then not let the engine go on, nor roll any of them back.
         self._committing = True
         self._tell(say.Commit(version=self._version))
         overwritten = False
@@ -370,9 +378,12 @@ class RemoteTransport(Transport):
         self._synced_instances = {hello.instance for hello in self.hellos}
         assert self._staging is not None
         if self._own_staging is not None:
+            # A trainer that is killed between two syncs leaves no shared memory without a name.
             self._own_staging.unlink(self._workers)
         self._control.end_session(self._workers, version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
+        # If caches cannot be emptied, this raises with `_committing` set, and the engine stays
+        # paused: it would compute with keys and values of the old weights.
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
         self._committing = False
         return SyncResult(
@@ -429,6 +440,7 @@ class RemoteTransport(Transport):
             for worker in self._workers:
                 worker.expect(say.Aborted, "being poisoned")
         finally:
+            # Paused, whatever came of it: a worker that was not reached serves the wrong weights.
             if self._control.in_session:
                 self._control.end_failed_session(self._workers)
             self._control.leave_paused(reason)
@@ -451,7 +463,7 @@ class RemoteTransport(Transport):
         if self._taken:
             return None
         accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self._workers]
-        for worker in self._workers:
+        for worker in self._workers:  # the next sync with this plan need not send it
             worker.plan_digest = self._plan.digest
         self._taken = True
         return accepted[0].owned
@@ -478,7 +490,11 @@ class RemoteTransport(Transport):
         return replies
 
     def _renew_map(self, layer_map: LayerMap) -> None:
-        """Workers that were connected anew, after a failure, have forgotten theirs."""
+        """Ask for the layer map again where workers were connected anew, and have forgotten it.
+
+        Raises:
+            AgreementError: it is another than the plan was made with.
+        """
         if self._map_request is not None and any(
             worker.layer_map is None for worker in self._workers
         ):
@@ -499,14 +515,15 @@ class RemoteTransport(Transport):
         self.open()
 
     def open(self) -> None:
-        """Connect to the workers, unless they are: also where an engine was restarted since, or
-        where something between them and us has forgotten the connection, while the engine still
-        generates.
+        """Connect to the workers, unless they are connected and answer.
 
-        Several trainer ranks would have to do so at the same time: there a lost worker is an error.
+        Connect anew where an engine was restarted, or a router has forgotten the connection. Of
+        several trainer ranks all would have to do so at once: there a lost worker is an error.
         """
         if self._workers:
             try:
+                # Before the engine is paused: a connection that leads nowhere would be noticed only
+                # by a timeout, with all requests waiting.
                 for worker in self._workers:
                     worker.send(say.Ping(), PING_SECONDS)
                 for worker in self._workers:
@@ -526,7 +543,9 @@ class RemoteTransport(Transport):
             self._listener = Listener(self._bind or address, port, self._token, WorkerConnection)
             self._endpoint = format_endpoint(address, self._listener.port)
         endpoints = self._endpoints or [self._endpoint]
-        if len(endpoints) == 1:  # of several ranks, workers may have come to this one before
+        if len(endpoints) == 1:
+            # Workers that came too late for an earlier call. Of several ranks, the workers of this
+            # call may have come here before rank 0 has returned from making it.
             reject(self._listener)
         self.slot_device = cuda_memory.concrete_device(self.source_device)
         call = self._control.ask_to_connect(
@@ -547,6 +566,7 @@ class RemoteTransport(Transport):
             timeout_seconds=self._timeout_seconds,
         )
         if any(worker.hello.update_open for worker in self._workers):
+            # An earlier trainer died in an update. vLLM would refuse to begin another one.
             try:
                 self._control.close_stale_update()
             except BaseException:
@@ -574,7 +594,7 @@ class RemoteTransport(Transport):
             device=self.slot_device if self.can_fall_back or self._wanted == "cuda_ipc" else None,
         )
         logger.info("%s: %s (%s)", worker.peer, worker.kind, worker.reason)
-        worker.tell(say.End())
+        worker.tell(say.End())  # the worker has its transport, and returns to vLLM
 
     def _prepare_slots(self, slots: list[int], layer_map: LayerMap) -> Staging:
         """Return slots with room for the chunks in flight; over another transport where there is

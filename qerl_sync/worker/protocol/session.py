@@ -160,6 +160,7 @@ class WorkerSession:
                     own.send(say.failure(refusal), timeout_seconds)
             raise refusal
         self.close()
+        # A new trainer, or this one after a failure, asks for the map and sends its plan again.
         self._layer_map = self._plan = None
         try:
             for endpoint in asked.endpoints:
@@ -206,6 +207,7 @@ class WorkerSession:
                     return
                 self._answer(requests)
         except Exception as exc:
+            # The trainer is lost, or what it says makes no sense: nothing can go on from here.
             expected = isinstance(exc, SyncError)
             logger.error("the session with the trainer ended: %s", exc, exc_info=not expected)
             self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
@@ -223,6 +225,7 @@ class WorkerSession:
         self._connections = []
 
     def _answer(self, requests: list[Item]) -> None:
+        # What one rank alone says for all is taken from rank 0.
         lead = requests[0]
         self._in_doubt = False
         try:
@@ -281,6 +284,7 @@ class WorkerSession:
             _await(connection, say.Finish, "the end of the stream")
         with clock("finish"):
             trace = self._loader.finish()
+        # Before the report: with the commit the trainer frees its slots on the GPU.
         self._release()
         # Slots of this worker's own stay from sync to sync, and count in what it took.
         standing = [one.chunk_receiver.standing_bytes for one in self._connections]
@@ -393,7 +397,7 @@ class WorkerSession:
                     )
                 reported |= zip(names, one.checksums, strict=True)
         in_place = [i in arrived and arrived[i].in_place for i in range(len(parts))]
-        del arrived, one
+        del arrived, one  # they refer to the tensors, whose references are counted below
         references = {name: _references(tensor) for name, tensor in found.items()}
         chunk = plan.chunks[index]
         stream = ((name, found[name]) for name in chunk.names)
