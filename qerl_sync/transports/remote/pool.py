@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qerl_sync.engines.base import in_thread
 from qerl_sync.errors import (
     AgreementError,
     ConfigError,
@@ -52,10 +54,6 @@ UP_SECONDS = 5.0
 MEMBERS_OWN = (TransportError, LoadError, AgreementError, StaleCacheError)
 
 
-def _always() -> bool:
-    return True
-
-
 @dataclass(eq=False)
 class Member:
     """An engine of a pool.
@@ -73,7 +71,7 @@ class Member:
     name: str
     client: WeightSyncClient
     transport: RemoteTransport
-    is_up: Callable[[], bool] = _always
+    is_up: Callable[[], bool] = lambda: True
     ready: bool = False
     version: int = 0
     last_version: int = 0
@@ -154,7 +152,9 @@ class PoolTransport(Transport):
         """Return the weight version of each engine; 0: not known, or never synced."""
         return {name: member.version for name, member in self._members.items()}
 
-    def add(self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = _always) -> None:
+    def add(
+        self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = lambda: True
+    ) -> None:
         """Take in an engine; it is part of the next sync. Raises ConfigError if `name` is taken."""
         if name in self._members:
             raise ConfigError(f"the pool has an engine {name!r} already; give each its own name")
@@ -364,29 +364,25 @@ class PoolTransport(Transport):
         return Member(name, client, transport, is_up, address=address, port=port)
 
     def _those_up(self) -> list[Member]:
+        """Return the members that are ready or can be asked to connect. Wait a moment for one."""
         for name, member in list(self._members.items()):
             member.transport.source_device = self.source_device
             if not member.ready and member.idle and member.address != self._address():
                 member.transport.close()
                 self._members[name] = self._member(name, member.client, member.is_up)
-        up = [m for m in self._members.values() if m.ready or (m.idle and m.is_up())]
-        leaving = [m.leaving for m in self._members.values() if m.leaving and not m.idle]
+        members = self._members.values()
+        up = [member for member in members if member.ready or (member.idle and member.is_up())]
         if up:
             return up
-        # There is no one to go on with until one of them is out of the sync that has failed.
-        for thread in leaving:
-            thread.join(self._options.get("timeout_seconds", 300.0))
-        return self._idle_and_up()
-
-    def _idle_and_up(self) -> list[Member]:
-        """Return the members that can be asked to connect; wait a moment where there are none.
-
-        `is_up` does not block: an actor on a busy machine is not down because it has not answered
-        at once, and a pool without members up would fail the sync.
-        """
+        # None to go on with until one of them is out of the sync that has failed.
+        for member in members:
+            if member.leaving is not None:
+                member.leaving.join(self._options.get("timeout_seconds", 300.0))
+        # `is_up` does not block: an actor on a busy machine is not down because it has not answered
+        # at once, and a pool without members up would fail the sync.
         deadline = time.monotonic() + UP_SECONDS
         while True:
-            idle = [member for member in self._members.values() if member.idle]
+            idle = [member for member in members if member.idle]
             up = [member for member in idle if member.is_up()]
             if up or not idle or time.monotonic() > deadline:
                 return up
@@ -495,21 +491,8 @@ def _end(transport: RemoteTransport, reason: str) -> None:
 
 
 def in_parallel(works: Sequence[Callable[[], R]]) -> list[R | BaseException]:
-    """Run all at the same time. Return what each returned or raised, in order. The
-    threads die with the process."""
-    outcomes: list[R | BaseException] = [RuntimeError("it never ran")] * len(works)
-
-    def run(index: int) -> None:
-        try:
-            outcomes[index] = works[index]()
-        except BaseException as exc:
-            outcomes[index] = exc
-
-    threads = [
-        threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(works))
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
+    """Run all at the same time. Return what each returned or raised, in order."""
+    answers = [in_thread("pool", work) for work in works]
+    wait(answers)
+    raised = [answer.exception() for answer in answers]
+    return [exc or answer.result() for exc, answer in zip(raised, answers, strict=True)]
