@@ -272,14 +272,7 @@ class SyncSession:
         if self._source.lora is not None:
             report.lora = dict(self._source.lora)
         if self._adapter is not None:
-            # Base weights travel with an adapter if one of these needs it.
-            why_base = ""
-            if plan.base_metas and options.base is None:
-                why_base = "not all workers are known to hold it as the trainer has it"
-            elif plan.base_metas:
-                first = plan.base_metas[0].name
-                why_base = f"what trains beside the adapter, or has changed: {first}, ..."
-            report.lora = {**(report.lora or {}), "base": why_base}
+            report.lora = {**(report.lora or {}), "base": _why_base(plan, options)}
         if probed is not None:
             report.probe_gap = max(probed.gaps.values())
             report.lost |= probed.lost
@@ -568,3 +561,12 @@ class SyncSession:
             workers=[worker.to_json() for worker in workers],
             lost=dict(result.lost),
         )
+
+
+def _why_base(plan: SyncPlan, options: SyncOptions) -> str:
+    """Return why base weights travel with an adapter; empty if none do."""
+    if not plan.base_metas:
+        return ""
+    if options.base is None:
+        return "not all workers are known to hold it as the trainer has it"
+    return f"what trains beside the adapter, or has changed: {plan.base_metas[0].name}, ..."
