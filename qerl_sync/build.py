@@ -35,7 +35,7 @@ def make_session(
     trained: Trained | None = None,
     probe: Probe | None = None,
 ) -> SyncSession:
-    """A session from `source` to that engine; see `make_transport`. Close it when it is done.
+    """Return a session from `source` to that engine; see `make_transport`. Close it at the end.
 
     Args:
         source: a Source, or the trainer's model; see `make_source`.
@@ -127,7 +127,7 @@ def adapter_arguments(model: Any, sync: SyncConfig) -> dict[str, Any]:
 def make_transport(
     sync: SyncConfig, *, llm: Any = None, server_url: str | None = None
 ) -> Transport:
-    """The way to an engine, as `sync.transport` and the engine's whereabouts have it.
+    """Return the transport to an engine, as `sync.transport` and the engine's place demand.
 
     Opens nothing yet. By reference to an engine in this process; over shared memory or TCP, which
     the workers then find out, to one in another.
@@ -157,7 +157,7 @@ def make_transport(
 def remote_transport(
     sync: SyncConfig, client: WeightSyncClient | None, **options: Any
 ) -> RemoteTransport:
-    """To the workers of the engines that `client` controls, as the section `sync` says.
+    """Return the transport to the workers of `client`'s engines, as the section `sync` says.
 
     Args:
         options: more arguments of `RemoteTransport`, as they are.

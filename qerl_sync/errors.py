@@ -58,9 +58,11 @@ class ConfigError(SyncError):
 
     Attributes:
         violations: (place, message) of each, where a configuration was checked as a whole.
+        place: the option that is wrong, where it is one alone.
     """
 
     violations: tuple[tuple[str, str], ...] = ()
+    place: str = ""
 
 
 class FileError(ConfigError):
@@ -68,9 +70,11 @@ class FileError(ConfigError):
 
     Attributes:
         path: the file or directory; None where nothing says which.
+        tensor: the checkpoint name that it has wrong, or lacks.
     """
 
     path: str | None = None
+    tensor: str | None = None
 
 
 class CompatError(SyncError):
@@ -117,13 +121,19 @@ class CoverageError(SyncError):
     """Raised where what arrived is not what the plan promised.
 
     Attributes:
+        tensor: the checkpoint name of the tensor that is wrong.
         layer, expected, got: the parent layer that a plan brings a part of, its elements, and how
             many of them come.
+        engine, gap: the engine whose log-probabilities part most from the trainer's, and by how
+            much (`sync.verify: full`).
     """
 
+    tensor: str = ""
     layer: str = ""
     expected: int = 0
     got: int = 0
+    engine: str = ""
+    gap: float = 0.0
 
 
 class UnchangedError(SyncError):
@@ -138,7 +148,14 @@ class LoadError(SyncError):
 
 
 class AgreementError(SyncError):
-    """Trainer and worker differ in something that both must agree on before a byte moves."""
+    """Trainer and worker differ in something that both must agree on before a byte moves.
+
+    Attributes:
+        subject: in what: token, version, protocol, call, session, endpoint, place, layer_map, plan,
+            slots, memory, ..., or the field in which workers differ (model, dtype, ...).
+    """
+
+    subject: str = ""
 
 
 class EngineTakenError(AgreementError):
@@ -195,7 +212,13 @@ class TransportTimeout(TransportError):
 
 
 class PeerLostError(TransportError):
-    """The other side closed the connection or died."""
+    """The other side closed the connection or died.
+
+    Attributes:
+        exit_code: of its process, where that is known; 128 + N: signal N ended it.
+    """
+
+    exit_code: int | None = None
 
 
 class IntegrityError(TransportError):

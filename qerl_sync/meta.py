@@ -1,10 +1,12 @@
-"""What is known of a tensor without having it: name, dtype, shape, bytes. No torch in here."""
+"""Describe a tensor without having it: name, dtype, shape, bytes. No torch in here."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from qerl_sync.errors import ConfigError
 
@@ -59,6 +61,14 @@ class ParamMeta:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def metas_to_json(metas: Iterable[ParamMeta]) -> list[Any]:
+    return [[meta.name, meta.dtype, list(meta.shape)] for meta in metas]
+
+
+def metas_from_json(data: Iterable[Any]) -> list[ParamMeta]:
+    return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in data]
 
 
 @dataclass(frozen=True)

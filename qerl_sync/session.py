@@ -32,7 +32,7 @@ from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, shortened, tolerance
-from qerl_sync.wire.cores import avoid_cores
+from qerl_sync.wire.host import avoid_cores
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 # The parameters that the optimizer steps, as `named_parameters` of the trained model yields them.
 Trained = Callable[[], Iterable[tuple[str, "torch.Tensor"]]]
 
+Named = Iterator[tuple[str, "torch.Tensor"]]
+
 # The share of a worker's free memory that `budget_bytes: auto` takes. vLLM makes a second copy of a
 # layer while it processes it, in which the other half goes.
 AUTO_SHARE = 0.5
@@ -54,7 +56,7 @@ PHASES = ("plan", "start", "gather", "load", "finish", "verify", "total")
 
 @dataclass
 class SyncReport:
-    """What one sync did and cost.
+    """Report what one sync did and cost.
 
     Example:
         report = session.push(step=1)
@@ -157,7 +159,7 @@ class SyncSession:
             with adapters, so that those that do not travel can be named; see `sync.on_unchanged`.
         probe: what the trainer's model says of a prompt, for `sync.verify: full`.
 
-    Closing it (or leaving it as a context) lets go of the workers and of shared memory.
+    Closing it (or leaving it as a context) disconnects the workers and frees shared memory.
     """
 
     def __init__(
@@ -184,7 +186,11 @@ class SyncSession:
         self._order = parse_order(config.source_order)
         self._metas: list[ParamMeta] | None = None
         self._warned: set[str] = set()
-        self._watch = self._change_watch(trained)
+        self._watch: ChangeWatch | None = None
+        if config.on_unchanged != "ignore":
+            from qerl_sync.verify.changes import ChangeWatch
+
+            self._watch = ChangeWatch(trained)
         self.version = version
         self._pushed = False
         self._base: _Base | None = None
@@ -276,7 +282,7 @@ class SyncSession:
 
     @property
     def current(self) -> bool:
-        """Whether the workers hold what was last pushed, as far as can be told without asking them.
+        """Return whether the workers hold what was last pushed, as far as is known without asking.
 
         False before the first push and after one that failed; where a connection is lost: its
         engine has ended, and one in its place has the weights that it was started with; and where
@@ -285,7 +291,7 @@ class SyncSession:
         return self._pushed and self._transport.connected
 
     def close(self) -> None:
-        """Let go of the workers. Idempotent; the session cannot push again."""
+        """Disconnect from the workers. Idempotent; the session cannot push again."""
         self._transport.close()
 
     def __enter__(self) -> Self:
@@ -295,17 +301,22 @@ class SyncSession:
         self.close()
 
     def storages(self) -> Mapping[str, Storage]:
-        """The memory behind each of the tensors that workers get, where several share one."""
+        """Return the memory behind each tensor that workers get, where several share one."""
         return self._source.storages() if self._transport.by_reference else {}
 
     @property
     def chunk_bytes(self) -> int | None:
-        """Upper bound of a chunk: that of the configuration, else that of the transport."""
+        """Return the upper bound of a chunk: the configuration's, else the transport's."""
         return self._config.chunk_bytes or self._transport.chunk_bytes
 
     def _agree(self) -> tuple[SyncPlan, LayerMap]:
-        """The plan for what the source has now: the last one, unless names or shapes changed."""
-        given = [m for m in self._source.metadata() if not self._is_ignored(m.name)]
+        """Return the plan for what the source has: the last one, unless names or shapes changed."""
+        ignored = self._config.ignore_names
+        given = [
+            meta
+            for meta in self._source.metadata()
+            if not any(fnmatchcase(meta.name, pattern) for pattern in ignored)
+        ]
         self._transport.source_device = self._source.device
         metas = self._order(given)
         self._transport.agree_on(metas)
@@ -317,12 +328,9 @@ class SyncSession:
                 precision = self._transport.precision
                 self._tolerance = tolerance(*precision, self._config.verify_tolerance)
                 self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
-            self._full_plan = self._part_plan = None
-            plan = self._build(metas, layer_map)
-            self._require_possible(plan, given)
             self.layer_map, self._metas = layer_map, metas
-            self._judge(plan, layer_map)
-            self._full_plan = plan
+            self._full_plan = self._part_plan = None
+            self._full_plan = self._make_plan(metas, given, layer_map)
         return self._full_plan, self.layer_map
 
     def _agree_on_adapter(self) -> None:
@@ -360,66 +368,59 @@ class SyncSession:
         if not part:
             return full.emptied
         if self._part_plan is None or {m.name for m in part} != set(self._part_plan.order):
-            plan = self._build(part, layer_map)
-            self._require_possible(plan, part)
-            self._judge(plan, layer_map)
-            self._part_plan = plan
+            self._part_plan = self._make_plan(part, part, layer_map)
         return self._part_plan
 
-    def _build(self, metas: list[ParamMeta], layer_map: LayerMap) -> SyncPlan:
-        self.plan = build_plan(
+    def _make_plan(
+        self, metas: list[ParamMeta], given: list[ParamMeta], layer_map: LayerMap
+    ) -> SyncPlan:
+        """Return the plan for a stream. Warn, once for each plan, if it opens several layers.
+
+        Args:
+            given: the same tensors in the order in which the source yields them.
+
+        Raises:
+            PlanError: the source cannot yield in the plan's order, or `policy: error` refuses it.
+        """
+        budget_bytes = self._config.budget_bytes
+        if budget_bytes == "auto":
+            budget_bytes = int(self._transport.free_bytes() * AUTO_SHARE)
+            if self._transport.by_reference:  # what the source holds anyway is not free, and counts
+                budget_bytes += self._source.resident_bytes()
+        self.plan = None
+        plan = build_plan(
             metas,
             layer_map,
             self._config.policy,
             chunk_bytes=self.chunk_bytes,
             storages=self.storages(),
-            budget_bytes=self._budget_bytes(),
+            budget_bytes=budget_bytes,
             spill_budget_bytes=self._config.spill_budget_bytes,
             spill_directory=self._config.spill_directory,
         )
-        return self.plan
-
-    def _budget_bytes(self) -> int | None:
-        asked = self._config.budget_bytes
-        if asked != "auto":
-            return asked
-        free_bytes = int(self._transport.free_bytes() * AUTO_SHARE)
-        resident_bytes = self._source.resident_bytes() if self._transport.by_reference else 0
-        return free_bytes + resident_bytes
-
-    def _is_ignored(self, name: str) -> bool:
-        return any(fnmatchcase(name, pattern) for pattern in self._config.ignore_names)
-
-    def _require_possible(self, plan: SyncPlan, given: list[ParamMeta]) -> None:
-        """Raises PlanError if the source cannot yield in the plan's order."""
-        if self._source.any_order or plan.metas == tuple(given):
-            return
-        pairs = zip(plan.metas, given, strict=True)
-        planned, own = next((a.name, b.name) for a, b in pairs if a != b)
-        self.plan = None
-        raise PlanError(
-            f"the plan has {planned!r} where the source yields {own!r}, and this source yields in "
-            "its own order only. Choose sync.policy: spill, which puts tensors in order on the "
-            "worker, or warn; or give the source a method tensor(name)"
-        )
-
-    def _judge(self, plan: SyncPlan, layer_map: LayerMap) -> None:
-        """Warn of a plan that opens several layers, once for each distinct one, or refuse it."""
+        if not self._source.any_order and plan.metas != tuple(given):
+            pairs = zip(plan.metas, given, strict=True)
+            planned, own = next((a.name, b.name) for a, b in pairs if a != b)
+            raise PlanError(
+                f"the plan has {planned!r} where the source yields {own!r}, and this source yields "
+                "in its own order only. Choose sync.policy: spill, which puts tensors in order on "
+                "the worker, or warn; or give the source a method tensor(name)"
+            )
         diagnosis = diagnose(
             plan.load_metas, plan.predicted, layer_map, self.storages(), plan.budget_bytes
         )
-        if diagnosis is None or plan.digest in self._warned:
-            return
-        text = diagnosis.text(self._config.source_order)
-        if plan.policy == "error":
-            self.plan = None
-            raise PlanError(f"{text}\nRefused by `sync: {{policy: error}}`; nothing was sent.")
-        self._warned.add(plan.digest)
-        logger.warning(text)
+        if diagnosis is not None and plan.digest not in self._warned:
+            text = diagnosis.text(self._config.source_order)
+            if plan.policy == "error":
+                raise PlanError(f"{text}\nRefused by `sync: {{policy: error}}`; nothing was sent.")
+            self._warned.add(plan.digest)
+            logger.warning(text)
+        self.plan = plan
+        return plan
 
     def _ask_engine(self) -> ProbeResult | None:
-        """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far, and
-        if it cannot be asked."""
+        """With `verify: full`, ask the engine how far it parts from the trainer. Poison it if that
+        is too far, or if it cannot be asked."""
         if self._probe is None:
             return None
         tokens = self._prompt
@@ -443,16 +444,11 @@ class SyncSession:
             raise CoverageError(
                 f"{reason}. The engine is poisoned: it computes with other weights, or the model "
                 "otherwise. Hold a fresh engine against the trainer; sync.verify_tolerance raises "
-                "the bound"
+                "the bound",
+                engine=engine,
+                gap=gap,
             )
         return probed
-
-    def _change_watch(self, trained: Trained | None) -> ChangeWatch | None:
-        if self._config.on_unchanged == "ignore":
-            return None
-        from qerl_sync.verify.changes import ChangeWatch
-
-        return ChangeWatch(trained)
 
     def _judge_changes(self, step: int) -> Changes | None:
         """Warn of a sync that did not bring what the trainer changed, or raise UnchangedError."""
@@ -485,7 +481,19 @@ class SyncSession:
         chunks = [[n for n in c.names if held is None or n in held] for c in plan.chunks]
         in_step = options.finite_check == "source" and not self._transport.by_reference
         ahead = chunks if in_step else []
-        with FiniteChecker(self._check_finite_ahead, ahead) as looks:
+
+        def check_finite(names: Sequence[str], alone: bool) -> None:
+            # Off the cores on which workers load meanwhile.
+            with avoid_cores(() if alone else self._transport.busy_cores):
+                self._source.check_finite(names, alone=alone)
+
+        def checked(index: int, tensors: Named) -> Named:
+            # A chunk is staged while it is checked, and sent once this stream has ended.
+            yield from tensors
+            with watch("verify"):
+                looks.await_chunk(index)
+
+        with FiniteChecker(check_finite, ahead) as looks:
             with watch("start"):
                 self._transport.start(plan, layer_map, options)
             if self._watch is not None:
@@ -500,21 +508,15 @@ class SyncSession:
                     self._transport.meet(f"chunk {index}")
                     try:
                         tensors = self._timed(self._source.materialize(names), watch)
-                        self._transport.send(chunk, _until(looks, index, tensors, watch))
+                        self._transport.send(chunk, checked(index, tensors))
                     finally:
                         self._source.end_chunk()
         watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified
         with watch("finish"):
             return self._transport.finish()
 
-    def _check_finite_ahead(self, names: Sequence[str], alone: bool) -> None:
-        with avoid_cores(() if alone else self._transport.busy_cores):
-            self._source.check_finite(names, alone=alone)
-
-    def _timed(
-        self, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The same stream, looked at; the time spent waiting for it is the phase "gather"."""
+    def _timed(self, tensors: Named, watch: Stopwatch) -> Named:
+        """Yield the same stream; the time spent waiting for it is the phase "gather"."""
         while True:
             with watch("gather"):
                 item = next(tensors, None)
@@ -568,13 +570,3 @@ def _why_base(plan: SyncPlan, options: SyncOptions) -> str:
     if options.base is None:
         return "not all workers are known to hold it as the trainer has it"
     return f"what trains beside the adapter, or has changed: {plan.base_metas[0].name}, ..."
-
-
-def _until(
-    looks: FiniteChecker, index: int, tensors: Iterator[tuple[str, torch.Tensor]], watch: Stopwatch
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same stream, which ends when chunk `index` was looked at: a transport stages it
-    meanwhile, and sends it afterwards."""
-    yield from tensors
-    with watch("verify"):
-        looks.await_chunk(index)

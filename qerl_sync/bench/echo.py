@@ -157,9 +157,9 @@ class EchoWorker:
 
 
 def main(loader: EchoLoader, device: torch.device) -> None:
-    from qerl_sync.worker.protocol.connection import TrainerConnection
+    from qerl_sync.worker.protocol.session import WorkerSession
 
-    connection = TrainerConnection(loader, device, lambda: hello(device))
+    connection = WorkerSession(loader, device, lambda: hello(device))
 
     def check(wanted: bool) -> None:
         loader.check = wanted

@@ -31,7 +31,7 @@ from qerl_sync.integrations.ray.cluster import connect, require_ray
 from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
 from qerl_sync.session import SyncSession
 from qerl_sync.sources.hf import HFSource
-from qerl_sync.wire.cores import own_cores
+from qerl_sync.wire.host import own_cores
 from qerl_sync.worker.protocol import mailbox as mailbox
 
 SECOND = {"second": 1}
@@ -77,10 +77,10 @@ class EchoActor:
     """Connect like a worker, with the real session and chunk receivers, and load nothing."""
 
     def __init__(self) -> None:
-        from qerl_sync.worker.protocol.connection import TrainerConnection
+        from qerl_sync.worker.protocol.session import WorkerSession
 
         self._loader = EchoLoader()
-        self._connection = TrainerConnection(self._loader, torch.device("cpu"), hello)
+        self._connection = WorkerSession(self._loader, torch.device("cpu"), hello)
 
     def init_weight_transfer_engine(self, request: dict[str, Any]) -> None:
         self._connection.open(request["init_info"])

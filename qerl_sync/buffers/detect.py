@@ -180,7 +180,9 @@ def require_finite(
         raise CoverageError(
             f"{named(name, parents)} has {bad:,} NaN or infinite values of {tensor.numel():,}; the "
             "training step before this sync went wrong (look at the loss and the gradient norm). "
-            "sync.check_finite: false sends it all the same"
+            "sync.check_finite: false sends it all the same",
+            tensor=name,
+            num_bad=bad,
         )
 
 
@@ -203,7 +205,8 @@ def require_in_range(
             f"{named(name, parents)} has values up to {largest.item():.6g}; the engine computes in "
             f"{dtype_name(dtype)}, where what is larger than {torch.finfo(dtype).max:.6g} becomes "
             "infinite. Start it with a dtype of more range (bfloat16: rollout.engine.dtype), or "
-            "look at why the weights have grown so. sync.check_finite: false sends it all the same"
+            "look at why the weights have grown so. sync.check_finite: false sends it all the same",
+            tensor=name,
         )
 
 

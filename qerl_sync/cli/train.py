@@ -50,10 +50,15 @@ def train(
         display = Display(console)
         with display.phase("reading the configuration", f"read {config}"):
             loaded = load_config(config, [*(overrides or []), *given])
-        # After that: it imports torch and TRL, for which nobody waits who has mistyped a path.
-        from qerl_sync.training.run import train as run
+        # Only now: both import torch, for which nobody waits who has mistyped a path.
+        if loaded.rollout.mode == "ray":
+            from qerl_sync.training.on_ray import train_on_ray
 
-        outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
+            outcome = train_on_ray(loaded, display, resume=resume, verbose=verbose)
+        else:
+            from qerl_sync.training.run import train as run
+
+            outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
         console.print(summary_table(outcome.summary))
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")

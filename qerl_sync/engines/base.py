@@ -8,8 +8,9 @@ import re
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from qerl_sync.errors import (
@@ -20,6 +21,7 @@ from qerl_sync.errors import (
     TransportError,
     TransportTimeout,
 )
+from qerl_sync.worker.compat.coupling import lacking, vllm_version
 
 if TYPE_CHECKING:
     import torch
@@ -135,40 +137,68 @@ OPTIONAL_METHODS = (
 )
 
 
-def version_arguments(finish: Callable[..., Any], weight_version: str | None) -> tuple[Any, ...]:
-    """Return the arguments for vLLM's `finish_weight_update`, which takes no version in vLLM 0.25
-    and with clients that were written for it."""
-    takes_version = bool(inspect.signature(finish).parameters)
-    return (weight_version,) if takes_version else ()
+class MethodClient(EngineClient):
+    """Drive an object whose methods have vLLM's names. A subclass says how one is called."""
 
-
-class FourMethodClient(EngineClient):
-    """An object with vLLM's four methods only, such as `RayVLLMWeightSyncClient`. Its caller pauses
-    the engine and empties its caches. Foreign errors are translated."""
-
-    def __init__(self, client: WeightSyncClient) -> None:
-        self._client = client
+    def __init__(self, target: Any, timeout_seconds: float = math.inf) -> None:
+        self._target, self.timeout_seconds = target, timeout_seconds
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", init_info)
+        self._call("init_weight_transfer_engine", self._request("init_info", init_info))
 
     def start_weight_update(self) -> None:
         self._call("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self._call("update_weights", update_info)
+        self._call("update_weights", self._request("update_info", update_info))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        finish = self._client.finish_weight_update
-        self._call("finish_weight_update", *version_arguments(finish, weight_version))
+        # It takes no version in vLLM 0.25, and with clients that were written for it.
+        takes_version = inspect.signature(self._target.finish_weight_update).parameters
+        self._call("finish_weight_update", *[weight_version][: len(takes_version)])
 
-    def _call(self, method: str, *arguments: Any) -> None:
-        try:
-            getattr(self._client, method)(*arguments)
-        except SyncError:
-            raise
-        except Exception as exc:
-            raise translated(exc, "the vLLM engine", method) from exc
+    def weight_version(self) -> str:
+        """Return the version passed with the last finished update; `default` before the first.
+
+        Raises:
+            CompatError: this vLLM keeps no version (0.25).
+        """
+        if not hasattr(self._target, "get_weight_version"):
+            raise lacking("weight versions", vllm_version(), ("get_weight_version",))
+        return str(self._call("get_weight_version"))
+
+    @abstractmethod
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """Call a method of the target. Raise as `EngineClient` says."""
+
+    def _request(self, name: str, info: dict[str, Any]) -> Any:
+        """Return the argument by which the target takes `info` as its field `name`."""
+        return info
+
+    def _seconds(self, method: str) -> float | None:
+        """Return how long a call may take; None: any time."""
+        # It takes as long as the whole sync, which has timeouts of its own.
+        return None if method == "update_weights" else self.timeout_seconds
+
+
+class FourMethodClient(MethodClient):
+    """An object with vLLM's four methods only, such as `RayVLLMWeightSyncClient`. Its caller pauses
+    the engine and empties its caches. Foreign errors are translated."""
+
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        with translating("the vLLM engine", method):
+            return getattr(self._target, method)(*arguments, **options)
+
+
+def vllm_request(name: str, info: dict[str, Any]) -> Any:
+    """Return vLLM's request object with `info` as its field `name`. Raises ImportError."""
+    from vllm.distributed.weight_transfer import base
+
+    kinds = {
+        "init_info": base.WeightTransferInitRequest,
+        "update_info": base.WeightTransferUpdateRequest,
+    }
+    return kinds[name](**{name: info})
 
 
 def as_engine_client(client: WeightSyncClient) -> EngineClient:
@@ -249,7 +279,7 @@ def complaint(text: str) -> str:
 
 
 def refusal(reason: str) -> Callable[..., NoReturn]:
-    """Return a function that refuses a request instead of letting it wait for a paused engine."""
+    """Return a function that refuses a request, which a paused engine would let wait."""
 
     def refuse(*arguments: Any, **options: Any) -> NoReturn:
         raise PoisonedError(why_refused(reason))
@@ -265,77 +295,32 @@ def why_refused(reason: str) -> str:
     )
 
 
-class EngineCall:
+def in_thread(what: str, function: Callable[[], Any]) -> Future[Any]:
     """Run `function` in a thread of its own, which dies with the process, whatever the engine does.
     vLLM leaves calls unanswered in which its engine dies."""
+    answer: Future[Any] = Future()
 
-    def __init__(self, what: str, function: Callable[[], Any]) -> None:
-        self._what = what
-        self._answer: Future[Any] = Future()
-        threading.Thread(
-            target=self._run, args=(function,), name=f"qerl-sync {what}", daemon=True
-        ).start()
-
-    @property
-    def done(self) -> bool:
-        return self._answer.done()
-
-    def ends_within(
-        self,
-        timeout_seconds: float | None,
-        poll_seconds: float = POLL_SECONDS,
-        check_alive: Callable[[], None] = lambda: None,
-    ) -> bool:
-        """Return whether it ends, well or badly, within this time. See `ends_within`."""
-        return ends_within(self._answer, timeout_seconds, poll_seconds, check_alive)
-
-    def result(self) -> Any:
-        """Return what the function returned, or raise what it raised. The call must have ended."""
-        return self._answer.result()
-
-    def raise_if_failed(self) -> None:
-        """Raise TransportError (or the error of ours that the client raised) if it has failed."""
-        error = self._answer.exception() if self.done else None
-        if error is None:
-            return
-        if isinstance(error, SyncError):
-            raise error
-        raise TransportError(
-            f"the engine's {self._what} failed: {type(error).__name__}: {error}; look "
-            "at the engine's log"
-        ) from error
-
-    def wait(self, timeout_seconds: float, check_alive: Callable[[], None] = lambda: None) -> None:
-        """Block until the call has returned. Raises as `raise_if_failed`, and TransportTimeout if
-        it does not return.
-
-        Args:
-            check_alive: called some five times a second; raises if waiting has become pointless.
-        """
-        if not self.ends_within(timeout_seconds, check_alive=check_alive):
-            raise TransportTimeout(
-                f"the engine's {self._what} did not return within {timeout_seconds:.0f} s"
-            )
-        self.raise_if_failed()
-
-    def _run(self, function: Callable[[], Any]) -> None:
+    def run() -> None:
         try:
-            self._answer.set_result(function())
+            answer.set_result(function())
         except BaseException as exc:
-            self._answer.set_exception(exc)
+            answer.set_exception(exc)
+
+    threading.Thread(target=run, name=f"qerl-sync {what}", daemon=True).start()
+    return answer
 
 
 def ends_within(
     answer: Future[Any],
     timeout_seconds: float | None,
-    poll_seconds: float,
-    check_alive: Callable[[], None],
+    check_alive: Callable[[], None] = lambda: None,
+    poll_seconds: float = POLL_SECONDS,
 ) -> bool:
-    """Wait for a call that another thread makes. Return whether it has ended within the time;
-    None: it may take any.
+    """Return whether a call that another thread makes ends, well or badly, within this time.
 
     Args:
-        check_alive: called again and again meanwhile; raises if waiting has become pointless.
+        timeout_seconds: None: it may take any time.
+        check_alive: called every `poll_seconds`; raises if waiting has become pointless.
     """
     deadline = time.monotonic() + (math.inf if timeout_seconds is None else timeout_seconds)
     while (left := deadline - time.monotonic()) > 0:
@@ -359,6 +344,17 @@ def timed_out(engine: str, method: str, seconds: float) -> TransportTimeout:
         f"{method}: {engine} did not answer within {seconds:g} s; look at its log, or give the "
         "client a longer timeout_seconds"
     )
+
+
+@contextmanager
+def translating(engine: str, method: str) -> Iterator[None]:
+    """Raise errors of ours for those that a call of vLLM in Python raises."""
+    try:
+        yield
+    except SyncError:
+        raise
+    except Exception as exc:
+        raise translated(exc, engine, method) from exc
 
 
 def translated(exc: Exception, engine: str, method: str) -> SyncError:

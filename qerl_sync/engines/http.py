@@ -8,21 +8,23 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from qerl_sync.engines.base import (
     PROBING,
-    EngineCall,
     EngineClient,
     PauseMode,
     complaint,
+    ends_within,
+    in_thread,
     lost,
     read_prompt_logprobs,
     timed_out,
 )
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
-from qerl_sync.wire.channel import PROOF_HEADER, SOCKET_OPTIONS, TOKEN_VARIABLE, proof
+from qerl_sync.wire.connection import PROOF_HEADER, SOCKET_OPTIONS, TOKEN_VARIABLE, proof
 from qerl_sync.worker.compat.caches import forget_caches
 from qerl_sync.worker.compat.coupling import lacking
 
@@ -80,8 +82,7 @@ class HTTPClient(EngineClient):
         self._post("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        # It takes as long as the whole sync, which has timeouts of its own.
-        self._request("POST", "update_weights", {"update_info": update_info}, None, None)
+        self._post("update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         version = None if weight_version is None else {"weight_version": weight_version}
@@ -105,12 +106,14 @@ class HTTPClient(EngineClient):
 
     def refuse(self, reason: str) -> None:
         try:
-            self._tell_gate("refuse", {"reason": reason})
+            with suppress(RouteMissingError):  # without the serving guard middleware they wait
+                self._post("qerl_sync/refuse", {"reason": reason})
         except SyncError as exc:
             logger.warning("requests to %s are not told why they wait: %s", self, exc)
 
     def admit(self) -> None:
-        self._tell_gate("admit", None)
+        with suppress(RouteMissingError):
+            self._post("qerl_sync/admit")
 
     def health(self) -> bool:
         """Return whether the server answers within 5 s and its engine lives."""
@@ -151,32 +154,16 @@ class HTTPClient(EngineClient):
         return int(self._get("get_world_size", {"include_dp": "true"})["world_size"])
 
     def _get(self, route: str, params: Params | None = None) -> dict[str, Any]:
-        return self._request("GET", route, None, params, self.timeout_seconds)
+        return self._request("GET", route, None, params)
 
     def _post(
         self, route: str, body: dict[str, Any] | None = None, params: Params | None = None
     ) -> dict[str, Any]:
-        return self._request("POST", route, body, params, self.timeout_seconds)
-
-    def _tell_gate(self, what: str, body: dict[str, Any] | None) -> None:
-        """Call a route of the serving guard middleware, if the server has it."""
-        seconds = self.timeout_seconds
-        self._request("POST", f"qerl_sync/{what}", body, None, seconds, may_lack=True)
+        return self._request("POST", route, body, params)
 
     def _request(
-        self,
-        method: str,
-        route: str,
-        body: dict[str, Any] | None,
-        params: Params | None,
-        read_seconds: float | None,
-        *,
-        may_lack: bool = False,
+        self, method: str, route: str, body: dict[str, Any] | None, params: Params | None = None
     ) -> dict[str, Any]:
-        """Send a request. `read_seconds` None: wait as long as the server lives.
-
-        `may_lack`: return {} if the server lacks the route.
-        """
         import requests
 
         def check_alive() -> None:
@@ -191,14 +178,12 @@ class HTTPClient(EngineClient):
             if gone:
                 raise lost(str(self), route)
 
+        # A whole sync is one update, and has timeouts of its own.
+        seconds = None if route == "update_weights" else self.timeout_seconds
         try:
-            # vLLM leaves calls unanswered in which its engine dies.
-            call = EngineCall(route, partial(self._send, method, route, body, params, read_seconds))
-            call.ends_within(None, WATCH_SECONDS, check_alive)
-            response = call.result()
-            if may_lack and response.status_code == 404:
-                return {}
-            return self._answer(route, response)
+            answer = in_thread(route, partial(self._send, method, route, body, params, seconds))
+            ends_within(answer, None, check_alive, WATCH_SECONDS)
+            return self._answer(route, answer.result())
         except requests.ConnectTimeout as exc:
             raise self._unreachable(route, f"no connection within {CONNECT_SECONDS:g} s") from exc
         except requests.Timeout as exc:

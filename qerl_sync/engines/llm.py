@@ -8,25 +8,24 @@ from typing import Any
 
 from qerl_sync.engines.base import (
     PROBING,
-    EngineCall,
-    EngineClient,
+    MethodClient,
     PauseMode,
+    ends_within,
+    in_thread,
     num_workers,
     read_prompt_logprobs,
     refusal,
     require_alive,
     timed_out,
-    translated,
-    version_arguments,
+    translating,
 )
 from qerl_sync.errors import TransportError
 from qerl_sync.worker.compat.caches import forget_caches, llm_method
-from qerl_sync.worker.compat.coupling import lacking, vllm_version
 
 ENGINE = "the vLLM engine"
 
 
-class LLMClient(EngineClient):
+class LLMClient(MethodClient):
     """Drive a `vllm.LLM` as an EngineClient.
 
     Example:
@@ -46,26 +45,11 @@ class LLMClient(EngineClient):
     """
 
     def __init__(self, llm: Any, timeout_seconds: float = 300) -> None:
+        super().__init__(llm, timeout_seconds)
         self.llm = llm
-        self.timeout_seconds = timeout_seconds
         # vLLM sets it for engines that it runs in this process, and only for them.
         self.in_process = getattr(llm.llm_engine, "model_executor", None) is not None
         self._stuck_in: str | None = None
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", {"init_info": init_info})
-
-    def start_weight_update(self) -> None:
-        self._call("start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # It takes as long as the whole sync, which has timeouts of its own.
-        update = {"update_info": update_info}
-        self._run("update_weights", lambda: self.llm.update_weights(update), None)
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        finish = self.llm.finish_weight_update
-        self._call("finish_weight_update", *version_arguments(finish, weight_version))
 
     def pause(self, mode: PauseMode) -> None:
         if not self.in_process:
@@ -74,19 +58,14 @@ class LLMClient(EngineClient):
             engine = self.llm.llm_engine
             left = list(engine.output_processor.request_states)
             if left:
-                abort = partial(engine.abort_request, left, internal=True)
-                self._run("abort", abort, self.timeout_seconds)
+                self._run("abort", partial(engine.abort_request, left, internal=True))
 
     def resume(self) -> None:
         if not self.in_process:
             self._call("wake_up", tags=["scheduling"])
 
     def reset_caches(self, *, running: bool) -> bool | None:
-        def call(method: str, **options: bool) -> Any:
-            reset = partial(llm_method(self.llm, method), **options)
-            return self._run(method, reset, self.timeout_seconds)
-
-        return forget_caches(call, running=running)
+        return forget_caches(self._call, running=running)
 
     def refuse(self, reason: str) -> None:
         # Of this object alone: all ways to ask a `LLM` for something come by here.
@@ -103,48 +82,33 @@ class LLMClient(EngineClient):
         (answer,) = self._call("generate", [prompt], asked, use_tqdm=False)
         return read_prompt_logprobs(token_ids, answer.prompt_logprobs)
 
-    def weight_version(self) -> str:
-        """Return the version passed with the last finished update; `default` before the first.
-
-        Raises:
-            CompatError: this vLLM keeps no version (0.25).
-        """
-        if not hasattr(self.llm, "get_weight_version"):
-            raise lacking("weight versions", vllm_version(), ("get_weight_version",))
-        return str(self._call("get_weight_version"))
-
     def world_size(self) -> int:
         """See `EngineClient`."""
         return num_workers(
             self.llm.llm_engine.vllm_config, getattr(self.llm.llm_engine, "engine_core", None)
         )
 
-    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        return self._run(
-            method,
-            lambda: getattr(self.llm, method)(*arguments, **options),
-            self.timeout_seconds,
-        )
+    def _request(self, name: str, info: dict[str, Any]) -> dict[str, Any]:
+        return {name: info}
 
-    def _run(self, method: str, call: Callable[[], Any], timeout_seconds: float | None) -> Any:
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        return self._run(method, lambda: llm_method(self.llm, method)(*arguments, **options))
+
+    def _run(self, method: str, call: Callable[[], Any]) -> Any:
         if self._stuck_in is not None:
             raise TransportError(
                 f"{method}: {ENGINE} still has not answered {self._stuck_in}; start it anew"
             )
-        try:
+        with translating(ENGINE, method):
             if self.in_process:
                 # Kernels run here: on another thread they would start a thread pool of their own.
                 return call()
             # vLLM itself waits without end, also for an engine that has died.
-            answer = EngineCall(method, call)
+            answer = in_thread(method, call)
             core = getattr(self.llm.llm_engine, "engine_core", None)
-            check_alive = partial(require_alive, core, ENGINE, method)
-            if answer.ends_within(timeout_seconds, check_alive=check_alive):
+            if ends_within(
+                answer, self._seconds(method), partial(require_alive, core, ENGINE, method)
+            ):
                 return answer.result()
             self._stuck_in = method
             raise timed_out(ENGINE, method, self.timeout_seconds)
-        except Exception as exc:
-            error = translated(exc, ENGINE, method)
-            if error is exc:
-                raise
-            raise error from exc

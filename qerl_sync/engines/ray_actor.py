@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from qerl_sync.engines.base import EngineClient, PauseMode, timed_out, translated
-from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
+from qerl_sync.engines.base import (
+    MethodClient,
+    PauseMode,
+    timed_out,
+    translated,
+    vllm_request,
+)
+from qerl_sync.errors import ConfigError, PeerLostError, TransportError
 from qerl_sync.meta import format_bytes
 from qerl_sync.worker.compat.caches import forget_caches
 
@@ -16,13 +22,35 @@ if TYPE_CHECKING:
 # The actor's concurrency group of calls that do not wait for the engine.
 CONTROL = "control"
 
+# What an actor may have beside vLLM's four methods.
+OPTIONAL = frozenset(
+    {
+        "deliver",
+        "generate",
+        "pause",
+        "prompt_logprobs",
+        "reset_caches",
+        "reset_encoder_cache",
+        "reset_mm_cache",
+        "reset_prefix_cache",
+        "resume",
+        "status",
+        "update_weight_version",
+        "world_size",
+    }
+)
 
-class RayActorClient(EngineClient):
+
+def capabilities(handle: Any) -> frozenset[str]:
+    """Return those of the `OPTIONAL` methods that the actor's class declares."""
+    return frozenset(name for name in OPTIONAL if hasattr(handle, name))
+
+
+class RayActorClient(MethodClient):
     """An actor with the methods of `integrations.ray.RolloutActor` as an EngineClient.
 
     An actor with vLLM's four methods only is called as vLLM's `RayVLLMWeightSyncClient` calls it,
-    with a timeout. Of the others it may have any: `update_weight_version`, `pause`, `resume`,
-    `reset_prefix_cache`, `reset_encoder_cache`, `reset_mm_cache`, `world_size`, `deliver`. What it
+    with a timeout. Of the others (`OPTIONAL`) it may have any. What it
     lacks is left out: its caller sees to it then that nothing is generated during a sync, and that
     caches are emptied after it.
 
@@ -38,23 +66,12 @@ class RayActorClient(EngineClient):
     """
 
     def __init__(self, handle: Any, name: str, timeout_seconds: float = 300) -> None:
-        self.handle = handle
-        self.name = name
-        self.timeout_seconds = timeout_seconds
-        self._ours = self.resets_connector = hasattr(handle, "reset_caches")
+        super().__init__(handle, timeout_seconds)
+        self.handle, self.name = handle, name
+        self.capabilities = capabilities(handle)
+        self._ours = self.resets_connector = "reset_caches" in self.capabilities
         self.store = self
         self._node: str | None = None
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self._call("init_weight_transfer_engine", self._request("init_info", init_info))
-
-    def start_weight_update(self) -> None:
-        self._call("start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        # It takes as long as the whole sync, which has timeouts of its own.
-        answer = self._ask("update_weights", self._request("update_info", update_info))
-        self._answer("update_weights", answer, None)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         if self._ours:
@@ -84,7 +101,7 @@ class RayActorClient(EngineClient):
         return None if size is None else int(size)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        if not hasattr(self.handle, "prompt_logprobs"):
+        if "prompt_logprobs" not in self.capabilities:
             raise ConfigError(
                 f"sync.verify: full asks actor {self.name} what it thinks of a prompt, and it has "
                 "no method prompt_logprobs; inherit RolloutActor, or choose verify: checksum"
@@ -114,15 +131,15 @@ class RayActorClient(EngineClient):
         self._deliver(key, index, stored)
 
     def require_mailbox(self, key: str) -> None:
-        if not hasattr(self.handle, "deliver"):
+        if "deliver" not in self.capabilities:
             raise TransportError(
                 f"actor {self.name} has no method `deliver`, by which Ray hands out objects; "
                 "inherit RolloutActor, or choose sync.transport: auto, shm or tcp"
             )
-        if hasattr(self.handle, "status"):
+        if "status" in self.capabilities:
             status = self.handle.status.options(concurrency_group=CONTROL).remote()
-            self._node = self._answer("status", status, self.timeout_seconds)["node"]
-        if not self._answer("deliver", self._deliver(key, -1, None), self.timeout_seconds):
+            self._node = self._answer("status", status)["node"]
+        if not self._answer("deliver", self._deliver(key, -1, None)):
             raise TransportError(
                 f"the worker of {self.name} is not in the actor's own process, which is where Ray "
                 "hands out objects"
@@ -141,49 +158,39 @@ class RayActorClient(EngineClient):
         if self._ours:
             return {name: info}
         try:
-            from vllm.distributed.weight_transfer import base
+            return vllm_request(name, info)
         except ImportError:
             return {name: info}
-        kinds = {
-            "init_info": base.WeightTransferInitRequest,
-            "update_info": base.WeightTransferUpdateRequest,
-        }
-        return kinds[name](**{name: info})
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        return self._answer(method, self._ask(method, *arguments), self.timeout_seconds)
-
-    def _call_if_there(self, method: str, *arguments: Any) -> Any:
-        return self._call(method, *arguments) if hasattr(self.handle, method) else None
-
-    def _ask(self, method: str, *arguments: Any) -> Any:
+    def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         try:
-            return getattr(self.handle, method).remote(*arguments)
+            answer = getattr(self.handle, method).remote(*arguments, **options)
         except (AttributeError, TypeError) as exc:
             raise TransportError(
                 f"actor {self.name} cannot be asked {method}: {exc}; it needs vLLM's four methods "
                 "with vLLM's signatures (docs/ray.md)"
             ) from exc
+        return self._answer(method, answer)
 
-    def _answer(self, method: str, answer: Any, timeout_seconds: float | None) -> Any:
+    def _call_if_there(self, method: str, *arguments: Any) -> Any:
+        return self._call(method, *arguments) if method in self.capabilities else None
+
+    def _answer(self, method: str, answer: Any) -> Any:
         import ray
 
         try:
-            return ray.get(answer, timeout=timeout_seconds)
+            return ray.get(answer, timeout=self._seconds(method))
         except ray.exceptions.GetTimeoutError as exc:
             raise timed_out(f"actor {self.name}", method, self.timeout_seconds) from exc
         except ray.exceptions.RayActorError as exc:
             raise PeerLostError(f"{method}: actor {self.name} {how_it_was_lost(exc)}") from exc
         except ray.exceptions.RayTaskError as exc:
             cause = exc.cause if isinstance(exc.cause, Exception) else exc
-            raise self._reported(cause, method) from exc
+            raise translated(cause, f"the engine in actor {self.name}", method) from exc
         except ray.exceptions.RayError as exc:
             raise TransportError(
                 f"{method}: the answer of actor {self.name} was lost: {type(exc).__name__}: {exc}"
             ) from exc
-
-    def _reported(self, cause: Exception, method: str) -> SyncError:
-        return translated(cause, f"the engine in actor {self.name}", method)
 
 
 def how_it_was_lost(exc: Exception) -> str:

@@ -298,7 +298,8 @@ class PlannedSource(base.WeightSource):
                     f"the plan sends {planned}, the source has {found or 'no such tensor'}; make "
                     "the plan of this source's metadata()"
                 )
-        if not self.source.any_order and not _is_subsequence(self.plan.metas, metas):
+        rest = iter(metas)  # which `in` consumes: all are found only if they come in its order
+        if not self.source.any_order and not all(meta in rest for meta in self.plan.metas):
             raise PlanError(
                 "the plan has another order than the source, which yields in its own only; make "
                 "the plan with the policy warn"
@@ -307,8 +308,3 @@ class PlannedSource(base.WeightSource):
 
 def _knows_owners(source: Source) -> TypeGuard[VLLMSource]:
     return isinstance(source, VLLMSource)
-
-
-def _is_subsequence(some: Sequence[ParamMeta], metas: Sequence[ParamMeta]) -> bool:
-    rest = iter(metas)
-    return all(meta in rest for meta in some)

@@ -20,10 +20,10 @@ from typing import Any
 
 from qerl_sync import errors
 from qerl_sync.errors import CompatError, ConfigError
-from qerl_sync.meta import DTYPE_BITS
+from qerl_sync.meta import DTYPE_BITS, metas_to_json
 from qerl_sync.offline import map_cache
 from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
-from qerl_sync.plan.offline_map import OfflineMap, metas_to_json
+from qerl_sync.plan.offline_map import OfflineMap
 from qerl_sync.plan.recorded_map import recorded_maps
 
 PROBE_TIMEOUT_SECONDS = 600.0
@@ -72,7 +72,7 @@ def offline_map(
         CompatError: vLLM does not work here, or the probe died or took too long; or vLLM is not
             installed, and no map is recorded for this architecture.
         LayerMapError, CoverageError: vLLM does not take the trainer's tensors; see
-            `probe.observe_layer_map`.
+            `worker.load.observe.observe_layer_map`.
     """
     checkpoint = model if isinstance(model, Checkpoint) else read_checkpoint(model)
     engine = dict(engine or {})

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, metas_from_json, metas_to_json
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class Adapter:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "metas": [[m.name, m.dtype, list(m.shape)] for m in self.metas],
+            "metas": metas_to_json(self.metas),
             "scalings": dict(self.scalings),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Adapter:
         return cls(
-            metas=tuple(ParamMeta(n, d, tuple(s)) for n, d, s in data["metas"]),
+            metas=tuple(metas_from_json(data["metas"])),
             scalings=dict(data["scalings"]),
         )
 
@@ -49,8 +49,3 @@ class Adapter:
 def is_lora_a(name: str) -> bool:
     """Return whether a tensor is the first factor, with one row for each rank."""
     return name.endswith((".lora_A.weight", ".lora_embedding_A"))
-
-
-def layer_of(name: str) -> str:
-    """Return the path of the layer that an adapter's tensor belongs to."""
-    return name.rpartition(".lora_")[0]

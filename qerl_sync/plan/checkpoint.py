@@ -30,8 +30,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qerl_sync.errors import ConfigError, FileError
-from qerl_sync.meta import DTYPE_BITS, ParamMeta
+from qerl_sync.errors import FileError
+from qerl_sync.meta import DTYPE_BITS, ParamMeta, metas_from_json, metas_to_json
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -84,7 +84,7 @@ class Checkpoint:
             "path": str(self.path.absolute()),
             "config": self.config,
             "shards": self.shards,
-            "metas": None if metas is None else [[m.name, m.dtype, m.shape] for m in metas],
+            "metas": None if metas is None else metas_to_json(metas),
             "names_by_offset": self.names_by_offset,
         }
 
@@ -95,7 +95,7 @@ class Checkpoint:
             path=Path(data["path"]),
             config=data["config"],
             shards=[(file, names) for file, names in data["shards"]],
-            metas=metas and [ParamMeta(name, dtype, tuple(s)) for name, dtype, s in metas],
+            metas=metas and metas_from_json(metas),
             names_by_offset=data["names_by_offset"],
         )
 
@@ -163,15 +163,21 @@ class Checkpoint:
                 kept |= {w.name: replace(w, dtype=meta.dtype) for w in fused[meta.name]}
                 continue
             if meta.name not in names:
-                raise ConfigError(
+                raise FileError(
                     f"{self.path} has no {meta.name!r}, which its config.json asks for; is the "
-                    "index truncated, or the config.json that of another model?"
+                    "index truncated, or the config.json that of another model?",
+                    path=str(self.path),
+                    tensor=meta.name,
                 )
             found = stored.get(meta.name, meta)
             if found.shape != meta.shape:
-                raise ConfigError(
+                raise FileError(
                     f"{self.path}: {meta.name!r} is {list(found.shape)}, by the config.json it "
-                    f"should be {list(meta.shape)}; is it that of another model?"
+                    f"should be {list(meta.shape)}; is it that of another model?",
+                    path=str(self.path),
+                    tensor=meta.name,
+                    expected=meta.shape,
+                    got=found.shape,
                 )
             kept[meta.name] = meta
         used = dict.fromkeys(
@@ -228,18 +234,22 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         files = [f for f in path.glob("*.safetensors") if not f.name.startswith("consolidated")]
         config = _config_beside(index)
         if config is None and not files:
-            raise ConfigError(f"{str(path)!r} has neither a config.json nor .safetensors files")
+            raise FileError(
+                f"{str(path)!r} has neither a config.json nor .safetensors files", path=str(path)
+            )
         return _checkpoint(path, config, _in_reading_order(files))
     if not path.is_file():
-        raise ConfigError(
+        raise FileError(
             f"there is no {str(path)!r}; give a model directory, a config.json, a safetensors "
-            "index or a .safetensors file"
+            "index or a .safetensors file",
+            path=str(path),
         )
     if path.suffix == ".safetensors":
         return _checkpoint(path, _config_beside(path), [path])
     if path.suffix != ".json":
-        raise ConfigError(
-            f"{str(path)!r} is neither a .json nor a .safetensors file; other formats are not read"
+        raise FileError(
+            f"{str(path)!r} is neither a .json nor a .safetensors file; other formats are not read",
+            path=str(path),
         )
     content = read_json(path)
     if "weight_map" in content or path.name.endswith(".index.json"):
@@ -286,18 +296,23 @@ def _refuse_adapter(path: Path) -> None:
 def _read_index(path: Path, index: Path, content: dict[str, Any]) -> Checkpoint:
     weight_map = content.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{index} has no weight_map; is it truncated?")
+        raise FileError(f"{index} has no weight_map; is it truncated?", path=str(index))
     tensors_of: dict[str, set[str]] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file:
-            raise ConfigError(f"{index}: the file of {name!r} is {file!r}, not a file name")
+            raise FileError(
+                f"{index}: the file of {name!r} is {file!r}, not a file name",
+                path=str(index),
+                tensor=name,
+            )
         tensors_of.setdefault(file, set()).add(name)
     for file in tensors_of:
         numbered = re.search(r"-of-(\d+)", file)
         if numbered and int(numbered[1]) != len(tensors_of):
-            raise ConfigError(
+            raise FileError(
                 f"{index} names {len(tensors_of)} files, but {file} is one of "
-                f"{int(numbered[1])}; the index is truncated or mixed from two checkpoints"
+                f"{int(numbered[1])}; the index is truncated or mixed from two checkpoints",
+                path=str(index),
             )
     files = _in_reading_order(index.parent / name for name in tensors_of)
     missing = [file.name for file in files if not file.is_file()]
@@ -306,16 +321,19 @@ def _read_index(path: Path, index: Path, content: dict[str, Any]) -> Checkpoint:
         shards = [(file.name, sorted(tensors_of[file.name])) for file in files]
         return Checkpoint(path, config, shards, metas=None, names_by_offset=None)
     if missing:
-        raise ConfigError(
+        raise FileError(
             f"{index}: {len(missing)} of its {len(files)} files are missing, the first is "
-            f"{missing[0]}; download them all, or none"
+            f"{missing[0]}; download them all, or none",
+            path=str(index.parent / missing[0]),
         )
     found = _checkpoint(path, config, files)
     for file, held in found.shards:
         for name in sorted(tensors_of[file].symmetric_difference(held)):
             only = "file" if name in held else "index"
-            raise ConfigError(
-                f"{index} and {file} contradict each other: {name!r} is in the {only} only"
+            raise FileError(
+                f"{index} and {file} contradict each other: {name!r} is in the {only} only",
+                path=str(index),
+                tensor=name,
             )
     return found
 
@@ -327,7 +345,11 @@ def _checkpoint(path: Path, config: dict[str, Any] | None, files: list[Path]) ->
         for meta in header:
             other = seen.setdefault(meta.name, file)
             if other != file:
-                raise ConfigError(f"{path}: {meta.name!r} is in {other} and in {file}")
+                raise FileError(
+                    f"{path}: {meta.name!r} is in {other} and in {file}",
+                    path=str(path),
+                    tensor=meta.name,
+                )
     by_name = {file: sorted(header, key=lambda meta: meta.name) for file, header in headers.items()}
     return Checkpoint(
         path=path,
@@ -411,8 +433,10 @@ def _read_header(file: Path) -> list[ParamMeta]:
 
 def _meta(file: Path, name: str, entry: dict[str, Any]) -> ParamMeta:
     if entry["dtype"] not in DTYPES:
-        raise ConfigError(
-            f"{file}: {name!r} is of dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}"
+        raise FileError(
+            f"{file}: {name!r} is of dtype {entry['dtype']!r}; known are {', '.join(DTYPES)}",
+            path=str(file),
+            tensor=name,
         )
     dtype, shape = DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
     start, end = entry["data_offsets"]

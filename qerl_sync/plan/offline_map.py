@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, metas_from_json, metas_to_json
 from qerl_sync.plan.layer_map import LayerMap
 
 Origin = Literal["probe", "cache", "recorded"]
@@ -54,11 +54,3 @@ class OfflineMap:
             note=data["note"],
             seconds=data["seconds"],
         )
-
-
-def metas_to_json(metas: list[ParamMeta]) -> list[list[Any]]:
-    return [[meta.name, meta.dtype, list(meta.shape)] for meta in metas]
-
-
-def metas_from_json(data: list[list[Any]]) -> list[ParamMeta]:
-    return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in data]

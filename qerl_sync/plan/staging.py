@@ -126,7 +126,8 @@ def divide(plan: SyncPlan, held: Sequence[Sequence[int] | None]) -> list[Part]:
         if index not in owner:
             raise CoverageError(
                 f"no trainer rank holds {meta.name!r}; each tensor must be in the `held_names` of "
-                "at least one"
+                "at least one",
+                tensor=meta.name,
             )
     return [
         part_of(plan, [index for index in range(len(plan.metas)) if owner[index] == rank])

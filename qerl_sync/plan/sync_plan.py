@@ -13,7 +13,7 @@ from typing import Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PlanError
-from qerl_sync.meta import ParamMeta, Storage, format_bytes
+from qerl_sync.meta import ParamMeta, Storage, format_bytes, metas_from_json, metas_to_json
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.budget import order_within_budget
 from qerl_sync.plan.chunks import Chunk as Chunk
@@ -131,7 +131,7 @@ class SyncPlan:
         """SHA-256 of the stream and its cuts, not of the predicted cost."""
         agreed = {
             "format": PLAN_FORMAT,
-            "metas": [[m.name, m.dtype, m.shape] for m in self.metas],
+            "metas": metas_to_json(self.metas),
             "chunks": self.chunk_lengths,
             "layer_map": self.layer_map_digest,
         }
@@ -150,7 +150,7 @@ class SyncPlan:
             "spill": None if self.spill is None else self.spill.to_json(),
             "adapter": None if self.adapter is None else self.adapter.to_json(),
             "layer_map_digest": self.layer_map_digest,
-            "metas": [[m.name, m.dtype, list(m.shape)] for m in self.metas],
+            "metas": metas_to_json(self.metas),
             "chunks": [asdict(chunk) for chunk in self.chunks],
             "predicted": self.predicted.to_json(),
             "as_given": self.as_given.to_json(),
@@ -167,7 +167,7 @@ class SyncPlan:
             )
         plan = cls(
             policy=data["policy"],
-            metas=tuple(ParamMeta(n, d, tuple(s)) for n, d, s in data["metas"]),
+            metas=tuple(metas_from_json(data["metas"])),
             chunks=tuple(
                 Chunk(tuple(c["names"]), c["nbytes"], c["oversized"]) for c in data["chunks"]
             ),

@@ -4,7 +4,7 @@ OPEN lists the requests that anybody may send: they generate, or read. Every oth
 controls the engine, or may do so in a later vLLM, and is refused with 403 unless
 
     QERL_SYNC_TOKEN is set for the server, and the header x-qerl-sync-proof shows that the sender
-    knows the token, for this route: `wire.channel.proof(token, "http", "/pause")`. `HTTPClient`
+    knows the token, for this route: `wire.connection.proof(token, "http", "/pause")`. `HTTPClient`
     sends it.
 
     QERL_SYNC_TOKEN is not set, and the request comes from no web page: browsers send an `Origin`
@@ -18,7 +18,7 @@ between its rules and ours opens a route.
 The token keeps out who does not know it, and no more:
 
 - Nothing is encrypted, and a proof is the same each time: who can read the traffic can repeat it.
-  The connection between trainer and workers can be read, but not repeated (`wire.channel`).
+  The connection between trainer and workers can be read, but not repeated (`wire.connection`).
 - vLLM's own backends know no token: these routes alone are protected, and not what goes between
   trainer and workers. Workers of `qerl_nccl` and `qerl_ipc` ask for it too, in the calls that
   bring them a trainer or an update; the bytes are vLLM's.
@@ -31,7 +31,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from qerl_sync.wire.channel import PROOF_HEADER, TOKEN_VARIABLE, proof, same_proof
+from qerl_sync.wire.connection import PROOF_HEADER, TOKEN_VARIABLE, proof, same_proof
 
 # vLLM's routes that run the model, by POST or as websockets.
 GENERATING = frozenset(

@@ -27,7 +27,7 @@ from qerl_sync.serving.command import (
 from qerl_sync.serving.guard import KILL_SECONDS, kill
 from qerl_sync.serving.log import complaint_in, last_line
 from qerl_sync.serving.processes import any_listens, is_resource_tracker, members
-from qerl_sync.wire.channel import TOKEN_VARIABLE
+from qerl_sync.wire.connection import TOKEN_VARIABLE
 
 GUARD = "qerl_sync.serving.guard"
 POLL_SECONDS = 0.25
@@ -153,7 +153,7 @@ class ServerProcess:
         if self._guard is None:
             raise PeerLostError("the vLLM server was stopped, or never started")
         if self._guard.poll() is not None:
-            raise PeerLostError(self._ending(self._guard.returncode))
+            raise self._ended(self._guard.returncode)
 
     def wait(self) -> int:
         """Block until the server ends by itself; return its exit code."""
@@ -170,7 +170,7 @@ class ServerProcess:
         while not (client.health() and any_listens(members(guard.pid), self.port)):
             seconds = time.monotonic() - started
             if guard.poll() is not None:
-                raise PeerLostError(self._ending(guard.returncode, " before it was ready"))
+                raise self._ended(guard.returncode, " before it was ready")
             if seconds > self.start_timeout_seconds:
                 raise TransportTimeout(
                     f"the vLLM server was not ready within {self.start_timeout_seconds:g} s, its "
@@ -181,9 +181,10 @@ class ServerProcess:
                 self._progress(seconds, last_line(self.log))
             time.sleep(POLL_SECONDS)
 
-    def _ending(self, code: int, when: str = "") -> str:
+    def _ended(self, code: int, when: str = "") -> PeerLostError:
         how = f"was ended by signal {code - 128}" if code > 128 else f"ended with code {code}"
-        return f"the vLLM server {how}{when}{self._last_words()}"
+        text = f"the vLLM server {how}{when}{self._last_words()}"
+        return PeerLostError(text, exit_code=code)
 
     def _last_words(self) -> str:
         if self.log is None:
@@ -215,7 +216,8 @@ def reserve_port(host: str, port: int | None) -> socket.socket:
         if getattr(exc, "errno", None) == errno.EADDRINUSE:
             raise ConfigError(
                 f"port {port} on {host} is in use; stop the program that listens there (`ss "
-                "-ltnp` names it), or choose another port"
+                "-ltnp` names it), or choose another port",
+                port=port,
             ) from exc
         raise ConfigError(f"cannot listen on {host} port {port}: {exc}") from exc
     return reserved

@@ -81,7 +81,7 @@ class Source(ABC):
 
     @property
     def device(self) -> torch.device | None:
-        """The device that `materialize` yields tensors of; None: not known."""
+        """Return the device that `materialize` yields tensors of; None: not known."""
         return None
 
     def storages(self) -> Mapping[str, Storage]:

@@ -1,16 +1,21 @@
-"""Build TRL's configuration objects from their YAML sections."""
+"""Build the arguments of TRL, vLLM and the worker pool from their YAML sections."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.config import TrainConfig
 from qerl_sync.errors import ConfigError
+from qerl_sync.training.environment import ENGINE_VARIABLES, QUIET_VARIABLES
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from trl import GRPOConfig, SFTConfig
+
+# The variables of a run that engines read. Actors on other nodes do not inherit them.
+HANDED_ON = (*ENGINE_VARIABLES, *QUIET_VARIABLES, "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
 
 
 def grpo_arguments(config: TrainConfig) -> GRPOConfig:
@@ -61,7 +66,7 @@ def lora_arguments(config: TrainConfig) -> LoraConfig | None:
     try:
         return LoraConfig(task_type="CAUSAL_LM", **config.peft)
     except (TypeError, ValueError, ImportError) as exc:
-        raise ConfigError(f"peft: PEFT's LoraConfig refuses it: {exc}") from exc
+        raise ConfigError(f"peft: PEFT's LoraConfig refuses it: {exc}", place="peft") from exc
 
 
 def engine_options(config: TrainConfig) -> dict[str, Any]:
@@ -70,8 +75,36 @@ def engine_options(config: TrainConfig) -> dict[str, Any]:
     return {**defaults, **config.rollout.engine}
 
 
+def pool_arguments(config: TrainConfig) -> dict[str, Any]:
+    """Return the arguments of `WorkerPool.start` for a run's rollout actors."""
+    from qerl_sync.integrations.ray.actors import RolloutActor
+    from qerl_sync.integrations.ray.in_flight import AsyncRolloutActor
+
+    environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
+    if has_engine_processes(config):
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    return {
+        "actor": AsyncRolloutActor if config.rollout.async_engine else RolloutActor,
+        "max_restarts": config.rollout.max_restarts,
+        "start_seconds": config.rollout.start_timeout_seconds,
+        "generate_seconds": config.rollout.generate_timeout_seconds,
+        "options": config.ray.rollout,
+        "environment": environment,
+    }
+
+
+def has_engine_processes(config: TrainConfig) -> bool:
+    """Return whether an actor's engine runs in processes of its own, which Ray's object store does
+    not reach."""
+    from qerl_sync.integrations.ray.actors import world_size
+
+    return config.rollout.async_engine or world_size(config.rollout.engine) > 1
+
+
 def _make(kind: Any, section: str, arguments: Mapping[str, Any]) -> Any:
     try:
         return kind(**{"disable_tqdm": True, **arguments})
     except (TypeError, ValueError, ImportError) as exc:
-        raise ConfigError(f"{section}: TRL's {kind.__name__} refuses it: {exc}") from exc
+        raise ConfigError(
+            f"{section}: TRL's {kind.__name__} refuses it: {exc}", place=section
+        ) from exc

@@ -16,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qerl_sync.training.display import Steps
+from qerl_sync.training.display import STOPPING, Display, Steps
 
 
 def quieten(trainer: Any) -> None:
@@ -70,8 +70,8 @@ class ShowProgress(TrainerCallback):
 class StopCleanly(TrainerCallback):
     """Finish the step, write a checkpoint and stop on the first Ctrl-C; kill on the second."""
 
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
+    def __init__(self, display: Display) -> None:
+        self._display = display
         self.stopped = False
 
     @contextmanager
@@ -87,12 +87,12 @@ class StopCleanly(TrainerCallback):
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
-        self._steps.say("[yellow]stopping after this step[/] (Ctrl-C again: at once)")
+        self._display.console.print(STOPPING)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.stopped = self.stopped or self._steps.asked_to_stop()
+        self.stopped = self.stopped or self._display.asked_to_stop()
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

@@ -45,14 +45,16 @@ def load_data(config: DataConfig, seed: int, *, needs_answers: bool) -> tuple[Da
         if not prompt or not isinstance(prompt, str | list):  # as TRL takes them
             raise ConfigError(
                 f"data.prompt_column: the prompt of row {number} is {prompt!r}, not a text or a "
-                "list of chat messages; correct or remove that row"
+                "list of chat messages; correct or remove that row",
+                place="data.prompt_column",
             )
     if needs_answers or config.answer_column in rows.column_names:
         rows = _rename(rows, "answer_column", config.answer_column, "answer")
     if config.eval_size >= len(rows):
         raise ConfigError(
             f"data.eval_size {config.eval_size} leaves nothing to train on: the data set has "
-            f"{len(rows)} rows"
+            f"{len(rows)} rows",
+            place="data.eval_size",
         )
     train = rows.select(range(config.eval_size, len(rows)))
     return train, rows.select(range(config.eval_size))
@@ -105,7 +107,8 @@ def _rename(rows: Dataset, option: str, column: str, name: str) -> Dataset:
     if column not in rows.column_names:
         raise ConfigError(
             f"data.{option}: the data set has no column {column!r}; "
-            f"{nearest(column, rows.column_names)}"
+            f"{nearest(column, rows.column_names)}",
+            place=f"data.{option}",
         )
     if column == name:
         return rows

@@ -103,22 +103,25 @@ class RunDirectory:
             FileError: the checkpoint is damaged.
         """
         if not self.config.exists():
-            raise ConfigError(
+            raise FileError(
                 f"nothing to resume: {self.root} holds no run; leave --resume away, or name its "
-                "directory with --output-dir"
+                "directory with --output-dir",
+                path=str(self.root),
             )
         before, now = read_json(self.config), config.model_dump(mode="json")
         changed = [name for name in FIXED_SECTIONS if before.get(name) != now[name]]
         if changed:
             raise ConfigError(
                 f"cannot resume {self.root}: {', '.join(changed)} changed since it was started "
-                f"(compare {self.config}); change it back, or start a new run without --resume"
+                f"(compare {self.config}); change it back, or start a new run without --resume",
+                changed=tuple(changed),
             )
         checkpoint = self.latest_checkpoint()
         if checkpoint is None:
-            raise ConfigError(
+            raise FileError(
                 f"nothing to resume: the run in {self.root} has no checkpoint yet "
-                "(trainer.save_steps says when it writes one); leave --resume away to start over"
+                "(trainer.save_steps says when it writes one); leave --resume away to start over",
+                path=str(self.root),
             )
         # Files that were cut off or overwritten are found before an engine is started.
         require_whole_files(checkpoint)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.status import Status
 # Without a terminal (a log file, CI) no bar moves: a line is written this many times instead.
 LINES_WITHOUT_TERMINAL = 10
 SECONDS_BETWEEN_LINES = 10.0
+STOPPING = "[yellow]stopping after this step[/] (Ctrl-C again: at once)"
 
 
 class Steps:
@@ -47,14 +48,6 @@ class Steps:
             self._console.print(f"  {self._what} {done}/{total} {text}", highlight=False)
             self._last_line = done
 
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        self._console.print(text)
-
-    def asked_to_stop(self) -> bool:
-        """Return whether a remote viewer asked the run to stop."""
-        return False
-
 
 class Phase:
     """Show one phase that takes time.
@@ -79,10 +72,15 @@ class Phase:
 
 
 class Display:
-    """Show the phases of a run on `console`."""
+    """Show the phases of a run on `console`.
 
-    def __init__(self, console: Console) -> None:
+    Args:
+        asked_to_stop: return whether a remote viewer asked the run to stop. Called after each step.
+    """
+
+    def __init__(self, console: Console, asked_to_stop: Callable[[], bool] = lambda: False) -> None:
         self.console = console
+        self.asked_to_stop = asked_to_stop
 
     @contextmanager
     def phase(self, doing: str, done: str) -> Iterator[Phase]:

@@ -43,7 +43,8 @@ def make_tiny(
     except Exception as exc:  # each architecture checks its own values in its own way
         raise ConfigError(
             f"model.tiny: transformers cannot make this {config.architecture} "
-            f"({type(exc).__name__}: {exc})"
+            f"({type(exc).__name__}: {exc})",
+            place="model.tiny",
         ) from exc
     return model, tokenizer
 

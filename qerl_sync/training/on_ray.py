@@ -4,16 +4,21 @@ progress.
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import IO, TYPE_CHECKING, Any, cast
+
+from rich.console import Console
 
 from qerl_sync.config import TrainConfig
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError
-from qerl_sync.integrations.ray.actors import RolloutActor, world_size
 from qerl_sync.integrations.ray.cluster import (
     connect,
     require_ray,
@@ -21,16 +26,18 @@ from qerl_sync.integrations.ray.cluster import (
     require_room_for_chunks,
 )
 from qerl_sync.integrations.ray.pool import resources_of
-from qerl_sync.training.display import Display
-from qerl_sync.training.environment import ENGINE_VARIABLES, QUIET_VARIABLES, prepare_environment
-from qerl_sync.training.relay import Board, RelayDisplay, Replay
+from qerl_sync.training.arguments import has_engine_processes
+from qerl_sync.training.display import STOPPING, Display
+from qerl_sync.training.environment import prepare_environment
 
 if TYPE_CHECKING:
     from qerl_sync.training.run import Outcome
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.2
-# What engines read that a run sets; actors on other nodes do not inherit it.
-HANDED_ON = (*ENGINE_VARIABLES, *QUIET_VARIABLES, "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
+# How long the terminal's actor may take to answer. A run goes on without what is not shown.
+TERMINAL_SECONDS = 10.0
 
 
 class TrainingActor:
@@ -40,19 +47,96 @@ class TrainingActor:
         return "trainer"
 
     def run(
-        self, config: TrainConfig, board: Any, *, resume: bool, verbose: bool, seconds: float
+        self,
+        config: TrainConfig,
+        terminal: Any,
+        console: dict[str, Any],
+        *,
+        resume: bool,
+        verbose: bool,
+        seconds: float,
     ) -> Outcome:
         """Train as `training.run.train` does; `seconds` have passed before it."""
         started = time.perf_counter() - seconds
         prepare_environment(verbose=verbose)
-        from qerl_sync.training.run import train_here
+        from qerl_sync.training.run import train  # its packages read the environment
 
-        display = RelayDisplay(board)
-        return train_here(config, display, resume=resume, verbose=verbose, started=started)
+        display = remote_display(terminal, console)
+        try:
+            return train(config, display, resume=resume, verbose=verbose, started=started)
+        finally:
+            # Answered when everything that was written before has arrived: Ray keeps the order of
+            # one caller's calls. Else the last lines might come after the last look at them.
+            display.asked_to_stop()
+
+
+class Terminal:
+    """An actor between the trainer's actor and the terminal that started the run: it keeps what
+    the trainer writes until it is read, and whether Ctrl-C was pressed."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._stop = False
+
+    def write(self, text: str) -> None:
+        self._text += text
+
+    def read(self) -> str:
+        """Return what was written since the last call."""
+        text, self._text = self._text, ""
+        return text
+
+    def stop(self) -> None:
+        self._stop = True
+
+    def asked_to_stop(self) -> bool:
+        return self._stop
+
+
+class _TerminalFile(io.TextIOBase):
+    def __init__(self, terminal: Any) -> None:
+        self._terminal = terminal
+
+    def write(self, text: str) -> int:
+        self._terminal.write.remote(text)  # not awaited: a run does not depend on what is shown
+        return len(text)
+
+
+def remote_display(terminal: Any, console: dict[str, Any]) -> Display:
+    """Return a display, for the trainer's actor, that draws on the terminal of another process.
+
+    Bars and spinners are drawn here; what travels is the characters that move them.
+
+    Args:
+        console: arguments of rich's `Console`, see `console_of`.
+    """
+
+    def asked_to_stop() -> bool:
+        ray = require_ray()
+        try:
+            return bool(ray.get(terminal.asked_to_stop.remote(), timeout=TERMINAL_SECONDS))
+        except ray.exceptions.RayError as exc:
+            logger.warning("the terminal's actor did not answer: %s", type(exc).__name__)
+            return False
+
+    return Display(Console(file=cast("IO[str]", _TerminalFile(terminal)), **console), asked_to_stop)
+
+
+def console_of(display: Display) -> dict[str, Any]:
+    """Return the arguments of a `Console` that draws for the same terminal in another process."""
+    console = display.console
+    return {
+        "force_terminal": console.is_terminal,
+        "color_system": console.color_system,
+        "width": console.width,
+        "height": console.height,
+        "quiet": console.quiet,
+    }
 
 
 def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose: bool) -> Outcome:
-    """Train on a Ray cluster. See `training.run.train`.
+    """Train on a Ray cluster. See `training.run.train`. For the main thread: the first Ctrl-C stops
+    the run after its step, the second at once.
 
     Raises:
         ConfigError: no cluster is there, or it has too little room for the actors or for chunks.
@@ -64,29 +148,88 @@ def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose
         ray = require_ray()
         options = {"num_cpus": 1, **config.ray.trainer, "scheduling_strategy": strategy}
         actors: list[Any] = []
-        replay: Replay | None = None
         try:
-            actors.append(board := start_board(ray))
+            actors.append(terminal := start_terminal(ray))
             trainer = ray.remote(**options)(TrainingActor).options(name="trainer").remote()
             actors.append(trainer)
-            replay = Replay(display, board)
             running = trainer.run.remote(
                 config,
-                board,
+                terminal,
+                console_of(display),
                 resume=resume,
                 verbose=verbose,
                 seconds=time.perf_counter() - started,
             )
-            with replay.stopping():
+            with _stopping(terminal, display):
+                shown = True
                 while not ray.wait([running], timeout=POLL_SECONDS)[0]:
-                    replay.show()
-            replay.show()
-            return _outcome(ray, running)
+                    shown = shown and show(terminal, display)
+            if shown:
+                show(terminal, display)
+            outcome: Outcome = ray.get(running)
+            return outcome
+        except ray.exceptions.RayTaskError as exc:
+            if isinstance(exc.cause, SyncError):
+                raise exc.cause from None
+            raise
+        except ray.exceptions.RayActorError as exc:
+            raise PeerLostError(
+                f"the trainer actor died: {exc}. --resume goes on from the last checkpoint"
+            ) from exc
         finally:
-            if replay is not None:
-                replay.close()
+            display.console.show_cursor(True)  # a bar or spinner whose process died hides it
             for actor in reversed(actors):
                 ray.kill(actor)
+
+
+def show(terminal: Any, display: Display) -> bool:
+    """Write what the trainer has written since the last call. Return False if the terminal's actor
+    has died for good."""
+    ray = require_ray()
+    file = display.console.file
+    try:
+        file.write(ray.get(terminal.read.remote(), timeout=TERMINAL_SECONDS))
+        file.flush()
+    except ray.exceptions.ActorDiedError:
+        display.console.print(
+            "[yellow]the terminal's actor has died: the run goes on without being shown[/]"
+        )
+        return False
+    except ray.exceptions.RayError as exc:  # it is slow, or being restarted
+        logger.warning("the terminal's actor did not answer: %s", type(exc).__name__)
+    return True
+
+
+def start_terminal(ray: Any) -> Any:
+    """Start the terminal's actor on this process's node: the run needs this node anyway, another
+    could be lost.
+    """
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    remote = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1)
+    return remote(Terminal).remote()
+
+
+@contextmanager
+def _stopping(terminal: Any, display: Display) -> Iterator[None]:
+    """Ask the run to stop after its step on Ctrl-C in this context; raise on a second one."""
+    pressed = False
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        # On a terminal the trainer's bar stands in this line.
+        display.console.print("\n" * display.console.is_terminal + STOPPING)
+        terminal.stop.remote()
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -111,58 +254,6 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             "data": found(config.data),
         }
     )
-
-
-def start_board(ray: Any) -> Any:
-    """Start the board on this process's node: the run needs this node anyway, another could be
-    lost.
-    """
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    remote = ray.remote(num_cpus=0, scheduling_strategy=here, max_restarts=-1)
-    return remote(Board).options(name="display").remote()
-
-
-def pool_arguments(config: TrainConfig) -> dict[str, Any]:
-    """Return the arguments of `WorkerPool.start` for a run's rollout actors."""
-    environment = {name: os.environ[name] for name in HANDED_ON if name in os.environ}
-    actor = RolloutActor
-    if config.rollout.async_engine:
-        from qerl_sync.integrations.ray.in_flight import AsyncRolloutActor
-
-        actor = AsyncRolloutActor
-    if _is_apart(config):
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    return {
-        "actor": actor,
-        "max_restarts": config.rollout.max_restarts,
-        "start_seconds": config.rollout.start_timeout_seconds,
-        "generate_seconds": config.rollout.generate_timeout_seconds,
-        "options": config.ray.rollout,
-        "environment": environment,
-    }
-
-
-def _is_apart(config: TrainConfig) -> bool:
-    """Return whether an engine has processes of its own, which Ray's object store does not
-    reach.
-    """
-    return config.rollout.async_engine or world_size(config.rollout.engine) > 1
-
-
-def _outcome(ray: Any, running: Any) -> Outcome:
-    try:
-        outcome: Outcome = ray.get(running)
-    except ray.exceptions.RayTaskError as exc:
-        if isinstance(exc.cause, SyncError):
-            raise exc.cause from None
-        raise
-    except ray.exceptions.RayActorError as exc:
-        raise PeerLostError(
-            f"the trainer actor died: {exc}. --resume goes on from the last checkpoint"
-        ) from exc
-    return outcome
 
 
 @contextmanager
@@ -201,7 +292,7 @@ def _placed(config: TrainConfig, display: Display) -> Iterator[Any]:
                 f"within {config.ray.placement_seconds:g} s; it is taken by others (`ray status`), "
                 "or ray.placement cannot be met"
             )
-        if not _is_apart(config):
+        if not has_engine_processes(config):
             nodes = placement_group_table(group)["bundles_to_node_id"].values()
             require_room_for_chunks(config.sync, nodes)
         yield PlacementGroupSchedulingStrategy(

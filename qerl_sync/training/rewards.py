@@ -46,7 +46,8 @@ def resolve_reward(name: str) -> Reward:
         if name not in BUILTIN:
             raise ConfigError(
                 f"unknown reward {name!r}; {nearest(name, BUILTIN)} For your own, write "
-                "package.module:function"
+                "package.module:function",
+                place="reward",
             )
         return BUILTIN[name]
     # A console script has its own directory on the path and not the one it is called from.
@@ -58,13 +59,15 @@ def resolve_reward(name: str) -> Reward:
     except (ImportError, ValueError) as exc:
         raise ConfigError(
             f"reward {name!r}: the module {module_name!r} cannot be imported ({exc}); install it "
-            "or call the program from the directory that holds it"
+            "or call the program from the directory that holds it",
+            place="reward",
         ) from exc
     function = getattr(module, attribute, None)
     if not callable(function):
         functions = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
         raise ConfigError(
             f"reward {name!r}: {module_name} has no function {attribute!r}; "
-            f"{nearest(attribute, functions)}"
+            f"{nearest(attribute, functions)}",
+            place="reward",
         )
     return function

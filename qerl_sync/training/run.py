@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from qerl_sync.training.arguments import (
     engine_options,
     grpo_arguments,
     lora_arguments,
+    pool_arguments,
     sft_arguments,
 )
 from qerl_sync.training.data import load_data
@@ -71,9 +72,10 @@ def train(
     verbose: bool = False,
     started: float | None = None,
 ) -> Outcome:
-    """Train as `config` says and write everything into its output directory.
+    """Train as `config` says, in this process, and write everything into its output directory.
 
-    Call `prepare_environment` before anything imports vLLM, then this, once in a process.
+    Call `prepare_environment` before anything imports vLLM, then this, once in a process. For
+    `rollout.mode: ray` call `training.on_ray.train_on_ray`, which calls this in an actor.
 
     Args:
         resume: go on from the last checkpoint of the run in the output directory.
@@ -82,56 +84,37 @@ def train(
     Raises:
         SyncError: the configuration cannot be right, or a sync failed.
     """
-    if config.rollout.mode == "ray":
-        from qerl_sync.training.on_ray import train_on_ray
-
-        return train_on_ray(config, display, resume=resume, verbose=verbose)
-    return train_here(config, display, resume=resume, verbose=verbose, started=started)
-
-
-def train_here(
-    config: TrainConfig,
-    display: Display,
-    *,
-    resume: bool = False,
-    verbose: bool = False,
-    started: float | None = None,
-) -> Outcome:
-    """Train as `train` does, with the trainer in this process whatever the mode."""
     started = time.perf_counter() if started is None else started
     directory = RunDirectory(Path(config.output_dir))
+    mode = config.rollout.mode
+    log = directory.engine_log if mode == "subprocess" and not verbose else None
     with file_errors_explained(directory.root):
-        return _run(config, directory, display, resume, verbose, started)
-
-
-def _run(
-    config: TrainConfig,
-    directory: RunDirectory,
-    display: Display,
-    resume: bool,
-    verbose: bool,
-    started: float,
-) -> Outcome:
-    with display.phase("checking", "configuration checked"):
-        parts = _check(config, verbose)
-        checkpoint = _open(directory, config, display, resume)
-    path = _policy(config, parts, directory, display)
-    log = directory.engine_log if config.rollout.mode == "subprocess" and not verbose else None
-    with rollout_server(config, path, directory, display) as url:
-        phase = display.phase("building the trainer", _built(config))
-        with phase, _refusals_explained(), engine_process(log):
-            trainer, callback = _build(config, parts, path, url, directory)
-        with closing(callback), _engine_death_explained(log):
-            stopped = _learn(trainer, checkpoint, display)
-    with display.phase("writing the report", f"report written to {directory.root}"):
-        if not stopped:
-            trainer.save_model(str(directory.trained))
-        summary = _report(trainer.state.log_history, callback, directory, started)
+        with display.phase("checking", "configuration checked"):
+            parts = _check(config, verbose)
+            checkpoint = _open(directory, config, display, resume)
+        path = _policy(config, parts, directory, display)
+        with rollout_server(config, path, directory, display) as url:
+            built = "trainer built" if mode == "server" else "vLLM engine started"
+            try:
+                with display.phase("building the trainer", built), engine_process(log):
+                    trainer, callback = _build(config, parts, path, url, directory)
+            except Exception as exc:
+                _raise_refusal(exc)
+                raise
+            with closing(callback):
+                try:
+                    stopped = _learn(trainer, checkpoint, display)
+                except Exception as exc:
+                    # The error of a call to an engine process that has died does not say why.
+                    lost = log is not None and isinstance(exc, PeerLostError)
+                    if lost or type(exc).__name__ == "EngineDeadError":
+                        raise engine_lost(log) from exc
+                    raise
+        with display.phase("writing the report", f"report written to {directory.root}"):
+            if not stopped:
+                trainer.save_model(str(directory.trained))
+            summary = _report(trainer.state.log_history, callback, directory, started)
     return Outcome(summary, directory, stopped)
-
-
-def _built(config: TrainConfig) -> str:
-    return "trainer built" if config.rollout.mode == "server" else "vLLM engine started"
 
 
 def _check(config: TrainConfig, verbose: bool) -> _Parts:
@@ -234,25 +217,25 @@ def _build(
     return trainer, callback
 
 
-@contextmanager
-def _refusals_explained() -> Iterator[None]:
-    """Raise ConfigError for any error of TRL or vLLM while trainer and engine are made.
+def _raise_refusal(exc: Exception) -> None:
+    """Raise ConfigError for an error of TRL or vLLM while trainer and engine were made.
 
     Nothing has been trained by then, and everything else has been checked, so the configuration is
     the cause. vLLM refuses with any class of error, such as a missing kernel's (fp8 on a CPU).
     """
     import requests
 
-    try:
-        yield
-    except Exception as exc:
-        # A server that cannot be reached, and files, are explained around this.
-        if isinstance(exc, SyncError | requests.RequestException) or file_error(exc):
-            raise
-        raise ConfigError(
-            f"TRL, PEFT or vLLM refuses this run: {_reason(exc)}; look at the sections `trainer`, "
-            "`peft` and `rollout.engine` (--debug shows where)"
-        ) from exc
+    # A server that cannot be reached, and files, are explained by the callers of this one.
+    if isinstance(exc, SyncError | requests.RequestException) or file_error(exc):
+        return
+    if isinstance(exc, ValidationError):
+        reason = "; ".join(found["msg"] for found in exc.errors())
+    else:
+        reason = str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
+    raise ConfigError(
+        f"TRL, PEFT or vLLM refuses this run: {reason}; look at the sections `trainer`, `peft` "
+        "and `rollout.engine` (--debug shows where)"
+    ) from exc
 
 
 def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> WeightSyncCallback:
@@ -265,7 +248,6 @@ def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> Weig
         apart = mode == "subprocess"
         return WeightSyncCallback(config.sync, engine=engine, in_own_process=apart, recorder=record)
     from qerl_sync.integrations.ray.trl import PoolSyncCallback
-    from qerl_sync.training.on_ray import pool_arguments
 
     return PoolSyncCallback(
         config.sync,
@@ -277,18 +259,12 @@ def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> Weig
     )
 
 
-def _reason(exc: Exception) -> str:
-    if isinstance(exc, ValidationError):
-        return "; ".join(found["msg"] for found in exc.errors())
-    return str(exc) if isinstance(exc, ValueError) else f"{type(exc).__name__}: {exc}"
-
-
 def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
     """Train to the end, or until Ctrl-C. Return whether it was stopped."""
     from qerl_sync.training.callbacks import ShowProgress, StopCleanly
 
     with display.steps("training", "trained") as steps:
-        stop = StopCleanly(steps)
+        stop = StopCleanly(display)
         progress = ShowProgress(steps, _note)
         trainer.add_callback(progress)
         trainer.add_callback(stop)
@@ -304,18 +280,6 @@ def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
                     raise
                 raise damaged(checkpoint, checkpoint, f"{type(exc).__name__}: {exc}") from exc
     return stop.stopped and trainer.state.global_step < trainer.state.max_steps
-
-
-@contextmanager
-def _engine_death_explained(log: Path | None) -> Iterator[None]:
-    """Replace an error caused by a dead engine process by one with the last lines of its log."""
-    try:
-        yield
-    except Exception as exc:
-        lost = log is not None and isinstance(exc, PeerLostError)
-        if not lost and type(exc).__name__ != "EngineDeadError":
-            raise
-        raise engine_lost(log) from exc
 
 
 def _note(log: dict[str, Any]) -> str:

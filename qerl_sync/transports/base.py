@@ -1,4 +1,4 @@
-"""What a session needs of the way to the workers."""
+"""Define what a session needs of the way to the workers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What one worker rank measured in one sync.
+    """Hold what one worker rank measured in one sync.
 
     Attributes:
         worker: names it.
@@ -133,7 +133,7 @@ class ProbeResult:
 class Transport(ABC):
     """Carries one sync at a time: `start`, `send` for each chunk in plan order, `finish`.
 
-    Any error leaves the workers poisoned (see `worker.receiver`); `abort` may follow and is
+    Any error leaves the workers poisoned (see `worker.load.receiver`); `abort` may follow and is
     idempotent. After it a new `start` is allowed.
 
     Attributes:
@@ -150,12 +150,12 @@ class Transport(ABC):
 
     @property
     def connected(self) -> bool:
-        """False: a worker that took the last sync is gone, or has had another's since, as far as
-        can be told without asking. Does not block."""
+        """Return False if a worker that took the last sync is gone, or has had another's since, as
+        far as can be told without asking. Does not block."""
         return True
 
     def committed_version(self) -> int:
-        """The highest weight version that a worker has committed; 0 if it is not known."""
+        """Return the highest weight version that a worker has committed; 0 if it is not known."""
         return 0
 
     def holds(self, version: int) -> bool:
@@ -183,7 +183,7 @@ class Transport(ABC):
         one rank leaves it on all of them."""
         return nullcontext()
 
-    def meet(self, what: str) -> None:  # noqa: B027  one trainer rank meets nobody
+    def meet(self, what: str) -> None:  # noqa: B027  there is one rank alone
         """Block until all trainer ranks are about to do this."""
 
     def agree_on(self, metas: Sequence[ParamMeta]) -> None:  # noqa: B027
@@ -211,7 +211,7 @@ class Transport(ABC):
 
     @abstractmethod
     def free_bytes(self) -> int:
-        """Memory that is free now on the device of the worker that has the least of it."""
+        """Return the free bytes on the device of the worker that has the fewest."""
 
     @abstractmethod
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
@@ -231,12 +231,12 @@ class Transport(ABC):
 
     @property
     def precision(self) -> tuple[str, str | None]:
-        """The dtype that the engine computes in, and its quantisation. For `prompt_logprobs`."""
+        """Return the dtype that the engine computes in, and its quantisation."""
         return "?", None
 
     @property
     def context_tokens(self) -> int:
-        """The most that a request to the engine may have, with its completion; 0: not known."""
+        """Return the most tokens of a request to the engine, with its completion; 0: not known."""
         return 0
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -259,7 +259,7 @@ class Transport(ABC):
         return ProbeResult({"the engine": largest_gap(right, self.prompt_logprobs(token_ids))})
 
     def invalidate(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
-        """What has been committed is wrong: the workers are poisoned until the next sync."""
+        """Poison the workers until the next sync: what has been committed is wrong."""
 
     def close(self) -> None:  # noqa: B027  not every transport holds something
         """Let go of workers and memory. Idempotent; the transport cannot be used again."""

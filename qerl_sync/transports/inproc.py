@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.engines.base import translated
+from qerl_sync.engines.base import translating
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
@@ -58,7 +58,7 @@ class InProcessTransport(Transport):
 
     @property
     def connected(self) -> bool:
-        """False: another session has synced this model since, and the engine serves its weights."""
+        """Return False if another session has synced this model since."""
         return self._committed in (None, self._receiver.version)
 
     def require_adapter(self, adapter: Adapter) -> None:
@@ -99,8 +99,13 @@ class InProcessTransport(Transport):
 
     def finish(self) -> SyncResult:
         trace = self._receiver.finish()
+
+        def reset(method: str, **options: bool) -> Any:
+            with translating("the vLLM engine", method):
+                return llm_method(self._llm, method)(**options)
+
         # Before the commit: a model that would compute with old keys and values must not run.
-        if not forget_caches(self._reset, running=False):
+        if not forget_caches(reset, running=False):
             raise still_cached(self._connector)
         self._receiver.commit(self._version)
         self._committed = self._version
@@ -117,12 +122,6 @@ class InProcessTransport(Transport):
             kind="inproc: the engine's model is in this process",
             verify_seconds=self._receiver.verify_seconds,
         )
-
-    def _reset(self, method: str, **options: bool) -> Any:
-        try:
-            return llm_method(self._llm, method)(**options)
-        except Exception as exc:
-            raise translated(exc, "the vLLM engine", method) from exc
 
     @property
     def precision(self) -> tuple[str, str | None]:

@@ -41,7 +41,9 @@ class AliasGuard:
                     f"the memory of {name!r} was written to while it was held for {layer}, which "
                     "still awaited other tensors: the source uses a buffer again, or the weights "
                     "are trained during the sync. Let the source yield memory that stays as it is "
-                    "to the end of the chunk, or copies"
+                    "to the end of the chunk, or copies",
+                    tensor=name,
+                    layer=layer,
                 )
 
 

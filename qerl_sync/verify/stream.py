@@ -31,23 +31,28 @@ def as_planned(
     for meta in metas:
         item = next(arriving, None)
         if item is None:
-            raise CoverageError(f"the source ended where {named(meta.name, parents)} was next")
+            raise CoverageError(
+                f"the source ended where {named(meta.name, parents)} was next", tensor=meta.name
+            )
         name, tensor = item
         if name != meta.name:
             raise CoverageError(
                 f"{name!r} arrived where the plan has {named(meta.name, parents)}; the source "
-                "must yield exactly the names that it is asked for, in that order"
+                "must yield exactly the names that it is asked for, in that order",
+                tensor=name,
             )
         shape, dtype = tuple(tensor.shape), dtype_name(tensor.dtype)
         if (shape, dtype) != (meta.shape, meta.dtype):
             raise CoverageError(
                 f"{named(name, parents)} arrived as {dtype} {list(shape)}, the plan says "
-                f"{meta.dtype} {list(meta.shape)}; the source's metadata and its tensors differ"
+                f"{meta.dtype} {list(meta.shape)}; the source's metadata and its tensors differ",
+                tensor=name,
             )
         yield meta, tensor
     surplus = next(arriving, None)
     if surplus is not None:
         raise CoverageError(
             f"{surplus[0]!r} arrived after the last tensor of its chunk; the plan has no such "
-            "tensor there. Yield each planned name once"
+            "tensor there. Yield each planned name once",
+            tensor=surplus[0],
         )

@@ -1,8 +1,11 @@
-"""Identify this machine."""
+"""Know the machine that trainer and workers may share: which it is, and whose CPUs are whose."""
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -14,3 +17,29 @@ def host_id() -> str:
         return BOOT_ID.read_text().strip()
     except OSError:
         return platform.node()
+
+
+def own_cores() -> frozenset[int]:
+    """Return the CPUs that the calling thread may run on; none if the system does not tell."""
+    return frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+
+
+@contextmanager
+def avoid_cores(cores: Collection[int]) -> Iterator[None]:
+    """Keep the calling thread, and threads that it starts, off these CPUs in this context.
+
+    vLLM binds a CPU worker to cores. The scheduler knows no such bond for a trainer, and where it
+    runs one on a worker's core, the worker can go nowhere and stands still; others idle.
+
+    Nothing is done where no CPU is left to the thread.
+    """
+    own = own_cores()
+    spare = own.difference(cores)
+    if not spare or spare == own:
+        yield
+        return
+    os.sched_setaffinity(0, spare)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)

@@ -39,7 +39,6 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qerl_sync import errors
 from qerl_sync.errors import AgreementError, SyncError, TransportError
-from qerl_sync.meta import ParamMeta
 from qerl_sync.options import FiniteCheck, OnFailure, Verify
 
 # Raised with every change of what is said here.
@@ -346,7 +345,8 @@ def decode(frame: bytes) -> Message:
             if isinstance(theirs, int) and theirs != PROTOCOL and said.get("type") == "hello":
                 raise AgreementError(
                     f"a worker speaks protocol {theirs} (packages: {said.get('packages')!r}), the "
-                    f"trainer {PROTOCOL}; install the same qerl-sync for both"
+                    f"trainer {PROTOCOL}; install the same qerl-sync for both",
+                    subject="protocol",
                 ) from exc
         first = exc.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -376,11 +376,3 @@ def error_of(reported: Failure, who: str) -> SyncError:
     if not (isinstance(kind, type) and issubclass(kind, SyncError)):
         kind = TransportError
     return kind(f"{who}: {reported.text}", **reported.facts)
-
-
-def pack_metas(metas: list[ParamMeta]) -> list[tuple[str, str, tuple[int, ...]]]:
-    return [(meta.name, meta.dtype, meta.shape) for meta in metas]
-
-
-def unpack_metas(metas: list[tuple[str, str, tuple[int, ...]]]) -> list[ParamMeta]:
-    return [ParamMeta(*meta) for meta in metas]

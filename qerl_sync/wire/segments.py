@@ -79,7 +79,7 @@ class SharedSegment:
             _PARAMETERS.add(self)
 
     def unlink(self) -> None:
-        """Remove the name. Whoever has attached the segment keeps it; nobody can attach it anew."""
+        """Remove the name. Readers that are attached keep the segment; none can attach it anew."""
         self._path.unlink(missing_ok=True)
 
     def offset_of(self, tensor: torch.Tensor) -> int | None:
@@ -188,7 +188,7 @@ def _have_torch_warned() -> None:
 
 
 class PrivateMemory:
-    """The same for bytes that nobody else sees."""
+    """Memory with the interface of a segment, which no other process sees."""
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes

@@ -315,7 +315,7 @@ def test_a_version_that_a_lost_engine_may_have_is_not_given_to_the_others(engine
 
 def damaged(engine: Engine) -> None:
     """From here on one value of each chunk arrives as another."""
-    (inbox,) = engine.connections[0]._inboxes
+    (inbox,) = engine.connections[0]._connections
     fetch = inbox.chunk_receiver.fetch
 
     def damage(chunk, metas):

@@ -14,7 +14,7 @@ from support.remote import gap, gaps, push, session, wait_for
 from qerl_sync import HFSource, Source
 from qerl_sync.errors import AgreementError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.transports.remote.peer import Peer
+from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.wire.messages import SyncRequest
 
 pytestmark = pytest.mark.vllm
@@ -178,14 +178,14 @@ def test_a_sync_that_is_refused_lets_requests_go_on(remote, monkeypatch, name):
     engine = remote(name)
     future, grown = engine.stream(PROMPT, LENGTH)
     wait_for(lambda: len(grown[0]) > 20)
-    send = Peer.send
+    tell = WorkerConnection.tell
 
     def spoil(peer, message):
         if isinstance(message, SyncRequest):
             message = message.model_copy(update={"layer_map": "another"})
-        send(peer, message)
+        tell(peer, message)
 
-    monkeypatch.setattr(Peer, "send", spoil)
+    monkeypatch.setattr(WorkerConnection, "tell", spoil)
     with pytest.raises(AgreementError, match="another layer map"):
         push(engine, NEW)
     generation = future.result(timeout=120)

@@ -23,8 +23,8 @@ from faults.trainer import TrainerProcess
 from faults.triggers import FaultySource, InjectedFault, PhasedRemote, Trigger
 from qerl_sync import SyncError, SyncSession
 from qerl_sync.errors import CoverageError, EngineTakenError, IntegrityError, StaleCacheError
-from qerl_sync.transports.remote import transport as remote_transport
-from qerl_sync.wire.channel import TOKEN_VARIABLE
+from qerl_sync.transports.remote import connection as remote_connection
+from qerl_sync.wire.connection import TOKEN_VARIABLE
 
 # An order of the source, kept, in which the query parts of all layers come before the rest of them.
 SEVERAL_OPEN: dict[str, Any] = {"policy": "warn", "source_order": "size"}
@@ -207,7 +207,7 @@ def _far_apart(engine: FaultEngine) -> Iterator[None]:
     try:
         with (
             patch.dict(os.environ, {TOKEN_VARIABLE: token}),
-            patch.object(remote_transport, "host_id", lambda: "another host"),
+            patch.object(remote_connection, "host_id", lambda: "another host"),
         ):
             yield
     finally:

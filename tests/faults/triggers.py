@@ -123,11 +123,11 @@ class PhasedRemote(_Phased, RemoteTransport):
 
     def pids(self) -> list[int]:
         """Of the workers that are connected."""
-        return [peer.hello.pid for peer in self._peers]
+        return [peer.hello.pid for peer in self._workers]
 
     def cut(self) -> None:
         """What a network does when it drops the connections."""
-        for peer in self._peers:
+        for peer in self._workers:
             peer.close()
 
     def commit(self) -> SyncResult:

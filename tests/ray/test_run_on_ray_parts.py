@@ -11,10 +11,10 @@ from accelerate.data_loader import DataLoaderShard
 
 from qerl_sync import AsyncRolloutActor, ConfigError, PoisonedError, RolloutActor, TransportError
 from qerl_sync.config import TrainConfig
-from qerl_sync.integrations.ray.actors import with_defaults, world_size
+from qerl_sync.integrations.ray.actors import Rollout, with_defaults, world_size
 from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
-from qerl_sync.integrations.ray.rollouts import Rollout
-from qerl_sync.training.on_ray import pool_arguments, with_absolute_paths
+from qerl_sync.training.arguments import pool_arguments
+from qerl_sync.training.on_ray import with_absolute_paths
 
 # ---- batches that are announced
 

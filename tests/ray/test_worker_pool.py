@@ -9,7 +9,6 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,8 +25,14 @@ from qerl_sync.integrations.ray.cluster import connect, require_room_for_chunks
 from qerl_sync.integrations.ray.llm import PooledLLM
 from qerl_sync.integrations.ray.pool import start_actor
 from qerl_sync.integrations.ray.shards import JoinedSource, as_bytes
-from qerl_sync.training.on_ray import start_board, train_on_ray
-from qerl_sync.training.relay import RelayDisplay, Replay
+from qerl_sync.training.display import Display
+from qerl_sync.training.on_ray import (
+    console_of,
+    remote_display,
+    show,
+    start_terminal,
+    train_on_ray,
+)
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -319,7 +324,6 @@ def test_an_object_store_too_small_is_told_before_an_engine_is_started():
     from trl.generation import vllm_generation
 
     from qerl_sync.integrations.ray.trl import PoolSyncCallback
-    from qerl_sync.training.display import Display
 
     sync = {"transport": "ray", "chunk_bytes": "64MiB", "chunks_in_flight": 2}
     words = "object store of node .* has 100.0 MiB, and the chunks in flight need 128.0 MiB"
@@ -354,23 +358,53 @@ def test_nobody_asks_for_room_that_chunks_do_not_take():
 # ---- the display
 
 
-def test_a_run_goes_on_without_its_display(tmp_path: Path):
+def drawn_at_a_terminal(remote: Display, here: Display, terminal: Any) -> str:
+    """What a run writes that finishes a phase and shows one step of a training."""
+    with remote.phase("doing", "done"):
+        pass
+    with remote.steps("training", "trained") as steps:
+        steps.advance(1, 2)
+        steps.note(1, 2, "reward 0.50")
+    assert show(terminal, here)
+    return here.console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_what_the_trainer_shows_appears_at_the_terminal(is_terminal: bool):
     import io
 
     import ray
     from rich.console import Console
 
-    from qerl_sync.training.display import Display
+    terminal = start_terminal(ray)
+    ray.get(terminal.__ray_ready__.remote())  # `show` does not wait long for it
+    here = Display(Console(file=io.StringIO(), force_terminal=is_terminal, width=90))
+    remote = remote_display(terminal, console_of(here))
+    text = drawn_at_a_terminal(remote, here, terminal)
+    assert "done" in text
+    assert "trained" in text
+    assert ("training 1/2 reward 0.50" in text) is not is_terminal
+    assert ("\x1b[?25h" in text) is is_terminal  # the bar has given the cursor back
+    assert not remote.asked_to_stop()
+    ray.get(terminal.stop.remote())
+    assert remote.asked_to_stop()
+    ray.kill(terminal)
 
-    board = start_board(ray)
-    relay = RelayDisplay(board)
-    console = Console(file=io.StringIO())
-    replay = Replay(Display(console), board)
-    with relay.phase("doing", "done"):
-        ray.kill(board)
-    with relay.steps("training", "trained") as steps:
+
+def test_a_run_goes_on_without_its_display():
+    import io
+
+    import ray
+    from rich.console import Console
+
+    terminal = start_terminal(ray)
+    ray.get(terminal.__ray_ready__.remote())  # `show` does not wait long for it
+    here = Display(Console(file=io.StringIO()))
+    remote = remote_display(terminal, console_of(here))
+    with remote.phase("doing", "done"):
+        ray.kill(terminal)
+    with remote.steps("training", "trained") as steps:
         steps.advance(1, 2)
-        assert not steps.asked_to_stop()
-    replay.show()
-    replay.show()
-    assert console.file.getvalue().count("the run goes on without being shown") == 1  # type: ignore[attr-defined]
+        assert not remote.asked_to_stop()
+    assert not show(terminal, here)
+    assert "the run goes on without being shown" in here.console.file.getvalue()  # type: ignore[attr-defined]

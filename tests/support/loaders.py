@@ -1,4 +1,4 @@
-"""Workers without vLLM: what they are told goes through the real connection, conversation and
+"""Workers without vLLM: what they are told goes through the real connection, session and
 transports, into a model that is a dictionary."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
-from qerl_sync.worker.protocol.connection import TrainerConnection
+from qerl_sync.worker.protocol.session import WorkerSession
 
 CPU = torch.device("cpu")
 # What a first call says of its trainer (`wire.messages.TrainerSession`).
@@ -50,7 +50,7 @@ class TensorSource(Source):
 
 
 class KeepingLoader:
-    """A worker.conversation.Loader. Each tensor is a parent layer of its own."""
+    """A worker.protocol.session.Loader. Each tensor is a parent layer of its own."""
 
     def __init__(self, held: Mapping[str, torch.Tensor]) -> None:
         self.serving = dict(held)
@@ -119,7 +119,7 @@ class Workers:
         self._said = said
         self._pool = ThreadPoolExecutor()
         self.connections = [
-            TrainerConnection(loader, CPU, self._hello(rank)) for rank, loader in enumerate(loaders)
+            WorkerSession(loader, CPU, self._hello(rank)) for rank, loader in enumerate(loaders)
         ]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from qerl_sync import PoisonedError, TrainerActor, WorkerPool
 from qerl_sync.bench.echo import hello
 from qerl_sync.bench.on_ray import EchoActor
 from qerl_sync.errors import AgreementError
-from qerl_sync.integrations.ray.rollouts import Rollout
+from qerl_sync.integrations.ray.actors import Rollout
 from support.loaders import TensorSource
 
 

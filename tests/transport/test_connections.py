@@ -29,11 +29,12 @@ from qerl_sync.build import remote_transport
 from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLostError
-from qerl_sync.transports.remote import peer as peers
-from qerl_sync.transports.remote.peer import Peer
-from qerl_sync.wire import channel, segments
+from qerl_sync.transports.remote import connection as peers
+from qerl_sync.transports.remote.connection import WorkerConnection
+from qerl_sync.wire import connection as wire
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import Channel, Listener, connect, format_endpoint, parse_endpoint
+from qerl_sync.wire import segments
+from qerl_sync.wire.connection import Connection, Listener, connect, format_endpoint, parse_endpoint
 from qerl_sync.wire.segments import remove_abandoned
 
 HOST = "127.0.0.1"
@@ -126,7 +127,7 @@ def test_a_forked_child_does_not_hide_the_end_of_its_parent(role):
         "print(listener.port, flush=True)\nheld = listener.accept(30)",
         "worker": "held = connect('127.0.0.1', int(sys.stdin.readline()), 'secret', 30)",
     }
-    prepare = f"from qerl_sync.wire.channel import Listener, connect\n{ends[role]}"
+    prepare = f"from qerl_sync.wire.connection import Listener, connect\n{ends[role]}"
     if role == "worker":
         listener = Listener(HOST, 0, "secret")
         prepare = prepare.replace("sys.stdin.readline()", str(listener.port))
@@ -153,20 +154,20 @@ def test_a_forked_child_does_not_hide_the_end_of_its_parent(role):
 
 def test_a_trainer_that_dies_in_a_chunk_is_noticed_and_the_next_sync_heals(workers, monkeypatch):
     engine = workers()
-    send = Channel.send
+    send = Connection.send
 
-    def die(channel: Channel, message: say.Message, seconds: float, payload=()) -> None:
-        send(channel, message, seconds)
+    def die(end: Connection, message: say.Message, seconds: float, payload=()) -> None:
+        send(end, message, seconds)
         if payload:
-            channel._write(payload[0][: payload[0].nbytes // 2], seconds, "half of a chunk")
-            channel.cut_off()
+            end._write(payload[0][: payload[0].nbytes // 2], seconds, "half of a chunk")
+            end.cut_off()
             raise PeerLostError("the trainer died")
 
     with session(engine, transport="tcp") as sync:
         sync.push()
         sync._source.held = OLD
         with monkeypatch.context() as patch:
-            patch.setattr(Channel, "send", die)
+            patch.setattr(Connection, "send", die)
             with pytest.raises(TransportError):
                 sync.push()
         assert wait_until(lambda: engine.loaders[0].poisoned, SOON_SECONDS)
@@ -387,8 +388,8 @@ def test_a_listener_survives_that_descriptors_run_out(listener):
 
 
 def test_silent_strangers_are_bounded_and_delay_a_worker_by_a_moment(listener, monkeypatch):
-    monkeypatch.setattr(channel, "MAX_HANDSHAKES", 8)
-    monkeypatch.setattr(channel, "FAIR_SECONDS", 0.02)
+    monkeypatch.setattr(wire, "MAX_HANDSHAKES", 8)
+    monkeypatch.setattr(wire, "FAIR_SECONDS", 0.02)
     before = threading.active_count()
     strangers = [socket.create_connection((HOST, listener.port)) for _ in range(40)]
     try:
@@ -400,7 +401,7 @@ def test_silent_strangers_are_bounded_and_delay_a_worker_by_a_moment(listener, m
 
 
 def test_a_handshake_has_one_deadline(listener, monkeypatch):
-    monkeypatch.setattr(channel, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(wire, "HANDSHAKE_SECONDS", 0.5)
     with socket.create_connection((HOST, listener.port)) as slow:
         slow.settimeout(0.2)
         started = time.monotonic()
@@ -537,8 +538,10 @@ def test_tcp_is_sealed_between_hosts_that_share_a_token(workers, monkeypatch, to
     monkeypatch.setenv("QERL_SYNC_TOKEN", token)
     engine = workers(1, **({"rank0": {"host": host}} if host else {}))
     reported: list[say.Welcome] = []
-    send = Peer.send
-    monkeypatch.setattr(Peer, "send", lambda peer, m: (reported.append(m), send(peer, m))[1])
+    tell = WorkerConnection.tell
+    monkeypatch.setattr(
+        WorkerConnection, "tell", lambda one, m: (reported.append(m), tell(one, m))[1]
+    )
     with session(engine, transport="tcp") as sync:
         sync.push()
     (welcome,) = (message for message in reported if isinstance(message, say.Welcome))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.errors import raises
 from support.models import make_model, save_model
 from support.processes import alive
 from support.servers import ENGINE, answering, stand_in_for_vllm, wait_until
@@ -35,7 +36,7 @@ from qerl_sync.serving.command import (
 from qerl_sync.serving.log import complaint_in, last_line
 from qerl_sync.serving.processes import descendants, members
 from qerl_sync.serving.server import ServerProcess
-from qerl_sync.wire.channel import TOKEN_VARIABLE
+from qerl_sync.wire.connection import TOKEN_VARIABLE
 
 
 @pytest.fixture
@@ -90,25 +91,24 @@ class TestCommand:
         assert [word for word in argv if "middleware" in word], "collective_rpc is there"
 
     @pytest.mark.parametrize(
-        ("changes", "words"),
+        ("changes", "named"),
         [
-            ({"engine": {"port": 1}}, ["'port'", "server's port"]),
-            ({"engine": {"logprobs_mode": "raw_logprobs"}}, ["processed_logprobs"]),
-            ({"engine": {"--seed": 1}}, ["'--seed'", "max_model_len: 64"]),
-            ({"extra": ["--port=1"]}, ["--port=1", "before the --"]),
-            ({"extra": ["--ssl_keyfile", "k"]}, ["--ssl_keyfile", "proxy"]),
-            ({"model": "/no/such/model"}, ["there is no /no/such/model", "Hugging Face"]),
-            ({"model": "runs/no/model"}, [str(Path(__file__).parents[2] / "runs/no/model")]),
-            ({"model": "tests/no_model"}, [str(Path(__file__).parents[2] / "tests/no_model")]),
-            ({"model": str(Path(__file__).parent)}, ["has no config.json"]),
+            ({"engine": {"port": 1}}, "'port'"),
+            ({"engine": {"logprobs_mode": "raw_logprobs"}}, "'logprobs_mode'"),
+            ({"engine": {"--seed": 1}}, "'--seed'"),
+            ({"extra": ["--port=1"]}, "--port=1"),
+            ({"extra": ["--ssl_keyfile", "k"]}, "--ssl_keyfile"),
+            ({"model": "/no/such/model"}, "/no/such/model"),
+            ({"model": "runs/no/model"}, str(Path(__file__).parents[2] / "runs/no/model")),
+            ({"model": "tests/no_model"}, str(Path(__file__).parents[2] / "tests/no_model")),
+            ({"model": str(Path(__file__).parent)}, str(Path(__file__).parent)),
         ],
     )
-    def test_what_cannot_be_right(self, changes, words, model, monkeypatch):
+    def test_what_cannot_be_right(self, changes, named, model, monkeypatch):
         monkeypatch.chdir(Path(__file__).parents[2])
         with pytest.raises(ConfigError) as raised:
             ServerSpec(**{"model": model, **changes})
-        for word in words:
-            assert word in str(raised.value)
+        assert named in str(raised.value)
 
     def test_a_name_on_the_hub_is_left_to_vllm(self):
         assert ServerSpec("Qwen/Qwen3-0.6B").model == "Qwen/Qwen3-0.6B"
@@ -214,7 +214,7 @@ class TestServerProcess:
             assert len(started()) == 4
             one.check()
         assert not HTTPClient(one.url).health()
-        with pytest.raises(PeerLostError, match="was stopped"):
+        with raises(PeerLostError, exit_code=None):
             one.check()
         one.stop()
 
@@ -238,21 +238,20 @@ class TestServerProcess:
             assert started()
 
     def test_no_address_before_it_is_started(self, server):
-        with pytest.raises(SyncError, match="enter the `with` block"):
+        with pytest.raises(SyncError):
             _ = server().url
 
     def test_its_death_at_start_is_told_at_once_with_its_words(self, server):
         failing = "raise RuntimeError('no such kernel')"
-        with pytest.raises(PeerLostError) as raised, server(failing):
+        with raises(PeerLostError, exit_code=1) as raised, server(failing):
             pass
-        assert "ended with code 1 before it was ready" in str(raised.value)
         assert "server.log:\nRuntimeError: no such kernel" in str(raised.value)
 
     def test_its_death_later_is_noticed_when_asked(self, server):
         dying = "import threading; threading.Timer(1.0, lambda: os.kill(os.getpid(), 9)).start()"
         with server(dying) as one:
             assert one.wait() == 128 + signal.SIGKILL
-            with pytest.raises(PeerLostError, match="was ended by signal 9"):
+            with raises(PeerLostError, exit_code=128 + signal.SIGKILL):
                 one.check()
 
     def test_an_option_that_it_does_not_know(self, server, model):
@@ -269,7 +268,7 @@ class TestServerProcess:
         slow = "print('loading', flush=True); time.sleep(600)"
         begun = time.monotonic()
         one = server(slow, start_timeout_seconds=4, progress=lambda *life: seen.append(life))
-        with pytest.raises(TransportTimeout, match="not ready within 4 s") as raised, one:
+        with pytest.raises(TransportTimeout) as raised, one:
             pass
         assert "loading" in str(raised.value)
         assert seen[-1][1] == "loading"
@@ -279,7 +278,7 @@ class TestServerProcess:
         with answering() as (url, _):
             port = int(url.rpartition(":")[2])
             with (
-                pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is in use"),
+                raises(ConfigError, port=port),
                 server(port=port),
             ):
                 pass
@@ -483,7 +482,7 @@ class TestVLLM:
         assert client.weight_version() == "7"
 
     def test_its_refusals_arrive_in_its_words(self, client):
-        with pytest.raises(SyncError, match=r"refuses \(500\): start_weight_update must be called"):
+        with pytest.raises(SyncError, match="start_weight_update must be called"):
             client.update_weights({})
 
     def test_a_request_in_flight_outlives_a_pause(self, server, client):

@@ -18,6 +18,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from support.errors import raises
 from support.loaders import CALLER, KeepingLoader, TensorSource, Workers, tensors
 from support.servers import wait_until
 
@@ -26,7 +27,6 @@ from qerl_sync import (
     ConfigError,
     RemoteTransport,
     SyncConfig,
-    SyncError,
     SyncSession,
     TransportError,
     share_parameters,
@@ -36,7 +36,9 @@ from qerl_sync.errors import (
     AgreementError,
     CoverageError,
     EngineTakenError,
+    NoRoomError,
     PeerLostError,
+    PlanError,
     TransportTimeout,
     WorldSizeError,
 )
@@ -44,10 +46,18 @@ from qerl_sync.plan.staging import touched_bytes
 from qerl_sync.serving.processes import descendants
 from qerl_sync.transports.remote import compatibility as agreement
 from qerl_sync.transports.remote import control, transport
-from qerl_sync.transports.remote.peer import Peer
-from qerl_sync.wire import channel, segments
+from qerl_sync.transports.remote.connection import WorkerConnection
+from qerl_sync.wire import connection as wire
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import HANDSHAKE_SECONDS, Channel, Listener, connect, new_token, proof
+from qerl_sync.wire import segments
+from qerl_sync.wire.connection import (
+    HANDSHAKE_SECONDS,
+    Connection,
+    Listener,
+    connect,
+    new_token,
+    proof,
+)
 from qerl_sync.wire.segments import AttachedSegment, SharedSegment, remove_abandoned
 
 OLD, NEW = tensors(0), tensors(1)
@@ -284,7 +294,7 @@ def test_strangers_get_nothing_and_delay_nobody(listener, approach):
 
 
 def test_a_wrong_token_is_refused_on_both_sides(listener):
-    with pytest.raises(AgreementError, match="do not share a token"):
+    with raises(AgreementError, subject="token"):
         connect(HOST, listener.port, "another", 5)
     assert listener.accept(0.1) is None
     assert lets_in(listener)
@@ -294,14 +304,14 @@ def test_a_worker_does_not_believe_a_listener_without_the_token():
     with Opened() as (port, accepted):
         thread = threading.Thread(target=lambda: accepted().sendall(bytes(64)))
         thread.start()
-        with pytest.raises(AgreementError, match="do not share a token"):
+        with raises(AgreementError, subject="token"):
             connect(HOST, port, "secret", 5)
         thread.join()
 
 
 def test_a_listener_that_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(channel, "HANDSHAKE_SECONDS", 0.2)
-    with Opened() as (port, _), pytest.raises(TransportTimeout, match="is it the trainer"):
+    monkeypatch.setattr(wire, "HANDSHAKE_SECONDS", 0.2)
+    with Opened() as (port, _), pytest.raises(TransportTimeout):
         connect(HOST, port, "secret", 5)
 
 
@@ -329,15 +339,15 @@ def unused_port() -> int:
 
 def test_nobody_listens():
     port = unused_port()
-    words = rf"cannot reach the trainer at {HOST}:{port} \(.* refused, tried for 0\.\d s\)"
-    with pytest.raises(PeerLostError, match=words):
+    with pytest.raises(PeerLostError) as caught:
         connect(HOST, port, "secret", 0.3)
+    assert f"{HOST}:{port}" in str(caught.value)
 
 
 def test_a_worker_does_not_wait_long_where_nobody_listens(monkeypatch):
-    monkeypatch.setattr(channel, "REFUSED_SECONDS", 0.3)
+    monkeypatch.setattr(wire, "REFUSED_SECONDS", 0.3)
     started = time.monotonic()
-    with pytest.raises(PeerLostError, match="cannot reach the trainer"):
+    with pytest.raises(PeerLostError):
         connect(HOST, unused_port(), "secret", 300)
     assert time.monotonic() - started < 5
 
@@ -360,7 +370,7 @@ def test_a_listener_that_opens_late_is_found():
 @pytest.mark.parametrize("host", ["no-such-host.invalid", "a..b", "x" * 300, "\u0130" * 70])
 def test_a_name_that_nobody_has_is_not_tried_again(host):
     started = time.monotonic()
-    with pytest.raises(PeerLostError, match="cannot reach the trainer at"):
+    with pytest.raises(PeerLostError):
         connect(host, 80, "secret", 300)
     assert time.monotonic() - started < 5
 
@@ -370,43 +380,43 @@ def test_a_port_in_use_is_named(workers):
         Listener(HOST, port, "secret")
 
 
-def pair(listener: Listener) -> tuple[Channel, Channel]:
+def pair(listener: Listener) -> tuple[Connection, Connection]:
     worker = connect(HOST, listener.port, "secret", 5)
     trainer = listener.accept(5)
     assert trainer is not None
     return trainer, worker
 
 
-def send_raw(channel: Channel, frame: bytes) -> None:
-    tag = channel._own_tags.next(frame)
-    channel._connection.send(struct.pack("!Q", len(tag) + len(frame)) + tag + frame)
+def send_raw(end: Connection, frame: bytes) -> None:
+    tag = end._own_tags.next(frame)
+    end._connection.send(struct.pack("!Q", len(tag) + len(frame)) + tag + frame)
 
 
 def test_frames_that_cannot_be_are_refused(listener):
     trainer, worker = pair(listener)
     with trainer, worker:
         send_raw(worker, b'{"type": "hello"}')
-        with pytest.raises(TransportError, match="does not understand"):
+        with pytest.raises(TransportError):
             trainer.receive(5, "")
         send_raw(worker, b"\x80\x04N.")  # a pickle
-        with pytest.raises(TransportError, match="does not understand"):
+        with pytest.raises(TransportError):
             trainer.receive(5, "")
         worker._connection.send(struct.pack("!Q", 1 << 40))
-        with pytest.raises(TransportError, match="announces a message of 1,099,511,627,776 bytes"):
+        with pytest.raises(TransportError):
             trainer.receive(5, "")
 
 
 def test_waits_end(listener):
     trainer, worker = pair(listener)
     with trainer, worker:
-        with pytest.raises(TransportTimeout, match="did not answer within 0 s"):
+        with pytest.raises(TransportTimeout):
             trainer.receive(0.2, "a word")
-        with pytest.raises(TransportTimeout, match="did not answer"):
+        with pytest.raises(TransportTimeout):
             trainer.send(say.Abort(reason="x" * (64 << 20)), 0.3)  # nobody reads
     trainer, worker = pair(listener)
     with trainer:
         worker.close()
-        with pytest.raises(PeerLostError, match="closed the connection or died"):
+        with pytest.raises(PeerLostError):
             trainer.receive(5, "a word")
 
 
@@ -419,44 +429,44 @@ def call_of(engine, what):
 
 def test_calls_that_do_not_come_from_the_trainer_change_nothing(workers):
     engine = workers(2)
-    with pytest.raises(AgreementError, match="no trainer is connected"):
+    with raises(AgreementError, subject="session"):
         engine.update_weights({"number": 1, "proof": ""})
     with session(engine) as sync:
         sync.push()
         first = call_of(engine, "update")
-        with pytest.raises(AgreementError, match="was repeated"):
+        with raises(AgreementError, subject="call"):
             engine.update_weights(first)
         for wrong in ({"number": first["number"] + 1}, {"proof": "pr\u00fcf"}):
-            with pytest.raises(AgreementError, match="does not come from the trainer"):
+            with raises(AgreementError, subject="token"):
                 engine.update_weights({**first, **wrong})
         for garbage in ({}, {"number": "x", "proof": "y"}, {**first, "path": "/etc/passwd"}):
-            with pytest.raises(AgreementError, match="not one of qerl-sync's trainer"):
+            with raises(AgreementError, subject="call"):
                 engine.update_weights(garbage)
         sync.push()
     assert serves(engine, NEW)
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "subject"),
     [
-        ({"token": ""}, "brings no token"),
-        ({"token": "another"}, "brings no token, or one that does not fit"),
-        ({"proof": "00"}, "brings no token, or one that does not fit"),
-        ({"proof": "pr\u00fcf"}, "brings no token, or one that does not fit"),
-        ({"proof": "\ud800"}, "brings no token, or one that does not fit"),
-        ({"token": "\ud800"}, "brings no token, or one that does not fit"),
-        ({"endpoints": ["10.0.0.1:80"]}, "brings no token, or one that does not fit"),
-        ({"endpoints": []}, "endpoints"),
-        ({"endpoints": "127.0.0.1:1"}, "endpoints"),
-        ({"timeout_seconds": -1}, "timeout_seconds"),
-        ({"more": 1}, "more"),
+        ({"token": ""}, "token"),
+        ({"token": "another"}, "token"),
+        ({"proof": "00"}, "token"),
+        ({"proof": "pr\u00fcf"}, "token"),
+        ({"proof": "\ud800"}, "token"),
+        ({"token": "\ud800"}, "token"),
+        ({"endpoints": ["10.0.0.1:80"]}, "token"),
+        ({"endpoints": []}, "call"),
+        ({"endpoints": "127.0.0.1:1"}, "call"),
+        ({"timeout_seconds": -1}, "call"),
+        ({"more": 1}, "call"),
     ],
 )
-def test_garbage_in_the_first_call_does_not_disturb_who_is_connected(workers, change, words):
+def test_garbage_in_the_first_call_does_not_disturb_who_is_connected(workers, change, subject):
     engine = workers()
     with session(engine) as sync:
         sync.push()
-        with pytest.raises(AgreementError, match=words):
+        with raises(AgreementError, subject=subject):
             engine.init_weight_transfer_engine({**call_of(engine, "init"), **change})
         engine.calls = engine.calls[:1]
         sync.push()
@@ -469,7 +479,7 @@ def test_garbage_in_the_first_call_does_not_disturb_who_is_connected(workers, ch
 )
 def test_endpoints_are_addresses(workers, endpoint):
     engine, token = workers(), new_token()
-    with pytest.raises(AgreementError, match="is no endpoint"):
+    with raises(AgreementError, subject="endpoint"):
         engine.init_weight_transfer_engine(
             {
                 "endpoints": [endpoint],
@@ -504,7 +514,7 @@ def test_a_dead_trainer_is_followed_by_the_next_and_finds_it_there(workers, monk
     engine = workers()
     with session(engine) as first, session(engine, OLD) as second:
         first.push()
-        for peer in first._transport._peers:
+        for peer in first._transport._workers:
             peer.close()
         assert second.push().version == 2
         with pytest.raises(EngineTakenError):
@@ -517,7 +527,7 @@ def test_a_worker_tells_the_caller_when_its_trainer_is_gone_before_it_asked_for_
     engine = workers(2)
     with session(engine) as sync:
         sync.push()
-        peers = sync._transport._peers
+        peers = sync._transport._workers
         (lost,) = [peer for peer in peers if peer.hello.rank == 1]
         peers.remove(lost)
         lost.close()
@@ -604,7 +614,7 @@ def test_a_shared_token_never_travels(workers, monkeypatch):
     assert serves(engine, NEW)
     with session(engine, OLD) as sync:
         monkeypatch.setenv("QERL_SYNC_TOKEN", "the worker's own")
-        with pytest.raises(AgreementError, match="set the same QERL_SYNC_TOKEN"):
+        with raises(AgreementError, subject="token"):
             sync.push()
     assert serves(engine, NEW)
 
@@ -617,18 +627,18 @@ def test_another_protocol_is_refused(workers, monkeypatch):
     with session(engine) as sync:
         with monkeypatch.context() as patch:
             patch.setattr(agreement, "PROTOCOL", 99)
-            with pytest.raises(AgreementError, match=r"worker \d runs .* \(protocol 99\)"):
+            with raises(AgreementError, subject="version"):
                 sync.push()
         assert serves(engine, OLD)
         sync.push()
-        assert len(sync._transport._peers) == 2
+        assert len(sync._transport._workers) == 2
     assert serves(engine, NEW)
 
 
 def test_a_worker_that_speaks_otherwise_is_refused_with_its_versions(workers, monkeypatch):
     """Its first message has fields that nobody here knows."""
     engine = workers(2)
-    known = channel.encode
+    known = wire.encode
 
     def unknown(message):
         own, other = b'"protocol":%d', b'"protocol":%d,"dialect":"new"'
@@ -636,10 +646,8 @@ def test_a_worker_that_speaks_otherwise_is_refused_with_its_versions(workers, mo
 
     with session(engine) as sync:
         with monkeypatch.context() as patch:
-            patch.setattr(channel, "encode", unknown)
-            with pytest.raises(
-                AgreementError, match=rf"speaks protocol {say.PROTOCOL + 1} \(packages: .*qerl-sync"
-            ):
+            patch.setattr(wire, "encode", unknown)
+            with raises(AgreementError, subject="protocol"):
                 sync.push()
         assert serves(engine, OLD)
         sync.push()
@@ -649,7 +657,7 @@ def test_a_worker_that_speaks_otherwise_is_refused_with_its_versions(workers, mo
 def test_another_package_version_is_refused(workers, monkeypatch):
     engine = workers()
     monkeypatch.setattr(qerl_sync, "__version__", "99.0")
-    with session(engine) as sync, pytest.raises(AgreementError, match=r"the trainer 99\.0"):
+    with session(engine) as sync, raises(AgreementError, subject="version"):
         sync.push()
     assert serves(engine, OLD)
 
@@ -666,7 +674,7 @@ def test_another_package_version_is_refused(workers, monkeypatch):
 )
 def test_ranks_that_differ_are_refused_by_the_first_difference(workers, field, value):
     engine = workers(2, rank1={field: value})
-    with session(engine) as sync, pytest.raises(AgreementError, match=f"has {field} "):
+    with session(engine) as sync, raises(AgreementError, subject=field):
         sync.push()
     assert serves(engine, OLD)
     assert [loader.started for loader in engine.loaders] == [0, 0]
@@ -674,15 +682,17 @@ def test_ranks_that_differ_are_refused_by_the_first_difference(workers, field, v
 
 def test_a_missing_rank_is_named(workers):
     engine = workers(1, rank0={"world_size": 2})
-    with session(engine) as sync, pytest.raises(AgreementError, match=r"the worker ranks \[1\]"):
+    with session(engine) as sync, raises(AgreementError, subject="ranks", ranks=[1]):
         sync.push()
 
 
 def on_the_wire(monkeypatch, kind, change) -> None:
     """What the trainer sends of that kind is changed on its way."""
-    send = Peer.send
+    tell = WorkerConnection.tell
     monkeypatch.setattr(
-        Peer, "send", lambda peer, m: send(peer, change(m) if isinstance(m, kind) else m)
+        WorkerConnection,
+        "tell",
+        lambda worker, m: tell(worker, change(m) if isinstance(m, kind) else m),
     )
 
 
@@ -691,25 +701,25 @@ def with_plan(**changes):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "kind", "subject"),
     [
-        (with_plan(digest="0" * 64), "the plan was changed after it was made"),
-        (with_plan(format=0), "plan format 0"),
-        (with_plan(metas=[]), "the plan was changed"),
-        (with_plan(chunks=[]), "the plan was changed"),
-        (lambda r: r.model_copy(update={"layer_map": "0" * 64}), "another layer map"),
-        (lambda r: r.model_copy(update={"slots": [1 << 40] * 2}), "not what the plan needs"),
-        (lambda r: r.model_copy(update={"slots": []}), "not what the plan needs"),
+        (with_plan(digest="0" * 64), PlanError, None),
+        (with_plan(format=0), PlanError, None),
+        (with_plan(metas=[]), PlanError, None),
+        (with_plan(chunks=[]), PlanError, None),
+        (lambda r: r.model_copy(update={"layer_map": "0" * 64}), AgreementError, "layer_map"),
+        (lambda r: r.model_copy(update={"slots": [1 << 40] * 2}), AgreementError, "slots"),
+        (lambda r: r.model_copy(update={"slots": []}), AgreementError, "slots"),
     ],
 )
 def test_a_plan_that_was_changed_is_refused_before_anything_moves(
-    workers, monkeypatch, change, words
+    workers, monkeypatch, change, kind, subject
 ):
     engine = workers(2)
     with session(engine) as sync:
         with monkeypatch.context() as patch:
             on_the_wire(patch, say.SyncRequest, change)
-            with pytest.raises(SyncError, match=words):
+            with raises(kind, **({"subject": subject} if subject else {})):
                 sync.push()
         assert serves(engine, OLD)
         assert [loader.started for loader in engine.loaders] == [0, 0]
@@ -760,7 +770,7 @@ def test_a_sync_that_fails_poisons_and_the_next_one_heals(workers, carrier):
         sync.push()
         sync._source.held = OLD
         engine.loaders[1].before_load = fail
-        with pytest.raises(CoverageError, match=r"worker 1 of 2 .* no such layer"):
+        with pytest.raises(CoverageError, match="worker 1 of 2"):
             sync.push()
         assert all(loader.poisoned for loader in engine.loaders)
         assert sync.version == 1
@@ -792,31 +802,28 @@ def moved(place):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    "change",
     [
-        (moved((0, -64)), "outside of the memory"),
-        (moved((0, 1 << 40)), "outside of the memory"),
-        (moved((0, 3)), "outside of the memory"),
-        (moved((-1, 0)), "outside of the memory"),
-        (moved((7, 0)), "outside of the memory"),
-        (lambda c: c.model_copy(update={"places": []}), "brings 0 tensors"),
-        (lambda c: c.model_copy(update={"index": 99}), "which no sync awaits"),
-        (lambda c: c.model_copy(update={"index": -1}), "which no sync awaits"),
-        (
-            lambda c: c.model_copy(
-                update={"segments": [say.Segment(name="../../etc/passwd", nbytes=64)]}
-            ),
-            "is no shared memory of qerl-sync's",
+        moved((0, -64)),
+        moved((0, 1 << 40)),
+        moved((0, 3)),
+        moved((-1, 0)),
+        moved((7, 0)),
+        lambda c: c.model_copy(update={"places": []}),
+        lambda c: c.model_copy(update={"index": 99}),
+        lambda c: c.model_copy(update={"index": -1}),
+        lambda c: c.model_copy(
+            update={"segments": [say.Segment(name="../../etc/passwd", nbytes=64)]}
         ),
     ],
 )
-def test_places_outside_of_what_was_announced_are_refused(workers, monkeypatch, change, words):
+def test_places_outside_of_what_was_announced_are_refused(workers, monkeypatch, change):
     engine = workers()
     with session(engine, transport="shm") as sync:
         sync.push()
         with monkeypatch.context() as patch:
             on_the_wire(patch, say.Chunk, change)
-            with pytest.raises(TransportError, match=words):
+            with pytest.raises(TransportError):
                 sync.push()
         assert engine.loaders[0].poisoned
         sync.push()
@@ -845,7 +852,7 @@ def test_a_trainer_that_dies_leaves_poisoned_workers_to_the_next_one(workers, ca
 
     def vanish(names):
         if "layer.2.weight" in names:
-            for peer in first._transport._peers:
+            for peer in first._transport._workers:
                 peer.close()
         return gather(names)
 
@@ -867,7 +874,7 @@ def test_a_worker_that_hangs_is_given_up(workers, monkeypatch):
     with session(engine, timeout_seconds=1) as sync:
         sync.push()
         engine.loaders[0].before_load = lambda: release.wait(30)
-        with pytest.raises(TransportTimeout, match="did not answer within 1 s"):
+        with pytest.raises(TransportTimeout):
             sync.push()
         release.set()
     assert not serves(engine, NEW)
@@ -890,7 +897,7 @@ def test_a_worker_that_hangs_is_given_up(workers, monkeypatch):
     ],
 )
 def test_names_of_others_are_not_opened(name):
-    with pytest.raises(TransportError, match="is no shared memory of qerl-sync's"):
+    with pytest.raises(TransportError):
         AttachedSegment(name, 1)
 
 
@@ -905,7 +912,7 @@ def planted():
 def test_links_are_not_followed(planted, tmp_path):
     (tmp_path / "secret").write_bytes(bytes(100))
     planted.symlink_to(tmp_path / "secret")
-    with pytest.raises(TransportError, match="cannot be opened here"):
+    with pytest.raises(TransportError):
         AttachedSegment(planted.name, 100)
     remove_abandoned()
     assert (tmp_path / "secret").exists()
@@ -919,7 +926,7 @@ def test_a_pipe_with_our_name_does_not_hold_us_up(planted):
 
 def test_a_segment_smaller_than_announced_is_refused():
     segment = SharedSegment(100)
-    with closing(segment), pytest.raises(TransportError, match="has 100 bytes, not 101"):
+    with closing(segment), pytest.raises(TransportError):
         AttachedSegment(segment.name, 101)
 
 
@@ -936,7 +943,7 @@ def test_a_reader_cannot_write():
 
 def test_no_room_is_told_before_anything_is_written():
     before = set(segments.DIRECTORY.iterdir())
-    with pytest.raises(TransportError, match=r"free, 1\.0 PiB|TiB are needed; make it larger"):
+    with pytest.raises(NoRoomError):
         SharedSegment(1 << 50)
     assert set(segments.DIRECTORY.iterdir()) <= before
 
@@ -962,7 +969,7 @@ def test_no_room_for_a_slot_ends_the_sync_before_it_starts(workers, monkeypatch)
     with session(engine, tensors(1, numel=5000), transport="shm", chunk_bytes="1MiB") as sync:
         with monkeypatch.context() as patch:
             patch.setattr(os, "posix_fallocate", full)
-            with pytest.raises(TransportError, match=r"fewer sync\.chunks_in_flight"):
+            with pytest.raises(NoRoomError):
                 sync.push()
         assert serves(engine, OLD)
         sync.push()
@@ -1085,7 +1092,7 @@ def test_a_client_that_can_pause_declares_it(workers):
     """It would not be paused, and nobody would know."""
     engine = workers(1)
     engine.pause = engine.resume = lambda *mode: None
-    with pytest.raises(ConfigError, match=r"Workers has pause, .* inherit .*EngineClient"):
+    with pytest.raises(ConfigError):
         RemoteTransport(engine)
 
 

@@ -9,7 +9,7 @@ from support.loaders import KeepingLoader, TensorSource, Workers, tensors
 
 from qerl_sync import RemoteTransport, SyncConfig, SyncSession
 from qerl_sync.transports.remote import staging
-from qerl_sync.wire.cores import avoid_cores, own_cores
+from qerl_sync.wire.host import avoid_cores, own_cores
 
 OWN = own_cores()
 needs_two = pytest.mark.skipif(len(OWN) < 2, reason="needs two CPUs that threads can be bound to")

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from support.errors import raises
 
 from qerl_sync.buffers.trace import Trace, TraceStep
 from qerl_sync.config import DataConfig, TinyModelConfig, TrainConfig
@@ -72,16 +73,14 @@ def test_parquet(rows_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"prompt_column": "questoin"}, "no column 'questoin'; did you mean 'question'"),
-        ({"answer_column": "wrong"}, "no column 'wrong'"),
-        ({"eval_size": 10}, "leaves nothing to train on"),
-    ],
+    "changes", [{"prompt_column": "questoin"}, {"answer_column": "wrong"}, {"eval_size": 10}]
 )
-def test_data_that_does_not_fit(rows_file, changes, words):
-    with pytest.raises(ConfigError, match=words):
+def test_data_that_does_not_fit(rows_file, changes):
+    (option,) = changes
+    with raises(ConfigError, place=f"data.{option}") as caught:
         load_data(columns(rows_file, **changes), seed=0, needs_answers=True)
+    if option == "prompt_column":  # the nearest column
+        assert "'question'" in str(caught.value)
 
 
 def test_answers_are_missed_only_where_they_are_needed(rows_file):
@@ -108,12 +107,14 @@ def test_data_that_is_not_there_empty_or_broken(tmp_path, name, content, monkeyp
     monkeypatch.chdir(tmp_path)
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(ConfigError, match=r"^data\.(path|prompt_column): ") as caught:
+    with pytest.raises(ConfigError) as caught:
         load_data(DataConfig(path=name), seed=0, needs_answers=False)
     if content is None:
         assert str(tmp_path / name) in str(caught.value)
     if isinstance(caught.value, FileError):
         assert caught.value.path == name
+    else:
+        assert caught.value.place == "data.prompt_column"
 
 
 # --------------------------------------------------------------------------------------- rewards
@@ -134,18 +135,19 @@ def test_rewards_by_name(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "shown"),
     [
-        ("exact_mach", "did you mean 'exact_match'"),
-        ("json:lods", "json has no function 'lods'; did you mean 'loads'"),
-        ("json:__doc__", "no function"),
-        ("no_such_module:f", "'no_such_module' cannot be imported"),
-        (":f", "cannot be imported"),
+        ("exact_mach", "'exact_match'"),  # the nearest one
+        ("json:lods", "'loads'"),
+        ("json:__doc__", "'__doc__'"),
+        ("no_such_module:f", "'no_such_module'"),
+        (":f", "':f'"),
     ],
 )
-def test_unknown_rewards(name, words):
-    with pytest.raises(ConfigError, match=words):
+def test_unknown_rewards(name, shown):
+    with raises(ConfigError, place="reward") as caught:
         resolve_reward(name)
+    assert shown in str(caught.value)
 
 
 # ---------------------------------------------------------------------------------------- models
@@ -194,7 +196,7 @@ def test_tiny_models_follow_the_seed_and_the_configuration():
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert make(0, tie_word_embeddings=True)[0].config.tie_word_embeddings
-    with pytest.raises(ConfigError, match="transformers cannot make this qwen3"):
+    with raises(ConfigError, place="model.tiny"):
         make(0, num_attention_heads=0)
 
 
@@ -205,20 +207,20 @@ def test_model_directories_that_are_none(tmp_path, monkeypatch):
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
-    for path, words in {
-        str(tmp_path / "nowhere"): str(tmp_path / "nowhere"),
-        "runs/7/nowhere": str(tmp_path / "runs" / "7" / "nowhere"),  # too deep for a hub id
-        "adapter/nowhere": str(tmp_path / "adapter" / "nowhere"),
-        "some/model": str(tmp_path / "some" / "model"),  # might be one
-        str(tmp_path): "no config.json",
-        "adapter": "PEFT adapter",
-    }.items():
+    for path in (
+        str(tmp_path / "nowhere"),
+        "runs/7/nowhere",  # too deep for a hub id
+        "adapter/nowhere",
+        "some/model",  # might be one
+        str(tmp_path),
+        "adapter",
+    ):
         with pytest.raises(FileError) as caught:
             load_tokenizer(path)
         assert caught.value.path is not None
-        assert words in str(caught.value)
+        assert str(tmp_path / path) in str(caught.value)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3"}')
-    with pytest.raises(FileError, match=r"no tokenizer .*save_pretrained"):
+    with raises(FileError, path=str(tmp_path)):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
@@ -233,7 +235,7 @@ def test_trl_refuses_in_our_words():
     from qerl_sync.training.arguments import grpo_arguments
 
     trainer = {"num_generations": 7, "use_cpu": True, "bf16": False}
-    with pytest.raises(ConfigError, match=r"^trainer: TRL's GRPOConfig refuses it: .*divisible"):
+    with raises(ConfigError, place="trainer"):
         grpo_arguments(run_config(trainer=trainer))
 
 
@@ -296,7 +298,7 @@ def test_resuming_takes_the_last_whole_checkpoint_and_drops_what_is_done_again(d
 
 def test_resuming_before_the_first_checkpoint_is_refused(directory):
     directory.append_sync({"step": 0})
-    with pytest.raises(ConfigError, match="no checkpoint yet"):
+    with raises(FileError, path=str(directory.root)):
         directory.resume(run_config())
     assert directory.read_syncs() == [{"step": 0}]
 
@@ -353,9 +355,9 @@ def test_what_rust_and_torch_say_of_a_full_disk_is_understood_and_a_socket_is_no
 
 
 def test_resuming_what_is_not_there_or_something_else(directory, tmp_path):
-    with pytest.raises(ConfigError, match="nothing to resume"):
+    with raises(FileError, path=str(tmp_path / "other")):
         RunDirectory(tmp_path / "other").resume(run_config())
-    with pytest.raises(ConfigError, match="seed changed since"):
+    with raises(ConfigError, changed=("seed",)):
         directory.resume(run_config(seed=1))
 
 
@@ -524,8 +526,9 @@ def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once():
 
     console = Console(file=io.StringIO())
     before = signal.getsignal(signal.SIGINT)
-    with Display(console).steps("training", "trained") as steps:
-        stop = StopCleanly(steps)
+    display = Display(console)
+    with display.steps("training", "trained"):
+        stop = StopCleanly(display)
         control = TrainerControl()
         with stop.listening():
             stop.on_step_end(None, None, control)

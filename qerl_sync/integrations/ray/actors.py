@@ -14,19 +14,42 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
 from qerl_sync.engines.base import PauseMode
 from qerl_sync.engines.ray_actor import CONTROL as CONTROL
 from qerl_sync.errors import AgreementError, PoisonedError
-from qerl_sync.integrations.ray.rollouts import Rollout
 from qerl_sync.worker.protocol import mailbox as mailbox
+
+logger = logging.getLogger(__name__)
 
 # How often an actor looks whether the process of its engine lives.
 LOOK_SECONDS = 0.5
 
 # Text, token ids, or vLLM's own mappings, which may hold images.
 Prompts = Sequence[str] | Sequence[Sequence[int]] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One completion.
+
+    Attributes:
+        logprobs: of each completion token, under the engine's weights.
+        version: of the weights that the worker had when it was asked: no token is older.
+        worker: the actor's name.
+        last_version: of the weights that its last token comes from. Larger than `version` only
+            where requests in flight go on after a sync (`AsyncRolloutActor`).
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+    text: str
+    version: int
+    worker: str
+    last_version: int
 
 
 class RolloutActor:
@@ -79,7 +102,16 @@ class RolloutActor:
         self._client = self._control(self.llm)
         core = self._core(self.llm)
         if hasattr(core, "resources"):  # it has a process of its own
-            threading.Thread(target=_end_with, args=(core,), name="watch", daemon=True).start()
+
+            def end_with_engine() -> NoReturn:
+                # Ray does not notice that the engine is dead; ending the actor makes it restart
+                # both.
+                while not core.resources.engine_dead:
+                    time.sleep(LOOK_SECONDS)
+                logger.error("the engine's process has ended, and the actor with it")
+                os._exit(1)
+
+            threading.Thread(target=end_with_engine, name="watch", daemon=True).start()
 
     def __repr__(self) -> str:
         """Return the text that Ray prints before each line of the actor's log."""
@@ -136,7 +168,20 @@ class RolloutActor:
         if not isinstance(sampling, SamplingParams):
             sampling = SamplingParams(**{"logprobs": 0, **(sampling or {})})
         return [
-            self._rollout(output.prompt_token_ids, completion, begun, ended)
+            Rollout(
+                prompt_ids=list(output.prompt_token_ids),
+                completion_ids=list(completion.token_ids),
+                logprobs=[
+                    step[token].logprob
+                    for token, step in zip(
+                        completion.token_ids, completion.logprobs or [], strict=False
+                    )
+                ],
+                text=completion.text,
+                version=begun,
+                last_version=ended,
+                worker=self.name,
+            )
             for output, ended in self._complete(given, sampling)
             for completion in output.outputs
         ]
@@ -150,21 +195,6 @@ class RolloutActor:
                 self._client.pause("abort")
             raise
         return [(output, self.version) for output in outputs]
-
-    def _rollout(
-        self, prompt_ids: Sequence[int], completion: Any, begun: int, ended: int
-    ) -> Rollout:
-        ids = list(completion.token_ids)
-        steps = completion.logprobs or []
-        return Rollout(
-            prompt_ids=list(prompt_ids),
-            completion_ids=ids,
-            logprobs=[step[token].logprob for token, step in zip(ids, steps, strict=False)],
-            text=completion.text,
-            version=begun,
-            last_version=ended,
-            worker=self.name,
-        )
 
     def _require(self, version: int) -> None:
         if self._paused:  # between two calls of a sync too: weights, caches and version differ
@@ -180,7 +210,8 @@ class RolloutActor:
         if self.version < version:
             raise AgreementError(
                 f"{self.name} has weight version {self.version}, and {version} is required; "
-                "sync it first"
+                "sync it first",
+                subject="weight_version",
             )
 
     # ---- what a trainer calls: vLLM's four methods, and those of engines.base.EngineClient
@@ -264,18 +295,6 @@ def with_defaults(engine: Mapping[str, Any]) -> dict[str, Any]:
         # vLLM would find that it is in a placement group, and take actors of its own for its ranks.
         needed["distributed_executor_backend"] = "mp"
     return {**needed, **engine}
-
-
-def _end_with(core: Any) -> NoReturn:
-    """End the actor when its engine dies.
-
-    An actor without its engine is useless, and Ray does not notice: ending it makes Ray restart
-    both.
-    """
-    while not core.resources.engine_dead:
-        time.sleep(LOOK_SECONDS)
-    logging.getLogger(__name__).error("the engine's process has ended, and the actor with it")
-    os._exit(1)
 
 
 def _payload(request: Any, name: str) -> dict[str, Any]:

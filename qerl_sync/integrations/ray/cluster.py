@@ -43,7 +43,10 @@ def connect(address: str | None = None, **options: Any) -> bool:
         return False
     where = {"address": address} if address else {"include_dashboard": False}
     try:
-        _require_somebody(address)
+        # Ray would retry for minutes where nothing listens at `host:port`.
+        host, _, port = (address or "").rpartition(":")
+        if host and port.isdecimal() and "/" not in host:
+            socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
         ray.init(**{**where, **options})
     except Exception as exc:
         raise ConfigError(
@@ -53,13 +56,6 @@ def connect(address: str | None = None, **options: Any) -> bool:
             else f"Ray does not start on this machine: {exc}"
         ) from exc
     return True
-
-
-def _require_somebody(address: str | None) -> None:
-    """Raise OSError if nothing listens at a `host:port`. Ray would retry for minutes."""
-    host, _, port = (address or "").rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
 
 
 def require_room(bundles: Sequence[Bundle], what: str) -> None:

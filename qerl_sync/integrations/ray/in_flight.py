@@ -18,8 +18,7 @@ import ray
 
 from qerl_sync.engines.base import PauseMode
 from qerl_sync.errors import PoisonedError
-from qerl_sync.integrations.ray.actors import Prompts, RolloutActor, with_defaults
-from qerl_sync.integrations.ray.rollouts import Rollout
+from qerl_sync.integrations.ray.actors import Prompts, Rollout, RolloutActor, with_defaults
 
 GENERATION = "generation"
 POLL_SECONDS = 0.2
@@ -86,7 +85,13 @@ class AsyncRolloutActor(RolloutActor):
     def _start(self, engine: Mapping[str, Any]) -> Any:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="engine loop", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(_started(engine), self._loop).result()
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        async def started() -> Any:  # on the loop that is to run it
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**with_defaults(engine)))
+
+        return asyncio.run_coroutine_threadsafe(started(), self._loop).result()
 
     def _control(self, llm: Any) -> Any:
         from qerl_sync.engines.async_llm import AsyncLLMClient
@@ -105,7 +110,7 @@ class AsyncRolloutActor(RolloutActor):
         sampling.output_kind = RequestOutputKind.FINAL_ONLY
         answers = asyncio.run_coroutine_threadsafe(self._outputs(prompts, sampling), self._loop)
         while not wait([answers], POLL_SECONDS).done:
-            if self._stalled:
+            if self._paused and time.monotonic() - self._moved > self.STALLED_SECONDS:
                 answers.cancel()  # vLLM then forgets the requests
                 raise PoisonedError(
                     f"{self.name} does not go on: it was paused for a sync, which has failed. "
@@ -117,7 +122,7 @@ class AsyncRolloutActor(RolloutActor):
         tasks = [asyncio.ensure_future(self._output(prompt, sampling)) for prompt in prompts]
         try:
             return await asyncio.gather(*tasks)
-        except BaseException:  # nobody takes what the others would still generate
+        except BaseException:  # the others would generate for nothing
             for task in tasks:
                 task.cancel()
             raise
@@ -131,14 +136,3 @@ class AsyncRolloutActor(RolloutActor):
                 "ask again when that is over"
             )
         return output, self.version
-
-    @property
-    def _stalled(self) -> bool:
-        return self._paused and time.monotonic() - self._moved > self.STALLED_SECONDS
-
-
-async def _started(engine: Mapping[str, Any]) -> Any:
-    from vllm import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_engine_args(AsyncEngineArgs(**with_defaults(engine)))

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from qerl_sync.errors import ConfigError, TransportError
+from qerl_sync.integrations.ray.actors import Rollout
 from qerl_sync.integrations.ray.pool import Batch, WorkerPool
-from qerl_sync.integrations.ray.rollouts import Rollout
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,23 @@ class PooledLLM:
             )
         self.last = self._generated(given, sampling_params, key, RECOVERIES)
         self._begin_next(sampling_params, key)
-        return [_as_output(rollout) for rollout in self.last]
+        return [
+            SimpleNamespace(
+                prompt_token_ids=rollout.prompt_ids,
+                outputs=[
+                    SimpleNamespace(
+                        token_ids=rollout.completion_ids,
+                        logprobs=[
+                            {token: SimpleNamespace(logprob=logprob, rank=1)}
+                            for token, logprob in zip(
+                                rollout.completion_ids, rollout.logprobs, strict=True
+                            )
+                        ],
+                    )
+                ],
+            )
+            for rollout in self.last
+        ]
 
     def _generated(
         self, prompts: list[Any], sampling: Any, key: Key, recoveries: int
@@ -90,21 +106,15 @@ class PooledLLM:
 
     def _begin_next(self, sampling: Any, done: Key) -> None:
         """Start generating the next batch ahead, with the present weights."""
-        self._forget_up_to(done)
+        # Batches come in the order of their announcement: earlier ones were skipped.
+        if done in [_key(prompts) for prompts in self._coming]:
+            while (skipped := _key(self._coming.popleft())) != done:
+                self._begun.pop(skipped, None)
         for prompts in list(self._coming)[: self.max_staleness]:
             key = _key(prompts)
             if key not in self._begun:
                 with suppress(TransportError):  # nobody can just now: they are generated later
                     self._begun[key] = self.pool.submit(prompts, sampling)
-
-    def _forget_up_to(self, done: Key) -> None:
-        """Drop announced batches up to this one. Batches come in order: earlier ones were
-        skipped.
-        """
-        if done not in [_key(prompts) for prompts in self._coming]:
-            return
-        while (skipped := _key(self._coming.popleft())) != done:
-            self._begun.pop(skipped, None)
 
 
 class Announcer:
@@ -131,10 +141,10 @@ class Announcer:
         stopped.
         """
         if batches is not self._given:
-            self._given, self._announced = batches, self._looking_ahead(batches)
+            self._given, self._announced = batches, self._announcing(batches)
         return self._announced
 
-    def _looking_ahead(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _announcing(self, batches: Iterator[Any]) -> Iterator[Any]:
         waiting: deque[Any] = deque()
         for index, batch in enumerate(batches):
             if index % self._every == 0:
@@ -147,12 +157,3 @@ class Announcer:
 
 def _key(prompts: Sequence[Sequence[int]]) -> Key:
     return tuple(tuple(ids) for ids in prompts)
-
-
-def _as_output(rollout: Rollout) -> Any:
-    logprobs = [
-        {token: SimpleNamespace(logprob=logprob, rank=1)}
-        for token, logprob in zip(rollout.completion_ids, rollout.logprobs, strict=True)
-    ]
-    completion = SimpleNamespace(token_ids=rollout.completion_ids, logprobs=logprobs)
-    return SimpleNamespace(prompt_token_ids=rollout.prompt_ids, outputs=[completion])

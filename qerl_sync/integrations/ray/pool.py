@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from qerl_sync.config import SyncConfig
 from qerl_sync.engines.base import EngineClient
-from qerl_sync.engines.ray_actor import RayActorClient, how_it_was_lost, is_gone
+from qerl_sync.engines.ray_actor import RayActorClient, capabilities, how_it_was_lost, is_gone
 from qerl_sync.errors import (
     AgreementError,
     ConfigError,
@@ -22,9 +22,8 @@ from qerl_sync.errors import (
     TransportError,
     TransportTimeout,
 )
-from qerl_sync.integrations.ray.actors import CONTROL, Prompts, RolloutActor
+from qerl_sync.integrations.ray.actors import CONTROL, Prompts, Rollout, RolloutActor
 from qerl_sync.integrations.ray.cluster import require_ray, require_room
-from qerl_sync.integrations.ray.rollouts import Rollout
 from qerl_sync.transports.remote.pool import PoolTransport
 
 logger = logging.getLogger(__name__)
@@ -201,6 +200,15 @@ class WorkerPool:
                 is loopback, as it is by default, loopback for as long as the cluster has one node,
                 else this node's address.
         """
+
+        def own_address() -> str:
+            # Looked up for each worker that connects: a cluster grows.
+            if address is not None or config.trainer_address != LOOPBACK:
+                return address or config.trainer_address
+            ray = require_ray()
+            nodes = [node for node in ray.nodes() if node["Alive"]]
+            return LOOPBACK if len(nodes) == 1 else str(ray.util.get_node_ip_address())
+
         if self._transport is not None:
             self._transport.close()
         self._timeout_seconds = config.timeout_seconds
@@ -208,7 +216,7 @@ class WorkerPool:
             transport=config.transport,
             chunks_in_flight=config.chunks_in_flight,
             timeout_seconds=config.timeout_seconds,
-            address=lambda: address or self._own_address(config.trainer_address),
+            address=own_address,
             first_port=config.trainer_port,
             bind=config.trainer_bind or "",
             pause_mode=config.pause_mode,
@@ -220,16 +228,6 @@ class WorkerPool:
 
     def _join(self, transport: PoolTransport, worker: Worker) -> None:
         transport.add(worker.name, worker.client(self._timeout_seconds), worker.is_up)
-
-    def _own_address(self, configured: str) -> str:
-        """Return this process's address. Looked up again for each worker that connects: a cluster
-        grows.
-        """
-        if configured != LOOPBACK:
-            return configured
-        ray = require_ray()
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        return LOOPBACK if len(nodes) == 1 else str(ray.util.get_node_ip_address())
 
     # ---- generation
 
@@ -282,16 +280,30 @@ class WorkerPool:
             TransportError: no worker may.
         """
         versions = self.versions
+        able = [
+            worker
+            for name, worker in self._workers.items()
+            if versions[name] >= required_version and name not in without and worker.generates
+        ]
+        if not able:
+            raise TransportError(
+                f"no worker of the pool has weight version {required_version} (they have "
+                f"{versions}); sync them first"
+            )
+        # In runs of neighbours, one run for each worker: neighbours may share a prefix.
+        each = -(-len(todo) // len(able))
+        runs = [todo[i * each : (i + 1) * each] for i in range(len(able))]
         return [
             Share(
-                name,
-                versions[name],
+                worker.name,
+                versions[worker.name],
                 indices,
-                self._workers[name].generate(
+                worker.handle.generate.remote(
                     [prompts[i] for i in indices], sampling, required_version
                 ),
             )
-            for name, indices in self._divide(todo, required_version, without).items()
+            for worker, indices in zip(able, runs, strict=True)
+            if indices
         ]
 
     def answer(self, share: Share, timeout_seconds: float) -> list[Rollout] | Failure:
@@ -331,27 +343,6 @@ class WorkerPool:
             self._transport.forget(share.name, reason)
         # Of those that we sync nobody else does: asking again changes nothing.
         return Failure(reason, passing=refused and self._transport is None)
-
-    def _divide(
-        self, todo: Sequence[int], required_version: int, without: Collection[str]
-    ) -> dict[str, Sequence[int]]:
-        """Divide into runs of neighbours, one run for each worker: neighbours may share a
-        prefix.
-        """
-        versions = self.versions
-        able = [
-            name
-            for name, worker in self._workers.items()
-            if versions[name] >= required_version and name not in without and worker.generates
-        ]
-        if not able:
-            raise TransportError(
-                f"no worker of the pool has weight version {required_version} (they have "
-                f"{versions}); sync them first"
-            )
-        share = -(-len(todo) // len(able))
-        parts = {name: todo[i * share : (i + 1) * share] for i, name in enumerate(able)}
-        return {name: part for name, part in parts.items() if part}
 
     # ---- the end
 
@@ -450,7 +441,8 @@ class Batch:
         """
         todo = [index for index in range(len(self._prompts)) if index not in self._done]
         while todo and not self._shares:
-            without = self._without()
+            versions = self._pool.versions
+            without = {name for name, (v, _) in self._failed.items() if versions.get(name, 0) <= v}
             try:
                 self._shares = self._pool.ask(
                     todo, self._prompts, self._sampling, required_version, without
@@ -458,27 +450,16 @@ class Batch:
             except TransportError as exc:
                 passing = [name for name, (_, failure) in self._failed.items() if failure.passing]
                 if not passing or time.monotonic() > self._patient_until:
-                    raise self._nobody(exc) from exc
+                    reasons = "; ".join(
+                        f"{name}: {failure.reason}" for name, (_, failure) in self._failed.items()
+                    )
+                    self._failed, self._patient_until = {}, 0.0  # all may be asked again
+                    raise TransportError(
+                        f"{exc}. Of those that were asked, {reasons}" if reasons else str(exc)
+                    ) from exc
                 time.sleep(POLL_SECONDS)
                 for name in passing:
                     del self._failed[name]
-
-    def _without(self) -> set[str]:
-        versions = self._pool.versions
-        return {name for name, (v, _) in self._failed.items() if versions.get(name, 0) <= v}
-
-    def _nobody(self, exc: TransportError) -> TransportError:
-        """Return the error for a batch without workers, with each worker's failure.
-
-        All workers may be asked again afterwards.
-        """
-        reasons = "; ".join(
-            f"{name}: {failure.reason}" for name, (_, failure) in self._failed.items()
-        )
-        self._failed, self._patient_until = {}, 0.0
-        return TransportError(
-            f"{exc}. Of those that were asked, {reasons}" if reasons else str(exc)
-        )
 
     def _take(self, share: Share, found: list[Rollout] | Failure, oldest_version: int) -> None:
         if isinstance(found, Failure):
@@ -505,15 +486,13 @@ class Worker:
         self.name = name
         self.handle = handle
         self.gone = False
-        self.generates = hasattr(handle, "generate")
+        self._can = capabilities(handle)
+        self.generates = "generate" in self._can
         self._asked: Any = None
         self._was_up = False
 
     def client(self, timeout_seconds: float) -> EngineClient:
         return RayActorClient(self.handle, self.name, timeout_seconds)
-
-    def generate(self, prompts: Any, sampling: Any, required_version: int) -> Any:
-        return self.handle.generate.remote(prompts, sampling, required_version)
 
     def is_up(self) -> bool:
         """Return whether the worker can be asked to connect now. Never block.
@@ -529,7 +508,7 @@ class Worker:
     def answers(self) -> bool:
         """Return whether the worker has answered; `is_up` then returns the same."""
         ray = require_ray()
-        if not self._was_up and not hasattr(self.handle, "status"):
+        if not self._was_up and "status" not in self._can:
             return True  # the first sync waits for it, and names it if it is none of ours
         self._asked = self._asked or self._ask()
         if not ray.wait([self._asked], timeout=0.05)[0]:
@@ -545,7 +524,7 @@ class Worker:
 
     def await_status(self, timeout_seconds: float, given: float) -> dict[str, Any]:
         ray = require_ray()
-        if not hasattr(self.handle, "status"):
+        if "status" not in self._can:
             return {}
         try:
             status: dict[str, Any] = ray.get(self._status(), timeout=timeout_seconds)
@@ -559,18 +538,16 @@ class Worker:
             return self.await_status(max(timeout_seconds - 0.2, 0.0), given)
         except ray.exceptions.RayActorError as exc:
             raise ConfigError(f"the engine of {self.name} does not start: {exc}") from exc
-        self._require_same_version(status)
-        return status
-
-    def _require_same_version(self, status: Mapping[str, Any]) -> None:
         from qerl_sync import __version__
 
         theirs = status.get("qerl-sync", __version__)
         if theirs != __version__:
             raise AgreementError(
                 f"{self.name} runs qerl-sync {theirs} on node {status.get('node')}, and this "
-                f"process {__version__}; install the same version on every node"
+                f"process {__version__}; install the same version on every node",
+                subject="version",
             )
+        return status
 
     def _ask(self) -> Any:
         """Ask the actor whether it is up.

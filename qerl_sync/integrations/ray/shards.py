@@ -71,7 +71,7 @@ class JoinedSource(Source):
         return list(self._metas.values())
 
     def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
-        """All that hold some of the names look at the same time."""
+        """Have all that hold some of the names look at the same time."""
         shares = self._shares(self._holder if names is None else names)
         own = shares.pop(None, [])
         asked = {other: self._ask(other, "check_finite", share) for other, share in shares.items()}

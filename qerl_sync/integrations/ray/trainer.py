@@ -63,7 +63,7 @@ class TrainerActor:
         self.workers = workers
         self._pool_transport = workers.transport(config)
         source = _as_source(weights, config, None if others else self._pool_transport)
-        given: dict[str, Any] = {}
+        given = dict[str, Any]()
         if others and source.adapter() is not None:
             raise ConfigError(
                 "an AdapterSource sends the whole adapter, and `others` hold parts of the weights; "
@@ -72,7 +72,9 @@ class TrainerActor:
         if others:  # what is known of a part is not known of the whole
             source = JoinedSource(source, others, config.timeout_seconds)
         elif not isinstance(weights, Source):
-            given = _known_of(weights)
+            from qerl_sync.sources.hf import probe_of
+
+            given = {"trained": weights.named_parameters, "probe": probe_of(weights)}
         # Without the trained parameters a second sync of the same weights, for a worker that came
         # back, could not be told from one that fails to bring what has changed.
         self._steps_tell = "trained" in given
@@ -138,10 +140,3 @@ def _as_source(weights: Any, config: SyncConfig, transport: Transport | None = N
     from qerl_sync.build import make_source
 
     return weights if isinstance(weights, Source) else make_source(weights, config, transport)
-
-
-def _known_of(model: Any) -> dict[str, Any]:
-    """Return what a session checks of a sync if it knows the trainer's whole model."""
-    from qerl_sync.sources.hf import probe_of
-
-    return {"trained": model.named_parameters, "probe": probe_of(model)}

@@ -248,9 +248,15 @@ class TrainerRanks:
 
     def _dead(self) -> list[int]:
         """Return the ranks of this machine whose processes have ended."""
-        here = _process_space()
-        pids = enumerate(self._processes)
-        return [rank for rank, (space, pid) in pids if space == here and not _lives(pid)]
+        here, dead = _process_space(), []
+        for rank, (space, pid) in enumerate(self._processes):
+            if space == here:
+                status = psutil.STATUS_DEAD
+                with suppress(psutil.NoSuchProcess):
+                    status = psutil.Process(pid).status()
+                if status in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+                    dead.append(rank)
+        return dead
 
     def _lost_within(self, seconds: float) -> SyncError | None:
         deadline = time.monotonic() + seconds
@@ -307,13 +313,6 @@ def _process_space() -> str:
     with suppress(OSError):
         namespace = os.readlink("/proc/self/ns/pid")
     return f"{host_id()} {namespace}"
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
-    except psutil.NoSuchProcess:
-        return False
 
 
 @contextmanager

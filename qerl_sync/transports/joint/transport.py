@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -51,7 +51,7 @@ class JointTransport(Transport):
         self._ranks.meet(what)
 
     def agree_on(self, metas: Sequence[ParamMeta]) -> None:
-        parts = [[meta.name, meta.dtype, list(meta.shape)] for meta in metas]
+        parts = metas_to_json(metas)
         self._ranks.require_same("the tensors to send", _digest(parts), lambda: parts)
 
     @property
@@ -118,7 +118,7 @@ class JointTransport(Transport):
             "the plan",
             said,
             lambda: (
-                [[m.name, m.dtype, list(m.shape)] for m in plan.metas]
+                metas_to_json(plan.metas)
                 + [f"{len(chunk.names)} tensors in a chunk" for chunk in plan.chunks]
                 + [said]
             ),

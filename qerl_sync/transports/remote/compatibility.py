@@ -1,4 +1,4 @@
-"""What trainer and workers, and workers among themselves, must have in common."""
+"""Check that trainer and workers, and workers among themselves, fit together."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ ALIKE = ("model", "dtype", "quantization", "layout", "packages")
 
 
 def require_protocol(hello: Hello, own_version: str) -> None:
-    """Raises AgreementError if the worker runs another qerl-sync."""
+    """Raise AgreementError if the worker runs another qerl-sync."""
     theirs = hello.packages.get("qerl-sync", "?")
     if hello.protocol != PROTOCOL or theirs != own_version:
         raise AgreementError(
             f"worker {hello.rank} runs qerl-sync {theirs} (protocol {hello.protocol}), the trainer "
-            f"{own_version} (protocol {PROTOCOL}); install the same version for both"
+            f"{own_version} (protocol {PROTOCOL}); install the same version for both",
+            subject="version",
         )
 
 
 def require_alike(hellos: Sequence[Hello]) -> None:
-    """Raises AgreementError, naming the first difference between workers."""
+    """Raise AgreementError, naming the first difference between workers."""
     first = hellos[0]
     for other in hellos[1:]:
         for name in ALIKE:
@@ -31,7 +32,8 @@ def require_alike(hellos: Sequence[Hello]) -> None:
             if mine != theirs:
                 raise AgreementError(
                     f"{first.worker} has {name} {mine!r}, {other.worker} {theirs!r}; sync them in "
-                    "sessions of their own, or start them alike"
+                    "sessions of their own, or start them alike",
+                    subject=name,
                 )
 
 
@@ -56,6 +58,7 @@ def require_complete(hellos: Sequence[Hello], world_size: int | None) -> None:
             raise AgreementError(
                 f"of engine {engine}, replica {replica}, the worker ranks {missing} of {size} did "
                 "not connect; look at their log",
+                subject="ranks",
                 engine=engine,
                 replica=replica,
                 ranks=missing,
@@ -73,7 +76,7 @@ def require_complete(hellos: Sequence[Hello], world_size: int | None) -> None:
 
 
 def require_same_map(planned: LayerMap, now: LayerMap) -> None:
-    """Raises AgreementError, naming the first difference, if workers load in another way now."""
+    """Raise AgreementError, naming the first difference, if workers load in another way now."""
     if planned.digest == now.digest:
         return
     pairs: tuple[tuple[Mapping[str, object], Mapping[str, object]], ...] = (
@@ -86,12 +89,13 @@ def require_same_map(planned: LayerMap, now: LayerMap) -> None:
                 raise AgreementError(
                     f"the workers are not what the plan was made for: of {name!r} they said "
                     f"{before.get(name)!r}, and now {after.get(name)!r}. Their engine was started "
-                    "with another model or layout; close the session and make a new one"
+                    "with another model or layout; close the session and make a new one",
+                    subject="layer_map",
                 )
 
 
 def joint_map(maps: Sequence[LayerMap]) -> LayerMap:
-    """One layer map to plan with, where ranks hold different parts of the model.
+    """Return one layer map to plan with, where ranks hold different parts of the model.
 
     A tensor's parents are those that it has on any rank, with what most elements of it are worth
     on one, so that a plan that holds for the joint map holds for each rank.

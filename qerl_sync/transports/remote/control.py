@@ -4,19 +4,67 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
-from qerl_sync.engines.base import EngineCall, EngineClient, PauseMode
+from qerl_sync.engines.base import EngineClient, PauseMode, ends_within, in_thread
 from qerl_sync.errors import PeerLostError, SyncError, TransportError, TransportTimeout
 from qerl_sync.transports.base import still_cached
-from qerl_sync.transports.remote.peer import Peer
-from qerl_sync.wire.channel import proof
+from qerl_sync.transports.remote.connection import WorkerConnection
+from qerl_sync.wire import messages as say
+from qerl_sync.wire.connection import proof
+from qerl_sync.wire.handshake import ConnectCall, ServeCall
 
 logger = logging.getLogger(__name__)
 
-# How long a failed conversation may take to end, on top of the timeout that it has run into.
+# How long a failed session may take to end, on top of the timeout that it has run into.
 GRACE_SECONDS = 5.0
+
+
+class EngineCall:
+    """A call of the engine's client, in a thread, while its workers are talked to."""
+
+    def __init__(self, method: Callable[..., Any], *arguments: Any) -> None:
+        self._what = method.__name__
+        self._answer = in_thread(self._what, partial(method, *arguments))
+
+    @property
+    def done(self) -> bool:
+        return self._answer.done()
+
+    def ends_within(self, timeout_seconds: float) -> bool:
+        return ends_within(self._answer, timeout_seconds)
+
+    def raise_if_failed(self) -> None:
+        """Raise TransportError (or the error of ours that the client raised) if it has failed."""
+        error = self._answer.exception() if self.done else None
+        if isinstance(error, SyncError):
+            raise error
+        if error is not None:
+            raise TransportError(
+                f"the engine's {self._what} failed: {type(error).__name__}: {error}; look "
+                "at the engine's log"
+            ) from error
+
+    def wait(
+        self,
+        timeout_seconds: float,
+        workers: Sequence[WorkerConnection] = (),
+        doing: str = "ending the call",
+    ) -> None:
+        """Block until the call has returned. Raises as `raise_if_failed`, TransportTimeout if it
+        does not return, and PeerLostError once one of `workers` is lost."""
+
+        def check_alive() -> None:
+            for worker in workers:
+                worker.require_open(doing)
+
+        if not ends_within(self._answer, timeout_seconds, check_alive):
+            raise TransportTimeout(
+                f"the engine's {self._what} did not return within {timeout_seconds:.0f} s"
+            )
+        self.raise_if_failed()
 
 
 class EngineControl:
@@ -25,7 +73,7 @@ class EngineControl:
     Trainer ranks other than 0 have no client: there every call does nothing.
 
     Attributes:
-        lent: from `begin_session` to `end_session` the workers' threads are ours.
+        in_session: from `begin_session` to `end_session` the workers' threads are ours.
         paused: we have paused the engine, and it is ours to resume.
     """
 
@@ -48,22 +96,20 @@ class EngineControl:
         self._pausing: EngineCall | None = None
         self.in_session = self.paused = False
 
-    def ask_to_connect(self, call: dict[str, Any]) -> EngineCall | None:
+    def ask_to_connect(self, call: ConnectCall) -> EngineCall | None:
         """Begin to have the engine's workers connect; calls are counted anew from here."""
         self._number = 0
         if self._client is None:
             return None
-        return EngineCall(
-            "init_weight_transfer_engine", partial(self._client.init_weight_transfer_engine, call)
-        )
+        return EngineCall(self._client.init_weight_transfer_engine, call.model_dump())
 
     def world_size(self) -> int | None:
         """Ask how many workers the engine has now; None: its client cannot tell."""
         return None if self._client is None else self._client.world_size()
 
     def close_stale_update(self) -> None:
-        """An earlier trainer died in one. Where vLLM has closed it on a rank by itself, that rank
-        refuses, and all ranks are out of it then, too."""
+        """Close the update that a dead trainer left open. A rank on which vLLM has closed it
+        raises; ignore that."""
         if self._client is None:
             return
         try:
@@ -71,31 +117,38 @@ class EngineControl:
         except (PeerLostError, TransportTimeout):
             raise
         except TransportError as exc:
-            logger.warning("closing the update that somebody left open: %s", exc)
+            logger.warning("closing the update that an earlier trainer left open: %s", exc)
 
-    def begin_session(self, peers: Sequence[Peer]) -> None:
-        """From here to `end_session` the workers' threads are ours."""
+    def begin_session(self, workers: Sequence[WorkerConnection]) -> None:
+        """Have the engine lend us its workers' threads, until `end_session`."""
         if self._client is None:
             self.in_session = True
             return
         self._client.start_weight_update()
         self.in_session = True
         self._number += 1
-        update = {"number": self._number, "proof": proof(self._token, "update", self._number)}
-        self._call = EngineCall("update_weights", partial(self._client.update_weights, update))
-        for peer in peers:
-            peer.check_alive = self._check_alive
+        shown = proof(self._token, "update", self._number)
+        update = ServeCall(number=self._number, proof=shown).model_dump()
+        self._call = EngineCall(self._client.update_weights, update)
+        for worker in workers:
+            worker.check_alive = self._check_alive
 
-    def end_session(self, peers: Sequence[Peer], version: str | None = None) -> None:
-        """Until the engine has its workers again. They have been told End."""
+    def end_session(self, workers: Sequence[WorkerConnection], version: str | None = None) -> None:
+        """Tell the workers End, and block until the engine has them again."""
+        for worker in workers:
+            worker.tell(say.End())
         self.in_session = False
         if self._call is not None and self._client is not None:
             # vLLM's server does not answer a call in which its engine has died.
-            self._call.wait(self._timeout_seconds, _look_at(peers, "ending the sync"))
+            self._call.wait(self._timeout_seconds, workers, "ending the sync")
             self._client.finish_weight_update(version)
 
-    def end_failed_session(self) -> bool:
-        """The same after a failure. Returns whether the engine is ready for the next call."""
+    def end_failed_session(self, workers: Sequence[WorkerConnection]) -> bool:
+        """End the session as far as it can be ended. Return whether the engine is ready for the
+        next call."""
+        for worker in workers:
+            with suppress(SyncError):  # it may be what has failed
+                worker.tell(say.End())
         self.in_session = False
         if self._call is None or self._client is None:
             return True
@@ -107,14 +160,14 @@ class EngineControl:
             return False
         return True
 
-    def pause(self, peers: Sequence[Peer] = ()) -> None:
-        """Raises PeerLostError if one of them is lost meanwhile: an engine may take seconds to
-        notice that."""
+    def pause(self, workers: Sequence[WorkerConnection] = ()) -> None:
+        """Pause the engine. Raise PeerLostError if one of `workers` is lost meanwhile: an engine
+        may take seconds to notice that."""
         if self._client is None:
             return
         self.paused = True
-        self._pausing = EngineCall("pause", partial(self._client.pause, self._pause_mode))
-        self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, _look_at(peers, "pausing"))
+        self._pausing = EngineCall(self._client.pause, self._pause_mode)
+        self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, workers, "pausing")
 
     def resume(self, *, caches: bool, overwritten: bool = False, connector: str = "") -> None:
         """Let the engine go on.
@@ -153,7 +206,7 @@ class EngineControl:
         """Resume an engine whose workers are as they were before a sync that failed."""
         if not self.paused:
             return
-        # One that pauses or resumes later would stay as it is then, and nobody would know.
+        # An engine that is still pausing would pause after this, unnoticed.
         if self._pausing is not None and not self._pausing.ends_within(GRACE_SECONDS):
             self.leave_paused(reason)
             return
@@ -163,7 +216,8 @@ class EngineControl:
             self.refuse(reason)
 
     def leave_paused(self, reason: str) -> None:
-        """Until the next sync that succeeds. Whoever asks the engine for something hears why."""
+        """Leave the engine paused until the next sync that succeeds; requests are refused with
+        `reason`."""
         self.paused = False
         self.refuse(reason)
 
@@ -172,7 +226,7 @@ class EngineControl:
             self._client.refuse(reason)
 
     def _check_alive(self) -> None:
-        """Whether the workers still listen, while we wait for one of them."""
+        """Raise if the workers no longer listen, while we wait for one of them."""
         assert self._call is not None
         self._call.raise_if_failed()
         if self._call.done:
@@ -180,13 +234,3 @@ class EngineControl:
                 "the engine returned from update_weights before its workers had answered; look at "
                 "its log"
             )
-
-
-def _look_at(peers: Sequence[Peer], what: str) -> Callable[[], None]:
-    """A glance that raises PeerLostError once one of them is lost."""
-
-    def check_alive() -> None:
-        for peer in peers:
-            peer.require_connected(what)
-
-    return check_alive

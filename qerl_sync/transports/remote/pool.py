@@ -6,11 +6,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from qerl_sync.engines.base import in_thread
 from qerl_sync.errors import (
     AgreementError,
     ConfigError,
@@ -29,7 +31,6 @@ from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
 from qerl_sync.transports.remote.compatibility import joint_map, require_alike
-from qerl_sync.transports.remote.parallel import in_parallel
 from qerl_sync.transports.remote.staging import Staging
 from qerl_sync.transports.remote.transport import RemoteTransport
 from qerl_sync.verify.probe_prompt import largest_gap
@@ -53,10 +54,6 @@ UP_SECONDS = 5.0
 MEMBERS_OWN = (TransportError, LoadError, AgreementError, StaleCacheError)
 
 
-def _always() -> bool:
-    return True
-
-
 @dataclass(eq=False)
 class Member:
     """An engine of a pool.
@@ -74,7 +71,7 @@ class Member:
     name: str
     client: WeightSyncClient
     transport: RemoteTransport
-    is_up: Callable[[], bool] = _always
+    is_up: Callable[[], bool] = lambda: True
     ready: bool = False
     version: int = 0
     last_version: int = 0
@@ -89,7 +86,7 @@ class Member:
 
     @property
     def absence(self) -> str:
-        """Why a sync goes without it."""
+        """Return the reason why a sync goes without it."""
         if not self.why:
             return "not up yet"
         since = f"version {self.last_version}" if self.last_version else "it joined"
@@ -101,7 +98,7 @@ class Member:
 
 
 class PoolTransport(Transport):
-    """Every chunk is gathered and staged once, and loaded by all engines at the same time.
+    """Gather and stage every chunk once, and have all engines load it at the same time.
 
         new, lost --is up, next sync--> ready --error of its own--> lost
 
@@ -152,10 +149,12 @@ class PoolTransport(Transport):
 
     @property
     def versions(self) -> Mapping[str, int]:
-        """The weight version of each engine; 0 where it is not known, or never was synced."""
+        """Return the weight version of each engine; 0: not known, or never synced."""
         return {name: member.version for name, member in self._members.items()}
 
-    def add(self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = _always) -> None:
+    def add(
+        self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = lambda: True
+    ) -> None:
         """Take in an engine; it is part of the next sync. Raises ConfigError if `name` is taken."""
         if name in self._members:
             raise ConfigError(f"the pool has an engine {name!r} already; give each its own name")
@@ -168,8 +167,8 @@ class PoolTransport(Transport):
             member.transport.close()
 
     def forget(self, name: str, reason: str) -> None:
-        """An engine is known to be gone, or back on other weights: it needs a full sync. Nothing if
-        it is not, or no longer, in the pool, or needs one anyway."""
+        """Mark an engine for a full sync: it is known to be gone, or back on other weights. Do
+        nothing if it is not, or no longer, in the pool, or needs one anyway."""
         member = self._members.get(name)
         if member is not None and member.ready:
             self._lose(member, TransportError(reason))
@@ -216,7 +215,7 @@ class PoolTransport(Transport):
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
     ) -> LayerMap:
-        """As the base class. The first time every engine must answer, so that one that was started
+        """See the base class. The first time every engine must answer, so that one that was started
         wrongly is named before anything is trained; later those that do not are left behind."""
         first = not self._metas
         metas = list(metas)
@@ -257,16 +256,18 @@ class PoolTransport(Transport):
         if self.required_version not in (None, version):
             raise ConfigError(
                 f"version {self.required_version} is asked for, and a worker has {version - 1} "
-                f"already; versions only move forwards, ask for {version} or more"
+                f"already; versions only move forwards, ask for {version} or more",
+                least=version,
             )
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
         self._require_some(self._ready)
-        staging = self._staging_with_room(plan)
+        staging = self._prepare_slots(plan)
         ready = self._ready
 
         def start(member: Member) -> None:
             member.transport.start(plan, layer_map, options, staging=staging)
 
+        # If this raises, any of them may have begun: `abort` must end them all.
         self._active = ready
         self._active = list(self._each(ready, start))
         staging.begin(options, layer_map.parents_text, self.busy_cores)
@@ -281,10 +282,12 @@ class PoolTransport(Transport):
 
     def finish(self) -> SyncResult:
         complete = self._each(self._active, lambda member: member.transport.complete())
+        # From the first Commit on a member may have this version, whatever we hear of it. It is not
+        # used again: a worker would refuse it, or two states would have one version.
         self._spent_version = self._version
         committed = self._each(list(complete), lambda member: member.transport.commit())
         assert self._staging is not None
-        self._staging.unlink(peer for member in committed for peer in member.transport.peers)
+        self._staging.unlink(worker for member in committed for worker in member.transport.workers)
         self._require_some(list(committed))
         for member in committed:
             member.version = self._version
@@ -314,7 +317,7 @@ class PoolTransport(Transport):
         return min(member.transport.context_tokens for member in self._ready)
 
     def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
-        """As the base class. An engine that does not answer is left behind."""
+        """See the base class. An engine that does not answer is left behind."""
         reported = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
         self._require_some(list(reported))
         return ProbeResult(
@@ -361,37 +364,33 @@ class PoolTransport(Transport):
         return Member(name, client, transport, is_up, address=address, port=port)
 
     def _those_up(self) -> list[Member]:
+        """Return the members that are ready or can be asked to connect. Wait a moment for one."""
         for name, member in list(self._members.items()):
             member.transport.source_device = self.source_device
             if not member.ready and member.idle and member.address != self._address():
                 member.transport.close()
                 self._members[name] = self._member(name, member.client, member.is_up)
-        up = [m for m in self._members.values() if m.ready or (m.idle and m.is_up())]
-        leaving = [m.leaving for m in self._members.values() if m.leaving and not m.idle]
+        members = self._members.values()
+        up = [member for member in members if member.ready or (member.idle and member.is_up())]
         if up:
             return up
-        # There is no one to go on with until one of them is out of the sync that has failed.
-        for thread in leaving:
-            thread.join(self._options.get("timeout_seconds", 300.0))
-        return self._idle_and_up()
-
-    def _idle_and_up(self) -> list[Member]:
-        """Return the members that can be asked to connect; wait a moment where there are none.
-
-        `is_up` does not block: an actor on a busy machine is not down because it has not answered
-        at once, and a pool without members up would fail the sync.
-        """
+        # None to go on with until one of them is out of the sync that has failed.
+        for member in members:
+            if member.leaving is not None:
+                member.leaving.join(self._options.get("timeout_seconds", 300.0))
+        # `is_up` does not block: an actor on a busy machine is not down because it has not answered
+        # at once, and a pool without members up would fail the sync.
         deadline = time.monotonic() + UP_SECONDS
         while True:
-            idle = [member for member in self._members.values() if member.idle]
+            idle = [member for member in members if member.idle]
             up = [member for member in idle if member.is_up()]
             if up or not idle or time.monotonic() > deadline:
                 return up
             time.sleep(0.1)
 
     def _require_alike(self, members: Iterable[Member]) -> None:
-        """Raises AgreementError if one has another model, dtype, quantisation or layout than those
-        that were taken in before; names both."""
+        """Raise AgreementError if one has another model, dtype, quantisation or layout than those
+        that were taken in before. Names both."""
         for member in members:
             for reported in member.transport.hellos:
                 hello = reported.model_copy(update={"engine": member.name})
@@ -399,46 +398,48 @@ class PoolTransport(Transport):
                 require_alike([self._hello, hello])
 
     def _take_in(self, member: Member) -> None:
-        """Connect, and see that the plan holds for this engine too."""
+        """Connect, and check that the plan holds for this engine too."""
         found = member.transport.layer_map(self._metas, allow_incomplete=self._allow_incomplete)
         if found.digest not in self._maps:
             raise AgreementError(
                 f"{member.name} has another layer map than the engines that the plan was made "
-                "with; start it as they were started, or sync it in a session of its own"
+                "with; start it as they were started, or sync it in a session of its own",
+                subject="layer_map",
             )
         self._require_alike([member])
         if self._adapter is not None:
             member.transport.require_adapter(self._adapter)
         member.ready = True
 
-    def _staging_with_room(self, plan: SyncPlan) -> Staging:
-        try:
-            return self._staging_for(plan, self._ready)
-        except NoRoomError as exc:
-            sharing = [m for m in self._ready if exc.transport in m.transport.kinds]
-            if not all(member.transport.can_fall_back for member in sharing):
-                raise
-            self._each(sharing, partial(_fall_back, reason=exc))
-            return self._staging_with_room(plan)  # where a GPU has no room, /dev/shm may have
-
-    def _staging_for(self, plan: SyncPlan, members: Sequence[Member]) -> Staging:
-        kinds = {kind for member in members for kind in member.transport.kinds}
+    def _prepare_slots(self, plan: SyncPlan) -> Staging:
+        """Return slots with room for the chunks in flight; over another transport where there is
+        too little of one kind of memory."""
+        transports = [member.transport for member in self._ready]
+        kinds = {kind for transport in transports for kind in transport.kinds}
         if self._staging is None or kinds != self._staging_kinds:
             if self._staging is not None:
                 self._staging.close()
-            on_gpu = (m.transport for m in members if "cuda_ipc" in m.transport.kinds)
-            devices = [transport.slot_device for transport in on_gpu]  # the trainer's: all the same
+            # The trainer's device: the same for all.
+            devices = [t.slot_device for t in transports if "cuda_ipc" in t.kinds]
             self._staging = Staging(kinds, devices[0] if devices else None)
             self._staging_kinds = kinds
         slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
-        peers = [peer for member in members for peer in member.transport.peers]
-        self._staging.prepare(slots, peers, later=parameters_are_shared())
+        workers = [worker for transport in transports for worker in transport.workers]
+        try:
+            self._staging.prepare(slots, workers, later=parameters_are_shared())
+        except NoRoomError as exc:
+            no_room = exc
+            sharing = [m for m in self._ready if exc.transport in m.transport.kinds]
+            if not all(member.transport.can_fall_back for member in sharing):
+                raise
+            self._each(sharing, lambda member: member.transport.fall_back(no_room))
+            return self._prepare_slots(plan)  # where a GPU has no room, /dev/shm may have
         return self._staging
 
     def _each(
         self, members: Sequence[Member], work: Callable[[Member], R], *, leave_behind: bool = True
     ) -> dict[Member, R]:
-        """Do it for all at the same time. Returns what came of it, without those left behind.
+        """Do it for all at the same time. Return the results of those that are not left behind.
 
         A CoverageError is about the weights if no member can do it. One that others do not have is
         the member's own: bytes that changed on the way to it, kernels that do not hold them.
@@ -450,14 +451,16 @@ class PoolTransport(Transport):
         for member, outcome in zip(members, outcomes, strict=True):
             if not isinstance(outcome, BaseException):
                 done |= {member: outcome}
-            elif leave_behind and _is_its_own(outcome, own):
+            elif leave_behind and isinstance(
+                outcome, own if isinstance(outcome, SyncError) else Exception
+            ):
                 self._lose(member, outcome)
             else:
                 raise outcome
         return done
 
     def _of_all(self, work: Callable[[Member], R]) -> list[R]:
-        """Of the members that are left: those that fail in it are left behind."""
+        """Do it for all active members. Those that fail in it are left behind."""
         done = self._each(self._active, work)
         self._active = list(done)
         self._require_some(self._active)
@@ -482,14 +485,14 @@ class PoolTransport(Transport):
         raise TransportError(f"no engine of the pool is left ({reasons or 'it has none'})")
 
 
-def _fall_back(member: Member, reason: NoRoomError) -> None:
-    member.transport.fall_back(reason)
-
-
-def _is_its_own(error: BaseException, own: tuple[type[SyncError], ...]) -> bool:
-    return isinstance(error, own if isinstance(error, SyncError) else Exception)
-
-
 def _end(transport: RemoteTransport, reason: str) -> None:
     transport.abort(reason)
     transport.disconnect()
+
+
+def in_parallel(works: Sequence[Callable[[], R]]) -> list[R | BaseException]:
+    """Run all at the same time. Return what each returned or raised, in order."""
+    answers = [in_thread("pool", work) for work in works]
+    wait(answers)
+    raised = [answer.exception() for answer in answers]
+    return [exc or answer.result() for exc, answer in zip(raised, answers, strict=True)]

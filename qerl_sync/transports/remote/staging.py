@@ -19,8 +19,8 @@ from qerl_sync.plan.staging import offsets, spans
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
-from qerl_sync.wire.cores import avoid_cores
 from qerl_sync.wire.device_segments import DeviceSegment
+from qerl_sync.wire.host import avoid_cores
 from qerl_sync.wire.messages import Segment
 from qerl_sync.wire.segments import (
     PrivateMemory,
@@ -54,7 +54,7 @@ class StagedChunk:
     """Where a chunk lies.
 
     Attributes:
-        places: (segment, offset) of each tensor, for each kind of shared memory (`Peer.kind`).
+        places: (segment, offset) of each tensor, by `WorkerConnection.kind`.
         pieces: its bytes in host memory, in order; none if no worker gets them from there.
         in_place: the tensors lie in shared memory as they are.
         checksums: of each tensor, if `SyncOptions.checksums`.
@@ -68,8 +68,8 @@ class StagedChunk:
     _storing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def stored_by(self, put: Callable[[torch.Tensor], Any]) -> Any:
-        """What an object store calls the chunk. The first who asks puts it there; peers of other
-        engines ask at the same time, each in a thread of its own, and wait for that one copy."""
+        """Return what an object store calls the chunk. The first call puts it there; connections
+        to other engines ask at the same time, and wait for that one copy."""
         with self._storing:
             if self._stored is None:
                 (piece,) = self.pieces
@@ -78,7 +78,7 @@ class StagedChunk:
 
 
 class Staging:
-    """Slots in shared memory, or private ones where nobody shares memory with us.
+    """Slots in shared memory, or private ones where no worker shares memory with us.
 
     Workers on the trainer's GPU have slots there. Where there are others too, a chunk is copied to
     both.
@@ -87,8 +87,8 @@ class Staging:
     places where they lie. Nor do large tensors that go over sockets, if they last.
 
     Args:
-        kinds: how bytes travel to the workers (`Peer.kind`). Tensors stay where they are only if
-            that suits all of them.
+        kinds: how bytes travel to the workers (`WorkerConnection.kind`). Tensors stay where they
+            are only if that suits all of them.
         device: where the slots for `cuda_ipc` are.
 
     Attributes:
@@ -107,8 +107,6 @@ class Staging:
         self._device_slots: list[DeviceSegment | None] = []
         self._table: list[SharedSegment] = []
         self._unlinked_for: set[object] | None = None
-        self._write = _write_beside
-        self._avoided: Collection[int] = ()
         self._options = SyncOptions()
         self._parents: Parents | None = None
         self._busy_cores: Collection[int] = ()
@@ -143,7 +141,7 @@ class Staging:
         """Have slots of these sizes that all of `readers` can attach.
 
         Args:
-            readers: the peers of the sync, as `unlink` is given them after it.
+            readers: the connections of the sync, as `unlink` is given them after it.
             later: make each slot when it is first needed.
 
         Raises:
@@ -189,40 +187,38 @@ class Staging:
         Raises:
             CoverageError: the source yields something else than `metas`.
         """
+        # Copying with all cores would take them from workers that load, and wait for the slowest.
+        write = _write_alone if awaited else _write_beside
+        avoided = () if awaited else self._busy_cores
         sums: list[int] = []
-        self._write = _write_alone if awaited else _write_beside
-        self._avoided = () if awaited else self._busy_cores
-        stream = as_planned(metas, tensors, self._parents)
-        staged = self._place(index, metas, self._summed(stream, sums))
-        staged.checksums = sums
-        return staged
 
-    def _summed(self, stream: Iterable[Planned], sums: list[int]) -> Iterator[Planned]:
-        for meta, tensor in stream:
-            if self._options.checksums:
-                start = time.perf_counter()
-                with avoid_cores(self._avoided):
-                    sums.append(checksum(tensor))
-                self.verify_seconds += time.perf_counter() - start
-            yield meta, tensor
+        def summed() -> Iterator[Planned]:
+            for meta, tensor in as_planned(metas, tensors, self._parents):
+                if self._options.checksums:
+                    start = time.perf_counter()
+                    with avoid_cores(avoided):
+                        sums.append(checksum(tensor))
+                    self.verify_seconds += time.perf_counter() - start
+                yield meta, tensor
 
-    def _place(
-        self, index: int, metas: Sequence[ParamMeta], stream: Iterator[Planned]
-    ) -> StagedChunk:
-        """In place if all of it lies in shared memory. What does not is the source's again with the
-        next tensor that is asked for, so it is copied as it comes."""
+        stream = summed()
+        # In place if all of it lies in shared memory. Other memory is the source's again when the
+        # next tensor is asked for, so the first such tensor has the rest copied as it comes.
         arrived: list[Planned] = []
-        places: list[tuple[int, int]] = []
+        shared: list[tuple[int, int]] = []
         for item in stream if self._in_place and parameters_are_shared() else ():
             arrived.append(item)
             at = locate(item[1])
             if at is None:
                 break
-            places.append((self._number(at[0]), at[1]))
-        if metas and self._in_place and len(places) == len(metas):
+            shared.append((self._number(at[0]), at[1]))
+        if metas and self._in_place and len(shared) == len(metas):
             next(stream, None)  # to its end: it may be a collective, and have too much
-            return StagedChunk({"shm": places}, [], in_place=True)
-        return self._copy(index, metas, chain(arrived, stream))
+            staged = StagedChunk({"shm": shared}, [], in_place=True)
+        else:
+            staged = self._copy(index, metas, chain(arrived, stream), write, avoided)
+        staged.checksums = sums
+        return staged
 
     def unlink(self, readers: Iterable[object]) -> None:
         """Remove the names of the slots. Call it after a sync that all of `readers` have taken.
@@ -258,17 +254,26 @@ class Staging:
         index: int,
         metas: Sequence[ParamMeta],
         tensors: Iterable[Planned],
+        write: Callable[[Slot, int, ParamMeta, torch.Tensor], None],
+        avoided: Collection[int],
     ) -> StagedChunk:
         places, _ = offsets(metas)
         slots = self._slots_of(index)
         staying: dict[int, torch.Tensor] = {}
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
-            if self._stays(tensor):
+            stays = (
+                self._options.stable
+                and self._in_pieces
+                and tensor.device.type == "cpu"
+                and tensor.is_contiguous()
+                and tensor.nbytes >= PIECE_BYTES
+            )
+            if stays:  # it is sent from where it lies
                 staying[place] = tensor
             else:
-                with avoid_cores(self._avoided):
+                with avoid_cores(avoided):
                     for slot in slots:
-                        self._write(slot, offset, meta, tensor)
+                        write(slot, offset, meta, tensor)
         staged = StagedChunk({}, [])
         for slot in slots:
             if isinstance(slot, DeviceSegment):
@@ -277,23 +282,15 @@ class Staging:
                 number = [s for s in self._device_slots if s is not None].index(slot)
                 staged.places["cuda_ipc"] = [(number, offset) for offset in places]
                 continue
-            first, counts = 0, _counts(len(metas), staying)
+            # Each tensor that stays is a piece of its own; the others join those beside them.
+            ends = sorted({0, len(metas), *staying, *(place + 1 for place in staying)})
+            first, counts = 0, [end - begin for begin, end in pairwise(ends)]
             for count, (begin, end) in zip(counts, spans(metas, counts), strict=True):
                 staged.pieces.append(Piece(count, staying.get(first, slot.bytes[begin:end])))
                 first += count
             number = self._number(slot) if isinstance(slot, SharedSegment) else 0
             staged.places["shm"] = [(number, offset) for offset in places]
         return staged
-
-    def _stays(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor is sent from where it lies."""
-        return (
-            self._options.stable
-            and self._in_pieces
-            and tensor.device.type == "cpu"
-            and tensor.is_contiguous()
-            and tensor.nbytes >= PIECE_BYTES
-        )
 
     def _slots_of(self, index: int) -> list[Slot]:
         """Return where chunk `index` is copied to: host memory, the GPU's, or both."""
@@ -307,7 +304,7 @@ class Staging:
         return [s for s in (self._slots[index], self._device_slots[index]) if s is not None]
 
     def _number(self, segment: SharedSegment) -> int:
-        """The place of a segment in the table that workers know."""
+        """Return the place of a segment in the table that workers know."""
         for number, known in enumerate(self._table):
             if known is segment:
                 return number
@@ -328,9 +325,3 @@ def _write_beside(slot: Slot, offset: int, meta: ParamMeta, tensor: torch.Tensor
         target[:] = tensor.detach().view(-1).view(torch.uint8).numpy()
     else:
         _write_alone(slot, offset, meta, tensor)
-
-
-def _counts(total: int, alone: Collection[int]) -> list[int]:
-    """How many of `total` tensors each piece has, where those in `alone` make one each."""
-    ends = sorted({0, total, *alone, *(place + 1 for place in alone)})
-    return [end - begin for begin, end in pairwise(ends)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
 from qerl_sync.buffers.trace import Trace
@@ -18,7 +17,7 @@ from qerl_sync.errors import (
     SyncError,
     TransportError,
 )
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
@@ -31,13 +30,25 @@ from qerl_sync.transports.remote.compatibility import (
     require_protocol,
     require_same_map,
 )
+from qerl_sync.transports.remote.connection import (
+    PING_SECONDS,
+    WorkerConnection,
+    choose_transport,
+)
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
-from qerl_sync.transports.remote.listener import WorkerListener
-from qerl_sync.transports.remote.peer import Peer, Ways, choose_transport
+from qerl_sync.transports.remote.listener import admit_workers, reject
 from qerl_sync.transports.remote.staging import StagedChunk, Staging
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, new_token, parse_endpoint, proof
+from qerl_sync.wire.connection import (
+    TOKEN_VARIABLE,
+    Listener,
+    format_endpoint,
+    new_token,
+    parse_endpoint,
+    proof,
+)
+from qerl_sync.wire.handshake import ConnectCall
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.segments import parameters_are_shared
 
@@ -57,9 +68,9 @@ class RemoteTransport(Transport):
         with SyncSession(HFSource(model), transport, SyncConfig()) as session:
             session.push(step=1)
 
-    The engines' control plane lends us their workers' threads; what is said and sent goes over
-    connections of our own (`wire.messages` has the conversation). One call of `update_weights` is
-    one sync, between two steps of the scheduler.
+    The engines' control plane lends us their workers' threads; messages and chunks go over
+    connections of our own (`wire.messages`). One call of `update_weights` is one sync, between two
+    steps of the scheduler.
 
     On several trainer ranks, each makes one, with the same `endpoints`; rank 0 has the client.
 
@@ -137,12 +148,12 @@ class RemoteTransport(Transport):
             pause_mode=pause_mode,
             recompute_running=recompute_running,
         )
-        # Workers keep to one session while it is alive, and name it to whoever else asks.
+        # Workers serve one session while it is alive, and name it to other trainers.
         self._session = say.TrainerSession.begin()
-        self._listener: WorkerListener | None = None
-        self._peers: list[Peer] = []
-        self._staging: Staging | None = None
-        self._staging_is_mine = True
+        self._listener: Listener[WorkerConnection] | None = None
+        self._workers: list[WorkerConnection] = []
+        self._staging: Staging | None = None  # of the current sync
+        self._own_staging: Staging | None = None  # a pool's members have none
         self._committing = False
         self._free_bytes = 0
         self._map_request: say.MapRequest | None = None
@@ -152,14 +163,14 @@ class RemoteTransport(Transport):
         self._synced_instances: set[str] = set()  # of the last sync that was committed
 
     @property
-    def peers(self) -> Sequence[Peer]:
-        """The workers that are connected. A worker that connects anew is another peer."""
-        return self._peers
+    def workers(self) -> Sequence[WorkerConnection]:
+        """Return the connections to all workers; none before the first use, or after a failure."""
+        return self._workers
 
     @property
     def kinds(self) -> set[str]:
-        """How bytes travel to the workers that are connected."""
-        return {peer.kind for peer in self._peers}
+        """Return the ways by which bytes travel to the workers."""
+        return {worker.kind for worker in self._workers}
 
     @property
     def busy_cores(self) -> set[int]:  # type: ignore[override]
@@ -168,27 +179,32 @@ class RemoteTransport(Transport):
 
     @property
     def connected(self) -> bool:
-        return bool(self._peers) and all(peer.connected for peer in self._peers)
+        return bool(self._workers) and all(worker.connected for worker in self._workers)
 
     @property
     def hellos(self) -> list[say.Hello]:
-        """What the workers that are connected have said of themselves."""
-        return [peer.hello for peer in self._peers]
+        """Return what the connected workers have said of themselves."""
+        return [worker.hello for worker in self._workers]
 
     def committed_version(self) -> int:
         """See the base class. Connect anew where workers were lost, or have joined the engine."""
-        if self._peers and self._has_grown():
+        # vLLM can add data parallel replicas to an engine that runs (elastic expert parallelism). A
+        # server of a part of the replicas counts those of the others, too.
+        partial = any(hello.server_is_partial for hello in self.hellos)
+        counted = len(self._workers)
+        if counted and not partial and self._control.world_size() not in (None, counted):
             if len(self._endpoints) > 1:
                 raise SyncError(
-                    f"the engine no longer has the {len(self._peers)} workers that this trainer's "
-                    "ranks are connected to; close the session on every rank and make a new one"
+                    f"the engine no longer has the {counted} workers that this "
+                    "trainer's ranks are connected to; close the session on every rank and make a "
+                    "new one"
                 )
             self.disconnect()
         self.open()  # others may have synced them since we were connected
         return max(hello.version for hello in self.hellos)
 
     def holds(self, version: int) -> bool:
-        return bool(self._peers) and all(
+        return bool(self._workers) and all(
             hello.version == version
             and not hello.poisoned
             and hello.instance in self._synced_instances
@@ -205,12 +221,12 @@ class RemoteTransport(Transport):
     ) -> LayerMap:
         self.open()
         self._map_request = say.MapRequest(
-            metas=say.pack_metas(list(metas)), allow_incomplete=list(allow_incomplete)
+            metas=metas_to_json(metas), allow_incomplete=list(allow_incomplete)
         )
         return self._ask_map(self._map_request)
 
     def free_bytes(self) -> int:
-        """As each worker told it with its layer map; receive buffers are not yet taken off."""
+        """See the base class. Each worker reports it with its layer map, before receive buffers."""
         return self._free_bytes
 
     def start(
@@ -229,22 +245,19 @@ class RemoteTransport(Transport):
         """
         self.open()
         self._renew_map(layer_map)
-        self._staging_is_mine = staging is None
         self._plan, self._version, self._index = plan, options.version, 0
         self._committing = False
         indices = None
         if options.held is not None:
             indices = [i for i, meta in enumerate(plan.metas) if meta.name in options.held]
         slots = slot_bytes(part_of(plan, indices).sizes, self._chunks_in_flight)
-        if staging is None:
-            staging = self._staging_with_room(slots, layer_map)
+        self._staging = staging or self._prepare_slots(slots, layer_map)
         if "ray" in self.kinds:
             assert self._client is not None
             assert self._client.store is not None
             self._client.store.require_store(sum(slots))
-        self._staging = staging
-        if self._staging_is_mine:
-            staging.begin(options, layer_map.parents_text, self.busy_cores)
+        if self._own_staging is not None:
+            self._own_staging.begin(options, layer_map.parents_text, self.busy_cores)
         if options.base is not None and not self.holds(options.base):
             raise StaleBaseError(  # connected anew since the session has asked
                 f"a worker is not on version {options.base} any more, on which this sync builds; "
@@ -252,38 +265,42 @@ class RemoteTransport(Transport):
                 base=options.base,
                 version=min(hello.version for hello in self.hellos),
             )
-        self._control.pause(self._peers)
-        self._control.begin_session(self._peers)
-        self._announced = staging.segments
-        for peer in self._peers:
-            peer.forget_chunks()
-            known = peer.plan_digest == plan.digest
+        self._control.pause(self._workers)
+        # One `update_weights` for the whole sync: between two of them the scheduler would run steps
+        # on a mix of versions.
+        self._control.begin_session(self._workers)
+        self._announced = self._staging.segments
+        for worker in self._workers:
+            worker.forget_chunks()
+            known = worker.plan_digest == plan.digest
             if not known:
                 # A worker keeps the last plan that it was sent, also one that it then refuses.
-                peer.plan_digest = ""
-            peer.send(
+                worker.plan_digest = ""
+            worker.tell(
                 say.SyncRequest(
                     digest=plan.digest,
                     plan=None if known else plan.to_json(),
-                    layer_map=peer.layer_map.digest if peer.layer_map else "",
+                    layer_map=worker.layer_map.digest if worker.layer_map else "",
                     held=indices,
                     verify=options.verify,
                     on_failure=options.on_failure,
                     finite_check=options.finite_check,
                     base=options.base,
                     is_base=options.is_base,
-                    segments=self._announced.get(peer.kind, []),
+                    segments=self._announced.get(worker.kind, []),
                     slots=slots,
                 )
             )
         self._taken = False
-        # Of several trainer ranks, workers say what each sends. One alone need not wait for that.
+        # Of several trainer ranks, workers say what each sends. One alone need not wait for that:
+        # it gathers the first chunk while workers open the sync.
         self._part: Part = part_of(plan, None)
         if len(self._endpoints) > 1 or indices is not None:
             self._part = part_of(plan, self._await_taken())
         if self._rank and any(self._part.sizes) and not parameters_are_shared():
-            # Before the first byte: what this rank sends, and so needs room for, is known by now.
-            staging.prepare(slots, self._peers, later=False)
+            # Only now is it known what this rank sends. Find out before the first byte whether
+            # there is room for it.
+            self._staging.prepare(slots, self._workers, later=False)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
@@ -292,33 +309,40 @@ class RemoteTransport(Transport):
             owned = {meta.name for meta in metas}
             tensors = (named for named in tensors if named[0] in owned)
         assert self._staging is not None
+        # The slot may still be read: what is written to it before its credit would be loaded as the
+        # earlier chunk.
         awaited = self.await_room(index)
+        # Also without tensors of its own: the source's stream may be a part of collectives.
         staged = self._staging.stage(index, metas, tensors, awaited=awaited)
         if metas:
             self.announce(index, staged)
 
     def await_room(self, index: int) -> bool:
-        """Until every worker has loaded what was in the slot that chunk `index` gets. Returns
-        whether they are ahead of us: they load quicker than we stage, or have nothing yet."""
-        prompt = [peer.await_loaded(index - self._chunks_in_flight) for peer in self._peers]
+        """Block until every worker has loaded what was in the slot that chunk `index` gets.
+
+        Returns:
+            Whether they wait for us: they load faster than we stage, or have nothing yet.
+        """
+        prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self._workers]
         if index < self._chunks_in_flight:
-            return not any(peer.busy for peer in self._peers)
+            return not any(worker.busy for worker in self._workers)
         return all(prompt)
 
     def announce(self, index: int, staged: StagedChunk) -> None:
         """Send a staged chunk to every worker."""
         assert self._staging is not None
+        # A worker that refuses the plan says so here, before the first chunk is read.
         self._await_taken()
         before, self._announced = self._announced, self._staging.segments
-        for peer in self._peers:
-            segments = self._announced.get(peer.kind, [])
-            peer.announce(
+        for worker in self._workers:
+            segments = self._announced.get(worker.kind, [])
+            worker.announce(
                 say.Chunk(
                     index=index,
-                    places=staged.places.get(peer.kind, []),
+                    places=staged.places.get(worker.kind, []),
                     in_place=staged.in_place,
                     checksums=staged.checksums,
-                    segments=segments if segments != before.get(peer.kind, []) else [],
+                    segments=segments if segments != before.get(worker.kind, []) else [],
                 ),
                 staged,
             )
@@ -328,37 +352,48 @@ class RemoteTransport(Transport):
         return self.commit()
 
     def complete(self) -> None:
-        """Until every worker has all of the weights, whole, and awaits the commit."""
+        """Block until every worker has all of the weights, whole, and awaits the commit."""
         if not self._control.in_session:
             raise SyncError("no sync is open on these workers; start one first")
         self._await_taken()
-        for peer in self._peers:
-            peer.await_loaded(len(self._plan.chunks))
+        for worker in self._workers:
+            worker.await_loaded(len(self._plan.chunks))
         self._tell(say.Finish())
-        self._reported = [peer.expect(say.Report, "finishing the sync") for peer in self._peers]
+        self._reported = [
+            worker.expect(say.Report, "finishing the sync") for worker in self._workers
+        ]
 
     def commit(self) -> SyncResult:
-        """Let the workers generate with the new weights. Returns what they measured."""
+        """Let the workers generate with the new weights. Return what they measured."""
+        # From the first Commit on a failure leaves it open which workers have committed: `abort`
+        # must then not let the engine go on, nor roll any of them back.
         self._committing = True
         self._tell(say.Commit(version=self._version))
         overwritten = False
-        for peer in self._peers:
-            overwritten |= peer.expect(say.Committed, "committing").caches_overwritten
-            peer.hello = peer.hello.model_copy(update={"version": self._version, "poisoned": None})
+        for worker in self._workers:
+            overwritten |= worker.expect(say.Committed, "committing").caches_overwritten
+            worker.hello = worker.hello.model_copy(
+                update={"version": self._version, "poisoned": None}
+            )
         self._synced_instances = {hello.instance for hello in self.hellos}
         assert self._staging is not None
-        if self._staging_is_mine:
-            self._staging.unlink(self._peers)
-        self._end_talk(version=str(self._version))
+        if self._own_staging is not None:
+            # A trainer that is killed between two syncs leaves no shared memory without a name.
+            self._own_staging.unlink(self._workers)
+        self._control.end_session(self._workers, version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
+        # If caches cannot be emptied, this raises with `_committing` set, and the engine stays
+        # paused: it would compute with keys and values of the old weights.
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
         self._committing = False
         return SyncResult(
             workers=[
-                self._report(peer, reported)
-                for peer, reported in zip(self._peers, self._reported, strict=True)
+                self._report(worker, reported)
+                for worker, reported in zip(self._workers, self._reported, strict=True)
             ],
-            kind="; ".join(dict.fromkeys(f"{peer.kind}: {peer.reason}" for peer in self._peers)),
+            kind="; ".join(
+                dict.fromkeys(f"{worker.kind}: {worker.reason}" for worker in self._workers)
+            ),
             verify_seconds=self._staging.verify_seconds,
         )
 
@@ -368,8 +403,8 @@ class RemoteTransport(Transport):
         version, go on."""
         in_session, committing, self._committing = self._control.in_session, self._committing, False
         if in_session:
-            untouched = [self._abort(peer, reason) for peer in self._peers]
-            unharmed = self._end_failed_talk() and all(untouched)
+            untouched = [self._abort(worker, reason) for worker in self._workers]
+            unharmed = self._control.end_failed_session(self._workers) and all(untouched)
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
         unharmed = unharmed and not committing
@@ -379,12 +414,12 @@ class RemoteTransport(Transport):
             self._control.leave_paused(reason)
         if not (in_session and unharmed):  # what state the engine's update is in is not known
             self.disconnect()
-        elif self._staging is not None and self._staging_is_mine:
-            self._staging.unlink(())  # not every worker has attached them
+        elif self._own_staging is not None:
+            self._own_staging.unlink(())  # not every worker has attached them
 
     @property
     def precision(self) -> tuple[str, str | None]:
-        return self._peers[0].hello.dtype, self._peers[0].hello.quantization
+        return self._workers[0].hello.dtype, self._workers[0].hello.quantization
 
     @property
     def context_tokens(self) -> int:
@@ -396,16 +431,18 @@ class RemoteTransport(Transport):
         return self._client.prompt_logprobs(token_ids)
 
     def invalidate(self, reason: str) -> None:
-        """The engine stays paused, as after a sync that failed; also where it cannot be told."""
+        """See the base class. The engine stays paused, as after a failed sync; also where its
+        workers cannot be told."""
         try:
             self._control.pause()
-            self._control.begin_session(self._peers)
+            self._control.begin_session(self._workers)
             self._tell(say.Invalidate(reason=reason))
-            for peer in self._peers:
-                peer.expect(say.Aborted, "being poisoned")
+            for worker in self._workers:
+                worker.expect(say.Aborted, "being poisoned")
         finally:
+            # Paused, whatever came of it: a worker that was not reached serves the wrong weights.
             if self._control.in_session:
-                self._end_failed_talk()
+                self._control.end_failed_session(self._workers)
             self._control.leave_paused(reason)
             self.disconnect()
 
@@ -417,44 +454,56 @@ class RemoteTransport(Transport):
             self._listener = None
 
     def _await_taken(self) -> list[int] | None:
-        """Until every worker has opened the sync. Returns which of the plan's tensors this trainer
-        rank is to send; None: all."""
+        """Block until every worker has opened the sync.
+
+        Returns:
+            Indices of the plan's tensors that this trainer rank is to send; None: all, or it was
+            called before.
+        """
         if self._taken:
             return None
-        accepted = [peer.expect(say.Accepted, "taking the plan") for peer in self._peers]
-        for peer in self._peers:
-            peer.plan_digest = self._plan.digest
+        accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self._workers]
+        for worker in self._workers:  # the next sync with this plan need not send it
+            worker.plan_digest = self._plan.digest
         self._taken = True
         return accepted[0].owned
 
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
         replies = self._ask(request, say.MapReply, "its layer map")
-        for peer, reply in zip(self._peers, replies, strict=True):
-            peer.layer_map = LayerMap.from_json(reply.layer_map)
+        for worker, reply in zip(self._workers, replies, strict=True):
+            worker.layer_map = LayerMap.from_json(reply.layer_map)
         self._free_bytes = min(reply.free_bytes for reply in replies)
-        return joint_map([peer.layer_map for peer in self._peers if peer.layer_map is not None])
+        return joint_map(
+            [worker.layer_map for worker in self._workers if worker.layer_map is not None]
+        )
 
     def _ask(self, request: say.Message, kind: type[M], what: str) -> list[M]:
         """Return every worker's answer to a question that touches nothing."""
         try:
-            self._control.begin_session(self._peers)
+            self._control.begin_session(self._workers)
             self._tell(request)
-            replies = [peer.expect(kind, what) for peer in self._peers]
-            self._end_talk()
+            replies = [worker.expect(kind, what) for worker in self._workers]
+            self._control.end_session(self._workers)
         except SyncError:
             self.abort("the dry run failed")
             raise
         return replies
 
     def _renew_map(self, layer_map: LayerMap) -> None:
-        """Workers that were connected anew, after a failure, have forgotten theirs."""
-        if self._map_request is not None and any(peer.layer_map is None for peer in self._peers):
+        """Ask for the layer map again where workers were connected anew, and have forgotten it.
+
+        Raises:
+            AgreementError: it is another than the plan was made with.
+        """
+        if self._map_request is not None and any(
+            worker.layer_map is None for worker in self._workers
+        ):
             require_same_map(layer_map, self._ask_map(self._map_request))
 
     @property
     def can_fall_back(self) -> bool:
-        """Whether workers may be connected anew to send over something else. Several trainer ranks
-        would have to do so at the same time."""
+        """Return whether workers may be connected anew to send over something else. Several
+        trainer ranks would have to do so at the same time."""
         return self._wanted == "auto" and len(self._endpoints) <= 1
 
     def fall_back(self, reason: NoRoomError) -> None:
@@ -466,18 +515,19 @@ class RemoteTransport(Transport):
         self.open()
 
     def open(self) -> None:
-        """Connect to the workers, unless they are: also where an engine was restarted since, or
-        where something between them and us has forgotten the connection, while the engine still
-        generates.
+        """Connect to the workers, unless they are connected and answer.
 
-        Several trainer ranks would have to do so at the same time: there a lost worker is an error.
+        Connect anew where an engine was restarted, or a router has forgotten the connection. Of
+        several trainer ranks all would have to do so at once: there a lost worker is an error.
         """
-        if self._peers:
+        if self._workers:
             try:
-                for peer in self._peers:
-                    peer.ping()
-                for peer in self._peers:
-                    peer.await_pong()
+                # Before the engine is paused: a connection that leads nowhere would be noticed only
+                # by a timeout, with all requests waiting.
+                for worker in self._workers:
+                    worker.send(say.Ping(), PING_SECONDS)
+                for worker in self._workers:
+                    worker.await_pong()
                 return
             except TransportError as exc:
                 self.disconnect()
@@ -490,125 +540,110 @@ class RemoteTransport(Transport):
             address, port = self._address, self._port
             if self._endpoints:
                 address, port = parse_endpoint(self._endpoints[self._rank])
-            self._listener = WorkerListener(
-                address,
-                port,
-                self._token,
-                bind=self._bind or address,
-                timeout_seconds=self._timeout_seconds,
-                num_workers=self._num_workers,
-            )
-        endpoints = self._endpoints or [self._listener.endpoint]
-        if len(endpoints) == 1:  # of several ranks, workers may have come to this one before
-            self._listener.reject()
+            self._listener = Listener(self._bind or address, port, self._token, WorkerConnection)
+            self._endpoint = format_endpoint(address, self._listener.port)
+        endpoints = self._endpoints or [self._endpoint]
+        if len(endpoints) == 1:
+            # Workers that came too late for an earlier call. Of several ranks, the workers of this
+            # call may have come here before rank 0 has returned from making it.
+            reject(self._listener)
         self.slot_device = cuda_memory.concrete_device(self.source_device)
         call = self._control.ask_to_connect(
-            {
-                "endpoints": endpoints,
-                "proof": proof(self._token, "init", *endpoints),
-                "session": self._session.model_dump(),
-                "token": "" if self._shared_token else self._token,
-                "timeout_seconds": self._worker_timeout_seconds,
-            }
+            ConnectCall(
+                endpoints=endpoints,
+                proof=proof(self._token, "init", *endpoints),
+                session=self._session,
+                token="" if self._shared_token else self._token,
+                timeout_seconds=self._worker_timeout_seconds,
+            )
         )
-        self._peers = self._listener.admit(call, self._greet, self._control.world_size)
-        if any(peer.hello.update_open for peer in self._peers):
+        self._workers = admit_workers(
+            self._listener,
+            call,
+            self._greet,
+            num_workers=self._num_workers,
+            world_size=self._control.world_size,
+            timeout_seconds=self._timeout_seconds,
+        )
+        if any(worker.hello.update_open for worker in self._workers):
+            # An earlier trainer died in an update. vLLM would refuse to begin another one.
             try:
                 self._control.close_stale_update()
             except BaseException:
                 self.disconnect()
                 raise
 
-    def _has_grown(self) -> bool:
-        """Return whether the engine has other workers than those that are connected: vLLM can add
-        data parallel replicas to an engine that runs (elastic expert parallelism)."""
-        if any(hello.server_is_partial for hello in self.hellos):
-            return False
-        return self._control.world_size() not in (None, len(self._peers))
-
-    def _greet(self, peer: Peer) -> None:
+    def _greet(self, worker: WorkerConnection) -> None:
         from qerl_sync import __version__
 
-        require_protocol(peer.hello, __version__)
-        keeps = peer.hello.connector_keeps
+        require_protocol(worker.hello, __version__)
+        keeps = worker.hello.connector_keeps
         resets = self._client is None or self._client.resets_connector
-        if peer.hello.connector and not resets:
+        if worker.hello.connector and not resets:
             keeps = (
                 keeps or "this actor's reset_prefix_cache does not reach it; inherit RolloutActor"
             )
-        require_emptied(peer.hello.connector, keeps)
-        ways = Ways(
-            wanted=self._wanted,
+        require_emptied(worker.hello.connector, keeps)
+        choose_transport(
+            worker,
+            self._wanted,
             authenticated=self._shared_token,
             store=None if self._client is None else self._client.store,
             no_room=self._no_room,
             # Of several trainer ranks each has a GPU of its own, and none can fall back alone.
             device=self.slot_device if self.can_fall_back or self._wanted == "cuda_ipc" else None,
         )
-        choose_transport(peer, ways, host_id())
-        logger.info("%s: %s (%s)", peer.name, peer.kind, peer.reason)
-        peer.send(say.End())
+        logger.info("%s: %s (%s)", worker.peer, worker.kind, worker.reason)
+        worker.tell(say.End())  # the worker has its transport, and returns to vLLM
 
-    def _staging_with_room(self, slots: list[int], layer_map: LayerMap) -> Staging:
+    def _prepare_slots(self, slots: list[int], layer_map: LayerMap) -> Staging:
+        """Return slots with room for the chunks in flight; over another transport where there is
+        too little of one kind of memory."""
+        if self._own_staging is None:
+            self._own_staging = Staging(self.kinds, self.slot_device)
+        later = self._rank > 0 or parameters_are_shared()
         try:
-            return self._staging_for(slots)
+            self._own_staging.prepare(slots, self._workers, later=later)
         except NoRoomError as exc:
             if not self.can_fall_back:
                 raise
             self.fall_back(exc)
             self._renew_map(layer_map)
-            return self._staging_with_room(slots, layer_map)  # /dev/shm may have what a GPU has not
-
-    def _staging_for(self, slots: list[int]) -> Staging:
-        if self._staging is None:
-            self._staging = Staging(self.kinds, self.slot_device)
-        later = self._rank > 0 or parameters_are_shared()
-        self._staging.prepare(slots, self._peers, later=later)
-        return self._staging
+            return self._prepare_slots(slots, layer_map)  # /dev/shm may have what a GPU has not
+        return self._own_staging
 
     def disconnect(self) -> None:
-        """The next use connects anew."""
-        for peer in self._peers:
-            peer.close()
-        self._peers = []
-        if self._staging is not None and self._staging_is_mine:
-            self._staging.close()
-        self._staging = None
+        """Close all connections. The next use connects anew."""
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+        if self._own_staging is not None:
+            self._own_staging.close()
+        self._staging = self._own_staging = None
 
-    def _abort(self, peer: Peer, reason: str) -> bool:
-        """Returns whether the worker was not touched and goes on with what it has."""
+    def _abort(self, worker: WorkerConnection, reason: str) -> bool:
+        """Return whether the worker was not touched and goes on with what it has."""
         try:
-            peer.forget_chunks()
-            peer.send(say.Abort(reason=reason, keep_old=not self._committing))
-            reported = peer.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
+            worker.forget_chunks()
+            worker.tell(say.Abort(reason=reason, keep_old=not self._committing))
+            reported = worker.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
             return reported.poisoned is None
         except SyncError as exc:
-            logger.warning("%s cannot be told that the sync has failed: %s", peer.name, exc)
+            logger.warning("%s cannot be told that the sync has failed: %s", worker.peer, exc)
             return False
 
-    def _end_talk(self, version: str | None = None) -> None:
-        self._tell(say.End())
-        self._control.end_session(self._peers, version)
-
-    def _end_failed_talk(self) -> bool:
-        """Returns whether the engine is ready for the next call."""
-        for peer in self._peers:
-            with suppress(SyncError):
-                peer.send(say.End())
-        return self._control.end_failed_session()
-
     def _tell(self, message: say.Message) -> None:
-        for peer in self._peers:
-            peer.send(message)
+        for worker in self._workers:
+            worker.tell(message)
 
-    def _report(self, peer: Peer, reported: say.Report) -> WorkerReport:
+    def _report(self, worker: WorkerConnection, reported: say.Report) -> WorkerReport:
         plan = self._plan
-        assert peer.layer_map is not None
-        same = peer.layer_map.digest == plan.layer_map_digest
+        assert worker.layer_map is not None
+        same = worker.layer_map.digest == plan.layer_map_digest
         return WorkerReport(
-            worker=peer.name,
+            worker=worker.peer,
             trace=Trace.from_json(reported.trace),
-            predicted=plan.predicted if same else replay(plan.load_metas, peer.layer_map),
+            predicted=plan.predicted if same else replay(plan.load_metas, worker.layer_map),
             seconds=reported.seconds,
             peak_extra_bytes=reported.peak_extra_bytes,
             peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,

@@ -83,7 +83,7 @@ def drop_requests(llm: Any) -> int:
 
 
 def prompt_logprobs(llm: Any, token_ids: Sequence[int]) -> list[float]:
-    """Of each token but the first, given those before it."""
+    """Return the log-probability of each token but the first, given those before it."""
     from vllm import SamplingParams
 
     asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
@@ -271,7 +271,7 @@ def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: LoadObserver)
 
 
 def unfit_parameters(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torch.Size]]:
-    """Of parameters whose layer cannot be loaded again, the live shape and that of loading.
+    """Return the live shape, and that of loading, of parameters that cannot be loaded again.
 
     A layer that has no `quant_method` is copied into its live tensors as it was loaded. In an open
     reload. See `_fit_live_tensors` for parameters that are empty.
@@ -323,8 +323,8 @@ def live_buffer(layer: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def arrived_value(layer: torch.nn.Module, parameter: str) -> torch.Tensor:
-    """What has arrived for a parameter, loaded by vLLM's own loader into memory of its own. Asked
-    when the layer is whole and before it is processed."""
+    """Return what has arrived for a parameter, loaded by vLLM's own loader into memory of its own.
+    Call it when the layer is whole and before it is processed."""
     from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
     layerwise = _layerwise()
@@ -402,7 +402,7 @@ def reloading_bytes(model: torch.nn.Module, paths: Collection[str]) -> int:
 
 
 def live_tensors(layer: torch.nn.Module) -> list[torch.Tensor]:
-    """What the layer's kernels read, in a reload and outside of one."""
+    """Return the tensors that the layer's kernels read, in a reload and outside of one."""
     info = _layerwise().LAYERWISE_INFO.get(layer)
     if info is not None and info.can_load() and info.kernel_tensors is not None:
         return [tensor for tensors in info.kernel_tensors for tensor in tensors.values()]
@@ -415,7 +415,7 @@ def tensors_written_live(layer: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def packed_bytes(layer: torch.nn.Module) -> int:
-    """What the packed copy outside of the layer's parameters takes; asked in an open reload."""
+    """Return the bytes of the packed copy beside the parameters. Call it in an open reload."""
     if not _packs_linear(layer):
         return 0
     return sum(t.nbytes for t in loadable_tensors(layer).values() if t.is_meta)
@@ -474,7 +474,7 @@ def packed_products(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 class Packing(NamedTuple):
-    """What holds the packed copy that a layer's CPU kernel computes with. Packing makes it anew.
+    """Describe the packed copy that a layer's CPU kernel computes with. Packing makes it anew.
 
     Attributes:
         in_place: the copy lies in the parameters themselves, in another layout, so that they change

@@ -1,4 +1,4 @@
-"""What a sync takes of a worker's memory on top of what it holds anyway, from the plan."""
+"""Predict a sync's extra worker memory from the plan."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def footprint_bytes(
 def _working_by_chunk(
     plan: SyncPlan, layer_map: LayerMap, working_bytes: Mapping[str, int]
 ) -> list[int]:
-    """What the largest layer needs of those that vLLM has whole with each chunk."""
+    """Return, for each chunk, the working bytes of the largest layer that it completes."""
     whole_in: dict[str, int] = {}
     for index, names in enumerate(plan.chunk_loads):
         for name in names:

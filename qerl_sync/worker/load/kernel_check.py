@@ -21,7 +21,7 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class Held:
-    """What a worker got and has, in few bytes.
+    """Hold checksums of what a worker got and has.
 
     Attributes:
         arrived: of each parameter, a checksum of what arrived for it.
@@ -38,7 +38,7 @@ class Held:
 
 
 class KernelCheck:
-    """Of one sync: `arrived` for each tensor, `conclude` when the weights are whole.
+    """Check one sync: call `arrived` for each tensor, `conclude` when the weights are whole.
 
     A packed copy that was not made anew although other weights came (a tied head, experts) is
     found, and so is a layer that changed although nothing new came for it. The first sync has
@@ -110,7 +110,7 @@ class KernelCheck:
         return now
 
     def _lend(self) -> None:
-        """What shares another layer's parameter, or was a view of it, must hold what arrived."""
+        """Expect what arrived in whatever shares another layer's parameter, or was a view of it."""
         tied = refresh.tied_parameters(self._model)
         in_session = {(path, place[1]): place for path, place in tied.items()} | dict(self._views)
         for place, source in in_session.items():
@@ -182,7 +182,7 @@ def packed_key(layer: str) -> str:
 
 @torch.no_grad()
 def kernel_checksums(model: torch.nn.Module) -> dict[str, int]:
-    """Of each parameter and buffer, and of each packed copy by its product with a fixed vector."""
+    """Return checksums of parameters and buffers, and of packed copies by a product of them."""
     found = {name: _checksum_inside(tensor) for name, tensor in named_tensors(model)}
     packs = compat.packings(model)
     for layer, product in compat.packed_products(model):

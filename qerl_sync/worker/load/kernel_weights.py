@@ -1,4 +1,4 @@
-"""What a model's kernels compute with, in few bytes: to tell whether two workers hold the same."""
+"""Digest what a model's kernels compute with, to tell whether two workers hold the same."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def host_free_bytes(meminfo: Path) -> int:
 
 
 def container_free_bytes(cgroup: Path) -> int | None:
-    """What a container's memory limit leaves; None without a limit.
+    """Return what a container's memory limit leaves; None without a limit.
 
     File caches that can be dropped are counted as used by the kernel, and as free here.
     """

@@ -98,7 +98,7 @@ def _check_casts(run: DryRun, metas: Sequence[ParamMeta]) -> None:
 
 
 def _check_fates(run: DryRun, puzzling: Sequence[ParamMeta], bypasses: Bypasses) -> None:
-    """What no wrapper held must not have been written into nothing."""
+    """Raise if a loader wrote what no wrapper held into memory that is given up."""
     family = type(run.model).__name__
     for name in (meta.name for meta in puzzling):
         if name in bypasses.lost:

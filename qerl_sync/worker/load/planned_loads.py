@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What one worker measured in one sync.
+    """Report what one worker measured in one sync.
 
     Attributes:
         version: the weight version that it committed.
@@ -186,7 +186,7 @@ class PlannedLoads:
         return self._layer_map
 
     def _warn(self, plan: SyncPlan, layer_map: LayerMap, storages: Mapping[str, Storage]) -> None:
-        """Of an order that opens several layers, once for each."""
+        """Warn of an order that opens several layers, once for each."""
         diagnosis = diagnose(plan.metas, self._predicted, layer_map, storages)
         if diagnosis is not None and plan.digest not in self._said:
             logger.warning(diagnosis.text("as it arrives"))

@@ -44,7 +44,7 @@ from qerl_sync.worker.load.spill import SpillBuffer
 
 @dataclass
 class _ModelState:
-    """What must outlive a receiver: several may be made for the same model, one after the other."""
+    """Hold what outlives a receiver: several may be made for one model, one after the other."""
 
     syncing: bool = False
     poison: torch.utils.hooks.RemovableHandle | None = None

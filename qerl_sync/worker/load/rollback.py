@@ -18,7 +18,7 @@ _NOT_KEPT = frozenset(vars(torch.nn.Module())) | {"kv_cache"}
 
 
 class Rollback:
-    """What layers have before a sync writes to them, layer by layer.
+    """Keep what layers have before a sync writes to them, layer by layer.
 
     `begin` when the reload is open and nothing has been written. `keep` before vLLM processes a
     layer: its live tensors are copied to host memory, and what kernels keep besides (packed handles
@@ -66,7 +66,7 @@ class Rollback:
         self.nbytes += self._packed_bytes(layer)
 
     def _packed_bytes(self, layer: torch.nn.Module) -> int:
-        """Of the packed copy, which a tied head may share with the embeddings."""
+        """Count the packed copy once: a tied head may share it with the embeddings."""
         packing = getattr(layer, "cpu_linear", None)
         if id(packing) in self._packings:
             return 0

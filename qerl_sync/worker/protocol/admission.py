@@ -1,4 +1,4 @@
-"""Whether a trainer may drive vLLM's own engines on this worker, and fits it."""
+"""Check that a trainer may drive vLLM's own engines on this worker, and fits it."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from qerl_sync.errors import AgreementError, EngineTakenError
 from qerl_sync.wire import handshake as say
-from qerl_sync.wire.channel import TOKEN_VARIABLE, same_proof
+from qerl_sync.wire.connection import TOKEN_VARIABLE, same_proof
 from qerl_sync.wire.messages import PROTOCOL, Hello, TrainerSession
 
 S = TypeVar("S", bound=BaseModel)
 
 
 class Admission:
-    """Takes from vLLM's calls what `wire.introductions` has added, and holds it against the worker.
+    """Takes from vLLM's calls what `wire.handshake` has added, and holds it against the worker.
 
     Where QERL_SYNC_TOKEN is set when this is made, every call must show that it is known. Where it
     is not, vLLM's own trainer engines, which add nothing, are admitted too.
@@ -33,7 +33,7 @@ class Admission:
         self._calls = 0
 
     def introduced(self, init_info: Mapping[str, Any]) -> dict[str, Any]:
-        """What is vLLM's of it.
+        """Check a call that introduces a trainer. Return vLLM's part of it.
 
         Raises:
             AgreementError: the token is wrong or missing, the trainer runs another qerl-sync, or
@@ -51,7 +51,7 @@ class Admission:
         return rest
 
     def called(self, update_info: Mapping[str, Any]) -> dict[str, Any]:
-        """What is vLLM's of it.
+        """Check a call that brings an update. Return vLLM's part of it.
 
         Raises:
             AgreementError: the token is wrong, or the call was repeated.
@@ -62,7 +62,9 @@ class Admission:
         if reported is not None:
             self._require_own_session(reported)
             if reported.number <= self._calls:
-                raise AgreementError(f"the trainer's update {reported.number} was repeated")
+                raise AgreementError(
+                    f"the trainer's update {reported.number} was repeated", subject="call"
+                )
             self._calls = reported.number
         return rest
 
@@ -81,14 +83,16 @@ class Admission:
         if not self._token and shown:
             raise AgreementError(
                 f"the trainer has a {TOKEN_VARIABLE} and this worker none; set the same for both, "
-                "or for neither"
+                "or for neither",
+                subject="token",
             )
         if self._token and not (shown and same_proof(right(reported), shown)):
             finding = "shows another one" if shown else "does not show it"
             raise AgreementError(
                 f"this worker has a {TOKEN_VARIABLE} and the call {finding}; set the same for "
                 "both, and let the trainer use the backend qerl_nccl or qerl_ipc "
-                "(qerl_sync.integrations.vllm_native)"
+                "(qerl_sync.integrations.vllm_native)",
+                subject="token",
             )
 
     def _require_own_version(self, reported: say.Introduction) -> None:
@@ -97,7 +101,8 @@ class Admission:
             raise AgreementError(
                 f"{self._name} runs qerl-sync {own} (protocol {PROTOCOL}), the trainer "
                 f"{reported.version} (protocol {reported.protocol}); install the same version for "
-                "both"
+                "both",
+                subject="version",
             )
 
     def _require_expected(self, expected: say.Expected) -> None:
@@ -108,12 +113,14 @@ class Admission:
             if name not in own:
                 raise AgreementError(
                     f"the trainer expects {name} {wanted!r}, of which workers say nothing; "
-                    f"`expected` may name {', '.join(own)}"
+                    f"`expected` may name {', '.join(own)}",
+                    subject=name,
                 )
             if own[name] != wanted:
                 raise AgreementError(
                     f"{self._name} has {name} {own[name]!r}, the trainer expects {wanted!r}; "
-                    "start the engine so, or the trainer with another `expected`"
+                    "start the engine so, or the trainer with another `expected`",
+                    subject=name,
                 )
 
     @property
@@ -123,17 +130,9 @@ class Admission:
 
 
 def _parted(info: Mapping[str, Any], kind: type[S]) -> tuple[dict[str, Any], S | None]:
-    """vLLM's part and ours, which may be missing."""
+    """Return vLLM's part and ours, which may be missing."""
     rest = dict(info)
     reported = rest.pop(say.KEY, None)
     if reported is None:
         return rest, None
-    try:
-        return rest, kind.model_validate(reported)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "it"
-        raise AgreementError(
-            f"what the call says under {say.KEY!r} is not of qerl-sync's trainer ({place}: "
-            f"{first['msg']}); install the same version for both"
-        ) from exc
+    return rest, say.parse(kind, reported, f"what the call says under {say.KEY!r}")

@@ -1,4 +1,4 @@
-"""How a chunk's bytes become tensors in the worker: mapped from shared memory, or received."""
+"""Make tensors of a chunk's bytes in the worker: mapped from shared memory, or received."""
 
 from __future__ import annotations
 
@@ -12,20 +12,21 @@ import torch
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets, spans
-from qerl_sync.wire.channel import Channel
+from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.device_segments import AttachedDeviceSegment
 from qerl_sync.wire.messages import Chunk, Segment
 from qerl_sync.wire.segments import AttachedSegment, PrivateMemory, read_only_view
-from qerl_sync.worker.protocol import mailbox as mailbox
+from qerl_sync.worker.protocol import mailbox
 
 Place = tuple[int, int]
 A = TypeVar("A", AttachedSegment, AttachedDeviceSegment)
 
 
-class ChunkReceiver(ABC):
+class ChunkReceiver:
     """One trainer rank's chunks. `prepare` before a sync, `fetch` for each chunk, `rest` after it.
 
-    `fetch` and `rest` run in a thread of their own while the worker loads; the others do not.
+    `fetch` and `rest` run in a thread of their own while the worker loads; the others do not. This
+    class stands for a connection on which no transport was opened.
 
     Attributes:
         standing_bytes: memory of the worker's own that it holds from sync to sync.
@@ -33,30 +34,29 @@ class ChunkReceiver(ABC):
 
     standing_bytes = 0
 
-    @abstractmethod
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
-        """Get the memory that the next sync arrives in. Raises TransportError."""
+        """Get the memory that the next sync arrives in. Raise TransportError if there is none."""
+        raise TransportError("the trainer has not opened a transport on this connection")
 
-    @abstractmethod
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
-        """The chunk's tensors, in memory that is used again `chunks_in_flight` chunks later.
+        """Return the chunk's tensors, in memory that is reused `chunks_in_flight` chunks later.
 
         Raises:
             TransportError: a tensor would lie outside of that memory, or its bytes do not come.
         """
+        raise NotImplementedError
 
-    def release(self) -> None:  # noqa: B027  not every inlet keeps the trainer's memory from it
-        """Every chunk is loaded: unmap what the trainer frees when the sync is over."""
+    def release(self) -> None:
+        """Unmap what the trainer frees when the sync is over. Every chunk is loaded by now."""
 
-    def rest(self) -> None:  # noqa: B027  not every inlet has something to give back
-        """The sync is over: give back what the next one can get anew."""
+    def rest(self) -> None:
+        """Give back what the next sync can get anew. This one is over."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Let go of everything."""
+        """Release all memory."""
 
 
-class SegmentReceiver(ChunkReceiver, Generic[A]):
+class SegmentReceiver(ChunkReceiver, ABC, Generic[A]):
     """Views of the trainer's memory, which is mapped once: nothing is copied."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class SegmentReceiver(ChunkReceiver, Generic[A]):
         ]
 
     def _make_ready(self, places: Iterable[tuple[ParamMeta, Place]]) -> None:
-        """These tensors will be read."""
+        """Prepare memory of these tensors for being read."""
 
     def close(self) -> None:
         self._attached, self._table = {}, []
@@ -140,7 +140,7 @@ class CudaIpcReceiver(SegmentReceiver[AttachedDeviceSegment]):
 
 
 def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int]]:
-    """The memory of these tensors, as few pieces: (segment, begin, end)."""
+    """Return the memory of these tensors in as few pieces as possible: (segment, begin, end)."""
     runs: list[tuple[int, int, int]] = []
     for number, begin, end in sorted((n, at, at + meta.nbytes) for meta, (n, at) in places):
         if runs and runs[-1][0] == number and begin <= runs[-1][2] + mmap.PAGESIZE:
@@ -150,14 +150,14 @@ def _runs(places: Iterable[tuple[ParamMeta, Place]]) -> list[tuple[int, int, int
     return runs
 
 
-class TcpInlet(ChunkReceiver):
-    """Private memory that each chunk is received into: it follows its message on the channel.
+class TcpReceiver(ChunkReceiver):
+    """Private memory that each chunk is received into: it follows its message on the connection.
 
     It stays from sync to sync: getting fresh pages would take about as long as receiving into them.
     """
 
-    def __init__(self, channel: Channel, timeout_seconds: float) -> None:
-        self._channel, self._timeout_seconds = channel, timeout_seconds
+    def __init__(self, connection: Connection, timeout_seconds: float) -> None:
+        self._connection, self._timeout_seconds = connection, timeout_seconds
         self._slots: list[PrivateMemory] = []
 
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
@@ -177,7 +177,7 @@ class TcpInlet(ChunkReceiver):
                 f"chunk {chunk.index} has {nbytes:,} bytes, its slot {slot.nbytes:,}"
             )
         memory = slot.bytes.numpy().data
-        self._channel.receive_into(
+        self._connection.receive_into(
             [memory[begin:end] for begin, end in pieces],
             self._timeout_seconds,
             f"receiving chunk {chunk.index}",
@@ -194,7 +194,7 @@ class TcpInlet(ChunkReceiver):
 class ObjectStoreReceiver(ChunkReceiver):
     """Views of objects of a cluster's store, which something else in this process brings here.
 
-    Nothing is copied; an object is let go of when its chunk is loaded.
+    Nothing is copied; an object is released when its chunk is loaded.
     """
 
     def __init__(self, key: str, timeout_seconds: float) -> None:

@@ -1,30 +1,23 @@
-"""A worker rank's connection to the trainer: who may open it, what it proves, what it is used for.
-
-No vLLM in here: the calls come from an engine (`worker.engine`), or from whatever else lends a
-thread.
-"""
+"""A worker's end of the connection to one trainer rank, read ahead while the worker loads."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+import math
+import queue
+import socket
+import threading
+from collections.abc import Sequence
 from contextlib import suppress
-from typing import Annotated, Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qerl_sync.errors import AgreementError, EngineTakenError, SyncError, TransportError
+from qerl_sync.errors import SyncError, TransportError, TransportTimeout
+from qerl_sync.meta import ParamMeta
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.channel import (
-    TOKEN_VARIABLE,
-    Channel,
-    connect,
-    parse_endpoint,
-    proof,
-    same_proof,
-)
+from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.device_segments import AttachedDeviceSegment
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.protocol.chunk_receivers import (
@@ -32,190 +25,134 @@ from qerl_sync.worker.protocol.chunk_receivers import (
     CudaIpcReceiver,
     ObjectStoreReceiver,
     ShmReceiver,
-    TcpInlet,
+    TcpReceiver,
 )
-from qerl_sync.worker.protocol.inbox import Inbox
-from qerl_sync.worker.protocol.session import Loader, WorkerSession
-
-C = TypeVar("C", bound="_Call")
 
 
-class _Call(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@dataclass(frozen=True)
+class Arrived:
+    """A chunk whose tensors are here."""
+
+    index: int
+    tensors: list[torch.Tensor]
+    in_place: bool
+    checksums: list[int]
 
 
-class ConnectCall(_Call):
-    """Where the trainer's ranks listen, and what shows that it is the trainer who asks."""
+class TrainerConnection(Connection):
+    """Messages in order; of chunks, the tensors.
 
-    endpoints: Annotated[list[str], Field(min_length=1)]
-    """`host:port` of each trainer rank, in rank order; an IPv6 address in brackets."""
-    proof: str
-    """Shows that who sends this knows the token."""
-    session: say.TrainerSession
-    """The worker keeps it while the trainer is connected, and refuses every other one."""
-    token: str = ""
-    """The secret of both sides. Empty where the worker has its own, in the environment variable
-    QERL_SYNC_TOKEN; it then never travels."""
-    timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """How long either side waits for the other."""
+    A thread reads from `read_ahead` on, for as long as the connection lives. It never runs ahead of
+    the memory that chunks arrive in: the trainer sends a chunk only when a slot is free for it.
 
-
-class TalkCall(_Call):
-    """Shows that the trainer asks for the worker's thread."""
-
-    number: int
-    """Counts its calls, so that none can be repeated."""
-    proof: str
-
-
-class TrainerConnection:
-    """Opened by a call that knows the token, used by calls that prove it again.
-
-    Args:
-        loader: takes the weights (`worker.receiver.Receiver`).
-        hello: what the worker says of itself.
+    Attributes:
+        chunk_receiver: how this trainer rank's chunks arrive, once `open_transport` has returned.
+        expected: the tensors that this trainer rank sends with each chunk of the coming sync.
     """
 
-    def __init__(
-        self, loader: Loader, device: torch.device, hello: Callable[[], say.Hello]
-    ) -> None:
-        self._loader = loader
-        self._device = device
-        self._hello = hello
-        self._inboxes: list[Inbox] = []
-        self._token = ""
-        self._session: say.TrainerSession | None = None
-        self._calls = 0
+    timeout_seconds: float
 
-    def open(self, call: object) -> None:
-        """Connect to every rank of the trainer and agree on how bytes will travel.
+    def __init__(self, connection: socket.socket, peer: str, key: bytes, role: str) -> None:
+        super().__init__(connection, peer, key, role)
+        self.chunk_receiver = ChunkReceiver()
+        self.expected: Sequence[Sequence[ParamMeta]] = ()
+        self._queue: queue.SimpleQueue[say.Message | Arrived | SyncError] = queue.SimpleQueue()
+        self._error: SyncError | None = None
 
-        Args:
-            call: from anybody, and of any form; `ConnectCall` says of which it must be.
+    def read_ahead(self, timeout_seconds: float) -> None:
+        """Begin to read what the trainer says, for `next`."""
+        self.timeout_seconds = timeout_seconds
+        threading.Thread(target=self._read, name="qerl-sync inbox", daemon=True).start()
 
-        Raises:
-            AgreementError: the call is none of ours, or the token is wrong.
-            EngineTakenError: another trainer's session is connected. The caller is told on a
-                connection of its own, too: through vLLM only a text gets back.
-            TransportError: the trainer cannot be reached.
-        """
-        reported = _checked(ConnectCall, call)
-        token = self._admitted(reported)
-        held = self._session
-        if held and held != reported.session and any(inbox.alive for inbox in self._inboxes):
-            refusal = EngineTakenError(
-                f"another trainer is connected: {held}. Close its session, or end that process; "
-                "then try again. To sync one engine from several trainer ranks, give them the "
-                "same endpoints (RemoteTransport)",
-                **held.facts(),
-            )
-            for endpoint in reported.endpoints:
-                with suppress(SyncError), self._reach(endpoint, token, reported) as channel:
-                    channel.send(say.failure(refusal), reported.timeout_seconds)
-            raise refusal
-        self.close()
+    @property
+    def alive(self) -> bool:
+        """Return whether the trainer is there now. The thread may not yet have noticed that it
+        left."""
         try:
-            for endpoint in reported.endpoints:
-                self._inboxes.append(self._connect(endpoint, token, reported))
-            self._token, self._session, self._calls = token, reported.session, 0
-            self._worker_session = WorkerSession(self._loader, self._inboxes, self._device)
-            for inbox in self._inboxes:
-                _open_transport(inbox, self._device)
-        except BaseException:
-            self.close()
-            raise
+            self.require_open("looking for the trainer")
+        except TransportError:
+            return False
+        return self._error is None
 
-    def serve(self, call: object) -> None:
-        """Serve the trainer's requests until it says End. Its failures are told to it alone.
+    def tell(self, message: say.Message) -> None:
+        self.send(message, self.timeout_seconds)
 
-        Args:
-            call: from anybody, and of any form; `TalkCall` says of which it must be.
+    def next(self, what: str) -> say.Message | Arrived:
+        """Return what comes next. Raise what ended the connection, or TransportTimeout."""
+        if self._error is not None and self._queue.empty():
+            raise self._error
+        try:
+            item = self._queue.get(timeout=self.timeout_seconds)
+        except queue.Empty:
+            raise TransportTimeout(
+                f"this worker waited {self.timeout_seconds:.0f} s for {self.peer}: {what}. "
+                "It is stopped or slow; raise sync.timeout_seconds if it needs longer"
+            ) from None
+        if isinstance(item, SyncError):
+            raise item
+        return item
 
-        Raises:
-            AgreementError: nobody is connected, or who calls is not who is.
-        """
-        reported = _checked(TalkCall, call)
-        if not self._inboxes:
-            raise AgreementError("no trainer is connected to this worker")
-        if not same_proof(proof(self._token, "update", reported.number), reported.proof):
-            raise AgreementError("the call does not come from the trainer that is connected")
-        if reported.number <= self._calls:
-            raise AgreementError(f"the trainer's call {reported.number} was repeated")
-        self._calls = reported.number
-        self._worker_session.serve()
+    def open_transport(self, device: torch.device) -> None:
+        """Try the ways of sending that the trainer proposes, until it is satisfied."""
+        while not isinstance(proposal := self.next("how bytes will travel"), say.End):
+            if not isinstance(proposal, say.Welcome):
+                raise TransportError(f"{type(proposal).__name__} arrived where Welcome was next")
+            try:
+                options = self._open(proposal, device)
+            except (SyncError, KeyError, ValueError, RuntimeError) as exc:  # RuntimeError: of torch
+                self.tell(say.failure(exc))
+            else:
+                self.tell(say.Ready(options=options))
 
     def close(self) -> None:
-        """Let go of the trainer and of its memory."""
-        for inbox in self._inboxes:
-            inbox.close()
-        self._inboxes = []
+        super().close()
+        with suppress(queue.Empty):  # chunks that nobody will load keep memory mapped
+            while True:
+                self._queue.get_nowait()
+        self.chunk_receiver.close()
 
-    def _admitted(self, reported: ConnectCall) -> str:
-        """Return the token, if the caller knows it."""
-        own = os.environ.get(TOKEN_VARIABLE, "")
-        token = own or reported.token
-        if not token or not same_proof(proof(token, "init", *reported.endpoints), reported.proof):
-            raise AgreementError(
-                f"the token is wrong; set the same {TOKEN_VARIABLE} for trainer and server"
-                if own
-                else "the call brings no token, or one that does not fit it"
-            )
-        return token
-
-    def _reach(self, endpoint: str, token: str, reported: ConnectCall) -> Channel:
-        return connect(*parse_endpoint(endpoint), token, reported.timeout_seconds)
-
-    def _connect(self, endpoint: str, token: str, reported: ConnectCall) -> Inbox:
-        channel = self._reach(endpoint, token, reported)
-        try:
-            channel.send(self._hello(), reported.timeout_seconds)
-        except BaseException:
-            channel.close()
-            raise
-        return Inbox(channel, reported.timeout_seconds)
-
-
-def _checked(kind: type[C], call: object) -> C:
-    try:
-        return kind.model_validate(call)
-    except ValidationError as exc:
-        first = exc.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the call"
-        raise AgreementError(
-            f"the call is not one of qerl-sync's trainer ({place}: {first['msg']}); drive this "
-            "engine with a SyncSession or the trainer engine `qerl`"
-        ) from exc
-
-
-def _open_transport(inbox: Inbox, device: torch.device) -> None:
-    """Try what the trainer proposes until it is satisfied."""
-    while not isinstance(proposal := inbox.next("how bytes will travel"), say.End):
-        if not isinstance(proposal, say.Welcome):
-            raise TransportError(f"{type(proposal).__name__} arrived where Welcome was next")
-        try:
-            inbox.chunk_receiver, options = _chunk_receiver(proposal, inbox, device)
-        except (SyncError, KeyError, ValueError, RuntimeError) as exc:  # RuntimeError: of torch
-            inbox.send(say.failure(exc))
+    def _open(self, proposal: say.Welcome, device: torch.device) -> dict[str, Any]:
+        """Make `chunk_receiver`. Return what shows the trainer that its memory is seen here."""
+        kind, options = proposal.transport, proposal.options
+        if kind in ("cuda_ipc", "shm"):
+            probe = say.Segment.model_validate(options["probe"])
+            if kind == "shm":
+                seen = AttachedSegment(probe.name, probe.nbytes).read(0, probe.nbytes)
+                self.chunk_receiver = ShmReceiver()
+            else:
+                device = cuda_memory.concrete_device(device)  # another is this thread's current one
+                # Nothing refers to it when the answer leaves: the trainer frees the probe then.
+                seen = AttachedDeviceSegment(probe.handle, probe.nbytes, device).read(
+                    0, probe.nbytes
+                )
+                self.chunk_receiver = CudaIpcReceiver(device)
+            return {"probe": seen.hex()}
+        if kind == "tcp":
+            self.sealed = bool(options["sealed"])
+            self.chunk_receiver = TcpReceiver(self, proposal.timeout_seconds)
+        elif kind == "ray":
+            key = str(options["key"])
+            self.chunk_receiver = ObjectStoreReceiver(key, proposal.timeout_seconds)
         else:
-            inbox.send(say.Ready(options=options))
+            raise TransportError(f"this worker's engine does not receive over {kind}")
+        return {}
 
-
-def _chunk_receiver(
-    proposal: say.Welcome, inbox: Inbox, device: torch.device
-) -> tuple[ChunkReceiver, dict[str, Any]]:
-    if proposal.transport == "cuda_ipc":
-        probe = say.Segment.model_validate(proposal.options["probe"])
-        device = cuda_memory.concrete_device(device)  # the thread of the inbox has another current
-        # Nothing refers to it when the answer leaves: the trainer frees the probe then.
-        read = AttachedDeviceSegment(probe.handle, probe.nbytes, device).read(0, probe.nbytes)
-        return CudaIpcReceiver(device), {"probe": read.hex()}
-    if proposal.transport == "shm":
-        probe = say.Segment.model_validate(proposal.options["probe"])
-        segment = AttachedSegment(probe.name, probe.nbytes)
-        return ShmReceiver(), {"probe": segment.read(0, probe.nbytes).hex()}
-    if proposal.transport == "tcp":
-        inbox.channel.sealed = bool(proposal.options["sealed"])
-        return TcpInlet(inbox.channel, proposal.timeout_seconds), {}
-    if proposal.transport == "ray":
-        return ObjectStoreReceiver(str(proposal.options["key"]), proposal.timeout_seconds), {}
-    raise TransportError(f"this worker's engine does not receive over {proposal.transport}")
+    def _read(self) -> None:
+        try:
+            while True:
+                message = self.receive(math.inf, "the trainer's next message")
+                if isinstance(message, say.Ping):
+                    self.tell(say.Pong())
+                elif isinstance(message, say.Chunk):
+                    if not 0 <= (index := message.index) < len(self.expected):
+                        raise TransportError(f"chunk {index} arrived, which no sync awaits")
+                    tensors = self.chunk_receiver.fetch(message, self.expected[index])
+                    self._queue.put(Arrived(index, tensors, message.in_place, message.checksums))
+                    del tensors  # the loader gives them up while this thread waits for the next
+                else:
+                    self._queue.put(message)
+                if isinstance(message, say.End):
+                    self.chunk_receiver.rest()
+        except Exception as exc:
+            self._error = exc if isinstance(exc, SyncError) else TransportError(str(exc))
+            self._queue.put(self._error)

@@ -31,18 +31,18 @@ from qerl_sync.wire import messages as say
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat.lora import calling_runner
 from qerl_sync.worker.load.receiver import Receiver
-from qerl_sync.worker.protocol.connection import TrainerConnection
 from qerl_sync.worker.protocol.identity import hello_of
+from qerl_sync.worker.protocol.session import WorkerSession
 
 logger = logging.getLogger(__name__)
 
 
 class QerlInitInfo(dict[str, Any], WeightTransferInitInfo):
-    """What the trainer says when it connects: `worker.connection.ConnectCall` has the fields."""
+    """Hold a trainer's request to connect: see `wire.handshake.ConnectCall`."""
 
 
 class QerlUpdateInfo(dict[str, Any], WeightTransferUpdateInfo):
-    """What the trainer says when it calls: `worker.connection.TalkCall` has the fields."""
+    """Hold a trainer's request for the worker's thread: see `wire.handshake.ServeCall`."""
 
 
 class QerlWeightTransferEngine(WeightTransferEngine):
@@ -57,22 +57,22 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         device = torch.device(device)
         runner = calling_runner(model)
         self._receiver = Receiver(compat.EngineParts(model, vllm_config, device, runner))
-        self._connection = TrainerConnection(self._receiver, device, self._hello)
+        self._session = WorkerSession(self._receiver, device, self._hello)
         self._update_open = False
 
     def parse_init_info(self, init_dict: Any) -> QerlInitInfo:
-        """Any form will do: `TrainerConnection` says what is wrong with it. What is raised here is
-        raised on all ranks."""
+        """Take any form. `WorkerSession` refuses wrong ones: what is raised here would be raised on
+        all ranks."""
         return cast("QerlInitInfo", init_dict)
 
     def parse_update_info(self, update_dict: Any) -> QerlUpdateInfo:
-        """As `parse_init_info`."""
+        """Take any form, as `parse_init_info`."""
         return cast("QerlUpdateInfo", update_dict)
 
     def init_transfer_engine(self, init_info: QerlInitInfo) -> None:
         """Connect to every rank of the trainer."""
         try:
-            self._connection.open(init_info)
+            self._session.open(init_info)
         except Exception as exc:
             self._refuse("this worker does not connect to the trainer", exc)
 
@@ -86,7 +86,7 @@ class QerlWeightTransferEngine(WeightTransferEngine):
     def receive_weights(self, update_info: QerlUpdateInfo) -> None:
         """Serve the trainer's requests until it says End. Its failures are told to it alone."""
         try:
-            self._connection.serve(update_info)
+            self._session.serve(update_info)
             cuda_memory.synchronize(torch.device(self.device))
         except Exception as exc:
             # vLLM ends the update of a rank that raises; on the other ranks it stays open.
@@ -97,7 +97,7 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         self._update_open = False
 
     def shutdown(self) -> None:
-        self._connection.close()
+        self._session.close()
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a worker says of itself."""
+"""Describe a worker to the trainer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from qerl_sync.wire import cuda_memory
-from qerl_sync.wire.cores import own_cores
-from qerl_sync.wire.host import host_id
+from qerl_sync.wire.host import host_id, own_cores
 from qerl_sync.wire.messages import PROTOCOL, Hello
 from qerl_sync.worker.compat.caches import connector_of
 from qerl_sync.worker.compat.coupling import vllm_version
@@ -25,7 +24,7 @@ PARALLEL_SIZES = (
 
 
 def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False) -> Hello:
-    """Of the worker rank whose model that receiver loads. Called by the thread that loads it."""
+    """Describe the worker rank whose model that receiver loads. Call it in the loading thread."""
     parallel = vllm_config.parallel_config
     dtype, quantization = receiver.precision
     connector, connector_keeps = connector_of(vllm_config)
@@ -57,7 +56,7 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
 
 
 def packages() -> dict[str, str]:
-    """Versions that matter to a sync."""
+    """Return the versions of the packages that matter to a sync."""
     found = {"torch": str(torch.__version__), "vllm": vllm_version()}
     try:
         found["qerl-sync"] = version("qerl-sync")

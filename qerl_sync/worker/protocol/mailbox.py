@@ -1,4 +1,4 @@
-"""Chunks that somebody else in this process received, waiting for the worker's inlet.
+"""Keep chunks that another thread of this process received, for the worker to take.
 
 Ray hands objects to an actor's method and not to a thread of vLLM's: the method leaves them here.
 """
@@ -13,13 +13,13 @@ _changed = threading.Condition()
 
 
 def open_mailbox(key: str) -> None:
-    """From here on chunks with this key are kept."""
+    """Keep chunks with this key from here on."""
     with _changed:
         _waiting[key] = {}
 
 
 def close_mailbox(key: str) -> None:
-    """What is still in it is dropped, as is what arrives later. Idempotent."""
+    """Drop what is still in it, and what arrives later. Idempotent."""
     with _changed:
         _waiting.pop(key, None)
         _changed.notify_all()
@@ -33,7 +33,7 @@ def clear(key: str) -> None:
 
 
 def put(key: str, index: int, chunk: Any) -> bool:
-    """Returns whether somebody waits for it."""
+    """Leave a chunk. Return whether a worker waits for it."""
     with _changed:
         if key in _waiting:
             _waiting[key][index] = chunk
@@ -42,8 +42,8 @@ def put(key: str, index: int, chunk: Any) -> bool:
 
 
 def take(key: str, index: int, timeout_seconds: float) -> Any:
-    """Chunk `index`, which nobody else gets; None if it does not come in time, or the box was
-    closed."""
+    """Block for chunk `index` and take it out. Return None if it does not come in time, or the box
+    was closed."""
     with _changed:
         _changed.wait_for(
             lambda: key not in _waiting or index in _waiting[key], timeout=timeout_seconds

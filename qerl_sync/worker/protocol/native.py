@@ -24,7 +24,7 @@ ipc, not packed: tensors are the trainer's own memory, which it keeps until afte
 A trainer that tells no plan (vLLM's own trainer engines) is served as well, in its own order, as
 long as one update brings everything (packed ipc does not) and QERL_SYNC_TOKEN is not set here.
 
-What goes one way only, vLLM's calls, is what both sides agree by (`wire.introductions`): protocol
+What goes one way only, vLLM's calls, is what both sides agree by (`wire.handshake`): protocol
 and version, the token where there is one, and what the trainer expects of the engine, when it
 connects; the plan with each sync. The trainer learns nothing of a worker that does not refuse.
 The token proves who calls. It does not protect the bytes, which are vLLM's.
@@ -49,7 +49,7 @@ from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from qerl_sync.errors import AgreementError, ConfigError, SyncError, TransportError
-from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.meta import ParamMeta, Storage, metas_from_json
 from qerl_sync.options import FiniteCheck
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.worker.compat import engine as compat
@@ -64,7 +64,7 @@ PLAN = "plan"
 
 
 class _Planned:
-    """What both engines have in common, to stand before vLLM's class among the bases."""
+    """Mix into vLLM's engines what both have in common; stands before vLLM's class."""
 
     supports_draft_weight_update = False
 
@@ -81,11 +81,11 @@ class _Planned:
 
     @property
     def last_report(self) -> LoadReport | None:
-        """Of the last sync that was finished."""
+        """Return the report of the last sync that was finished."""
         return self._loads.last_report
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
-        """vLLM's own; None where the trainer only introduces itself.
+        """Return vLLM's own info; None where the trainer only introduces itself.
 
         Raises:
             AgreementError: the trainer does not fit, or may not.
@@ -142,7 +142,7 @@ class _Planned:
 
     def _metas_of(self, info: Any) -> list[ParamMeta]:
         triples = zip(info.names, info.dtype_names, info.shapes, strict=True)
-        return [ParamMeta(name, dtype, tuple(shape)) for name, dtype, shape in triples]
+        return metas_from_json(triples)
 
     def _storages(self) -> Mapping[str, Storage]:
         return {}
@@ -187,7 +187,8 @@ class QerlIPCWeightTransferEngine(_Planned, IPCWeightTransferEngine):
         if self.packed:
             raise AgreementError(
                 "tensors arrive buffer by buffer and the trainer has told no plan; let it use the "
-                "backend qerl_ipc (QerlIPCTrainerInitInfo), or packed=False"
+                "backend qerl_ipc (QerlIPCTrainerInitInfo), or packed=False",
+                subject="plan",
             )
         return super()._metas_of(info)
 
@@ -203,7 +204,7 @@ class WeightReports:
     """
 
     def last_weight_report(self) -> dict[str, Any] | None:
-        """Of this rank's last sync, as `LoadReport.to_json` has it; None if there was none.
+        """Return `LoadReport.to_json` of this rank's last sync; None if there was none.
 
         Raises:
             ConfigError: the engine has another backend.

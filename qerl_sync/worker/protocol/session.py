@@ -1,4 +1,7 @@
-"""The worker's side of a conversation: vLLM lends its thread, the trainer's requests are served.
+"""The worker's side of a sync: vLLM lends its thread, the trainer's requests are served.
+
+No vLLM in here: the calls come from an engine (`worker.protocol.engine`), or from whatever else
+lends a thread.
 
 Everything that can go wrong is told to the trainer over its channel. Nothing is raised into vLLM,
 unless the trainer is lost before its first request: vLLM's collective calls take the first rank's
@@ -9,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeVar
 
@@ -19,12 +22,13 @@ from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import (
     AgreementError,
     CoverageError,
+    EngineTakenError,
     LoadError,
     SyncError,
     TransportError,
     TransportTimeout,
 )
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, metas_from_json
 from qerl_sync.options import FiniteCheck, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
@@ -34,9 +38,11 @@ from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
+from qerl_sync.wire.connection import Connection, connect, parse_endpoint, proof, same_proof
+from qerl_sync.wire.handshake import ConnectCall, ServeCall, parse
 from qerl_sync.worker.load.footprint import Arrivals, footprint_bytes
 from qerl_sync.worker.load.memory import PeakMemory
-from qerl_sync.worker.protocol.inbox import Arrived, Inbox
+from qerl_sync.worker.protocol.connection import Arrived, TrainerConnection
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +53,7 @@ Item = say.Message | Arrived
 
 
 class Loader(Protocol):
-    """Takes the weights; `worker.receiver.Receiver` has what each part means."""
+    """Takes the weights; `worker.load.receiver.Receiver` has what each part means."""
 
     @property
     def working_bytes(self) -> Mapping[str, int]: ...
@@ -99,50 +105,127 @@ class _GivenUp(SyncError):
 
 
 class WorkerSession:
-    """Serves the requests of one trainer, whose ranks say the same things, each on its channel.
+    """Serves one trainer at a time, whose ranks say the same things, each on its connection.
+
+    Opened by a call that knows the token, used by calls that prove it again.
 
     Args:
-        loader: takes the weights.
-        inboxes: of each trainer rank, in rank order; rank 0 leads.
+        loader: takes the weights (`worker.load.receiver.Receiver`).
+        hello: returns what the worker says of itself.
     """
 
-    def __init__(self, loader: Loader, inboxes: Sequence[Inbox], device: torch.device) -> None:
+    def __init__(
+        self, loader: Loader, device: torch.device, hello: Callable[[], say.Hello]
+    ) -> None:
         self._loader = loader
-        self._inboxes = inboxes
         self._device = device
+        self._hello = hello
         self._memory = PeakMemory(device)
+        self._connections: list[TrainerConnection] = []  # in rank order; rank 0 leads
+        self._token = ""
+        self._session: say.TrainerSession | None = None
+        self._calls = 0
         self._layer_map: LayerMap | None = None
         self._plan: SyncPlan | None = None
         # All is told and the trainer decides: others may have committed already.
         self._in_doubt = False
 
-    def serve(self) -> None:
-        """Answer requests until the trainer says End, or is lost.
+    def open(self, call: object) -> None:
+        """Connect to every rank of the trainer and agree on how bytes will travel.
+
+        Args:
+            call: from anybody, and of any form; `ConnectCall` says of which it must be.
 
         Raises:
+            AgreementError: the call is none of ours, or the token is wrong.
+            EngineTakenError: another trainer's session is connected. The caller is told on a
+                connection of its own, too: through vLLM only a text gets back.
+            TransportError: the trainer cannot be reached.
+        """
+        asked = parse(ConnectCall, call)
+        token, timeout_seconds = asked.require_token(), asked.timeout_seconds
+        held = self._session
+        if held and held != asked.session and any(one.alive for one in self._connections):
+            refusal = EngineTakenError(
+                f"another trainer is connected: {held}. Close its session, or end that process; "
+                "then try again. To sync one engine from several trainer ranks, give them the "
+                "same endpoints (RemoteTransport)",
+                **held.facts(),
+            )
+            for endpoint in asked.endpoints:
+                with (
+                    suppress(SyncError),
+                    connect(*parse_endpoint(endpoint), token, timeout_seconds, Connection) as own,
+                ):
+                    own.send(say.failure(refusal), timeout_seconds)
+            raise refusal
+        self.close()
+        # A new trainer, or this one after a failure, asks for the map and sends its plan again.
+        self._layer_map = self._plan = None
+        try:
+            for endpoint in asked.endpoints:
+                connection = connect(
+                    *parse_endpoint(endpoint), token, timeout_seconds, TrainerConnection
+                )
+                self._connections.append(connection)
+                connection.send(self._hello(), timeout_seconds)
+                connection.read_ahead(timeout_seconds)
+            self._token, self._session, self._calls = token, asked.session, 0
+            for connection in self._connections:
+                connection.open_transport(self._device)
+        except BaseException:
+            self.close()
+            raise
+
+    def serve(self, call: object) -> None:
+        """Serve the trainer's requests until it says End. Its failures are told to it alone.
+
+        Args:
+            call: from anybody, and of any form; `ServeCall` says of which it must be.
+
+        Raises:
+            AgreementError: no trainer is connected, or the call comes from another one.
             SyncError: the trainer was lost before its first request. Whoever made the call would
                 otherwise take this worker for one that has been synced.
         """
+        asked = parse(ServeCall, call)
+        if not self._connections:
+            raise AgreementError("no trainer is connected to this worker", subject="session")
+        if not same_proof(proof(self._token, "update", asked.number), asked.proof):
+            raise AgreementError(
+                "the call does not come from the trainer that is connected", subject="token"
+            )
+        if asked.number <= self._calls:
+            raise AgreementError(f"the trainer's call {asked.number} was repeated", subject="call")
+        self._calls = asked.number
         heard = False
         try:
             while True:
-                requests = [inbox.next("its next request") for inbox in self._inboxes]
+                requests = [connection.next("its next request") for connection in self._connections]
                 heard = True
                 if isinstance(requests[0], say.End):
                     return
                 self._answer(requests)
         except Exception as exc:
+            # The trainer is lost, or what it says makes no sense: nothing can go on from here.
             expected = isinstance(exc, SyncError)
-            logger.error("the conversation with the trainer ended: %s", exc, exc_info=not expected)
+            logger.error("the session with the trainer ended: %s", exc, exc_info=not expected)
             self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
             self._release(exc)
             self._tell(say.failure(exc))
-            for inbox in self._inboxes:
-                inbox.close()
+            for connection in self._connections:
+                connection.close()
             if not heard:
                 raise
 
+    def close(self) -> None:
+        """Let go of the trainer and of its memory."""
+        for connection in self._connections:
+            connection.close()
+        self._connections = []
+
     def _answer(self, requests: list[Item]) -> None:
+        # What one rank alone says for all is taken from rank 0.
         lead = requests[0]
         self._in_doubt = False
         try:
@@ -152,7 +235,13 @@ class WorkerSession:
                 self._loader.require_adapter(Adapter.from_json(lead.adapter))
                 self._tell(say.AdapterReply())
             elif isinstance(lead, say.SyncRequest):
-                self._sync(_all_of(requests, say.SyncRequest))
+                syncs = [one for one in requests if isinstance(one, say.SyncRequest)]
+                if len(syncs) < len(requests):
+                    asked = ", ".join(type(one).__name__ for one in requests)
+                    raise AgreementError(
+                        f"trainer ranks ask for different things: {asked}", subject="request"
+                    )
+                self._sync(syncs)
             elif isinstance(lead, say.Abort):
                 self._loader.abort(lead.reason, keep_old=lead.keep_old)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
@@ -164,7 +253,7 @@ class WorkerSession:
             self._loader.abort(str(exc), keep_old=exc.keep_old)
             self._release(exc)
             self._tell(say.Aborted(poisoned=self._loader.poisoned))
-        except TransportTimeout:  # nobody is there to go on with
+        except TransportTimeout:  # the trainer is gone
             raise
         except SyncError as exc:
             self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
@@ -172,7 +261,7 @@ class WorkerSession:
             self._tell(say.failure(exc))
 
     def _map(self, request: say.MapRequest) -> None:
-        metas = say.unpack_metas(request.metas)
+        metas = metas_from_json(request.metas)
         self._layer_map = self._loader.layer_map(metas, allow_incomplete=request.allow_incomplete)
         reported = self._layer_map.to_json()
         self._tell(say.MapReply(layer_map=reported, free_bytes=self._loader.free_bytes()))
@@ -185,21 +274,36 @@ class WorkerSession:
         self._wire_clock = Stopwatch(PHASES)
         self._memory.start()
         self._loader.start(plan, layer_map, options, borrowed=True)
-        for inbox, part in zip(self._inboxes, parts, strict=True):
-            inbox.send(say.Accepted(owned=None if part.owned is None else list(part.owned)))
+        for connection, part in zip(self._connections, parts, strict=True):
+            connection.tell(say.Accepted(owned=None if part.owned is None else list(part.owned)))
         in_place = [
             self._load(index, plan, parts, clock, checksums=options.checksums)
             for index in range(len(plan.chunks))
         ]
-        self._each(say.Finish, "the end of the stream")
+        for connection in self._connections:
+            _await(connection, say.Finish, "the end of the stream")
         with clock("finish"):
             trace = self._loader.finish()
+        # Before the report: with the commit the trainer frees its slots on the GPU.
         self._release()
+        # Slots of this worker's own stay from sync to sync, and count in what it took.
+        standing = [one.chunk_receiver.standing_bytes for one in self._connections]
+        extra_bytes = self._memory.extra_bytes()
+        arrivals = [
+            Arrivals(
+                sizes=part.sizes if self._memory.counts_mapped else [0] * len(part.sizes),
+                chunks_in_flight=len(request.slots),
+                standing_bytes=standing[rank],
+                in_place=[chunk[rank] for chunk in in_place],
+            )
+            for rank, (part, request) in enumerate(zip(parts, requests, strict=True))
+        ]
+        verify_seconds = self._loader.verify_seconds + self._wire_clock.seconds["verify"]
         self._tell(
             say.Report(
                 trace=trace.to_json(),
-                seconds=clock.seconds | {"verify": self._verify_seconds()},
-                peak_extra_bytes=self._extra_bytes(),
+                seconds=clock.seconds | {"verify": verify_seconds},
+                peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
                 peak_staged_bytes=self._loader.peak_staged_bytes,
                 kept_bytes=self._loader.kept_bytes,
                 peak_extra_bytes_predicted=self._loader.kept_bytes
@@ -208,64 +312,74 @@ class WorkerSession:
                     layer_map,
                     self._loader.working_bytes,
                     self._loader.finishing_bytes,
-                    self._arrivals(parts, requests, in_place),
+                    arrivals,
                 ),
             )
         )
         self._in_doubt = True
-        commits = self._each(say.Commit, "the other workers")
+        commits = [_await(one, say.Commit, "the other workers") for one in self._connections]
         overwritten = self._loader.commit(commits[0].version)
         self._tell(say.Committed(caches_overwritten=overwritten))
 
     def _agree(self, requests: list[say.SyncRequest]) -> tuple[SyncPlan, LayerMap]:
-        """Hold the trainer's plan against what this worker knows, before anything is touched."""
+        """Check the trainer's plan against what this worker knows, before anything is touched."""
         if self._layer_map is None or self._layer_map.digest != requests[0].layer_map:
             raise AgreementError(
                 "the plan was made with another layer map than this worker's: its engine was "
-                "restarted, or its model replaced. Close the session and make a new one"
+                "restarted, or its model replaced. Close the session and make a new one",
+                subject="layer_map",
             )
         digest = requests[0].digest
         for rank, request in enumerate(requests):
             if request.digest != digest:
                 raise AgreementError(
                     f"trainer rank {rank} has another plan than rank 0 (digest {request.digest} "
-                    f"and {digest}): names, dtypes, shapes or settings differ between them"
+                    f"and {digest}): names, dtypes, shapes or settings differ between them",
+                    subject="plan",
                 )
         if self._plan is None or self._plan.digest != digest:
-            plan = _plan_of(requests[0])
+            sent = requests[0].plan
+            plan = None if sent is None else SyncPlan.from_json(sent)
+            if plan is None or plan.digest != digest:
+                raise AgreementError(
+                    f"the plan with digest {digest} did not come with the sync that follows it; "
+                    "close the session and make a new one",
+                    subject="plan",
+                )
             known = self._layer_map.contributions
             if unknown := [meta.name for meta in plan.base_metas if meta.name not in known]:
-                raise AgreementError(f"the plan has {unknown[0]!r}, which the layer map does not")
+                raise AgreementError(
+                    f"the plan has {unknown[0]!r}, which the layer map does not", subject="plan"
+                )
             self._plan = plan
         return self._plan, self._layer_map
 
     def _prepare(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> list[Part]:
-        """Who sends what, and the memory for it."""
+        """Decide who sends what, and get the memory for it."""
         parts = divide(plan, [request.held for request in requests])
-        for rank, (inbox, part, request) in enumerate(
-            zip(self._inboxes, parts, requests, strict=True)
+        for rank, (connection, part, request) in enumerate(
+            zip(self._connections, parts, requests, strict=True)
         ):
             held = part if request.held is None and rank == 0 else part_of(plan, request.held)
             number = len(request.slots)
             if not number or request.slots != slot_bytes(held.sizes, number):
                 raise AgreementError(
                     f"trainer rank {rank} announces receive buffers of {request.slots} bytes, "
-                    "which is not what the plan needs"
+                    "which is not what the plan needs",
+                    subject="slots",
                 )
-            if inbox.chunk_receiver is None:
-                raise TransportError(f"trainer rank {rank} has not opened its transport")
-            inbox.expect(part.chunks)
-            inbox.chunk_receiver.prepare(request.segments, request.slots)
+            connection.expected = part.chunks
+            connection.chunk_receiver.prepare(request.segments, request.slots)
         return parts
 
     def _load(
         self, index: int, plan: SyncPlan, parts: list[Part], clock: Stopwatch, *, checksums: bool
     ) -> list[bool]:
-        """Returns for each trainer rank whether the worker read its part in place."""
+        """Load a chunk. Return for each trainer rank whether the worker read its part in place."""
         senders = {i: part.chunks[index] for i, part in enumerate(parts) if part.chunks[index]}
         with clock("wait"):
             arrived = {
-                i: _awaited(self._inboxes[i], Arrived, f"chunk {index} of {len(plan.chunks)}")
+                i: _await(self._connections[i], Arrived, f"chunk {index} of {len(plan.chunks)}")
                 for i in senders
             }
         found: dict[str, torch.Tensor] = {}
@@ -276,9 +390,14 @@ class WorkerSession:
             names = [meta.name for meta in senders[i]]
             found |= zip(names, one.tensors, strict=True)
             if checksums:
-                reported |= _told_checksums(names, one)
+                if len(one.checksums) != len(names):
+                    raise TransportError(
+                        f"chunk {index} has {len(names)} tensors and came with "
+                        f"{len(one.checksums)} checksums"
+                    )
+                reported |= zip(names, one.checksums, strict=True)
         in_place = [i in arrived and arrived[i].in_place for i in range(len(parts))]
-        del arrived, one
+        del arrived, one  # they refer to the tensors, whose references are counted below
         references = {name: _references(tensor) for name, tensor in found.items()}
         chunk = plan.chunks[index]
         stream = ((name, found[name]) for name in chunk.names)
@@ -287,18 +406,24 @@ class WorkerSession:
                 chunk, self._intact(index, stream, reported) if reported else stream
             )
             # vLLM's loaders return before a GPU has copied what they got, and the credit allows
-            # the trainer, or the inbox, to write the next chunk over it.
+            # the trainer, or the reading thread, to write the next chunk over it.
             cuda_memory.synchronize(self._device)
         for name, tensor in found.items():
-            _require_released(name, _references(tensor) - references[name])
+            # The next chunk is written over this one: what vLLM keeps of it would change.
+            if _references(tensor) > references[name]:
+                raise LoadError(
+                    f"vLLM still refers to {name!r} after its chunk was loaded; its weights would "
+                    "change with the next chunk. This architecture cannot be synced over this "
+                    "transport; colocate the engine"
+                )
         for i in senders:
-            self._inboxes[i].send(say.Credit(index=index))
+            self._connections[i].tell(say.Credit(index=index))
         return in_place
 
     def _intact(
         self, index: int, tensors: Iterator[tuple[str, torch.Tensor]], reported: Mapping[str, int]
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The stream, each tensor held against the trainer's checksum before vLLM sees it."""
+        """Yield the stream. Compare each tensor with the trainer's checksum before vLLM sees it."""
         for name, tensor in tensors:
             with self._wire_clock("verify"):
                 found = checksum(tensor)
@@ -307,34 +432,10 @@ class WorkerSession:
                     f"{name!r} of chunk {index} arrived with checksum {found:016x}, and the "
                     f"trainer sent {reported[name]:016x}: its bytes changed on the way. "
                     "Somebody has written to them (shared memory, a parameter that was stepped "
-                    "during the sync), or a network card or memory is broken"
+                    "during the sync), or a network card or memory is broken",
+                    tensor=name,
                 )
             yield name, tensor
-
-    def _verify_seconds(self) -> float:
-        return self._loader.verify_seconds + self._wire_clock.seconds["verify"]
-
-    def _extra_bytes(self) -> int | None:
-        measured = self._memory.extra_bytes()
-        standing = sum(
-            inbox.chunk_receiver.standing_bytes for inbox in self._inboxes if inbox.chunk_receiver
-        )
-        return None if measured is None else measured + standing
-
-    def _arrivals(
-        self, parts: list[Part], requests: list[say.SyncRequest], in_place: list[list[bool]]
-    ) -> list[Arrivals]:
-        return [
-            Arrivals(
-                sizes=part.sizes if self._memory.counts_mapped else [0] * len(part.sizes),
-                chunks_in_flight=len(request.slots),
-                standing_bytes=inbox.chunk_receiver.standing_bytes if inbox.chunk_receiver else 0,
-                in_place=[chunk[rank] for chunk in in_place],
-            )
-            for rank, (part, request, inbox) in enumerate(
-                zip(parts, requests, self._inboxes, strict=True)
-            )
-        ]
 
     def _release(self, error: BaseException | None = None) -> None:
         """Unmap what the trainer will free: no chunk of this sync is read any more.
@@ -344,28 +445,14 @@ class WorkerSession:
         """
         if error is not None:
             traceback.clear_frames(error.__traceback__)
-        for inbox in self._inboxes:
-            if inbox.chunk_receiver is not None:
-                inbox.chunk_receiver.release()
-
-    def _each(self, kind: type[M], what: str) -> list[M]:
-        return [_awaited(inbox, kind, what) for inbox in self._inboxes]
+        for connection in self._connections:
+            connection.chunk_receiver.release()
 
     def _tell(self, message: say.Message) -> None:
-        """To every rank, also where some are gone."""
-        for inbox in self._inboxes:
+        """Send to every rank, also where some are gone."""
+        for connection in self._connections:
             with suppress(TransportError):
-                inbox.send(message)
-
-
-def _plan_of(request: say.SyncRequest) -> SyncPlan:
-    plan = None if request.plan is None else SyncPlan.from_json(request.plan)
-    if plan is None or plan.digest != request.digest:
-        raise AgreementError(
-            f"the plan with digest {request.digest} did not come with the sync that follows it; "
-            "close the session and make a new one"
-        )
-    return plan
+                connection.tell(message)
 
 
 def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
@@ -374,13 +461,15 @@ def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
         if (one.base, one.is_base) != (lead.base, lead.is_base):
             raise AgreementError(
                 f"trainer rank {rank} builds on version {one.base}, and rank 0 on {lead.base}: "
-                "Source.unchanging and the session's pushes must be the same on all ranks"
+                "Source.unchanging and the session's pushes must be the same on all ranks",
+                subject="base",
             )
         if (one.verify, one.on_failure) != (lead.verify, lead.on_failure):
             raise AgreementError(
                 f"trainer rank {rank} asks for verify: {one.verify}, on_failure: {one.on_failure}, "
                 f"and rank 0 for verify: {lead.verify}, on_failure: {lead.on_failure}; give all "
-                "ranks the same sync.verify and sync.on_failure"
+                "ranks the same sync.verify and sync.on_failure",
+                subject="options",
             )
     # Values count as looked at only if every rank has looked at what it sends.
     asked = {request.finite_check for request in requests}
@@ -395,24 +484,9 @@ def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
     )
 
 
-def _told_checksums(names: Sequence[str], one: Arrived) -> dict[str, int]:
-    if len(one.checksums) != len(names):
-        raise TransportError(
-            f"chunk {one.index} has {len(names)} tensors and came with {len(one.checksums)} "
-            "checksums"
-        )
-    return dict(zip(names, one.checksums, strict=True))
-
-
-def _all_of(items: list[Item], kind: type[M]) -> list[M]:
-    for item in items:
-        if not isinstance(item, kind):
-            raise AgreementError(f"trainer ranks ask for different things: {items[0]!r}, {item!r}")
-    return items  # type: ignore[return-value]
-
-
-def _awaited(inbox: Inbox, kind: type[M], what: str) -> M:
-    item = inbox.next(what)
+def _await(connection: TrainerConnection, kind: type[M], what: str) -> M:
+    """Block for the trainer rank's next message, which must be of that kind."""
+    item = connection.next(what)
     if isinstance(item, say.Abort):
         raise _GivenUp(item)
     if not isinstance(item, kind):
@@ -421,14 +495,5 @@ def _awaited(inbox: Inbox, kind: type[M], what: str) -> M:
 
 
 def _references(tensor: torch.Tensor) -> int:
+    """Count what refers to the tensor's storage."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
-
-
-def _require_released(name: str, kept: int) -> None:
-    """Its memory is used again: vLLM must not hold it any longer."""
-    if kept > 0:
-        raise LoadError(
-            f"vLLM still refers to {name!r} after its chunk was loaded; its weights would change "
-            "with the next chunk. This architecture cannot be synced over this transport; colocate "
-            "the engine"
-        )

@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import Generic, TypeVar
 
 from typing_extensions import Self
 
@@ -80,9 +81,13 @@ _LENGTH = struct.Struct("!Q")
 # A wait looks this often whether there is still something to wait for.
 _GLANCE_SECONDS = 0.1
 
+C = TypeVar("C", bound="Connection")
 
-class Channel:
-    """One end of a connection. `send` may be called from several threads, `receive` from one.
+
+class Connection:
+    """One end: frames and payloads. `send` may be called from several threads, `receive` from one.
+
+    `transports.remote.connection` has the trainer's end, `worker.protocol.connection` a worker's.
 
     Args:
         peer: what the other side is, for error messages ("worker 0", "the trainer").
@@ -159,7 +164,7 @@ class Channel:
         if not TAG_BYTES <= length <= MAX_FRAME_BYTES:
             raise TransportError(f"{self.peer} announces a message of {length:,} bytes; closing")
         self._fill(_LENGTH.size + length, *wait)
-        # A frame is taken whole or not at all: whoever gives up in its middle can come back for it.
+        # A frame is taken whole or not at all: a caller that times out in it may call again.
         body = bytes(self._received[_LENGTH.size : _LENGTH.size + length])
         del self._received[: _LENGTH.size + length]
         tag, frame = body[:TAG_BYTES], body[TAG_BYTES:]
@@ -299,20 +304,28 @@ class Channel:
         self.close()
 
 
-class Listener:
-    """The trainer's end: takes connections in the background, for as long as it is open.
+class Listener(Generic[C]):
+    """Accept connections in the background, for as long as it is open.
 
-    Each handshake has a thread of its own, so that strangers delay nobody; their number is bounded.
+    Each handshake has a thread of its own, so that strangers delay no worker; their number is
+    bounded.
 
     Args:
         host: the address to bind to; a name is bound to the first of its addresses that can be.
         port: 0 for any free one.
+        kind: the class of an authenticated connection.
     """
 
-    def __init__(self, host: str, port: int, token: str) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        token: str,
+        kind: type[C] = Connection,  # type: ignore[assignment]
+    ) -> None:
         self._socket = close_in_children(_bound(host, port))
-        self._token = token
-        self._accepted: queue.SimpleQueue[Channel] = queue.SimpleQueue()
+        self._token, self._kind = token, kind
+        self._accepted: queue.SimpleQueue[C] = queue.SimpleQueue()
         # Those in progress, oldest first, with their start.
         self._handshakes: dict[socket.socket, float] = {}
         self._changed, self._closed = threading.Condition(), False
@@ -320,7 +333,7 @@ class Listener:
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._listen, name="qerl-sync listener", daemon=True).start()
 
-    def accept(self, timeout_seconds: float) -> Channel | None:
+    def accept(self, timeout_seconds: float) -> C | None:
         """Return the next authenticated connection; None if there is none within the time."""
         try:
             return self._accepted.get(timeout=timeout_seconds)
@@ -370,25 +383,24 @@ class Listener:
             self._handshakes[connection] = time.monotonic()
             return not self._closed
 
-    def _end_handshake(self, connection: socket.socket, channel: Channel | None) -> None:
-        """Hand on what became of a connection; None: it is no worker's."""
+    def _end_handshake(self, raw: socket.socket, authenticated: C | None) -> None:
         with self._changed:
-            del self._handshakes[connection]
+            del self._handshakes[raw]
             self._changed.notify_all()
-            if channel is not None and not self._closed:
-                self._accepted.put(channel)
+            if authenticated is not None and not self._closed:
+                self._accepted.put(authenticated)
                 return
-        connection.close()
+        raw.close()
 
-    def _admit(self, connection: socket.socket, host: str) -> None:
-        channel = None
+    def _admit(self, raw: socket.socket, host: str) -> None:
+        authenticated = None
         try:
-            key = _prove(connection, self._token, TRAINER)
-            channel = Channel(connection, f"a worker on {host}", key, TRAINER)
+            key = _prove(raw, self._token, TRAINER)
+            authenticated = self._kind(raw, f"a worker on {host}", key, TRAINER)
         except OSError:
             pass
         finally:
-            self._end_handshake(connection, channel)
+            self._end_handshake(raw, authenticated)
 
 
 def parse_endpoint(endpoint: str) -> tuple[str, int]:
@@ -405,7 +417,8 @@ def parse_endpoint(endpoint: str) -> tuple[str, int]:
     # Length first: int() refuses thousands of digits with an error of its own.
     if not host or not port.isdecimal() or len(port) > 5 or not 0 < int(port) < 65536:
         raise AgreementError(
-            f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500 or [::1]:29500"
+            f"{endpoint!r} is no endpoint; it must be like 127.0.0.1:29500 or [::1]:29500",
+            subject="endpoint",
         )
     return host, int(port)
 
@@ -434,7 +447,13 @@ def _bound(host: str, port: int) -> socket.socket:
         ) from exc
 
 
-def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel:
+def connect(
+    host: str,
+    port: int,
+    token: str,
+    timeout_seconds: float,
+    kind: type[C] = Connection,  # type: ignore[assignment]
+) -> C:
     """Connect a worker to the trainer. Where nobody listens yet, retry for REFUSED_SECONDS.
 
     Raises:
@@ -456,9 +475,10 @@ def connect(host: str, port: int, token: str, timeout_seconds: float) -> Channel
         connection.close()
         raise AgreementError(
             f"the trainer at {at} and this worker do not share a token; set the same "
-            "QERL_SYNC_TOKEN for both, or for neither"
+            "QERL_SYNC_TOKEN for both, or for neither",
+            subject="token",
         ) from exc
-    return Channel(connection, "the trainer", key, WORKER)
+    return kind(connection, "the trainer", key, WORKER)
 
 
 def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
@@ -470,17 +490,13 @@ def _reach(host: str, port: int, timeout_seconds: float) -> socket.socket:
             seconds = time.monotonic() - started
             waiting = seconds < min(timeout_seconds, REFUSED_SECONDS)
             if not (waiting and isinstance(exc, ConnectionRefusedError)):
-                raise _unreachable(host, port, exc, seconds) from exc
+                raise PeerLostError(
+                    f"cannot reach the trainer at {format_endpoint(host, port)} "
+                    f"({getattr(exc, 'strerror', None) or exc}, tried for {seconds:.1f} s); give "
+                    "it an address that this worker can reach (sync.trainer_address), and look "
+                    "whether it still runs"
+                ) from exc
         time.sleep(_RETRY_SECONDS)
-
-
-def _unreachable(host: str, port: int, exc: Exception, seconds: float) -> PeerLostError:
-    return PeerLostError(
-        f"cannot reach the trainer at {format_endpoint(host, port)} "
-        f"({getattr(exc, 'strerror', None) or exc}, "
-        f"tried for {seconds:.1f} s); give it an address that this worker can reach "
-        "(sync.trainer_address), and look whether it still runs"
-    )
 
 
 def new_token() -> str:
@@ -516,7 +532,7 @@ def _prove(connection: socket.socket, token: str, role: str) -> bytes:
         nonces = nonce + _exactly(connection, _NONCE, deadline)
         _require_seal(connection, token, TRAINER, nonces, deadline)
         connection.sendall(_seal(token, WORKER, nonces))
-        # The trainer answers a worker that it admits; one that it turns away finds the line cut.
+        # The trainer answers a worker that it admits; the connection of others is cut.
         _exactly(connection, 1, deadline)
     else:
         nonces = _exactly(connection, _NONCE, deadline) + nonce

@@ -1,0 +1,361 @@
+"""The trainer's end of a connection to one worker rank."""
+
+from __future__ import annotations
+
+import os
+import queue
+import secrets
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from qerl_sync.errors import (
+    AgreementError,
+    ConfigError,
+    PeerLostError,
+    SyncError,
+    TransportError,
+)
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.wire import cuda_memory
+from qerl_sync.wire import messages as say
+from qerl_sync.wire.connection import Connection
+from qerl_sync.wire.device_segments import DeviceSegment
+from qerl_sync.wire.host import host_id
+from qerl_sync.wire.segments import SharedSegment
+
+if TYPE_CHECKING:
+    from qerl_sync.engines.base import ObjectStore
+    from qerl_sync.transports.remote.staging import StagedChunk
+
+M = TypeVar("M")
+Job = tuple[say.Chunk, Sequence[torch.Tensor]]
+
+# How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
+# interpreter with vLLM. One that takes longer is connected anew.
+PING_SECONDS = 10.0
+# Random, so that a worker that sees other memory cannot have them by chance.
+PROBE_BYTES = 32
+
+
+class WorkerConnection(Connection):
+    """A connection, what the worker said of itself, and how bytes get to it.
+
+    Attributes:
+        hello: what the worker said of itself, once `await_hello` has returned.
+        kind: cuda_ipc, shm, tcp or ray, once a transport is open, and `reason`, why so.
+        layer_map: where this rank's tensors land, once it was asked.
+        plan_digest: of the plan that it took last.
+        check_alive: called while an answer is awaited; raises if waiting has become pointless.
+    """
+
+    hello: say.Hello
+    timeout_seconds: float
+
+    def __init__(self, connection: socket.socket, peer: str, key: bytes, role: str) -> None:
+        super().__init__(connection, peer, key, role)
+        self.kind = self.reason = self.plan_digest = ""
+        self.layer_map: LayerMap | None = None
+        self.check_alive: Callable[[], None] = lambda: None
+        self._on_the_way: deque[int] = deque()
+        self._store: ObjectStore | None = None
+        self._mailbox = ""
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._sender: threading.Thread | None = None
+        self._send_error: SyncError | None = None
+
+    def await_hello(self, timeout_seconds: float) -> None:
+        """Block until the worker says what it is. Close the connection if it does not."""
+        self.timeout_seconds = timeout_seconds
+        try:
+            self.hello = self.expect(say.Hello, "its first message")
+        except BaseException:
+            self.close()
+            raise
+        self.peer = self.hello.worker
+
+    def tell(self, message: say.Message) -> None:
+        """Send a message. A worker that has given up raises here why it has."""
+        try:
+            self.send(message, self.timeout_seconds)
+        except PeerLostError as exc:
+            error: SyncError = exc
+            with suppress(TransportError):  # no more messages
+                while not isinstance(last := self.receive(0.0, "its last words"), say.Failure):
+                    pass
+                error = say.error_of(last, self.peer)
+            raise error from None
+
+    def expect(self, kind: type[M], what: str) -> M:
+        """Return the worker's next message.
+
+        Raises:
+            SyncError: the worker's own, with its class, if that is what it sends.
+            TransportError: something else arrived, or nothing.
+        """
+        try:
+            message = self.receive(self.timeout_seconds, what, self.check_alive)
+        except PeerLostError:
+            if self._send_error is not None:
+                raise self._send_error from None  # the sending thread gave the connection up
+            raise
+        if isinstance(message, say.Failure):
+            raise say.error_of(message, self.peer)
+        if not isinstance(message, kind):
+            raise TransportError(f"{self.peer} sent {message.type!r} where {what} was next")
+        return message
+
+    @property
+    def connected(self) -> bool:
+        """Return whether the connection is open, as far as can be told without asking."""
+        with suppress(PeerLostError):
+            self.require_open("looking for it")
+            return True
+        return False
+
+    def skip_to(self, kind: type[M], what: str, timeout_seconds: float) -> M:
+        """Return the next message of that kind, and drop what was sent before it."""
+        while True:
+            message = self.receive(timeout_seconds, what, self.check_alive)
+            if isinstance(message, kind):
+                return message
+
+    def await_pong(self) -> None:
+        """Block until the worker answers a Ping. What it sent before no longer counts.
+
+        Raises:
+            TransportError: the connection leads nowhere, though neither side has closed it.
+        """
+        # Without `check_alive`, which looks after the engine's call of the sync before.
+        while not isinstance(self.receive(PING_SECONDS, "a sign of life"), say.Pong):
+            pass
+
+    def announce(self, chunk: say.Chunk, staged: StagedChunk) -> None:
+        """Send a chunk. Its memory must stay as it is until the chunk is loaded."""
+        self._on_the_way.append(chunk.index)  # before it is sent: its credit may come at once
+        if self._sender is None and self._store is None:
+            self.tell(chunk)
+            return
+        pieces = [piece.tensors for piece in staged.pieces]
+        chunk = chunk.model_copy(update={"places": [], "segments": [], "pieces": pieces})
+        if self._store is None:
+            self._jobs.put((chunk, [piece.bytes for piece in staged.pieces]))
+        else:
+            self.tell(chunk)
+            self._store.deliver(self._mailbox, chunk.index, staged.stored_by(self._store.put))
+
+    def await_loaded(self, index: int) -> bool:
+        """Block until the worker has loaded all chunks up to `index` that we sent it.
+
+        Returns:
+            Whether it had said so before it was asked.
+        """
+        prompt = True
+        while self._on_the_way and (first := self._on_the_way[0]) <= index:
+            prompt &= self.readable
+            credit = self.expect(say.Credit, f"loading chunk {first}")
+            if credit.index != first:
+                raise TransportError(f"{self.peer} credits chunk {credit.index}, not {first}")
+            self._on_the_way.popleft()
+        return prompt
+
+    @property
+    def busy(self) -> bool:
+        """Return whether a chunk was sent that the worker has not reported as loaded."""
+        return bool(self._on_the_way)
+
+    def forget_chunks(self) -> None:
+        """Drop what was not yet sent, and expect no credits: the sync of these chunks is over."""
+        with suppress(queue.Empty):
+            while True:
+                self._jobs.get_nowait()
+        self._on_the_way.clear()
+
+    def close(self) -> None:
+        """End the connection, and block until no memory is read any more."""
+        if self._sender is not None:
+            self.forget_chunks()
+            self._jobs.put(None)
+            # A send that waits for a stopped worker ends by this; only then may slots be freed,
+            # which the thread reads.
+            self.cut_off()
+            self._sender.join()
+        super().close()
+
+    # ---- how bytes travel
+
+    def open_shm(self) -> None:
+        """Show the worker a piece of shared memory; it must read back what is in it."""
+        probe = SharedSegment(PROBE_BYTES)
+        try:
+            nonce = _nonce()
+            probe.bytes.copy_(nonce)
+            announced = say.Segment(name=probe.name, nbytes=probe.nbytes)
+            self._prove("shm", announced, nonce, "another /dev/shm")
+        finally:
+            probe.close()
+
+    def open_cuda_ipc(self, device: torch.device) -> None:
+        """Do the same with memory of the GPU that both are on."""
+        try:
+            probe = DeviceSegment(PROBE_BYTES, device)
+            try:
+                nonce = _nonce()
+                probe.tensor(0, (PROBE_BYTES,), torch.uint8).copy_(nonce)
+                cuda_memory.synchronize_stream(device)
+                announced = say.Segment(name=probe.name, nbytes=probe.nbytes, handle=probe.handle)
+                self._prove("cuda_ipc", announced, nonce, f"other memory of {device}")
+            finally:
+                probe.close()
+        except RuntimeError as exc:  # torch's
+            raise TransportError(f"torch cannot use shared memory of {device}: {exc}") from exc
+
+    def open_tcp(self, *, sealed: bool) -> None:
+        """Send chunks behind their messages, by a thread, while the next ones are gathered.
+        `sealed`: with authentication tags."""
+        self._propose("tcp", {"sealed": sealed})
+        self.sealed = sealed
+        self._sender = threading.Thread(
+            target=self._send_chunks, name="qerl-sync sender", daemon=True
+        )
+        self._sender.start()
+
+    def open_store(self, store: ObjectStore) -> None:
+        """Have chunks brought by a store that all nodes share."""
+        self._propose("ray", {"key": (box := secrets.token_hex(16))})
+        store.require_mailbox(box)
+        self._store, self._mailbox = store, box
+
+    def _prove(self, kind: str, probe: say.Segment, nonce: torch.Tensor, other: str) -> None:
+        ready = self._propose(kind, {"probe": probe.model_dump()})
+        if ready.options.get("probe") != bytes(nonce.numpy()).hex():
+            raise AgreementError(f"{self.peer} sees {other} than the trainer", subject="memory")
+
+    def _propose(self, transport: str, options: dict[str, object]) -> say.Ready:
+        proposal = {
+            "transport": transport,
+            "timeout_seconds": self.timeout_seconds,
+            "options": options,
+        }
+        self.tell(say.Welcome.model_validate(proposal))
+        return self.expect(say.Ready, f"opening {transport}")
+
+    def _send_chunks(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            chunk, pieces = job
+            try:
+                payload = [
+                    piece.detach().reshape(-1).view(torch.uint8).numpy().data for piece in pieces
+                ]
+                self.send(chunk, self.timeout_seconds, payload)
+            except Exception as exc:
+                self._send_error = exc if isinstance(exc, SyncError) else TransportError(str(exc))
+                self.cut_off()  # wakes the thread that waits for the credit
+                return
+
+
+def _nonce() -> torch.Tensor:
+    return torch.frombuffer(bytearray(secrets.token_bytes(PROBE_BYTES)), dtype=torch.uint8)
+
+
+def choose_transport(
+    worker: WorkerConnection,
+    wanted: str,
+    *,
+    authenticated: bool,
+    store: ObjectStore | None = None,
+    no_room: Mapping[str, str],
+    device: torch.device | None = None,
+) -> None:
+    """Open `wanted`, or with "auto" the best that works; the connection remembers which and why.
+
+    Shared memory is tried where the worker says that it runs under the same kernel, and memory of a
+    GPU where it says that it is on the trainer's. It may fail there too (containers with a /dev/shm
+    of their own): what follows is as for another host.
+
+    Args:
+        wanted: `sync.transport`.
+        authenticated: trainer and workers share a token that never travelled, so that tags mean
+            something.
+        store: the object store of the worker's engine; None: it has none.
+        no_room: why slots do not fit into a kind of shared memory, where that was tried.
+        device: where the trainer's tensors lie; None: not known.
+
+    Raises:
+        SyncError: the transport that was asked for does not work, with the reason.
+    """
+    here = worker.hello.host == host_id()
+    # Within one machine, a process that could change bytes on their way can change memory too.
+    sealed = authenticated and not here
+    opening: dict[str, Callable[[], None]] = {
+        "shm": worker.open_shm,
+        "tcp": lambda: worker.open_tcp(sealed=sealed),
+    }
+    if device is not None:
+        opening["cuda_ipc"] = lambda: worker.open_cuda_ipc(device)
+    if store is not None:
+        opening["ray"] = lambda: worker.open_store(store)
+    if wanted != "auto":
+        if wanted == "ray" and store is None:
+            raise ConfigError(
+                "sync.transport: ray needs engines in Ray actors; choose auto, shm or tcp"
+            )
+        if wanted == "cuda_ipc" and (apart := _no_common_gpu(worker.hello, device)):
+            raise AgreementError(
+                f"sync.transport: cuda_ipc needs {worker.peer} in a process of its own on the "
+                f"GPU that the trainer's tensors are on, and {apart}; choose auto",
+                subject="device",
+            )
+        opening[wanted]()
+        worker.kind, worker.reason = wanted, "sync.transport says so"
+        return
+    # In the order of trial: why not; empty where nothing is known to be against it.
+    against: dict[str, str] = {}
+    on_gpu = device is not None and bool(cuda_memory.device_uuid(device))
+    if on_gpu:
+        against["cuda_ipc"] = _no_common_gpu(worker.hello, device) or no_room.get("cuda_ipc", "")
+    against["shm"] = no_room.get("shm", "") if here else "the worker is on another host"
+    if store is not None:
+        against["ray"] = ""
+    failed = {
+        "shm": "shared memory does not work: ",
+        "ray": ", and the object store does not work: ",
+    }
+    for kind, why in against.items():
+        if not why:
+            try:
+                opening[kind]()
+            except SyncError as exc:
+                against[kind] = f"{failed.get(kind, '')}{exc}"
+            else:
+                worker.kind = kind
+                break
+    else:
+        opening["tcp"]()
+        worker.kind = "tcp"
+    not_gpu = f"; not cuda_ipc: {against['cuda_ipc']}" if on_gpu else ""
+    worker.reason = {
+        "cuda_ipc": "the worker can map the trainer's memory of the GPU that both are on",
+        "shm": f"the worker can open the trainer's shared memory{not_gpu}",
+    }.get(worker.kind, f"{against['shm']}{not_gpu}{against.get('ray', '')}")
+
+
+def _no_common_gpu(worker: say.Hello, device: torch.device | None) -> str:
+    """Return why the worker cannot map the trainer's memory of a GPU; empty if it may."""
+    own = "" if device is None else cuda_memory.device_uuid(device)
+    if not own:
+        return f"those are on {device}"
+    if worker.host != host_id():
+        return "the worker is on another host"
+    if not worker.device_uuid:
+        return "the worker is on no CUDA device"
+    if worker.device_uuid != own:
+        return f"the worker is on the GPU {worker.device_uuid}, the trainer on {own}"
+    if worker.pid == os.getpid():
+        return "the worker is in the trainer's own process"  # CUDA refuses what is its own
+    return ""
