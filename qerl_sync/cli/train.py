@@ -27,6 +27,14 @@ def train(
         typer.Option("--resume", help="Go on from the last checkpoint in the output directory."),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seeds everything.")] = None,
+    trace: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Record when trainer and workers did what in this sync, counted from 1, as "
+            "trace-N.json for ui.perfetto.dev.",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show what vLLM, TRL and transformers log.")
     ] = False,
@@ -35,7 +43,7 @@ def train(
     """Train a policy with TRL's GRPO and vLLM, its weights synced by plan."""
     started = time.perf_counter()
     console = Console()
-    options = {"output_dir": output_dir, "seed": seed}
+    options = {"output_dir": output_dir, "seed": seed, "sync.trace": trace}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     with errors_as_text(debug=debug):
         # The order counts: vLLM reads its environment when it is first imported, by `load_config`.

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,6 +35,7 @@ from qerl_sync.integrations.trl_seams import (
 )
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
+from qerl_sync.telemetry.files import LOG, append_line
 from qerl_sync.transports.joint import TrainerRanks
 
 __all__ = ["WeightSyncCallback", "engine_arguments", "metrics", "without_nccl"]
@@ -332,6 +334,20 @@ class WeightSyncCallback(TrainerCallback):
         if self.session is not None:
             self.session.version = max(self.session.version, resumed)
         self.expect_new_weights()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        directory = self.config.record_directory
+        if directory is not None and state.is_world_process_zero:
+            # The syncs have files of their own.
+            kept = {k: v for k, v in (logs or {}).items() if not k.startswith("sync/")}
+            append_line(Path(directory) / LOG, {"step": state.global_step, **kept})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

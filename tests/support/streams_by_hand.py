@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 
@@ -44,6 +45,11 @@ class HandMadeTransport(Transport):
 
     by_reference = True
     chunk_bytes = None
+    versions_now: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        return self.versions_now
 
     def __init__(self) -> None:
         self.received: list[str] = []

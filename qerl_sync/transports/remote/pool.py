@@ -155,6 +155,10 @@ class PoolTransport(Transport):
         """The weight version of each engine; 0 where it is not known, or never was synced."""
         return {name: member.version for name, member in self._members.items()}
 
+    @property
+    def num_poisoned(self) -> int:
+        return sum(member.transport.num_poisoned for member in self._members.values())
+
     def add(self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = _always) -> None:
         """Take in an engine; it is part of the next sync. Raises ConfigError if `name` is taken."""
         if name in self._members:

@@ -110,6 +110,7 @@ class RemoteTransport(Transport):
         self._address, self._port, self._bind = address, port, bind
         self._endpoints = list(endpoints)
         self._rank = rank
+        self.leads = rank == 0
         self._num_workers = num_workers
         if rank and not num_workers:
             raise ConfigError(
@@ -149,6 +150,7 @@ class RemoteTransport(Transport):
         self.slot_device: torch.device | None = None
         self._no_room: dict[str, str] = {}
         self._synced_instances: set[str] = set()  # of the last sync that was committed
+        self._num_poisoned = 0
 
     @property
     def peers(self) -> Sequence[Peer]:
@@ -185,6 +187,14 @@ class RemoteTransport(Transport):
             self.disconnect()
         self.open()  # others may have synced them since we were connected
         return max(hello.version for hello in self.hellos)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        return {peer.name: peer.hello.version for peer in self._peers}
+
+    @property
+    def num_poisoned(self) -> int:
+        return self._num_poisoned
 
     def holds(self, version: int) -> bool:
         return bool(self._peers) and all(
@@ -271,6 +281,7 @@ class RemoteTransport(Transport):
                     finite_check=options.finite_check,
                     base=options.base,
                     is_base=options.is_base,
+                    record_spans=options.record_spans,
                     segments=self._announced.get(peer.kind, []),
                     slots=slots,
                 )
@@ -291,7 +302,8 @@ class RemoteTransport(Transport):
             owned = {meta.name for meta in metas}
             tensors = (named for named in tensors if named[0] in owned)
         assert self._staging is not None
-        awaited = self.await_room(index)
+        with self.watch.span("await slot", f"chunk {index}"):
+            awaited = self.await_room(index)
         staged = self._staging.stage(index, metas, tensors, awaited=awaited)
         if metas:
             self.announce(index, staged)
@@ -351,7 +363,7 @@ class RemoteTransport(Transport):
         self._end_talk(version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
-        self._committing = False
+        self._committing, self._num_poisoned = False, 0
         return SyncResult(
             workers=[
                 self._report(peer, reported)
@@ -372,6 +384,7 @@ class RemoteTransport(Transport):
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
         unharmed = unharmed and not committing
+        self._num_poisoned = 0 if unharmed else len(self._peers) or self._num_poisoned
         if unharmed:
             self._control.go_on(reason)
         elif in_session or committing or self._control.paused:
@@ -406,6 +419,7 @@ class RemoteTransport(Transport):
             if self._control.in_session:
                 self._end_failed_talk()
             self._control.leave_paused(reason)
+            self._num_poisoned = len(self._peers)
             self.disconnect()
 
     def close(self) -> None:
@@ -613,4 +627,5 @@ class RemoteTransport(Transport):
             peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,
             peak_staged_bytes=reported.peak_staged_bytes,
             kept_bytes=reported.kept_bytes,
+            spans=reported.spans,
         )
