@@ -8,6 +8,7 @@ import typer
 
 from qerl_sync import __version__
 from qerl_sync.cli import bench
+from qerl_sync.cli.doctor import doctor
 from qerl_sync.cli.plan.command import plan
 from qerl_sync.cli.serve import serve
 from qerl_sync.cli.train import train
@@ -22,6 +23,7 @@ app = typer.Typer(
 app.command()(train)
 app.command()(plan)
 app.command()(serve)
+app.command()(doctor)
 app.add_typer(bench.app, name="bench")
 
 

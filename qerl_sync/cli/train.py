@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from qerl_sync.cli.doctor import show_what_is_wrong
 from qerl_sync.cli.errors import INTERRUPTED, errors_as_text, show_warnings
 
 
@@ -58,6 +59,7 @@ def train(
         display = Display(console)
         with display.phase("reading the configuration", f"read {config}"):
             loaded = load_config(config, [*(overrides or []), *given])
+        show_what_is_wrong(loaded, console)
         # After that: it imports torch and TRL, for which nobody waits who has mistyped a path.
         from qerl_sync.training.run import train as run
 
