@@ -10,6 +10,7 @@ from qerl_sync import __version__
 from qerl_sync.cli import bench
 from qerl_sync.cli.doctor import doctor
 from qerl_sync.cli.plan.command import plan
+from qerl_sync.cli.report import explain, report
 from qerl_sync.cli.serve import serve
 from qerl_sync.cli.train import train
 
@@ -24,6 +25,8 @@ app.command()(train)
 app.command()(plan)
 app.command()(serve)
 app.command()(doctor)
+app.command()(report)
+app.command()(explain)
 app.add_typer(bench.app, name="bench")
 
 

@@ -308,7 +308,7 @@ class SyncConfig(Section):
 
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """Serve Prometheus metrics of the syncs on this port of the (main) trainer process, with
-    prometheus_client; docs/metrics.md lists them. Null: none are served."""
+    prometheus_client; docs/metrics lists them. Null: none are served."""
 
     metrics_address: str = "127.0.0.1"
     """The address of this machine on which `metrics_port` is opened. Metrics need no

@@ -368,6 +368,9 @@ def metrics(report: SyncReport) -> dict[str, float]:
         "sync/peak_pinned_bytes_predicted": float(report.peak_pinned_bytes_predicted),
         "sync/open_layers": float(report.max_open_layers_measured),
         "sync/version": float(report.version),
+        "sync/prediction_exact": float(report.prediction_exact),
+        "sync/workers": float(len(report.workers)),
+        "sync/lost_workers": float(len(report.lost)),
     }
 
 

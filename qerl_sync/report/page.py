@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
+from math import ceil
 from typing import Any, NamedTuple
 
 from qerl_sync.buffers.trace import Trace
@@ -188,8 +189,8 @@ def plot(
         paths += f'<path class="budget" d="M0 {_y(budget_bytes, top)}H{SIDE}"/>'
     return (
         f'<div class="plot" tabindex="0" role="group" aria-label="{escape(label)}">'
-        f'<div class="axis own" aria-hidden="true">{_ticks(top)}</div>'
-        f'<div class="axis one" aria-hidden="true">{_ticks(one_top)}</div>'
+        f'<div class="axis own" aria-hidden="true">{_byte_ticks(top)}</div>'
+        f'<div class="axis one" aria-hidden="true">{_byte_ticks(one_top)}</div>'
         f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">'
         f'<g class="stream" style="--one:{top / one_top:.6g}">{paths}</g></svg>'
         f'<div class="hair"></div><div class="ends" aria-hidden="true"><span>tensor 1</span>'
@@ -230,13 +231,22 @@ def _y(nbytes: float, top: float) -> str:
     return f"{SIDE * (1 - nbytes / top):.5g}"
 
 
-def _ticks(top: float) -> str:
-    """Return labels at round numbers, at most five."""
-    scale, unit = unit_of(int(top))
-    largest = top / scale
-    steps = (s * 10.0**p for p in range(-2, 6) for s in (1, 2, 5))
-    step = next(step for step in steps if largest / step <= 5)
+def ticks(top: float, *, low: float = 0.0, scale: float, unit: str) -> str:
+    """Return labels at round numbers from `low` to `top`, at most six.
+
+    Args:
+        scale, unit: in which the labels are written.
+    """
+    first, last = low / scale, top / scale
+    steps = (s * 10.0**p for p in range(-9, 12) for s in (1, 2, 5))
+    step = next(step for step in steps if (last - first) / step <= 5)
     return "".join(
-        f'<span style="bottom:{100 * n * step / largest:.2f}%">{n * step:g} {unit}</span>'
-        for n in range(int(largest / step) + 1)
+        f'<span style="bottom:{100 * (n * step - first) / (last - first):.2f}%">'
+        f"{f'{n * step:g} {unit}'.strip()}</span>"
+        for n in range(ceil(first / step), int(last / step) + 1)
     )
+
+
+def _byte_ticks(top: float) -> str:
+    scale, unit = unit_of(int(top))
+    return ticks(top, scale=scale, unit=unit)

@@ -16,7 +16,7 @@ Values = dict[str, dict[str, float]]  # by metric, by label; "" where it has non
 
 
 class Metric(NamedTuple):
-    """A metric's kind, label and text; docs/metrics.md is made of them."""
+    """A metric's kind, label and text; docs/metrics is made of them."""
 
     kind: str
     label: str

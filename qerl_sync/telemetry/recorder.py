@@ -18,7 +18,9 @@ from statistics import median
 from typing import Any
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.plan.replay import open_layers_at
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.policies import by_parent_layer
+from qerl_sync.plan.replay import open_layers_at, replay
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.stopwatch import Span
 from qerl_sync.telemetry.files import (
@@ -230,4 +232,13 @@ def _layers_of(plan: SyncPlan, push: Push) -> dict[str, Any]:
             for layer in at_peak[:SHOWN_LAYERS]
         ],
         "num_open_at_peak": len(at_peak),
+        **_reordered(plan, push.layer_map),
     }
+
+
+def _reordered(plan: SyncPlan, layer_map: LayerMap) -> dict[str, Any]:
+    """Return what `policy: reorder` would buffer and open, where it would be another stream."""
+    if plan.predicted.max_open_layers < 2:
+        return {}
+    trace = replay(by_parent_layer(plan.base_metas, layer_map), layer_map)
+    return {"reordered": [trace.peak_buffered_bytes, trace.max_open_layers]}

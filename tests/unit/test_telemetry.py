@@ -53,6 +53,7 @@ def test_each_sync_leaves_a_line_and_its_traces(tmp_path):
 def test_what_is_kept_is_bounded_and_the_unusual_longer(tmp_path, monkeypatch):
     monkeypatch.setattr(recorder, "RECENT", 3)
     monkeypatch.setattr(recorder, "UNUSUAL", 2)
+    monkeypatch.setattr(recorder, "SLOW_SECONDS", 1e6)  # other programs want the cores too
     session, transport = session_in(tmp_path)
     for step in range(12):
         transport.miscount = step in (1, 2, 3)
@@ -69,6 +70,15 @@ def test_what_is_kept_is_bounded_and_the_unusual_longer(tmp_path, monkeypatch):
     again, _ = session_in(tmp_path)
     again.push(step=12)
     assert [record["step"] for record in records(tmp_path)] == [2, 3, 10, 11, 12]
+
+
+def test_a_sync_that_takes_much_longer_than_the_last_ones_is_kept(tmp_path):
+    session, transport = session_in(tmp_path)
+    for step in range(8):
+        session.push(step=step)
+    transport.delay_seconds = 4 * recorder.SLOW_SECONDS
+    session.push(step=8)
+    assert records(tmp_path)[-1]["unusual"] == ["slow"]
 
 
 def test_lines_are_bounded(tmp_path, monkeypatch):
