@@ -123,7 +123,7 @@ def _report(version, number, plan, measured, seconds, workers) -> SyncReport:
         max_open_layers_predicted=predicted.max_open_layers,
         max_open_layers_measured=measured.max_open_layers,
         prediction_exact=measured == predicted,
-        first_difference=predicted.first_difference(measured),
+        first_difference=None if measured == predicted else predicted.first_difference(measured),
         budget_bytes=plan.budget_bytes,
         transport="shm: on this host",
         workers=[worker.to_json() for worker in workers],
