@@ -109,7 +109,7 @@ def examine(config: TrainConfig | None, *, quick: bool) -> Iterator[Verdict]:
         quick: leave out what needs vLLM or torch imported.
     """
     yield from _packages(config)
-    yield from _devices()
+    yield from _devices(config)
     yield _shared_memory(config)
     yield from _cores()
     yield from _ports(config)
@@ -232,10 +232,14 @@ def _features() -> Iterator[Verdict]:
             yield Verdict(state, f"vLLM: {feature}", f"has no {', '.join(missing)}", step)
 
 
-def _devices() -> Iterator[Verdict]:
+def _devices(config: TrainConfig | None) -> Iterator[Verdict]:
     program = shutil.which("nvidia-smi")
-    if program is None:
+    if program is None and config is not None and config.sync.transport == "cuda_ipc":
+        step = "choose sync.transport: auto, or start the container with --gpus all"
+        yield Verdict("bad", "devices", "no GPU (no nvidia-smi), for transport: cuda_ipc", step)
+    elif program is None:
         yield Verdict("ok", "devices", "no GPU (no nvidia-smi): syncs run on CPUs")
+    if program is None:
         return
     query = [program, "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
@@ -312,7 +316,9 @@ def _ports(config: TrainConfig | None) -> Iterator[Verdict]:
     wanted = [("a free port for workers", "127.0.0.1", 0)]
     if config is not None:
         sync, rollout = config.sync, config.rollout
-        if rollout.mode != "colocate":
+        if rollout.mode == "ray":  # the trainer's actor may be on another machine
+            wanted = []
+        elif rollout.mode != "colocate":
             wanted = [
                 ("trainer_port", sync.trainer_bind or sync.trainer_address, sync.trainer_port)
             ]

@@ -54,6 +54,7 @@ def train(
         show_warnings(console)
         from qerl_sync.config import load_config
         from qerl_sync.report.tables import summary_table
+        from qerl_sync.telemetry.files import FAILURES
         from qerl_sync.training.display import Display
 
         display = Display(console)
@@ -63,7 +64,13 @@ def train(
         # After that: it imports torch and TRL, for which nobody waits who has mistyped a path.
         from qerl_sync.training.run import train as run
 
-        outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
+        try:
+            outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
+        except Exception:
+            if (Path(loaded.output_dir) / FAILURES).exists():
+                say_more = f"qerl-sync explain {loaded.output_dir} says more of what failed"
+                console.print(say_more, highlight=False, soft_wrap=True)
+            raise
         console.print(summary_table(outcome.summary))
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -51,6 +52,12 @@ def test_ports_that_somebody_has():
         assert (found["metrics_port"], found["trainer_port"]) == ("bad", "bad")
     found = states(*options)
     assert (found["metrics_port"], found["trainer_port"]) == ("ok", "ok")
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    assert states()["devices"] == "ok"
+    assert states("sync.transport=cuda_ipc")["devices"] == "bad"
 
 
 def test_a_directory_that_cannot_be_written_to(tmp_path):
