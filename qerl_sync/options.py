@@ -27,6 +27,7 @@ class SyncOptions:
             travel stays as it is in that version. None: the plan sends everything.
         is_base: a later sync may build on this one, so that workers remember what their kernels
             hold at its end.
+        record_spans: workers report when they did what (`sync.trace`).
     """
 
     version: int = 0
@@ -37,6 +38,7 @@ class SyncOptions:
     held: Collection[str] | None = None
     base: int | None = None
     is_base: bool = False
+    record_spans: bool = False
 
     @property
     def checksums(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -29,7 +30,8 @@ from qerl_sync.plan.part import part_to_send
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.stopwatch import Stopwatch
-from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
+from qerl_sync.telemetry.observers import Push, observers_of
+from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, shortened, tolerance
 from qerl_sync.wire.host import avoid_cores
@@ -202,6 +204,8 @@ class SyncSession:
         self.plan: SyncPlan | None = None
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
+        self._num_pushes = 0
+        self._observers = observers_of(config) if transport.leads else []
         if source.lora is not None:
             source.metadata()
             self._agree_on_adapter()
@@ -217,7 +221,53 @@ class SyncSession:
                 (`sync.on_failure`). The version has not moved.
             UnchangedError: after the sync, with `sync.on_unchanged: error`; see there.
         """
-        watch = Stopwatch(PHASES)
+        self._num_pushes += 1
+        record = self._config.trace == self._num_pushes
+        watch = self._transport.watch = Stopwatch(PHASES, record=record)
+        started = time.time()
+        outcome: dict[str, Any] = {"report": None, "error": None, "workers": ()}
+        try:
+            report, outcome["workers"] = self._push(step, watch)
+            outcome["report"] = report.to_json()
+            return report
+        except BaseException as exc:
+            outcome["error"] = exc
+            raise
+        finally:
+            if self._observers:
+                self._tell(
+                    Push(
+                        step=step,
+                        version=self.version,
+                        started=started,
+                        seconds=watch.seconds,
+                        failed_in=watch.failed_in,
+                        # What failed before it was sent, such as a refused budget, had no plan.
+                        plan=self.plan if watch.seconds["start"] else None,
+                        layer_map=self.layer_map,
+                        source_order=self._config.source_order,
+                        spans=watch.spans,
+                        versions=dict(self._transport.versions),
+                        num_poisoned=self._transport.num_poisoned,
+                        **outcome,
+                    )
+                )
+
+    def _tell(self, push: Push) -> None:
+        """Tell the observers. One that fails is left out from then on: it must not end a run."""
+        for observer in list(self._observers):
+            try:
+                observer(push)
+            except Exception as exc:  # noqa: PERF203  one failing observer spares the others
+                self._observers.remove(observer)
+                logger.warning(
+                    "%s is given up, and the run goes on without it: %s: %s",
+                    type(observer).__name__,
+                    type(exc).__name__,
+                    exc,
+                )
+
+    def _push(self, step: int, watch: Stopwatch) -> tuple[SyncReport, Sequence[WorkerReport]]:
         base = self._base
         self._pushed = False
         with self._transport.together(), watch("total"):
@@ -239,6 +289,7 @@ class SyncSession:
                 held=self._source.held_names(),
                 base=None if base is None or part is full else base.version,
                 is_base=bool(stamps),
+                record_spans=watch.records,
             )
             # After whatever fails from here on, the next push sends everything, unless it was an
             # adapter alone, of which the workers have touched nothing.
@@ -278,7 +329,7 @@ class SyncSession:
             report.lost |= probed.lost
         if changes is not None:
             report.changed_tensors, report.undelivered = changes.num_changed, changes.undelivered
-        return report
+        return report, result.workers
 
     @property
     def current(self) -> bool:
@@ -293,6 +344,8 @@ class SyncSession:
     def close(self) -> None:
         """Disconnect from the workers. Idempotent; the session cannot push again."""
         self._transport.close()
+        for observer in self._observers:
+            observer.close()
 
     def __enter__(self) -> Self:
         return self
@@ -508,7 +561,8 @@ class SyncSession:
                     self._transport.meet(f"chunk {index}")
                     try:
                         tensors = self._timed(self._source.materialize(names), watch)
-                        self._transport.send(chunk, checked(index, tensors))
+                        with watch.span("send", f"chunk {index}"):
+                            self._transport.send(chunk, checked(index, tensors))
                     finally:
                         self._source.end_chunk()
         watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified

@@ -1,22 +1,69 @@
-"""Seconds by phase."""
+"""Seconds by phase, and the spans of time that they are sums of."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """One piece of work. `start` is in seconds since the epoch, by the clock of its host."""
+
+    name: str
+    detail: str
+    start: float
+    seconds: float
+
+
+def slowest(spans: Iterable[Span]) -> list[Span]:
+    """Return the ten longest, the longest first."""
+    return sorted(spans, key=lambda span: -span.seconds)[:10]
 
 
 class Stopwatch:
-    """`with watch("load"):` adds the seconds of its block to that phase."""
+    """`with watch("load"):` adds the seconds of its block to that phase.
 
-    def __init__(self, phases: Iterable[str]) -> None:
+    Args:
+        record: keep each block as a span too.
+
+    Attributes:
+        spans: the blocks so far, in the order in which they ended; empty unless recorded.
+        records: spans are kept.
+        failed_in: the innermost phase that an exception has left; empty if none has.
+    """
+
+    def __init__(self, phases: Iterable[str] = (), *, record: bool = False) -> None:
         self.seconds = dict.fromkeys(phases, 0.0)
+        self.spans: list[Span] = []
+        self.failed_in = ""
+        self.records = record
+        # Spans of several processes are drawn on one axis, which a monotonic clock does not have.
+        self._epoch = time.time() - time.perf_counter()
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str, detail: str = "") -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        except BaseException:
+            self.failed_in = self.failed_in or phase
+            raise
+        finally:
+            seconds = time.perf_counter() - start
+            self.seconds[phase] += seconds
+            self._keep(phase, detail, start, seconds)
+
+    @contextmanager
+    def span(self, name: str, detail: str = "") -> Iterator[None]:
+        """Record this block, which belongs to no phase of its own."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - start
+            self._keep(name, detail, start, time.perf_counter() - start)
+
+    def _keep(self, name: str, detail: str, start: float, seconds: float) -> None:
+        if self.records:
+            self.spans.append(Span(name, detail, self._epoch + start, seconds))

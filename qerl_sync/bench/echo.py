@@ -40,6 +40,7 @@ class EchoLoader:
     poisoned = None
     verify_seconds = 0.0
     kept_bytes = 0
+    processed_layers = ()
 
     def __init__(self) -> None:
         self.check = False

@@ -8,7 +8,10 @@ import typer
 
 from qerl_sync import __version__
 from qerl_sync.cli import bench
+from qerl_sync.cli.doctor import doctor
+from qerl_sync.cli.init import init
 from qerl_sync.cli.plan.command import plan
+from qerl_sync.cli.report import explain, report
 from qerl_sync.cli.serve import serve
 from qerl_sync.cli.train import train
 
@@ -19,9 +22,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(init)
 app.command()(train)
 app.command()(plan)
 app.command()(serve)
+app.command()(doctor)
+app.command()(report)
+app.command()(explain)
 app.add_typer(bench.app, name="bench")
 
 

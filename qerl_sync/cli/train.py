@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from qerl_sync.cli.doctor import show_what_is_wrong
 from qerl_sync.cli.errors import INTERRUPTED, errors_as_text, show_warnings
 
 
@@ -27,6 +28,14 @@ def train(
         typer.Option("--resume", help="Go on from the last checkpoint in the output directory."),
     ] = False,
     seed: Annotated[int | None, typer.Option(help="Seeds everything.")] = None,
+    trace: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Record when trainer and workers did what in this sync, counted from 1, as "
+            "trace-N.json for ui.perfetto.dev.",
+        ),
+    ] = None,
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show what vLLM, TRL and transformers log.")
     ] = False,
@@ -35,7 +44,7 @@ def train(
     """Train a policy with TRL's GRPO and vLLM, its weights synced by plan."""
     started = time.perf_counter()
     console = Console()
-    options = {"output_dir": output_dir, "seed": seed}
+    options = {"output_dir": output_dir, "seed": seed, "sync.trace": trace}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     with errors_as_text(debug=debug):
         # The order counts: vLLM reads its environment when it is first imported, by `load_config`.
@@ -45,20 +54,28 @@ def train(
         show_warnings(console)
         from qerl_sync.config import load_config
         from qerl_sync.report.tables import summary_table
+        from qerl_sync.telemetry.files import FAILURES
         from qerl_sync.training.display import Display
 
         display = Display(console)
         with display.phase("reading the configuration", f"read {config}"):
             loaded = load_config(config, [*(overrides or []), *given])
-        # Only now: both import torch, for which nobody waits who has mistyped a path.
-        if loaded.rollout.mode == "ray":
-            from qerl_sync.training.on_ray import train_on_ray
+        show_what_is_wrong(loaded, console)
+        try:
+            # Only now: both import torch, for which nobody waits who has mistyped a path.
+            if loaded.rollout.mode == "ray":
+                from qerl_sync.training.on_ray import train_on_ray
 
-            outcome = train_on_ray(loaded, display, resume=resume, verbose=verbose)
-        else:
-            from qerl_sync.training.run import train as run
+                outcome = train_on_ray(loaded, display, resume=resume, verbose=verbose)
+            else:
+                from qerl_sync.training.run import train as run
 
-            outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
+                outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
+        except Exception:
+            if (Path(loaded.output_dir) / FAILURES).exists():
+                say_more = f"qerl-sync explain {loaded.output_dir} says more of what failed"
+                console.print(say_more, highlight=False, soft_wrap=True)
+            raise
         console.print(summary_table(outcome.summary))
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")

@@ -294,6 +294,26 @@ class SyncConfig(Section):
     """Parent layers (`fnmatch` patterns) that may be loaded without receiving all their
     elements, because the checkpoint does not have them."""
 
+    record_directory: str | None = None
+    """A directory in which each sync leaves its report (`syncs.jsonl`, `failures.jsonl`) and the
+    last ones, and those in which something was unusual, what they held tensor by tensor
+    (`traces/`): what `qerl-sync report` and `qerl-sync explain` read. `qerl-sync train` sets it to
+    `output_dir`. Null: nothing is written."""
+
+    trace: PositiveInt | None = None
+    """Record when trainer and workers did what in one sync, the N-th that this process makes, and
+    write it into `record_directory` as `trace-N.json`, which chrome://tracing and
+    https://ui.perfetto.dev show. On a GPU, what is launched is timed, not what it runs for. Null:
+    none."""
+
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Serve Prometheus metrics of the syncs on this port of the (main) trainer process, with
+    prometheus_client; docs/metrics lists them. Null: none are served."""
+
+    metrics_address: str = "127.0.0.1"
+    """The address of this machine on which `metrics_port` is opened. Metrics need no
+    authentication: `0.0.0.0` shows them to whoever reaches this machine."""
+
     @model_validator(mode="after")
     def _all_have_an_effect(self) -> Self:
         violations = without_effect(self.model_dump())

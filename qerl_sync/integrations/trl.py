@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,6 +35,7 @@ from qerl_sync.integrations.trl_seams import (
 )
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
+from qerl_sync.telemetry.files import LOG, append_line
 from qerl_sync.transports.joint import TrainerRanks
 
 __all__ = ["WeightSyncCallback", "engine_arguments", "metrics", "without_nccl"]
@@ -333,6 +335,20 @@ class WeightSyncCallback(TrainerCallback):
             self.session.version = max(self.session.version, resumed)
         self.expect_new_weights()
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        directory = self.config.record_directory
+        if directory is not None and state.is_world_process_zero:
+            # The syncs have files of their own.
+            kept = {k: v for k, v in (logs or {}).items() if not k.startswith("sync/")}
+            append_line(Path(directory) / LOG, {"step": state.global_step, **kept})
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -352,6 +368,9 @@ def metrics(report: SyncReport) -> dict[str, float]:
         "sync/peak_pinned_bytes_predicted": float(report.peak_pinned_bytes_predicted),
         "sync/open_layers": float(report.max_open_layers_measured),
         "sync/version": float(report.version),
+        "sync/prediction_exact": float(report.prediction_exact),
+        "sync/workers": float(len(report.workers)),
+        "sync/lost_workers": float(len(report.lost)),
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from qerl_sync.plan.record import (
     shared_storages,
     write_record,
 )
+from qerl_sync.telemetry.files import LOG, SYNCS, TRACES, keep_lines, line_files, read_lines
 
 if TYPE_CHECKING:
     from qerl_sync.config import SyncConfig, TrainConfig
@@ -49,7 +49,12 @@ class RunDirectory:
 
     @property
     def syncs(self) -> Path:
-        return self.root / "syncs.jsonl"
+        return self.root / SYNCS
+
+    @property
+    def log(self) -> Path:
+        """Return the file with the scalars that the trainer logs."""
+        return self.root / LOG
 
     @property
     def plans(self) -> Path:
@@ -139,14 +144,11 @@ class RunDirectory:
 
     def _written(self) -> list[Path]:
         """Return the files and directories that a run has left here."""
-        fixed = [self.config, self.model, self.trained, self.syncs, self.plans, self.summary]
-        others = [self.engine_log, self.reward_plot, self.buffers_plot]
+        fixed = [self.config, self.model, self.trained, self.plans, self.summary]
+        others = [self.engine_log, self.reward_plot, self.buffers_plot, self.root / TRACES]
         found = [path for path in [*fixed, *others] if path.exists()]
-        return [*found, *self.root.glob("checkpoint-*")]
-
-    def append_sync(self, report: dict[str, Any]) -> None:
-        with self.syncs.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(report) + "\n")
+        numbered = [*self.root.glob("checkpoint-*"), *self.root.glob("trace-*.json")]
+        return [*found, *line_files(self.root), *numbered]
 
     def record_plan(self, session: SyncSession, sync: SyncConfig) -> None:
         """Write the plan of the last sync and its measured trace, once for each distinct plan.
@@ -159,16 +161,13 @@ class RunDirectory:
         write_record(self.root, record)
 
     def read_syncs(self) -> list[dict[str, Any]]:
-        """Return the reports so far. Skip a last line that was cut off when the run died."""
-        if not self.syncs.exists():
-            return []
-        lines = self.syncs.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        """Return the reports so far."""
+        return read_lines(self.syncs)
 
     def keep_syncs_before(self, step: int) -> None:
-        """Drop the reports of steps that a resumed run repeats, as TRL drops their logs."""
-        kept = [report for report in self.read_syncs() if report["step"] < step]
-        self.syncs.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+        """Drop the reports and logs of steps that a resumed run repeats, as TRL drops its own."""
+        keep_lines(self.syncs, lambda report: report["step"] < step)
+        keep_lines(self.log, lambda entry: entry["step"] <= step)
 
 
 def step_of(checkpoint: Path) -> int:

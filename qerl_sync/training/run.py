@@ -195,7 +195,6 @@ def _build(
     from qerl_sync.training.callbacks import quieten
 
     def record(report: SyncReport) -> None:
-        directory.append_sync(report.to_json())
         assert callback.session is not None
         if report.unsent_tensors:  # `qerl-sync plan --compare` plans the whole model
             return
@@ -242,15 +241,17 @@ def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> Weig
     from qerl_sync.integrations.trl import WeightSyncCallback
 
     mode = config.rollout.mode
+    recorded = config.sync.record_directory or config.output_dir
+    sync = config.sync.model_copy(update={"record_directory": recorded})
     # A server has been given its engine's arguments when it was started.
     engine = None if mode == "server" else engine_options(config)
     if mode != "ray":
         apart = mode == "subprocess"
-        return WeightSyncCallback(config.sync, engine=engine, in_own_process=apart, recorder=record)
+        return WeightSyncCallback(sync, engine=engine, in_own_process=apart, recorder=record)
     from qerl_sync.integrations.ray.trl import PoolSyncCallback
 
     return PoolSyncCallback(
-        config.sync,
+        sync,
         workers=config.rollout.workers,
         max_staleness=config.rollout.max_staleness,
         engine=engine,

@@ -15,6 +15,7 @@ from qerl_sync.options import SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.stopwatch import Span, Stopwatch, slowest
 from qerl_sync.verify.probe_prompt import largest_gap
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class WorkerReport:
         peak_extra_bytes_predicted: the same from the plan, before the first byte.
         peak_staged_bytes: the most that it staged in host memory at once (policy `spill`).
         kept_bytes: memory in which it kept the old weights (`on_failure: rollback`).
+        spans: what it did when, by its host's clock; see `wire.messages.Report`.
     """
 
     worker: str
@@ -46,6 +48,7 @@ class WorkerReport:
     peak_extra_bytes_predicted: int | None = None
     peak_staged_bytes: int = 0
     kept_bytes: int = 0
+    spans: Sequence[Span] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Without the traces, which are as long as the model has tensors."""
@@ -60,6 +63,10 @@ class WorkerReport:
             "peak_extra_bytes_predicted": self.peak_extra_bytes_predicted,
             "peak_staged_bytes": self.peak_staged_bytes,
             "kept_bytes": self.kept_bytes,
+            "slowest_layers": {
+                span.detail: span.seconds
+                for span in slowest(span for span in self.spans if span.name == "process")
+            },
         }
 
 
@@ -141,12 +148,26 @@ class Transport(ABC):
         chunk_bytes: upper bound of a chunk where the user has set none; None: one chunk.
         busy_cores: CPUs of this machine that its workers are bound to, and load with.
         source_device: where the source's tensors lie; None: not known. The session sets it.
+        watch: where the transport records what it does when. The session sets it for each sync.
+        leads: of several trainer ranks, this one reports for all of them.
     """
 
     by_reference = False
     chunk_bytes: int | None = 64 << 20
     busy_cores: Collection[int] = ()
     source_device: torch.device | None = None
+    watch = Stopwatch()
+    leads = True
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        """The weight version of each worker or engine that is known; does not block."""
+        return {}
+
+    @property
+    def num_poisoned(self) -> int:
+        """How many workers are known to refuse to generate until a sync succeeds."""
+        return 0
 
     @property
     def connected(self) -> bool:

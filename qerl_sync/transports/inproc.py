@@ -61,6 +61,14 @@ class InProcessTransport(Transport):
         """Return False if another session has synced this model since."""
         return self._committed in (None, self._receiver.version)
 
+    @property
+    def versions(self) -> dict[str, int]:
+        return {"worker 0": self._receiver.version}
+
+    @property
+    def num_poisoned(self) -> int:
+        return int(self._receiver.poisoned is not None)
+
     def require_adapter(self, adapter: Adapter) -> None:
         self._receiver.require_adapter(adapter)
 
@@ -116,6 +124,7 @@ class InProcessTransport(Transport):
             seconds={"verify": self._receiver.verify_seconds},
             peak_staged_bytes=self._receiver.peak_staged_bytes,
             kept_bytes=self._receiver.kept_bytes,
+            spans=self._receiver.processed_layers,
         )
         return SyncResult(
             workers=[report],

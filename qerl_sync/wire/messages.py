@@ -40,9 +40,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from qerl_sync import errors
 from qerl_sync.errors import AgreementError, SyncError, TransportError
 from qerl_sync.options import FiniteCheck, OnFailure, Verify
+from qerl_sync.stopwatch import Span
 
 # Raised with every change of what is said here.
-PROTOCOL = 8
+PROTOCOL = 9
 
 
 class _Message(BaseModel):
@@ -205,7 +206,8 @@ class SyncRequest(_Message):
     finite_check: FiniteCheck
     base: int | None = None
     is_base: bool = False
-    """See `SyncOptions`, five of whose fields these are."""
+    record_spans: bool = False
+    """See `SyncOptions`, six of whose fields these are."""
     segments: list[Segment]
     slots: list[int]
     """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what
@@ -252,6 +254,9 @@ class Report(_Message):
     peak_extra_bytes_predicted: int
     peak_staged_bytes: int = 0
     kept_bytes: int = 0
+    spans: list[Span] = []
+    """What the worker did when, by its host's clock: all of it where that was asked for, else the
+    processing of the layers that took longest."""
 
 
 class Commit(_Message):

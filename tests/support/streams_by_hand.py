@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 
 import torch
 
@@ -44,6 +46,11 @@ class HandMadeTransport(Transport):
 
     by_reference = True
     chunk_bytes = None
+    versions_now: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        return self.versions_now
 
     def __init__(self) -> None:
         self.received: list[str] = []
@@ -51,6 +58,7 @@ class HandMadeTransport(Transport):
         self.started = self.aborted = self.miscount = False
         self.holding = False
         self.fail_at: int | None = None
+        self.delay_seconds = 0.0
         self.refuse: Exception | None = None
 
     def layer_map(self, metas, *, allow_incomplete=()):
@@ -78,6 +86,7 @@ class HandMadeTransport(Transport):
         self._map, self._ledger, self._loaded = layer_map, BufferLedger(), dict.fromkeys("ab", 0)
 
     def send(self, chunk, tensors):
+        time.sleep(self.delay_seconds)
         for i, (name, tensor) in enumerate(tensors):
             if i == self.fail_at:
                 raise ConnectionError("peer gone")

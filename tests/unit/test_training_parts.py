@@ -25,6 +25,7 @@ from qerl_sync.errors import ConfigError, FileError
 from qerl_sync.report.plots import moving_mean, plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize
 from qerl_sync.report.tables import summary_table, trials_table
+from qerl_sync.telemetry.files import append_line
 from qerl_sync.training.data import addition_rows, load_data
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display
@@ -263,7 +264,7 @@ def directory(tmp_path):
 
 def test_an_earlier_run_is_moved_and_nothing_else(directory):
     checkpoint(directory, 5)
-    directory.append_sync({"step": 0})
+    append_line(directory.syncs, {"step": 0})
     (directory.root / "notes.txt").write_text("mine")
     moved = directory.start(run_config(seed=1))
     assert moved == directory.root / "earlier-1"
@@ -289,7 +290,7 @@ def test_resuming_takes_the_last_whole_checkpoint_and_drops_what_is_done_again(d
         checkpoint(directory, step)
     (directory.root / "checkpoint-12").mkdir()  # died while writing it
     for step in range(12):
-        directory.append_sync({"step": step})
+        append_line(directory.syncs, {"step": step})
     with directory.syncs.open("a") as lines:
         lines.write('{"step": 1')
     assert directory.resume(run_config(trainer={"max_steps": 20})).name == "checkpoint-10"
@@ -297,7 +298,7 @@ def test_resuming_takes_the_last_whole_checkpoint_and_drops_what_is_done_again(d
 
 
 def test_resuming_before_the_first_checkpoint_is_refused(directory):
-    directory.append_sync({"step": 0})
+    append_line(directory.syncs, {"step": 0})
     with raises(FileError, path=str(directory.root)):
         directory.resume(run_config())
     assert directory.read_syncs() == [{"step": 0}]

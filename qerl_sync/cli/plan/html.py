@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
-from typing import Any
 
 from qerl_sync.cli.plan.scenarios import SPILL, Scenario
 from qerl_sync.cli.plan.series import (
     POLICY_WORDS,
-    Bucket,
-    buckets,
     by_order,
     cause_words,
     device_peak,
@@ -24,13 +19,21 @@ from qerl_sync.cli.plan.series import (
 from qerl_sync.meta import format_bytes
 from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.simulator import open_at_each
-from qerl_sync.report.plots import unit_of
+from qerl_sync.report.page import (
+    HEADROOM,
+    PageData,
+    Stream,
+    buckets,
+    code,
+    fill,
+    key,
+    plot,
+    render,
+)
 
-TEMPLATE = "page.html"
+TEMPLATE = "body.html"
 BUCKETS = 480
 LARGEST_AT_PEAK, LARGEST_AT_POINTER = 6, 4
-SIDE = 1000  # of the square in which streams are drawn, before it is stretched to its place
-HEADROOM = 1.06
 FIRST = ' class="first"'
 EXPLANATION = (
     "vLLM keeps every tensor that it is given until the module that owns it, its parent layer, is "
@@ -58,12 +61,10 @@ def render_page(
         facts: (name, value, further words) about the model. The budget follows them.
     """
     orders = by_order(scenarios)
-    drawn = {order: [buckets(s, BUCKETS) for s in group] for order, group in orders.items()}
     packed, staged = shows_receiving(scenarios), shows_staged(scenarios)
     columns = ["Receiving"] * packed + ["Staged"] * staged
     keys = [
-        f'<span style="--color:var(--{policy})"><span class="swatch"></span>'
-        f"{POLICY_WORDS[policy]}</span>"
+        key(policy, POLICY_WORDS[policy])
         for policy in dict.fromkeys(scenario.policy for scenario in scenarios)
     ]
     if any(s.peak_pinned_bytes > s.peak_buffered_bytes for s in scenarios):
@@ -73,42 +74,50 @@ def render_page(
         facts = [*facts, ("Budget", budget, "")]
         keys.append(f'<span><span class="dash budget"></span>budget {budget}</span>')
     one_top = HEADROOM * max(device_peak(*scenarios), budget_bytes or 0, 1)
+    data = PageData()
+    figures = []
+    for order, group in orders.items():
+        streams = [_stream(scenario) for scenario in group]
+        data.add(streams, len(group[0].metas))
+        figures.append(_figure(order, group, streams, one_top, budget_bytes))
     parts = {
-        "title": escape(title),
-        "subtitle": escape(subtitle),
-        "footer": escape(footer),
         "explanation": escape(EXPLANATION + RECEIVING * packed + STAGED * staged),
-        "facts": "".join(
-            f'<div class="card"><dt>{escape(name)}</dt><dd>{escape(value)}'
-            f"{f'<small>{escape(words)}</small>' if words else ''}</dd></div>"
-            for name, value, words in facts
-        ),
         "more_heads": "".join(f'<th class="number">{column}</th>' for column in columns),
         "hatched": " Hatched: staged in host memory." * staged,
         "rows": _rows(scenarios, orders, budget_bytes),
         "causes": "".join(
             f"<p><strong>{escape(cause_words(cause)).capitalize()}:</strong> "
             f"{escape(cause.value)}. <strong>Cure:</strong> "
-            f"{_code(escape(cause.cure))}.</p>"
+            f"{code(escape(cause.cure))}.</p>"
             for cause in Cause
             if any(cause in scenario.causes for scenario in scenarios)
         ),
         "keys": "".join(keys),
-        "figures": "".join(
-            _figure(order, group, drawn[order], one_top, budget_bytes)
-            for order, group in orders.items()
-        ),
-        # "</" would end the script element in the middle of a name.
-        "data": json.dumps(_data(orders, drawn), separators=(",", ":"), ensure_ascii=False).replace(
-            "</", "<\\/"
-        ),
+        "figures": "".join(figures),
     }
-    page = files("qerl_sync.cli.plan").joinpath(TEMPLATE).read_text(encoding="utf-8")
-    return re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], page)
+    template = files("qerl_sync.cli.plan").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    return render(
+        title=title,
+        head=f"{title}: what its weight sync would hold",
+        subtitle=subtitle,
+        facts=facts,
+        body=fill(template, parts),
+        data=data,
+        footer=footer,
+    )
 
 
-def _code(text: str) -> str:
-    return re.sub("`(.+?)`", r"<code>\1</code>", text)
+def _stream(scenario: Scenario) -> Stream:
+    parts = buckets(scenario.trace, BUCKETS)
+    moments = list(open_at_each(scenario.spans, (part.at for part in parts)))
+    return Stream(
+        color=scenario.policy,
+        words=POLICY_WORDS[scenario.policy],
+        parts=parts,
+        names=[scenario.trace.steps[part.at].name for part in parts],
+        held=[held[:LARGEST_AT_POINTER] for held in moments],
+        others=[max(len(held) - LARGEST_AT_POINTER, 0) for held in moments],
+    )
 
 
 def _rows(
@@ -161,7 +170,7 @@ def _rows(
 def _figure(
     order: str,
     group: Sequence[Scenario],
-    drawn: Sequence[Sequence[Bucket]],
+    streams: Sequence[Stream],
     one_top: float,
     budget_bytes: int | None,
 ) -> str:
@@ -170,11 +179,6 @@ def _figure(
     top = HEADROOM * max(device_peak(*group), 1)
     if budget_bytes is not None and top < budget_bytes < 1.5 * top:
         top = HEADROOM * budget_bytes
-    paths = "".join(
-        _paths(scenario.policy, parts, top) for scenario, parts in zip(group, drawn, strict=True)
-    )
-    if budget_bytes is not None:
-        paths += f'<path class="budget" d="M0 {_y(budget_bytes, top)}H{SIDE}"/>'
     described = "; ".join(
         f"{POLICY_WORDS[s.policy]}: at most {format_bytes(s.peak_buffered_bytes)} buffered, "
         f"{format_bytes(s.peak_pinned_bytes)} pinned, {s.max_open_layers} open{staged_words(s)}"
@@ -196,91 +200,17 @@ def _figure(
         more = f"<span>and {len(rest):,} more</span>"
         largest.append((more, format_bytes(sum(held for _, held in rest))))
     items = "".join(f"<li>{name}<span>{size}</span></li>" for name, size in largest)
+    drawn = plot(
+        streams,
+        label=f"{order}. {described}",
+        num_tensors=len(worst.metas),
+        top=top,
+        one_top=one_top,
+        budget_bytes=budget_bytes,
+    )
     return (
         f'<figure class="card"><header><h3>{escape(order)}</h3><span>at most '
         f"{format_bytes(peak.buffered_bytes)} buffered, {share:.0f}% of the model</span></header>"
-        f'<div class="plot" tabindex="0" role="group" '
-        f'aria-label="{escape(f"{order}. {described}")}">'
-        f'<div class="axis own" aria-hidden="true">{_ticks(top)}</div>'
-        f'<div class="axis one" aria-hidden="true">{_ticks(one_top)}</div>'
-        f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">'
-        f'<g class="stream" style="--one:{top / one_top:.6g}">{paths}</g></svg>'
-        f'<div class="hair"></div><div class="ends" aria-hidden="true"><span>tensor 1</span>'
-        f"<span>{len(worst.metas):,}</span></div>"
-        f'</div><ul class="largest">{items}</ul></figure>'
+        f"{drawn}"
+        f'<ul class="largest">{items}</ul></figure>'
     )
-
-
-def _paths(policy: str, parts: Sequence[Bucket], top: float) -> str:
-    """Return the SVG paths of one stream: the area, the band from lowest to highest, outlines."""
-
-    def outline(heights: Sequence[int], *, backwards: bool = False) -> str:
-        """Return steps "V y H x", from left to right or back. Equal heights are one step."""
-        count, steps = len(heights), []
-        for i, height in enumerate(heights):
-            if i + 1 == count or heights[i + 1] != height:
-                x = SIDE * (count - i - 1 if backwards else i + 1) / count
-                steps.append(f"V{_y(height, top)}H{x:.5g}")
-        return "".join(steps)
-
-    high = outline([part.high_bytes for part in parts])
-    low = outline([part.low_bytes for part in reversed(parts)], backwards=True)
-    pins = ""
-    if any(part.pinned_bytes > part.high_bytes for part in parts):
-        pinned = outline([part.pinned_bytes for part in parts])
-        pins = f'<path class="pins" d="M0 {pinned[1:]}"/>'
-    return (
-        f'<g style="--color:var(--{policy})"><path class="area" d="M0 {SIDE}{high}V{SIDE}Z"/>'
-        f'<path class="band" d="M0 {high[1:]}{low}Z"/><path d="M0 {high[1:]}"/>{pins}</g>'
-    )
-
-
-def _y(nbytes: float, top: float) -> str:
-    return f"{SIDE * (1 - nbytes / top):.5g}"
-
-
-def _ticks(top: float) -> str:
-    """Return labels at round numbers, at most five."""
-    scale, unit = unit_of(int(top))
-    largest = top / scale
-    steps = (s * 10.0**p for p in range(-2, 6) for s in (1, 2, 5))
-    step = next(step for step in steps if largest / step <= 5)
-    return "".join(
-        f'<span style="bottom:{100 * n * step / largest:.2f}%">{n * step:g} {unit}</span>'
-        for n in range(int(largest / step) + 1)
-    )
-
-
-def _data(
-    orders: Mapping[str, Sequence[Scenario]], drawn: Mapping[str, Sequence[Sequence[Bucket]]]
-) -> dict[str, Any]:
-    """Return what the pointer shows: for each bucket its extremes, and the largest layers at its
-    highest point. Layers go by number: a name may occur in thousands of buckets."""
-    numbers: dict[str, int] = {}
-    found = []
-    for order, group in orders.items():
-        streams = []
-        for scenario, parts in zip(group, drawn[order], strict=True):
-            moments = list(open_at_each(scenario.spans, (part.at for part in parts)))
-            streams.append(
-                {
-                    "policy": scenario.policy,
-                    "words": POLICY_WORDS[scenario.policy],
-                    "high": [part.high_bytes for part in parts],
-                    "pinned": [part.pinned_bytes for part in parts],
-                    "open": [part.open_layers for part in parts],
-                    "names": [scenario.trace.steps[part.at].name for part in parts],
-                    "largest": [
-                        [
-                            value
-                            for layer, size in held[:LARGEST_AT_POINTER]
-                            for value in (numbers.setdefault(layer, len(numbers)), size)
-                        ]
-                        for held in moments
-                    ],
-                    "others": [max(len(held) - LARGEST_AT_POINTER, 0) for held in moments],
-                }
-            )
-        tensors = len(group[0].metas)
-        found.append({"tensors": tensors, "buckets": len(drawn[order][0]), "streams": streams})
-    return {"layers": list(numbers), "orders": found}

@@ -11,13 +11,13 @@ from typing import Any
 from qerl_sync.cli.plan.scenarios import Scenario
 from qerl_sync.cli.plan.series import (
     POLICY_WORDS,
-    buckets,
     by_order,
     device_peak,
     shorten,
     staged_words,
 )
 from qerl_sync.meta import format_bytes
+from qerl_sync.report.page import buckets
 from qerl_sync.report.plots import GREY, INK, STYLE, matplotlib_or_refusal, unit_of
 
 MUTED, RED = "#66717e", "#b4232f"
@@ -139,7 +139,7 @@ def _draw_order(axes: Any, order: str, group: Sequence[Scenario], budget_bytes: 
     top = device_peak(*group)
     scale, unit = unit_of(top)
     for scenario in group:
-        parts, color = buckets(scenario, BUCKETS), COLORS[scenario.policy]
+        parts, color = buckets(scenario.trace, BUCKETS), COLORS[scenario.policy]
         at = [part.first + 1 for part in parts] + [parts[-1].last + 1]
         low, high, pinned = (
             [getattr(part, field) / scale for part in [*parts, parts[-1]]]

@@ -1,10 +1,9 @@
-"""Shared by table, picture and page: streams cut into buckets, and their words."""
+"""Shared by table, picture and page: what streams are called."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from qerl_sync.cli.plan.scenarios import SPILL, Scenario
 from qerl_sync.meta import format_bytes
@@ -17,50 +16,6 @@ POLICY_WORDS = {
     "within_budget": "within the budget",
     "spill": "spilled",
 }
-
-
-class Bucket(NamedTuple):
-    """Consecutive tensors, with the extremes that were reached among them.
-
-    Attributes:
-        first, last: indices of its tensors, both included.
-        at: the first of them with the most buffered bytes.
-        low_bytes, high_bytes: the least and the most buffered bytes.
-        pinned_bytes: the most pinned bytes.
-        open_layers: the most open layers.
-    """
-
-    first: int
-    last: int
-    at: int
-    low_bytes: int
-    high_bytes: int
-    pinned_bytes: int
-    open_layers: int
-
-
-def buckets(scenario: Scenario, count: int) -> list[Bucket]:
-    """Cut the stream into at most `count` buckets of nearly equal length."""
-    steps = scenario.trace.steps
-    count = min(count, len(steps))
-    result = []
-    for number in range(count):
-        first, end = number * len(steps) // count, (number + 1) * len(steps) // count
-        part = steps[first:end]
-        heights = [step.buffered_bytes for step in part]
-        high = max(heights)
-        result.append(
-            Bucket(
-                first=first,
-                last=end - 1,
-                at=first + heights.index(high),
-                low_bytes=min(heights),
-                high_bytes=high,
-                pinned_bytes=max(step.pinned_bytes for step in part),
-                open_layers=max(step.open_layers for step in part),
-            )
-        )
-    return result
 
 
 def by_order(scenarios: Sequence[Scenario]) -> dict[str, list[Scenario]]:

@@ -13,7 +13,6 @@ from qerl_sync.cli.plan.run import Outcome
 from qerl_sync.cli.plan.scenarios import SPILL, Scenario
 from qerl_sync.cli.plan.series import (
     POLICY_WORDS,
-    buckets,
     by_order,
     cause_words,
     shorten,
@@ -22,6 +21,7 @@ from qerl_sync.cli.plan.series import (
 )
 from qerl_sync.meta import format_bytes
 from qerl_sync.plan.diagnosis import Cause
+from qerl_sync.report.page import buckets
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHORT_WORDS = {**POLICY_WORDS, "by_parent_layer": "by layer", "within_budget": "in budget"}
@@ -106,7 +106,7 @@ def scenario_table(scenarios: Sequence[Scenario]) -> Table:
 
 def sparkline(scenario: Scenario, top_bytes: int, width: int) -> str:
     """Draw the most buffered bytes in each stretch of the stream; a space where there are none."""
-    heights = [bucket.high_bytes for bucket in buckets(scenario, width)]
+    heights = [bucket.high_bytes for bucket in buckets(scenario.trace, width)]
     levels = [min(len(BLOCKS) * height // max(top_bytes, 1), len(BLOCKS) - 1) for height in heights]
     return "".join(BLOCKS[n] if height else " " for n, height in zip(levels, heights, strict=True))
 

@@ -135,9 +135,7 @@ class PoolSyncCallback(WeightSyncCallback):
     def _sync(self) -> None:
         assert self.llm is not None
         self._sync_some(self.llm.pool, TRIES)
-        report = self.reports[-1]
-        self._log("sync/workers", len(report.workers))
-        self._ray_metrics.record(report, self.llm.pool.versions)
+        self._ray_metrics.record(self.reports[-1], self.llm.pool.versions)
 
     def _sync_some(self, pool: WorkerPool, tries: int) -> None:
         """Sync, even if all workers are down: wait for those that Ray restarts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.stopwatch import Span
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
 from qerl_sync.transports.joint.ranks import TrainerRanks
 
@@ -43,6 +44,7 @@ class JointTransport(Transport):
         # Of one chunk only, a rank that fails would be noticed after the last gather.
         self.chunk_bytes = own.chunk_bytes or Transport.chunk_bytes
         self.busy_cores = ()
+        self.leads = ranks.rank == 0
 
     def together(self) -> AbstractContextManager[None]:
         return self._ranks.together()
@@ -53,6 +55,14 @@ class JointTransport(Transport):
     def agree_on(self, metas: Sequence[ParamMeta]) -> None:
         parts = metas_to_json(metas)
         self._ranks.require_same("the tensors to send", _digest(parts), lambda: parts)
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        return self._own.versions
+
+    @property
+    def num_poisoned(self) -> int:
+        return self._own.num_poisoned
 
     @property
     def connected(self) -> bool:
@@ -77,6 +87,7 @@ class JointTransport(Transport):
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         self._agree_on_plan(plan, options)
+        self._own.watch = self.watch
         self._own.start(plan, layer_map, options)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -245,6 +256,7 @@ def _unpacked(told: dict[str, Any]) -> SyncResult:
                 **worker,
                 "trace": Trace.from_json(worker["trace"]),
                 "predicted": Trace.from_json(worker["predicted"]),
+                "spans": [Span(*span) for span in worker["spans"]],
             }
         )
         for worker in told["workers"]

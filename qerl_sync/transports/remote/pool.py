@@ -152,6 +152,10 @@ class PoolTransport(Transport):
         """Return the weight version of each engine; 0: not known, or never synced."""
         return {name: member.version for name, member in self._members.items()}
 
+    @property
+    def num_poisoned(self) -> int:
+        return sum(member.transport.num_poisoned for member in self._members.values())
+
     def add(
         self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = lambda: True
     ) -> None:

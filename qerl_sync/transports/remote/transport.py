@@ -122,6 +122,7 @@ class RemoteTransport(Transport):
         self._address, self._port, self._bind = address, port, bind
         self._endpoints = list(endpoints)
         self._rank = rank
+        self.leads = rank == 0
         self._num_workers = num_workers
         if rank and not num_workers:
             raise ConfigError(
@@ -161,6 +162,7 @@ class RemoteTransport(Transport):
         self.slot_device: torch.device | None = None
         self._no_room: dict[str, str] = {}
         self._synced_instances: set[str] = set()  # of the last sync that was committed
+        self._num_poisoned = 0
 
     @property
     def workers(self) -> Sequence[WorkerConnection]:
@@ -202,6 +204,14 @@ class RemoteTransport(Transport):
             self.disconnect()
         self.open()  # others may have synced them since we were connected
         return max(hello.version for hello in self.hellos)
+
+    @property
+    def versions(self) -> dict[str, int]:
+        return {worker.peer: worker.hello.version for worker in self._workers}
+
+    @property
+    def num_poisoned(self) -> int:
+        return self._num_poisoned
 
     def holds(self, version: int) -> bool:
         return bool(self._workers) and all(
@@ -287,6 +297,7 @@ class RemoteTransport(Transport):
                     finite_check=options.finite_check,
                     base=options.base,
                     is_base=options.is_base,
+                    record_spans=options.record_spans,
                     segments=self._announced.get(worker.kind, []),
                     slots=slots,
                 )
@@ -311,7 +322,8 @@ class RemoteTransport(Transport):
         assert self._staging is not None
         # The slot may still be read: what is written to it before its credit would be loaded as the
         # earlier chunk.
-        awaited = self.await_room(index)
+        with self.watch.span("await slot", f"chunk {index}"):
+            awaited = self.await_room(index)
         # Also without tensors of its own: the source's stream may be a part of collectives.
         staged = self._staging.stage(index, metas, tensors, awaited=awaited)
         if metas:
@@ -385,7 +397,7 @@ class RemoteTransport(Transport):
         # If caches cannot be emptied, this raises with `_committing` set, and the engine stays
         # paused: it would compute with keys and values of the old weights.
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
-        self._committing = False
+        self._committing, self._num_poisoned = False, 0
         return SyncResult(
             workers=[
                 self._report(worker, reported)
@@ -408,6 +420,7 @@ class RemoteTransport(Transport):
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
         unharmed = unharmed and not committing
+        self._num_poisoned = 0 if unharmed else len(self._workers) or self._num_poisoned
         if unharmed:
             self._control.go_on(reason)
         elif in_session or committing or self._control.paused:
@@ -444,6 +457,7 @@ class RemoteTransport(Transport):
             if self._control.in_session:
                 self._control.end_failed_session(self._workers)
             self._control.leave_paused(reason)
+            self._num_poisoned = len(self._workers)
             self.disconnect()
 
     def close(self) -> None:
@@ -649,4 +663,5 @@ class RemoteTransport(Transport):
             peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,
             peak_staged_bytes=reported.peak_staged_bytes,
             kept_bytes=reported.kept_bytes,
+            spans=reported.spans,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from typing import Any
@@ -13,6 +14,7 @@ from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.stopwatch import Span
 from qerl_sync.verify.alias_guard import AliasGuard
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
@@ -32,6 +34,7 @@ class SyncMonitor:
     Attributes:
         before_processing, after_processing: called with each layer before vLLM processes it, and
             afterwards.
+        processed_layers: when vLLM processed which layer. On a GPU, the time it took to launch.
     """
 
     def __init__(
@@ -56,6 +59,8 @@ class SyncMonitor:
         self._received: Counter[str] = Counter()
         self._closings: Counter[str] = Counter()
         self._name = ""
+        self.processed_layers: list[Span] = []
+        self._processing_since = 0.0
 
     def begin(self, name: str) -> None:
         """The next tensor that vLLM gets is `name`."""
@@ -83,9 +88,12 @@ class SyncMonitor:
         self._lent.release(self._paths[id(layer)])
         self.before_processing(layer)
         refresh.before_processing(layer)
+        self._processing_since = time.time()
 
     def processed(self, layer: torch.nn.Module) -> None:
         path = self._paths[id(layer)]
+        since = self._processing_since
+        self.processed_layers.append(Span("process", path, since, time.time() - since))
         self._closings[path] += 1
         self._ledger.release(path)
         self.after_processing(layer)

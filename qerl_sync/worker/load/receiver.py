@@ -28,6 +28,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.part import filled_layers
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.stopwatch import Span
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
@@ -93,6 +94,7 @@ class Receiver:
         kept_bytes: of the last sync, what the old weights took in memory (`on_failure: rollback`).
         verify_seconds: of the last sync, what checksums took (`sync.verify`).
         peak_staged_bytes: of the last sync, the most that waited in host memory (policy `spill`).
+        processed_layers: of the last sync, when vLLM processed which parent layer.
     """
 
     def __init__(self, parts: compat.EngineParts) -> None:
@@ -116,6 +118,7 @@ class Receiver:
         self._check: KernelCheck | None = None
         self._held: Held | None = None
         self._kernels: dict[str, int] | None = None
+        self.processed_layers: list[Span] = []
         self._adapter: AdapterLoad | None = None
         self._able: Adapter | None = None
         self._loads_base = True
@@ -209,6 +212,7 @@ class Receiver:
         self._check = self._kernel_check(layer_map) if check else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
         self._monitor = SyncMonitor(self.model, layer_map, filled, borrowed=borrowed)
+        self.processed_layers = self._monitor.processed_layers
         self.working_bytes, self.finishing_bytes = {}, 0
         if not self._loads_base:
             return

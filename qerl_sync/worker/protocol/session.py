@@ -34,7 +34,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.stopwatch import Stopwatch
+from qerl_sync.stopwatch import Span, Stopwatch, slowest
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
@@ -72,6 +72,9 @@ class Loader(Protocol):
 
     @property
     def poisoned(self) -> str | None: ...
+
+    @property
+    def processed_layers(self) -> Sequence[Span]: ...
 
     def layer_map(
         self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
@@ -270,7 +273,7 @@ class WorkerSession:
         plan, layer_map = self._agree(requests)
         parts = self._prepare(plan, requests)
         options = _options_of(requests)
-        clock = Stopwatch(PHASES)
+        clock = Stopwatch(PHASES, record=options.record_spans)
         self._wire_clock = Stopwatch(PHASES)
         self._memory.start()
         self._loader.start(plan, layer_map, options, borrowed=True)
@@ -306,6 +309,14 @@ class WorkerSession:
                 peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
                 peak_staged_bytes=self._loader.peak_staged_bytes,
                 kept_bytes=self._loader.kept_bytes,
+                spans=[
+                    *clock.spans,
+                    *(
+                        self._loader.processed_layers
+                        if options.record_spans
+                        else slowest(self._loader.processed_layers)
+                    ),
+                ],
                 peak_extra_bytes_predicted=self._loader.kept_bytes
                 + footprint_bytes(
                     plan,
@@ -377,7 +388,7 @@ class WorkerSession:
     ) -> list[bool]:
         """Load a chunk. Return for each trainer rank whether the worker read its part in place."""
         senders = {i: part.chunks[index] for i, part in enumerate(parts) if part.chunks[index]}
-        with clock("wait"):
+        with clock("wait", f"chunk {index}"):
             arrived = {
                 i: _await(self._connections[i], Arrived, f"chunk {index} of {len(plan.chunks)}")
                 for i in senders
@@ -401,7 +412,7 @@ class WorkerSession:
         references = {name: _references(tensor) for name, tensor in found.items()}
         chunk = plan.chunks[index]
         stream = ((name, found[name]) for name in chunk.names)
-        with clock("load"):
+        with clock("load", f"chunk {index}"):
             self._loader.receive(
                 chunk, self._intact(index, stream, reported) if reported else stream
             )
@@ -481,6 +492,7 @@ def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
         finite_check=finite_check,
         base=lead.base,
         is_base=lead.is_base,
+        record_spans=lead.record_spans,
     )
 
 

@@ -1,0 +1,34 @@
+"""`qerl-sync init`."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qerl_sync.cli.errors import errors_as_text
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("train.yaml"),
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Write a commented YAML file to start from. It runs as it is, on a CPU, in about a minute."""
+    with errors_as_text(debug=debug):
+        from qerl_sync.config.files import file_errors_explained
+        from qerl_sync.errors import FileError
+
+        text = files("qerl_sync.cli").joinpath("starter.yaml").read_text(encoding="utf-8")
+        text = text.replace("FILE", str(path))
+        try:
+            with file_errors_explained(path), path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError as exc:
+            raise FileError(
+                f"{path} is there already, and stays as it is; give another name", path=str(path)
+            ) from exc
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"written to {path}; next: qerl-sync train {path}")

@@ -1,0 +1,63 @@
+"""`qerl-sync report` and `qerl-sync explain`: what a run has left, for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from qerl_sync.cli.errors import errors_as_text
+
+RUN = typer.Argument(
+    help="The output directory of `qerl-sync train`, or a session's sync.record_directory.",
+    show_default=False,
+)
+
+
+def report(
+    run: Annotated[Path, RUN],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write. Default: report.html in RUN."),
+    ] = None,
+    md: Annotated[
+        bool, typer.Option("--md", help="Markdown in place of HTML; report.md in RUN.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Write a run's page: rewards, syncs, what they held, what failed, what would help.
+
+    The page needs no network and no other file.
+    """
+    with errors_as_text(debug=debug):
+        from qerl_sync.config.files import file_errors_explained
+        from qerl_sync.report.recorded import RecordedRun
+        from qerl_sync.report.run_page import run_markdown, run_page
+
+        path = output or run / ("report.md" if md else "report.html")
+        with file_errors_explained(run):
+            recorded = RecordedRun.read(run)
+        page = run_markdown(recorded) if md else run_page(recorded)
+        with file_errors_explained(path):
+            path.write_text(page, encoding="utf-8")
+        Console(stderr=True).print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def explain(
+    run: Annotated[Path, RUN],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, on standard output.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Say what went wrong in a run, which cause and layers, and what to change."""
+    with errors_as_text(debug=debug):
+        from qerl_sync.config.files import file_errors_explained
+        from qerl_sync.report.findings import as_json as to_json
+        from qerl_sync.report.findings import as_text
+        from qerl_sync.report.findings import explain as findings_of
+        from qerl_sync.report.recorded import RecordedRun
+
+        with file_errors_explained(run):
+            found = findings_of(RecordedRun.read(run))
+        typer.echo(to_json(found) if as_json else as_text(found))

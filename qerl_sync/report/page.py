@@ -1,0 +1,252 @@
+"""The parts of pages that need nothing else: one HTML file, in light and dark, to point at."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
+from math import ceil
+from typing import Any, NamedTuple
+
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.report.plots import unit_of
+
+TEMPLATE = "page.html"
+SIDE = 1000  # of the square in which streams are drawn, before it is stretched to its place
+HEADROOM = 1.06
+
+
+class Bucket(NamedTuple):
+    """Consecutive tensors, with the extremes that were reached among them.
+
+    Attributes:
+        first, last: indices of its tensors, both included.
+        at: the first of them with the most buffered bytes.
+        low_bytes, high_bytes: the least and the most buffered bytes.
+        pinned_bytes: the most pinned bytes.
+        open_layers: the most open layers.
+    """
+
+    first: int
+    last: int
+    at: int
+    low_bytes: int
+    high_bytes: int
+    pinned_bytes: int
+    open_layers: int
+
+
+def buckets(trace: Trace, count: int) -> list[Bucket]:
+    """Cut the stream into at most `count` buckets of nearly equal length."""
+    steps = trace.steps
+    count = min(count, len(steps))
+    result = []
+    for number in range(count):
+        first, end = number * len(steps) // count, (number + 1) * len(steps) // count
+        part = steps[first:end]
+        heights = [step.buffered_bytes for step in part]
+        high = max(heights)
+        result.append(
+            Bucket(
+                first=first,
+                last=end - 1,
+                at=first + heights.index(high),
+                low_bytes=min(heights),
+                high_bytes=high,
+                pinned_bytes=max(step.pinned_bytes for step in part),
+                open_layers=max(step.open_layers for step in part),
+            )
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stream as it is drawn, and what the pointer shows of each bucket.
+
+    Attributes:
+        color: the name of a colour in the template.
+        words: what it is called.
+        names: of each bucket, the tensor at its highest point.
+        held: of each bucket, the largest layers there, with their bytes; empty: not known.
+        others: of each bucket, how many layers there are besides.
+    """
+
+    color: str
+    words: str
+    parts: Sequence[Bucket]
+    names: Sequence[str]
+    held: Sequence[Sequence[tuple[str, int]]] = ()
+    others: Sequence[int] = ()
+
+
+@dataclass
+class PageData:
+    """What the page's script reads: the streams of each plot, in the order of the plots."""
+
+    numbers: dict[str, int] = field(default_factory=dict)  # a name may occur in many buckets
+    plots: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, streams: Sequence[Stream], num_tensors: int) -> None:
+        """Add a plot."""
+        self.plots.append(
+            {
+                "tensors": num_tensors,
+                "buckets": len(streams[0].parts),
+                "streams": [self._stream(stream) for stream in streams],
+            }
+        )
+
+    def _stream(self, stream: Stream) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "policy": stream.color,
+            "words": stream.words,
+            "high": [part.high_bytes for part in stream.parts],
+            "pinned": [part.pinned_bytes for part in stream.parts],
+            "open": [part.open_layers for part in stream.parts],
+            "names": [self._number(name) for name in stream.names],
+        }
+        if stream.held:
+            found["largest"] = [
+                [value for layer, size in held for value in (self._number(layer), size)]
+                for held in stream.held
+            ]
+            found["others"] = list(stream.others)
+        return found
+
+    def _number(self, name: str) -> int:
+        return self.numbers.setdefault(name, len(self.numbers))
+
+
+def render(
+    *,
+    title: str,
+    head: str,
+    subtitle: str,
+    facts: Sequence[tuple[str, str, str]],
+    body: str,
+    data: PageData,
+    footer: str = "",
+) -> str:
+    """Return the page.
+
+    Args:
+        head: the name of the window.
+        facts: (name, value, further words), for the cards at the top.
+        body: HTML.
+    """
+    said = {"layers": list(data.numbers), "orders": data.plots}
+    # "</" would end the script element in the middle of a name.
+    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
+    parts = {
+        "title": escape(title),
+        "head": escape(head),
+        "subtitle": escape(subtitle),
+        "facts": "".join(
+            f'<div class="card"><dt>{escape(name)}</dt><dd>{escape(value)}'
+            f"{f'<small>{escape(words)}</small>' if words else ''}</dd></div>"
+            for name, value, words in facts
+        ),
+        "body": body,
+        "footer": escape(footer),
+        "data": text,
+    }
+    return fill(files("qerl_sync.report").joinpath(TEMPLATE).read_text(encoding="utf-8"), parts)
+
+
+def fill(template: str, parts: Mapping[str, str]) -> str:
+    """Return the template with its `{{names}}` replaced."""
+    return re.sub(r"{{(\w+)}}", lambda match: parts[match[1]], template)
+
+
+def key(color: str, words: str) -> str:
+    """Return the entry of a legend."""
+    return (
+        f'<span style="--color:var(--{color})"><span class="swatch"></span>{escape(words)}</span>'
+    )
+
+
+def plot(
+    streams: Sequence[Stream],
+    *,
+    label: str,
+    num_tensors: int,
+    top: float,
+    one_top: float,
+    budget_bytes: int | None,
+) -> str:
+    """Draw streams over each other, in a plot that the pointer and the keyboard can ask.
+
+    Args:
+        label: what it shows, for those who do not see it.
+        top, one_top: the highest value of its own scale, and of the one that all plots share.
+    """
+    paths = "".join(_paths(stream, top) for stream in streams)
+    if budget_bytes is not None:
+        paths += f'<path class="budget" d="M0 {_y(budget_bytes, top)}H{SIDE}"/>'
+    return (
+        f'<div class="plot" tabindex="0" role="group" aria-label="{escape(label)}">'
+        f'<div class="axis own" aria-hidden="true">{_byte_ticks(top)}</div>'
+        f'<div class="axis one" aria-hidden="true">{_byte_ticks(one_top)}</div>'
+        f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">'
+        f'<g class="stream" style="--one:{top / one_top:.6g}">{paths}</g></svg>'
+        f'<div class="hair"></div><div class="ends" aria-hidden="true"><span>tensor 1</span>'
+        f"<span>{num_tensors:,}</span></div></div>"
+    )
+
+
+def code(text: str) -> str:
+    return re.sub("`(.+?)`", r"<code>\1</code>", text)
+
+
+def _paths(stream: Stream, top: float) -> str:
+    """Return the SVG paths of one stream: the area, the band from lowest to highest, outlines."""
+
+    def outline(heights: Sequence[int], *, backwards: bool = False) -> str:
+        """Return steps "V y H x", from left to right or back. Equal heights are one step."""
+        count, steps = len(heights), []
+        for i, height in enumerate(heights):
+            if i + 1 == count or heights[i + 1] != height:
+                x = SIDE * (count - i - 1 if backwards else i + 1) / count
+                steps.append(f"V{_y(height, top)}H{x:.5g}")
+        return "".join(steps)
+
+    parts = stream.parts
+    high = outline([part.high_bytes for part in parts])
+    low = outline([part.low_bytes for part in reversed(parts)], backwards=True)
+    pins = ""
+    if any(part.pinned_bytes > part.high_bytes for part in parts):
+        pinned = outline([part.pinned_bytes for part in parts])
+        pins = f'<path class="pins" d="M0 {pinned[1:]}"/>'
+    return (
+        f'<g style="--color:var(--{stream.color})"><path class="area" d="M0 {SIDE}{high}V{SIDE}Z"/>'
+        f'<path class="band" d="M0 {high[1:]}{low}Z"/><path d="M0 {high[1:]}"/>{pins}</g>'
+    )
+
+
+def _y(nbytes: float, top: float) -> str:
+    return f"{SIDE * (1 - nbytes / top):.5g}"
+
+
+def ticks(top: float, *, low: float = 0.0, scale: float, unit: str) -> str:
+    """Return labels at round numbers from `low` to `top`, at most six.
+
+    Args:
+        scale, unit: in which the labels are written.
+    """
+    first, last = low / scale, top / scale
+    steps = (s * 10.0**p for p in range(-9, 12) for s in (1, 2, 5))
+    step = next(step for step in steps if (last - first) / step <= 5)
+    return "".join(
+        f'<span style="bottom:{100 * (n * step - first) / (last - first):.2f}%">'
+        f"{f'{n * step:g} {unit}'.strip()}</span>"
+        for n in range(ceil(first / step), int(last / step) + 1)
+    )
+
+
+def _byte_ticks(top: float) -> str:
+    scale, unit = unit_of(int(top))
+    return ticks(top, scale=scale, unit=unit)

@@ -1,0 +1,89 @@
+"""Read what a run has left in its directory. No torch, no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import ConfigError
+from qerl_sync.report.summary import reward_curve
+from qerl_sync.telemetry.files import FAILURES, LOG, SYNCS, TRACES, read_json, read_lines
+
+CONFIG, SUMMARY = "config.json", "summary.json"
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """A run's directory, read.
+
+    Attributes:
+        config: as it was resolved; {} for a session without `qerl-sync train`.
+        summary: {} while the run goes on, and where it did not end by itself.
+        syncs: the reports of committed syncs, the oldest first. `failures`: of those that failed.
+        records: of the syncs whose traces were kept (`telemetry.recorder`), the oldest first.
+        log: what the trainer logged.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    syncs: Sequence[Mapping[str, Any]]
+    failures: Sequence[Mapping[str, Any]]
+    records: Sequence[Mapping[str, Any]]
+    log: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def read(cls, directory: Path) -> RecordedRun:
+        """Read a directory.
+
+        Raises:
+            ConfigError: there is none, nothing was recorded in it, or a file is damaged.
+        """
+        try:
+            run = cls(
+                directory,
+                _json(directory / CONFIG),
+                _json(directory / SUMMARY),
+                read_lines(directory / SYNCS),
+                read_lines(directory / FAILURES),
+                [read_json(path) for path in sorted((directory / TRACES).glob("sync-*.json"))],
+                read_lines(directory / LOG),
+            )
+        except (ValueError, EOFError) as exc:
+            raise ConfigError(
+                f"{directory}: a file is damaged or was written by something else ({exc}); look at "
+                f"its *.json and *.jsonl files"
+            ) from exc
+        if not (run.syncs or run.failures or run.config):
+            raise ConfigError(
+                f"{directory} holds no run (no {SYNCS}, {FAILURES} or {CONFIG} in it); give the "
+                "output directory of `qerl-sync train`, or the sync.record_directory of a session"
+            )
+        return run
+
+    @property
+    def sync_options(self) -> Mapping[str, Any]:
+        """The section `sync` of the run, as far as it is known."""
+        return self.config.get("sync", {})  # type: ignore[no-any-return]
+
+    @property
+    def rewards(self) -> list[tuple[int, float]]:
+        """Return (step, mean reward) of each logged step."""
+        return reward_curve(self.log)
+
+    def trace(self, name: str) -> Trace | None:
+        """Return a trace that a record names; None if it was removed since."""
+        return _trace(self.directory / TRACES / name)
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+@cache
+def _trace(path: Path) -> Trace | None:
+    return Trace.from_json(read_json(path)) if path.exists() else None

@@ -1,0 +1,468 @@
+"""A run on one page, as HTML that needs nothing else or as Markdown, from the same tables."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+from qerl_sync import __version__
+from qerl_sync.buffers.trace import Trace
+from qerl_sync.meta import format_bytes
+from qerl_sync.report.findings import Finding, explain
+from qerl_sync.report.page import (
+    HEADROOM,
+    SIDE,
+    PageData,
+    Stream,
+    buckets,
+    code,
+    key,
+    plot,
+    render,
+    ticks,
+)
+from qerl_sync.report.plots import MOVING_MEAN_STEPS, moving_mean, unit_of
+from qerl_sync.report.recorded import RecordedRun
+
+# Of each recorded stream; of a curve, at most.
+BUCKETS, POINTS = 240, 1000
+SHOWN_SYNCS, SHOWN_WORKERS, SHOWN_LAYERS = 20, 32, 20
+HEADINGS = {"failed": "Failed", "warning": "Warning", "advice": "Advice"}
+
+
+class Table(NamedTuple):
+    """Rows of texts. Columns after the first `left` are numbers."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    left: int = 1
+
+
+class Curve(NamedTuple):
+    """Values over the steps or versions of a run. `faint`: drawn behind the others."""
+
+    color: str
+    words: str
+    points: Sequence[tuple[float, float]]
+    faint: bool = False
+
+
+def run_page(run: RecordedRun) -> str:
+    """Return the HTML page of a run."""
+    data = PageData()
+    body = [
+        _heading("What there is to know", ""),
+        "".join(map(_finding, explain(run)))
+        or "<p>Nothing went wrong, and nothing was unusual.</p>",
+    ]
+    if charts := _charts(run):
+        body += [_heading("Along the run", ""), f'<div class="streams">{"".join(charts)}</div>']
+    if timelines := _timelines(run, data):
+        words = (
+            "What vLLM held while one sync arrived, from the first tensor to the last. Point at "
+            "it, or focus it and use the arrow keys, to see which tensors are handed over there."
+        )
+        body += [_heading("Inside a sync", words), timelines]
+    body += [_heading(title, "") + _table(table) for title, table in _tables(run)]
+    return render(
+        title=_title(run),
+        head=f"{_title(run)}: its weight syncs",
+        subtitle=str(run.directory.absolute()),
+        facts=_facts(run),
+        body="\n".join(body),
+        data=data,
+        footer=f"Made by qerl-sync {__version__} with `qerl-sync report`.",
+    )
+
+
+def run_markdown(run: RecordedRun) -> str:
+    """Return the same as Markdown, without pictures."""
+    lines = [f"# {_title(run)}", "", f"`{run.directory.absolute()}`", ""]
+    lines += [
+        f"- {name}: **{value}**{words and f' ({words})'}" for name, value, words in _facts(run)
+    ]
+    lines += ["", "## What there is to know", ""]
+    for finding in explain(run):
+        lines += [f"### {HEADINGS[finding.kind]}: {finding.what}", ""]
+        lines += [f"- {name}: {'; '.join(text.splitlines())}" for name, text in finding.rows()]
+        lines.append("")
+    for title, table in _tables(run):
+        lines += [f"## {title}", "", table.caption, "", _markdown_row(table.heads)]
+        number = len(table.heads) - table.left
+        lines.append(_markdown_row(["---"] * table.left + ["---:"] * number))
+        lines += [*map(_markdown_row, table.rows), ""]
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def _title(run: RecordedRun) -> str:
+    model = run.config.get("model") or {}
+    path, tiny = model.get("path"), model.get("tiny") or {}
+    name = path or (f"a tiny {tiny['architecture']}" if tiny else "")
+    return f"{run.directory.absolute().name}: {name}" if name else run.directory.absolute().name
+
+
+def _facts(run: RecordedRun) -> list[tuple[str, str, str]]:
+    facts = []
+    if run.rewards:
+        rewards = [reward for _, reward in run.rewards]
+        first, last = fmean(rewards[:5]), fmean(rewards[-5:])
+        facts.append(("Reward", f"{last:.3f}", f"from {first:.3f}, means of five logged steps"))
+    facts.append(("Syncs", f"{len(run.syncs):,}", f"{len(run.failures):,} failed"))
+    if not run.syncs:
+        return facts
+    last_sync = run.syncs[-1]
+    total = [sync["seconds"]["total"] for sync in run.syncs]
+    share = run.summary.get("sync_time_share")
+    of_steps = f"{share:.1%} of the training steps" if share else ""
+    pinned = max(sync["peak_pinned_bytes_measured"] for sync in run.syncs)
+    buffered = max(sync["peak_buffered_bytes_measured"] for sync in run.syncs)
+    budget = last_sync["budget_bytes"]
+    exact = sum(sync["prediction_exact"] for sync in run.syncs)
+    gap = run.summary.get("logprob_gap_max")
+    facts += [
+        ("A sync takes", f"{median(total):.3g} s", of_steps or f"at most {max(total):.3g} s"),
+        ("Sent", format_bytes(sum(s["sent_bytes"] for s in run.syncs)), _skipped(run)),
+        ("Peak buffered", format_bytes(buffered), f"{format_bytes(pinned)} pinned"),
+        ("Budget", format_bytes(budget) if budget else "none", ""),
+        ("Predicted exactly", f"{exact:,} of {len(run.syncs):,}", "tensor by tensor"),
+        ("Policy", last_sync["policy"], f"verify: {run.sync_options.get('verify', 'not known')}"),
+        ("Transport", *_split(last_sync["transport"])),
+    ]
+    if gap is not None:
+        facts.append(("Largest logprob gap", f"{gap:.1e}", "trainer to vLLM"))
+    if versions := run.summary.get("versions"):
+        facts.append(("vLLM", versions.get("vllm", "?"), f"torch {versions.get('torch', '?')}"))
+    return facts
+
+
+def _skipped(run: RecordedRun) -> str:
+    skipped = sum(sync["unsent_bytes"] for sync in run.syncs)
+    return f"{format_bytes(skipped)} needed not be" if skipped else ""
+
+
+def _split(transport: str) -> tuple[str, str]:
+    kind, _, reason = transport.partition(": ")
+    return kind, reason
+
+
+def _tables(run: RecordedRun) -> list[tuple[str, Table]]:
+    """Return the tables that there is something for, each with its heading."""
+    if not run.syncs:
+        return []
+    return [
+        *([("Recorded syncs", _recorded(run))] if run.records else []),
+        ("Phases", _phases(run)),
+        ("Parent layers", _layers(run)),
+        ("The last syncs", _last_syncs(run)),
+    ]
+
+
+def _recorded(run: RecordedRun) -> Table:
+    rows = []
+    for record in reversed(run.records):
+        predicted, measured = (
+            _worker_trace(run, record, name) for name in ("predicted", "measured")
+        )
+        rows.append(
+            [
+                _name(record),
+                ", ".join(record["unusual"]),
+                *(format_bytes(t.peak_pinned_bytes) if t else "" for t in (predicted, measured)),
+                format_bytes(b) if (b := record.get("budget_bytes")) else "",
+                f"{record['seconds']['total']:.3f}",
+            ]
+        )
+    heads = ["Sync", "Unusual", "Pinned, predicted", "Pinned, measured", "Budget", "Seconds"]
+    return Table("The last ones, and for longer those that were unusual.", heads, rows, left=2)
+
+
+def _worker_trace(run: RecordedRun, record: Mapping[str, Any], which: str) -> Trace | None:
+    """Return the trace of the worker that held most."""
+    workers = record["workers"]
+    name = workers[0][which] if workers else record.get("planned") if which == "predicted" else None
+    return run.trace(name) if name else None
+
+
+def _phases(run: RecordedRun) -> Table:
+    """Return seconds by phase: medians over the syncs, on the trainer and on each worker."""
+    sums: dict[str, dict[str, list[float]]] = {}
+    for sync in run.syncs[-100:]:
+        sums.setdefault("trainer", {})
+        workers = {worker["worker"]: worker["seconds"] for worker in sync["workers"]}
+        for who, seconds in ({"trainer": sync["seconds"]} | workers).items():
+            for phase, value in seconds.items():
+                sums.setdefault(who, {}).setdefault(phase, []).append(value)
+    shown = dict(list(sums.items())[: SHOWN_WORKERS + 1])
+    phases = list(dict.fromkeys(phase for found in shown.values() for phase in found))
+    rows = [
+        [who, *(f"{median(found[p]):.4f}" if p in found else "" for p in phases)]
+        for who, found in shown.items()
+    ]
+    more = f" {len(sums) - len(shown):,} more workers are not shown." * (len(sums) > len(shown))
+    return Table(
+        "Seconds, medians of the last 100 syncs. load and wait overlap with the trainer's phases; "
+        f"verify is a part of the others on a worker.{more}",
+        ["Process", *phases],
+        rows,
+    )
+
+
+def _layers(run: RecordedRun) -> Table:
+    """Return the parent layers that are largest, and those that took longest to process."""
+    sizes = dict(run.records[-1].get("largest_layers", [])) if run.records else {}
+    slowest: dict[str, float] = {}
+    for sync in run.syncs[-SHOWN_SYNCS:]:
+        for worker in sync["workers"]:
+            for layer, seconds in worker.get("slowest_layers", {}).items():
+                slowest[layer] = max(slowest.get(layer, 0.0), seconds)
+    quickest_first = sorted(slowest, key=lambda layer: slowest[layer])
+    names = list(dict.fromkeys([*sizes, *reversed(quickest_first)]))[: 2 * SHOWN_LAYERS]
+    rows = [
+        [
+            name,
+            format_bytes(sizes[name]) if name in sizes else "",
+            f"{1000 * slowest[name]:.2f}" if name in slowest else "",
+        ]
+        for name in names
+    ]
+    return Table(
+        "The largest of the last recorded sync, and those that vLLM took longest to process in the "
+        "last syncs, at most and on any worker. On a GPU: to launch.",
+        ["Parent layer", "Bytes", "Milliseconds"],
+        rows,
+    )
+
+
+def _last_syncs(run: RecordedRun) -> Table:
+    rows = [
+        [
+            f"{sync['version']:,}",
+            f"{sync['step']:,}",
+            f"{sync['seconds']['total']:.3f}",
+            format_bytes(sync["sent_bytes"]),
+            format_bytes(sync["peak_pinned_bytes_measured"]),
+            f"{sync['max_open_layers_measured']:,}",
+            "exact" if sync["prediction_exact"] else "differs",
+        ]
+        for sync in reversed(run.syncs[-SHOWN_SYNCS:])
+    ]
+    heads = ["Version", "Step", "Seconds", "Sent", "Pinned", "Open layers", "Prediction"]
+    return Table(f"The last {len(rows):,} of {len(run.syncs):,}.", heads, rows, left=0)
+
+
+def _heading(title: str, words: str) -> str:
+    return f"<h2>{escape(title)}</h2>" + (f"<p>{escape(words)}</p>" if words else "")
+
+
+def _finding(finding: Finding) -> str:
+    rows = "".join(f"<dt>{name}</dt><dd>{code(escape(text))}</dd>" for name, text in finding.rows())
+    return (
+        f'<article class="card finding" style="--color:var(--{finding.kind})">'
+        f"<h3>{HEADINGS[finding.kind]}: {escape(finding.what)}</h3><dl>{rows}</dl></article>"
+    )
+
+
+def _table(table: Table) -> str:
+    kinds = [
+        ' class="wide"' if i == 0 and table.left else "" if i < table.left else ' class="number"'
+        for i in range(len(table.heads))
+    ]
+    heads = "".join(
+        f'<th scope="col"{kind.replace("wide", "")}>{escape(head)}</th>'
+        for kind, head in zip(kinds, table.heads, strict=True)
+    )
+    rows = "".join(
+        "<tr>"
+        + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
+        + "</tr>"
+        for row in table.rows
+    )
+    return (
+        '<div class="card scroll" tabindex="0"><table class="plain">'
+        f"<caption>{escape(table.caption)}</caption>"
+        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+    )
+
+
+def _charts(run: RecordedRun) -> list[str]:
+    """Draw what changes along a run."""
+    found = []
+    if len(run.rewards) > 1:
+        values = [reward for _, reward in run.rewards]
+        means = moving_mean(values, MOVING_MEAN_STEPS)
+        steps = [float(step) for step, _ in run.rewards]
+        curves = [
+            Curve("measured", "each logged step", list(zip(steps, values, strict=True)), True),
+            Curve(
+                "measured",
+                f"mean of {MOVING_MEAN_STEPS}",
+                list(zip(steps, means, strict=True)),
+            ),
+        ]
+        found.append(_chart("Reward", "step", curves))
+    syncs = run.syncs
+    if len(syncs) > 1:
+
+        def curve(color: str, words: str, values: Sequence[float]) -> Curve:
+            versions = (float(sync["version"]) for sync in syncs)
+            return Curve(color, words, list(zip(versions, values, strict=True)))
+
+        found.append(
+            _chart(
+                "Seconds of a sync",
+                "version",
+                [
+                    curve("measured", "total", [s["seconds"]["total"] for s in syncs]),
+                    curve("advice", "load", [s["seconds"]["load"] for s in syncs]),
+                    curve("predicted", "gather", [s["seconds"]["gather"] for s in syncs]),
+                ],
+            )
+        )
+        pinned = "peak_pinned_bytes_"
+        curves = [
+            curve(words, words, [s[pinned + words] for s in syncs])
+            for words in ("predicted", "measured")
+        ]
+        if all(s["budget_bytes"] for s in syncs):
+            curves.append(curve("budget", "budget", [s["budget_bytes"] for s in syncs]))
+        found.append(_chart("Peak pinned", "version", curves, in_bytes=True))
+    return found
+
+
+def _chart(title: str, axis: str, curves: Sequence[Curve], *, in_bytes: bool = False) -> str:
+    """Draw curves on one scale from 0, or from their lowest value where that is less."""
+    values = [y for curve in curves for _, y in curve.points]
+    low, high = min(0.0, *values), max(*values, 1e-9)
+    top = low + HEADROOM * (high - low)
+    left, right = curves[0].points[0][0], curves[0].points[-1][0]
+    paths = []
+    for curve in curves:
+        points = _thinned(curve.points)
+        steps = "L".join(
+            f"{SIDE * (x - left) / max(right - left, 1e-9):.4g} "
+            f"{SIDE * (top - y) / (top - low):.4g}"
+            for x, y in points
+        )
+        faint = ' class="faint"' if curve.faint else ""
+        paths.append(f'<path{faint} style="--color:var(--{curve.color})" d="M{steps}"/>')
+    scale, unit = unit_of(int(high)) if in_bytes else (1.0, "")
+
+    def words(value: float) -> str:
+        return f"{value / scale:.3g} {unit}".strip()
+
+    label = "; ".join(
+        f"{c.words}: from {words(c.points[0][1])} to {words(c.points[-1][1])}, at most "
+        f"{words(max(y for _, y in c.points))}"
+        for c in curves
+    )
+    return (
+        f'<figure class="card"><header><h3>{escape(title)}</h3><div class="keys">'
+        f"{''.join(key(c.color, c.words) for c in curves if not c.faint)}</div></header>"
+        f'<div class="plot still chart" role="img" aria-label="{escape(f"{title}. {label}")}">'
+        f'<div class="axis" aria-hidden="true">{ticks(top, low=low, scale=scale, unit=unit)}</div>'
+        f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">'
+        f'{"".join(paths)}</svg><div class="ends" aria-hidden="true"><span>{axis} {left:,.0f}'
+        f"</span><span>{right:,.0f}</span></div></div></figure>"
+    )
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return at most about `POINTS` points, with the highest of each stretch and the last one."""
+    stride = -(-len(points) // POINTS)
+    found = [
+        max(points[i : i + stride], key=lambda point: point[1])
+        for i in range(0, len(points), stride)
+    ]
+    return found if found[-1] == points[-1] else [*found, points[-1]]
+
+
+def _timelines(run: RecordedRun, data: PageData) -> str:
+    """Draw each recorded sync, those with equal traces once; empty if there is none."""
+    figures: dict[tuple[str, ...], str] = {}
+    options: dict[str, list[str]] = {"Unusual": [], "The last ones": []}
+    for record in reversed(run.records):
+        for worker in record["workers"] or [{"worker": "", "predicted": record.get("planned")}]:
+            files = (worker["predicted"], worker.get("measured"), record.get("as_given"))
+            traces = {
+                words: run.trace(name) if name else None
+                for words, name in zip(("predicted", "measured", "as given"), files, strict=True)
+            }
+            drawn = {words: trace for words, trace in traces.items() if trace and trace.steps}
+            if "predicted" not in drawn:
+                continue
+            if traces["as given"] == traces["predicted"]:
+                del drawn["as given"]
+            budget = record.get("budget_bytes")
+            identity = (*map(str, files), str(budget))
+            if identity not in figures:
+                figures[identity] = _timeline(len(figures), drawn, budget, data)
+            name = f"{_name(record)}{worker['worker'] and ', ' + worker['worker']}"
+            peaks = "; ".join(
+                f"{words}: {format_bytes(t.peak_buffered_bytes)} buffered, "
+                f"{format_bytes(t.peak_pinned_bytes)} pinned, {t.max_open_layers} open"
+                for words, t in drawn.items()
+            )
+            within = f"; budget: {format_bytes(budget)}" if budget else ""
+            unusual = record["unusual"]
+            options["Unusual" if unusual else "The last ones"].append(
+                f'<option data-shows="{list(figures).index(identity)}" '
+                f'data-words="{escape(peaks + within)}">'
+                f"{escape(name + (': ' + ', '.join(unusual) if unusual else ''))}</option>"
+            )
+    groups = "".join(
+        f'<optgroup label="{label}">{"".join(found)}</optgroup>'
+        for label, found in reversed(options.items())
+        if found
+    )
+    keys = "".join(key(color, words) for words, color in COLORS.items())
+    return (
+        figures
+        and (
+            f'<div class="bartools"><label>Sync <select id="pick">{groups}</select></label>'
+            f'<div class="keys">{keys}<span><span class="dash"></span>pinned</span></div></div>'
+            f'<p id="picked" aria-live="polite"></p>{"".join(figures.values())}'
+        )
+    ) or ""
+
+
+COLORS = {"as given": "spill", "predicted": "predicted", "measured": "measured"}
+
+
+def _timeline(
+    number: int, traces: Mapping[str, Trace], budget_bytes: int | None, data: PageData
+) -> str:
+    streams = []
+    for words, color in COLORS.items():
+        if words in traces:
+            trace = traces[words]
+            parts = buckets(trace, BUCKETS)
+            streams.append(Stream(color, words, parts, [trace.steps[p.at].name for p in parts]))
+    tensors = len(traces["predicted"].steps)
+    data.add(streams, tensors)
+    peak = max(max(t.peak_pinned_bytes, t.peak_buffered_bytes) for t in traces.values())
+    top = HEADROOM * max(peak, 1)
+    if budget_bytes is not None and top < budget_bytes < 3 * top:
+        top = HEADROOM * budget_bytes
+    drawn = plot(
+        streams,
+        label="Bytes that vLLM holds along the stream: as given, predicted, measured",
+        num_tensors=tensors,
+        top=top,
+        one_top=top,
+        budget_bytes=budget_bytes,
+    )
+    hidden = " hidden" if number else ""
+    return f'<figure class="card" data-figure="{number}"{hidden}>{drawn}</figure>'
+
+
+def _name(record: Mapping[str, Any]) -> str:
+    if "failure" in record:
+        return f"failed after version {record['version']}, step {record['step']}"
+    return f"version {record['version']}, step {record['step']}"

@@ -1,0 +1,79 @@
+"""What a session tells its observers after each push, and which observers its options ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qerl_sync.errors import ConfigError
+from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.sync_plan import SyncPlan
+from qerl_sync.stopwatch import Span
+from qerl_sync.transports.base import WorkerReport
+
+if TYPE_CHECKING:
+    from qerl_sync.config import SyncConfig
+
+
+@dataclass(frozen=True)
+class Push:
+    """One call of `SyncSession.push`.
+
+    Attributes:
+        version: that the session has committed last, also where this push failed.
+        started: in seconds since the epoch.
+        failed_in: the phase in which it failed.
+        plan: what was sent; None if it failed before anything was.
+        report: `SyncReport.to_json()`; None if the push failed.
+        error: why it failed.
+        spans: of the trainer; empty unless `sync.trace` asks for them.
+        versions: the weight version of each worker, as far as known.
+        num_poisoned: how many workers are known to refuse to generate.
+    """
+
+    step: int
+    version: int
+    started: float
+    seconds: Mapping[str, float]
+    failed_in: str
+    plan: SyncPlan | None
+    layer_map: LayerMap | None
+    source_order: str
+    report: Mapping[str, Any] | None
+    error: BaseException | None
+    workers: Sequence[WorkerReport]
+    spans: Sequence[Span]
+    versions: Mapping[str, int]
+    num_poisoned: int
+
+
+class Observer(Protocol):
+    """Takes each push of a session, in the thread that pushes."""
+
+    def __call__(self, push: Push) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def observers_of(config: SyncConfig) -> list[Observer]:
+    """Return the observers that the options ask for.
+
+    Raises:
+        ConfigError: one of them cannot be made.
+    """
+    found: list[Observer] = []
+    if config.record_directory is not None:
+        from qerl_sync.telemetry.recorder import FlightRecorder
+
+        found.append(FlightRecorder(Path(config.record_directory)))
+    elif config.trace is not None:
+        raise ConfigError(
+            f"sync.trace: {config.trace} has no place to be written to; set sync.record_directory"
+        )
+    if config.metrics_port is not None:
+        from qerl_sync.telemetry.prometheus import MetricsServer
+
+        found.append(MetricsServer(config.metrics_address, config.metrics_port))
+    return found

@@ -1,0 +1,243 @@
+"""`qerl-sync report` and `qerl-sync explain`, of runs as the flight recorder leaves them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from support.recorded_runs import record_run
+from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
+from typer.testing import CliRunner
+
+from qerl_sync import SyncConfig, SyncSession, errors
+from qerl_sync.cli.main import app
+from qerl_sync.report.findings import EXPLANATIONS, explain
+from qerl_sync.report.recorded import RecordedRun
+from qerl_sync.telemetry import files
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+OUTSIDE = r"(src|href|url)\s*[=(]|https?://|@import"
+
+
+def run(*arguments: str | Path, code: int = 0) -> str:
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def found(directory: Path) -> list[dict]:
+    return json.loads(run("explain", directory, "--json"))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """40 syncs: one was held otherwise than predicted, and two have failed."""
+    directory = tmp_path_factory.mktemp("recorded")
+    record_run(
+        directory,
+        num_syncs=40,
+        num_layers=20,
+        unusual={5},
+        failed={12, 13},
+        num_workers=2,
+        budget_bytes=1 << 20,
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page(recorded):
+    run("report", recorded)
+    return (recorded / "report.html").read_text(encoding="utf-8")
+
+
+class TestPage:
+    def test_it_needs_nothing_else(self, page):
+        assert "{{" not in page
+        assert not re.search(OUTSIDE, page)
+        assert "prefers-color-scheme: dark" in page
+
+    def test_it_shows_each_recorded_sync_and_equal_ones_once(self, page):
+        # 16 last ones, one unusual before them with a trace of its own for two workers, 2 failed.
+        assert page.count("<option ") == 16 + 2 + 2
+        figures = page.count("data-figure=")
+        assert figures == 3  # as predicted; otherwise; without a measurement
+        data = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+        assert len(data["orders"]) == figures
+        assert [s["words"] for s in data["orders"][0]["streams"]] == ["predicted", "measured"]
+        assert len(data["orders"][0]["streams"][0]["high"]) == 60
+
+    def test_it_explains_what_explain_does(self, page, recorded):
+        kinds = [finding["kind"] for finding in found(recorded)]
+        assert kinds == ["failed", "warning", "advice"]
+        assert re.findall(r'<article class="card finding" style="--color:var\(--(\w+)\)', page) == (
+            kinds
+        )
+
+    def test_markdown_has_the_same_tables(self, page, recorded, tmp_path):
+        run("report", recorded, "--md", "-o", tmp_path / "run.md")
+        text = (tmp_path / "run.md").read_text(encoding="utf-8")
+        headings = re.findall(r"<h2>(.*?)</h2>", page)
+        pictures = {"Along the run", "Inside a sync"}
+        assert re.findall(r"^## (.*)$", text, re.MULTILINE) == (
+            [heading for heading in headings if heading not in pictures]
+        )
+        assert text.count("\n|") == page.count("<tr>") + page.count("<thead>")
+
+    @needs_chromium
+    def test_a_browser_shows_it_and_the_keyboard_is_enough(self, page, tmp_path):
+        """Pick another sync, then walk along its stream by the arrow keys."""
+        keys = """<script>
+          addEventListener("error", event => document.body.dataset.failed = event.message);
+          const select = document.getElementById("pick");
+          select.selectedIndex = select.options.length - 1;
+          select.dispatchEvent(new Event("change"));
+          const shown = [...document.querySelectorAll("[data-figure]")].filter(f => !f.hidden);
+          document.body.dataset.shown = shown.length;
+          const plot = shown[0].querySelector(".plot");
+          plot.focus();
+          for (const key of ["ArrowRight", "End"])
+            plot.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+          document.body.dataset.focused = document.activeElement === plot;
+        </script></body>"""
+        dom = in_browser(page.replace("</body>", keys), tmp_path)
+        assert 'data-shown="1" data-focused="true"' in dom
+        assert "data-failed" not in dom
+        said = re.search(r'id="said"[^>]*>(.*?)</div>', dom, re.DOTALL)[1]
+        assert "Tensor 60 of 60" in said
+        assert "model.layers.19.self_attn.qkv_proj" in said
+        picked = re.search(r'id="picked"[^>]*>(.*?)</p>', dom)[1]
+        assert "budget: 1.0 MiB" in picked
+
+
+def in_browser(page: str, directory: Path) -> str:
+    path = directory / "page.html"
+    path.write_text(page, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={directory}/user"]
+    done = subprocess.run(
+        [CHROMIUM, *options, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_page_of_a_long_run_is_small(tmp_path):
+    """1,000 syncs of 60,000 tensors; as many unusual ones as are kept, each with its own trace."""
+    record_run(tmp_path, num_syncs=52, num_layers=20_000, unusual=range(36), failed={40})
+    last = files.read_lines(tmp_path / files.SYNCS)[-1]
+    for version in range(52, 1001):
+        line = {**last, "version": version}
+        with (tmp_path / files.SYNCS).open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+    start = time.process_time()
+    run("report", tmp_path)
+    assert time.process_time() - start < 60
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert len(page.encode()) < 5_000_000
+    assert page.count("data-figure=") > 31
+    assert "The last 20 of 1,000" in page
+    if CHROMIUM is not None:
+        loaded = """<script>addEventListener("load", () => setTimeout(() => {
+          const [entry] = performance.getEntriesByType("navigation");
+          document.body.dataset.milliseconds = Math.round(entry.loadEventEnd);
+        }));</script></body>"""
+        dom = in_browser(page.replace("</body>", loaded), tmp_path)
+        print("loaded in ms:", re.search(r'data-milliseconds="(\d+)"', dom)[1])
+
+
+class TestExplain:
+    def test_each_error_class_is_explained(self):
+        ours = {n for n, c in vars(errors).items() if isinstance(c, type)}
+        assert {name for name in ours if name.endswith("Error")} <= {
+            *EXPLANATIONS,
+            "TransportTimeout",
+        }
+        assert "TransportTimeout" in EXPLANATIONS
+
+    def test_a_budget_that_is_too_small(self, tmp_path):
+        """The line of YAML that is given is one with which the same sync succeeds."""
+        assert push(tmp_path, budget_bytes=20) is None
+        (failed, *_) = found(tmp_path)
+        assert failed["kind"] == "failed"
+        assert "nothing was sent" in failed["what"]
+        needed = int(re.search(r"budget_bytes: (\d+)", failed["change"])[1])
+        assert push(tmp_path, budget_bytes=needed) == 1
+        assert push(tmp_path, budget_bytes=needed - 1) is None
+
+    def test_the_order_that_would_help(self, tmp_path):
+        assert push(tmp_path, policy="warn") == 1
+        (advice,) = found(tmp_path)
+        assert advice["kind"] == "advice"
+        assert "policy: reorder" in advice["change"]
+        assert len(advice["layers"]) == 2
+        assert push(tmp_path, policy="reorder") == 1
+        assert found(tmp_path) == []
+
+    def test_room_in_shared_memory(self, recorded):
+        (failed, *_) = explain(RecordedRun.read(recorded))
+        assert failed.change.startswith("sync: {chunk_bytes: 32MiB}")  # of 64 MiB, for two slots
+        assert "2 times" in failed.when
+        assert not failed.layers
+
+    def test_a_foreign_error(self, tmp_path):
+        session = session_in(tmp_path)
+        session._transport.fail_at = 2
+        with pytest.raises(ConnectionError):
+            session.push(step=1)
+        (failed,) = found(tmp_path)
+        assert failed["what"].startswith("ConnectionError")
+        assert failed["said"] == "peer gone"
+
+
+@pytest.mark.parametrize("command", ["report", "explain"])
+class TestRefusals:
+    def test_no_run(self, command, tmp_path):
+        assert str(tmp_path) in run(command, tmp_path, code=2)
+        assert "nowhere" in run(command, tmp_path / "nowhere", code=2)
+
+    def test_a_damaged_file(self, command, tmp_path):
+        push(tmp_path)
+        (tmp_path / "syncs.jsonl").write_text('{"version": 1\n{}\n')
+        assert "damaged" in run(command, tmp_path, code=2)
+
+    def test_nothing_heavy_is_imported(self, command, recorded):
+        code = (
+            "import sys; from qerl_sync.cli.main import app;"
+            "app(sys.argv[1:], standalone_mode=False);"
+            "heavy = {'torch', 'vllm', 'transformers', 'matplotlib'} & set(sys.modules);"
+            "assert not heavy, heavy"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            [sys.executable, "-c", code, command, str(recorded)],
+            check=True,
+            env=environment,
+            timeout=60,
+            capture_output=True,
+        )
+
+
+def session_in(directory: Path, **options) -> SyncSession:
+    config = SyncConfig.of(record_directory=str(directory), **options)
+    return SyncSession(ListSource(interleave(QKV)), HandMadeTransport(), config)
+
+
+def push(directory: Path, **options) -> int | None:
+    """Return the version that was committed; None: the sync was refused."""
+    try:
+        return session_in(directory, **options).push(step=1).version
+    except errors.SyncError:
+        return None
