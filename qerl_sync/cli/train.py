@@ -13,10 +13,16 @@ from qerl_sync.cli.errors import INTERRUPTED, errors_as_text, show_warnings
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, see configs/ for examples.")],
+    config: Annotated[
+        str | None, typer.Argument(help="A YAML file, see configs/ for examples.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to it: sync.policy=reorder trainer.max_steps=20"),
+    ] = None,
+    trl_config: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file for `trl grpo --config`, in place of CONFIG."),
     ] = None,
     output_dir: Annotated[
         str | None,
@@ -35,6 +41,11 @@ def train(
     """Train a policy with TRL's GRPO and vLLM, its weights synced by plan."""
     started = time.perf_counter()
     console = Console()
+    if (config is None) == (trl_config is None) and not (config and "=" in config):
+        raise typer.BadParameter("give one file: CONFIG, or --trl-config")
+    if trl_config is not None and config is not None:
+        overrides = [config, *(overrides or [])]  # the first word is no file then
+    path = trl_config or Path(str(config))
     options = {"output_dir": output_dir, "seed": seed}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     with errors_as_text(debug=debug):
@@ -48,8 +59,10 @@ def train(
         from qerl_sync.training.display import Display
 
         display = Display(console)
-        with display.phase("reading the configuration", f"read {config}"):
-            loaded = load_config(config, [*(overrides or []), *given])
+        with display.phase("reading the configuration", f"read {path}"):
+            loaded = load_config(
+                path, [*(overrides or []), *given], trl_format=trl_config is not None
+            )
         # After that: it imports torch and TRL, for which nobody waits who has mistyped a path.
         from qerl_sync.training.run import train as run
 
