@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -38,9 +39,14 @@ def train(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """Train a policy with TRL's GRPO and vLLM, its weights synced by plan."""
+    """Train a policy with TRL's GRPO and vLLM, its weights synced by plan.
+
+    In several processes: torchrun --nproc_per_node 2 -m qerl_sync.cli train CONFIG, or accelerate
+    launch -m qerl_sync.cli train CONFIG.
+    """
     started = time.perf_counter()
-    console = Console()
+    rank = int(os.environ.get("RANK", "0"))
+    console = Console(quiet=rank > 0)
     if (config is None) == (trl_config is None) and not (config and "=" in config):
         raise typer.BadParameter("give one file: CONFIG, or --trl-config")
     if trl_config is not None and config is not None:
@@ -48,7 +54,7 @@ def train(
     path = trl_config or Path(str(config))
     options = {"output_dir": output_dir, "seed": seed}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    with errors_as_text(debug=debug):
+    with errors_as_text(debug=debug, rank=rank):
         # The order counts: vLLM reads its environment when it is first imported, by `load_config`.
         from qerl_sync.training.environment import prepare_environment
 
@@ -67,7 +73,8 @@ def train(
         from qerl_sync.training.run import train as run
 
         outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
-        console.print(summary_table(outcome.summary))
+        if outcome.summary is not None:
+            console.print(summary_table(outcome.summary))
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")
             raise typer.Exit(INTERRUPTED)
