@@ -105,7 +105,11 @@ READING: dict[str, tuple[Callable[[], PretrainedConfig], int]] = {
 REFUSED = {
     "ignored bias": _make("Qwen3Config", **_HEADS, attention_bias=True),
     "bias that is not there": _make("Qwen2MoeConfig", **_QWEN2_MOE, qkv_bias=False),
-    "lost sinks": _make("GptOssConfig", **_HEADS, num_local_experts=4, num_experts_per_tok=2),
+}
+
+# Loaders that write sinks and experts past vLLM's reload.
+PAST_RELOAD = {
+    "gpt_oss": _make("GptOssConfig", **_HEADS, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -129,7 +133,7 @@ def probed() -> dict[str, OfflineMap | str]:
             CONFIGS["moe"](),
             {**ENGINE, "tensor_parallel_size": 2, "enable_expert_parallel": True},
         ),
-        **{kind: (make(), ENGINE) for kind, make in {**FAMILIES, **REFUSED}.items()},
+        **{kind: (make(), ENGINE) for kind, make in {**FAMILIES, **REFUSED, **PAST_RELOAD}.items()},
         **{kind: (make(), ENGINE) for kind, (make, _) in READING.items()},
     }
     return observe_all(

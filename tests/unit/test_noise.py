@@ -65,7 +65,7 @@ class Norms(HandMadeTransport):
 
     kinds = ("RMSNorm", "RMSNorm")
 
-    def layer_map(self, metas, *, allow_incomplete=()):
+    def layer_map(self, metas, *, allow_incomplete=(), load="auto"):
         found = super().layer_map(metas)
         kinds = dict(zip("ab", self.kinds, strict=True))
         layers = {n: replace(layer, kind=kinds[n]) for n, layer in found.layers.items()}
