@@ -199,10 +199,11 @@ class SyncSession:
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
         self._num_pushes = 0
-        self._observers = observers_of(config) if transport.leads else []
         if source.lora is not None:
             source.metadata()
             self._agree_on_adapter()
+        # Last: what has been refused needs no port.
+        self._observers = observers_of(config) if transport.leads else []
 
     def push(self, step: int = 0) -> SyncReport:
         """Send the current weights and commit a new version.
@@ -222,7 +223,7 @@ class SyncSession:
         outcome: dict[str, Any] = {"report": None, "error": None, "workers": ()}
         try:
             report, outcome["workers"] = self._push(step, watch)
-            outcome["report"] = report.to_json()
+            outcome["report"] = report.to_json() if self._observers else None
             return report
         except BaseException as exc:
             outcome["error"] = exc
@@ -231,6 +232,7 @@ class SyncSession:
             if self._observers:
                 self._tell(
                     Push(
+                        number=self._num_pushes,
                         step=step,
                         version=self.version,
                         started=started,

@@ -195,11 +195,11 @@ def explain(run: RecordedRun) -> list[Finding]:
     if not run.summary and not failures and run.config:
         failures = [
             Finding(
-                "failed",
+                "warning",
                 "The run has no summary: it goes on, or it was ended from outside.",
                 cause="No sync failed. What ends a run elsewhere leaves nothing here.",
-                change="Look at the terminal and vllm.log; `qerl-sync train CONFIG --resume` goes "
-                "on from the last checkpoint.",
+                change="If it has ended: look at the terminal and vllm.log; `qerl-sync train CONFIG "
+                "--resume` goes on from the last checkpoint.",
             )
         ]
     return [*failures, *_warnings(run), *_advice(run)]

@@ -38,6 +38,7 @@ from qerl_sync.transports.base import WorkerReport
 RECENT, UNUSUAL = 16, 32
 # Workers of a sync of which traces are kept: the one that held most, then those that differ.
 WORKERS = 4
+REMEMBERED = 6
 SHOWN_LAYERS = 20
 # A sync is slow if it takes so many times the median of the last ones, and so much more.
 SLOW, SLOW_SECONDS, COMPARED = 3.0, 0.5, 20
@@ -69,7 +70,7 @@ class FlightRecorder:
             line |= {"failure": failure}
         self._keep(push, unusual, line)
         if push.spans:
-            path = self._directory / f"trace-{push.version}.json"
+            path = self._directory / f"trace-{push.number}.json"
             write_json(path, chrome_trace(push.spans, push.workers))
 
     def close(self) -> None:
@@ -146,6 +147,9 @@ class FlightRecorder:
             if not (self._traces / name).exists():
                 write_json(self._traces / name, content)
             self._files[trace] = name
+            # A trace takes as much memory as a plan: no more than a few are remembered.
+            while len(self._files) > REMEMBERED:
+                del self._files[next(iter(self._files))]
         return self._files[trace]
 
 
