@@ -198,8 +198,8 @@ def explain(run: RecordedRun) -> list[Finding]:
                 "warning",
                 "The run has no summary: it goes on, or it was ended from outside.",
                 cause="No sync failed. What ends a run elsewhere leaves nothing here.",
-                change="If it has ended: look at the terminal and vllm.log; `qerl-sync train CONFIG "
-                "--resume` goes on from the last checkpoint.",
+                change="If it has ended: look at the terminal and vllm.log; `qerl-sync train "
+                "CONFIG --resume` goes on from the last checkpoint.",
             )
         ]
     return [*failures, *_warnings(run), *_advice(run)]
@@ -401,7 +401,7 @@ def _advice(run: RecordedRun) -> Iterator[Finding]:
     ):
         yield Finding(
             "advice",
-            f"{format_bytes(last['sent_bytes'])} travel in {last['num_chunks']} chunks.",
+            f"{format_bytes(last['sent_bytes'])} travel in few chunks: {last['num_chunks']}.",
             cause="With so few, gathering, sending and loading hardly overlap.",
             change=f"sync: {{chunk_bytes: {_mib(last['sent_bytes'] / 16)}}}",
         )
