@@ -215,7 +215,8 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
         known = next((EXPLANATIONS[c] for c in last["classes"] if c in EXPLANATIONS), None)
         what, cause, change = known or EXPLANATIONS["Exception"]
         times = f", {len(group)} times" if len(group) > 1 else ""
-        state = [f"The workers keep version {last['version']}."]
+        kept = last["version"]
+        state = [] if kept is None else [f"The workers keep version {kept}."]
         if last["num_poisoned"]:
             number = last["num_poisoned"]
             state = [
@@ -224,11 +225,12 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
             ]
         if any(sync["time"] > last["time"] for sync in run.syncs if "time" in sync):
             state.append("A later sync has succeeded.")
+        step = "outside of a sync" if last["step"] is None else f"step {last['step']}"
         phase = f" in the phase {last['phase']}" if last["phase"] else ""
         yield Finding(
             "failed",
             f"{last['error']}: {what} {' '.join(state)}",
-            when=f"{_time(last)}, step {last['step']}{phase}{times}",
+            when=f"{_time(last)}, {step}{phase}{times}",
             cause=f"{cause} {_raised(last)}".strip(),
             layers=tuple(_layers(last, run)),
             change=_precise(last, run) or change,

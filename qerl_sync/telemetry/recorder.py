@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import SyncError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.replay import open_layers_at, replay
@@ -29,6 +32,7 @@ from qerl_sync.telemetry.files import (
     TRACES,
     append_line,
     read_json,
+    read_lines,
     write_json,
 )
 from qerl_sync.telemetry.observers import Push
@@ -155,26 +159,43 @@ class FlightRecorder:
 
 def failure_of(push: Push) -> dict[str, Any]:
     """Return what is known of a push that failed: `qerl-sync explain` reads it."""
-    error = push.error
-    assert error is not None
-    facts = {
-        k: v for k, v in vars(error).items() if isinstance(v, int | float | str | list | tuple)
-    }
+    assert push.error is not None
     return {
+        **_facts_of(push.error),
         "time": push.started,
         "step": push.step,
         "version": push.version,
-        "error": type(error).__name__,
-        "classes": [base.__name__ for base in type(error).__mro__[:-2]],
-        "message": str(error),
-        "facts": facts,
-        "cause": traceback.format_exception_only(error.__cause__)[-1].strip()
-        if error.__cause__ is not None
-        else "",
         "phase": push.failed_in,
         "sent": push.plan is not None,
         "num_poisoned": push.num_poisoned,
         "seconds": dict(push.seconds),
+    }
+
+
+@contextmanager
+def run_errors_recorded(directory: Path) -> Iterator[None]:
+    """Record an error of ours that leaves this context, unless a sync has failed with it."""
+    try:
+        yield
+    except SyncError as exc:
+        path, found = directory / FAILURES, _facts_of(exc)
+        last = read_lines(path)[-1:]
+        if not last or last[0]["message"] != found["message"]:
+            unknown = {"step": None, "version": None, "phase": "", "sent": False, "num_poisoned": 0}
+            append_line(path, {**found, **unknown, "time": time.time(), "seconds": {}})
+        raise
+
+
+def _facts_of(error: BaseException) -> dict[str, Any]:
+    facts = vars(error).items()
+    cause = error.__cause__
+    words = "" if cause is None else traceback.format_exception_only(cause)[-1].strip()
+    return {
+        "error": type(error).__name__,
+        "classes": [base.__name__ for base in type(error).__mro__[:-2]],
+        "message": str(error),
+        "facts": {k: v for k, v in facts if isinstance(v, int | float | str | list | tuple)},
+        "cause": words,
     }
 
 

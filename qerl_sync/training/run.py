@@ -18,6 +18,7 @@ from qerl_sync.config.files import file_error, file_errors_explained
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError
 from qerl_sync.report.plots import plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
+from qerl_sync.telemetry.recorder import run_errors_recorded
 from qerl_sync.training.arguments import (
     engine_options,
     grpo_arguments,
@@ -117,7 +118,8 @@ def _run(
         checkpoint = _open(directory, config, display, resume)
     path = _policy(config, parts, directory, display)
     log = directory.engine_log if config.rollout.mode == "subprocess" and not verbose else None
-    with rollout_server(config, path, directory, display) as url:
+    recorded = run_errors_recorded(directory.root)
+    with recorded, rollout_server(config, path, directory, display) as url:
         phase = display.phase("building the trainer", _built(config))
         with phase, _refusals_explained(), engine_process(log):
             trainer, callback = _build(config, parts, path, url, directory)
