@@ -285,7 +285,8 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     return (
-        '<div class="card scroll" tabindex="0"><table class="plain">'
+        f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}">'
+        '<table class="plain">'
         f"<caption>{escape(table.caption)}</caption>"
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
