@@ -216,7 +216,9 @@ def _phases(run: RecordedRun) -> Table:
 
 def _layers(run: RecordedRun) -> Table:
     """Return the parent layers that are largest, and those that took longest to process."""
-    sizes = dict(run.records[-1].get("largest_layers", [])) if run.records else {}
+    # A sync of an adapter alone has none.
+    found = (r["largest_layers"] for r in reversed(run.records) if r.get("largest_layers"))
+    sizes = dict(next(found, []))
     slowest: dict[str, float] = {}
     for sync in run.syncs[-SHOWN_SYNCS:]:
         for worker in sync["workers"]:
