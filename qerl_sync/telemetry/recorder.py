@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -60,8 +60,9 @@ class FlightRecorder:
         # By record: whether its sync was unusual, and the traces that it refers to.
         self._kept: dict[Path, tuple[bool, set[str]]] = {}
         for path in sorted(self._traces.glob("sync-*.json")):
-            record = read_json(path)
-            self._kept[path] = (bool(record["unusual"]), set(_files_of(record)))
+            with suppress(ValueError, KeyError):  # what something else has written stays there
+                record = read_json(path)
+                self._kept[path] = (bool(record["unusual"]), set(_files_of(record)))
 
     def __call__(self, push: Push) -> None:
         line: dict[str, Any] = {"time": push.started}
