@@ -226,10 +226,11 @@ class SyncSession:
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
         self._num_pushes = 0
-        self._observers = observers_of(config) if transport.leads else []
         if source.lora is not None:
             source.metadata()
             self._agree_on_adapter()
+        # Last: what has been refused needs no port.
+        self._observers = observers_of(config) if transport.leads else []
 
     def begin_run(self, num_steps: int, seed: int = 0) -> None:
         """Tell how many steps the run has and what it is seeded with, for `sync.noise`. Without
@@ -269,7 +270,7 @@ class SyncSession:
         outcome: dict[str, Any] = {"report": None, "error": None, "workers": ()}
         try:
             report, outcome["workers"] = self._push(step, watch, clean)
-            outcome["report"] = report.to_json()
+            outcome["report"] = report.to_json() if self._observers else None
             return report
         except BaseException as exc:
             outcome["error"] = exc
@@ -278,6 +279,7 @@ class SyncSession:
             if self._observers:
                 self._tell(
                     Push(
+                        number=self._num_pushes,
                         step=step,
                         version=self.version,
                         started=started,

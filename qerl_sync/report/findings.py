@@ -195,11 +195,11 @@ def explain(run: RecordedRun) -> list[Finding]:
     if not run.summary and not failures and run.config:
         failures = [
             Finding(
-                "failed",
+                "warning",
                 "The run has no summary: it goes on, or it was ended from outside.",
                 cause="No sync failed. What ends a run elsewhere leaves nothing here.",
-                change="Look at the terminal and vllm.log; `qerl-sync train CONFIG --resume` goes "
-                "on from the last checkpoint.",
+                change="If it has ended: look at the terminal and vllm.log; `qerl-sync train "
+                "CONFIG --resume` goes on from the last checkpoint.",
             )
         ]
     return [*failures, *_warnings(run), *_advice(run)]
@@ -215,7 +215,8 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
         known = next((EXPLANATIONS[c] for c in last["classes"] if c in EXPLANATIONS), None)
         what, cause, change = known or EXPLANATIONS["Exception"]
         times = f", {len(group)} times" if len(group) > 1 else ""
-        state = [f"The workers keep version {last['version']}."]
+        kept = last["version"]
+        state = [] if kept is None else [f"The workers keep version {kept}."]
         if last["num_poisoned"]:
             number = last["num_poisoned"]
             state = [
@@ -224,11 +225,12 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
             ]
         if any(sync["time"] > last["time"] for sync in run.syncs if "time" in sync):
             state.append("A later sync has succeeded.")
+        step = "outside of a sync" if last["step"] is None else f"step {last['step']}"
         phase = f" in the phase {last['phase']}" if last["phase"] else ""
         yield Finding(
             "failed",
             f"{last['error']}: {what} {' '.join(state)}",
-            when=f"{_time(last)}, step {last['step']}{phase}{times}",
+            when=f"{_time(last)}, {step}{phase}{times}",
             cause=f"{cause} {_raised(last)}".strip(),
             layers=tuple(_layers(last, run)),
             change=_precise(last, run) or change,
@@ -401,7 +403,7 @@ def _advice(run: RecordedRun) -> Iterator[Finding]:
     ):
         yield Finding(
             "advice",
-            f"{format_bytes(last['sent_bytes'])} travel in {last['num_chunks']} chunks.",
+            f"{format_bytes(last['sent_bytes'])} travel in few chunks: {last['num_chunks']}.",
             cause="With so few, gathering, sending and loading hardly overlap.",
             change=f"sync: {{chunk_bytes: {_mib(last['sent_bytes'] / 16)}}}",
         )

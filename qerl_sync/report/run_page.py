@@ -216,7 +216,9 @@ def _phases(run: RecordedRun) -> Table:
 
 def _layers(run: RecordedRun) -> Table:
     """Return the parent layers that are largest, and those that took longest to process."""
-    sizes = dict(run.records[-1].get("largest_layers", [])) if run.records else {}
+    # A sync of an adapter alone has none.
+    found = (r["largest_layers"] for r in reversed(run.records) if r.get("largest_layers"))
+    sizes = dict(next(found, []))
     slowest: dict[str, float] = {}
     for sync in run.syncs[-SHOWN_SYNCS:]:
         for worker in sync["workers"]:
@@ -285,7 +287,8 @@ def _table(table: Table) -> str:
         for row in table.rows
     )
     return (
-        '<div class="card scroll" tabindex="0"><table class="plain">'
+        f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}">'
+        '<table class="plain">'
         f"<caption>{escape(table.caption)}</caption>"
         f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
     )

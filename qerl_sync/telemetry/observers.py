@@ -22,6 +22,7 @@ class Push:
     """One call of `SyncSession.push`.
 
     Attributes:
+        number: of this push, counted from 1 in this session.
         version: that the session has committed last, also where this push failed.
         started: in seconds since the epoch.
         failed_in: the phase in which it failed.
@@ -33,6 +34,7 @@ class Push:
         num_poisoned: how many workers are known to refuse to generate.
     """
 
+    number: int
     step: int
     version: int
     started: float

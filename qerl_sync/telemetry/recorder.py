@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import SyncError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.replay import open_layers_at, replay
@@ -29,6 +32,7 @@ from qerl_sync.telemetry.files import (
     TRACES,
     append_line,
     read_json,
+    read_lines,
     write_json,
 )
 from qerl_sync.telemetry.observers import Push
@@ -38,6 +42,7 @@ from qerl_sync.transports.base import WorkerReport
 RECENT, UNUSUAL = 16, 32
 # Workers of a sync of which traces are kept: the one that held most, then those that differ.
 WORKERS = 4
+REMEMBERED = 6
 SHOWN_LAYERS = 20
 # A sync is slow if it takes so many times the median of the last ones, and so much more.
 SLOW, SLOW_SECONDS, COMPARED = 3.0, 0.5, 20
@@ -55,8 +60,9 @@ class FlightRecorder:
         # By record: whether its sync was unusual, and the traces that it refers to.
         self._kept: dict[Path, tuple[bool, set[str]]] = {}
         for path in sorted(self._traces.glob("sync-*.json")):
-            record = read_json(path)
-            self._kept[path] = (bool(record["unusual"]), set(_files_of(record)))
+            with suppress(ValueError, KeyError):  # what something else has written stays there
+                record = read_json(path)
+                self._kept[path] = (bool(record["unusual"]), set(_files_of(record)))
 
     def __call__(self, push: Push) -> None:
         line: dict[str, Any] = {"time": push.started}
@@ -69,7 +75,7 @@ class FlightRecorder:
             line |= {"failure": failure}
         self._keep(push, unusual, line)
         if push.spans:
-            path = self._directory / f"trace-{push.version}.json"
+            path = self._directory / f"trace-{push.number}.json"
             write_json(path, chrome_trace(push.spans, push.workers))
 
     def close(self) -> None:
@@ -146,31 +152,51 @@ class FlightRecorder:
             if not (self._traces / name).exists():
                 write_json(self._traces / name, content)
             self._files[trace] = name
+            # A trace takes as much memory as a plan: no more than a few are remembered.
+            while len(self._files) > REMEMBERED:
+                del self._files[next(iter(self._files))]
         return self._files[trace]
 
 
 def failure_of(push: Push) -> dict[str, Any]:
     """Return what is known of a push that failed: `qerl-sync explain` reads it."""
-    error = push.error
-    assert error is not None
-    facts = {
-        k: v for k, v in vars(error).items() if isinstance(v, int | float | str | list | tuple)
-    }
+    assert push.error is not None
     return {
+        **_facts_of(push.error),
         "time": push.started,
         "step": push.step,
         "version": push.version,
-        "error": type(error).__name__,
-        "classes": [base.__name__ for base in type(error).__mro__[:-2]],
-        "message": str(error),
-        "facts": facts,
-        "cause": traceback.format_exception_only(error.__cause__)[-1].strip()
-        if error.__cause__ is not None
-        else "",
         "phase": push.failed_in,
         "sent": push.plan is not None,
         "num_poisoned": push.num_poisoned,
         "seconds": dict(push.seconds),
+    }
+
+
+@contextmanager
+def run_errors_recorded(directory: Path) -> Iterator[None]:
+    """Record an error of ours that leaves this context, unless a sync has failed with it."""
+    try:
+        yield
+    except SyncError as exc:
+        path, found = directory / FAILURES, _facts_of(exc)
+        last = read_lines(path)[-1:]
+        if not last or last[0]["message"] != found["message"]:
+            unknown = {"step": None, "version": None, "phase": "", "sent": False, "num_poisoned": 0}
+            append_line(path, {**found, **unknown, "time": time.time(), "seconds": {}})
+        raise
+
+
+def _facts_of(error: BaseException) -> dict[str, Any]:
+    facts = vars(error).items()
+    cause = error.__cause__
+    words = "" if cause is None else traceback.format_exception_only(cause)[-1].strip()
+    return {
+        "error": type(error).__name__,
+        "classes": [base.__name__ for base in type(error).__mro__[:-2]],
+        "message": str(error),
+        "facts": {k: v for k, v in facts if isinstance(v, int | float | str | list | tuple)},
+        "cause": words,
     }
 
 

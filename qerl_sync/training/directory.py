@@ -150,7 +150,8 @@ class RunDirectory:
         """Return the files and directories that a run has left here."""
         fixed = [self.config, self.model, self.trained, self.plans, self.summary]
         others = [self.engine_log, self.reward_plot, self.buffers_plot, self.root / TRACES]
-        found = [path for path in [*fixed, *others] if path.exists()]
+        pages = [self.root / "report.html", self.root / "report.md"]
+        found = [path for path in [*fixed, *others, *pages] if path.exists()]
         numbered = [*self.root.glob("checkpoint-*"), *self.root.glob("trace-*.json")]
         return [*found, *line_files(self.root), *numbered]
 

@@ -253,9 +253,12 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
             else section
         )
 
+    recorded = config.sync.record_directory
+    resolved = recorded and str(Path(recorded).resolve())
     return config.model_copy(
         update={
             "output_dir": str(Path(config.output_dir).resolve()),
+            "sync": config.sync.model_copy(update={"record_directory": resolved}),
             "model": found(config.model),
             "data": found(config.data),
         }

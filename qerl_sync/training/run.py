@@ -18,6 +18,7 @@ from qerl_sync.config.files import file_error, file_errors_explained
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError
 from qerl_sync.report.plots import plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
+from qerl_sync.telemetry.recorder import run_errors_recorded
 from qerl_sync.training.arguments import (
     engine_options,
     grpo_arguments,
@@ -114,7 +115,8 @@ def train(
         # The other processes wait for the server in the trainer's constructor.
         leads = processes.leads
         server = rollout_server(config, path, directory, display) if leads else nullcontext()
-        with server as url:
+        recorded = run_errors_recorded(directory.root) if leads else nullcontext()
+        with recorded, server as url:
             built = "trainer built" if mode == "server" else "vLLM engine started"
             try:
                 phase = display.phase("building the trainer", built)

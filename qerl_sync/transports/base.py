@@ -64,8 +64,8 @@ class WorkerReport:
             "peak_staged_bytes": self.peak_staged_bytes,
             "kept_bytes": self.kept_bytes,
             "slowest_layers": {
-                span.detail: span.seconds
-                for span in slowest(span for span in self.spans if span.name == "process")
+                span.detail: round(span.seconds, 6)
+                for span in slowest(s for s in self.spans if s.name == "process")[:5]
             },
         }
 

@@ -21,6 +21,7 @@ from qerl_sync.cli.main import app
 from qerl_sync.report.findings import EXPLANATIONS, explain
 from qerl_sync.report.recorded import RecordedRun
 from qerl_sync.telemetry import files
+from qerl_sync.telemetry.recorder import run_errors_recorded
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
@@ -155,7 +156,7 @@ def test_a_page_of_a_long_run_is_small(tmp_path):
           document.body.dataset.milliseconds = Math.round(entry.loadEventEnd);
         }));</script></body>"""
         dom = in_browser(page.replace("</body>", loaded), tmp_path)
-        print("loaded in ms:", re.search(r'data-milliseconds="(\d+)"', dom)[1])
+        assert int(re.search(r'data-milliseconds="(\d+)"', dom)[1]) < 2000
 
 
 class TestExplain:
@@ -200,6 +201,19 @@ class TestExplain:
         (failed,) = found(tmp_path)
         assert failed["what"].startswith("ConnectionError")
         assert failed["said"] == "peer gone"
+
+    def test_an_error_outside_of_a_sync_is_explained_once(self, tmp_path):
+        lost = errors.PeerLostError("the engine is gone")
+        with pytest.raises(errors.PeerLostError), run_errors_recorded(tmp_path):
+            raise lost
+        session = session_in(tmp_path)
+        session._transport.refuse = lost
+        with pytest.raises(errors.PeerLostError), run_errors_recorded(tmp_path):
+            session.push()
+        assert len(files.read_lines(tmp_path / files.FAILURES)) == 2
+        (failed,) = found(tmp_path)
+        assert failed["said"] == "the engine is gone"
+        assert "vllm.log" in failed["change"]
 
 
 @pytest.mark.parametrize("command", ["report", "explain"])

@@ -49,7 +49,7 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     short = ["trainer.max_steps=6", "trainer.save_steps=3", "warmup.trainer.max_steps=12"]
     config = "configs/grpo_cpu_out_of_order.yaml"
-    done = qerl_sync("train", config, *short, "--output-dir", directory)
+    done = qerl_sync("train", config, *short, "--output-dir", directory, "--trace", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     return directory, done.stdout + done.stderr
 
@@ -78,6 +78,30 @@ class TestRun:
     def test_pictures(self, run):
         for name in ("reward.png", "buffers.png"):
             assert (run[0] / name).read_bytes().startswith(b"\x89PNG")
+
+    def test_what_is_left_to_look_at(self, run):
+        """The page of the run, what explain says, and the spans of one sync."""
+        directory, _ = run
+        assert qerl_sync("report", directory).returncode == 0
+        page = (directory / "report.html").read_text(encoding="utf-8")
+        assert page.count("<option ") == 6
+        assert page.count("data-figure=") == 1, "six equal syncs"
+        assert "<h3>Reward</h3>" in page
+        findings = json.loads(qerl_sync("explain", directory, "--json").stdout)
+        assert "failed" not in {finding["kind"] for finding in findings}
+        (advice,) = [one for one in findings if "policy: reorder" in one["change"]]
+        assert any("gate_up_proj" in layer for layer in advice["layers"])
+        (path,) = directory.glob("trace-*.json")
+        assert path.name == "trace-2.json"
+        events = json.loads(path.read_text())["traceEvents"]
+        processed = {e["name"].split()[-1] for e in events if e.get("cat") == "process"}
+        assert {"model.layers.0.self_attn.qkv_proj", "model.layers.1.mlp.down_proj"} <= processed
+        load = next(e for e in events if e["name"] == "load")
+        assert all(
+            load["ts"] <= e["ts"] <= load["ts"] + load["dur"]
+            for e in events
+            if e["name"] == "process model.layers.0.mlp.gate_up_proj"
+        )
 
     def test_what_a_person_reads(self, run):
         _, text = run

@@ -81,6 +81,7 @@ def record_run(
         report = _report(version, number, plan, measured, seconds, workers)
         recorder(
             Push(
+                number=number + 1,
                 step=number,
                 version=version,
                 started=START + number,

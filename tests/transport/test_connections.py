@@ -28,7 +28,8 @@ from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.build import remote_transport
 from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.http import HTTPClient
-from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLostError
+from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLostError, SyncError
+from qerl_sync.telemetry.files import read_lines
 from qerl_sync.transports.remote import connection as peers
 from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.wire import connection as wire
@@ -548,3 +549,42 @@ def test_tcp_is_sealed_between_hosts_that_share_a_token(workers, monkeypatch, to
     assert welcome.options["sealed"] is sealed
     assert "secret" not in welcome.options
     assert serves(engine, NEW)
+
+
+# --------------------------------------------------------------------------------------- telemetry
+
+
+def test_what_trainer_and_workers_did_when(workers, tmp_path):
+    """Over the wire: the spans of one sync, the workers' versions, and those that are poisoned."""
+    engine = workers(2)
+    with session(engine, record_directory=str(tmp_path), trace=2) as sync:
+        sync.push()
+        report = sync.push()
+        assert set(sync._transport.versions.values()) == {2}
+        assert sync._transport.num_poisoned == 0
+        (path,) = tmp_path.glob("trace-*.json")
+        events = json.loads(path.read_text())["traceEvents"]
+        processes = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+        assert list(processes.values()) == ["trainer", *(w["worker"] for w in report.workers)]
+        spans = {pid: {e["name"] for e in events if e["pid"] == pid} for pid in processes}
+        assert report.num_chunks > 2
+        chunks = [f"chunk {index}" for index in range(report.num_chunks)]
+        assert spans[0] >= {f"{name} {one}" for name in ("send", "await slot") for one in chunks}
+        for pid in (1, 2):
+            assert spans[pid] >= {f"{name} {one}" for name in ("wait", "load") for one in chunks}
+        # Each chunk is loaded after its sending began, by the clock of this machine.
+        at = {(e["pid"], e["name"]): e["ts"] for e in events if e["ph"] == "X"}
+        assert all(at[0, f"send {one}"] < at[1, f"load {one}"] for one in chunks)
+
+        def fail() -> None:
+            raise ValueError("out of memory")
+
+        engine.loaders[1].before_load = fail
+        with pytest.raises(SyncError):
+            sync.push()
+        assert sync._transport.num_poisoned == 2
+        (failure,) = read_lines(tmp_path / "failures.jsonl")
+        assert failure["num_poisoned"] == 2
+        engine.loaders[1].before_load = lambda: None
+        sync.push()
+        assert sync._transport.num_poisoned == 0
