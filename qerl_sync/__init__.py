@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from qerl_sync.sources.base import Source
     from qerl_sync.sources.hf import HFSource
     from qerl_sync.sources.lora import AdapterSource
+    from qerl_sync.sources.noise import noise_of
     from qerl_sync.sources.peft import PEFTSource
     from qerl_sync.sources.shared_memory import share_parameters
     from qerl_sync.sources.stream import StreamSource
@@ -60,6 +61,7 @@ __all__ = [
     "__version__",
     "engine_arguments",
     "load_config",
+    "noise_of",
     "share_parameters",
 ]
 
@@ -93,6 +95,7 @@ _MODULES = {
     "sources.base": ("Source",),
     "sources.hf": ("HFSource",),
     "sources.lora": ("AdapterSource",),
+    "sources.noise": ("noise_of",),
     "sources.peft": ("PEFTSource",),
     "sources.shared_memory": ("share_parameters",),
     "sources.stream": ("StreamSource",),

@@ -29,6 +29,7 @@ from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.part import part_to_send
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
+from qerl_sync.sources.noise import RolloutNoise
 from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.telemetry.observers import Push, observers_of
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
@@ -92,6 +93,10 @@ class SyncReport:
             why base weights travelled too, empty if they did not.
         unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
             have changed (`Source.unchanging`).
+        noise: of `sync.noise`; None without it. sigma and stage: what the schedule has for this
+            step, 0 where there is none. seed, version and shapes: what the noise is made again from
+            (`qerl_sync.noise_of`). arrived_sigma: the standard deviation that is left of it when
+            the norms are rounded to the engine's dtype.
     """
 
     version: int
@@ -122,6 +127,7 @@ class SyncReport:
     unsent_tensors: int = 0
     unsent_bytes: int = 0
     lora: dict[str, str] | None = None
+    noise: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -182,6 +188,13 @@ class SyncSession:
         self._probe = probe if config.verify == "full" else None
         self._prompt: tuple[int, ...] = ()
         self._tolerance = 0.0
+        self._noise = None if config.noise is None else RolloutNoise(config.noise)
+        if self._noise is not None and self._probe is not None and self._probe.noisy is None:
+            raise ConfigError(
+                "sync.verify: full holds the engine, whose norms have sync.noise, against the "
+                "trainer's model with the same noise, and this probe has no `noisy`; make it with "
+                "qerl_sync.sources.hf.probe_of(model), or choose verify: checksum"
+            )
         self._source = source
         self._transport = transport
         self._config = config
@@ -210,8 +223,28 @@ class SyncSession:
             source.metadata()
             self._agree_on_adapter()
 
-    def push(self, step: int = 0) -> SyncReport:
+    def begin_run(self, num_steps: int, seed: int = 0) -> None:
+        """Tell how many steps the run has and what it is seeded with, for `sync.noise`. Without
+        effect where the configuration says it, or has no noise.
+
+        Raises:
+            ConfigError: the run has too few steps for the schedule.
+        """
+        if self._noise is not None:
+            self._noise.begin_run(num_steps, seed)
+
+    @property
+    def noise_is_scheduled(self) -> bool:
+        """Whether `push` adds noise by a schedule: `sync.noise` is set, and the run's steps are
+        known."""
+        return self._noise is not None and self._noise.num_steps is not None
+
+    def push(self, step: int = 0, *, clean: bool = False) -> SyncReport:
         """Send the current weights and commit a new version.
+
+        Args:
+            step: the trainer's global step.
+            clean: without `sync.noise`, as for evaluation.
 
         Raises:
             PlanError, LayerMapError, CoverageError: before the first byte; the workers keep their
@@ -227,7 +260,7 @@ class SyncSession:
         started = time.time()
         outcome: dict[str, Any] = {"report": None, "error": None, "workers": ()}
         try:
-            report, outcome["workers"] = self._push(step, watch)
+            report, outcome["workers"] = self._push(step, watch, clean)
             outcome["report"] = report.to_json()
             return report
         except BaseException as exc:
@@ -267,7 +300,9 @@ class SyncSession:
                     exc,
                 )
 
-    def _push(self, step: int, watch: Stopwatch) -> tuple[SyncReport, Sequence[WorkerReport]]:
+    def _push(
+        self, step: int, watch: Stopwatch, clean: bool
+    ) -> tuple[SyncReport, Sequence[WorkerReport]]:
         base = self._base
         self._pushed = False
         with self._transport.together(), watch("total"):
@@ -276,6 +311,10 @@ class SyncSession:
                 self._agree_on_adapter()
                 stamps = self._source.unchanging()
                 version = max(self.version, self._transport.committed_version()) + 1
+                if self._noise is not None:
+                    dtype, _ = self._transport.precision
+                    self._noise.begin(version, step, dtype, clean=clean)
+                    stamps = self._noise.stamps(stamps)
                 if base is not None and not self._transport.holds(base.version):
                     base = None
                 part = full if base is None else self._plan_part(full, layer_map, base, stamps)
@@ -324,6 +363,8 @@ class SyncSession:
             report.lora = dict(self._source.lora)
         if self._adapter is not None:
             report.lora = {**(report.lora or {}), "base": _why_base(plan, options)}
+        if self._noise is not None:
+            report.noise = self._noise.report()
         if probed is not None:
             report.probe_gap = max(probed.gaps.values())
             report.lost |= probed.lost
@@ -355,7 +396,10 @@ class SyncSession:
 
     def storages(self) -> Mapping[str, Storage]:
         """Return the memory behind each tensor that workers get, where several share one."""
-        return self._source.storages() if self._transport.by_reference else {}
+        if not self._transport.by_reference:
+            return {}
+        of_source = self._source.storages()
+        return of_source if self._noise is None else self._noise.storages(of_source)
 
     @property
     def chunk_bytes(self) -> int | None:
@@ -381,6 +425,8 @@ class SyncSession:
                 precision = self._transport.precision
                 self._tolerance = tolerance(*precision, self._config.verify_tolerance)
                 self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
+            if self._noise is not None:
+                self._noise.choose(metas, layer_map)
             self.layer_map, self._metas = layer_map, metas
             self._full_plan = self._part_plan = None
             self._full_plan = self._make_plan(metas, given, layer_map)
@@ -478,7 +524,11 @@ class SyncSession:
             return None
         tokens = self._prompt
         try:
-            probed = self._transport.probe_gaps(tokens, self._probe.logprobs(tokens))
+            if self._noise is None or self._probe.noisy is None:
+                right = self._probe.logprobs(tokens)
+            else:
+                right = self._probe.noisy(tokens, self._noise.noise())
+            probed = self._transport.probe_gaps(tokens, right)
             engine, gap = max(probed.gaps.items(), key=lambda item: item[1])
         except BaseException as exc:
             reason = f"version {self.version} was loaded, and could not be verified: {exc}"
@@ -561,6 +611,8 @@ class SyncSession:
                     self._transport.meet(f"chunk {index}")
                     try:
                         tensors = self._timed(self._source.materialize(names), watch)
+                        if self._noise is not None:  # after the watch: noise is no progress
+                            tensors = self._noise.onto(tensors)
                         with watch.span("send", f"chunk {index}"):
                             self._transport.send(chunk, checked(index, tensors))
                     finally:

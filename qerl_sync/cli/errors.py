@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,9 +19,18 @@ from qerl_sync.errors import SyncError
 UNEXPECTED, REFUSED, INTERRUPTED = 1, 2, 130
 
 
+# How long another trainer rank than 0 keeps its error to itself. Mostly it is rank 0's too, whose
+# end has torchrun end the others; an error of its own is shown when that time is over.
+PATIENCE_SECONDS = 10.0
+
+
 @contextmanager
-def errors_as_text(*, debug: bool) -> Iterator[None]:
-    """Turn exceptions into a message on stderr and an exit code, or let them pass if `debug`."""
+def errors_as_text(*, debug: bool, rank: int = 0) -> Iterator[None]:
+    """Turn exceptions into a message on stderr and an exit code, or let them pass if `debug`.
+
+    Args:
+        rank: of this process among those of a training.
+    """
     console = Console(stderr=True, highlight=False)
     try:
         yield
@@ -30,6 +40,9 @@ def errors_as_text(*, debug: bool) -> Iterator[None]:
     except Exception as exc:
         if debug or isinstance(exc, typer.Exit):
             raise
+        if rank:
+            time.sleep(PATIENCE_SECONDS)
+            console.print(f"[yellow]trainer rank {rank}:[/]")
         from qerl_sync.config.files import file_error  # not for --help, which is to be quick
 
         refusal = exc if isinstance(exc, SyncError) else file_error(exc)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +15,16 @@ from qerl_sync.cli.errors import INTERRUPTED, errors_as_text, show_warnings
 
 
 def train(
-    config: Annotated[Path, typer.Argument(help="A YAML file, see configs/ for examples.")],
+    config: Annotated[
+        str | None, typer.Argument(help="A YAML file, see configs/ for examples.")
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Changes to it: sync.policy=reorder trainer.max_steps=20"),
+    ] = None,
+    trl_config: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file for `trl grpo --config`, in place of CONFIG."),
     ] = None,
     output_dir: Annotated[
         str | None,
@@ -41,12 +48,22 @@ def train(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
-    """Train a policy with TRL's GRPO and vLLM, its weights synced by plan."""
+    """Train a policy with TRL's GRPO and vLLM, its weights synced by plan.
+
+    In several processes: torchrun --nproc_per_node 2 -m qerl_sync.cli train CONFIG, or accelerate
+    launch -m qerl_sync.cli train CONFIG.
+    """
     started = time.perf_counter()
-    console = Console()
+    rank = int(os.environ.get("RANK", "0"))
+    console = Console(quiet=rank > 0)
+    if (config is None) == (trl_config is None) and not (config and "=" in config):
+        raise typer.BadParameter("give one file: CONFIG, or --trl-config")
+    if trl_config is not None and config is not None:
+        overrides = [config, *(overrides or [])]  # the first word is no file then
+    path = trl_config or Path(str(config))
     options = {"output_dir": output_dir, "seed": seed, "sync.trace": trace}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    with errors_as_text(debug=debug):
+    with errors_as_text(debug=debug, rank=rank):
         # The order counts: vLLM reads its environment when it is first imported, by `load_config`.
         from qerl_sync.training.environment import prepare_environment
 
@@ -58,8 +75,10 @@ def train(
         from qerl_sync.training.display import Display
 
         display = Display(console)
-        with display.phase("reading the configuration", f"read {config}"):
-            loaded = load_config(config, [*(overrides or []), *given])
+        with display.phase("reading the configuration", f"read {path}"):
+            loaded = load_config(
+                path, [*(overrides or []), *given], trl_format=trl_config is not None
+            )
         show_what_is_wrong(loaded, console)
         try:
             # Only now: both import torch, for which nobody waits who has mistyped a path.
@@ -76,7 +95,8 @@ def train(
                 say_more = f"qerl-sync explain {loaded.output_dir} says more of what failed"
                 console.print(say_more, highlight=False, soft_wrap=True)
             raise
-        console.print(summary_table(outcome.summary))
+        if outcome.summary is not None:
+            console.print(summary_table(outcome.summary))
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")
             raise typer.Exit(INTERRUPTED)

@@ -4,6 +4,7 @@ from qerl_sync.config.load import load_config
 from qerl_sync.config.models import (
     DataConfig,
     ModelConfig,
+    NoiseConfig,
     RayConfig,
     RolloutConfig,
     SyncConfig,
@@ -15,6 +16,7 @@ from qerl_sync.config.models import (
 __all__ = [
     "DataConfig",
     "ModelConfig",
+    "NoiseConfig",
     "RayConfig",
     "RolloutConfig",
     "SyncConfig",

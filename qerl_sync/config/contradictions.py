@@ -56,6 +56,15 @@ def _of_sync(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
     if isinstance(sync, Mapping):
         for found in without_effect(sync, in_process=mode == "colocate"):
             yield Violation(f"sync.{found.place}", found.message)
+    intervals, steps = value_at(tree, "sync.noise.intervals"), value_at(tree, "trainer.max_steps")
+    if value_at(tree, "sync.noise") and value_at(tree, "sync.noise.steps") is None:
+        intervals = 10 if intervals is None else intervals
+        if isinstance(steps, int) and isinstance(intervals, int) and 0 < steps < intervals:
+            yield Violation(
+                "sync.noise.intervals",
+                f"{intervals} intervals do not fit into the {steps} steps of trainer.max_steps; "
+                "each needs one",
+            )
     if mode == "ray" and value_at(tree, "sync.on_failure") == "rollback":
         yield Violation(
             "sync.on_failure",

@@ -19,7 +19,9 @@ HEAD = """# Configuration
 One YAML file is one run of `qerl-sync train`; `configs/` has complete examples. Unknown keys are
 errors. On the command line any value can be changed: `qerl-sync train CONFIG.yaml sync.policy=warn
 trainer.max_steps=20`. The fields of the section `sync` are also the keyword arguments of
-`WeightSyncCallback`.
+`WeightSyncCallback`. A file for TRL's own command line is taken as it is, its flat keys mapped into
+these sections: `qerl-sync train --trl-config FILE sync.policy=reorder`; what of it cannot be
+followed is an error that names each key.
 
 This page is made from the code: `python -m qerl_sync.config.document > docs/configuration.md`.
 """

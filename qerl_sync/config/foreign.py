@@ -25,6 +25,9 @@ OUR_SERVER = "is ours: set `rollout.server_url`, or `rollout.server_port` for on
 OUR_DIRECTORY = "is ours: set `output_dir` at the top, or --output-dir"
 
 
+# transformers' hint leaves out the True that its documentation asks for.
+FSDP = {"fsdp": bool | str | None}
+
 # The known keys of a section with their type hints; None: there is nothing to compare with.
 Hints = dict[str, Any]
 
@@ -56,13 +59,13 @@ class Foreign:
 def _hints_of_grpo(tree: Mapping[str, Any]) -> Hints:
     from trl import GRPOConfig
 
-    return get_type_hints(GRPOConfig)
+    return get_type_hints(GRPOConfig) | FSDP
 
 
 def _hints_of_sft(tree: Mapping[str, Any]) -> Hints:
     from trl import SFTConfig
 
-    return get_type_hints(SFTConfig)
+    return get_type_hints(SFTConfig) | FSDP
 
 
 def _hints_of_lora(tree: Mapping[str, Any]) -> Hints:

@@ -4,6 +4,7 @@ problems.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,7 +19,11 @@ from qerl_sync.errors import ConfigError
 
 
 def load_config(
-    path: str | Path, overrides: Sequence[str] = (), *, check_foreign: bool = True
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    check_foreign: bool = True,
+    trl_format: bool = False,
 ) -> TrainConfig:
     """Read the configuration at `path` and put `overrides` ("section.key=value") on top.
 
@@ -30,11 +35,20 @@ def load_config(
     Args:
         check_foreign: also check the keys of the sections that are handed on to TRL, vLLM and
             transformers as they are, which imports those packages (some seconds).
+        trl_format: the file is one of `trl grpo --config` (see `trl_flat`), and the overrides are
+            in our sections all the same. Sets the environment variables of its key `env`.
 
     Raises:
         ConfigError: lists every violation with its place, its line and the nearest valid key.
     """
     tree, origins, violations = read_tree(_read(Path(path)), str(path))
+    if trl_format:
+        from qerl_sync.config.trl_flat import environment_of, sections_of
+
+        os.environ.update(environment_of(tree))  # before TRL is imported
+        tree, places, unsupported = sections_of(tree, origins)
+        origins |= places
+        violations += unsupported
     violations += apply_overrides(tree, overrides, origins)
     config = None
     try:

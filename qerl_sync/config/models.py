@@ -126,6 +126,62 @@ class Section(BaseModel):
             raise ValueError(f"needs exactly one of {first!r} and {second!r}; {what}")
 
 
+class NoiseConfig(Section):
+    """QeRL's adaptive quantisation noise (arXiv 2510.11696): Gaussian noise on the RMSNorm weights
+    that the rollout engines get, drawn anew for each sync. The trainer's own weights stay as they
+    are, and each sync starts from them."""
+
+    preset: Literal["scripts", "section-4.1"] | None = None
+    """The paper's standard deviations, of which it has two: 1e-2 to 1e-4 in its training scripts
+    (`scripts`), 5e-2 to 5e-4 in its section 4.1 (`section-4.1`). Null: `sigma_start` and
+    `sigma_end`."""
+
+    sigma_start: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """The standard deviation of the first stage."""
+
+    sigma_end: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """That of the last stage, at most `sigma_start`. Between them it falls geometrically: `sigma(k)
+    = sigma_start * (sigma_end / sigma_start) ** ((k - 1) / (K - 1))` (the paper's equation 8)."""
+
+    intervals: Annotated[int, Field(ge=2)] = 10
+    """The run is divided into so many even intervals. The first has no noise; the others are the
+    stages k = 1 to K."""
+
+    steps: PositiveInt | None = None
+    """The steps of the run. Null: as many as the trainer will make (TRL tells it)."""
+
+    seed: NonNegativeInt | None = None
+    """With the weight version and a tensor's name it determines the noise, which can be made again
+    from a report (`qerl_sync.noise_of`). Null: the trainer's seed."""
+
+    names: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)] = (
+        "*.input_layernorm.weight",
+        "*.post_attention_layernorm.weight",
+    )
+    """Checkpoint names (`fnmatch` patterns) of RMSNorm weights. The default has the paper's: those
+    before attention and before the MLP, as Llama, Qwen and Mistral name them."""
+
+    @model_validator(mode="after")
+    def _one_range(self) -> Self:
+        ends = {"sigma_start": self.sigma_start, "sigma_end": self.sigma_end}
+        given = [name for name, value in ends.items() if value is not None]
+        if self.preset is None and len(given) < 2:
+            raise ValueError("needs a preset, or both sigma_start and sigma_end")
+        if self.preset is not None and given:
+            raise ValueError(f"the preset has its own {given[0]}; leave one of them out")
+        start, end = self.sigma_start or 0.0, self.sigma_end or 0.0
+        if end > start:
+            raise ValueError(
+                f"sigma_end is {end:g} and sigma_start {start:g}, and the noise must not grow; "
+                "exchange them, or make them equal"
+            )
+        if self.steps is not None and self.intervals > self.steps:
+            raise ValueError(
+                f"{self.intervals} intervals do not fit into {self.steps} steps; each needs one"
+            )
+        return self
+
+
 class SyncConfig(Section):
     """How weights go from the trainer to vLLM.
 
@@ -276,6 +332,13 @@ class SyncConfig(Section):
     are never written to. After the first sync only parent layers that an adapter touches travel,
     and those that are trained beside it. `auto`: `adapter` where the engine serves it exactly, else
     `merge`; the report says which and why (`lora`). Without adapters it has no effect."""
+
+    noise: NoiseConfig | None = None
+    """Noise for exploration on the RMSNorm weights that the engines get: see `sync.noise` below and
+    docs/qerl.md. With adapters the noisy norms travel beside the adapter, in the same sync.
+    Evaluation generates without noise. `verify: checksum` holds what arrives against the noisy
+    norms, and `full` the engine against the trainer's model with the same noise. Null: none, and
+    what is sent is the trainer's to the bit."""
 
     on_unchanged: Literal["warn", "error", "ignore"] = "warn"
     """What to do about a sync that brings nothing new although the trainer's step has moved: the

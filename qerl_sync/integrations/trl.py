@@ -120,6 +120,7 @@ class WeightSyncCallback(TrainerCallback):
         self._ranks: TrainerRanks | None = None  # where there are several
         # The step whose weights the engine has; None where they may have changed without a step.
         self._synced_step: int | None = None
+        self._synced_clean = False
         self._syncing = False
         if trainer is not None:
             if engine or in_own_process:
@@ -266,11 +267,12 @@ class WeightSyncCallback(TrainerCallback):
         assert session is not None
         _wake_up(trainer.vllm_generation)
         self._syncing = True  # which asks the engine for log-probabilities (verify: full)
+        clean = self._wants_clean()
         try:
-            report = session.push(step=trainer.state.global_step)
+            report = session.push(step=trainer.state.global_step, clean=clean)
         finally:
             self._syncing = False
-        self._synced_step = trainer.state.global_step
+        self._synced_step, self._synced_clean = trainer.state.global_step, clean
         self.reports.append(report)
         trainer.state.stateful_callbacks[STATE_KEY] = {"version": report.version}
         mode = "train" if trainer.model.training else "eval"
@@ -307,6 +309,11 @@ class WeightSyncCallback(TrainerCallback):
 
         return with_current_weights
 
+    def _wants_clean(self) -> bool:
+        """Whether what generates now is no rollout: an evaluation, or before training begins."""
+        assert self.session is not None
+        return not (self._trainer.model.training and self.session.noise_is_scheduled)
+
     def _may_be_stale(self) -> bool:
         assert self.session is not None
         if self.reports and not self.session.current:
@@ -316,6 +323,8 @@ class WeightSyncCallback(TrainerCallback):
             )
             return True
         if self._synced_step is None:
+            return True
+        if self.config.noise is not None and self._synced_clean != self._wants_clean():
             return True
         # Some trainers let completions be a number of steps behind. A second training counts from 0
         # again, while what TRL remembers of the last sync is of the first one.
@@ -333,6 +342,7 @@ class WeightSyncCallback(TrainerCallback):
         resumed = state.stateful_callbacks.get(STATE_KEY, {}).get("version", 0)
         if self.session is not None:
             self.session.version = max(self.session.version, resumed)
+            self.session.begin_run(state.max_steps, args.seed)
         self.expect_new_weights()
 
     def on_log(
@@ -371,6 +381,11 @@ def metrics(report: SyncReport) -> dict[str, float]:
         "sync/prediction_exact": float(report.prediction_exact),
         "sync/workers": float(len(report.workers)),
         "sync/lost_workers": float(len(report.lost)),
+        **{
+            f"sync/noise/{name}": float((report.noise or {})[name])
+            for name in ("sigma", "arrived_sigma", "stage", "seed")
+            if report.noise is not None
+        },
     }
 
 

@@ -67,7 +67,7 @@ class AsyncWeightTransfer:
                 f"{kind} takes no weight_transfer: AsyncWeightTransfer is for AsyncGRPOTrainer and "
                 "AsyncDistillationTrainer; use WeightSyncCallback for those with vllm_generation"
             )
-        require_attributes(trainer, ("model", "accelerator", "state", "_metrics"), trainer)
+        require_attributes(trainer, ("model", "accelerator", "args", "state", "_metrics"), trainer)
         # TRL keeps it in the main process only.
         if trainer.accelerator.is_main_process and trainer.weight_transfer is not self:
             raise ConfigError(
@@ -100,7 +100,9 @@ class AsyncWeightTransfer:
                 "TRL asks for a sync before the training has begun or after it has ended; an "
                 "asynchronous trainer connects once, so build a new one for a second train()"
             )
-        report = self.session.push(step=self._trainer.state.global_step)
+        state = self._trainer.state
+        self.session.begin_run(state.max_steps, self._trainer.args.seed)
+        report = self.session.push(step=state.global_step)
         self.reports.append(report)
         for name, value in metrics(report).items():
             self._trainer._metrics["train"][name].append(value)

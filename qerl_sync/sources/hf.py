@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,12 @@ from qerl_sync.buffers.detect import dtype_name, require_all_finite, storages_of
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.sources.base import Source
+from qerl_sync.sources.noise import with_noise
 from qerl_sync.verify.probe_prompt import Probe, spread_tokens
 
 # Added to parameter names by wrappers that leave the parameters whole.
 WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+_TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+")
 
 
 @dataclass(frozen=True)
@@ -151,19 +154,53 @@ def probe_of(model: Any) -> Probe:
     The probe switches to evaluation mode and restores the model's own mode afterwards.
     """
 
-    @torch.no_grad()
     def logprobs(token_ids: Sequence[int]) -> list[float]:
+        return noisy(token_ids, {})
+
+    @torch.no_grad()
+    def noisy(token_ids: Sequence[int], noise: Mapping[str, torch.Tensor]) -> list[float]:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
             ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
-            reported = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+            # The model's own parameters are only read: the call gets others in their place.
+            others = _noisy_parameters(model, noise)
+            given = {"input_ids": ids}
+            output = (
+                torch.func.functional_call(model, others, (), given) if others else model(**given)
+            )
+            reported = output.logits[0, :-1].float().log_softmax(-1)
         finally:
             for module, training in modes:
                 module.training = training
         return [float(p) for p in reported.gather(1, ids[0, 1:, None])[:, 0]]
 
-    return Probe(spread_tokens(model.config.get_text_config().vocab_size), logprobs)
+    vocab_size = model.config.get_text_config().vocab_size
+    return Probe(spread_tokens(vocab_size), logprobs, noisy)
+
+
+def _noisy_parameters(
+    model: torch.nn.Module, noise: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return the parameters with noise added, by their names in memory.
+
+    Raises:
+        ConfigError: the model has no whole parameter of that checkpoint name; `parameter`.
+    """
+    wanted, found = dict(noise), {}
+    for name, parameter in model.named_parameters() if wanted else ():
+        # PEFT's names: around the model, and of the copy that trains in place of a module.
+        plain = _TRAINED_COPY.sub("", clean(name.removeprefix("base_model.model.")))
+        if plain in wanted and not sharding_of(name, parameter):
+            found[name] = with_noise(parameter.detach(), wanted.pop(plain))
+    for name in wanted:
+        raise ConfigError(
+            f"sync.verify: full cannot add sync.noise to {name!r} in the trainer's "
+            f"{type(model).__name__}, which has no whole parameter of that name; choose verify: "
+            "checksum",
+            parameter=name,
+        )
+    return found
 
 
 def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:

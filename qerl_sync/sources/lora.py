@@ -57,6 +57,8 @@ class AdapterSource(HFSource):
         self._peft_config = model.peft_config
         self._factors: dict[str, torch.Tensor] = {}
         self._scalings: dict[str, float] = {}
+        self._structure: _Structure | None = None
+        self._base: dict[str, torch.Tensor] = {}
         self.lora = {"mode": "adapter", "reason": reason}
         super().__init__(base)
 
@@ -91,6 +93,11 @@ class AdapterSource(HFSource):
 
     def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
         """Return the base under the names that it has without PEFT; note the adapter's factors."""
+        if self._structure is not None and self._structure.unchanged():
+            # Sharding may change parameters in place (ZeRO-3), which no structure shows.
+            require_whole(self._base.items(), since=since)
+            return self._base
+        self._structure = None
         kinds = _PEFTKinds()
         modules = list(self._model.named_modules())
         layers = {path: module for path, module in modules if isinstance(module, kinds.layer)}
@@ -126,7 +133,9 @@ class AdapterSource(HFSource):
                 for key, buffer in saved_buffers_of(module)
             )
         require_whole(found.items(), since=since)
-        return found | buffers
+        self._base = found | buffers
+        self._structure = _Structure([module for _, module in modules], layers.values())
+        return self._base
 
     def _note_factors(self, path: str, layer: Any, name: str, hidden: set[int]) -> None:
         for kind in layer.adapter_layer_names:
@@ -150,6 +159,47 @@ class AdapterSource(HFSource):
                 of_linear = isinstance(own, torch.nn.Module)
                 tensor = own.weight if of_linear else own
                 self._factors[f"{path}.{kind}{'.weight' if of_linear else ''}"] = tensor
+
+
+class _Structure:
+    """A model's modules, their parameters and buffers, and the state of its LoRA layers, as they
+    were when this was made.
+
+    To compare is a tenth of the work of walking a PEFT model, which has ten modules for each layer
+    that it adapts, and of reading what each of them is.
+    """
+
+    TABLES = ("_modules", "_parameters", "_buffers")
+
+    def __init__(self, modules: Iterable[torch.nn.Module], layers: Iterable[Any]) -> None:
+        self._tables = [
+            (module, table, dict(getattr(module, table)))
+            for module in modules
+            for table in self.TABLES
+        ]
+        self._layers = [(layer, self._state_of(layer)) for layer in layers]
+
+    @staticmethod
+    def _state_of(layer: Any) -> tuple[Any, ...]:
+        return (
+            list(layer.active_adapters),
+            list(layer.merged_adapters),
+            layer.disable_adapters,
+            dict(layer.scaling),
+            dict(getattr(layer, "lora_variant", {})),
+        )
+
+    def unchanged(self) -> bool:
+        """Return whether every module has the same children, parameters and buffers: the same
+        objects, whatever their values."""
+        for module, table, before in self._tables:
+            now = getattr(module, table)
+            if len(now) != len(before):
+                return False
+            for name, one in before.items():
+                if now.get(name) is not one:
+                    return False
+        return all(self._state_of(layer) == before for layer, before in self._layers)
 
 
 class _PEFTKinds:

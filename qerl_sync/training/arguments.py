@@ -69,9 +69,14 @@ def lora_arguments(config: TrainConfig) -> LoraConfig | None:
         raise ConfigError(f"peft: PEFT's LoraConfig refuses it: {exc}", place="peft") from exc
 
 
-def engine_options(config: TrainConfig) -> dict[str, Any]:
-    """Return vLLM's engine arguments: the section `rollout.engine` over our defaults."""
-    defaults = {"dtype": config.model.dtype, "seed": config.seed, "use_tqdm_on_load": False}
+def engine_options(config: TrainConfig, rank: int = 0) -> dict[str, Any]:
+    """Return vLLM's engine arguments: the section `rollout.engine` over our defaults.
+
+    Args:
+        rank: the trainer rank whose engine it is, where each has one. Engines of one seed would
+            sample the same completions of the same prompt.
+    """
+    defaults = {"dtype": config.model.dtype, "seed": config.seed + rank, "use_tqdm_on_load": False}
     return {**defaults, **config.rollout.engine}
 
 

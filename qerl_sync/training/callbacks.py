@@ -68,10 +68,18 @@ class ShowProgress(TrainerCallback):
 
 
 class StopCleanly(TrainerCallback):
-    """Finish the step, write a checkpoint and stop on the first Ctrl-C; kill on the second."""
+    """Finish the step, write a checkpoint and stop on the first Ctrl-C; kill on the second.
 
-    def __init__(self, display: Display) -> None:
+    Args:
+        agree: makes of what each process wants to do what all of them do. They get the signal at
+            different moments, and one that went on alone would wait for the others for ever.
+    """
+
+    def __init__(
+        self, display: Display, agree: Callable[[bool], bool] = lambda stopped: stopped
+    ) -> None:
         self._display = display
+        self._agree = agree
         self.stopped = False
 
     @contextmanager
@@ -92,7 +100,7 @@ class StopCleanly(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.stopped = self.stopped or self._display.asked_to_stop()
+        self.stopped = self._agree(self.stopped or self._display.asked_to_stop())
         if self.stopped:
             control.should_save = True
             control.should_training_stop = True

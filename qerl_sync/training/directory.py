@@ -69,6 +69,10 @@ class RunDirectory:
         """Return the log file of engines that have processes of their own."""
         return self.root / "vllm.log"
 
+    def engine_log_of(self, rank: int) -> Path:
+        """Return the log file of the engine that this trainer rank has for itself."""
+        return self.root / f"vllm-{rank}.log" if rank else self.engine_log
+
     @property
     def reward_plot(self) -> Path:
         return self.root / "reward.png"

@@ -29,6 +29,7 @@ from qerl_sync.integrations.ray.pool import resources_of
 from qerl_sync.training.arguments import has_engine_processes
 from qerl_sync.training.display import STOPPING, Display
 from qerl_sync.training.environment import prepare_environment
+from qerl_sync.training.processes import started_ranks
 
 if TYPE_CHECKING:
     from qerl_sync.training.run import Outcome
@@ -142,6 +143,11 @@ def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose
         ConfigError: no cluster is there, or it has too little room for the actors or for chunks.
         PeerLostError: the trainer actor died.
     """
+    if started_ranks() > 1:
+        raise ConfigError(
+            f"rollout.mode: 'ray' has one trainer, an actor, and {started_ranks()} processes "
+            "were started (WORLD_SIZE); start one without torchrun or accelerate"
+        )
     started = time.perf_counter()
     config = with_absolute_paths(config)
     with _cluster(config, display, verbose), _placed(config, display) as strategy:

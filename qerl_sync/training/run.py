@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,12 @@ from qerl_sync.training.directory import RunDirectory, damaged, step_of
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush, require_packages
 from qerl_sync.training.models import describe, load_model, load_tokenizer, make_tiny, texts_of
+from qerl_sync.training.processes import (
+    Processes,
+    join,
+    sharding_on_cpus,
+    whole_models,
+)
 from qerl_sync.training.rewards import BUILTIN, Reward, resolve_reward
 from qerl_sync.training.rollouts import engine_lost, engine_process, rollout_server
 from qerl_sync.training.warmup import warm_up
@@ -45,9 +51,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a run. `stopped`: by Ctrl-C, before its last step."""
+    """The result of a run.
 
-    summary: Summary
+    Attributes:
+        summary: None on other trainer ranks than 0.
+        stopped: by Ctrl-C, before its last step.
+    """
+
+    summary: Summary | None
     directory: RunDirectory
     stopped: bool
 
@@ -87,23 +98,34 @@ def train(
     started = time.perf_counter() if started is None else started
     directory = RunDirectory(Path(config.output_dir))
     mode = config.rollout.mode
-    log = directory.engine_log if mode == "subprocess" and not verbose else None
     with file_errors_explained(directory.root):
         with display.phase("checking", "configuration checked"):
             parts = _check(config, verbose)
-            checkpoint = _open(directory, config, display, resume)
-        path = _policy(config, parts, directory, display)
-        with rollout_server(config, path, directory, display) as url:
+            processes = join(config)
+            checkpoint = processes.of_leader(
+                "the run's directory", lambda: _open(directory, config, display, resume)
+            )
+        path = _policy(config, parts, directory, display, processes)
+        log = (
+            directory.engine_log_of(processes.rank)
+            if mode == "subprocess" and not verbose
+            else None
+        )
+        # The other processes wait for the server in the trainer's constructor.
+        leads = processes.leads
+        server = rollout_server(config, path, directory, display) if leads else nullcontext()
+        with server as url:
             built = "trainer built" if mode == "server" else "vLLM engine started"
             try:
-                with display.phase("building the trainer", built), engine_process(log):
-                    trainer, callback = _build(config, parts, path, url, directory)
+                phase = display.phase("building the trainer", built)
+                with phase, engine_process(log), sharding_on_cpus():
+                    trainer, callback = _build(config, parts, path, url, directory, processes)
             except Exception as exc:
                 _raise_refusal(exc)
                 raise
             with closing(callback):
                 try:
-                    stopped = _learn(trainer, checkpoint, display)
+                    stopped = _learn(trainer, checkpoint, display, processes)
                 except Exception as exc:
                     # The error of a call to an engine process that has died does not say why.
                     lost = log is not None and isinstance(exc, PeerLostError)
@@ -112,7 +134,9 @@ def train(
                     raise
         with display.phase("writing the report", f"report written to {directory.root}"):
             if not stopped:
-                trainer.save_model(str(directory.trained))
+                trainer.save_model(str(directory.trained))  # gathers a sharded model on all ranks
+            if not leads:
+                return Outcome(None, directory, stopped)
             summary = _report(trainer.state.log_history, callback, directory, started)
     return Outcome(summary, directory, stopped)
 
@@ -142,7 +166,7 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
 
 def _open(
     directory: RunDirectory, config: TrainConfig, display: Display, resume: bool
-) -> Path | None:
+) -> str | None:
     """Prepare the directory. Return the checkpoint to resume from."""
     if not resume:
         moved = directory.start(config)
@@ -158,14 +182,20 @@ def _open(
             "trainer.max_steps to train it further"
         )
     display.console.print(f"  going on from step {done}", highlight=False)
-    return checkpoint
+    return str(checkpoint)
 
 
-def _policy(config: TrainConfig, parts: _Parts, directory: RunDirectory, display: Display) -> str:
+def _policy(
+    config: TrainConfig,
+    parts: _Parts,
+    directory: RunDirectory,
+    display: Display,
+    processes: Processes,
+) -> str:
     """Return the path of the policy to start from. Make, warm up and save it if it is missing."""
     if config.model.path is not None and parts.sft is None:
         return config.model.path
-    if directory.model.is_dir():
+    if processes.of_leader("whether the model is there", directory.model.is_dir):
         return str(directory.model)
     with display.phase("making the model", f"model ready: {describe(config.model)}"):
         if config.model.path is not None:
@@ -176,18 +206,27 @@ def _policy(config: TrainConfig, parts: _Parts, directory: RunDirectory, display
             texts = texts_of(parts.rows)
             model, tokenizer = make_tiny(config.model.tiny, config.model.dtype, texts, config.seed)
     if parts.sft is not None:
-        with display.steps("warm-up", "warmed up") as steps:
+        with display.steps("warm-up", "warmed up") as steps, whole_models():
             warm_up(model, tokenizer, parts.rows, parts.sft, steps)
-    # Renamed when complete: what an interrupted run left is not taken for a model.
-    unfinished = directory.root / "model.unfinished"
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(directory.model)
-    return str(directory.model)
+
+    def save() -> str:
+        # Renamed when complete: what an interrupted run left is not taken for a model.
+        unfinished = directory.root / "model.unfinished"
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(directory.model)
+        return str(directory.model)
+
+    return processes.of_leader("saving the model", save)
 
 
 def _build(
-    config: TrainConfig, parts: _Parts, path: str, url: str | None, directory: RunDirectory
+    config: TrainConfig,
+    parts: _Parts,
+    path: str,
+    url: str | None,
+    directory: RunDirectory,
+    processes: Processes,
 ) -> tuple[Any, WeightSyncCallback]:
     """Build TRL's trainer with its engine, or for the server at `url`, synced by our callback."""
     from trl import GRPOTrainer
@@ -200,7 +239,7 @@ def _build(
             return
         directory.record_plan(callback.session, config.sync)
 
-    callback = _callback(config, record)
+    callback = _callback(config, record, processes)
     parts.grpo.vllm_server_base_url = url
     trainer = GRPOTrainer(
         model=path,
@@ -237,14 +276,16 @@ def _raise_refusal(exc: Exception) -> None:
     ) from exc
 
 
-def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> WeightSyncCallback:
+def _callback(
+    config: TrainConfig, record: Callable[[SyncReport], None], processes: Processes
+) -> WeightSyncCallback:
     from qerl_sync.integrations.trl import WeightSyncCallback
 
     mode = config.rollout.mode
     recorded = config.sync.record_directory or config.output_dir
     sync = config.sync.model_copy(update={"record_directory": recorded})
     # A server has been given its engine's arguments when it was started.
-    engine = None if mode == "server" else engine_options(config)
+    engine = None if mode == "server" else engine_options(config, processes.rank)
     if mode != "ray":
         apart = mode == "subprocess"
         return WeightSyncCallback(sync, engine=engine, in_own_process=apart, recorder=record)
@@ -260,18 +301,18 @@ def _callback(config: TrainConfig, record: Callable[[SyncReport], None]) -> Weig
     )
 
 
-def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
+def _learn(trainer: Any, checkpoint: str | None, display: Display, processes: Processes) -> bool:
     """Train to the end, or until Ctrl-C. Return whether it was stopped."""
     from qerl_sync.training.callbacks import ShowProgress, StopCleanly
 
     with display.steps("training", "trained") as steps:
-        stop = StopCleanly(display)
+        stop = StopCleanly(display, lambda stopped: processes.any("stopping", stopped))
         progress = ShowProgress(steps, _note)
         trainer.add_callback(progress)
         trainer.add_callback(stop)
         with stop.listening():
             try:
-                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                trainer.train(resume_from_checkpoint=checkpoint)
             except SyncError:
                 raise
             except Exception as exc:
@@ -279,7 +320,8 @@ def _learn(trainer: Any, checkpoint: Path | None, display: Display) -> bool:
                 # from which file it is.
                 if checkpoint is None or progress.begun:
                     raise
-                raise damaged(checkpoint, checkpoint, f"{type(exc).__name__}: {exc}") from exc
+                file = Path(checkpoint)
+                raise damaged(file, file, f"{type(exc).__name__}: {exc}") from exc
     return stop.stopped and trainer.state.global_step < trainer.state.max_steps
 
 

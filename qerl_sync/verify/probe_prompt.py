@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from qerl_sync.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 # The largest difference of a log-probability that rounding explains, by the dtype that the engine
 # computes in. float32: kernels that add up in another order part by less than 1e-5. bfloat16: by
@@ -23,10 +27,13 @@ class Probe:
         token_ids: of the prompt.
         logprobs: of each of its tokens but the first, given those before it, with the trainer's
             present weights. Called on every trainer rank.
+        noisy: the same with noise added to weights, by their checkpoint names, for the moment of
+            the call. `sync.noise` needs it.
     """
 
     token_ids: tuple[int, ...]
     logprobs: Callable[[Sequence[int]], Sequence[float]]
+    noisy: Callable[[Sequence[int], Mapping[str, torch.Tensor]], Sequence[float]] | None = None
 
 
 def spread_tokens(vocab_size: int) -> tuple[int, ...]:

@@ -19,8 +19,11 @@ from qerl_sync import (
     SyncConfig,
     SyncError,
     SyncSession,
+    noise_of,
 )
 from qerl_sync.errors import CoverageError, LoadError
+from qerl_sync.sources.hf import probe_of
+from qerl_sync.verify.probe_prompt import largest_gap
 from qerl_sync.worker.compat import lora as vllm_lora
 
 pytestmark = pytest.mark.vllm
@@ -107,6 +110,30 @@ def test_a_kind_of_adapter_is_exact(engines, name):
         assert logprob_gap(engines.served, policy) < EXACT
     assert bool(report.lora["base"]) == ("trained" in name)
     assert report.unsent_tensors > 0
+
+
+def test_noisy_norms_travel_beside_the_adapter(engines):
+    """As QeRL has it: the first interval is the adapter alone, then come the norms with it."""
+    policy = make_policy()
+    before = {n: p.clone() for n, p in policy.named_parameters()}
+    noise = {"preset": "section-4.1", "intervals": 3, "steps": 6}
+    sync = session(engines, policy, noise=noise, verify="checksum")
+    adapter = AdapterSource(policy).adapter().nbytes
+    norms = sum(p.nbytes for n, p in before.items() if n.endswith("layernorm.weight"))
+    sync.push(0)
+    assert sync.push(1).sent_bytes == adapter
+    assert logprob_gap(engines.served, policy) < EXACT
+    for number in (2, 5):
+        report = sync.push(number)
+        assert report.sent_bytes == adapter + norms
+        tokens = probe_of(policy).token_ids
+        asked = sync._transport.prompt_logprobs(tokens)
+        assert largest_gap(probe_of(policy).logprobs(tokens), asked) > 1e-5
+        assert largest_gap(probe_of(policy).noisy(tokens, noise_of(report)), asked) < EXACT
+    assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters())
+    assert sync.push(5, clean=True).sent_bytes == adapter + norms
+    assert logprob_gap(engines.served, policy) < EXACT
+    assert sync.push(5, clean=True).sent_bytes == adapter
 
 
 def test_the_active_one_of_two_adapters_is_served(engines):

@@ -7,7 +7,9 @@ from support.adapters import make_policy, step
 from support.models import make_model, save_model
 from support.remote import Async, OwnProcess, Server, TensorParallel, gap, session, transport_to
 
-from qerl_sync import AdapterSource, ConfigError, SyncConfig, SyncError, SyncSession
+from qerl_sync import AdapterSource, ConfigError, SyncConfig, SyncError, SyncSession, noise_of
+from qerl_sync.sources.hf import probe_of
+from qerl_sync.verify.probe_prompt import largest_gap
 
 pytestmark = pytest.mark.vllm
 
@@ -63,6 +65,21 @@ def test_only_the_adapter_travels_and_every_request_gets_it(lora_engine, name, t
             assert gap_to(engine, policy) < EXACT
         assert report.sent_bytes == adapter.nbytes
         assert report.num_chunks > 1
+
+
+@pytest.mark.parametrize("name", ["own process", "tensor parallel"])
+def test_all_workers_get_the_same_noise(lora_engine, name):
+    engine = lora_engine(name)
+    policy = make_policy(seed=3)
+    probe = probe_of(policy)
+    options = {"noise": {"preset": "section-4.1", "intervals": 2, "steps": 2}}
+    with session(engine, AdapterSource(policy), **options, verify="checksum") as sync:
+        for step in (0, 1):
+            report = sync.push(step)
+            asked = sync._transport.prompt_logprobs(probe.token_ids)
+            assert largest_gap(probe.noisy(probe.token_ids, noise_of(report)), asked) < EXACT
+        assert report.noise["sigma"] == 5e-2
+        assert largest_gap(probe.logprobs(probe.token_ids), asked) > 1e-3
 
 
 def test_a_trainer_that_fails_in_the_middle_leaves_the_old_adapter(lora_engine):

@@ -6,9 +6,10 @@ import copy
 
 import pytest
 import torch
+from support.adapters import make_policy
 from support.models import make_model, random_model
 
-from qerl_sync import ConfigError, HFSource, PEFTSource
+from qerl_sync import AdapterSource, ConfigError, HFSource, PEFTSource
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -284,3 +285,42 @@ def test_holds_one_merged_tensor_at_a_time():
         del tensor
         most = max(most, sum(not one.expired() for one in alive))
     assert most <= 2, "the last one, and the one that a generator yields"
+
+
+def test_an_adapter_source_sees_what_changes_in_its_model():
+    """It walks the model's modules once, and anew when one of them is another."""
+    policy = make_policy(seed=1)
+    source = AdapterSource(policy)
+    before = source.metadata()
+    assert source.metadata() == before
+    assert source._structure.unchanged()
+
+    layer = policy.base_model.model.model.layers[0].mlp.up_proj.base_layer
+    layer.weight = torch.nn.Parameter(torch.zeros_like(layer.weight), requires_grad=False)
+    source.metadata()
+    ((_, sent),) = source.materialize(["model.layers.0.mlp.up_proj.weight"])
+    assert not sent.any()
+
+    for change, undo, feature in (
+        (policy.merge_adapter, policy.unmerge_adapter, "merged"),
+        (
+            policy.base_model.disable_adapter_layers,
+            policy.base_model.enable_adapter_layers,
+            "disabled",
+        ),
+    ):
+        change()
+        with pytest.raises(ConfigError) as caught:
+            source.metadata()
+        assert caught.value.feature == feature
+        undo()
+        assert source.metadata() == before
+
+    ranks = source.adapter().rank
+    policy.add_adapter(
+        "other", peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
+    policy.set_adapter("other")
+    source.metadata()
+    assert source.adapter().rank == 2 != ranks
+    assert all("q_proj" in meta.name for meta in source.adapter().metas)

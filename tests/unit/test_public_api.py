@@ -41,6 +41,7 @@ PUBLIC = [
     "__version__",
     "engine_arguments",
     "load_config",
+    "noise_of",
     "share_parameters",
 ]
 

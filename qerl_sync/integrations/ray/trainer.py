@@ -78,6 +78,11 @@ class TrainerActor:
         # Without the trained parameters a second sync of the same weights, for a worker that came
         # back, could not be told from one that fails to bring what has changed.
         self._steps_tell = "trained" in given
+        if config.noise is not None and not self._steps_tell:
+            raise ConfigError(
+                "sync.noise goes by the trainer's steps, which nobody knows of a Source, or where "
+                "`others` hold parts; give sync_to the whole model, or leave sync.noise out"
+            )
         self.sync_session = SyncSession(
             source, self._pool_transport, config, version=version, **given
         )
