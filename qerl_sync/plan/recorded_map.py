@@ -34,7 +34,7 @@ class Landing(NamedTuple):
 
 
 class LayerKind(NamedTuple):
-    """What a parent layer is.
+    """Describe a kind of parent layer.
 
     Attributes:
         kind: its class name.

@@ -57,7 +57,7 @@ class Finding:
 
 
 class Explanation(NamedTuple):
-    """What an error class means: in plain words, its usual cause, what to change."""
+    """Explain an error class: in plain words, its usual cause, what to change."""
 
     what: str
     cause: str

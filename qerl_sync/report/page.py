@@ -85,7 +85,7 @@ class Stream:
 
 @dataclass
 class PageData:
-    """What the page's script reads: the streams of each plot, in the order of the plots."""
+    """Hold the data of the page's script: the streams of each plot, in the order of the plots."""
 
     numbers: dict[str, int] = field(default_factory=dict)  # a name may occur in many buckets
     plots: list[dict[str, Any]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What a session tells its observers after each push, and which observers its options ask for."""
+"""Tell observers of each push, and choose the observers that a session's options ask for."""
 
 from __future__ import annotations
 
