@@ -1074,7 +1074,8 @@ def test_a_forked_child_does_not_keep_its_parents_shared_memory_alive(host):
         remove_abandoned()
         assert owner.path.exists()  # the fork took nothing from the parent
         owner.end(signal.SIGKILL)
-        assert owner.path.name in remove_abandoned()
+        remove_abandoned()  # or another process of this machine has
+        assert not owner.path.exists()
     finally:
         os.kill(child, signal.SIGKILL)
 
