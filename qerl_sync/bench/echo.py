@@ -42,6 +42,7 @@ class EchoLoader:
     kept_bytes = 0
 
     def __init__(self) -> None:
+        self.quantisation: dict[str, Any] = {}
         self.check = False
         self.checksums: dict[str, int] = {}
 

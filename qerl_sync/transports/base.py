@@ -36,6 +36,7 @@ class WorkerReport:
         peak_extra_bytes_predicted: the same from the plan, before the first byte.
         peak_staged_bytes: the most that it staged in host memory at once (policy `spill`).
         kept_bytes: memory in which it kept the old weights (`on_failure: rollback`).
+        quantisation: how its layers hold their weights after the sync (`SyncReport.quantisation`).
     """
 
     worker: str
@@ -46,6 +47,7 @@ class WorkerReport:
     peak_extra_bytes_predicted: int | None = None
     peak_staged_bytes: int = 0
     kept_bytes: int = 0
+    quantisation: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Without the traces, which are as long as the model has tensors."""

@@ -111,6 +111,7 @@ class InProcessTransport(Transport):
             seconds={"verify": self._receiver.verify_seconds},
             peak_staged_bytes=self._receiver.peak_staged_bytes,
             kept_bytes=self._receiver.kept_bytes,
+            quantisation=self._receiver.quantisation,
         )
         return SyncResult(
             workers=[report],

@@ -43,7 +43,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.options import FiniteCheck, OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 8
+PROTOCOL = 9
 
 
 class _Message(BaseModel):
@@ -253,6 +253,7 @@ class Report(_Message):
     peak_extra_bytes_predicted: int
     peak_staged_bytes: int = 0
     kept_bytes: int = 0
+    quantisation: dict[str, Any] = {}
 
 
 class Commit(_Message):

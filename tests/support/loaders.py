@@ -60,6 +60,7 @@ class KeepingLoader:
         self.peak_staged_bytes = self.finishing_bytes = 0
         self.verify_seconds = 0.0
         self.kept_bytes = 0
+        self.quantisation = {}
         self.before_load = lambda: None
         self.started = 0
 

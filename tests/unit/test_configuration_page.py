@@ -26,7 +26,7 @@ def test_every_option_of_the_sync_section_is_described():
         assert f"| `{name}` |" in configuration_page()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
 def test_every_config_is_valid(path):
     assert load_config(path, check_foreign=False).sync.policy in ("reorder", "warn", "error")
 

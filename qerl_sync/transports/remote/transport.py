@@ -613,4 +613,5 @@ class RemoteTransport(Transport):
             peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,
             peak_staged_bytes=reported.peak_staged_bytes,
             kept_bytes=reported.kept_bytes,
+            quantisation=reported.quantisation,
         )

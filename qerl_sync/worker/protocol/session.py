@@ -11,7 +11,7 @@ import logging
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -63,6 +63,9 @@ class Loader(Protocol):
 
     @property
     def kept_bytes(self) -> int: ...
+
+    @property
+    def quantisation(self) -> dict[str, Any]: ...
 
     @property
     def poisoned(self) -> str | None: ...
@@ -202,6 +205,7 @@ class WorkerSession:
                 peak_extra_bytes=self._extra_bytes(),
                 peak_staged_bytes=self._loader.peak_staged_bytes,
                 kept_bytes=self._loader.kept_bytes,
+                quantisation=self._loader.quantisation,
                 peak_extra_bytes_predicted=self._loader.kept_bytes
                 + footprint_bytes(
                     plan,
