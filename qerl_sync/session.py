@@ -94,6 +94,9 @@ class SyncReport:
             why base weights travelled too, empty if they did not.
         unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
             have changed (`Source.unchanging`) or has not (`sync.delta`).
+        quantisation: how the engine's layers hold their weights after the sync. scheme: vLLM's name
+            for it. bits: the number of layers by the bits of a weight. high_precision: the layers
+            that are not quantised, and why. from_checkpoint: the engine's checkpoint was quantised.
         noise: of `sync.noise`; None without it. sigma and stage: what the schedule has for this
             step, 0 where there is none. seed, version and shapes: what the noise is made again from
             (`qerl_sync.noise_of`). arrived_sigma: the standard deviation that is left of it when
@@ -129,6 +132,7 @@ class SyncReport:
     unsent_tensors: int = 0
     unsent_bytes: int = 0
     lora: dict[str, str] | None = None
+    quantisation: dict[str, Any] = field(default_factory=dict)
     noise: dict[str, Any] | None = None
     loading: dict[str, int] = field(default_factory=dict)
 
@@ -372,7 +376,8 @@ class SyncSession:
         if self._source.lora is not None:
             report.lora = dict(self._source.lora)
         if self._adapter is not None:
-            report.lora = {**(report.lora or {}), "base": _why_base(plan, options)}
+            why = _why_base(plan, options, own=self._config.lora_base == "engine")
+            report.lora = {**(report.lora or {}), "base": why}
         if self._noise is not None:
             report.noise = self._noise.report()
         if probed is not None:
@@ -424,12 +429,15 @@ class SyncSession:
             for meta in self._source.metadata()
             if not any(fnmatchcase(meta.name, pattern) for pattern in ignored)
         ]
+        allowed: Sequence[str] = self._config.allow_incomplete
+        if self._config.lora_base == "engine":
+            given, allowed = self._beside_the_base(given), ("*",)
         self._transport.source_device = self._source.device
         metas = self._order(given)
         self._transport.agree_on(metas)
         if self._full_plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(
-                metas, allow_incomplete=self._config.allow_incomplete, load=self._config.load
+                metas, allow_incomplete=allowed, load=self._config.load
             )
             if self._probe is not None:
                 precision = self._transport.precision
@@ -441,6 +449,23 @@ class SyncSession:
             self._full_plan = self._part_plan = None
             self._full_plan = self._make_plan(metas, given, layer_map)
         return self._full_plan, self.layer_map
+
+    def _beside_the_base(self, given: list[ParamMeta]) -> list[ParamMeta]:
+        """Return what travels to an engine that keeps its own base: what trains, and what has
+        noise."""
+        if self._source.adapter() is None:
+            raise ConfigError(
+                "sync.lora_base: engine keeps the engine's own weights, and this source has no "
+                "adapter that is served beside them; train one and leave sync.lora at adapter, or "
+                "leave sync.lora_base out"
+            )
+        frozen = self._source.unchanging().keys()
+        noisy = self._config.noise.names if self._config.noise is not None else ()
+        return [
+            meta
+            for meta in given
+            if meta.name not in frozen or any(fnmatchcase(meta.name, one) for one in noisy)
+        ]
 
     def _agree_on_adapter(self) -> None:
         """Have the workers judge the source's adapter, unless it is the last one."""
@@ -686,13 +711,16 @@ class SyncSession:
             workers=[worker.to_json() for worker in workers],
             lost=dict(result.lost),
             loading=dict(Counter(plan.loading.values())),
+            quantisation=dict(workers[0].quantisation),
         )
 
 
-def _why_base(plan: SyncPlan, options: SyncOptions) -> str:
-    """Return why base weights travel with an adapter; empty if none do."""
+def _why_base(plan: SyncPlan, options: SyncOptions, *, own: bool) -> str:
+    """Return why base weights travel with an adapter; empty if none do. `own`: the engine keeps its
+    own."""
     if not plan.base_metas:
         return ""
-    if options.base is None:
+    if options.base is None and not own:
         return "not all workers are known to hold it as the trainer has it"
-    return f"what trains beside the adapter, or has changed: {plan.base_metas[0].name}, ..."
+    first = plan.base_metas[0].name
+    return f"what trains beside the adapter, has noise, or has changed: {first}, ..."

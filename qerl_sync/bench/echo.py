@@ -43,6 +43,7 @@ class EchoLoader:
     processed_layers = ()
 
     def __init__(self) -> None:
+        self.quantisation: dict[str, Any] = {}
         self.check = False
         self.checksums: dict[str, int] = {}
 

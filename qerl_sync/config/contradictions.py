@@ -56,6 +56,13 @@ def _of_sync(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
     if isinstance(sync, Mapping):
         for found in without_effect(sync, in_process=mode == "colocate"):
             yield Violation(f"sync.{found.place}", found.message)
+    merged = value_at(tree, "peft") is None or value_at(tree, "sync.lora") == "merge"
+    if value_at(tree, "sync.lora_base") == "engine" and merged:
+        yield Violation(
+            "sync.lora_base",
+            "'engine' needs an adapter that is served beside the engine's own base; train one "
+            "(section `peft`), and leave `sync.lora` at auto or adapter",
+        )
     intervals, steps = value_at(tree, "sync.noise.intervals"), value_at(tree, "trainer.max_steps")
     if value_at(tree, "sync.noise") and value_at(tree, "sync.noise.steps") is None:
         intervals = 10 if intervals is None else intervals

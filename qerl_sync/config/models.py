@@ -131,10 +131,10 @@ class NoiseConfig(Section):
     that the rollout engines get, drawn anew for each sync. The trainer's own weights stay as they
     are, and each sync starts from them."""
 
-    preset: Literal["scripts", "section-4.1"] | None = None
-    """The paper's standard deviations, of which it has two: 1e-2 to 1e-4 in its training scripts
-    (`scripts`), 5e-2 to 5e-4 in its section 4.1 (`section-4.1`). Null: `sigma_start` and
-    `sigma_end`."""
+    preset: Literal["scripts", "table-4", "section-4.1"] | None = None
+    """The paper's standard deviations, which conflict: 1e-2 to 1e-4 in its training scripts
+    (`scripts`), 1e-2 to 5e-4 in table 4 of its appendix E (`table-4`), 5e-2 to 5e-4 in its section
+    4.1 (`section-4.1`). Null: `sigma_start` and `sigma_end`."""
 
     sigma_start: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The standard deviation of the first stage."""
@@ -348,6 +348,13 @@ class SyncConfig(Section):
     are never written to. After the first sync only parent layers that an adapter touches travel,
     and those that are trained beside it. `auto`: `adapter` where the engine serves it exactly, else
     `merge`; the report says which and why (`lora`). Without adapters it has no effect."""
+
+    lora_base: Literal["trainer", "engine"] = "trainer"
+    """Whose base weights the engine adds an adapter to. `trainer`: they are sent, as `lora` says.
+    `engine`: those that it has loaded itself, which never travel; the adapter does, with what
+    trains beside it and what has `noise`. It is for engines whose checkpoint is quantised (GPTQ,
+    AWQ, compressed-tensors) and cannot take the trainer's base: docs/quantisation.md. That the
+    checkpoint was made of the trainer's base is then the user's word."""
 
     noise: NoiseConfig | None = None
     """Noise for exploration on the RMSNorm weights that the engines get: see `sync.noise` below and
@@ -574,7 +581,7 @@ class TrainConfig(Section):
     reward: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1)]
     """One reward function or a list of them: `package.module:function` with TRL's signature
     (`prompts, completions, **columns` to a list of numbers), or a built-in: `exact_match`, 1 where
-    the completion is the answer."""
+    the completion is the answer; `final_number`, 1 where the last number of both is the same."""
 
     trainer: dict[str, Any] = {}
     """Arguments of TRL's `GRPOConfig`, as they are."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -22,6 +23,23 @@ def exact_match(
     return [float(_text(completion).strip() == str(right).strip()) for completion, right in pairs]
 
 
+def final_number(
+    prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[Any], **columns: Any
+) -> list[float]:
+    """Reward 1 where the last number of the completion is the last one of the answer; else 0.
+
+    So GSM8K's answers, which end in `#### 72`, are compared.
+    """
+    pairs = zip(completions, answer, strict=True)
+    numbers = [(_last_number(_text(c)), _last_number(str(right))) for c, right in pairs]
+    return [float(found is not None and found == right) for found, right in numbers]
+
+
+def _last_number(text: str) -> float | None:
+    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
 def _text(completion: Any) -> str:
     """Return a completion's text. It is a text, or a list of chat messages of which the last
     counts.
@@ -30,7 +48,7 @@ def _text(completion: Any) -> str:
 
 
 # The built-in rewards; all of them read the column `answer`.
-BUILTIN: dict[str, Reward] = {"exact_match": exact_match}
+BUILTIN: dict[str, Reward] = {"exact_match": exact_match, "final_number": final_number}
 
 
 def resolve_reward(name: str) -> Reward:

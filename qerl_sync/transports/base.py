@@ -38,6 +38,7 @@ class WorkerReport:
         peak_staged_bytes: the most that it staged in host memory at once (policy `spill`).
         kept_bytes: memory in which it kept the old weights (`on_failure: rollback`).
         spans: what it did when, by its host's clock; see `wire.messages.Report`.
+        quantisation: how its layers hold their weights after the sync (`SyncReport.quantisation`).
     """
 
     worker: str
@@ -49,6 +50,7 @@ class WorkerReport:
     peak_staged_bytes: int = 0
     kept_bytes: int = 0
     spans: Sequence[Span] = ()
+    quantisation: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Without the traces, which are as long as the model has tensors."""

@@ -126,6 +126,7 @@ class InProcessTransport(Transport):
             peak_staged_bytes=self._receiver.peak_staged_bytes,
             kept_bytes=self._receiver.kept_bytes,
             spans=self._receiver.processed_layers,
+            quantisation=self._receiver.quantisation,
         )
         return SyncResult(
             workers=[report],

@@ -258,6 +258,7 @@ class Report(_Message):
     spans: list[Span] = []
     """What the worker did when, by its host's clock: all of it where that was asked for, else the
     processing of the layers that took longest."""
+    quantisation: dict[str, Any] = {}
 
 
 class Commit(_Message):

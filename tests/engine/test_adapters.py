@@ -136,6 +136,23 @@ def test_noisy_norms_travel_beside_the_adapter(engines):
     assert sync.push(5, clean=True).sent_bytes == adapter
 
 
+def test_an_engine_may_keep_its_own_base(engines):
+    """As one must whose checkpoint is quantised: of the trainer's base nothing travels."""
+    own = make_policy(seed=1)
+    session(engines, own).push()
+    step(own, 2)
+    other = make_policy(base=make_model("dense", 1), seed=2)  # the same adapter over another base
+    adapter = AdapterSource(other).adapter().nbytes
+    sync = session(engines, other, lora_base="engine")
+    for number in (1, 2):
+        report = sync.push(number)
+        assert (report.sent_bytes, report.lora["base"]) == (adapter, "")
+        assert logprob_gap(engines.served, own) < EXACT
+        assert logprob_gap(engines.served, other) > 0.1
+    with pytest.raises(ConfigError):
+        session(engines, make_model("dense", 1), HFSource, lora_base="engine").push()
+
+
 def test_the_active_one_of_two_adapters_is_served(engines):
     from peft import LoraConfig
 

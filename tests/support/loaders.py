@@ -61,6 +61,7 @@ class KeepingLoader:
         self.verify_seconds = 0.0
         self.kept_bytes = 0
         self.processed_layers = ()
+        self.quantisation = {}
         self.before_load = lambda: None
         self.started = 0
 

@@ -29,7 +29,7 @@ from qerl_sync.telemetry.files import append_line
 from qerl_sync.training.data import addition_rows, load_data
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display
-from qerl_sync.training.rewards import exact_match, resolve_reward
+from qerl_sync.training.rewards import exact_match, final_number, resolve_reward
 from qerl_sync.training.trials import Targets
 
 # ------------------------------------------------------------------------------------------ data
@@ -119,6 +119,14 @@ def test_data_that_is_not_there_empty_or_broken(tmp_path, name, content, monkeyp
 
 
 # --------------------------------------------------------------------------------------- rewards
+
+
+def test_the_last_number_of_a_solution_is_its_answer():
+    solutions = ["2 * 36 = 72", "<answer> 72.0 </answer>", "about 1,072", "-72", "none"]
+    right = ["half of 144 is 72\n#### 72"] * 5
+    assert final_number(["p"] * 5, solutions, right) == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert final_number(["p"], [[{"role": "assistant", "content": "1,072."}]], [1072]) == [1.0]
+    assert final_number(["p"], ["none"], ["none"]) == [0.0]
 
 
 def test_exact_match_on_texts_numbers_and_chats():

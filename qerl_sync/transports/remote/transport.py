@@ -668,4 +668,5 @@ class RemoteTransport(Transport):
             peak_staged_bytes=reported.peak_staged_bytes,
             kept_bytes=reported.kept_bytes,
             spans=reported.spans,
+            quantisation=reported.quantisation,
         )

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +17,9 @@ import torch
 from qerl_sync.buffers.detect import dtype_name, require_finite, require_in_range
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import (
+    ConfigError,
     CoverageError,
+    LayerMapError,
     LoadError,
     PoisonedError,
     StaleBaseError,
@@ -32,6 +35,7 @@ from qerl_sync.stopwatch import Span
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat import quantisation
 from qerl_sync.worker.load import memory, refresh
 from qerl_sync.worker.load.aliases import LostView, Views, lost_views
 from qerl_sync.worker.load.base import emptied_layers, sample_kernels
@@ -58,6 +62,8 @@ class _ModelState:
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
     # Of the sync that was committed last, where a sync of a part may build on it.
     kernels: dict[str, int] | None = None
+    # The layers that the engine had quantised when it was started.
+    quantised: frozenset[str] | None = None
     # Found in whole weights: after a sync that failed, values no longer tell what was a view.
     lost_views: list[LostView] | None = None
 
@@ -139,16 +145,52 @@ class Receiver:
         allow_incomplete: Sequence[str] = (),
         load: Load = "auto",
     ) -> LayerMap:
-        """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open."""
+        """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open.
+
+        Raises:
+            ConfigError: the engine was to quantise, and has no quantised layer; `scheme`.
+        """
         self._require_closed()
-        return observe_layer_map(
-            self.model,
-            self._config,
-            metas,
-            allow_incomplete=allow_incomplete,
-            load=load,
-            renewed={view.source_path for view in self._find_lost_views()},
-        )
+        self._require_quantised()
+        try:
+            return observe_layer_map(
+                self.model,
+                self._config,
+                metas,
+                allow_incomplete=allow_incomplete,
+                load=load,
+                renewed={view.source_path for view in self._find_lost_views()},
+            )
+        except (LayerMapError, CoverageError) as exc:
+            scheme = self._config.model_config.quantization
+            if scheme is not None and quantisation.is_from_checkpoint(self._config):
+                exc.args = (
+                    f"this engine's checkpoint is quantised ({scheme}), and vLLM does not quantise "
+                    "what arrives for it. Start the engine from the checkpoint that it was made "
+                    "of, with a quantisation that vLLM does when it loads "
+                    '(quantization="fp8_per_channel"), or train an adapter and set '
+                    f"sync.lora_base: engine. What vLLM says: {exc}",
+                )
+            raise
+
+    def _require_quantised(self) -> None:
+        scheme = self._config.model_config.quantization
+        if self._state.quantised is None:
+            self._state.quantised = quantisation.quantised_layers(self.model)
+        if scheme is not None and not self._state.quantised:
+            reasons = self.quantisation["high_precision"]
+            layer, why = next(iter(reasons.items()), ("none", "it has no such layer"))
+            raise ConfigError(
+                f"the engine was started with quantization={scheme!r}, and none of its layers is "
+                f"quantised ({layer}: {why}). Choose a scheme that has something for this model, "
+                "or leave it out",
+                scheme=scheme,
+            )
+
+    @property
+    def quantisation(self) -> dict[str, Any]:
+        """How the engine's layers hold their weights now. See `compat.quantisation`."""
+        return quantisation.quantisation_of(self.model, self._config)
 
     def free_bytes(self) -> int:
         """Memory that is free now where the weights live."""
@@ -486,6 +528,14 @@ class Receiver:
             self._keep_tied()
             refresh.after_reload(self.model)
             self._views.restore()
+        if lost := (self._state.quantised or frozenset()) - quantisation.quantised_layers(
+            self.model
+        ):
+            raise CoverageError(
+                f"{min(lost)} was quantised before the sync, and holds its weights in high "
+                "precision now; report it, with the engine's quantisation",
+                layer=min(lost),
+            )
         # A kernel that has failed says so here, and not after the commit.
         cuda_memory.synchronize(self.device)
         if self._check is not None:

@@ -14,7 +14,7 @@ import logging
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -69,6 +69,9 @@ class Loader(Protocol):
 
     @property
     def kept_bytes(self) -> int: ...
+
+    @property
+    def quantisation(self) -> dict[str, Any]: ...
 
     @property
     def poisoned(self) -> str | None: ...
@@ -323,6 +326,7 @@ class WorkerSession:
                         else slowest(self._loader.processed_layers)
                     ),
                 ],
+                quantisation=self._loader.quantisation,
                 peak_extra_bytes_predicted=self._loader.kept_bytes
                 + footprint_bytes(
                     plan,
