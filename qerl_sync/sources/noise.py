@@ -202,7 +202,7 @@ def with_noise(weight: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 def _kinds(layer_map: LayerMap, name: str) -> set[str]:
     """Return the classes of the vLLM layers that a tensor lands in."""
-    return {layer_map.layers[path].kind for path in layer_map.parents(name)}
+    return {layer_map.layers[c.parent_layer].kind for c in layer_map.contributions[name]}
 
 
 def _nothing_to_change(
