@@ -20,6 +20,7 @@ from qerl_sync.errors import (
     TransportError,
 )
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.transports.remote.sender import ChunkSender
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
@@ -58,6 +59,8 @@ class Peer:
         layer_map: where this rank's tensors land, once it was asked.
         plan_digest: of the plan that it took last.
     """
+
+    watch = Stopwatch()  # of the current sync
 
     def __init__(self, channel: Channel, timeout_seconds: float) -> None:
         self._channel = channel
@@ -160,7 +163,7 @@ class Peer:
         pieces = [piece.tensors for piece in staged.pieces]
         chunk = chunk.model_copy(update={"places": [], "segments": [], "pieces": pieces})
         if self._sender is not None:
-            self._sender.send(chunk, [piece.bytes for piece in staged.pieces])
+            self._sender.send(chunk, [piece.bytes for piece in staged.pieces], self.watch)
         elif self._store is not None:
             self.send(chunk)
             self._store.deliver(self._mailbox, chunk.index, staged.stored_by(self._store.put))

@@ -10,10 +10,11 @@ from contextlib import suppress
 import torch
 
 from qerl_sync.errors import SyncError, TransportError
+from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.wire.channel import Channel
 from qerl_sync.wire.messages import Chunk
 
-Job = tuple[Chunk, Sequence[torch.Tensor]]
+Job = tuple[Chunk, Sequence[torch.Tensor], Stopwatch]
 
 
 class ChunkSender:
@@ -30,10 +31,10 @@ class ChunkSender:
         self._thread = threading.Thread(target=self._run, name="qerl-sync sender", daemon=True)
         self._thread.start()
 
-    def send(self, chunk: Chunk, pieces: Sequence[torch.Tensor]) -> None:
+    def send(self, chunk: Chunk, pieces: Sequence[torch.Tensor], watch: Stopwatch) -> None:
         """Begin to send a chunk. `pieces`, contiguous and in host memory, must stay as they are
-        until the worker has credited it."""
-        self._jobs.put((chunk, pieces))
+        until the worker has credited it. `watch` records when it was written."""
+        self._jobs.put((chunk, pieces, watch))
 
     def cancel(self) -> None:
         """Drop the chunks whose sending has not begun."""
@@ -50,10 +51,11 @@ class ChunkSender:
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            chunk, pieces = job
+            chunk, pieces, watch = job
             try:
                 payload = [_bytes_of(piece) for piece in pieces]
-                self._channel.send(chunk, self._timeout_seconds, payload)
+                with watch.span("write", f"chunk {chunk.index} to {self._channel.peer}"):
+                    self._channel.send(chunk, self._timeout_seconds, payload)
             except Exception as exc:
                 self.error = exc if isinstance(exc, SyncError) else TransportError(str(exc))
                 self._channel.cut_off()  # wakes the thread that waits for the credit

@@ -266,6 +266,7 @@ class RemoteTransport(Transport):
         self._announced = staging.segments
         for peer in self._peers:
             peer.forget_chunks()
+            peer.watch = self.watch
             known = peer.plan_digest == plan.digest
             if not known:
                 # A worker keeps the last plan that it was sent, also one that it then refuses.
