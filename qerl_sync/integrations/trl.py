@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -356,8 +356,14 @@ class WeightSyncCallback(TrainerCallback):
         directory = self.config.record_directory
         if directory is not None and state.is_world_process_zero:
             # The syncs have files of their own.
-            kept = {k: v for k, v in (logs or {}).items() if not k.startswith("sync/")}
-            append_line(Path(directory) / LOG, {"step": state.global_step, **kept})
+            numbers = {
+                name: value
+                for name, value in (logs or {}).items()
+                if isinstance(value, int | float) and not name.startswith("sync/")
+            }
+            # A full disk must not end a run here: the recorder has warned of it.
+            with suppress(OSError):
+                append_line(Path(directory) / LOG, {"step": state.global_step, **numbers})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

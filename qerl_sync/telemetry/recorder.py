@@ -213,17 +213,20 @@ def chrome_trace(spans: Sequence[Span], workers: Sequence[WorkerReport]) -> dict
         events.append(
             {"name": "process_name", "ph": "M", "pid": pid, "tid": 0, "args": {"name": name}}
         )
+        # A thread for each worker writes; spans of one thread lie within each other.
+        receivers = [s.detail.partition(" to ")[2] if s.name == "write" else "" for s in track]
+        threads = {name: tid for tid, name in enumerate(dict.fromkeys(["", *receivers]))}
         events += [
             {
                 "name": f"{span.name} {span.detail}".strip(),
                 "cat": span.name,
                 "ph": "X",
                 "pid": pid,
-                "tid": 0,
+                "tid": threads[receiver],
                 "ts": round(1e6 * (span.start - zero), 1),
                 "dur": round(1e6 * span.seconds, 1),
             }
-            for span in track
+            for span, receiver in zip(track, receivers, strict=True)
         ]
     return {"displayTimeUnit": "ms", "traceEvents": events}
 

@@ -557,7 +557,7 @@ def test_tcp_is_sealed_between_hosts_that_share_a_token(workers, monkeypatch, to
 def test_what_trainer_and_workers_did_when(workers, tmp_path):
     """Over the wire: the spans of one sync, the workers' versions, and those that are poisoned."""
     engine = workers(2)
-    with session(engine, record_directory=str(tmp_path), trace=2) as sync:
+    with session(engine, record_directory=str(tmp_path), trace=2, transport="tcp") as sync:
         sync.push()
         report = sync.push()
         assert set(sync._transport.versions.values()) == {2}
@@ -570,6 +570,15 @@ def test_what_trainer_and_workers_did_when(workers, tmp_path):
         assert report.num_chunks > 2
         chunks = [f"chunk {index}" for index in range(report.num_chunks)]
         assert spans[0] >= {f"{name} {one}" for name in ("send", "await slot") for one in chunks}
+        threads = set()
+        for worker in report.workers:
+            written = [e for e in events if e["name"].endswith(f" to {worker['worker']}")]
+            # That of the last chunk may end after the worker's report has come.
+            assert {e["name"].partition(" to ")[0] for e in written} >= {
+                f"write {one}" for one in chunks[:-1]
+            }
+            threads |= {e["tid"] for e in written}
+        assert threads == {1, 2}
         for pid in (1, 2):
             assert spans[pid] >= {f"{name} {one}" for name in ("wait", "load") for one in chunks}
         # Each chunk is loaded after its sending began, by the clock of this machine.

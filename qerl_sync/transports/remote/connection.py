@@ -8,7 +8,7 @@ import secrets
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +22,7 @@ from qerl_sync.errors import (
     TransportError,
 )
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import Connection
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from qerl_sync.transports.remote.staging import StagedChunk
 
 M = TypeVar("M")
-Job = tuple[say.Chunk, Sequence[torch.Tensor]]
+Job = tuple[say.Chunk, list[torch.Tensor], Stopwatch]
 
 # How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
 # interpreter with vLLM. One that takes longer is connected anew.
@@ -51,6 +52,7 @@ class WorkerConnection(Connection):
         kind: cuda_ipc, shm, tcp or ray, once a transport is open, and `reason`, why so.
         layer_map: where this rank's tensors land, once it was asked.
         plan_digest: of the plan that it took last.
+        watch: records the spans of the current sync.
         check_alive: called while an answer is awaited; raises if waiting has become pointless.
     """
 
@@ -60,6 +62,7 @@ class WorkerConnection(Connection):
     def __init__(self, connection: socket.socket, peer: str, key: bytes, role: str) -> None:
         super().__init__(connection, peer, key, role)
         self.kind = self.reason = self.plan_digest = ""
+        self.watch = Stopwatch()
         self.layer_map: LayerMap | None = None
         self.check_alive: Callable[[], None] = lambda: None
         self._on_the_way: deque[int] = deque()
@@ -144,7 +147,7 @@ class WorkerConnection(Connection):
         pieces = [piece.tensors for piece in staged.pieces]
         chunk = chunk.model_copy(update={"places": [], "segments": [], "pieces": pieces})
         if self._store is None:
-            self._jobs.put((chunk, [piece.bytes for piece in staged.pieces]))
+            self._jobs.put((chunk, [piece.bytes for piece in staged.pieces], self.watch))
         else:
             self.tell(chunk)
             self._store.deliver(self._mailbox, chunk.index, staged.stored_by(self._store.put))
@@ -247,12 +250,13 @@ class WorkerConnection(Connection):
 
     def _send_chunks(self) -> None:
         while (job := self._jobs.get()) is not None:
-            chunk, pieces = job
+            chunk, pieces, watch = job
             try:
                 payload = [
                     piece.detach().reshape(-1).view(torch.uint8).numpy().data for piece in pieces
                 ]
-                self.send(chunk, self.timeout_seconds, payload)
+                with watch.span("write", f"chunk {chunk.index} to {self.peer}"):
+                    self.send(chunk, self.timeout_seconds, payload)
             except Exception as exc:
                 self._send_error = exc if isinstance(exc, SyncError) else TransportError(str(exc))
                 self.cut_off()  # wakes the thread that waits for the credit

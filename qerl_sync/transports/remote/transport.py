@@ -286,6 +286,7 @@ class RemoteTransport(Transport):
         self._announced = self._staging.segments
         for worker in self._workers:
             worker.forget_chunks()
+            worker.watch = self.watch
             known = worker.plan_digest == plan.digest
             if not known:
                 # A worker keeps the last plan that it was sent, also one that it then refuses.
