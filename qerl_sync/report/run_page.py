@@ -126,30 +126,23 @@ def _facts(run: RecordedRun) -> list[tuple[str, str, str]]:
     budget = last_sync["budget_bytes"]
     exact = sum(sync["prediction_exact"] for sync in run.syncs)
     gap = run.summary.get("logprob_gap_max")
+    unsent_bytes = sum(sync["unsent_bytes"] for sync in run.syncs)
+    skipped = f"{format_bytes(unsent_bytes)} needed not be" if unsent_bytes else ""
+    kind, _, reason = last_sync["transport"].partition(": ")
     facts += [
         ("A sync takes", f"{median(total):.3g} s", of_steps or f"at most {max(total):.3g} s"),
-        ("Sent", format_bytes(sum(s["sent_bytes"] for s in run.syncs)), _skipped(run)),
+        ("Sent", format_bytes(sum(s["sent_bytes"] for s in run.syncs)), skipped),
         ("Peak buffered", format_bytes(buffered), f"{format_bytes(pinned)} pinned"),
         ("Budget", format_bytes(budget) if budget else "none", ""),
         ("Predicted exactly", f"{exact:,} of {len(run.syncs):,}", "tensor by tensor"),
         ("Policy", last_sync["policy"], f"verify: {run.sync_options.get('verify', 'not known')}"),
-        ("Transport", *_split(last_sync["transport"])),
+        ("Transport", kind, reason),
     ]
     if gap is not None:
         facts.append(("Largest logprob gap", f"{gap:.1e}", "trainer to vLLM"))
     if versions := run.summary.get("versions"):
         facts.append(("vLLM", versions.get("vllm", "?"), f"torch {versions.get('torch', '?')}"))
     return facts
-
-
-def _skipped(run: RecordedRun) -> str:
-    skipped = sum(sync["unsent_bytes"] for sync in run.syncs)
-    return f"{format_bytes(skipped)} needed not be" if skipped else ""
-
-
-def _split(transport: str) -> tuple[str, str]:
-    kind, _, reason = transport.partition(": ")
-    return kind, reason
 
 
 def _tables(run: RecordedRun) -> list[tuple[str, Table]]:

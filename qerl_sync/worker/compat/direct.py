@@ -163,7 +163,7 @@ def _loaders(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 class _State:
-    """What a layer's kernels may read, to be compared.
+    """Hold what a layer's kernels may read, to compare it.
 
     Attributes:
         layouts: of the layer's own tensors.

@@ -429,7 +429,7 @@ def live_tensors(layer: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def tensors_written_live(layer: torch.nn.Module) -> list[torch.Tensor]:
-    """Of a layer that is being reloaded, those that vLLM writes as they arrive."""
+    """Return the tensors of a layer in reload that vLLM writes as they arrive."""
     if not _layerwise().get_layerwise_info(layer).can_load():
         return []
     return [t for t in _layerwise().get_layer_tensors(layer).values() if not t.is_meta]

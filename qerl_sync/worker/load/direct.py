@@ -14,7 +14,7 @@ from qerl_sync.worker.compat import direct
 
 
 class DirectLoad:
-    """What a sync does to layers that are not loaded layerwise. See `layer_map.Loading`.
+    """Load layers that are not loaded layerwise. See `layer_map.Loading`.
 
         begin for each tensor --> vLLM's loaders write it --> conclude
 
