@@ -14,13 +14,15 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 CLASSES = {"load_error": "LoadError", "key_error": "TrainerRankError"}
 KILLS = ["kill joint between 2", "kill led between 0", "kill led metadata 1"]
+# Of ranks that fail in the middle of a gather, which the program judges itself.
+LOOP = "loop 4"
 
 
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
     subprocess.run(
-        [sys.executable, "-m", "support.rank_failures", str(directory), "raise", *KILLS],
+        [sys.executable, "-m", "support.rank_failures", str(directory), "raise", *KILLS, LOOP],
         env={**os.environ, "PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1"},
         check=True,
         timeout=280,

@@ -1,16 +1,19 @@
 """Syncs of a tiny FSDP2 model on several ranks, in which one rank raises or is killed.
 
 A program that forks the ranks of one case after the other: importing torch takes longer than a
-case. Arguments: a directory for what the ranks report, then the names of cases, such as `raise` or
-`kill joint between 2`.
+case. Arguments: a directory for what the ranks report, then the names of cases, such as `raise`,
+`kill joint between 2`, or `loop 20`: so many tries of a rank that is killed or raises in the middle
+of a gather, each at another one, of which it prints what the others have raised and when.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +27,9 @@ from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.sources.sharded import ShardedSource
 from qerl_sync.transports.base import SyncResult, Transport, WorkerReport
 from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
+from qerl_sync.transports.joint.ranks import GRACE_SECONDS
 from support.models import make_model
-from support.ranks import report, surroundings
+from support.ranks import read, report, surroundings
 
 TIMEOUT_SECONDS = 3.0
 # Where a rank fails: in its source, in its transport, and, for `_value`, in a gather itself.
@@ -86,10 +90,12 @@ def new_session(kind: str, ranks: TrainerRanks) -> tuple[SyncSession, Sink, Shar
     return SyncSession(source, transport, SyncConfig.of(chunk_bytes=1 << 16)), sink, source
 
 
-def once_at(place: str, act: Any, sink: Sink, source: ShardedSource) -> None:
-    """Have `act` happen when the session's transport or source is there for the second time, of
-    places that it passes more than once, and else for the first."""
-    left = [2 if place in ("first", "between", "last", "_value") else 1]
+def once_at(
+    place: str, act: Any, sink: Sink, source: ShardedSource, times: int | None = None
+) -> None:
+    """Have `act` happen when the session's transport or source is there for that time; by default
+    the second, of places that it passes more than once, and else the first."""
+    left = [times or (2 if place in ("first", "between", "last", "_value") else 1)]
 
     def at(here: str) -> None:
         if here == place:
@@ -138,8 +144,17 @@ def raise_everywhere(ranks: TrainerRanks) -> dict[str, Any]:
     return told
 
 
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def in_one_rank(
-    directory: str, what: str, kind: str = "", place: str = "", rank: str = "0"
+    directory: str,
+    what: str,
+    kind: str = "",
+    place: str = "",
+    rank: str = "0",
+    times: str | None = None,
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -149,7 +164,8 @@ def in_one_rank(
     else:
         session, sink, source = new_session(kind, ranks)
         if ranks.rank == int(rank):
-            once_at(place, lambda: os.kill(os.getpid(), signal.SIGKILL), sink, source)
+            act = {"kill": kill, "load_error": load_error, "key_error": key_error}[what]
+            once_at(place, act, sink, source, times and int(times))
         report(directory, **tried(session))
 
 
@@ -178,8 +194,41 @@ def fork_ranks(directory: Path, num_ranks: int, *case: str) -> None:
         os.waitpid(pid, 0)
 
 
+# Which error the others must find, by what a rank does in the middle of a gather.
+NAMED = {"kill": "PeerLostError", "load_error": "LoadError", "key_error": "TrainerRankError"}
+# A collective of ranks that are left ends after twice the timeout, and a dead process is then
+# looked for.
+LONGEST_SECONDS = 2 * TIMEOUT_SECONDS + GRACE_SECONDS + 2
+
+
+def loop(directory: Path, tries: int) -> Counter[str]:
+    """Fail one of two or three ranks in a gather, so often. Return how the others ended."""
+    rng, ended = random.Random(0), Counter[str]()
+    gathers = sum(1 for _ in make_model("moe", 0).parameters())
+    for number in range(tries):
+        num_ranks, what = 2 + number % 2, (*NAMED, "kill")[number % 4]
+        rank, times = rng.randrange(num_ranks), rng.randrange(1, gathers)
+        case = (what, rng.choice(["joint", "led"]), "_value", str(rank), str(times))
+        fork_ranks(directory / f"{number}", num_ranks, *case)
+        told = [read(directory / f"{number}", r) for r in range(num_ranks)]
+        if what == "kill":
+            assert not told[rank]
+            told.pop(rank)
+        found = {(one.get("error"), one.get("rank")) for one in told}
+        longest = max(one.get("seconds", float("inf")) for one in told)
+        right = found == {(NAMED[what], rank)} and longest <= LONGEST_SECONDS
+        ended["named in time" if right else "otherwise"] += 1
+        print(num_ranks, "ranks,", *case, sorted(found, key=str), f"{longest:.1f} s", flush=True)
+    print(dict(ended))
+    return ended
+
+
 def main(directory: str, *cases: str) -> None:
     for case in cases:
+        if case.startswith("loop "):
+            if loop(Path(directory), int(case.split()[1]))["otherwise"]:
+                sys.exit("a rank that failed in a gather was not named in time")
+            continue
         num_ranks = 2 if case == "raise" else 3
         fork_ranks(Path(directory) / case, num_ranks, *case.split())
 

@@ -30,6 +30,11 @@ def share_of_digits(completions: list[str], **kwargs: Any) -> list[float]:
     return [sum(w.isdigit() for w in text.split()) / 8 for text in completions]
 
 
+def varied(completions: list[str], **kwargs: Any) -> list[float]:
+    """Reward each completion otherwise, so that no step is without a gradient."""
+    return [sum(map(ord, str(text))) % 97 / 97 for text in completions]
+
+
 # For `WeightSyncCallback`: what TRL does not pass to its engine.
 ENGINE = {"dtype": "float32", "enforce_eager": True, "num_gpu_blocks_override": 64}
 
@@ -38,8 +43,16 @@ _KEPT: list[Any] = []
 
 
 def build_trainer(
-    path: Path, output_dir: Path, callbacks: Any = (), *, peft_config: Any = None, **changes: Any
+    path: Path,
+    output_dir: Path,
+    callbacks: Any = (),
+    *,
+    model: Any = None,
+    reward: Any = share_of_digits,
+    peft_config: Any = None,
+    **changes: Any,
 ) -> Any:
+    """Build a GRPOTrainer for the policy at `path`, or for `model`, which was loaded from there."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -61,8 +74,8 @@ def build_trainer(
     }
     rows = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} =" for i in range(64)]})
     trainer = GRPOTrainer(
-        model=str(path),
-        reward_funcs=share_of_digits,
+        model=str(path) if model is None else model,
+        reward_funcs=reward,
         args=GRPOConfig(**{**arguments, **changes}),
         train_dataset=rows,
         eval_dataset=rows.select(range(4)),
@@ -74,8 +87,10 @@ def build_trainer(
     return trainer
 
 
-def build_gold_trainer(path: Path, output_dir: Path, callbacks: Any, **changes: Any) -> Any:
-    """On policy only, with itself as it was saved for a teacher."""
+def build_gold_trainer(
+    path: Path, output_dir: Path, callbacks: Any, *, teacher: Path | None = None, **changes: Any
+) -> Any:
+    """On policy only; without a teacher its own, as it was saved, which teaches it nothing."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl.experimental.gold import GOLDConfig, GOLDTrainer
@@ -106,7 +121,7 @@ def build_gold_trainer(path: Path, output_dir: Path, callbacks: Any, **changes: 
     ]
     trainer = GOLDTrainer(
         model=AutoModelForCausalLM.from_pretrained(path),
-        teacher_model=AutoModelForCausalLM.from_pretrained(path),
+        teacher_model=AutoModelForCausalLM.from_pretrained(teacher or path),
         args=GOLDConfig(**{**arguments, **changes}),
         train_dataset=Dataset.from_dict({"messages": rows}),
         processing_class=_bytes_tokenizer(),
