@@ -45,6 +45,8 @@ def rehearse(layer: torch.nn.Module) -> Loading:
     """
     from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
+    if _layerwise().LAYERWISE_INFO[layer].kernel_tensors is None:
+        return "layerwise"  # never loaded: weights that are quantised online, without an engine
     awaited = loadable_tensors(layer)
     # Quantised weights are not looked at: processing them needs values that mean something.
     if not all(t.is_floating_point() and t.itemsize > 1 for t in awaited.values()):
