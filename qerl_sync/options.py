@@ -9,6 +9,7 @@ from typing import Literal
 Verify = Literal["off", "coverage", "checksum", "full"]
 OnFailure = Literal["poison", "rollback"]
 FiniteCheck = Literal["source", "worker", "nobody"]
+Load = Literal["auto", "layerwise"]
 
 
 @dataclass(frozen=True)

@@ -311,7 +311,7 @@ class SyncSession:
         self._transport.agree_on(metas)
         if self._full_plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(
-                metas, allow_incomplete=self._config.allow_incomplete
+                metas, allow_incomplete=self._config.allow_incomplete, load=self._config.load
             )
             if self._probe is not None:
                 precision = self._transport.precision

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PeerLostError, TransportError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import replay
@@ -46,7 +46,11 @@ class EchoLoader:
         self.checksums: dict[str, int] = {}
 
     def layer_map(
-        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+        self,
+        metas: Sequence[ParamMeta],
+        *,
+        allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap:
         return LayerMap(
             {m.name: ParentLayer(m.name, "Echo", m.numel, m.numel) for m in metas},

@@ -153,6 +153,14 @@ class SyncConfig(Section):
     process (`inproc`), where nothing is copied, everything is one chunk unless the policy is
     `spill`."""
 
+    load: Literal["auto", "layerwise"] = "auto"
+    """How a worker gets tensors into the memory that its kernels read. `auto`: parent layers whose
+    kernels read what vLLM's loaders write, which is nearly every layer of an unquantised model on a
+    GPU, are written straight there, tensor by tensor: nothing is buffered, materialised or copied a
+    second time, and the order does not matter. Which layers these are is observed on the live
+    engine. All others, and all of them with `layerwise`, go through vLLM's layerwise reload.
+    Loaders that write past that reload (GPT-OSS) need `auto`."""
+
     budget_bytes: Annotated[PositiveInt | Literal["auto"] | None, BeforeValidator(_budget)] = None
     """Upper bound of the memory that tensors may hold on a worker while they wait for the rest of
     their parent layer: a number, a text like `512MiB`, or `auto`. With `policy: reorder` the

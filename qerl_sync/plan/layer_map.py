@@ -9,7 +9,16 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from itertools import chain
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+# How a worker gets the tensors of a parent layer into the memory that its kernels read.
+# layerwise: vLLM's reload holds them until all have arrived, materialises the layer, processes it
+#     and copies the result.
+# direct: vLLM's loaders write each tensor there as it arrives. Kernels read what loaders write.
+# in place: the same, and the layer is processed at the end of the sync: kernels read another
+#     layout of the same size in the same memory. Only for layers that loaders write past the
+#     reload, where a layerwise load would lose the tensors.
+Loading = Literal["layerwise", "direct", "in place"]
 
 
 class Contribution(NamedTuple):
@@ -20,6 +29,7 @@ class Contribution(NamedTuple):
         parameter: the parameter's name in it (`weight`).
         loaded_numel: elements that vLLM counts towards the layer, after any sharding.
         held_bytes: bytes of the views that vLLM keeps until the layer is whole, before sharding.
+            0: the model's loader writes the tensor past the reload.
         aliases_source: the views share the checkpoint tensor's storage; otherwise the model's
             loader made a copy, which has a storage of its own.
     """
@@ -42,6 +52,8 @@ class ParentLayer:
         expected_numel: elements that the stream brings. Fewer than `total_numel` where the
             layer is padded; the receiver then closes it when these have arrived.
         deferred: processed at the end of the sync, whatever arrives (attention layers).
+        loading: how its tensors get there. A layer that is not `layerwise` holds nothing.
+        num_loads: calls of its weight loaders that fill it.
     """
 
     name: str
@@ -49,6 +61,8 @@ class ParentLayer:
     total_numel: int
     expected_numel: int
     deferred: bool = False
+    loading: Loading = "layerwise"
+    num_loads: int = 0
 
     @property
     def closes_at_numel(self) -> int:
@@ -95,15 +109,27 @@ class LayerMap:
         return digest.hexdigest()
 
     @cached_property
-    def _deferred(self) -> frozenset[str]:
-        return frozenset(layer.name for layer in self.layers.values() if layer.deferred)
+    def _never_open(self) -> frozenset[str]:
+        layers = self.layers.values()
+        return frozenset(one.name for one in layers if one.deferred or one.loading != "layerwise")
 
     def parents(self, name: str) -> tuple[str, ...]:
-        """Return the parent layers that `name` lands in, deferred ones left out."""
+        """Return the parent layers that `name` lands in and that wait for their other tensors: all
+        but deferred ones, and those that are not loaded layerwise."""
         layers = tuple([c.parent_layer for c in self.contributions[name]])
-        if self._deferred.isdisjoint(layers):
+        if self._never_open.isdisjoint(layers):
             return layers
-        return tuple(layer for layer in layers if layer not in self._deferred)
+        return tuple(layer for layer in layers if layer not in self._never_open)
+
+    @cached_property
+    def past_reload(self) -> frozenset[str]:
+        """Names that the model's loader writes past vLLM's reload, into layers that are loaded
+        where they stay."""
+        return frozenset(
+            name
+            for name, landed in self.contributions.items()
+            if any(not c.held_bytes and c.loaded_numel for c in landed)
+        )
 
     def parents_text(self, name: str) -> str:
         """Return its parent layers for a person; "" where it has none."""

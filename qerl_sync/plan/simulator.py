@@ -207,7 +207,12 @@ def _prepare(
     metas: Iterable[ParamMeta], layer_map: LayerMap, storages: Mapping[str, Storage]
 ) -> list[tuple[Landing, ...]]:
     """Return the landings of each tensor."""
-    numbers = {name: number for number, name in enumerate(layer_map.layers)}
+    # Nothing is held for a layer whose tensors are written where they stay.
+    numbers = {
+        name: number
+        for number, (name, layer) in enumerate(layer_map.layers.items())
+        if layer.loading == "layerwise"
+    }
     holders = Counter(storage.key for storage in storages.values())
     contributions = layer_map.contributions
     landings: list[tuple[Landing, ...]] = []
@@ -215,6 +220,8 @@ def _prepare(
         name = meta.name
         given = storages.get(name)
         lands = contributions[name]
+        if len(numbers) < len(layer_map.layers):
+            lands = tuple([c for c in lands if c.parent_layer in numbers])
         if len(lands) == 1 and (given is None or holders[given.key] == 1):
             ((layer, _, numel, held_bytes, aliases),) = lands
             size = held_bytes

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -18,7 +18,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.budget import order_within_budget
 from qerl_sync.plan.chunks import Chunk as Chunk
 from qerl_sync.plan.chunks import cut_anywhere, cut_between_layers
-from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.layer_map import LayerMap, Loading
 from qerl_sync.plan.policies import as_given, by_parent_layer
 from qerl_sync.plan.simulator import Simulator
 from qerl_sync.plan.spill import CHUNK_BYTES, Spill, plan_spill
@@ -52,6 +52,8 @@ class SyncPlan:
         spill: with the policy `spill`, what the worker stages and when it loads.
         adapter: a LoRA adapter whose tensors are the last of `metas`, in chunks of their own.
             vLLM's loaders do not see them, and no trace has them.
+        loading: of each parent layer that the stream fills, how it is loaded. Deferred ones are not
+            in it.
     """
 
     policy: str
@@ -63,6 +65,7 @@ class SyncPlan:
     budget_bytes: int | None = None
     spill: Spill | None = None
     adapter: Adapter | None = None
+    loading: Mapping[str, Loading] = field(default_factory=dict)
 
     @cached_property
     def base_metas(self) -> tuple[ParamMeta, ...]:
@@ -154,6 +157,7 @@ class SyncPlan:
             "chunks": [asdict(chunk) for chunk in self.chunks],
             "predicted": self.predicted.to_json(),
             "as_given": self.as_given.to_json(),
+            "loading": dict(self.loading),
         }
 
     @classmethod
@@ -177,6 +181,7 @@ class SyncPlan:
             budget_bytes=data.get("budget_bytes"),
             spill=None if data.get("spill") is None else Spill.from_json(data["spill"]),
             adapter=None if data.get("adapter") is None else Adapter.from_json(data["adapter"]),
+            loading=data.get("loading", {}),
         )
         if plan.digest != data["digest"]:
             raise PlanError(
@@ -192,7 +197,9 @@ class SyncPlan:
     def emptied(self) -> SyncPlan:
         """The plan that sends nothing, with the same layer map."""
         none = Trace.of_columns((), (), (), ())
-        return replace(self, metas=(), chunks=(), predicted=none, as_given=none, spill=None)
+        return replace(
+            self, metas=(), chunks=(), predicted=none, as_given=none, spill=None, loading={}
+        )
 
     def with_adapter(self, adapter: Adapter, chunk_bytes: int | None) -> SyncPlan:
         """Return the plan that sends the adapter after this one's tensors, which may be none.
@@ -278,6 +285,7 @@ def build_plan(
             layer_map_digest=layer_map.digest,
             budget_bytes=budget_bytes,
             spill=spill,
+            loading=_loading(metas, layer_map),
         )
     if policy == "reorder" and budget_bytes is not None:
         order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
@@ -295,4 +303,11 @@ def build_plan(
         as_given=given,
         layer_map_digest=layer_map.digest,
         budget_bytes=budget_bytes,
+        loading=_loading(metas, layer_map),
     )
+
+
+def _loading(metas: Sequence[ParamMeta], layer_map: LayerMap) -> dict[str, Loading]:
+    landed = (c.parent_layer for meta in metas for c in layer_map.contributions[meta.name])
+    layers = (layer_map.layers[name] for name in dict.fromkeys(landed))
+    return {layer.name: layer.loading for layer in layers if not layer.deferred}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.engines.base import translated
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -69,8 +69,9 @@ class InProcessTransport(Transport):
         metas: Sequence[ParamMeta],
         *,
         allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap:
-        return self._receiver.layer_map(metas, allow_incomplete=allow_incomplete)
+        return self._receiver.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
 
     def free_bytes(self) -> int:
         return self._receiver.free_bytes()

@@ -40,10 +40,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from qerl_sync import errors
 from qerl_sync.errors import AgreementError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import FiniteCheck, OnFailure, Verify
+from qerl_sync.options import FiniteCheck, Load, OnFailure, Verify
 
 # Raised with every change of what is said here.
-PROTOCOL = 8
+PROTOCOL = 9
 
 
 class _Message(BaseModel):
@@ -174,6 +174,7 @@ class MapRequest(_Message):
     type: Literal["map_request"] = "map_request"
     metas: list[tuple[str, str, tuple[int, ...]]]
     allow_incomplete: list[str]
+    load: Load
 
 
 class MapReply(_Message):

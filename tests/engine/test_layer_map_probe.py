@@ -152,24 +152,39 @@ def test_missing_is_allowed_where_the_user_says_so(subject):
     assert observe(one, metas, allow_incomplete=["model.norm"])
 
 
-def test_a_loader_that_goes_past_the_reload_is_refused(subject, monkeypatch):
-    """Some models copy into a parameter directly; during a reload that is a copy into nothing."""
+@pytest.mark.parametrize(
+    ("name", "load", "taken"),
+    [
+        ("model.norm", "auto", True),
+        ("model.norm", "layerwise", False),
+        ("model.layers.1.mlp.down_proj", "auto", False),
+    ],
+)
+def test_a_loader_that_goes_past_the_reload(subject, monkeypatch, name, load, taken):
+    """Some models copy into a parameter directly; during a reload that is a copy into nothing.
+    Kernels read the norm as loaders write it, and pack the projection."""
     one = subject("dense")
     load_weights = one.model.load_weights
+    layer = one.model.get_submodule(name)
 
     def bypassing(weights):
         def rest():
-            for name, tensor in weights:
-                if name == "model.norm.weight":
-                    one.model.model.norm.weight.data.copy_(tensor)
+            for at, tensor in weights:
+                if at == f"{name}.weight":
+                    layer.weight.data.copy_(tensor)
                 else:
-                    yield name, tensor
+                    yield at, tensor
 
         return load_weights(rest())
 
     monkeypatch.setattr(one.model, "load_weights", bypassing)
-    with pytest.raises(LayerMapError, match=r"model\.norm\.weight.*past the layerwise reload"):
-        observe(one, metas_of(one))
+    if taken:
+        layer_map = observe(one, metas_of(one), load=load)
+        assert layer_map.layers[name].loading == "direct"
+        assert layer_map.past_reload == {f"{name}.weight"}
+    else:
+        with pytest.raises(LayerMapError, match=rf"{name}\.weight.*past the layerwise reload"):
+            observe(one, metas_of(one), load=load)
     assert one.wrong_weights(OLD) == []
 
 

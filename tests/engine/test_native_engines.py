@@ -95,7 +95,7 @@ def test_weights_come_out_exactly(subject, group, kind, way):
 @pytest.mark.parametrize("way", WAYS)
 def test_a_bad_order_costs_what_was_predicted(subject, group, caplog, way):
     """Packed buffers end anywhere; what stays open pins them."""
-    one = subject("dense", "plain")
+    one = subject("dense")
     with backend(one.engine, WAYS[way][0]) as engine:
         source = planned(one, NEW, "warn")
         source.plan = build_plan(

@@ -33,7 +33,7 @@ def test_equals_a_fresh_engine(subject, kind, kernels):
     assert one.generates_as(NEW)
     assert logprob_gap(one.engine, one.trainers[NEW]) <= 1e-5
     assert report.prediction_exact, report.first_difference
-    assert report.max_open_layers_measured == 1
+    assert report.max_open_layers_measured <= 1
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -14,7 +14,7 @@ import torch
 from qerl_sync import Source, SyncError, __version__
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -64,7 +64,11 @@ class KeepingLoader:
         self.started = 0
 
     def layer_map(
-        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+        self,
+        metas: Sequence[ParamMeta],
+        *,
+        allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap:
         layers = {m.name: ParentLayer(m.name, "Linear", m.numel, m.numel) for m in metas}
         given = {m.name: (Contribution(m.name, "w", m.numel, m.nbytes, True),) for m in metas}

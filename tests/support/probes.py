@@ -89,7 +89,11 @@ READING: dict[str, tuple[Callable[[], tf.PretrainedConfig], int]] = {
 REFUSED = {
     "ignored bias": lambda: tf.Qwen3Config(**_HEADS, attention_bias=True),
     "bias that is not there": lambda: tf.Qwen2MoeConfig(**_QWEN2_MOE, qkv_bias=False),
-    "lost sinks": lambda: tf.GptOssConfig(**_HEADS, num_local_experts=4, num_experts_per_tok=2),
+}
+
+# Loaders that write sinks and experts past vLLM's reload.
+PAST_RELOAD = {
+    "gpt_oss": lambda: tf.GptOssConfig(**_HEADS, num_local_experts=4, num_experts_per_tok=2),
 }
 
 
@@ -111,7 +115,7 @@ def probed() -> dict[str, OfflineMap | str]:
             CONFIGS["moe"](),
             {**ENGINE, "tensor_parallel_size": 2, "enable_expert_parallel": True},
         ),
-        **{kind: (make(), ENGINE) for kind, make in {**FAMILIES, **REFUSED}.items()},
+        **{kind: (make(), ENGINE) for kind, make in {**FAMILIES, **REFUSED, **PAST_RELOAD}.items()},
         **{kind: (make(), ENGINE) for kind, (make, _) in READING.items()},
     }
     return observe_all(

@@ -53,7 +53,7 @@ class HandMadeTransport(Transport):
         self.fail_at: int | None = None
         self.refuse: Exception | None = None
 
-    def layer_map(self, metas, *, allow_incomplete=()):
+    def layer_map(self, metas, *, allow_incomplete=(), load="auto"):
         self.probed += 1
         if self.refuse is not None:
             raise self.refuse

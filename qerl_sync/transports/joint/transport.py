@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
@@ -62,10 +62,14 @@ class JointTransport(Transport):
         return int(max(self._ranks.meet("the version", self._own.committed_version())))
 
     def layer_map(
-        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+        self,
+        metas: Sequence[ParamMeta],
+        *,
+        allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap:
         self._own.source_device = self.source_device
-        layer_map = self._own.layer_map(metas, allow_incomplete=allow_incomplete)
+        layer_map = self._own.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
         parts = layer_map.to_json()
         self._ranks.require_same(
             "the layer map", layer_map.digest, lambda: sorted(parts.items(), key=str)
@@ -145,12 +149,16 @@ class LedTransport(JointTransport):
         return int(self._ranks.of_leader("the version", self._own.committed_version))
 
     def layer_map(
-        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+        self,
+        metas: Sequence[ParamMeta],
+        *,
+        allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap:
         self._own.source_device = self.source_device
 
         def asked() -> dict[str, Any]:
-            found = self._own.layer_map(metas, allow_incomplete=allow_incomplete)
+            found = self._own.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
             return {
                 "layer_map": found.to_json(),
                 "chunk_bytes": self.chunk_bytes,
@@ -192,7 +200,11 @@ class Follower(Transport):
     told: dict[str, Any]
 
     def layer_map(
-        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+        self,
+        metas: Sequence[ParamMeta],
+        *,
+        allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap:
         raise NotImplementedError("rank 0 asks the engines")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from qerl_sync.errors import AgreementError, LayerMapError, WorldSizeError
-from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
+from qerl_sync.plan.layer_map import Contribution, LayerMap, Loading, ParentLayer
 from qerl_sync.wire.messages import PROTOCOL, Hello
 
 # Of these, all workers of a sync must say the same.
@@ -124,6 +124,11 @@ def joint_map(maps: Sequence[LayerMap]) -> LayerMap:
                 if key not in mine or c.held_bytes > mine[key].held_bytes:
                     mine[key] = c
     joined = {name: tuple(found.values()) for name, found in contributions.items()}
+    # What any rank buffers is planned as buffered.
+    loading: dict[str, Loading] = {name: layer.loading for name, layer in layers.items()}
+    for one in maps:
+        layerwise = (name for name, layer in one.layers.items() if layer.loading == "layerwise")
+        loading.update(dict.fromkeys(layerwise, "layerwise"))
     expected: dict[str, int] = dict.fromkeys(layers, 0)
     for found in joined.values():
         for c in found:
@@ -136,6 +141,8 @@ def joint_map(maps: Sequence[LayerMap]) -> LayerMap:
                 total_numel=max(layer.total_numel, expected[name]),
                 expected_numel=expected[name],
                 deferred=layer.deferred,
+                loading=loading[name],
+                num_loads=layer.num_loads,
             )
             for name, layer in layers.items()
         },

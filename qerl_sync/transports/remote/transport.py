@@ -19,7 +19,7 @@ from qerl_sync.errors import (
     TransportError,
 )
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.replay import replay
@@ -200,11 +200,17 @@ class RemoteTransport(Transport):
         self._ask(request, say.AdapterReply, "whether it can serve the adapter")
 
     def layer_map(
-        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+        self,
+        metas: Sequence[ParamMeta],
+        *,
+        allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap:
         self.open()
         self._map_request = say.MapRequest(
-            metas=say.pack_metas(list(metas)), allow_incomplete=list(allow_incomplete)
+            metas=say.pack_metas(list(metas)),
+            allow_incomplete=list(allow_incomplete),
+            load=load,
         )
         return self._ask_map(self._map_request)
 

@@ -379,9 +379,20 @@ def forget_packed_experts(layer: Any) -> None:
         layer.quant_method.moe_kernel = None
 
 
-def begin_reload(model: torch.nn.Module) -> None:
-    """Save the live tensors, put the model's parameters on meta, wrap their loaders."""
-    older.begin_reload(_layerwise(), model)
+def begin_reload(model: torch.nn.Module, live: Collection[torch.nn.Module] = ()) -> None:
+    """Save the live tensors, put the model's parameters on meta, wrap their loaders.
+
+    Args:
+        live: layers that stay as they are. See `direct`.
+    """
+    infos = [_layerwise().get_layerwise_info(layer) for layer in live]
+    for info in infos:
+        info.load_numel_total = 0  # vLLM passes over a layer whose reload has begun
+    try:
+        older.begin_reload(_layerwise(), model)
+    finally:
+        for info in infos:
+            info.load_numel_total = None
 
 
 def working_bytes(model: torch.nn.Module) -> dict[str, int]:
@@ -395,10 +406,10 @@ def working_bytes(model: torch.nn.Module) -> dict[str, int]:
     return found
 
 
-def reloading_bytes(model: torch.nn.Module, paths: Collection[str]) -> int:
+def weight_bytes(model: torch.nn.Module, paths: Collection[str]) -> int:
     """Return the bytes of these layers' weights in an open reload, in the model's own format."""
     layers = map(model.get_submodule, paths)
-    return sum(t.nbytes for m in layers for t in loadable_tensors(m).values() if t.is_meta)
+    return sum(t.nbytes for layer in layers for t in loadable_tensors(layer).values())
 
 
 def live_tensors(layer: torch.nn.Module) -> list[torch.Tensor]:
@@ -410,7 +421,9 @@ def live_tensors(layer: torch.nn.Module) -> list[torch.Tensor]:
 
 
 def tensors_written_live(layer: torch.nn.Module) -> list[torch.Tensor]:
-    """In an open reload, those that vLLM writes as they arrive."""
+    """Of a layer that is being reloaded, those that vLLM writes as they arrive."""
+    if not _layerwise().get_layerwise_info(layer).can_load():
+        return []
     return [t for t in _layerwise().get_layer_tensors(layer).values() if not t.is_meta]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,6 +91,7 @@ class DryRun:
     stream: Stream
     contributions: dict[str, list[Contribution]] = field(default_factory=lambda: defaultdict(list))
     received: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
+    num_loads: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     miscast: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,9 +119,20 @@ class DryRun:
             held_bytes=sum(t.nbytes for t in tensors),
             aliases_source=any(s is not None for s in sources),
         )
+        self.num_loads[contribution.parent_layer] += 1
+        self._add(meta, contribution, getattr(layer, parameter))
+
+    def written_past(self, meta: ParamMeta, written: Sequence[Contribution]) -> None:
+        """The loader writes `meta` without vLLM's weight loaders."""
+        for contribution in written:
+            layer = self.model.get_submodule(contribution.parent_layer)
+            self._add(meta, contribution, getattr(layer, contribution.parameter))
+
+    def _add(self, meta: ParamMeta, contribution: Contribution, parameter: torch.Tensor) -> None:
         _merge(self.contributions[meta.name], contribution)
-        self.received[contribution.parent_layer, parameter] += loaded_numel
-        self._check_cast(meta, getattr(layer, parameter))
+        place = (contribution.parent_layer, contribution.parameter)
+        self.received[place] += contribution.loaded_numel
+        self._check_cast(meta, parameter)
 
     def processing(self, layer: torch.nn.Module) -> None:
         raise AssertionError("a dry run processes nothing")
@@ -150,46 +162,76 @@ class DryRun:
                     total_numel=total,
                     expected_numel=expected[path],
                     deferred=compat.is_deferred(module),
+                    num_loads=self.num_loads[path],
                 )
         return layers
 
 
 @dataclass
 class Bypasses:
-    """Names of tensors that go past the reload: into a live tensor, or into nothing."""
+    """Names of tensors that go past the reload: into a live tensor (`live`), into a parameter that
+    is on meta meanwhile (`written`), or into nothing (`lost`)."""
 
     live: set[str] = field(default_factory=set)
+    written: dict[str, list[Contribution]] = field(default_factory=dict)
     lost: set[str] = field(default_factory=set)
 
 
 class _CopyWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every `copy_` of a stream's tensors, in Python and in C++."""
+    """Sees every `copy_` of a stream's tensors, in Python and in C++, and every `copy_` into one of
+    `unfilled`, parameters by their storage."""
 
-    def __init__(self, stream: Stream, written_live: set[int]) -> None:
+    def __init__(
+        self, stream: Stream, written_live: set[int], unfilled: Mapping[int, tuple[str, str]]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._stream = stream
         self._written_live = written_live
+        self._unfilled = unfilled
         self.found = Bypasses()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
-            meta = self._stream.source_of(args[1])
-            if meta is not None:
-                is_live = args[0].untyped_storage()._cdata in self._written_live
-                (self.found.live if is_live else self.found.lost).add(meta.name)
+            self._see(args[0], args[1])
         return func(*args, **(kwargs or {}))
+
+    def _see(self, target: torch.Tensor, value: torch.Tensor) -> None:
+        meta, storage = self._stream.source_of(value), target.untyped_storage()._cdata
+        if storage in self._unfilled:
+            # What a loader has rearranged is told by when it is written.
+            meta = meta or self._stream.current
+            assert meta is not None
+            written = Contribution(
+                *self._unfilled[storage], target.numel(), held_bytes=0, aliases_source=False
+            )
+            _merge(self.found.written.setdefault(meta.name, []), written)
+        elif meta is not None:
+            is_live = storage in self._written_live
+            (self.found.live if is_live else self.found.lost).add(meta.name)
 
 
 def watch_bypasses(
-    model: torch.nn.Module, metas: Sequence[ParamMeta], written_live: set[int]
+    model: torch.nn.Module,
+    metas: Sequence[ParamMeta],
+    written_live: set[int],
+    received: Collection[tuple[str, str]],
 ) -> Bypasses:
     """A second dry run, for tensors that no wrapper held in the first. Its answer means nothing for
     the others, whose copies it sees too.
 
     Most models need none, and seeing every operation makes a run three times as slow.
+
+    Args:
+        received: the parameters that wrappers held something for in the first, with their layers.
     """
     stream = Stream(model, metas)
-    watch = _CopyWatch(stream, written_live)
+    unfilled = {
+        tensor.untyped_storage()._cdata: (path, name)
+        for path, module in model.named_modules()
+        for name, tensor in compat.loadable_tensors(module).items()
+        if (path, name) not in received
+    }
+    watch = _CopyWatch(stream, written_live, unfilled)
     with compat.observe_loads(DryRun(model, stream), process=False), watch:
         stream.load()
     return watch.found

@@ -55,6 +55,7 @@ class SyncMonitor:
         self._lent = AliasGuard()
         self._received: Counter[str] = Counter()
         self._closings: Counter[str] = Counter()
+        self._loads: Counter[str] = Counter()
         self._name = ""
 
     def begin(self, name: str) -> None:
@@ -79,6 +80,10 @@ class SyncMonitor:
         if not fills and compat.layer_state(layer).loaded_numel >= planned.expected_numel:
             compat.credit_padding(layer)
 
+    def loaded(self, path: str) -> None:
+        """A weight loader has written a tensor to a layer that is not loaded layerwise."""
+        self._loads[path] += 1
+
     def processing(self, layer: torch.nn.Module) -> None:
         self._lent.release(self._paths[id(layer)])
         self.before_processing(layer)
@@ -95,12 +100,21 @@ class SyncMonitor:
 
     def require_filled(self) -> None:
         """The stream has ended. Raises CoverageError, naming the first of them, unless each parent
-        layer that it fills got its elements and was processed, once, and all others got nothing.
+        layer that it fills got its elements and was processed, once (those that are not loaded
+        layerwise: each of the loads that the dry run counted), and all others got nothing.
         Deferred layers are processed at the end."""
         wrong = []
         for path, layer in self._layers.items():
             numel, closings = (layer.expected_numel, 1) if path in self._filled else (0, 0)
             if layer.deferred or not layer.expected_numel:
+                continue
+            if layer.loading != "layerwise":
+                loads = layer.num_loads * closings
+                if self._loads[path] != loads:
+                    wrong.append(
+                        f"{path} ({layer.kind}) was written to by {self._loads[path]:,} calls of "
+                        f"its weight loaders instead of {loads:,}"
+                    )
                 continue
             if (self._received[path], self._closings[path]) != (numel, closings):
                 wrong.append(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 from qerl_sync.errors import CoverageError, LayerMapError
 from qerl_sync.meta import CASTABLE_FLOATS, ParamMeta
-from qerl_sync.plan.layer_map import LayerMap, ParentLayer
+from qerl_sync.options import Load
+from qerl_sync.plan.layer_map import LayerMap, Loading, ParentLayer
+from qerl_sync.worker.compat import direct
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
 from qerl_sync.worker.load.dry_run import Bypasses, DryRun, Stream, watch_bypasses
@@ -25,6 +28,8 @@ def observe_layer_map(
     metas: Sequence[ParamMeta],
     *,
     allow_incomplete: Sequence[str] = (),
+    load: Load = "auto",
+    renewed: Collection[str] = (),
 ) -> LayerMap:
     """Feed `model` a stream of meta tensors and record what its own loaders do with them.
 
@@ -35,6 +40,8 @@ def observe_layer_map(
         model: the worker's live vLLM model, or one built on the meta device.
         metas: the stream, in source order.
         allow_incomplete: fnmatch patterns of parent layers that may miss elements.
+        load: see `SyncConfig`.
+        renewed: layers whose tensors are needed when they are processed, for lost views.
 
     Raises:
         LayerMapError: vLLM refuses, ignores or loses a tensor, or would cast it by value.
@@ -46,15 +53,22 @@ def observe_layer_map(
     with compat.loading_context(vllm_config), compat.dry_reload(model) as written_live:
         with compat.observe_loads(run, process=False):
             stream.load()
-        layers = run.parent_layers()
         unseen = [meta for meta in metas if not run.contributions[meta.name]]
         puzzling = [meta for meta in unseen if not _is_of_no_use(meta.name, tied)]
-        bypasses = watch_bypasses(model, metas, written_live) if puzzling else Bypasses()
-        dropped = {m.name for m in puzzling if m.name not in bypasses.live | bypasses.lost}
+        bypasses = Bypasses()
+        if puzzling:
+            bypasses = watch_bypasses(model, metas, written_live, run.received.keys())
+        for meta in puzzling:
+            run.written_past(meta, bypasses.written.get(meta.name, ()))
+        layers = run.parent_layers()
+        if load == "auto":
+            layers = _with_loadings(run, layers, renewed)
+        known = bypasses.live | bypasses.lost | bypasses.written.keys()
+        dropped = {m.name for m in puzzling if m.name not in known}
         missing = _missing(run, layers, tied, allow_incomplete)
         _check_shapes(run)
         _check_casts(run, metas)
-        _check_fates(run, puzzling, bypasses)
+        _check_fates(run, puzzling, bypasses, layers, load)
         # What one pipeline stage drops, another may take. The trainer holds all stages together.
         is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
         if dropped and not is_stage:
@@ -97,15 +111,46 @@ def _check_casts(run: DryRun, metas: Sequence[ParamMeta]) -> None:
         )
 
 
-def _check_fates(run: DryRun, puzzling: Sequence[ParamMeta], bypasses: Bypasses) -> None:
+def _with_loadings(
+    run: DryRun, layers: Mapping[str, ParentLayer], renewed: Collection[str]
+) -> dict[str, ParentLayer]:
+    """Return the layers, each with how it is loaded."""
+    written_past = {
+        c.parent_layer for found in run.contributions.values() for c in found if not c.held_bytes
+    }
+    found = {}
+    for path, layer in layers.items():
+        loading: Loading = "layerwise"
+        if layer.expected_numel and not layer.deferred and path not in renewed:
+            loading = direct.rehearse(run.model.get_submodule(path))
+        if loading == "in place" and path not in written_past:
+            loading = "layerwise"
+        found[path] = replace(layer, loading=loading)
+    direct.release_scratch()
+    return found
+
+
+def _check_fates(
+    run: DryRun,
+    puzzling: Sequence[ParamMeta],
+    bypasses: Bypasses,
+    layers: Mapping[str, ParentLayer],
+    load: Load,
+) -> None:
     """What no wrapper held must not have been written into nothing."""
     family = type(run.model).__name__
     for name in (meta.name for meta in puzzling):
-        if name in bypasses.lost:
+        into = [c.parent_layer for c in bypasses.written.get(name, ())]
+        lost = [path for path in into if layers[path].loading == "layerwise"]
+        if lost or name in bypasses.lost:
+            cure = (
+                "sync.load: auto may write it where it stays"
+                if load == "layerwise"
+                else "This architecture cannot be synced with this vLLM"
+            )
             raise LayerMapError(
                 f"vLLM's {family} writes {name!r} past the layerwise reload, on a tensor that is "
-                "not there then: it would be lost and the old weights would stay. This "
-                "architecture cannot be synced with this vLLM"
+                f"not there then: it would be lost and the old weights would stay. {cure}"
             )
 
 

@@ -23,7 +23,7 @@ from qerl_sync.errors import (
     SyncError,
 )
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.part import filled_layers
@@ -34,6 +34,7 @@ from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import memory, refresh
 from qerl_sync.worker.load.aliases import LostView, Views, lost_views
 from qerl_sync.worker.load.base import emptied_layers, sample_kernels
+from qerl_sync.worker.load.direct import DirectLoad
 from qerl_sync.worker.load.kernel_check import Held, KernelCheck
 from qerl_sync.worker.load.lora import AdapterLoad, require_adapter, serve_base
 from qerl_sync.worker.load.monitor import SyncMonitor
@@ -133,11 +134,18 @@ class Receiver:
         metas: Sequence[ParamMeta],
         *,
         allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap:
         """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open."""
         self._require_closed()
-        self._find_lost_views()
-        return observe_layer_map(self.model, self._config, metas, allow_incomplete=allow_incomplete)
+        return observe_layer_map(
+            self.model,
+            self._config,
+            metas,
+            allow_incomplete=allow_incomplete,
+            load=load,
+            renewed={view.source_path for view in self._find_lost_views()},
+        )
 
     def free_bytes(self) -> int:
         """Memory that is free now where the weights live."""
@@ -218,16 +226,21 @@ class Receiver:
             lost = self._find_lost_views()
             self._views = Views(self.model)
             tied = refresh.tied_parameters(self.model)
+            self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
             self._observing.enter_context(compat.observe_loads(self._monitor))
+            self._observing.enter_context(self._direct.watching(self._monitor.loaded))
             with compat.loading_context(self._config):
-                compat.begin_reload(self.model)
+                compat.begin_reload(self.model, self._direct.modules)
             if options.on_failure == "rollback":
                 self._rollback = Rollback()
                 self._rollback.begin(self.model, filled)
             self._monitor.before_processing = partial(self._before_processing, lost)
             self._monitor.after_processing = partial(self._renew_tied, tied)
             self.working_bytes = compat.working_bytes(self.model)
-            self.finishing_bytes = refresh.packed_anew_bytes(self.model, tied, self.working_bytes)
+            self.finishing_bytes = max(
+                refresh.packed_anew_bytes(self.model, tied, self.working_bytes),
+                self._direct.working_bytes,
+            )
 
     def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load the next chunk of the plan: one `load_weights` call.
@@ -448,17 +461,15 @@ class Receiver:
 
     def _before_processing(self, lost: Sequence[LostView], layer: torch.nn.Module) -> None:
         renewed = [view for view in lost if view.source is layer]
-        if self._rollback is not None:
-            for module in (layer, *(view.owner for view in renewed)):
-                self._rollback.keep(module)
+        for module in (layer, *(view.owner for view in renewed)):
+            self._keep(module)
         for view in renewed:
             view.renew()
 
     def _renew_tied(self, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module) -> None:
         """Heads that share this layer's weight let go of their old packed copy of it."""
         for head in refresh.heads_of(self.model, tied, layer):
-            if self._rollback is not None:
-                self._rollback.keep(head)
+            self._keep(head)
             compat.lend_packing(layer, head)
 
     def _finish_base(self) -> None:
@@ -466,6 +477,7 @@ class Receiver:
             self._monitor.require_filled()
         self._untouched = False
         with compat.loading_context(self._config):
+            self._direct.conclude()
             compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
             self._keep_tied()
             refresh.after_reload(self.model)
@@ -477,6 +489,11 @@ class Receiver:
                 self._held = self._check.conclude()
         if self._options.is_base:
             self._kernels = sample_kernels(self.model, self._loaded_layers)
+
+    def _keep(self, layer: torch.nn.Module) -> None:
+        """Keep what the layer has, where a sync that fails must go back."""
+        if self._rollback is not None:
+            self._rollback.keep(layer)
 
     def _keep_tied(self) -> None:
         if self._rollback is not None:
@@ -491,7 +508,7 @@ class Receiver:
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in tensors:
             self._monitor.begin(name)
-            yield name, tensor
+            yield name, self._direct.begin(name, tensor)
 
     def _checked(
         self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]

@@ -44,7 +44,7 @@ class Rollback:
         Raises:
             PlanError: there is not enough host memory for all that a sync may write to.
         """
-        _require_memory(compat.reloading_bytes(model, filled))
+        _require_memory(compat.weight_bytes(model, filled))
         for layer in model.modules():
             # Biases and a few more are written on arrival, attention layers at the end.
             if compat.is_deferred(layer):

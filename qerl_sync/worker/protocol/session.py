@@ -25,7 +25,7 @@ from qerl_sync.errors import (
     TransportTimeout,
 )
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import FiniteCheck, SyncOptions
+from qerl_sync.options import FiniteCheck, Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
@@ -68,7 +68,11 @@ class Loader(Protocol):
     def poisoned(self) -> str | None: ...
 
     def layer_map(
-        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str] = ()
+        self,
+        metas: Sequence[ParamMeta],
+        *,
+        allow_incomplete: Sequence[str] = (),
+        load: Load = "auto",
     ) -> LayerMap: ...
 
     def require_adapter(self, adapter: Adapter) -> None: ...
@@ -173,7 +177,9 @@ class WorkerSession:
 
     def _map(self, request: say.MapRequest) -> None:
         metas = say.unpack_metas(request.metas)
-        self._layer_map = self._loader.layer_map(metas, allow_incomplete=request.allow_incomplete)
+        self._layer_map = self._loader.layer_map(
+            metas, allow_incomplete=request.allow_incomplete, load=request.load
+        )
         reported = self._layer_map.to_json()
         self._tell(say.MapReply(layer_map=reported, free_bytes=self._loader.free_bytes()))
 
