@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -25,7 +26,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
-from qerl_sync.plan.part import part_to_send
+from qerl_sync.plan.part import part_to_send, smallest_part
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.stopwatch import Stopwatch
@@ -64,9 +65,9 @@ class SyncReport:
     Attributes:
         version: the weight version that this sync committed, counted from 1.
         step: the trainer's global step.
-        seconds: by phase. plan: metadata, layer map, order. start: opening the reload. gather:
-            waiting for the source's tensors. load: vLLM's loaders. finish: what is left, derived
-            state, caches. verify: the trainer's side of what `sync.check_finite`,
+        seconds: by phase. plan: metadata, hashes (`sync.delta`), layer map, order. start: opening
+            the reload. gather: waiting for the source's tensors. load: vLLM's loaders. finish: what
+            is left, derived state, caches. verify: the trainer's side of what `sync.check_finite`,
             `sync.on_unchanged` and `sync.verify` ask for, the transport's checksums included, which
             are a part of load and finish too.
             total: all of it.
@@ -87,7 +88,8 @@ class SyncReport:
         lora: of a model that trains an adapter. mode: how that travelled, and reason, why so; base:
             why base weights travelled too, empty if they did not.
         unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
-            have changed (`Source.unchanging`).
+            have changed (`Source.unchanging`) or has not (`sync.delta`).
+        loading: how many of the parent layers that were sent are loaded in which way (`sync.load`).
     """
 
     version: int
@@ -118,6 +120,7 @@ class SyncReport:
     unsent_tensors: int = 0
     unsent_bytes: int = 0
     lora: dict[str, str] | None = None
+    loading: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -129,7 +132,7 @@ class _Base:
 
     Attributes:
         metas: the whole stream of then.
-        stamps: what `Source.unchanging` said of it.
+        stamps: what `Source.unchanging` and `Source.content_stamps` said of it.
     """
 
     version: int
@@ -175,6 +178,11 @@ class SyncSession:
                 "sync.verify: full holds the engine against the trainer's own model; give the "
                 "session a probe (qerl_sync.sources.hf.probe_of(model)), or choose verify: checksum"
             )
+        if config.delta == "layers" and not source.stamps_content:
+            raise ConfigError(
+                f"sync.delta: layers hashes the trainer's weights, which {type(source).__name__} "
+                "does not do; choose sync.delta: off, or a source that has `content_stamps`"
+            )
         self._probe = probe if config.verify == "full" else None
         self._prompt: tuple[int, ...] = ()
         self._tolerance = 0.0
@@ -218,7 +226,7 @@ class SyncSession:
             with watch("plan"):
                 full, layer_map = self._agree()
                 self._agree_on_adapter()
-                stamps = self._source.unchanging()
+                stamps = self._stamps()
                 version = max(self.version, self._transport.committed_version()) + 1
                 if base is not None and not self._transport.holds(base.version):
                     base = None
@@ -341,6 +349,13 @@ class SyncSession:
             self._last_base, self._last = plan, plan.with_adapter(self._adapter, self.chunk_bytes)
         return self._last
 
+    def _stamps(self) -> Mapping[str, Hashable]:
+        """Return what tells, of each tensor, whether it is what it was at another sync."""
+        declared = self._source.unchanging()
+        if self._config.delta == "off":
+            return declared
+        return {**self._source.content_stamps(), **declared}
+
     def _plan_part(
         self, full: SyncPlan, layer_map: LayerMap, base: _Base, stamps: Mapping[str, Hashable]
     ) -> SyncPlan:
@@ -355,6 +370,8 @@ class SyncSession:
             if name in base.stamps and base.stamps[name] == stamp
         }
         part = part_to_send(metas, layer_map, unchanged)
+        if not part and self._config.delta != "off" and not self._adapter:
+            part = smallest_part(metas, layer_map)  # a version needs a stream that brings it
         if len(part) == len(metas) or not (part or self._adapter):
             return full
         if not part:
@@ -558,6 +575,7 @@ class SyncSession:
             transport=result.kind,
             workers=[worker.to_json() for worker in workers],
             lost=dict(result.lost),
+            loading=dict(Counter(plan.loading.values())),
         )
 
 

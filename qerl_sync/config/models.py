@@ -161,6 +161,14 @@ class SyncConfig(Section):
     engine. All others, and all of them with `layerwise`, go through vLLM's layerwise reload.
     Loaders that write past that reload (GPT-OSS) need `auto`."""
 
+    delta: Literal["off", "layers"] = "off"
+    """What need not travel again. `off`: everything travels with each sync. `layers`: parent layers
+    of which no byte has changed since the last committed sync stay as they are on the workers; a
+    worker that does not hold that version gets everything. The trainer hashes its weights before
+    each sync (XXH3, 64 bits), frozen ones only once and when they are written to: worth it where
+    much is frozen, or the way is slow. With full training nearly every layer changes with each
+    step. Not for sharded models, whose hashes would need a gather."""
+
     budget_bytes: Annotated[PositiveInt | Literal["auto"] | None, BeforeValidator(_budget)] = None
     """Upper bound of the memory that tensors may hold on a worker while they wait for the rest of
     their parent layer: a number, a text like `512MiB`, or `auto`. With `policy: reorder` the

@@ -21,6 +21,23 @@ def part_to_send(
         metas: the whole stream.
         unchanged: names whose values the workers hold already.
     """
+    roots = _roots(metas, layer_map)
+    moving = {root for meta, root in zip(metas, roots, strict=True) if meta.name not in unchanged}
+    return [meta for meta, root in zip(metas, roots, strict=True) if root in moving]
+
+
+def smallest_part(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[ParamMeta]:
+    """Return the fewest bytes that can travel alone."""
+    roots = _roots(metas, layer_map)
+    nbytes: Counter[str] = Counter()
+    for meta, root in zip(metas, roots, strict=True):
+        nbytes[root] += meta.nbytes
+    smallest = min(nbytes, key=nbytes.__getitem__)
+    return [meta for meta, root in zip(metas, roots, strict=True) if root == smallest]
+
+
+def _roots(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[str]:
+    """Label each tensor: those that must travel together have one label."""
     # vLLM writes some tensors as they arrive (biases), and processing their layer may change them:
     # such a tensor and the rest of its checkpoint module travel together.
     alone = {_module(meta.name) for meta in metas if not layer_map.contributions[meta.name]}
@@ -32,9 +49,7 @@ def part_to_send(
             place.append(f"checkpoint module {_module(meta.name)}")
         places.append(place)
         joined.join(place)
-    roots = [joined.root(place[0]) for place in places]
-    moving = {root for meta, root in zip(metas, roots, strict=True) if meta.name not in unchanged}
-    return [meta for meta, root in zip(metas, roots, strict=True) if root in moving]
+    return [joined.root(place[0]) for place in places]
 
 
 def filled_layers(metas: Iterable[ParamMeta], layer_map: LayerMap) -> frozenset[str]:

@@ -38,6 +38,7 @@ class Source(ABC):
             all chunks, and waits for the others before each.
         checks_finite: `check_finite` can look before anything is materialised. False: the workers
             look at what arrives.
+        stamps_content: `content_stamps` hashes what there is to send.
         lora: of a model that trains an adapter: how it travels (`mode`) and why so (`reason`).
     """
 
@@ -45,6 +46,7 @@ class Source(ABC):
     stable = False
     collective = False
     checks_finite = False
+    stamps_content = False
     lora: Mapping[str, str] | None = None
 
     @abstractmethod
@@ -78,6 +80,14 @@ class Source(ABC):
         committed sync is left out, unless its parent layer has something new to get.
         """
         return {}
+
+    def content_stamps(self) -> Mapping[str, Hashable]:
+        """Return for each tensor what is another as soon as its bytes are: a hash. Names that are
+        not in it always travel. For `sync.delta: layers`, and only if `stamps_content`.
+
+        Called before each sync, after `metadata`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no content_stamps")
 
     @property
     def device(self) -> torch.device | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.sources.base import Source
 from qerl_sync.verify.probe_prompt import Probe, spread_tokens
+from qerl_sync.verify.stamps import ContentStamps
 
 # Added to parameter names by wrappers that leave the parameters whole.
 WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
@@ -57,8 +58,10 @@ class HFSource(Source):
 
     stable = True
     checks_finite = True
+    stamps_content = True
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
+        self._stamps = ContentStamps()
         self._model = model
         self._convert = convert
         self._parameters = self._find_parameters()
@@ -106,6 +109,16 @@ class HFSource(Source):
         held = ((name, tensor) for name in looked_at for tensor in self._read_for(name))
         require_all_finite(held, alone=alone)
 
+    def content_stamps(self) -> Mapping[str, Hashable]:
+        own = {name: p for name, p in self._parameters.items() if self._is_sent_as_it_is(name)}
+        stamps = self._stamps.of(own)
+        return {
+            meta.name: tuple(stamps[name] for name in group.parameters)
+            for group in self._groups
+            if stamps.keys() >= set(group.parameters)
+            for meta in group.outputs
+        }
+
     @torch.no_grad()
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
@@ -139,6 +152,10 @@ class HFSource(Source):
         """Return the memory that `_value` lies in."""
         (storage,) = storages_of(self._parameters[name])
         return storage
+
+    def _is_sent_as_it_is(self, name: str) -> bool:
+        """Whether `_value` is the parameter."""
+        return True
 
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
         """Return the tensors that must be finite for `_value` to be."""

@@ -93,6 +93,9 @@ class PEFTSource(HFSource):
             return Storage(f"merged {name}", self._parameters[name].nbytes)
         return super()._memory(name)
 
+    def _is_sent_as_it_is(self, name: str) -> bool:
+        return name not in self._merges
+
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
         base = self._parameters[name].detach()
         return self._merges[name].read_for(base) if name in self._merges else [base]

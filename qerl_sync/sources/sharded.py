@@ -44,6 +44,7 @@ class ShardedSource(HFSource):
     """
 
     collective = True
+    stamps_content = False  # each rank has a shard, and all must send the same
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
         # Parameters of the chunk that is being materialized, which this rank has yet to gather.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.diagnosis import Cause, diagnose
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
-from qerl_sync.plan.part import part_to_send
+from qerl_sync.plan.part import part_to_send, smallest_part
 from qerl_sync.plan.policies import as_given, by_parent_layer
 from qerl_sync.plan.replay import open_layers_at, replay
 from qerl_sync.plan.sync_plan import POLICIES, SyncPlan, build_plan
@@ -182,6 +183,32 @@ def _two_layers():
     contributions = {m.name: (Contribution(m.name[0], "w", 4, 8, True),) for m in metas}
     layers = {name: ParentLayer(name, "Linear", 8, 8) for name in "ab"}
     return metas, LayerMap(layers, contributions)
+
+
+@pytest.mark.parametrize("policy", ["warn", "reorder", "spill"])
+def test_layers_that_are_not_loaded_layerwise_hold_nothing_in_any_order(policy):
+    metas, layer_map = _two_layers()
+    layers = {**layer_map.layers, "a": replace(layer_map.layers["a"], loading="direct")}
+    known = LayerMap(layers, layer_map.contributions)
+    assert known.digest != layer_map.digest
+    assert LayerMap.from_json(known.to_json()) == known
+    plan = build_plan(metas, known, policy, chunk_bytes=8)
+    assert plan.loading == {"a": "direct", "b": "layerwise"}
+    assert SyncPlan.from_json(plan.to_json()) == plan
+    assert plan.predicted.max_open_layers == 1
+    assert plan.predicted.peak_buffered_bytes == 16, "layer b, whole"
+    assert plan.as_given.peak_buffered_bytes == 16
+    assert plan.peak_staged_bytes == (8 if policy == "spill" else 0), "the first half of b"
+    both = {name: replace(layer, loading="direct") for name, layer in layers.items()}
+    nothing = build_plan(metas, LayerMap(both, layer_map.contributions), policy, chunk_bytes=8)
+    assert (nothing.predicted.peak_pinned_bytes, nothing.peak_staged_bytes) == (0, 0)
+    assert len(nothing.chunks) == 4, "no layer has to be kept whole"
+
+
+def test_the_smallest_part_is_a_whole_layer():
+    metas, layer_map = _two_layers()
+    small = [replace(meta, shape=(2,)) if meta.name[0] == "b" else meta for meta in metas]
+    assert [meta.name for meta in smallest_part(small, layer_map)] == ["b.0", "b.1"]
 
 
 @given(streams(), st.randoms(use_true_random=False))
