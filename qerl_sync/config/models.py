@@ -155,10 +155,10 @@ class SyncConfig(Section):
 
     load: Literal["auto", "layerwise"] = "auto"
     """How a worker gets tensors into the memory that its kernels read. `auto`: parent layers whose
-    kernels read what vLLM's loaders write, which is nearly every layer of an unquantised model on a
-    GPU, are written straight there, tensor by tensor: nothing is buffered, materialised or copied a
-    second time, and the order does not matter. Which layers these are is observed on the live
-    engine. All others, and all of them with `layerwise`, go through vLLM's layerwise reload.
+    kernels read what vLLM's loaders write (norms, and unquantised layers whose kernels pack
+    nothing) are written straight there, tensor by tensor: nothing is buffered, materialised or
+    copied a second time, and the order does not matter. Which layers these are is observed on the
+    live engine. All others, and all of them with `layerwise`, go through vLLM's layerwise reload.
     Loaders that write past that reload (GPT-OSS) need `auto`."""
 
     delta: Literal["off", "layers"] = "off"

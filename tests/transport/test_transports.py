@@ -41,7 +41,7 @@ from qerl_sync import (
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, LayerMapError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.transports.remote import compatibility as agreement
@@ -220,6 +220,16 @@ def test_what_no_pipeline_stage_takes_is_refused():
     assert joint_map(stages[:2]).elsewhere == frozenset()
     with pytest.raises(LayerMapError, match="'a'"):
         joint_map([stages[0], stages[2]])
+
+
+def test_what_one_worker_buffers_is_planned_as_buffered():
+    lands = {"a": (Contribution("layer", "weight", 4, 16, True),)}
+    direct, layerwise = (
+        LayerMap({"layer": ParentLayer("layer", "Linear", 4, 4, loading=loading)}, lands)
+        for loading in ("direct", "layerwise")
+    )
+    assert joint_map([direct, direct]).layers["layer"].loading == "direct"
+    assert joint_map([direct, layerwise]).layers["layer"].loading == "layerwise"
 
 
 def test_a_server_knows_its_version(remote):

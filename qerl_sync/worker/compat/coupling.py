@@ -46,6 +46,7 @@ FEATURES: dict[str, Feature] = {
                 # LAYERWISE_INFO: per layer, the held tensors, elements loaded, total.
                 "LAYERWISE_INFO LOADING_LAYERS record_metadata_for_reloading "
                 "initialize_layerwise_reload finalize_layerwise_reload get_layer_tensors "
+                "get_layerwise_info get_layer_params_buffers "
                 # For each tensor that arrives: the layer it is held for, its elements, whether
                 # the layer waits for the end.
                 "get_layer_size get_numel_loaded is_deferred_attention_layer|has_device_tensors "

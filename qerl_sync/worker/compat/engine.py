@@ -384,6 +384,9 @@ def begin_reload(model: torch.nn.Module, live: Collection[torch.nn.Module] = ())
 
     Args:
         live: layers that stay as they are. See `direct`.
+
+    Raises:
+        CompatError: this vLLM reloads them all the same.
     """
     infos = [_layerwise().get_layerwise_info(layer) for layer in live]
     for info in infos:
@@ -393,6 +396,11 @@ def begin_reload(model: torch.nn.Module, live: Collection[torch.nn.Module] = ())
     finally:
         for info in infos:
             info.load_numel_total = None
+    if any(tensor.is_meta for layer in live for tensor in layer.parameters(recurse=False)):
+        raise CompatError(
+            "this vLLM's layerwise reload takes up layers whose load has begun, so that none can "
+            "be written where it stays; choose sync.load: layerwise"
+        )
 
 
 def working_bytes(model: torch.nn.Module) -> dict[str, int]:
