@@ -8,7 +8,7 @@ give that parameter other memory when they pack it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -143,18 +143,24 @@ class Views:
 
     Buffers and attributes of modules are looked at, and the elements of lists and dictionaries that
     are attributes.
+
+    Args:
+        stay: layers whose parameters keep their memory throughout the sync.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, stay: Collection[torch.nn.Module] = ()) -> None:
+        staying = set(map(id, stay))
         owners = {
             _storage(parameter): (module, name, f"{path}.{name}")
             for path, module in model.named_modules()
+            if id(module) not in staying
             for name, parameter in module._parameters.items()
             if parameter is not None and not parameter.is_meta and parameter.numel()
         }
+        # Mostly there are none on a GPU, and to look for them is a walk over all attributes.
         self._views = [
             _View(place, tensor, find, key, *owner, owner[0]._parameters[owner[1]].data)
-            for place, tensor, find, key in _reachable(model)
+            for place, tensor, find, key in (_reachable(model) if owners else ())
             if (owner := owners.get(_storage(tensor))) is not None
         ]
 

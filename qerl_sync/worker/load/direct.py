@@ -24,6 +24,7 @@ class DirectLoad:
 
     Attributes:
         modules: all such layers of the model, also those that get nothing.
+        unprocessed: those of them that are not processed.
         working_bytes: what the largest layer needs that is processed in place.
 
     Raises:
@@ -49,6 +50,9 @@ class DirectLoad:
                 "something has changed it since. Make a new session, or restart the engine"
             )
         self.modules = list(layers.values())
+        self.unprocessed = [
+            layer for path, layer in layers.items() if layer_map.layers[path].loading == "direct"
+        ]
         self._filled = {path: layer for path, layer in layers.items() if path in filled}
         self._in_place = [p for p in self._filled if layer_map.layers[p].loading == "in place"]
         self._addresses = {path: direct.addresses(one) for path, one in self._filled.items()}

@@ -224,13 +224,13 @@ class Receiver:
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)
             lost = self._find_lost_views()
-            self._views = Views(self.model)
             tied = refresh.tied_parameters(self.model)
             self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
+            self._views = Views(self.model, self._direct.unprocessed)
             self._observing.enter_context(compat.observe_loads(self._monitor))
             self._observing.enter_context(self._direct.watching(self._monitor.loaded))
             with compat.loading_context(self._config):
-                compat.begin_reload(self.model, self._direct.modules)
+                compat.begin_reload(self.model, self._not_reloaded(filled))
             if options.on_failure == "rollback":
                 self._rollback = Rollback()
                 self._rollback.begin(self.model, filled)
@@ -366,6 +366,20 @@ class Receiver:
         vars(self.model)["compute_logits"] = refuse
         self._state.reason = reason
 
+    def _not_reloaded(self, filled: Collection[str]) -> Collection[torch.nn.Module]:
+        """Return the layers that vLLM's reload passes over."""
+        if self._options.base is None:
+            return self._direct.modules
+        # A part: most layers get nothing. Deferred ones derive what they hold from others.
+        return [
+            *self._direct.modules,
+            *(
+                layer
+                for path, layer in self.model.named_modules()
+                if path not in filled and not compat.is_deferred(layer)
+            ),
+        ]
+
     def _layers_to_fill(
         self, plan: SyncPlan, layer_map: LayerMap, base: int | None
     ) -> Collection[str]:
@@ -488,7 +502,10 @@ class Receiver:
             with self._verifying():
                 self._held = self._check.conclude()
         if self._options.is_base:
-            self._kernels = sample_kernels(self.model, self._loaded_layers)
+            known = self._state.kernels if self._options.base is not None else None
+            # What did not travel was compared with what is known of it when the sync began.
+            anew = self._loaded_layers if known is None else self._monitor.parent_layers
+            self._kernels = {**(known or {}), **sample_kernels(self.model, anew)}
 
     def _keep(self, layer: torch.nn.Module) -> None:
         """Keep what the layer has, where a sync that fails must go back."""
