@@ -32,7 +32,7 @@ from qerl_sync.sources.noise import RolloutNoise
 from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
 from qerl_sync.verify.finite import FiniteChecker
-from qerl_sync.verify.probe_prompt import Probe, shortened, tolerance
+from qerl_sync.verify.probe_prompt import Probe, largest_gap, shortened, tolerance
 from qerl_sync.wire.cores import avoid_cores
 
 if TYPE_CHECKING:
@@ -87,6 +87,12 @@ class SyncReport:
         undelivered: names that changed on the trainer and did not travel, where that is a finding.
         lora: of a model that trains an adapter. mode: how that travelled, and reason, why so; base:
             why base weights travelled too, empty if they did not.
+        mismatch: with `sync.verify: full`, what parts the engine's log-probabilities of the prompt
+            from those of the trainer's own model (`total`), each as the largest difference that it
+            makes by itself. sync: 0, for what arrived is what was sent. noise: of `sync.noise`.
+            quantisation: of weights in the engine's dtype and scheme, against the trainer's model
+            with such weights. kernels: what is left, activations included. None: not known of that
+            scheme.
         unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
             have changed (`Source.unchanging`).
         quantisation: how the engine's layers hold their weights after the sync. scheme: vLLM's name
@@ -123,6 +129,7 @@ class SyncReport:
     changed_tensors: int | None = None
     undelivered: tuple[str, ...] = ()
     probe_gap: float | None = None
+    mismatch: dict[str, float | None] | None = None
     unsent_tensors: int = 0
     unsent_bytes: int = 0
     lora: dict[str, str] | None = None
@@ -296,7 +303,7 @@ class SyncSession:
                 self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
             with watch("verify"):
-                probed = self._ask_engine()
+                asked = self._ask_engine(result)
             self._pushed = True
             watch.seconds["verify"] += result.verify_seconds
             with watch("verify"):
@@ -311,7 +318,8 @@ class SyncSession:
             report.lora = {**(report.lora or {}), "base": why}
         if self._noise is not None:
             report.noise = self._noise.report()
-        if probed is not None:
+        if asked is not None:
+            probed, report.mismatch = asked
             report.probe_gap = max(probed.gaps.values())
             report.lost |= probed.lost
         if changes is not None:
@@ -484,9 +492,9 @@ class SyncSession:
         self._warned.add(plan.digest)
         logger.warning(text)
 
-    def _ask_engine(self) -> ProbeResult | None:
-        """With `verify: full`: how far the engine parts from the trainer. Poisoned if too far, and
-        if it cannot be asked."""
+    def _ask_engine(self, result: SyncResult) -> tuple[ProbeResult, dict[str, float | None]] | None:
+        """With `verify: full`: how far the engine parts from the trainer, and why. Poisoned if too
+        far, and if it cannot be asked."""
         if self._probe is None:
             return None
         tokens = self._prompt
@@ -516,7 +524,30 @@ class SyncSession:
                 "otherwise. Hold a fresh engine against the trainer; sync.verify_tolerance raises "
                 "the bound"
             )
-        return probed
+        return probed, self._attribute(right, probed.answers[engine], result)
+
+    def _attribute(
+        self, right: Sequence[float], answer: Sequence[float], result: SyncResult
+    ) -> dict[str, float | None]:
+        """Return what parts the engine's answer from the trainer's. See `SyncReport.mismatch`."""
+        assert self._probe is not None
+        tokens, noise = self._prompt, {} if self._noise is None else self._noise.noise()
+        clean = self._probe.logprobs(tokens) if noise else right
+        found: dict[str, float | None] = {
+            "total": largest_gap(clean, answer),
+            "sync": 0.0,
+            "noise": largest_gap(clean, right),
+            "quantisation": None,
+            "kernels": None,
+        }
+        from qerl_sync.verify.stored import stored_by
+
+        stored = stored_by(result.workers[0].quantisation, self._transport.precision[0])
+        if self._probe.noisy is not None and stored is not None:
+            reference = self._probe.noisy(tokens, noise, stored)
+            found["quantisation"] = largest_gap(right, reference)
+            found["kernels"] = largest_gap(reference, answer)
+        return found
 
     def _change_watch(self, trained: Trained | None) -> ChangeWatch | None:
         if self._config.on_unchanged == "ignore":
