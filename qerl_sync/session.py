@@ -35,7 +35,7 @@ from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.telemetry.observers import Push, observers_of
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
 from qerl_sync.verify.finite import FiniteChecker
-from qerl_sync.verify.probe_prompt import Probe, shortened, tolerance
+from qerl_sync.verify.probe_prompt import Probe, largest_gap, shortened, tolerance
 from qerl_sync.wire.host import avoid_cores
 
 if TYPE_CHECKING:
@@ -92,6 +92,12 @@ class SyncReport:
         undelivered: names that changed on the trainer and did not travel, where that is a finding.
         lora: of a model that trains an adapter. mode: how that travelled, and reason, why so; base:
             why base weights travelled too, empty if they did not.
+        mismatch: with `sync.verify: full`, what parts the engine's log-probabilities of the prompt
+            from those of the trainer's own model (`total`), each as the largest difference that it
+            makes by itself. sync: 0, for what arrived is what was sent. noise: of `sync.noise`.
+            quantisation: of weights in the engine's dtype and scheme, against the trainer's model
+            with such weights. kernels: what is left, activations included. None: not known of that
+            scheme.
         unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
             have changed (`Source.unchanging`) or has not (`sync.delta`).
         quantisation: how the engine's layers hold their weights after the sync. scheme: vLLM's name
@@ -129,6 +135,7 @@ class SyncReport:
     changed_tensors: int | None = None
     undelivered: tuple[str, ...] = ()
     probe_gap: float | None = None
+    mismatch: dict[str, float | None] | None = None
     unsent_tensors: int = 0
     unsent_bytes: int = 0
     lora: dict[str, str] | None = None
@@ -365,7 +372,7 @@ class SyncSession:
                 self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
             with watch("verify"):
-                probed = self._ask_engine()
+                asked = self._ask_engine(result)
             self._pushed = True
             watch.seconds["verify"] += result.verify_seconds
             with watch("verify"):
@@ -380,7 +387,8 @@ class SyncSession:
             report.lora = {**(report.lora or {}), "base": why}
         if self._noise is not None:
             report.noise = self._noise.report()
-        if probed is not None:
+        if asked is not None:
+            probed, report.mismatch = asked
             report.probe_gap = max(probed.gaps.values())
             report.lost |= probed.lost
         if changes is not None:
@@ -561,9 +569,9 @@ class SyncSession:
         self.plan = plan
         return plan
 
-    def _ask_engine(self) -> ProbeResult | None:
-        """With `verify: full`, ask the engine how far it parts from the trainer. Poison it if that
-        is too far, or if it cannot be asked."""
+    def _ask_engine(self, result: SyncResult) -> tuple[ProbeResult, dict[str, float | None]] | None:
+        """With `verify: full`, ask the engine how far it parts from the trainer, and find out why.
+        Poison it if that is too far, or if it cannot be asked."""
         if self._probe is None:
             return None
         tokens = self._prompt
@@ -595,7 +603,30 @@ class SyncSession:
                 engine=engine,
                 gap=gap,
             )
-        return probed
+        return probed, self._attribute(right, probed.answers[engine], result)
+
+    def _attribute(
+        self, right: Sequence[float], answer: Sequence[float], result: SyncResult
+    ) -> dict[str, float | None]:
+        """Return what parts the engine's answer from the trainer's. See `SyncReport.mismatch`."""
+        assert self._probe is not None
+        tokens, noise = self._prompt, {} if self._noise is None else self._noise.noise()
+        clean = self._probe.logprobs(tokens) if noise else right
+        found: dict[str, float | None] = {
+            "total": largest_gap(clean, answer),
+            "sync": 0.0,
+            "noise": largest_gap(clean, right),
+            "quantisation": None,
+            "kernels": None,
+        }
+        from qerl_sync.verify.stored import stored_by
+
+        stored = stored_by(result.workers[0].quantisation, self._transport.precision[0])
+        if self._probe.noisy is not None and stored is not None:
+            reference = self._probe.noisy(tokens, noise, stored)
+            found["quantisation"] = largest_gap(right, reference)
+            found["kernels"] = largest_gap(reference, answer)
+        return found
 
     def _judge_changes(self, step: int) -> Changes | None:
         """Warn of a sync that did not bring what the trainer changed, or raise UnchangedError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +17,11 @@ from qerl_sync.sources.base import Source
 from qerl_sync.sources.noise import with_noise
 from qerl_sync.verify.probe_prompt import Probe, spread_tokens
 from qerl_sync.verify.stamps import ContentStamps
+from qerl_sync.verify.stored import Stored, weights_as_stored
 
 # Added to parameter names by wrappers that leave the parameters whole.
 WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
-_TRAINED_COPY = re.compile(r"\.modules_to_save\.[^.]+")
+_PEFT_PARTS = re.compile(r"\.(base_layer(?=\.|$)|modules_to_save\.[^.]+)")
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,9 @@ def probe_of(model: Any) -> Probe:
         return noisy(token_ids, {})
 
     @torch.no_grad()
-    def noisy(token_ids: Sequence[int], noise: Mapping[str, torch.Tensor]) -> list[float]:
+    def noisy(
+        token_ids: Sequence[int], noise: Mapping[str, torch.Tensor], stored: Stored | None = None
+    ) -> list[float]:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
         try:
@@ -183,9 +187,13 @@ def probe_of(model: Any) -> Probe:
             # The model's own parameters are only read: the call gets others in their place.
             others = _noisy_parameters(model, noise)
             given = {"input_ids": ids}
-            output = (
-                torch.func.functional_call(model, others, (), given) if others else model(**given)
-            )
+            kept = nullcontext() if stored is None else weights_as_stored(_weighted(model), stored)
+            with kept:
+                output = (
+                    torch.func.functional_call(model, others, (), given)
+                    if others
+                    else model(**given)
+                )
             reported = output.logits[0, :-1].float().log_softmax(-1)
         finally:
             for module, training in modes:
@@ -194,6 +202,21 @@ def probe_of(model: Any) -> Probe:
 
     vocab_size = model.config.get_text_config().vocab_size
     return Probe(spread_tokens(vocab_size), logprobs, noisy)
+
+
+def _weighted(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """Return the modules of the base model that have a weight, by the paths of their checkpoint."""
+    return {
+        _plain_path(path): module
+        for path, module in model.named_modules()
+        if module._parameters.get("weight") is not None and "lora_" not in path
+    }
+
+
+def _plain_path(path: str) -> str:
+    """Return a module's or parameter's name without PEFT's parts: around the model, around a layer,
+    and of the copy that trains in place of a module."""
+    return _PEFT_PARTS.sub("", clean(path.removeprefix("base_model.model.")))
 
 
 def _noisy_parameters(
@@ -206,8 +229,7 @@ def _noisy_parameters(
     """
     wanted, found = dict(noise), {}
     for name, parameter in model.named_parameters() if wanted else ():
-        # PEFT's names: around the model, and of the copy that trains in place of a module.
-        plain = _TRAINED_COPY.sub("", clean(name.removeprefix("base_model.model.")))
+        plain = _plain_path(name)
         if plain in wanted and not sharding_of(name, parameter):
             found[name] = with_noise(parameter.detach(), wanted.pop(plain))
     for name in wanted:

@@ -133,10 +133,12 @@ class ProbeResult:
     Attributes:
         gaps: by engine, the largest difference from the trainer's.
         lost: engines that did not answer and were left behind, with the reason.
+        answers: by engine, the log-probabilities.
     """
 
     gaps: Mapping[str, float]
     lost: Mapping[str, str] = field(default_factory=dict)
+    answers: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 class Transport(ABC):
@@ -281,7 +283,9 @@ class Transport(ABC):
         Raises:
             ConfigError: the engines behind this transport cannot be asked.
         """
-        return ProbeResult({"the engine": largest_gap(right, self.prompt_logprobs(token_ids))})
+        answer = self.prompt_logprobs(token_ids)
+        engine = "the engine"
+        return ProbeResult({engine: largest_gap(right, answer)}, answers={engine: answer})
 
     def invalidate(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
         """Poison the workers until the next sync: what has been committed is wrong."""

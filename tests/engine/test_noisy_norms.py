@@ -11,7 +11,7 @@ from support.fingerprint import difference, fingerprint
 from support.models import save_model
 from support.syncs import push, session
 
-from qerl_sync import HFSource, noise_of
+from qerl_sync import HFSource, InProcessTransport, SyncConfig, SyncSession, noise_of
 from qerl_sync.sources.hf import probe_of
 
 pytestmark = pytest.mark.vllm
@@ -63,13 +63,31 @@ def test_the_trainer_with_the_same_noise_agrees_to_rounding(subject):
     assert report.noise["arrived_sigma"] == pytest.approx(0.02, rel=0.2)
 
 
+def full(subject, **options):
+    """A session that asks the engine after each sync."""
+    trainer = subject.trainers[NEW]
+    config = SyncConfig.of(noise=NOISE, verify="full", **options)
+    transport = InProcessTransport(subject.engine)
+    return SyncSession(HFSource(trainer), transport, config, probe=probe_of(trainer))
+
+
 def test_verify_full_asks_the_trainer_with_the_same_noise(subject):
     one = subject("dense")
-    trainer = one.trainers[NEW]
-    from qerl_sync import InProcessTransport, SyncConfig, SyncSession
+    report = full(one).push(step=2)
+    assert report.probe_gap <= 1e-5
+    assert logprob_gap(one.engine, one.trainers[NEW]) > 1e-2
+    assert report.mismatch["noise"] > 1e-2
+    assert report.mismatch["total"] == pytest.approx(report.mismatch["noise"], abs=1e-5)
+    assert report.mismatch["quantisation"] == report.mismatch["sync"] == 0
+    assert report.mismatch["kernels"] <= 1e-5
 
-    config = SyncConfig.of(noise=NOISE, verify="full")
-    transport = InProcessTransport(one.engine)
-    sync = SyncSession(HFSource(trainer), transport, config, probe=probe_of(trainer))
-    assert sync.push(step=2).probe_gap <= 1e-5
-    assert logprob_gap(one.engine, trainer) > 1e-2
+
+def test_a_mismatch_is_told_apart_into_noise_quantisation_and_kernels(subject):
+    sync = full(subject("dense", "fp8"), verify_tolerance=5.0)
+    clean = sync.push(step=2, clean=True).mismatch
+    assert clean["noise"] == 0
+    assert 0 < clean["kernels"] < clean["total"]
+    assert clean["quantisation"] > 0
+    noisy = sync.push(step=2).mismatch
+    assert noisy["noise"] > noisy["kernels"]
+    assert noisy["total"] > clean["total"]

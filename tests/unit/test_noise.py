@@ -16,6 +16,7 @@ from qerl_sync.errors import ConfigError, UnchangedError
 from qerl_sync.plan.noise_schedule import PRESETS, NoiseSchedule
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.sources.noise import draw
+from qerl_sync.verify.stored import stored_by
 
 NOISE = {"preset": "section-4.1", "intervals": 5, "steps": 10, "names": ["a.*"]}
 
@@ -232,3 +233,41 @@ def test_verify_full_needs_a_probe_of_the_noisy_policy():
     config = SyncConfig.of(noise=NOISE, verify="full")
     with pytest.raises(ConfigError):
         SyncSession(ListSource(interleave(QKV)), Norms(), config, probe=probe)
+
+
+def test_modules_compute_with_what_the_engine_stores_and_get_their_own_back():
+    from support.models import make_model
+
+    model = make_model("dense", 0)
+    before = dict(model.named_parameters())
+    values = {name: p.clone() for name, p in before.items()}
+    probe = probe_of(model)
+    said = {
+        "scheme": "fp8_per_channel",
+        "high_precision": {"lm_head": "", "model.layers.*.mlp": ""},
+    }
+    stored = stored_by(said, "bfloat16")
+    assert stored is not None
+    answer = probe.noisy(probe.token_ids, {}, stored)
+    after = dict(model.named_parameters())
+    assert all(after[name] is p and torch.equal(p, values[name]) for name, p in before.items())
+    assert answer != probe.logprobs(probe.token_ids)
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if module._parameters.get("weight") is not None:
+                module.weight.copy_(stored(path, module, module.weight))
+    assert probe.logprobs(probe.token_ids) == answer
+    head = model.lm_head.weight
+    assert torch.equal(head, values["lm_head.weight"].bfloat16().float())
+    q = model.model.layers[0].self_attn.q_proj.weight
+    gap = (q - values["model.layers.0.self_attn.q_proj.weight"]).abs()
+    assert gap.max() > 0
+    assert (gap <= 0.07 * q.abs() + q.abs().amax(1, keepdim=True) / 448 / 16).all(), "4 bits of 3"
+
+    def fails(*_):
+        raise KeyError("in the middle")
+
+    with pytest.raises(KeyError):
+        probe.noisy(probe.token_ids, {}, fails)
+    assert all(after[n] is p for n, p in model.named_parameters())
+    assert stored_by({"scheme": "mxfp8"}, "bfloat16") is None

@@ -196,7 +196,7 @@ class LedTransport(JointTransport):
     def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
         def asked() -> list[Any]:
             found = self._own.probe_gaps(token_ids, right)
-            return [dict(found.gaps), dict(found.lost)]
+            return [dict(found.gaps), dict(found.lost), dict(found.answers)]
 
         return ProbeResult(*self._ranks.of_leader("asking the engines", asked))
 

@@ -333,6 +333,7 @@ class PoolTransport(Transport):
         return ProbeResult(
             gaps={member.name: largest_gap(right, answer) for member, answer in reported.items()},
             lost=dict(self._lost),
+            answers={member.name: answer for member, answer in reported.items()},
         )
 
     def invalidate(self, reason: str) -> None:

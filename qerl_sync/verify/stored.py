@@ -1,0 +1,86 @@
+"""The trainer's weights as an engine keeps them: rounded to its dtype, and quantised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+# Of a module's path and its weight to what the engine computes with in its place.
+Stored = Callable[[str, torch.nn.Module, torch.Tensor], torch.Tensor]
+
+_INDEX = re.compile(r"\.\d+(?=\.|$)")
+_FP8_MAX = 448.0
+
+
+def stored_by(quantisation: Mapping[str, Any], dtype: str) -> Stored | None:
+    """Return how an engine keeps weights; None: that is not known here.
+
+    Args:
+        quantisation: what it says of itself (`SyncReport.quantisation`).
+        dtype: that it computes in.
+    """
+    scheme, rounded = quantisation.get("scheme"), getattr(torch, dtype, None)
+    if rounded is None or quantisation.get("from_checkpoint"):
+        return None
+    if scheme not in (None, "fp8_per_channel"):
+        return None
+    kept = quantisation.get("high_precision", {})
+
+    def stored(path: str, module: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+        value = weight.detach().to(rounded)
+        plain = _INDEX.sub(".*", path)
+        if scheme is not None and isinstance(module, torch.nn.Linear) and plain not in kept:
+            value = fp8_per_channel(value)
+        return value.to(weight.dtype)
+
+    return stored
+
+
+def fp8_per_channel(weight: torch.Tensor) -> torch.Tensor:
+    """Return the weight in float32 as vLLM's `fp8_per_channel` holds it: float8_e4m3fn, with a
+    scale for each output."""
+    exact = weight.float()
+    scale = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _FP8_MAX
+    held = (exact / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    return held.float() * scale
+
+
+@contextmanager
+def weights_as_stored(modules: Mapping[str, torch.nn.Module], stored: Stored) -> Iterator[None]:
+    """Have each of these modules compute with what the engine keeps of its weight, in this context.
+
+    One module's at a time is made, for its call; the weights themselves are only read.
+    """
+
+    def swap(path: str) -> Callable[[torch.nn.Module, Any], None]:
+        def before(module: torch.nn.Module, inputs: Any) -> None:
+            own = module._parameters["weight"]
+            assert own is not None
+            lent[path] = own
+            module._parameters["weight"] = torch.nn.Parameter(
+                stored(path, module, own), requires_grad=False
+            )
+
+        return before
+
+    def put_back(path: str) -> Callable[[torch.nn.Module, Any, Any], None]:
+        def after(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            module._parameters["weight"] = lent.pop(path)
+
+        return after
+
+    lent: dict[str, torch.nn.Parameter] = {}
+    with ExitStack() as hooks:
+        for path, module in modules.items():
+            handles = (
+                module.register_forward_pre_hook(swap(path)),
+                # Also where the call fails: no module may be left with another's weight.
+                module.register_forward_hook(put_back(path), always_call=True),
+            )
+            for handle in handles:
+                hooks.callback(handle.remove)
+        yield
