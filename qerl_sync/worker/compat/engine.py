@@ -381,7 +381,22 @@ def forget_packed_experts(layer: Any) -> None:
 
 def begin_reload(model: torch.nn.Module) -> None:
     """Save the live tensors, put the model's parameters on meta, wrap their loaders."""
+    for layer in model.modules():
+        if names := [name for name, parameter in layer._parameters.items() if parameter is None]:
+            _EMPTIED[layer] = names
     older.begin_reload(_layerwise(), model)
+
+
+# Parameters that a kernel has taken and left at None (int8 of oneDNN: `weight`). vLLM's reload
+# deletes them, puts back tensors only, and the kernel then finds no such attribute.
+_EMPTIED: weakref.WeakKeyDictionary[torch.nn.Module, list[str]] = weakref.WeakKeyDictionary()
+
+
+def _put_back_emptied(model: torch.nn.Module) -> None:
+    for layer in model.modules():
+        for name in _EMPTIED.pop(layer, ()):
+            if not hasattr(layer, name):
+                layer.register_parameter(name, None)
 
 
 def working_bytes(model: torch.nn.Module) -> dict[str, int]:
@@ -594,6 +609,7 @@ def finish_reload(
     try:
         older.place_empty_layers(layerwise, model)
         layerwise.finalize_layerwise_reload(model, vllm_config.model_config)
+        _put_back_emptied(model)
     finally:
         logger.removeFilter(is_finding)
 
@@ -629,6 +645,7 @@ def restore(model: torch.nn.Module) -> int:
         for tensor in layerwise.get_layer_tensors(layer).values():
             if layerwise._get_weight_loader(tensor).__name__ == "online_process_loader":
                 tensor.weight_loader = layerwise._get_original_loader(tensor)
+    _put_back_emptied(model)
     if hasattr(model, "_original_do_torchao_reload"):
         model._do_torchao_reload = model._original_do_torchao_reload
     layerwise.LOADING_LAYERS.clear()
