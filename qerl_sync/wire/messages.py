@@ -43,7 +43,7 @@ from qerl_sync.options import FiniteCheck, Load, OnFailure, Verify
 from qerl_sync.stopwatch import Span
 
 # Raised with every change of what is said here.
-PROTOCOL = 9
+PROTOCOL = 10
 
 
 class _Message(BaseModel):

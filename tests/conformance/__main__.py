@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.progress import Progress
 
+from conformance import receivers
 from conformance.families import LEFT_OUT, architectures
 from conformance.row import EXACT, NO_START, REFUSED, WRONG
 from qerl_sync.worker.compat.coupling import vllm_version
@@ -23,11 +24,14 @@ RANK = {EXACT: 0, REFUSED: 1, NO_START: 1, WRONG: 2}
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "conformance"
 ROW_SECONDS = 600
+RECEIVERS = DATA / "receivers"
 
 
 def main(words: list[str] | None = None) -> int:
     """Sync real engines of every architecture. Status 0: no row is wrong, none got worse."""
     options = _parser().parse_args(words)
+    if options.receivers:
+        return _run_receivers(options)
     file = DATA / f"vllm-{vllm_version().partition('+')[0]}.json"
     rows = _read(file)
     before = dict(rows)
@@ -66,16 +70,48 @@ def _parser() -> argparse.ArgumentParser:
     several: dict[str, Any] = {"action": "append", "default": []}
     parser.add_argument("--only", **several, metavar="PATTERN", help="architectures of that name")
     parser.add_argument("--kernels", **several, choices=KERNELS, help="only these kernels")
+    parser.add_argument(
+        "--receivers", action="store_true", help="quantised engines: docs/quantisation.md"
+    )
     parser.add_argument("--again", action="store_true", help="also rows that are there already")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     return parser
 
 
+def _run_receivers(options: argparse.Namespace) -> int:
+    """Run the missing rows of docs/quantisation.md. Status 0: none is wrong."""
+    version = vllm_version().partition("+")[0]
+    file = RECEIVERS / f"vllm-{version}.json"
+    rows = _read(file)
+    for name in receivers.ROWS:
+        patterns = options.only or ["*"]
+        asked = any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        if not asked or (name in rows and not options.again):
+            continue
+        row = run_receiver(name)
+        rows = {**_read(file), name: row}  # another call may have written others meanwhile
+        print(f"{name}: full {row['full']}, adapter {row['adapter']} {row['reason']}", flush=True)
+        if not options.dry_run:
+            write_rows(file, rows)
+            (DATA.parent / "quantisation.md").write_text(receivers.page(rows, version))
+    return int(any(WRONG in (row["full"], row["adapter"]) for row in rows.values()))
+
+
+def run_receiver(name: str) -> dict[str, Any]:
+    failed = {"scheme": name, "full": NO_START, "adapter": NO_START}
+    return _run_program(["conformance.receivers", name], failed)
+
+
 def run_row(name: str, kernels: str) -> dict[str, Any]:
+    failed = {"architecture": name, "kernels": kernels, "ours": NO_START, "stock": NO_START}
+    return _run_program(["conformance.row", name, kernels], failed)
+
+
+def _run_program(words: list[str], failed: dict[str, Any]) -> dict[str, Any]:
     """Run a row in a process of its own; whatever ends it is its result."""
     out = Path(os.environ.get("TMPDIR", "/tmp")) / f"conformance-{os.getpid()}.json"
     out.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "conformance.row", name, kernels, str(out)]
+    command = [sys.executable, "-m", *words, str(out)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     try:
@@ -86,8 +122,7 @@ def run_row(name: str, kernels: str) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         said = f"no end after {ROW_SECONDS} s"
     if not out.exists():
-        row = {"architecture": name, "kernels": kernels, "ours": NO_START, "stock": NO_START}
-        return {**row, "reason": f"the process ended: {said}"[:400]}
+        return {**failed, "reason": f"the process ended: {said}"[:400]}
     row = json.loads(out.read_text())
     out.unlink()
     return dict(row)
@@ -97,11 +132,15 @@ def _read(file: Path) -> dict[str, Any]:
     return dict(json.loads(file.read_text())) if file.exists() else {}
 
 
-def _write(file: Path, rows: dict[str, Any]) -> None:
+def write_rows(file: Path, rows: dict[str, Any]) -> None:
     file.parent.mkdir(exist_ok=True)
     new = file.with_suffix(".new")
     new.write_text(json.dumps(dict(sorted(rows.items())), indent=1) + "\n")
     new.replace(file)
+
+
+def _write(file: Path, rows: dict[str, Any]) -> None:
+    write_rows(file, rows)
     (file.parent / "README.md").write_text(page())
 
 

@@ -4,11 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from conformance.__main__ import DATA, page, run_row
+from conformance import receivers
+from conformance.__main__ import DATA, RECEIVERS, _read, page, run_receiver, run_row
 
 
 def test_the_page_is_that_of_the_results():
     assert (DATA / "README.md").read_text() == page()
+
+
+def test_the_page_of_receivers_is_that_of_the_results():
+    (file,) = RECEIVERS.glob("vllm-*.json")
+    rows, version = _read(file), file.stem.removeprefix("vllm-")
+    assert (DATA.parent / "quantisation.md").read_text() == receivers.page(rows, version)
+    assert rows.keys() <= set(receivers.ROWS)
+    assert "wrong" not in {row[side] for row in rows.values() for side in ("full", "adapter")}
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_a_checkpoint_that_is_quantised_takes_an_adapter_and_norms_alone():
+    row = run_receiver("GPTQ int4")
+    assert (row["full"], row["adapter"]) == ("refused", "exact"), row
+    assert row["quantisation"]["bits"]["4"] == 8, row
+    assert row["quantisation"]["from_checkpoint"]
 
 
 @pytest.mark.vllm

@@ -388,6 +388,9 @@ def begin_reload(model: torch.nn.Module, live: Collection[torch.nn.Module] = ())
     Raises:
         CompatError: this vLLM reloads them all the same.
     """
+    for layer in model.modules():
+        if names := [name for name, parameter in layer._parameters.items() if parameter is None]:
+            _EMPTIED[layer] = names
     infos = [_layerwise().get_layerwise_info(layer) for layer in live]
     for info in infos:
         info.load_numel_total = 0  # vLLM passes over a layer whose reload has begun
@@ -401,6 +404,18 @@ def begin_reload(model: torch.nn.Module, live: Collection[torch.nn.Module] = ())
             "this vLLM's layerwise reload takes up layers whose load has begun, so that none can "
             "be written where it stays; choose sync.load: layerwise"
         )
+
+
+# Parameters that a kernel has taken and left at None (int8 of oneDNN: `weight`). vLLM's reload
+# deletes them, puts back tensors only, and the kernel then finds no such attribute.
+_EMPTIED: weakref.WeakKeyDictionary[torch.nn.Module, list[str]] = weakref.WeakKeyDictionary()
+
+
+def _put_back_emptied(model: torch.nn.Module) -> None:
+    for layer in model.modules():
+        for name in _EMPTIED.pop(layer, ()):
+            if not hasattr(layer, name):
+                layer.register_parameter(name, None)
 
 
 def working_bytes(model: torch.nn.Module) -> dict[str, int]:
@@ -615,6 +630,7 @@ def finish_reload(
     try:
         older.place_empty_layers(layerwise, model)
         layerwise.finalize_layerwise_reload(model, vllm_config.model_config)
+        _put_back_emptied(model)
     finally:
         logger.removeFilter(is_finding)
 
@@ -650,6 +666,7 @@ def restore(model: torch.nn.Module) -> int:
         for tensor in layerwise.get_layer_tensors(layer).values():
             if layerwise._get_weight_loader(tensor).__name__ == "online_process_loader":
                 tensor.weight_loader = layerwise._get_original_loader(tensor)
+    _put_back_emptied(model)
     if hasattr(model, "_original_do_torchao_reload"):
         model._do_torchao_reload = model._original_do_torchao_reload
     layerwise.LOADING_LAYERS.clear()
