@@ -206,7 +206,8 @@ def test_gold_generates_with_current_weights_in_a_second_training(policy, tmp_pa
     """It remembers the step of its last sync, which is ahead of all steps of the next training."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     callback = WeightSyncCallback(engine=ENGINE)
-    trainer = build_gold_trainer(policy, tmp_path, [callback], max_steps=3)
+    teacher = save_policy(tmp_path / "teacher", seed=1)
+    trainer = build_gold_trainer(policy, tmp_path, [callback], teacher=teacher, max_steps=3)
     generation = trainer.vllm_generation
     generate, gaps = generation.generate, []
 

@@ -1,0 +1,180 @@
+"""Trainers as people set them: at every generation the engine has the trainer's weights, or the
+training is refused before its first step. All of them share an engine for each of its dtypes."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+
+import pytest
+from support.trainers import ENGINE, build_trainer, save_policy, varied
+from support.witness import Witness
+
+from qerl_sync import SyncError, WeightSyncCallback
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+# What rounding explains, by the dtype that the engine computes in.
+LIMITS = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.03}
+LEARNING_RATE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return save_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_engines():
+    """Give trainers the engine that an earlier one had, with whatever weights that has left."""
+    from trl.generation import vllm_generation
+
+    environment, make, kept = dict(os.environ), vllm_generation.LLM, {}
+
+    def shared(**given):
+        given["max_num_seqs"] = 16  # TRL's goes by the batch
+        key = repr(sorted(given.items(), key=str))
+        if key not in kept:
+            kept[key] = make(**given)
+        for name in set(vars(kept[key])) & {"generate", "chat"}:
+            delattr(kept[key], name)  # the guard of an earlier callback
+        return kept[key]
+
+    vllm_generation.LLM = shared
+    yield
+    vllm_generation.LLM = make
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def load(policy, dtype="float32"):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(policy, dtype=dtype)
+
+
+@pytest.fixture
+def train(policy, tmp_path):
+    """Build and train, watched. Return the trainer, its callback and the witness."""
+
+    def run(
+        model=None,
+        engine=None,
+        float32=False,
+        reward=varied,
+        begin=lambda trainer: None,
+        **changes,
+    ):
+        callback = WeightSyncCallback(engine=ENGINE | (engine or {}), verify="checksum")
+        witness = Witness(float32=float32)
+        with witness.watching():
+            witness.trainer = build_trainer(
+                policy,
+                tmp_path / "run",
+                [callback],
+                model=model,
+                reward=reward,
+                max_steps=3,
+                learning_rate=LEARNING_RATE,
+                **changes,
+            )
+            begin(witness.trainer)
+            witness.trainer.train()
+            # Training has ended, with the best model or the last: it must be the engine's too.
+            witness.trainer.evaluate()
+        return witness.trainer, callback, witness
+
+    return run
+
+
+def assert_right(witness, limit=LIMITS["float32"]):
+    assert len(witness.generating) >= 4
+    assert max(witness.generating) <= limit
+    assert max(witness.after) <= limit
+    assert max(witness.before) > 3 * limit, "no step has changed what the engine should say"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "eager"},
+        {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+        {"gradient_accumulation_steps": 2, "num_iterations": 2, "eval_strategy": "steps"}
+        | {"eval_steps": 1},
+    ],
+    ids=["gradient_checkpointing", "torch_compile", "sync_ref_model", "eval between iterations"],
+)
+def test_what_trl_can_be_told_leaves_the_engine_right(train, changes):
+    _, callback, witness = train(**changes)
+    assert_right(witness)
+    assert all(report.prediction_exact for report in callback.reports)
+
+
+def test_the_best_model_is_what_the_engine_evaluates(train):
+    """It is another than the last: rewards fall."""
+    calls = count()
+
+    def falling(completions, **columns):
+        return [-float(next(calls)) for _ in completions]
+
+    trainer, callback, witness = train(
+        reward=falling,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+        greater_is_better=True,
+    )
+    assert trainer.state.best_global_step == 1
+    assert_right(witness)
+    assert witness.before[-1] > 1e-3, "the engine had the last step's weights"
+    assert callback.reports[-1].step == 3
+
+
+def test_evaluating_first_syncs_what_differs_from_the_checkpoint(train, policy):
+    """A model object that is no longer what it was loaded from; the engine loads its path."""
+    model = load(policy)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+    _, callback, witness = train(model, begin=lambda trainer: trainer.evaluate())
+    assert_right(witness)
+    assert witness.before[0] > 1e-2
+    assert [report.step for report in callback.reports[:2]] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("trainer", "engine", "limit"),
+    [
+        # The engine computes in float32 with the bfloat16 values: as exact as with float32 ones.
+        ("bfloat16", "float32", "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+        ("float32", "float16", "float16"),
+        ("float16", "float32", "float32"),
+    ],
+)
+def test_dtypes_of_trainer_and_engine_may_differ(train, policy, trainer, engine, limit):
+    model = load(policy, trainer)
+    # In float16 Adam's second moments are zeros, and its usual epsilon is too.
+    _, _, witness = train(model, {"dtype": engine}, float32=True, adam_epsilon=1e-3)
+    assert_right(witness, LIMITS[limit])
+
+
+def test_embeddings_that_grew_are_refused_before_the_first_step(train, policy):
+    """vLLM loads the checkpoint of the model's path, with embeddings of the old size."""
+    model = load(policy)
+    model.resize_token_embeddings(320)
+    steps = []
+    with pytest.raises(SyncError) as raised:
+        train(model, begin=lambda trainer: steps.append(trainer))
+    print(type(raised.value), raised.value)
+    assert not any(trainer.state.global_step for trainer in steps)
+    assert "embed_tokens" in str(raised.value)
+
+
+def test_an_engine_that_cannot_sleep_is_refused(train):
+    """vLLM's sleep mode needs a GPU."""
+    with pytest.raises(Exception, match="leep"):
+        train(vllm_enable_sleep_mode=True)
