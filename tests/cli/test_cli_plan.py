@@ -368,6 +368,7 @@ def test_a_bad_model_is_one_error(model, content, complaint):
     assert said.count("error:") == 1
 
 
+@pytest.mark.slow  # transformers is imported twice, in processes of its own
 def test_without_vllm_recorded_patterns_answer(model, monkeypatch):
     observed = json.loads(run(model, "--json")[0])
     monkeypatch.setattr(offline, "installed_vllm", lambda: None)
