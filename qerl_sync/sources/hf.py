@@ -159,7 +159,7 @@ class HFSource(Source):
         return storage
 
     def _is_sent_as_it_is(self, name: str) -> bool:
-        """Whether `_value` is the parameter."""
+        """Return whether `_value` is the parameter."""
         return True
 
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:

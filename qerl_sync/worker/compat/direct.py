@@ -77,8 +77,8 @@ def release_scratch() -> None:
 
 
 def changed_since(layer: torch.nn.Module) -> bool:
-    """Whether the live tensors are laid out otherwise than the model was built. Asked outside of a
-    reload."""
+    """Return whether the live tensors are laid out otherwise than the model was built. For calls
+    outside of a reload."""
     recorded = _layerwise().LAYERWISE_INFO[layer].restore_metadata
     built = {**recorded[0], **recorded[1]}
     live = {name: t for name, t in loadable_tensors(layer).items() if name in built}

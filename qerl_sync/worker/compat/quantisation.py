@@ -44,7 +44,7 @@ def quantised_layers(model: torch.nn.Module) -> frozenset[str]:
 
 
 def is_from_checkpoint(vllm_config: Any) -> bool:
-    """Whether the engine was loaded from a checkpoint that was quantised before."""
+    """Return whether the engine was loaded from a checkpoint that was quantised before."""
     config = vllm_config.model_config
     parts = (config.hf_config, config.hf_text_config)
     return any(getattr(part, "quantization_config", None) for part in parts)

@@ -121,7 +121,7 @@ class KernelCheck:
                 self._divided.add(place)
 
     def _covers(self, place: Place) -> bool:
-        """Whether a buffer was a view of the whole parameter: a part may rightly stay the same."""
+        """Return whether a buffer was a view of the whole parameter. A part may stay the same."""
         buffer = self._model.get_submodule(place[0])._buffers[place[1]]
         return buffer is not None and buffer.nbytes == buffer.untyped_storage().nbytes()
 
@@ -158,8 +158,8 @@ class KernelCheck:
                 yield layer
 
     def _keeps(self, tensor: torch.Tensor) -> bool:
-        """Whether it changes with what is loaded: one that is quantised inside, or was emptied when
-        its values were packed elsewhere, need not."""
+        """Return whether it changes with what is loaded. One that is quantised inside need not, nor
+        one that was emptied when its values were packed elsewhere."""
         inside = compat.tensors_of(tensor)
         return (
             tensor.numel() > 0

@@ -108,7 +108,7 @@ class PlannedLoads:
         return self._outstanding == 0
 
     def agree(self, plan: SyncPlan, *, finite_check: FiniteCheck = "worker") -> None:
-        """Whether this model takes that stream. Leaves its weights untouched.
+        """Return whether this model takes that stream. Leaves its weights untouched.
 
         Args:
             finite_check: see `SyncOptions`.
