@@ -255,8 +255,8 @@ class SyncSession:
 
     @property
     def noise_is_scheduled(self) -> bool:
-        """Return whether `push` adds noise by a schedule: `sync.noise` is set, and the number of the
-        run's steps is known."""
+        """Return whether `push` adds noise by a schedule: `sync.noise` is set, and the run has said
+        how many steps it has."""
         return self._noise is not None and self._noise.num_steps is not None
 
     def push(self, step: int = 0, *, clean: bool = False) -> SyncReport:

@@ -310,7 +310,7 @@ class WeightSyncCallback(TrainerCallback):
         return with_current_weights
 
     def _wants_clean(self) -> bool:
-        """Return whether what generates now is no rollout: an evaluation, or what precedes training."""
+        """Return whether what generates now is an evaluation, or comes before training."""
         assert self.session is not None
         return not (self._trainer.model.training and self.session.noise_is_scheduled)
 
