@@ -327,7 +327,8 @@ class TestPlainTRL:
         trainer = SimpleNamespace(
             model=make_model("tied", 1),
             accelerator=SimpleNamespace(is_main_process=True, unwrap_model=lambda model: model),
-            state=SimpleNamespace(global_step=7),
+            args=SimpleNamespace(seed=0),
+            state=SimpleNamespace(global_step=7, max_steps=10),
             _metrics={"train": defaultdict(list)},
         )
         transfer = AsyncWeightTransfer(served[1], recorder=recorded.append)
