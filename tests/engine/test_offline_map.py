@@ -16,7 +16,7 @@ from support.layer_maps import MODELS, keep_recorded_maps, recorded
 from support.models import CONFIGS
 from support.probes import ENGINE, FAMILIES, PAST_RELOAD, READING, REFUSED, config_json, probed
 
-from qerl_sync.errors import CompatError, ConfigError
+from qerl_sync.errors import CompatError, ConfigError, LayerMapError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.offline import layer_map as offline
 from qerl_sync.offline import map_cache
@@ -93,13 +93,29 @@ def test_every_element_lands_and_every_layer_closes(kind):
     assert qkv == (f"{at}.qkv_proj",)
 
 
+# With tensors that the architecture's default configuration has not, and which were not recorded.
+VARIANTS = {
+    "gemma2, biased",
+    "gemma3, own head",
+    "llama, biased and tied",
+    "qwen2_moe",
+    "qwen2_moe, every other layer",
+    "qwen3_moe",
+}
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_recorded_patterns_say_the_same(kind):
+def test_recorded_patterns_say_the_same_or_refuse(kind):
     found = probed()[kind]
     (architecture,) = config_json(FAMILIES[kind]())["architectures"]
-    made = recorded_maps()[1][architecture].layer_map(found.metas)
-    assert landings(made) == landings(found.layer_map)
+    patterns = recorded_maps()[1][architecture]
+    if kind in VARIANTS:
+        with pytest.raises(LayerMapError) as refused:
+            patterns.layer_map(found.metas)
+        assert refused.value.tensor in found.layer_map.contributions
+    else:
+        assert landings(patterns.layer_map(found.metas)) == landings(found.layer_map)
 
 
 @pytest.mark.vllm
