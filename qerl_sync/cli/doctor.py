@@ -72,6 +72,9 @@ def doctor(
     """
     console = Console(soft_wrap=True, highlight=False)
     with errors_as_text(debug=debug):
+        from qerl_sync.serving.command import QUIET_TRITON
+
+        os.environ.setdefault("TORCH_LOGS", QUIET_TRITON)  # torch reads it when it is imported
         loaded = None
         if config is not None:
             from qerl_sync.config import load_config
