@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cached_property, partial
 from pathlib import Path
@@ -218,9 +218,19 @@ def execute(
         scenarios=result,
         transport=transport,
         assertions=limits,
-        comparisons=[Comparison(record, _difference(found, record)) for record in records],
+        comparisons=[Comparison(r, _difference(_loaded_as_in(found, r), r)) for r in records],
         refused=refused,
     )
+
+
+def _loaded_as_in(found: OfflineMap, record: SyncRecord) -> OfflineMap:
+    """Return the map, each layer loaded as in the run: only a live engine can tell how."""
+    loading = record.plan.loading
+    layers = {
+        name: replace(layer, loading=loading.get(name, layer.loading))
+        for name, layer in found.layer_map.layers.items()
+    }
+    return replace(found, layer_map=replace(found.layer_map, layers=layers))
 
 
 def _choose(
