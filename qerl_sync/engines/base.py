@@ -9,8 +9,8 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from concurrent.futures import Future, InvalidStateError, wait
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from qerl_sync.errors import (
@@ -336,6 +336,11 @@ def require_alive(engine_core: Any, engine: str, method: str) -> None:
     vLLM's client notices the death, but tells only the next caller.
     """
     if getattr(getattr(engine_core, "resources", None), "engine_dead", False):
+        # The threads of calls that it left unanswered would wait for them without end.
+        for unanswered in list(getattr(engine_core, "utility_results", {}).values()):
+            if isinstance(unanswered, Future):
+                with suppress(InvalidStateError):  # it has its answer
+                    unanswered.set_exception(lost(engine, method))
         raise lost(engine, method)
 
 

@@ -198,7 +198,7 @@ class DataParallel(FaultEngine, remote.DataParallel):
     def rpc(self, method: str, *arguments: Any) -> list[Any]:
         # The client's calls come back from an engine that has died; vLLM's own do not.
         call = partial(ask_every_worker, self.engine, method, *arguments)
-        return list(self.client()._run(method, call, CALL_SECONDS))
+        return list(self.client()._run(method, call))
 
     def _ask(self) -> tuple[str, str]:
         """Of the replicas' answers the worst: one that serves beside one that must not."""
