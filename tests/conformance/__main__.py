@@ -93,8 +93,14 @@ def _run_receivers(options: argparse.Namespace) -> int:
         print(f"{name}: full {row['full']}, adapter {row['adapter']} {row['reason']}", flush=True)
         if not options.dry_run:
             write_rows(file, rows)
-            (DATA.parent / "quantisation.md").write_text(receivers.page(rows, version))
+            (DATA.parent / "quantisation.md").write_text(receivers.page(receiver_rows()))
     return int(any(WRONG in (row["full"], row["adapter"]) for row in rows.values()))
+
+
+def receiver_rows() -> dict[str, dict[str, Any]]:
+    """Return the rows of docs/quantisation.md by version of vLLM."""
+    files = sorted(RECEIVERS.glob("vllm-*.json"))
+    return {file.stem.removeprefix("vllm-"): _read(file) for file in files}
 
 
 def run_receiver(name: str) -> dict[str, Any]:

@@ -84,6 +84,7 @@ _GEMMA = {
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 SPECIAL: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc"},
+    "ExaoneMoeForCausalLM": {"sliding_windows": None},
     "FalconH1ForCausalLM": {
         "mamba_d_ssm": 64,
         "mamba_n_heads": 8,
@@ -94,10 +95,36 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "Gemma4ForCausalLM": _GEMMA,
     "Gemma4ForConditionalGeneration": {"text_config": _GEMMA},
     "Gemma4UnifiedForConditionalGeneration": {"text_config": _GEMMA},
+    "GPTJForCausalLM": {"rotary_dim": 16},
+    # Checkpoints have it, and vLLM reads it.
+    "Glm4MoeForCausalLM": {"head_dim": 32},
+    "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1},
+    "HYV3ForCausalLM": {"expert_hidden_dim": 96, "mlp_layer_types": ["dense", "sparse"]},
+    "LagunaForCausalLM": {
+        "num_attention_heads_per_layer": [4, 4],
+        "mlp_layer_types": ["dense", "sparse"],
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+    "Lfm2ForCausalLM": {
+        "block_dim": 128,
+        "block_ff_dim": 192,
+        "block_auto_adjust_ff_dim": False,
+        "conv_dim": 128,
+        "layer_types": ["conv", "full_attention"],
+        "full_attn_idxs": ...,
+    },
+    "Llama4ForCausalLM": {
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 192,
+        "moe_layers": [1],
+        "no_rope_layers": [1, 0],
+        "layer_types": ["chunked_attention", "full_attention"],
+    },
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "LongcatFlashForCausalLM": {
         "expert_ffn_hidden_size": 96,
         "zero_expert_num": 2,
+        "zero_expert_type": "identity",
         "num_key_value_heads": 4,
         "head_dim": 64,
     },
@@ -110,6 +137,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "moe_shared_expert_intermediate_size": 96,
     },
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 16},
+    "PhiForCausalLM": {"intermediate_size": 512},  # vLLM takes four times the hidden size
     "Qwen3NextForCausalLM": _LINEAR,
     "Qwen3_5ForCausalLM": _LINEAR,
     "Qwen3_5MoeForCausalLM": _LINEAR,

@@ -36,6 +36,8 @@ from qerl_sync import (
 # A weight's tensors by what follows the module's path, of one linear layer.
 Quantiser = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 GROUP = 32
+# Syncs after the first, to and fro: nothing may drift, nor may parameters move.
+REPEATED = 20
 
 
 def _int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -182,6 +184,8 @@ ONLINE: dict[str, tuple[str | None, str]] = {
             *("int8_per_channel_weight_only", "nvfp4_per_token", "experts_int8"),
         )
     },
+    "fp8_per_channel, biases": ("fp8_per_channel", "bias"),
+    "fp8_per_channel, tied head": ("fp8_per_channel", "tied"),
     "int8_per_channel_weight_only": ("int8_per_channel_weight_only", "dense"),
     "nvfp4_per_token": ("nvfp4_per_token", "dense"),
     "torchao": ("torchao", "dense"),
@@ -263,11 +267,22 @@ def run(name: str, directory: Path) -> dict[str, Any]:
     assert before != after, "both versions are the same"
     assert generate(engine) == before[1], "the engine does not repeat itself"
 
+    live, states = copy.deepcopy(trainers[NEW]), {OLD: before, NEW: after}
     try:
-        with _session(engine, HFSource(trainers[NEW]), verify="checksum") as session:
+        with _session(engine, HFSource(live), verify="checksum") as session:
             report = session.push()
-        row["full"] = EXACT if _state(engine) == after else WRONG
-        row["quantisation"] = report.quantisation
+            row["quantisation"] = report.quantisation
+            row["full"] = EXACT if _state(engine) == after else WRONG
+            places = _places(engine)
+            for number in range(REPEATED):
+                version = NEW if number % 2 else OLD
+                live.load_state_dict(trainers[version].state_dict())
+                session.push()
+                if _state(engine) != states[version]:
+                    row["full"], row["reason"] = WRONG, f"sync {number + 2}: other weights"
+                    break
+            if _places(engine) != places:
+                row["full"], row["reason"] = WRONG, "parameters were moved"
     except Exception as exc:
         refused = isinstance(exc, SyncError) and _state(engine) == before
         row["full"], row["reason"] = REFUSED if refused else WRONG, one_line(exc)
@@ -312,6 +327,12 @@ def _state(engine: Any) -> tuple[dict[str, str], Any]:
     return {key: value for key, value in held.items() if "lora_" not in key}, generate(engine)
 
 
+def _places(engine: Any) -> dict[str, int]:
+    """Return where the kernels find the base's parameters."""
+    held = model_of(engine).named_parameters()
+    return {name: p.data_ptr() for name, p in held if "lora_" not in name}
+
+
 def _from_files(engine: Any, policy: Any, path: Path) -> Any:
     """Return the answers of an engine that loads the adapter as `save_pretrained` writes it."""
     from vllm import SamplingParams
@@ -331,8 +352,12 @@ def _from_files(engine: Any, policy: Any, path: Path) -> Any:
     ]
 
 
-def page(rows: dict[str, dict[str, Any]], version: str) -> str:
-    """Return docs/quantisation.md."""
+def page(found: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Return docs/quantisation.md, of rows by version of vLLM."""
+    return "\n".join([INTRODUCTION, *(_table(rows, version) for version, rows in found.items())])
+
+
+def _table(rows: dict[str, dict[str, Any]], version: str) -> str:
     head = (
         f"## vLLM {version}\n\n"
         "| engine | full sync | adapter and norms | layers | reason |\n"
@@ -348,18 +373,20 @@ def page(rows: dict[str, dict[str, Any]], version: str) -> str:
         short = said if len(said) <= 200 else f"{said[:197]}..."
         cell = short.replace("|", "\\|").replace("<", "&lt;")
         lines.append(f"| {name} | {row['full']} | {row['adapter']} | {shown} | {cell} |\n")
-    return f"{INTRODUCTION}\n{head}{''.join(lines)}"
+    return head + "".join(lines)
 
 
 INTRODUCTION = """# Which quantised engines can be synced
 
 Written by `scripts/conformance --receivers`. Each row is a process with two real vLLM engines of
 one small random model on a CPU, loaded from two checkpoints. *Full sync* brings one engine to the
-other's weights; *adapter and norms* then has it serve a LoRA adapter, with the RMSNorm weights that
-train beside it in the same sync, as QeRL's noise does (docs/qerl.md).
+other's weights, and 20 more take it to and fro; *adapter and norms* then has it serve a LoRA
+adapter, with the RMSNorm weights that train beside it in the same sync, as QeRL's noise does
+(docs/qerl.md).
 
-*exact*: all that the kernels hold of the base, and greedy tokens with their log-probabilities,
-equal those of the other engine to the bit; for the adapter, those of that engine with the adapter
+*exact*: after each sync all that the kernels hold of the base, and greedy tokens with their
+log-probabilities, equal those of the engine that was loaded from that checkpoint, to the bit, and
+no parameter has moved in memory; for the adapter, they equal those of that engine with the adapter
 loaded from a file. *refused*: an error before the first byte, the engine as it was. *wrong*: the
 engine differs. *does not start*: vLLM has no kernel for it on this CPU, or not the package.
 *layers*: how many have weights of how many bits.
