@@ -57,7 +57,7 @@ from typing import Any
 
 from qerl_sync.engines.base import why_refused
 from qerl_sync.serving.auth import GENERATING, authorize
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 from qerl_sync.worker.compat.caches import ask_every_replica
 
 Message = MutableMapping[str, Any]

@@ -297,7 +297,9 @@ def test_a_comparison_takes_the_budget_and_the_chunks_of_the_run(model, tmp_path
     found = run_json(model, "--compare", tmp_path / "run")
     assert found["compare"][0]["equal"]
     assert found["budget_bytes"] == 200 << 10
-    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("size", "reorder_in_budget")]
+    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [
+        ("size", "reorder_in_budget")
+    ]
 
 
 def test_a_run_that_went_otherwise_shows_the_first_difference(model, recorded):

@@ -36,7 +36,7 @@ from qerl_sync.serving.command import (
 from qerl_sync.serving.log import complaint_in, last_line
 from qerl_sync.serving.processes import descendants, members
 from qerl_sync.serving.server import ServerProcess
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 
 
 @pytest.fixture

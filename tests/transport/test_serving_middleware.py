@@ -28,7 +28,7 @@ from qerl_sync.serving.middleware import (
     QUIET_SECONDS,
     ServingGuardMiddleware,
 )
-from qerl_sync.wire.connection import PROOF_HEADER, TOKEN_VARIABLE, proof
+from qerl_sync.wire.tokens import PROOF_HEADER, TOKEN_VARIABLE, proof
 
 TOKEN = "a secret of both"
 UPDATE = ["start_weight_update", "update_weights"]

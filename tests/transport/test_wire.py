@@ -48,17 +48,12 @@ from qerl_sync.transports.remote import compatibility as agreement
 from qerl_sync.transports.remote import control, transport
 from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.wire import connection as wire
+from qerl_sync.wire import endpoints, segments, tokens
 from qerl_sync.wire import messages as say
-from qerl_sync.wire import segments
-from qerl_sync.wire.connection import (
-    HANDSHAKE_SECONDS,
-    Connection,
-    Listener,
-    connect,
-    new_token,
-    proof,
-)
+from qerl_sync.wire.connection import Connection
+from qerl_sync.wire.endpoints import Listener, connect
 from qerl_sync.wire.segments import AttachedSegment, SharedSegment, remove_abandoned
+from qerl_sync.wire.tokens import HANDSHAKE_SECONDS, new_token, proof
 
 OLD, NEW = tensors(0), tensors(1)
 HOST = "127.0.0.1"
@@ -310,7 +305,7 @@ def test_a_worker_does_not_believe_a_listener_without_the_token():
 
 
 def test_a_listener_that_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(wire, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(tokens, "HANDSHAKE_SECONDS", 0.2)
     with Opened() as (port, _), pytest.raises(TransportTimeout):
         connect(HOST, port, "secret", 5)
 
@@ -345,7 +340,7 @@ def test_nobody_listens():
 
 
 def test_a_worker_does_not_wait_long_where_nobody_listens(monkeypatch):
-    monkeypatch.setattr(wire, "REFUSED_SECONDS", 0.3)
+    monkeypatch.setattr(endpoints, "REFUSED_SECONDS", 0.3)
     started = time.monotonic()
     with pytest.raises(PeerLostError):
         connect(HOST, unused_port(), "secret", 300)

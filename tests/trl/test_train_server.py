@@ -33,7 +33,7 @@ from qerl_sync.serving.processes import descendants
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display
 from qerl_sync.training.rollouts import rollout_server
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")

@@ -40,17 +40,11 @@ from qerl_sync.transports.remote.listener import admit_workers, reject
 from qerl_sync.transports.remote.staging import StagedChunk, Staging
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.connection import (
-    TOKEN_VARIABLE,
-    Listener,
-    format_endpoint,
-    new_token,
-    parse_endpoint,
-    proof,
-)
+from qerl_sync.wire.endpoints import Listener, format_endpoint, parse_endpoint
 from qerl_sync.wire.handshake import ConnectCall
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.segments import parameters_are_shared
+from qerl_sync.wire.tokens import TOKEN_VARIABLE, new_token, proof
 
 if TYPE_CHECKING:
     import torch

@@ -38,8 +38,10 @@ from qerl_sync.stopwatch import Span, Stopwatch, slowest
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.connection import Connection, connect, parse_endpoint, proof, same_proof
+from qerl_sync.wire.connection import Connection
+from qerl_sync.wire.endpoints import connect, parse_endpoint
 from qerl_sync.wire.handshake import ConnectCall, ServeCall, parse
+from qerl_sync.wire.tokens import proof, same_proof
 from qerl_sync.worker.load.footprint import Arrivals, footprint_bytes
 from qerl_sync.worker.load.memory import PeakMemory
 from qerl_sync.worker.protocol.connection import Arrived, TrainerConnection
