@@ -25,6 +25,10 @@ settings.register_profile("fast", deadline=None, print_blob=True, max_examples=2
 settings.load_profile("default")
 
 
+# Models are so small that a second thread only waits for its turn on a core that another process
+# has, thousands of times in a test. Processes that tests start inherit it. Before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Engines in other processes leave vLLM's state in this one changed when they are shut down, so
 # that no MoE engine can be started here any more: they come last.
 LAST = ("test_engine_clients", "test_serving", "test_train_server")
