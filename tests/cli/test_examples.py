@@ -11,10 +11,13 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qerl_sync.serving.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -66,21 +69,29 @@ def run(model: Path, tmp_path: Path) -> Any:
     """`run(name, *arguments)`: what an example prints, in a directory where nothing else is."""
 
     def run(name: str, *arguments: str, **variables: str) -> str:
-        before = set(SHARED_MEMORY.glob("qerl_sync-*"))
         command = [sys.executable, str(EXAMPLES / f"{name}.py"), str(model), *arguments]
-        done = subprocess.run(
+        deadline = time.monotonic() + WAIT_SECONDS
+        with subprocess.Popen(
             command,
             cwd=tmp_path,
             env=environment(**variables),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=WAIT_SECONDS,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        left = set(SHARED_MEMORY.glob("qerl_sync-*")) - before
-        assert [path for path in left if not alive(int(path.name.split("-")[1]))] == []
-        return done.stdout
+        ) as process:
+            # Tests that run at the same time kill trainers, whose memory stays for a while.
+            started = {process.pid}
+            while process.poll() is None and time.monotonic() < deadline:
+                started.update(descendants(process.pid))
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=0.5)
+            process.kill()
+            output, errors = process.communicate()
+        assert process.returncode == 0, output + errors
+        left = SHARED_MEMORY.glob("qerl_sync-*")
+        owners = {int(path.name.split("-")[1]) for path in left}
+        assert [pid for pid in owners & started if not alive(pid)] == []
+        return output
 
     return run
 

@@ -28,8 +28,7 @@ from support.trainers import (
 )
 from support.witness import Witness
 
-from qerl_sync import SyncError, WeightSyncCallback
-from qerl_sync.integrations.trl_async import AsyncWeightTransfer
+from qerl_sync import SyncError
 
 WORKS, REFUSED, WRONG, FAILS = "works", "refused", "wrong", "fails"
 STEPS = 3
@@ -299,11 +298,15 @@ def run(name: str, directory: Path) -> dict[str, Any]:
     build, by = TRAINERS[name]
     policy = save_chatting_policy(directory / "policy")
     if by == TRANSFER:
+        from qerl_sync.integrations.trl_async import AsyncWeightTransfer
+
         with on_a_cpu(), served(policy, directory / "vllm.log") as url:
             transfer = AsyncWeightTransfer(url)
             return _row(
                 name, by, transfer, Witness(url), lambda: build(policy, directory, transfer)
             )
+    from qerl_sync import WeightSyncCallback
+
     callback = WeightSyncCallback(engine=ENGINE)
     return _row(name, by, callback, Witness(), lambda: build(policy, directory, callback))
 

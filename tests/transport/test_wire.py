@@ -62,10 +62,10 @@ TIMEOUT_SECONDS = 20.0
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind():
-    before = set(segments.DIRECTORY.iterdir())
+    own = f"*{segments.PREFIX}{os.getpid()}-*"
+    before = set(segments.DIRECTORY.glob(own))
     yield
-    left = {path.name for path in set(segments.DIRECTORY.iterdir()) - before}
-    assert not {name for name in left if f"{segments.PREFIX}{os.getpid()}-" in name}
+    assert set(segments.DIRECTORY.glob(own)) <= before
 
 
 @pytest.fixture
@@ -937,10 +937,11 @@ def test_a_reader_cannot_write():
 
 
 def test_no_room_is_told_before_anything_is_written():
-    before = set(segments.DIRECTORY.iterdir())
+    own = f"*{segments.PREFIX}{os.getpid()}-*"  # other processes have theirs
+    before = set(segments.DIRECTORY.glob(own))
     with pytest.raises(NoRoomError):
         SharedSegment(1 << 50)
-    assert set(segments.DIRECTORY.iterdir()) <= before
+    assert set(segments.DIRECTORY.glob(own)) <= before
 
 
 @pytest.mark.parametrize(
