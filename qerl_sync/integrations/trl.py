@@ -148,7 +148,9 @@ class WeightSyncCallback(TrainerCallback):
                 "--dtype float32`"
             )
         if not served:
-            self._engine = {**adapter_arguments(trainer.model, self.config), **self._engine}
+            several = getattr(trainer.accelerator, "num_processes", 1) > 1
+            needed = adapter_arguments(trainer.model, self.config, several_ranks=several)
+            self._engine = {**needed, **self._engine}
         self._stop_waiting()
         self._takeover = Takeover(trainer, self)
 
