@@ -121,6 +121,8 @@ How each is attached:
   generate with vLLM, and are refused with a sentence that says so. `ServerDistillationTrainer`
   is a `DistillationTrainer` whose teacher is on a server; it was not run.
 
+Rows that are not run have no result yet, good or bad: no run of them has come to its end.
+
 Not run: a vision-language model under TRL. vLLM's own code for those that TRL trains imports
 torchvision, which is not among what is installed here. Their names are those that
 `save_pretrained` writes, as for all models, and a whole BLIP-2 is synced exactly without TRL.
