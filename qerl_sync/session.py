@@ -336,7 +336,7 @@ class SyncSession:
                     dtype, _ = self._transport.precision
                     self._noise.begin(version, step, dtype, clean=clean)
                     stamps = self._noise.stamps(stamps)
-                if base is not None and not self._transport.holds(base.version):
+                if not self._transport.agree_on_base(None if base is None else base.version):
                     base = None
                 part = full if base is None else self._plan_part(full, layer_map, base, stamps)
                 plan = self._with_adapter(part)
@@ -511,7 +511,7 @@ class SyncSession:
             for name, stamp in stamps.items()
             if name in base.stamps and base.stamps[name] == stamp
         }
-        part = part_to_send(metas, layer_map, unchanged)
+        part = part_to_send(metas, layer_map, self._transport.agree_on_unchanged(unchanged))
         if not part and self._config.delta != "off" and not self._adapter:
             part = smallest_part(metas, layer_map)  # a version needs a stream that brings it
         if len(part) == len(metas) or not (part or self._adapter):

@@ -148,7 +148,11 @@ class WeightSyncCallback(TrainerCallback):
                 "--dtype float32`"
             )
         if not served:
-            self._engine = {**adapter_arguments(trainer.model, self.config), **self._engine}
+            # Before processes build an engine together that none of them could sync.
+            _refuse_tensor_parallel(trainer, getattr(args, "vllm_tensor_parallel_size", 1))
+            several = getattr(trainer.accelerator, "num_processes", 1) > 1
+            needed = adapter_arguments(trainer.model, self.config, several_ranks=several)
+            self._engine = {**needed, **self._engine}
         self._stop_waiting()
         self._takeover = Takeover(trainer, self)
 
@@ -442,14 +446,20 @@ def _generation(trainer: Any) -> Any:
 
         require_attributes(generation, ("_llm_weights_sleeping",), trainer)
         require_attributes(vllm_generation, ("empty_cache",), trainer)
-    if generation.mode == "colocate" and generation.tensor_parallel_size != 1:
+    if generation.mode == "colocate":
+        _refuse_tensor_parallel(trainer, generation.tensor_parallel_size)
+    return generation
+
+
+def _refuse_tensor_parallel(trainer: Any, size: int) -> None:
+    if size != 1:
         raise ConfigError(
-            f"this {kind} has vllm_tensor_parallel_size={generation.tensor_parallel_size}: one "
+            f"this {type(trainer).__name__} has vllm_tensor_parallel_size={size}: one "
             "colocated engine spread over several processes, which this callback does not sync. "
             "Set vllm_tensor_parallel_size=1, for an engine in each process, or start a server "
-            '(vllm_mode="server"), whose engine may be tensor parallel'
+            '(vllm_mode="server"), whose engine may be tensor parallel',
+            tensor_parallel_size=size,
         )
-    return generation
 
 
 def _why_not(trainer: Any) -> str:

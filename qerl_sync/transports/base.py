@@ -192,6 +192,23 @@ class Transport(ABC):
         """
         return False
 
+    def agree_on_base(self, version: int | None) -> bool:
+        """Return whether this sync may leave out what has not changed since `version`; see
+        `holds`. All trainer ranks get the same answer.
+
+        Args:
+            version: of the sync that the session committed last; None: it knows of none.
+        """
+        return version is not None and self.holds(version)
+
+    def agree_on_unchanged(self, names: Collection[str]) -> Collection[str]:
+        """Return what has stayed as it is on every trainer rank, given what has on this one."""
+        return names
+
+    def await_taken(self) -> None:  # noqa: B027  most are told when they are asked
+        """Block until the workers have opened the sync that `start` began, or raise their
+        refusal."""
+
     def require_adapter(self, adapter: Adapter) -> None:
         """Check that the workers can serve this LoRA adapter, by building it with zeros.
 

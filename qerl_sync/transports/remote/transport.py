@@ -466,6 +466,9 @@ class RemoteTransport(Transport):
             self._listener.close()
             self._listener = None
 
+    def await_taken(self) -> None:
+        self._await_taken()
+
     def _await_taken(self) -> list[int] | None:
         """Block until every worker has opened the sync.
 
