@@ -50,10 +50,11 @@ class Curve(NamedTuple):
     faint: bool = False
 
 
-def run_page(run: RecordedRun) -> str:
-    """Return the HTML page of a run."""
+def run_page(run: RecordedRun, bar: str = "") -> str:
+    """Return the HTML page of a run. `bar`: HTML that comes before all else of it."""
     data = PageData()
     body = [
+        bar,
         _heading("What there is to know", ""),
         "".join(map(_finding, explain(run)))
         or "<p>Nothing went wrong, and nothing was unusual.</p>",
