@@ -11,9 +11,11 @@ HEAD = """\
 
 <!-- Made by `python -m qerl_sync.telemetry.document > docs/metrics/README.md`. -->
 
-    sync:
-      metrics_port: 9400          # of the (main) trainer process
-      metrics_address: 0.0.0.0    # 127.0.0.1 unless Prometheus is on another machine
+```yaml
+sync:
+  metrics_port: 9400          # of the (main) trainer process
+  metrics_address: 0.0.0.0    # 127.0.0.1 unless Prometheus is on another machine
+```
 
 `http://TRAINER:9400/metrics` then has these, in Prometheus's text format, until the session is
 closed. It takes prometheus_client, which vLLM brings. Metrics need no authentication. Gauges are

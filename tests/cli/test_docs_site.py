@@ -24,7 +24,7 @@ QUOTED = [
 ]
 YAML_BLOCKS = [
     pytest.param(block, id=f"{page.stem}-{number}")
-    for page in PAGES
+    for page in sorted((ROOT / "docs").rglob("*.md"))
     for number, block in enumerate(re.findall(r"```yaml\n(.*?)```", page.read_text("utf-8"), re.S))
 ]
 
