@@ -25,6 +25,9 @@ def report(
     md: Annotated[
         bool, typer.Option("--md", help="Markdown in place of HTML; report.md in RUN.")
     ] = False,
+    show: Annotated[
+        bool, typer.Option("--open", help="Show it in this machine's browser.")
+    ] = False,
     live: Annotated[
         bool,
         typer.Option("--live", help="Serve the page to browsers of this machine, until Ctrl-C."),
@@ -47,7 +50,7 @@ def report(
                 raise ConfigError(
                     "--live serves the page and writes no file; leave --md and -o out"
                 )
-            return _serve(run, port)
+            return _serve(run, port, show=show)
         from qerl_sync.report.recorded import RecordedRun
         from qerl_sync.report.run_page import run_markdown, run_page
 
@@ -57,10 +60,20 @@ def report(
         page = run_markdown(recorded) if md else run_page(recorded)
         with file_errors_explained(path):
             path.write_text(page, encoding="utf-8")
-        Console(stderr=True).print(f"written to {path}", highlight=False, soft_wrap=True)
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"written to {path}")
+        if show:
+            _open(path.absolute().as_uri(), console)
 
 
-def _serve(run: Path, port: int) -> None:
+def _open(url: str, console: Console) -> None:
+    import webbrowser
+
+    if not webbrowser.open(url):
+        console.print(f"no browser was found here; open {url} in one")
+
+
+def _serve(run: Path, port: int, *, show: bool) -> None:
     from qerl_sync.errors import ConfigError
     from qerl_sync.report.live import LiveReport
 
@@ -69,6 +82,8 @@ def _serve(run: Path, port: int) -> None:
     report = LiveReport(run, port)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"{report.url} shows {run} as it goes on. Ctrl-C ends it.")
+    if show:
+        _open(report.url, console)
     try:
         report.serve()
     except KeyboardInterrupt:

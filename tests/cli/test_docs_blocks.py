@@ -1,5 +1,7 @@
 """Every code block of the pages, by its language: what it names is there.
 
+The cells of examples/notebooks are blocks, too.
+
 bash: the command line takes each `qerl-sync` command, files and extras exist. yaml: the options are
 taken (test_docs_site.py). python: that of an example that is run (test_examples.py), or else its
 names and arguments exist. console: its output is compared (test_docs_plan.py, test_scale.py).
@@ -10,6 +12,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import json
 import re
 import shlex
 from pathlib import Path
@@ -29,6 +32,8 @@ RUN = {"plan.md", "scale.md"}
 FOREIGN = {"docker", "export", "pip", "python", "python3.11", "ray"}
 GIVEN = re.compile(r"[A-Z_]+(\.yaml)?")  # MODEL, CONFIG.yaml: what the reader puts there
 
+SHELL = "!{sys.executable} -m qerl_sync.cli "  # a notebook's way to a command of ours
+
 
 class Block(NamedTuple):
     page: Path
@@ -43,6 +48,19 @@ BLOCKS = [
         r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^ *```$", page.read_text(), re.M | re.S
     )
 ]
+
+for notebook in sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")):
+    for cell in json.loads(notebook.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            lines = "".join(cell["source"]).splitlines(keepends=True)
+            ours = [line.removeprefix(SHELL) for line in lines if line.startswith(SHELL)]
+            python = "".join(line for line in lines if not line.startswith("!"))
+            if ours:
+                BLOCKS.append(
+                    Block(notebook, "bash", "".join(f"qerl-sync {line}" for line in ours))
+                )
+            if "import" in python and notebook.stem != "cpu":  # that one is run
+                BLOCKS.append(Block(notebook, "python", python))
 
 
 def commands(*, in_text: bool) -> list[list[str]]:
@@ -71,6 +89,8 @@ def test_each_block_says_what_it_is():
 @pytest.mark.parametrize("words", commands(in_text=False), ids=" ".join)
 def test_a_command_is_taken(words: list[str]):
     program, *arguments = words
+    if program == "torchrun":
+        program, arguments = "qerl-sync", arguments[arguments.index("qerl_sync.cli") + 1 :]
     if program == "ray" and "--" in arguments:
         return test_a_command_is_taken(arguments[arguments.index("--") + 1 :])
     if program.endswith("scripts/train"):

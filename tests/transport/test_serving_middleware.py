@@ -838,7 +838,6 @@ def ready(engine) -> bool:
 def metrics(engine) -> dict[str, float]:
     """What the guard tells of itself in vLLM's own metrics."""
     text = requests.get(f"{engine.process.url}/metrics", timeout=10).text
-    assert "vllm:" in text
     words = (line.split() for line in text.splitlines() if line.startswith("qerl_sync_server_"))
     return {name.removeprefix("qerl_sync_server_"): float(value) for name, value in words}
 
