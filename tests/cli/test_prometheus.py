@@ -38,9 +38,12 @@ ALERTS = {
 # An alert waits for so long before it fires; a test does not.
 AT_ONCE = [name for name, rule in ALERTS.items() if "for" not in rule]
 
-pytestmark = pytest.mark.skipif(
-    PROMETHEUS is None, reason="no Prometheus is installed; scripts/prometheus fetches Debian's"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        PROMETHEUS is None, reason="no Prometheus is installed; scripts/prometheus fetches Debian's"
+    ),
+]
 
 
 class Recorded(list[Push]):
