@@ -3,7 +3,7 @@
 The cells of examples/notebooks are blocks, too.
 
 bash: the command line takes each `qerl-sync` command, files and extras exist. yaml: the options are
-taken (test_docs_site.py). python: that of an example that is run (test_examples.py), or else its
+taken. python: that of an example that is run (test_examples.py), or else its
 names and arguments exist. console: its output is compared (test_docs_plan.py, test_scale.py).
 """
 
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import typer
+import yaml
 
 from qerl_sync.cli.main import app
 from qerl_sync.config import load_config
@@ -138,6 +139,20 @@ def resolve(arguments: list[str]) -> tuple[Any, list[str]]:
 
 def is_executable(program: str) -> bool:
     return bool((ROOT / program).stat().st_mode & 0o100)
+
+
+YAML = [block for block in BLOCKS if block.language == "yaml"]
+
+
+@pytest.mark.parametrize("block", YAML, ids=lambda block: block.page.stem)
+def test_yaml_is_taken(block: Block):
+    """In place of the same options of a configuration that runs."""
+    changes = [
+        f"{section}.{name}={json.dumps(value)}"
+        for section, options in yaml.safe_load(block.text).items()
+        for name, value in options.items()
+    ]
+    load_config(ROOT / "configs" / "grpo_cpu.yaml", changes)
 
 
 PYTHON = [block for block in BLOCKS if block.language == "python"]
