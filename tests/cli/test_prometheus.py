@@ -6,6 +6,7 @@ It needs a `prometheus`: installed, or fetched by scripts/prometheus.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -22,15 +23,17 @@ import yaml
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 
 from qerl_sync import SyncConfig, SyncSession
+from qerl_sync.serving.metrics import serving_metrics
 from qerl_sync.telemetry.observers import Push
 from qerl_sync.telemetry.prometheus import MetricsServer
 
-pytest.importorskip("prometheus_client")
+start_http_server = pytest.importorskip("prometheus_client").start_http_server
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs/metrics"
 FETCHED = ROOT / ".prometheus/usr/bin/prometheus"
 PROMETHEUS = shutil.which("prometheus") or (str(FETCHED) if FETCHED.exists() else None)
+DASHBOARD = json.loads((DOCS / "grafana.json").read_text())
 ALERTS = {
     rule["alert"]: rule
     for rule in yaml.safe_load((DOCS / "alerts.yml").read_text())["groups"][0]["rules"]
@@ -73,13 +76,15 @@ def pushes() -> tuple[Push, Push]:
 
 
 class Prometheus:
-    def __init__(self, directory: Path, target: int) -> None:
+    def __init__(self, directory: Path, **ports: int) -> None:
+        """Scrape these ports, each as a job of that name."""
         self._url = f"http://127.0.0.1:{free_port()}"
         config = {
             "global": {"scrape_interval": "200ms", "evaluation_interval": "200ms"},
             "rule_files": [str(DOCS / "alerts.yml")],
             "scrape_configs": [
-                {"job_name": "grpo", "static_configs": [{"targets": [f"127.0.0.1:{target}"]}]}
+                {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
+                for job, port in ports.items()
             ],
         }
         (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
@@ -146,8 +151,15 @@ def served() -> Iterator[tuple[MetricsServer, int]]:
 def prometheus(served, tmp_path_factory) -> Iterator[Prometheus]:
     """A Prometheus that has scraped two syncs, and nothing that is wrong."""
     server, port = served
-    found = Prometheus(tmp_path_factory.mktemp("prometheus"), port)
+    # The registry that vLLM serves as its own `/metrics`.
+    serving = serving_metrics()
+    serving.set_states(refusing=False, paused=False)
+    serving.denied(403)
+    vllm = free_port()
+    http, thread = start_http_server(vllm, "127.0.0.1")
+    found = Prometheus(tmp_path_factory.mktemp("prometheus"), grpo=port, vllm=vllm)
     try:
+        found.await_series("qerl_sync_server_refusing == 0")
         found.await_series("qerl_sync_syncs_total == 0")  # before the first sync
         for number in (1, 2):
             server(pushes()[0])
@@ -155,13 +167,15 @@ def prometheus(served, tmp_path_factory) -> Iterator[Prometheus]:
         yield found
     finally:
         found.close()
+        http.shutdown()
+        http.server_close()
+        thread.join()
 
 
 def dashboard() -> list[tuple[str, str]]:
-    panels = json.loads((DOCS / "grafana.json").read_text())["panels"]
     return [
         (panel["title"], target["expr"].replace("$job", ".*"))
-        for panel in panels
+        for panel in DASHBOARD["panels"]
         for target in panel["targets"]
     ]
 
@@ -180,12 +194,14 @@ def test_prometheus_takes_the_rules(prometheus):
 @pytest.mark.parametrize(("title", "expression"), dashboard())
 def test_each_panel_shows_something(prometheus, title, expression):
     prometheus.await_series(expression)
-    assert {series["metric"].get("job") for series in prometheus.ask(expression)} == {"grpo"}
+    job = "vllm" if "_server_" in expression else "grpo"
+    assert {series["metric"].get("job") for series in prometheus.ask(expression)} == {job}
 
 
 def test_the_dashboard_finds_the_job(prometheus):
-    jobs = prometheus.get("label/job/values", **{"match[]": "qerl_sync_weight_version"})
-    assert jobs == ["grpo"]
+    (variable,) = (v for v in DASHBOARD["templating"]["list"] if v["name"] == "job")
+    series = re.fullmatch(r"label_values\((.*), job\)", variable["query"])[1]
+    assert prometheus.get("label/job/values", **{"match[]": series}) == ["grpo", "vllm"]
 
 
 # The last of this file: from here on something is wrong.
@@ -206,6 +222,7 @@ def test_alerts_fire_for_what_is_wrong_and_for_nothing_else(served, prometheus):
         "prediction_exact": False,
         "peak_pinned_bytes_measured": 2 * committed.report["budget_bytes"],
     }
+    serving_metrics().set_states(refusing=True, paused=True)
     long_ago = committed.started - 3600
     behind = {"worker 0": committed.version, "worker 1": committed.version - 3}
     server(replace(committed, report=report, versions=behind, started=long_ago, num_poisoned=1))
