@@ -311,6 +311,34 @@ class TestWhatIsTold:
         assert not server.is_open
 
 
+class TestMetrics:
+    def test_what_vllm_serves_beside_its_own(self, server):
+        prometheus_client = pytest.importorskip("prometheus_client")
+
+        def read(name: str, **labels: str) -> float:
+            server.ask("GET", "/metrics")
+            full = f"qerl_sync_server_{name}"
+            return prometheus_client.REGISTRY.get_sample_value(full, labels) or 0.0
+
+        counters = [("syncs_total", {}), ("paused_seconds_total", {})]
+        counters.append(("denied_requests_total", {"status": "503"}))
+        before = [read(name, **labels) for name, labels in counters]
+        assert (read("refusing"), read("paused")) == (0, 0)
+        server.control("pause")
+        server.refuse()
+        assert server.ask("POST", "/v1/completions") == 503
+        assert (read("refusing"), read("paused")) == (1, 1)
+        server.seconds += 3
+        server.commit("7")
+        server.control("resume")
+        assert (read("refusing"), read("paused")) == (0, 0)
+        assert read("weight_version") == 7
+        after = [read(name, **labels) for name, labels in counters]
+        assert [new - old for new, old in zip(after, before, strict=True)] == [1, 3, 1]
+        server.commit("by words")
+        assert read("weight_version") == 7
+
+
 class TestAbandoned:
     @pytest.mark.parametrize(
         "routes",
