@@ -32,7 +32,7 @@ from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.sources.noise import RolloutNoise
 from qerl_sync.stopwatch import Stopwatch
-from qerl_sync.telemetry.observers import Push, observers_of
+from qerl_sync.telemetry.observers import Observer, Push, observers_of
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, largest_gap, shortened, tolerance
@@ -180,6 +180,7 @@ class SyncSession:
         trained: yields the parameters that the optimizer steps, under the trainer's own names and
             with adapters, so that those that do not travel can be named; see `sync.on_unchanged`.
         probe: what the trainer's model says of a prompt, for `sync.verify: full`.
+        observers: told of each push, beside those that the configuration asks for.
 
     Closing it (or leaving it as a context) disconnects the workers and frees shared memory.
     """
@@ -193,6 +194,7 @@ class SyncSession:
         version: int = 0,
         trained: Trained | None = None,
         probe: Probe | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         if config.verify == "full" and probe is None:
             raise ConfigError(
@@ -241,7 +243,7 @@ class SyncSession:
             source.metadata()
             self._agree_on_adapter()
         # Last: what has been refused needs no port.
-        self._observers = observers_of(config) if transport.leads else []
+        self._observers = [*observers_of(config), *observers] if transport.leads else []
 
     def begin_run(self, num_steps: int, seed: int = 0) -> None:
         """Tell how many steps the run has and what it is seeded with, for `sync.noise`. Without

@@ -396,6 +396,11 @@ def metrics(report: SyncReport) -> dict[str, float]:
             for name in ("sigma", "arrived_sigma", "stage", "seed")
             if report.noise is not None
         },
+        **{
+            f"sync/mismatch/{part}": gap
+            for part, gap in (report.mismatch or {}).items()
+            if gap is not None
+        },
     }
 
 

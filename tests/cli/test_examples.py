@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import signal
@@ -113,6 +114,19 @@ def test_session_in_process(run: Any):
 def test_trl_colocate(run: Any, tmp_path: Path):
     assert "3 syncs, the prediction was exact: True" in run("trl_colocate")
     assert (tmp_path / "runs" / "trl_colocate").is_dir()
+
+
+def test_few_lines_of_a_trl_script_are_ours():
+    """What a script lacks before: the import, the callback, the argument."""
+    tree = ast.parse((EXAMPLES / "trl_colocate.py").read_text())
+    ours = [
+        node
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and node.module == "qerl_sync")
+        or (isinstance(node, ast.Assign) and "WeightSyncCallback" in ast.unparse(node.value))
+        or (isinstance(node, ast.keyword) and node.arg == "callbacks")
+    ]
+    assert sum(node.end_lineno - node.lineno + 1 for node in ours) == 3
 
 
 @pytest.fixture(scope="module")
