@@ -11,7 +11,7 @@ from support.loaders import TensorSource
 from support.remote import session as remote_session
 from support.syncs import push, session
 
-from qerl_sync import ConfigError, HFSource
+from qerl_sync import ConfigError, HFSource, PublishedSource, Publisher
 from qerl_sync.errors import LoadError, PlanError
 
 pytestmark = pytest.mark.vllm
@@ -281,3 +281,30 @@ def test_a_mirror_that_is_not_allowed_is_refused_before_the_first_byte(remote):
         sync.push()
     assert engine.wrong_weights(OLD) == []
     assert engine.generates_as(OLD)
+
+
+def test_published_versions_reach_an_engine_as_if_its_trainer_were_here(subject, tmp_path):
+    one = subject("dense", "stock")
+    trainer = copy.deepcopy(one.trainers[NEW])
+    step(trainer)
+    publisher, source = Publisher(str(tmp_path)), PublishedSource(str(tmp_path))
+    assert publisher.publish(HFSource(trainer), step=1).is_full
+    assert source.refresh()
+    with session(one, source, delta="layers", verify="checksum") as sync:
+        sync.push(step=source.step)
+        assert one.wrong_weights(NEW) != []
+
+        step(trainer)  # back
+        found = publisher.publish(HFSource(trainer), step=2)
+        assert not found.is_full
+        assert source.refresh()
+        sync.push(step=source.step)
+        assert one.wrong_weights(NEW) == []
+        assert one.generates_as(NEW)
+
+        flip_a_bit(trainer.get_parameter(Q_PROJ))
+        assert publisher.publish(HFSource(trainer), step=3).nbytes < 1000
+        source.refresh()
+        sync.push(step=source.step)
+        assert set(sync.plan.order) == QKV, "the publisher's checksums say what has changed"
+        assert one.wrong_weights(NEW) != []
