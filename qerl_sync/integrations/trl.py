@@ -382,6 +382,7 @@ def metrics(report: SyncReport) -> dict[str, float]:
         **{f"sync/seconds/{phase}": s for phase, s in report.seconds.items()},
         "sync/bytes": float(report.sent_bytes),
         "sync/unsent_bytes": float(report.unsent_bytes),
+        "sync/wire_bytes": float(report.wire_bytes),
         "sync/peak_buffered_bytes": float(report.peak_buffered_bytes_measured),
         "sync/peak_buffered_bytes_predicted": float(report.peak_buffered_bytes_predicted),
         "sync/peak_pinned_bytes": float(report.peak_pinned_bytes_measured),

@@ -118,6 +118,10 @@ class JointTransport(Transport):
         )
         return layer_map
 
+    @property
+    def sends_whole(self) -> str:
+        return "several trainer ranks send"
+
     def free_bytes(self) -> int:
         return int(min(self._ranks.meet("free memory", self._own.free_bytes())))
 
