@@ -263,6 +263,7 @@ class TestServerProcess:
         ):
             pass
 
+    @pytest.mark.slow
     def test_a_slow_start_shows_life_and_ends_in_time(self, server):
         seen = []
         slow = "print('loading', flush=True); time.sleep(600)"
@@ -283,6 +284,7 @@ class TestServerProcess:
             ):
                 pass
 
+    @pytest.mark.slow
     def test_somebody_else_that_answers_there_is_not_taken_for_it(self, server, tmp_path, started):
         """Two runs that start at the same time with the same port."""
         (tmp_path / "health").touch()

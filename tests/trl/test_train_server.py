@@ -128,6 +128,7 @@ def test_who_cannot_reach_a_dead_server_is_told_why(run, started):
     assert str(caught.value.__cause__) == "cannot be reached"
 
 
+@pytest.mark.slow
 def test_who_cannot_reach_a_server_that_lives_is_told_what_it_says(run):
     with pytest.raises(PeerLostError, match=r"cannot be reached; the log .*vllm\.log:\n"), run():
         fail()
@@ -195,6 +196,7 @@ def trainer_of(**changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transfer", [None, {"backend": "nccl"}])
 def test_servers_that_do_not_take_our_weights_are_refused(transfer):
     with pytest.raises(ConfigError, match=r"http://x has the .*backend.*\"qerl\".*serve"):

@@ -109,6 +109,7 @@ class Weights(Source):
             tensor[torch.rand(tensor.shape) < 0.01] *= -1
 
 
+@pytest.mark.slow
 def test_changes_reach_another_process_over_tcp():
     weights = Weights()
     with EchoWorker() as worker:

@@ -135,7 +135,7 @@ def test_a_difference_between_prediction_and_measurement_is_reported(caplog):
         report = session.push()
     assert not report.prediction_exact
     assert report.first_difference is not None
-    assert report.first_difference.startswith("tensor 0 (a.q): buffered_bytes is 16 here")
+    assert report.first_difference.startswith("tensor 0 (a.q): buffered_bytes predicted")
     assert "differs from the predicted" in caplog.text
 
 
