@@ -3,7 +3,7 @@
 #     docker build -f docker/cpu.Dockerfile --build-arg PIP_EXTRA_INDEX_URL=ADDRESS -t qerl-sync:cpu .
 #     docker run --rm --shm-size=1g -v "$PWD/runs:/work/runs" qerl-sync:cpu train configs/grpo_cpu.yaml
 #
-# It was not built where it was written: there was no Docker.
+# scripts/check lints it (hadolint). It was not built: where it was written no Docker engine ran.
 FROM python:3.11-slim AS build
 ARG PIP_EXTRA_INDEX_URL=
 RUN python -m venv /opt/venv
@@ -17,6 +17,7 @@ RUN pip install --no-deps --no-build-isolation /src \
 
 FROM python:3.11-slim
 # vLLM's CPU build: OpenMP and NUMA; a compiler for torch.compile is left out.
+# hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 libnuma1 \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/venv /opt/venv

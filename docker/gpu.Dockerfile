@@ -3,7 +3,7 @@
 #     docker build -f docker/gpu.Dockerfile -t qerl-sync:gpu .
 #     docker run --rm --gpus all --ipc=host -v "$PWD/runs:/work/runs" qerl-sync:gpu train CONFIG.yaml
 #
-# It was not built where it was written: there was no Docker.
+# scripts/check lints it (hadolint). It was not built: where it was written no Docker engine ran.
 ARG VLLM=v0.31.0
 FROM vllm/vllm-openai:${VLLM}
 COPY pyproject.toml README.md LICENSE /src/

@@ -46,10 +46,7 @@ def main(model: str) -> None:
     )
 
     # `engine`: vLLM's engine arguments that TRL does not pass on.
-    callback = WeightSyncCallback(
-        policy="reorder",
-        engine={"dtype": "float32", "enforce_eager": True},
-    )
+    callback = WeightSyncCallback(engine={"dtype": "float32", "enforce_eager": True})
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=share_of_digits,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from qerl_sync.integrations.ray.pool import WorkerPool
     from qerl_sync.integrations.ray.trainer import TrainerActor
     from qerl_sync.integrations.trl import WeightSyncCallback, engine_arguments
+    from qerl_sync.published.publisher import Publisher
+    from qerl_sync.published.source import PublishedSource
     from qerl_sync.session import SyncReport, SyncSession
     from qerl_sync.sources.base import Source
     from qerl_sync.sources.hf import HFSource
@@ -45,6 +47,8 @@ __all__ = [
     "LLMClient",
     "PEFTSource",
     "PoisonedError",
+    "PublishedSource",
+    "Publisher",
     "RemoteTransport",
     "RolloutActor",
     "Source",
@@ -88,6 +92,8 @@ _MODULES = {
         "WeightSyncCallback",
         "engine_arguments",
     ),
+    "published.publisher": ("Publisher",),
+    "published.source": ("PublishedSource",),
     "session": (
         "SyncReport",
         "SyncSession",

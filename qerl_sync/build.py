@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from qerl_sync.config import SyncConfig
 from qerl_sync.engines.base import WeightSyncClient
@@ -79,13 +79,9 @@ def make_source(
         CompatError, CoverageError: with `sync.lora: adapter`, the engines cannot serve it.
     """
     if not hasattr(model, "peft_config"):
-        if not several_ranks:
-            return HFSource(model)
-        from qerl_sync.sources.sharded import ShardedSource  # torch's FSDP takes 2 s to import
-
-        return ShardedSource(model)
+        return _sources(several_ranks).whole(model)
     if sync.lora == "merge":
-        return _merged(model, "asked for")
+        return _merged(model, "asked for", several_ranks)
     asked = sync.lora == "adapter"
     try:
         if transport is None:
@@ -93,30 +89,46 @@ def make_source(
                 "several trainer ranks, each with a part of the model, send it merged; choose "
                 "sync.lora: merge"
             )
-        source = AdapterSource(
+        source = _sources(several_ranks).adapter(
             model, reason="asked for" if asked else "the engine serves it exactly as it is"
         )
         transport.require_adapter(source.adapter())
     except (ConfigError, CompatError, CoverageError) as exc:
         if asked:
             raise
-        return _merged(model, str(exc))
+        return _merged(model, str(exc), several_ranks)
     return source
 
 
-def _merged(model: Any, reason: str) -> Source:
-    source = PEFTSource(model)
+class _Sources(NamedTuple):
+    whole: type[HFSource]
+    adapter: type[AdapterSource]
+    merged: type[PEFTSource]
+
+
+def _sources(several_ranks: bool) -> _Sources:
+    if not several_ranks:
+        return _Sources(HFSource, AdapterSource, PEFTSource)
+    from qerl_sync.sources import sharded  # torch's FSDP takes 2 s to import
+
+    return _Sources(sharded.ShardedSource, sharded.ShardedAdapterSource, sharded.ShardedPEFTSource)
+
+
+def _merged(model: Any, reason: str, several_ranks: bool) -> Source:
+    source = _sources(several_ranks).merged(model)
     source.lora = {"mode": "merge", "reason": reason}
     return source
 
 
-def adapter_arguments(model: Any, sync: SyncConfig) -> dict[str, Any]:
+def adapter_arguments(
+    model: Any, sync: SyncConfig, *, several_ranks: bool = False
+) -> dict[str, Any]:
     """Return what an engine must be started with to serve the adapter of a trainer's model; nothing
     where it has none, or none that is served as it is."""
     if not hasattr(model, "peft_config") or sync.lora == "merge":
         return {}
     try:
-        rank = AdapterSource(model).adapter().rank
+        rank = _sources(several_ranks).adapter(model).adapter().rank
     except ConfigError:
         if sync.lora == "adapter":
             raise

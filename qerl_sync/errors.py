@@ -18,6 +18,8 @@
     │   ├── PeerLostError       the other side is gone
     │   ├── IntegrityError      bytes arrived that the other side did not send
     │   └── NoRoomError         shared memory has less room than the sync needs
+    ├── PublicationError    weights as files cannot be written or read
+    │   └── PublisherTakenError another publisher writes to the same directory
     ├── StaleCacheError     an engine keeps what old weights have computed
     ├── TrainerRankError    a trainer rank failed with an error of other code
     └── PoisonedError       the worker holds half of a sync and refuses to generate
@@ -236,6 +238,22 @@ class NoRoomError(TransportError):
     needed_bytes: int = 0
     free_bytes: int = 0
     transport: str = "shm"
+
+
+class PublicationError(SyncError):
+    """Raised where weights as files cannot be written, or none of them can be read.
+
+    Attributes:
+        path: the file or directory.
+        version: the published version that it is about; 0: none.
+    """
+
+    path: str = ""
+    version: int = 0
+
+
+class PublisherTakenError(PublicationError):
+    """Raised where another publisher writes to the same directory."""
 
 
 class StaleCacheError(SyncError):

@@ -28,6 +28,10 @@ class SyncOptions:
             travel stays as it is in that version. None: the plan sends everything.
         is_base: a later sync may build on this one, so that workers remember what their kernels
             hold at its end.
+        mirror: a later sync may send changed elements alone, so that both sides keep what is sent
+            (`wire.mirror`), where the transport sends them so.
+        changes_from: the version that both sides must have kept so, for this sync to send what has
+            changed since. None: tensors travel whole.
         record_spans: workers report when they did what (`sync.trace`).
     """
 
@@ -39,6 +43,8 @@ class SyncOptions:
     held: Collection[str] | None = None
     base: int | None = None
     is_base: bool = False
+    mirror: bool = False
+    changes_from: int | None = None
     record_spans: bool = False
 
     @property

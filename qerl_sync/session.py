@@ -32,11 +32,12 @@ from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.sources.noise import RolloutNoise
 from qerl_sync.stopwatch import Stopwatch
-from qerl_sync.telemetry.observers import Push, observers_of
+from qerl_sync.telemetry.observers import Observer, Push, observers_of
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, largest_gap, shortened, tolerance
 from qerl_sync.wire.host import avoid_cores
+from qerl_sync.wire.mirror import mirror_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -100,6 +101,12 @@ class SyncReport:
             scheme.
         unsent_tensors, unsent_bytes: what the workers kept of the version before, because it cannot
             have changed (`Source.unchanging`) or has not (`sync.delta`).
+        wire_bytes: what was sent to each worker: less than `sent_bytes` where changed elements
+            travelled alone, 0 where workers read the trainer's own memory.
+        mirror_bytes: memory in which the trainer keeps what was sent last, and each worker its own
+            copy of that (`sync.delta: elements`).
+        delta: with `sync.delta`, what was `sent` (everything, the touched layers, or their changed
+            elements), and the reason for more than was asked for.
         quantisation: how the engine's layers hold their weights after the sync. scheme: vLLM's name
             for it. bits: the number of layers by the bits of a weight. high_precision: the layers
             that are not quantised, and why. from_checkpoint: the engine's checkpoint was quantised.
@@ -138,6 +145,9 @@ class SyncReport:
     mismatch: dict[str, float | None] | None = None
     unsent_tensors: int = 0
     unsent_bytes: int = 0
+    wire_bytes: int = 0
+    mirror_bytes: int = 0
+    delta: dict[str, str] | None = None
     lora: dict[str, str] | None = None
     quantisation: dict[str, Any] = field(default_factory=dict)
     noise: dict[str, Any] | None = None
@@ -180,6 +190,7 @@ class SyncSession:
         trained: yields the parameters that the optimizer steps, under the trainer's own names and
             with adapters, so that those that do not travel can be named; see `sync.on_unchanged`.
         probe: what the trainer's model says of a prompt, for `sync.verify: full`.
+        observers: told of each push, beside those that the configuration asks for.
 
     Closing it (or leaving it as a context) disconnects the workers and frees shared memory.
     """
@@ -193,16 +204,18 @@ class SyncSession:
         version: int = 0,
         trained: Trained | None = None,
         probe: Probe | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
         if config.verify == "full" and probe is None:
             raise ConfigError(
                 "sync.verify: full holds the engine against the trainer's own model; give the "
                 "session a probe (qerl_sync.sources.hf.probe_of(model)), or choose verify: checksum"
             )
-        if config.delta == "layers" and not source.stamps_content:
+        if config.delta != "off" and not source.stamps_content:
             raise ConfigError(
-                f"sync.delta: layers hashes the trainer's weights, which {type(source).__name__} "
-                "does not do; choose sync.delta: off, or a source that has `content_stamps`"
+                f"sync.delta: {config.delta} hashes the trainer's weights, which "
+                f"{type(source).__name__} does not do; choose sync.delta: off, or a source that "
+                "has `content_stamps`"
             )
         self._probe = probe if config.verify == "full" else None
         self._prompt: tuple[int, ...] = ()
@@ -241,7 +254,7 @@ class SyncSession:
             source.metadata()
             self._agree_on_adapter()
         # Last: what has been refused needs no port.
-        self._observers = observers_of(config) if transport.leads else []
+        self._observers = [*observers_of(config), *observers] if transport.leads else []
 
     def begin_run(self, num_steps: int, seed: int = 0) -> None:
         """Tell how many steps the run has and what it is seeded with, for `sync.noise`. Without
@@ -336,10 +349,12 @@ class SyncSession:
                     dtype, _ = self._transport.precision
                     self._noise.begin(version, step, dtype, clean=clean)
                     stamps = self._noise.stamps(stamps)
-                if base is not None and not self._transport.holds(base.version):
-                    base = None
+                base, why = self._what_they_hold(base)
                 part = full if base is None else self._plan_part(full, layer_map, base, stamps)
                 plan = self._with_adapter(part)
+                mirror = self._config.delta == "elements" and not self._transport.sends_whole
+                if mirror:
+                    self._require_room_for_mirror(full)
             options = SyncOptions(
                 version=version,
                 verify=self._config.verify,
@@ -349,6 +364,8 @@ class SyncSession:
                 held=self._source.held_names(),
                 base=None if base is None or part is full else base.version,
                 is_base=bool(stamps),
+                mirror=mirror,
+                changes_from=base.version if mirror and base is not None else None,
                 record_spans=watch.records,
             )
             # After whatever fails from here on, the next push sends everything, unless it was an
@@ -360,7 +377,10 @@ class SyncSession:
                 except StaleBaseError as exc:
                     # A worker was replaced, or written to, since it was asked. Nothing was touched.
                     logger.warning("everything is sent: %s", exc)
-                    plan, options = self._with_adapter(full), replace(options, base=None)
+                    plan, why = self._with_adapter(full), str(exc)
+                    # Another session may have given it the version that this one was to have.
+                    version = max(version, exc.version + 1)
+                    options = replace(options, version=version, base=None, changes_from=None)
                     result = self._send(plan, layer_map, options, watch)
             except BaseException:
                 alone = not plan.base_metas
@@ -380,6 +400,8 @@ class SyncSession:
         report = self._report(plan, result, step, watch.seconds)
         report.unsent_tensors = len(full.metas) - len(plan.base_metas)
         report.unsent_bytes = full.nbytes - sum(meta.nbytes for meta in plan.base_metas)
+        if self._config.delta != "off":
+            report.delta = self._how_it_travelled(why, options)
         if self._source.lora is not None:
             report.lora = dict(self._source.lora)
         if self._adapter is not None:
@@ -491,6 +513,38 @@ class SyncSession:
             self._last_base, self._last = plan, plan.with_adapter(self._adapter, self.chunk_bytes)
         return self._last
 
+    def _what_they_hold(self, base: _Base | None) -> tuple[_Base | None, str]:
+        """Return what this sync may build on; None, and why, where everything must travel."""
+        fits = base is not None and base.metas == self._metas
+        # All ranks ask, whatever they know themselves: each waits for the others' answers.
+        if self._transport.agree_on_base(base.version if base is not None and fits else None):
+            return base, ""
+        if base is None:
+            return None, "it is the first one, or the sync before failed"
+        if not fits:
+            return None, "the source has other tensors than at the last sync"
+        return None, (
+            f"a worker is new, was restarted, or has other weights than those of version "
+            f"{base.version}"
+        )
+
+    def _require_room_for_mirror(self, full: SyncPlan) -> None:
+        needed_bytes, allowed = mirror_bytes(full.base_metas), self._config.mirror_budget_bytes
+        if allowed is not None and needed_bytes > allowed:
+            raise PlanError(
+                f"sync.delta: elements keeps {needed_bytes:,} bytes of what was sent last, on the "
+                f"trainer and on each worker, and sync.mirror_budget_bytes is {allowed:,}; raise "
+                "it, or choose sync.delta: layers, which keeps none"
+            )
+
+    def _how_it_travelled(self, why: str, options: SyncOptions) -> dict[str, str]:
+        if why:
+            return {"sent": "everything", "reason": why}
+        if options.changes_from is not None:
+            return {"sent": "elements", "reason": ""}
+        whole = self._transport.sends_whole if self._config.delta == "elements" else ""
+        return {"sent": "layers", "reason": whole}
+
     def _stamps(self) -> Mapping[str, Hashable]:
         """Return what tells, of each tensor, whether it is what it was at another sync."""
         declared = self._source.unchanging()
@@ -504,14 +558,12 @@ class SyncSession:
         """Return the plan without what has stayed as it is since `base`; the full one where that
         is everything, or where nothing has changed at all."""
         metas = self._metas or []
-        if base.metas != metas:
-            return full
         unchanged = {
             name
             for name, stamp in stamps.items()
             if name in base.stamps and base.stamps[name] == stamp
         }
-        part = part_to_send(metas, layer_map, unchanged)
+        part = part_to_send(metas, layer_map, self._transport.agree_on_unchanged(unchanged))
         if not part and self._config.delta != "off" and not self._adapter:
             part = smallest_part(metas, layer_map)  # a version needs a stream that brings it
         if len(part) == len(metas) or not (part or self._adapter):
@@ -739,6 +791,8 @@ class SyncSession:
             peak_staged_bytes_predicted=plan.peak_staged_bytes,
             peak_staged_bytes_measured=max(w.peak_staged_bytes for w in workers),
             transport=result.kind,
+            wire_bytes=result.wire_bytes,
+            mirror_bytes=result.mirror_bytes,
             workers=[worker.to_json() for worker in workers],
             lost=dict(result.lost),
             loading=dict(Counter(plan.loading.values())),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = ["pydantic", "yaml", "typer", "rich", "torch", "transformers", "vllm", "trl", "matplotlib"]
-TEST = ["peft", "pytest", "pytest_timeout", "xdist", "pytest_benchmark", "hypothesis"]
+TEST = ["peft", "pytest", "pytest_timeout", "pytest_benchmark", "hypothesis"]
 # Modules, and the extras of pyproject.toml that bring them.
 NEEDED = {
     "run": (RUN, "gpu"),

@@ -15,7 +15,6 @@ from hypothesis import settings
 
 from qerl_sync.serving.processes import descendants
 
-# Not torch: pytest-xdist's controller, which runs no test, reads this file too.
 if TYPE_CHECKING:
     from support.engines import EnginePool, Subject
     from support.remote import RemoteEngine, RemotePool
@@ -25,6 +24,10 @@ settings.register_profile("default", deadline=None, print_blob=True)
 settings.register_profile("fast", deadline=None, print_blob=True, max_examples=25)
 settings.load_profile("default")
 
+
+# Models are so small that a second thread only waits for its turn on a core that another process
+# has, thousands of times in a test. Processes that tests start inherit it. Before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Engines in other processes leave vLLM's state in this one changed when they are shut down, so
 # that no MoE engine can be started here any more: they come last.
@@ -37,20 +40,14 @@ ENGINES = re.compile(r"^pytestmark = .*pytest\.mark\.(vllm|ray|gpu|slow)\b", re.
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """A fast run imports no file whose tests all need an engine, nor what those import."""
     return (
-        is_fast(config)
+        str(config.option.markexpr).startswith("not (vllm or ")
         and collection_path.suffix == ".py"
         and (ENGINES.search(collection_path.read_text()) is not None)
     ) or None
 
 
-def is_fast(config: pytest.Config) -> bool:
-    return str(config.option.markexpr).startswith("not (vllm or ")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    # Of the fast tests they wait longest: begun last, one process would wait for the other.
-    last = not is_fast(config)
-    items.sort(key=lambda item: (item.path.stem in LAST) == last)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem in LAST)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -16,8 +17,27 @@ ENGINE_ARGUMENTS: dict[str, Any] = {
     "dtype": "bfloat16",
     "num_gpu_blocks_override": 64,
     "disable_log_stats": True,
+    "use_tqdm_on_load": False,
     "worker_extension_cls": f"{__name__}.BenchExtension",
 }
+
+
+# "plain": CPU kernels use parameters as they are, as unquantised GPU kernels do, in place of packed
+# copies. Read where the worker is started, before it loads its model.
+KERNELS_VARIABLE = "QERL_SYNC_BENCH_KERNELS"
+
+
+def use_plain_kernels() -> None:
+    """Have vLLM's CPU layers of this process keep their parameters as they are."""
+    from vllm import _custom_ops
+    from vllm.model_executor.layers import utils
+
+    _custom_ops._supports_onednn = False
+    utils.check_cpu_sgl_kernel = lambda *args, **kwargs: False
+
+
+if os.environ.get(KERNELS_VARIABLE) == "plain":
+    use_plain_kernels()
 
 
 class BenchExtension:
@@ -36,10 +56,12 @@ class BenchExtension:
         weights on a CPU.
         """
         if not hasattr(self, "_bench_tensors"):
+            self._bench_tensors: dict[str, dict[str, torch.Tensor]] = {}
+        if checkpoint not in self._bench_tensors:
             from safetensors.torch import load_file
 
             found = load_file(checkpoint)
-            self._bench_tensors = {name: found[name].clone() for name in order}
+            self._bench_tensors[checkpoint] = {name: found[name].clone() for name in order}
         from qerl_sync.worker.compat import engine as compat
         from qerl_sync.worker.load import refresh
 
@@ -49,13 +71,41 @@ class BenchExtension:
             compat.begin_reload(model)
             for layer in model.modules():
                 refresh.before_processing(layer)
-            model.load_weights(iter(self._bench_tensors.items()))
+            model.load_weights(iter(self._bench_tensors[checkpoint].items()))
             compat.finish_reload(model, config)
             refresh.after_reload(model)
         return time.perf_counter() - started
+
+    def bench_join(self, host: str, port: int) -> None:
+        """Join a Gloo group with the trainer, which is its rank 0."""
+        self._bench_group = gloo_group(host, port, 1)
+
+    def bench_broadcast(self, metas: list[tuple[str, str, list[int]]]) -> None:
+        """Receive one broadcast per tensor, into vLLM's layerwise reload."""
+        from qerl_sync.worker.compat import engine as compat
+
+        def arriving() -> Any:
+            for name, dtype, shape in metas:
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+                self._bench_group.broadcast(tensor, 0).wait()
+                yield name, tensor
+
+        model, config = self._engine.model, self._engine.vllm_config
+        with compat.loading_context(config):
+            compat.begin_reload(model)
+            model.load_weights(arriving())
+            compat.finish_reload(model, config)
 
     @property
     def _engine(self) -> Any:
         worker: Any = self
         assert isinstance(worker.weight_transfer_engine.model, torch.nn.Module)
         return worker.weight_transfer_engine
+
+
+def gloo_group(host: str, port: int, rank: int) -> Any:
+    """Return a Gloo group of the trainer (rank 0) and one worker (rank 1). Both block until the
+    other has come, for at most five minutes."""
+    from vllm.distributed.utils import stateless_init_torch_distributed_process_group
+
+    return stateless_init_torch_distributed_process_group(host, port, rank, 2, "gloo")

@@ -202,7 +202,7 @@ def _alone(
         _echo(source, "tcp", sync, chunks_in_flight) as tcp,
     ):
         for _ in range(rounds):
-            clock.add("memcpy", _copy_seconds(source, memory))
+            clock.add("memcpy", copy_seconds(source, memory))
             clock.add("shm alone", shm.push().seconds["total"])
             clock.add("raw TCP", loopback_tcp_seconds(nbytes, 64 << 20))
             clock.add("tcp alone", tcp.push().seconds["total"])
@@ -226,7 +226,7 @@ def _echo(
             yield session
 
 
-def _copy_seconds(source: HFSource, memory: PrivateMemory) -> float:
+def copy_seconds(source: HFSource, memory: PrivateMemory) -> float:
     """Return the seconds of one pass over the weights with torch's copy, as the transports use
     it.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -172,22 +172,49 @@ def require_all_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, alone: bo
     """Do as `require_finite` for each of these, by name.
 
     A GPU is asked once for all of them: for each answer it must first have done all its work, which
-    takes longer than most tensors' sums.
+    takes longer than most tensors' sums. In host memory small tensors (an adapter's factors) are
+    looked at together, since each look costs more than their bytes do.
     """
+    small: dict[torch.dtype, dict[str, torch.Tensor]] = {}
     sums: dict[torch.device, dict[str, torch.Tensor]] = {}
     kept: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         if tensor.device.type == "cpu":
-            require_finite(name, tensor, alone=alone)
+            if tensor.numel() > _SMALL or type(tensor) not in _PLAIN:
+                require_finite(name, tensor, alone=alone)
+                continue
+            some = small.setdefault(tensor.dtype, {})
+            some[name] = tensor
+            if len(some) == _TOGETHER:
+                _require_together(some, alone=alone)
+                some.clear()
             continue
         kept[name] = tensor
         sums.setdefault(tensor.device, {})[name] = _sum(tensor).to(torch.float32)
+    for some in small.values():
+        _require_together(some, alone=alone)
     for of_device in sums.values():
         for name, total in zip(of_device, torch.stack([*of_device.values()]).tolist(), strict=True):
             if not math.isfinite(total):
                 require_finite(name, kept[name])
+
+
+# Tensors of up to so many elements are looked at together, and so many of them.
+_SMALL, _TOGETHER = 1 << 16, 64
+# Not those of wrapper subclasses, which may not be joined.
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _require_together(tensors: Mapping[str, torch.Tensor], *, alone: bool) -> None:
+    """Do as `require_finite` for each of these tensors of one dtype."""
+    if not tensors:
+        return
+    if is_finite(torch.cat([one.detach().reshape(-1) for one in tensors.values()]), alone=alone):
+        return
+    for name, tensor in tensors.items():
+        require_finite(name, tensor, alone=alone)
 
 
 def require_finite(

@@ -107,16 +107,16 @@ class Trace:
         """Return the index of the first step with the most open layers."""
         return self._columns[3].index(self.max_open_layers)
 
-    def first_difference(self, other: Trace) -> str | None:
-        """Describe the first difference between two traces; None if they are equal, tensor by
-        tensor.
+    def first_difference(self, measured: Trace) -> str | None:
+        """Describe where a measured trace first differs from this one, which was predicted; None
+        if they are equal, tensor by tensor.
         """
-        for i, (mine, theirs) in enumerate(zip(self.steps, other.steps, strict=False)):
+        for i, (mine, theirs) in enumerate(zip(self.steps, measured.steps, strict=False)):
             for field, a, b in zip(TraceStep._fields, mine, theirs, strict=True):
                 if a != b:
-                    return f"tensor {i} ({mine.name}): {field} is {a} here and {b} there"
-        if len(self.steps) != len(other.steps):
-            return f"{len(self.steps)} tensors here and {len(other.steps)} there"
+                    return f"tensor {i} ({mine.name}): {field} predicted {a}, measured {b}"
+        if len(self.steps) != len(measured.steps):
+            return f"{len(self.steps)} tensors predicted, {len(measured.steps)} measured"
         return None
 
     def to_json(self) -> dict[str, Any]:

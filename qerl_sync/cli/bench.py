@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -98,6 +98,48 @@ def transport(
             print(json.dumps(found.to_json(), indent=2))
         else:
             for table in transport_tables(found):
+                console.print(table)
+        if not all(target.met for target in found.targets):
+            raise typer.Exit(UNEXPECTED)
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        Path, typer.Argument(help="A transformers config.json: the shape of the model.")
+    ] = Path("configs/models/qwen3-0.6b.json"),
+    rounds: Annotated[int, typer.Option(min=1, help="Of each way.")] = 5,
+    kernels: Annotated[
+        Literal["packed", "plain"],
+        typer.Option(
+            help="On a CPU. packed: vLLM's own, which pack weights. plain: parameters are used as "
+            "they are, as unquantised GPU kernels do."
+        ),
+    ] = "packed",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    markdown: Annotated[Path | None, typer.Option(help="Write a Markdown table here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the ways here.")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Measure every way to bring weights to an engine, beside a sync of ours."""
+    with errors_as_text(debug=debug):
+        from qerl_sync.training.environment import prepare_environment
+
+        prepare_environment(verbose=False)
+        from qerl_sync.bench.compare import measure, to_markdown
+        from qerl_sync.report.bench_tables import compare_tables, draw_comparison
+
+        console = Console(stderr=as_json)
+        with telling(console) as note, redirect_stdout(sys.stderr):
+            found = measure(config, kernels=kernels, rounds=rounds, note=note)
+        if markdown is not None:
+            markdown.write_text(to_markdown(found))
+        if png is not None:
+            draw_comparison(found, png)
+        if as_json:
+            print(json.dumps(found.to_json(), indent=2))
+        else:
+            for table in compare_tables(found):
                 console.print(table)
         if not all(target.met for target in found.targets):
             raise typer.Exit(UNEXPECTED)

@@ -316,7 +316,7 @@ def _cpu_quota() -> float | None:
 
 
 def _ports(config: TrainConfig | None) -> Iterator[Verdict]:
-    wanted = [("a free port for workers", "127.0.0.1", 0)]
+    wanted = [("a port for workers", "127.0.0.1", 0)]
     if config is not None:
         sync, rollout = config.sync, config.rollout
         if rollout.mode == "ray":  # the trainer's actor may be on another machine
@@ -336,7 +336,8 @@ def _port(name: str, address: str, port: int) -> Verdict:
     try:
         family = socket.getaddrinfo(address, port)[0][0]
         with socket.create_server((address, port), family=family):
-            return Verdict("ok", name, f"{address}:{port or 'any'} can be opened")
+            found = f"{address}:{port}" if port else address
+            return Verdict("ok", name, f"{found} can be opened")
     except OSError as exc:
         step = "choose another, or stop the program that has it (`ss -ltnp` shows it)"
         return Verdict("bad", name, f"{address}:{port} cannot be opened ({exc})", step)

@@ -25,6 +25,16 @@ def report(
     md: Annotated[
         bool, typer.Option("--md", help="Markdown in place of HTML; report.md in RUN.")
     ] = False,
+    show: Annotated[
+        bool, typer.Option("--open", help="Show it in this machine's browser.")
+    ] = False,
+    live: Annotated[
+        bool,
+        typer.Option("--live", help="Serve the page to browsers of this machine, until Ctrl-C."),
+    ] = False,
+    port: Annotated[
+        int, typer.Option(help="With --live: the port on 127.0.0.1. 0: any that is free.")
+    ] = 0,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Write a run's page: rewards, syncs, what they held, what failed, what would help.
@@ -33,6 +43,14 @@ def report(
     """
     with errors_as_text(debug=debug):
         from qerl_sync.config.files import file_errors_explained
+        from qerl_sync.errors import ConfigError
+
+        if live:
+            if md or output is not None:
+                raise ConfigError(
+                    "--live serves the page and writes no file; leave --md and -o out"
+                )
+            return _serve(run, port, show=show)
         from qerl_sync.report.recorded import RecordedRun
         from qerl_sync.report.run_page import run_markdown, run_page
 
@@ -42,7 +60,34 @@ def report(
         page = run_markdown(recorded) if md else run_page(recorded)
         with file_errors_explained(path):
             path.write_text(page, encoding="utf-8")
-        Console(stderr=True).print(f"written to {path}", highlight=False, soft_wrap=True)
+        console = Console(stderr=True, highlight=False, soft_wrap=True)
+        console.print(f"written to {path}")
+        if show:
+            _open(path.absolute().as_uri(), console)
+
+
+def _open(url: str, console: Console) -> None:
+    import webbrowser
+
+    if not webbrowser.open(url):
+        console.print(f"no browser was found here; open {url} in one")
+
+
+def _serve(run: Path, port: int, *, show: bool) -> None:
+    from qerl_sync.errors import ConfigError
+    from qerl_sync.report.live import LiveReport
+
+    if not run.is_dir():
+        raise ConfigError(f"{run} is no directory; give the output directory of a run")
+    report = LiveReport(run, port)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"{report.url} shows {run} as it goes on. Ctrl-C ends it.")
+    if show:
+        _open(report.url, console)
+    try:
+        report.serve()
+    except KeyboardInterrupt:
+        console.print("ended")
 
 
 def explain(

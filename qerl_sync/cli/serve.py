@@ -87,7 +87,7 @@ def _secure(host: str, console: Console) -> None:
     The server inherits this process's environment, so the token is set there.
     """
     from qerl_sync.serving.command import is_loopback
-    from qerl_sync.wire.connection import new_token
+    from qerl_sync.wire.tokens import new_token
 
     known = bool(os.environ.get(TOKEN_VARIABLE))
     if is_loopback(host):

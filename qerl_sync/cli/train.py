@@ -97,6 +97,8 @@ def train(
             raise
         if outcome.summary is not None:
             console.print(summary_table(outcome.summary))
+            shown = f"qerl-sync report {loaded.output_dir} --open shows what each sync did"
+            console.print(shown, highlight=False, soft_wrap=True)
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")
             raise typer.Exit(INTERRUPTED)

@@ -15,6 +15,7 @@ from qerl_sync.config.violations import Violation
 DEPENDENT = (
     ("spill_budget_bytes", None, "policy", "spill", "reorder"),
     ("spill_directory", None, "policy", "spill", "reorder"),
+    ("mirror_budget_bytes", None, "delta", "elements", "off"),
     ("verify_tolerance", None, "verify", "full", "coverage"),
     ("recompute_running", True, "pause_mode", "keep", "keep"),
 )

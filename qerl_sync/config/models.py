@@ -217,13 +217,25 @@ class SyncConfig(Section):
     live engine. All others, and all of them with `layerwise`, go through vLLM's layerwise reload.
     Loaders that write past that reload (GPT-OSS) need `auto`."""
 
-    delta: Literal["off", "layers"] = "off"
+    delta: Literal["off", "layers", "elements"] = "off"
     """What need not travel again. `off`: everything travels with each sync. `layers`: parent layers
     of which no byte has changed since the last committed sync stay as they are on the workers; a
     worker that does not hold that version gets everything. The trainer hashes its weights before
     each sync (XXH3, 64 bits), frozen ones only once and when they are written to: worth it where
     much is frozen, or the way is slow. With full training nearly every layer changes with each
-    step. Not for sharded models, whose hashes would need a gather."""
+    step. Not for sharded models, whose hashes would need a gather. `elements`: of the layers that
+    have changed, only the changed elements and their places travel, where that is smaller: over
+    `tcp` and `ray`. Workers put them into their copy of what was sent last and load the layers from
+    there, exactly as if they had come whole, whatever the kernels' format. It costs host memory, as
+    much as the weights have as they are sent: on the trainer, which compares with it, and on each
+    worker rank (`mirror_bytes` in the report; see `mirror_budget_bytes`). Where nothing is copied
+    over a network (colocated engines, `shm`, `cuda_ipc`), or several trainer ranks send,
+    `elements` is `layers`; the report says so."""
+
+    mirror_budget_bytes: Annotated[PositiveInt | None, BeforeValidator(_bytes)] = None
+    """With `delta: elements`: upper bound of the host memory that keeps what was sent last, on the
+    trainer and on each worker rank. What it takes is known before the first byte, and more is
+    refused. Null: as much as it takes, if it is free."""
 
     budget_bytes: Annotated[PositiveInt | Literal["auto"] | None, BeforeValidator(_budget)] = None
     """Upper bound of the memory that tensors may hold on a worker while they wait for the rest of

@@ -24,7 +24,8 @@ from qerl_sync.engines.base import (
     timed_out,
 )
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError, TransportError
-from qerl_sync.wire.connection import PROOF_HEADER, SOCKET_OPTIONS, TOKEN_VARIABLE, proof
+from qerl_sync.wire.connection import SOCKET_OPTIONS
+from qerl_sync.wire.tokens import PROOF_HEADER, TOKEN_VARIABLE, proof
 from qerl_sync.worker.compat.caches import forget_caches
 from qerl_sync.worker.compat.coupling import lacking
 

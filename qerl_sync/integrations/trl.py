@@ -148,7 +148,11 @@ class WeightSyncCallback(TrainerCallback):
                 "--dtype float32`"
             )
         if not served:
-            self._engine = {**adapter_arguments(trainer.model, self.config), **self._engine}
+            # Before processes build an engine together that none of them could sync.
+            _refuse_tensor_parallel(trainer, getattr(args, "vllm_tensor_parallel_size", 1))
+            several = getattr(trainer.accelerator, "num_processes", 1) > 1
+            needed = adapter_arguments(trainer.model, self.config, several_ranks=several)
+            self._engine = {**needed, **self._engine}
         self._stop_waiting()
         self._takeover = Takeover(trainer, self)
 
@@ -378,6 +382,7 @@ def metrics(report: SyncReport) -> dict[str, float]:
         **{f"sync/seconds/{phase}": s for phase, s in report.seconds.items()},
         "sync/bytes": float(report.sent_bytes),
         "sync/unsent_bytes": float(report.unsent_bytes),
+        "sync/wire_bytes": float(report.wire_bytes),
         "sync/peak_buffered_bytes": float(report.peak_buffered_bytes_measured),
         "sync/peak_buffered_bytes_predicted": float(report.peak_buffered_bytes_predicted),
         "sync/peak_pinned_bytes": float(report.peak_pinned_bytes_measured),
@@ -391,6 +396,11 @@ def metrics(report: SyncReport) -> dict[str, float]:
             f"sync/noise/{name}": float((report.noise or {})[name])
             for name in ("sigma", "arrived_sigma", "stage", "seed")
             if report.noise is not None
+        },
+        **{
+            f"sync/mismatch/{part}": gap
+            for part, gap in (report.mismatch or {}).items()
+            if gap is not None
         },
     }
 
@@ -442,14 +452,20 @@ def _generation(trainer: Any) -> Any:
 
         require_attributes(generation, ("_llm_weights_sleeping",), trainer)
         require_attributes(vllm_generation, ("empty_cache",), trainer)
-    if generation.mode == "colocate" and generation.tensor_parallel_size != 1:
+    if generation.mode == "colocate":
+        _refuse_tensor_parallel(trainer, generation.tensor_parallel_size)
+    return generation
+
+
+def _refuse_tensor_parallel(trainer: Any, size: int) -> None:
+    if size != 1:
         raise ConfigError(
-            f"this {kind} has vllm_tensor_parallel_size={generation.tensor_parallel_size}: one "
+            f"this {type(trainer).__name__} has vllm_tensor_parallel_size={size}: one "
             "colocated engine spread over several processes, which this callback does not sync. "
             "Set vllm_tensor_parallel_size=1, for an engine in each process, or start a server "
-            '(vllm_mode="server"), whose engine may be tensor parallel'
+            '(vllm_mode="server"), whose engine may be tensor parallel',
+            tensor_parallel_size=size,
         )
-    return generation
 
 
 def _why_not(trainer: Any) -> str:

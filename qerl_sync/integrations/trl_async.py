@@ -87,7 +87,9 @@ class AsyncWeightTransfer:
                 "the trainer"
             )
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
-        given = {"trained": model.named_parameters, "probe": probe_of(model)}
+        # AsyncGRPOTrainer's own attention takes packed trees of completions, not a prompt.
+        probe = probe_of(model, attention="eager")
+        given = {"trained": model.named_parameters, "probe": probe}
         self.session = make_session(model, self.config, server_url=self.server_url, **given)
 
     def pause(self) -> None:

@@ -23,9 +23,9 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.vllm import PlannedSource
 from qerl_sync.options import FiniteCheck
 from qerl_sync.wire import handshake as say
-from qerl_sync.wire.connection import TOKEN_VARIABLE
 from qerl_sync.wire.handshake import Expected
 from qerl_sync.wire.messages import TrainerSession
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.protocol import plugin
 

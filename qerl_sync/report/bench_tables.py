@@ -1,17 +1,21 @@
-"""Tables of `qerl-sync bench transport` and `bench ray`."""
+"""Tables of `qerl-sync bench transport`, `bench ray` and `bench compare`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from qerl_sync.meta import format_bytes
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from qerl_sync.bench.compare import Compared
     from qerl_sync.bench.on_ray import RayMeasured
-    from qerl_sync.bench.transport import Measured
+    from qerl_sync.bench.transport import Measured, Results
 
 
 def transport_tables(found: Measured) -> list[Table]:
@@ -31,6 +35,49 @@ def ray_tables(found: RayMeasured) -> list[Table]:
     return [_seconds(found), _targets(found)]
 
 
+def compare_tables(found: Compared) -> list[Table]:
+    """Return the tables of `qerl-sync bench compare`."""
+    title = f"{format_bytes(found.nbytes)}, {found.kernels} kernels, medians of {found.rounds}"
+    table = _table(title, "", "ms", "x memcpy", "weights afterwards")
+    engine = ""
+    for row in found.rows:
+        if row.engine != engine:
+            engine = row.engine
+            table.add_section()
+            table.add_row(f"[bold]{engine}[/bold]")
+        seconds = found.seconds.get(row.name)
+        ratio = found.ratios.get(f"{row.name} / memcpy")
+        finding = f"[red]{escape(row.wrong)}[/red]" if row.wrong else "right"
+        table.add_row(
+            row.way,
+            "-" if seconds is None else f"{1000 * seconds:.0f}",
+            "-" if ratio is None else f"{ratio:.2f}",
+            "" if row.way == "memcpy" else finding,
+        )
+    return [table, _targets(found)]
+
+
+def draw_comparison(found: Compared, path: Path) -> None:
+    """Draw the ways as bars of seconds over those of memcpy, as a PNG. Raises ConfigError without
+    matplotlib."""
+    from qerl_sync.report.plots import drawing
+
+    rows = [row for row in found.rows if f"{row.name} / memcpy" in found.ratios]
+    rows = [row for row in rows if row.way != "memcpy"]
+    with drawing(path, 1, (9.5, 0.7 + 0.36 * len(rows))) as (axes,):
+        places = range(len(rows), 0, -1)
+        ratios = [found.ratios[f"{row.name} / memcpy"] for row in rows]
+        ours = ["#2563eb" if row.way.startswith("qerl-sync") else "#94a3b8" for row in rows]
+        axes.barh(places, ratios, color=ours, height=0.7)
+        for place, ratio, row in zip(places, ratios, rows, strict=True):
+            axes.text(
+                ratio, place, f" {ratio:.1f}{'  wrong weights' * bool(row.wrong)}", va="center"
+            )
+        axes.set_yticks(places, [f"{row.way}\n({row.engine})" for row in rows], fontsize=7)
+        axes.set_xlim(right=max(ratios) * 1.2)
+        axes.set_xlabel(f"seconds, of a memcpy's ({format_bytes(found.nbytes)}, {found.kernels})")
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column(columns[0])
@@ -39,14 +86,14 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _seconds(found: Measured | RayMeasured) -> Table:
+def _seconds(found: Results) -> Table:
     table = _table(f"{format_bytes(found.nbytes)}, medians of {found.rounds}", "", "ms", "GB/s")
     for name, seconds in found.seconds.items():
         table.add_row(name, f"{1000 * seconds:.0f}", f"{found.nbytes / seconds / 1e9:.2f}")
     return table
 
 
-def _targets(found: Measured | RayMeasured) -> Table:
+def _targets(found: Results) -> Table:
     table = _table("Targets", "", "found", "target", "")
     for target in found.targets:
         sign = "≤" if target.at_most else "≥"

@@ -125,6 +125,16 @@ EXPLANATIONS = {
         "The worker was restarted, or something else has written to its weights.",
         "Nothing, if it happens once.",
     ),
+    "PublicationError": Explanation(
+        "Weights as files could not be written, or none that are there could be read.",
+        "The disk is full, the store cannot be reached, or files are torn or gone.",
+        "Look at the path in the message; the next version has all tensors.",
+    ),
+    "PublisherTakenError": Explanation(
+        "Two publishers write to one directory.",
+        "A run was started twice, or with the directory of another one.",
+        "Give each a directory of its own.",
+    ),
     "WorldSizeError": Explanation(
         "Not all workers of the engine have connected, or more than it has.",
         "A worker process died while the engine started, or cannot reach the trainer.",

@@ -39,7 +39,7 @@ def plot_rewards(rewards: Sequence[tuple[int, float]], path: Path) -> None:
     steps = [step for step, _ in rewards]
     values = [reward for _, reward in rewards]
     means = moving_mean(values, MOVING_MEAN_STEPS)
-    with _drawing(path, 1, (8, 4.2)) as (axes,):
+    with drawing(path, 1, (8, 4.2)) as (axes,):
         axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="each logged step")
         label = f"mean of the last {MOVING_MEAN_STEPS}"
         axes.plot(steps, means, color=BLUE, linewidth=2.4, label=label)
@@ -71,7 +71,7 @@ def plot_buffers(plan: SyncPlan, measured: Trace, path: Path) -> None:
     """
     given, planned = plan.as_given, plan.predicted
     scale, unit = unit_of(max(given.peak_buffered_bytes, measured.peak_buffered_bytes))
-    with _drawing(path, 2, (11, 4.2)) as (left, right):
+    with drawing(path, 2, (11, 4.2)) as (left, right):
         for axes, name, trace, color, shown in (
             (left, "Source order", given, ORANGE, given),
             (right, f"Plan ({plan.policy})", planned, BLUE, measured),
@@ -123,7 +123,7 @@ def matplotlib_or_refusal() -> Any:
 
 
 @contextmanager
-def _drawing(path: Path, columns: int, size: tuple[float, float]) -> Iterator[Any]:
+def drawing(path: Path, columns: int, size: tuple[float, float]) -> Iterator[Any]:
     """Yield axes side by side on one vertical scale; save them as a PNG at the end."""
     matplotlib = matplotlib_or_refusal()
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class RecordedRun:
                 _json(directory / SUMMARY),
                 read_lines(directory / SYNCS),
                 read_lines(directory / FAILURES),
-                [read_json(path) for path in sorted((directory / TRACES).glob("sync-*.json"))],
+                _records(directory / TRACES),
                 read_lines(directory / LOG),
             )
         except (ValueError, EOFError) as exc:
@@ -80,10 +81,21 @@ class RecordedRun:
         return _trace(self.directory / TRACES / name)
 
 
+def _records(directory: Path) -> list[Any]:
+    found = []
+    for path in sorted(directory.glob("sync-*.json")):
+        with suppress(FileNotFoundError):  # a run that goes on has removed it since
+            found.append(read_json(path))
+    return found
+
+
 def _json(path: Path) -> Mapping[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-@cache
+@lru_cache(256)
 def _trace(path: Path) -> Trace | None:
-    return Trace.from_json(read_json(path)) if path.exists() else None
+    try:
+        return Trace.from_json(read_json(path))
+    except FileNotFoundError:
+        return None

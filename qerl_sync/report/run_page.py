@@ -50,10 +50,11 @@ class Curve(NamedTuple):
     faint: bool = False
 
 
-def run_page(run: RecordedRun) -> str:
-    """Return the HTML page of a run."""
+def run_page(run: RecordedRun, bar: str = "") -> str:
+    """Return the HTML page of a run. `bar`: HTML that comes before all else of it."""
     data = PageData()
     body = [
+        bar,
         _heading("What there is to know", ""),
         "".join(map(_finding, explain(run)))
         or "<p>Nothing went wrong, and nothing was unusual.</p>",
@@ -382,6 +383,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 def _timelines(run: RecordedRun, data: PageData) -> str:
     """Draw each recorded sync, those with equal traces once; empty if there is none."""
     figures: dict[tuple[str, ...], str] = {}
+    shown: set[str] = set()
     options: dict[str, list[str]] = {"Unusual": [], "The last ones": []}
     for record in reversed(run.records):
         for worker in record["workers"] or [{"worker": "", "predicted": record.get("planned")}]:
@@ -396,6 +398,7 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
             if traces["as given"] == traces["predicted"]:
                 del drawn["as given"]
             budget = record.get("budget_bytes")
+            shown |= {*drawn, *(["budget"] if budget else [])}
             identity = (*map(str, files), str(budget))
             if identity not in figures:
                 figures[identity] = _timeline(len(figures), drawn, budget, data)
@@ -417,12 +420,15 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
         for label, found in reversed(options.items())
         if found
     )
-    keys = "".join(key(color, words) for words, color in COLORS.items())
+    keys = "".join(key(color, words) for words, color in COLORS.items() if words in shown)
+    keys += '<span><span class="dash"></span>pinned</span>'
+    if "budget" in shown:
+        keys += '<span><span class="dash budget"></span>budget</span>'
     return (
         figures
         and (
             f'<div class="bartools"><label>Sync <select id="pick">{groups}</select></label>'
-            f'<div class="keys">{keys}<span><span class="dash"></span>pinned</span></div></div>'
+            f'<div class="keys">{keys}</div></div>'
             f'<p id="picked" aria-live="polite"></p>{"".join(figures.values())}'
         )
     ) or ""

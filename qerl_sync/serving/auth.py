@@ -4,7 +4,7 @@ OPEN lists the requests that anybody may send: they generate, or read. Every oth
 controls the engine, or may do so in a later vLLM, and is refused with 403 unless
 
     QERL_SYNC_TOKEN is set for the server, and the header x-qerl-sync-proof shows that the sender
-    knows the token, for this route: `wire.connection.proof(token, "http", "/pause")`. `HTTPClient`
+    knows the token, for this route: `wire.tokens.proof(token, "http", "/pause")`. `HTTPClient`
     sends it.
 
     QERL_SYNC_TOKEN is not set, and the request comes from no web page: browsers send an `Origin`
@@ -31,7 +31,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from qerl_sync.wire.connection import PROOF_HEADER, TOKEN_VARIABLE, proof, same_proof
+from qerl_sync.wire.tokens import PROOF_HEADER, TOKEN_VARIABLE, proof, same_proof
 
 # vLLM's routes that run the model, by POST or as websockets.
 GENERATING = frozenset(

@@ -42,6 +42,8 @@ set, web pages get 403.
     GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
                             and 503 while the middleware is closed
 
+    GET /metrics            vLLM's own, and `qerl_sync_server_*` (docs/metrics)
+
 The state belongs to one process: with several API servers for one engine, only the server that
 received the call refuses.
 """
@@ -57,7 +59,8 @@ from typing import Any
 
 from qerl_sync.engines.base import why_refused
 from qerl_sync.serving.auth import GENERATING, authorize
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.serving.metrics import serving_metrics
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 from qerl_sync.worker.compat.caches import ask_every_replica
 
 Message = MutableMapping[str, Any]
@@ -103,6 +106,7 @@ class ServingState:
         self._committed = False
         self._open_calls, self._last_end = 0, 0.0
         self._num_calls = self._resumed_at = 0
+        self._paused_since = 0.0
         self.paused = False
 
     def refuse(self, reason: str) -> None:
@@ -131,17 +135,23 @@ class ServingState:
     def is_last(self, call: int) -> bool:
         return call == self._num_calls
 
-    def call_ends(self, call: int, route: str, *, ok: bool, version_given: bool) -> None:
+    def call_ends(self, call: int, route: str, *, ok: bool, version: object) -> None:
+        """Record that a control call ends. `version`: that it has given; None: none."""
         self._open_calls -= 1
         self._last_end = self._clock()
         if route in UPDATING:
             self._updating |= self.paused
-        if ok and version_given:
+        if ok and version is not None:
             self._committed = True
             self.admit()
+            serving_metrics().committed(version)
         if ok and route == "/pause" and call > self._resumed_at:
+            if not self.paused:
+                self._paused_since = self._clock()
             self.paused = True
         if ok and route == "/resume":
+            if self.paused:
+                serving_metrics().resumed(self._clock() - self._paused_since)
             self.paused = self._updating = self._abandoned = False
             self._resumed_at = call
 
@@ -191,6 +201,9 @@ class ServingGuardMiddleware:
             return await self._app(scope, receive, send)
         if method == "GET" and route == "/qerl_sync/ready":
             return await self._ready(scope, receive, send)
+        if method == "GET" and route in ("/metrics", "/metrics/"):
+            refusing = self._watch.reason() is not None
+            serving_metrics().set_states(refusing=refusing, paused=self._watch.paused)
         if method == "POST" and self._is_driven and scope["type"] == "http":
             if route == "/pause":
                 return await self._pause(scope, receive, send)
@@ -264,10 +277,9 @@ class ServingGuardMiddleware:
         try:
             await self._app(scope, overhear, answer)
         finally:
-            gives_version = route == "/finish_weight_update" and (
-                _field(body, "weight_version") is not None
-            )
-            self._watch.call_ends(call, route, ok=status == 200, version_given=gives_version)
+            is_finish = route == "/finish_weight_update"
+            version = _field(body, "weight_version") if is_finish else None
+            self._watch.call_ends(call, route, ok=status == 200, version=version)
         return call
 
     async def _refuse(self, receive: Receive, send: Send) -> None:
@@ -332,6 +344,7 @@ def _error(status: int, message: str) -> dict[str, Any]:
 
 async def _deny(scope: Scope, receive: Receive, send: Send, status: int, why: str) -> None:
     """Answer with an error. Close a websocket; a client that is not yet connected sees a 403."""
+    serving_metrics().denied(status)
     if scope["type"] == "websocket":
         await receive()
         closing = {"type": "websocket.close", "code": CLOSE_CODES[status], "reason": why[:100]}

@@ -27,7 +27,7 @@ from qerl_sync.serving.command import (
 from qerl_sync.serving.guard import KILL_SECONDS, kill
 from qerl_sync.serving.log import complaint_in, last_line
 from qerl_sync.serving.processes import any_listens, is_resource_tracker, members
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 
 GUARD = "qerl_sync.serving.guard"
 POLL_SECONDS = 0.25

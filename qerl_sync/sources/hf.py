@@ -129,7 +129,7 @@ class HFSource(Source):
         waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
         for name in names:
             if name not in waiting:
-                chosen = {p: self._value(p) for p in self._group_of[name].parameters}
+                chosen = {p: self._value(p) for p in self._behind(name)}
                 waiting |= _converted(self._model, chosen, self._conversions)
             yield name, waiting.pop(name)
 
@@ -142,16 +142,30 @@ class HFSource(Source):
                 f"the model carries PEFT adapters{since}, which this source does not merge; give "
                 "the model to a PEFTSource"
             )
-        require_whole(self._model.named_parameters(), since=since)
+        self._require_readable(self._model.named_parameters(), since=since)
         return parameters_of(self._model)
+
+    def _require_readable(
+        self, parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = ""
+    ) -> None:
+        """Raise ConfigError where `_whole` would not return a whole parameter."""
+        require_whole(parameters, since=since)
+
+    def _behind(self, name: str) -> Sequence[str]:
+        """Return the parameters that `materialize` reads for the tensor of that name."""
+        return self._group_of[name].parameters
 
     def _shape(self, name: str) -> torch.Size:
         """Return the shape of `_value`."""
-        return self._parameters[name].shape
+        return full_shape(self._parameters[name])
 
     def _value(self, name: str) -> torch.Tensor:
         """Return what is sent for a parameter, before it is converted."""
-        return self._parameters[name].detach()
+        return self._whole(name, self._parameters[name])
+
+    def _whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return all of a tensor that is read for the parameter of that name."""
+        return tensor.detach()
 
     def _memory(self, name: str) -> Storage:
         """Return the memory that `_value` lies in."""
@@ -164,13 +178,17 @@ class HFSource(Source):
 
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
         """Return the tensors that must be finite for `_value` to be."""
-        return [self._parameters[name].detach()]
+        return [part_here(self._parameters[name])]
 
 
-def probe_of(model: Any) -> Probe:
+def probe_of(model: Any, *, attention: str | None = None) -> Probe:
     """Return a probe that evaluates this model on a fixed prompt, for `sync.verify: full`.
 
     The probe switches to evaluation mode and restores the model's own mode afterwards.
+
+    Args:
+        attention: the attention implementation of transformers to evaluate with, where the model's
+            own takes more than tokens.
     """
 
     def logprobs(token_ids: Sequence[int]) -> list[float]:
@@ -182,7 +200,10 @@ def probe_of(model: Any) -> Probe:
     ) -> list[float]:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
+        own_attention = model.config._attn_implementation
         try:
+            if attention is not None:
+                model.set_attn_implementation(attention)
             ids = torch.tensor([list(token_ids)], device=next(model.parameters()).device)
             # The model's own parameters are only read: the call gets others in their place.
             others = _noisy_parameters(model, noise)
@@ -196,6 +217,8 @@ def probe_of(model: Any) -> Probe:
                 )
             reported = output.logits[0, :-1].float().log_softmax(-1)
         finally:
+            if attention is not None:
+                model.set_attn_implementation(own_attention)
             for module, training in modes:
                 module.training = training
         return [float(p) for p in reported.gather(1, ids[0, 1:, None])[:, 0]]
@@ -363,6 +386,17 @@ def require_whole(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str 
                 parameter=name,
                 sharding=sharding,
             )
+
+
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """Return the shape of the whole parameter, of which this process may hold a part."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties it
+
+
+def part_here(parameter: torch.Tensor) -> torch.Tensor:
+    """Return what this process holds of a parameter: a view of it, or of its shard."""
+    shard = getattr(parameter, "ds_tensor", parameter).detach()
+    return shard.to_local() if hasattr(shard, "to_local") else shard
 
 
 def sharding_of(name: str, parameter: torch.Tensor) -> str:

@@ -12,7 +12,7 @@ from qerl_sync.buffers.detect import dtype_name, require_all_finite
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.adapter import Adapter
-from qerl_sync.sources.hf import HFSource, clean, require_whole, saved_buffers_of
+from qerl_sync.sources.hf import HFSource, clean, full_shape, part_here, saved_buffers_of
 
 MERGE = "choose sync.lora: merge"
 # The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
@@ -64,14 +64,18 @@ class AdapterSource(HFSource):
 
     def adapter(self) -> Adapter:
         metas = (
-            ParamMeta(name, dtype_name(t.dtype), tuple(t.shape))
+            ParamMeta(name, dtype_name(t.dtype), tuple(full_shape(t)))
             for name, t in self._factors.items()
         )
         return Adapter(tuple(metas), dict(self._scalings))
 
     def unchanging(self) -> Mapping[str, Hashable]:
         # torch counts what writes to a tensor in place, and a new one is elsewhere.
-        stamps = {name: (t.data_ptr(), t._version) for name, t in self._parameters.items()}
+        stamps = {
+            name: (id(t), t._version, here.data_ptr(), here._version)
+            for name, t in self._parameters.items()
+            for here in [part_here(t)]
+        }
         return {
             meta.name: tuple(stamps[name] for name in group.parameters)
             for group in self._groups
@@ -84,18 +88,26 @@ class AdapterSource(HFSource):
         if names is None or len(factors) < len(names):
             others = None if names is None else [n for n in names if n not in self._factors]
             super().check_finite(others, alone=alone)
-        require_all_finite(((n, self._factors[n].detach()) for n in factors), alone=alone)
+        require_all_finite(((n, part_here(self._factors[n])) for n in factors), alone=alone)
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         base = super().materialize([name for name in names if name not in self._factors])
         for name in names:
-            yield (name, self._factors[name].detach()) if name in self._factors else next(base)
+            yield (name, self._value(name)) if name in self._factors else next(base)
+
+    def _behind(self, name: str) -> Sequence[str]:
+        return (name,) if name in self._factors else super()._behind(name)
+
+    def _value(self, name: str) -> torch.Tensor:
+        if name in self._factors:
+            return self._whole(name, self._factors[name])
+        return super()._value(name)
 
     def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
         """Return the base under the names that it has without PEFT; note the adapter's factors."""
         if self._structure is not None and self._structure.unchanged():
             # Sharding may change parameters in place (ZeRO-3), which no structure shows.
-            require_whole(self._base.items(), since=since)
+            self._require_readable(self._read().items(), since=since)
             return self._base
         self._structure = None
         kinds = _PEFTKinds()
@@ -132,10 +144,13 @@ class AdapterSource(HFSource):
                 (_plain(f"{path}.{key}" if path else key), buffer)
                 for key, buffer in saved_buffers_of(module)
             )
-        require_whole(found.items(), since=since)
         self._base = found | buffers
+        self._require_readable(self._read().items(), since=since)
         self._structure = _Structure([module for _, module in modules], layers.values())
         return self._base
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        return {**self._base, **self._factors}
 
     def _note_factors(self, path: str, layer: Any, name: str, hidden: set[int]) -> None:
         for kind in layer.adapter_layer_names:
@@ -169,15 +184,28 @@ class _Structure:
     that it adapts, and of reading what each of them is.
     """
 
-    TABLES = ("_modules", "_parameters", "_buffers")
-
     def __init__(self, modules: Iterable[torch.nn.Module], layers: Iterable[Any]) -> None:
-        self._tables = [
-            (module, table, dict(getattr(module, table)))
-            for module in modules
-            for table in self.TABLES
-        ]
+        # With what the identities belong to, so that nothing else can get them.
+        self._modules = [(one, self._contents(one), self._identities(one)) for one in modules]
         self._layers = [(layer, self._state_of(layer)) for layer in layers]
+
+    @staticmethod
+    def _contents(module: torch.nn.Module) -> list[object]:
+        tables = (module._modules, module._parameters, module._buffers)
+        return [one for table in tables for one in table.values()]
+
+    @staticmethod
+    def _identities(module: torch.nn.Module) -> list[object]:
+        # Written out: this is called for each module of the model at each sync.
+        children, parameters, buffers = module._modules, module._parameters, module._buffers
+        return [
+            *children,
+            *map(id, children.values()),
+            *parameters,
+            *map(id, parameters.values()),
+            *buffers,
+            *map(id, buffers.values()),
+        ]
 
     @staticmethod
     def _state_of(layer: Any) -> tuple[Any, ...]:
@@ -192,13 +220,9 @@ class _Structure:
     def unchanged(self) -> bool:
         """Return whether every module has the same children, parameters and buffers: the same
         objects, whatever their values."""
-        for module, table, before in self._tables:
-            now = getattr(module, table)
-            if len(now) != len(before):
+        for module, _, before in self._modules:
+            if self._identities(module) != before:
                 return False
-            for name, one in before.items():
-                if now.get(name) is not one:
-                    return False
         return all(self._state_of(layer) == before for layer, before in self._layers)
 
 

@@ -7,7 +7,7 @@ merging and unmerging rounds them once more.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,11 @@ import torch
 
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import Storage
-from qerl_sync.sources.hf import HFSource, clean, require_whole, saved_buffers_of
+from qerl_sync.sources.hf import HFSource, clean, part_here, saved_buffers_of
 from qerl_sync.verify.changes import fingerprint
+
+# Returns all of a tensor of the model, of which this process may hold a shard.
+Whole = Callable[[torch.Tensor], torch.Tensor]
 
 
 class PEFTSource(HFSource):
@@ -64,7 +67,7 @@ class PEFTSource(HFSource):
 
     def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
         _require_lora(self._adapted, self._model)
-        require_whole(self._model.named_parameters(), since=since)
+        self._require_readable(self._model.named_parameters(), since=since)
         found: dict[str, _Found] = {}
         of_origin: dict[int, _Found] = {}
         for one in _walk(self._model, ""):
@@ -85,20 +88,31 @@ class PEFTSource(HFSource):
         return {name: one.tensor for name, one in ordered.items()}
 
     def _value(self, name: str) -> torch.Tensor:
-        value = self._parameters[name].detach()
-        return self._merges[name].into(value) if name in self._merges else value
+        base = self._whole(name, self._parameters[name])
+        if (merge := self._merges.get(name)) is None:
+            return base
+        # All that is gathered is gathered before the arithmetic, which may fail on one rank alone.
+        whole = {id(part): self._whole(name, part) for part in merge.parts}
+        return merge.into(base, lambda part: whole[id(part)])
 
     def _memory(self, name: str) -> Storage:
         if name in self._merges:
-            return Storage(f"merged {name}", self._parameters[name].nbytes)
+            numel = self._shape(name).numel()
+            return Storage(f"merged {name}", numel * self._parameters[name].itemsize)
         return super()._memory(name)
 
     def _is_sent_as_it_is(self, name: str) -> bool:
         return name not in self._merges
 
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
-        base = self._parameters[name].detach()
-        return self._merges[name].read_for(base) if name in self._merges else [base]
+        if name in self._merges and self._merges[name].may_overflow(self._parameters[name]):
+            return [self._value(name)]
+        return self._parts_of(name)
+
+    def _parts_of(self, name: str) -> list[torch.Tensor]:
+        """Return what this process holds of all that `_value` is made from."""
+        parts = self._merges[name].parts if name in self._merges else []
+        return [part_here(one) for one in (self._parameters[name], *parts)]
 
 
 @dataclass(frozen=True)
@@ -116,30 +130,43 @@ class _Merge:
     parameter: str
 
     @torch.no_grad()
-    def into(self, base: torch.Tensor) -> torch.Tensor:
+    def into(self, base: torch.Tensor, whole: Whole) -> torch.Tensor:
         """Return the merged parameter, in memory of its own. `base` is only read."""
-        first, *others = (self._delta(adapter) for adapter in self.adapters)
+        first, *others = (self._delta(adapter, whole) for adapter in self.adapters)
         total: torch.Tensor = first.to(base.device)
         for delta in others:
             total += delta.to(base.device)
         total += base
         for adapter in self.adapters if self.parameter == "weight" else ():
-            if magnitudes := _magnitudes(self.layer, adapter):
+            if magnitudes := _magnitudes(self.layer, adapter, whole):
                 total *= magnitudes(total)
         return total.to(base.dtype)
 
-    def read_for(self, base: torch.Tensor) -> list[torch.Tensor]:
-        """Return the tensors that must be finite for the merged one to be. It is made where a
-        division (DoRA) or the range of float16 may make it infinite by itself."""
-        if base.dtype == torch.float16 or any(_magnitudes(self.layer, a) for a in self.adapters):
-            return [self.into(base)]
-        return [base, *(one.detach() for a in self.adapters for one in self._factors(a))]
+    @property
+    def parts(self) -> list[torch.Tensor]:
+        """All that is added to the base parameter, or scales it."""
+        return [
+            *(one for adapter in self.adapters for one in self._factors(adapter)),
+            *(
+                self.layer.lora_magnitude_vector[adapter].weight
+                for adapter in (self.adapters if self.parameter == "weight" else ())
+                if adapter in getattr(self.layer, "lora_variant", {})
+            ),
+        ]
+
+    def may_overflow(self, base: torch.Tensor) -> bool:
+        """Return whether a division (DoRA) or the range of float16 may make the merged parameter
+        infinite where base and factors are finite."""
+        return base.dtype == torch.float16 or any(
+            adapter in getattr(self.layer, "lora_variant", {}) for adapter in self.adapters
+        )
 
     @property
     def treatment(self) -> Hashable:
         """Equal for two parameters that share a weight and get the same added to it."""
         return tuple(
-            (self.layer.scaling[a], *sorted(f.untyped_storage().data_ptr() for f in factors))
+            # A rank's shard may have no rows, and no address.
+            (self.layer.scaling[a], *sorted(part_here(f).data_ptr() or id(f) for f in factors))
             for a in self.adapters
             for factors in [self._factors(a)]
         )
@@ -151,13 +178,13 @@ class _Merge:
             return [self.layer.lora_A[adapter].weight, self.layer.lora_B[adapter].weight]
         return [self.layer.lora_embedding_A[adapter], self.layer.lora_embedding_B[adapter]]
 
-    def _delta(self, adapter: str) -> torch.Tensor:
+    def _delta(self, adapter: str, whole: Whole) -> torch.Tensor:
         """Return what this adapter adds, in float32 and in memory of its own."""
         layer, scaling = self.layer, float(self.layer.scaling[adapter])
         if self.parameter == "bias":
             (bias,) = self._factors(adapter)
-            return bias.float().mul(scaling)
-        down, up = (factor.float() for factor in self._factors(adapter))
+            return whole(bias).float().mul(scaling)
+        down, up = (whole(factor).float() for factor in self._factors(adapter))
         experts = getattr(layer, "num_experts", 1)
         if experts > 1:
             # As in PEFT's ParamWrapper, which stacks the experts' factors.
@@ -169,7 +196,7 @@ class _Merge:
         return (down.T @ up.T if transposed else up @ down).mul_(scaling)
 
 
-def _magnitudes(layer: Any, adapter: str) -> Any:
+def _magnitudes(layer: Any, adapter: str, whole: Whole) -> Any:
     """Return DoRA's factor as a function of the merged weight (float32, in its stored shape); None
     without DoRA."""
     if adapter not in getattr(layer, "lora_variant", {}):
@@ -179,7 +206,7 @@ def _magnitudes(layer: Any, adapter: str) -> Any:
     dim = 0 if dora.fan_in_fan_out else 1
 
     def factor(merged: torch.Tensor) -> torch.Tensor:
-        magnitudes: torch.Tensor = dora.weight.detach().float().to(merged.device)
+        magnitudes: torch.Tensor = whole(dora.weight).float().to(merged.device)
         factors: torch.Tensor = magnitudes / torch.linalg.norm(merged, dim=dim)
         return factors.unsqueeze(dim)
 
@@ -332,5 +359,6 @@ def _stamp(parameter: torch.Tensor) -> Hashable:
     torch counts what writes to a tensor in place, except through `.data`, where a sample of its
     values may tell.
     """
-    count = None if parameter.is_inference() else parameter._version
-    return parameter.data_ptr(), count, fingerprint(parameter)
+    here = part_here(parameter)
+    count = None if parameter.is_inference() else (parameter._version, here._version)
+    return here.data_ptr(), count, fingerprint(here)

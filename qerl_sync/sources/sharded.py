@@ -4,18 +4,98 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from qerl_sync.buffers.detect import plain_tensors, storages_of
+from qerl_sync.buffers.detect import storages_of
 from qerl_sync.errors import ConfigError, TransportError
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.sources.hf import HFSource, parameters_of, sharding_of
+from qerl_sync.options import FiniteCheck
+from qerl_sync.sources.hf import HFSource, sharding_of
+from qerl_sync.sources.lora import AdapterSource
+from qerl_sync.sources.peft import PEFTSource
 
 
-class ShardedSource(HFSource):
+class _Gathered(HFSource):
+    """Gathers each tensor that a source reads when it is due; in front of that source's class.
+
+    Attributes:
+        _due: names of the chunk that is being materialized, of which this rank has yet to gather
+            what it reads.
+    """
+
+    collective = True
+    stamps_content = False  # each rank has a shard, and all must send the same
+
+    def __init__(self, model: Any, **options: Any) -> None:
+        self._due: deque[str] = deque()
+        self._wrapped = model  # with PEFT's wrapper, which may be FSDP2's root
+        super().__init__(model, **options)
+
+    def metadata(self) -> list[ParamMeta]:
+        # A forward pass leaves FSDP2's root gathered: then its parameters are plain tensors, in the
+        # dtype of the computation, and not those that the optimizer steps.
+        for module in self._wrapped.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        return super().metadata()
+
+    def resident_bytes(self) -> int:
+        whole = [p for p in self._parameters.values() if not _is_sharded(p)]
+        own = {s.key: s for p in whole for s in storages_of(p)}
+        return sum(storage.nbytes for storage in own.values())
+
+    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        self._due = deque(dict.fromkeys(one for name in names for one in self._behind(name)))
+        return super().materialize(names)
+
+    def end_chunk(self) -> None:
+        with torch.no_grad():
+            while self._due:
+                self._value(self._due[0])
+
+    def _require_readable(
+        self, parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = ""
+    ) -> None:
+        for name, parameter in parameters:
+            sharding = sharding_of(name, parameter)
+            if sharding and not _is_sharded(parameter):
+                raise ConfigError(
+                    f"{name!r} is sharded by {sharding}{since}, which this source does not gather; "
+                    "shard with fully_shard (accelerate: fsdp_version: 2), or train in one "
+                    "process",
+                    parameter=name,
+                    sharding=sharding,
+                )
+
+    def _memory(self, name: str) -> Storage:
+        parameter = self._parameters[name]
+        if _is_sharded(parameter):
+            return Storage(f"gathered {name}", self._shape(name).numel() * parameter.itemsize)
+        return super()._memory(name)
+
+    def _value(self, name: str) -> torch.Tensor:
+        due = self._due.popleft()
+        assert due == name, f"{name} is gathered where {due} is due"
+        return super()._value(name)
+
+    def _whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if not _is_sharded(tensor):
+            return tensor.detach()
+        try:
+            return _gathered(tensor)
+        except RuntimeError as exc:
+            # The other ranks are no longer where this one is.
+            self._due.clear()
+            raise TransportError(
+                f"gathering {name!r} from the trainer ranks failed: {exc}", tensor=name
+            ) from exc
+
+
+class ShardedSource(_Gathered):
     """Yields what `HFSource` would yield of the whole model, each tensor gathered when it is due.
 
     Example:
@@ -43,84 +123,55 @@ class ShardedSource(HFSource):
             how), or carries adapters; `metadata` raises it too.
     """
 
-    collective = True
-    stamps_content = False  # each rank has a shard, and all must send the same
 
-    def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
-        # Parameters of the chunk that is being materialized, which this rank has yet to gather.
-        self._due: deque[str] = deque()
-        super().__init__(model, convert=convert)
+class ShardedAdapterSource(_Gathered, AdapterSource):
+    """Yields what `AdapterSource` would yield of the whole model, gathered as `ShardedSource` does.
 
-    def metadata(self) -> list[ParamMeta]:
-        # A forward pass leaves FSDP2's root gathered: then its parameters are plain tensors, in the
-        # dtype of the computation, and not those that the optimizer steps.
-        for module in self._model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        return super().metadata()
+    Example:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=8))
+        for layer in model.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        with SyncSession(ShardedAdapterSource(model), transport, SyncConfig()) as session:
+            session.push(step=1)  # on every rank: base and adapter
+            session.push(step=2)  # the adapter
 
-    def resident_bytes(self) -> int:
-        whole = [p for p in self._parameters.values() if not _is_sharded(p)]
-        own = {s.key: s for p in whole for s in storages_of(p)}
-        return sum(storage.nbytes for storage in own.values())
+    Nothing of the base is gathered where it does not travel.
 
-    def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        groups = dict.fromkeys(self._group_of[name] for name in names)
-        self._due = deque(name for group in groups for name in group.parameters)
-        return super().materialize(names)
+    Args:
+        model: as for `AdapterSource`, sharded alike on all ranks.
 
-    def end_chunk(self) -> None:
-        with torch.no_grad():
-            while self._due:
-                self._value(self._due[0])
+    Raises:
+        ConfigError: see `AdapterSource` and `ShardedSource`.
+    """
 
-    def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
-        if hasattr(self._model, "peft_config"):
-            raise ConfigError(
-                f"the model carries PEFT adapters{since}, which this source does not merge; give "
-                "the model to a PEFTSource, which takes whole models"
-            )
-        for name, parameter in self._model.named_parameters():
-            sharding = sharding_of(name, parameter)
-            if sharding and not _is_sharded(parameter):
-                raise ConfigError(
-                    f"{name!r} is sharded by {sharding}{since}, which this source does not gather; "
-                    "shard with fully_shard (accelerate: fsdp_version: 2), or train in one "
-                    "process",
-                    parameter=name,
-                    sharding=sharding,
-                )
-        return parameters_of(self._model)
 
-    def _memory(self, name: str) -> Storage:
-        parameter = self._parameters[name]
-        if _is_sharded(parameter):
-            return Storage(f"gathered {name}", self._shape(name).numel() * parameter.itemsize)
-        (memory,) = storages_of(parameter)
-        return memory
+class ShardedPEFTSource(_Gathered, PEFTSource):
+    """Yields what `PEFTSource` would yield of the whole model: of each parameter the base and its
+    factors are gathered when it is due, and merged.
 
-    def _shape(self, name: str) -> torch.Size:
-        parameter = self._parameters[name]
-        return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+    Example:
+        with SyncSession(ShardedPEFTSource(model), transport, SyncConfig()) as session:
+            session.push(step=1)  # on every rank: everything
+            session.push(step=2)  # what the adapters touch, and what is trained beside them
+
+    Args:
+        model: as for `PEFTSource`, sharded alike on all ranks.
+
+    Raises:
+        ConfigError: see `PEFTSource` and `ShardedSource`.
+    """
+
+    def finite_check(self, wanted: bool) -> FiniteCheck:
+        # What may become infinite in the merge itself is seen only where it is whole. The check
+        # runs in a thread beside the gathers, and must not gather.
+        for name, merge in self._merges.items():
+            if wanted and merge.may_overflow(self._parameters[name]):
+                return "worker"
+        return super().finite_check(wanted)
 
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
-        parameter = self._parameters[name]
-        return plain_tensors(getattr(parameter, "ds_tensor", parameter).detach())
-
-    def _value(self, name: str) -> torch.Tensor:
-        due = self._due.popleft()
-        assert due == name, f"{name} is gathered where {due} is due"
-        parameter = self._parameters[name]
-        if not _is_sharded(parameter):
-            return parameter.detach()
-        try:
-            return _gathered(parameter)
-        except RuntimeError as exc:
-            # The other ranks are no longer where this one is.
-            self._due.clear()
-            raise TransportError(
-                f"gathering {name!r} from the trainer ranks failed: {exc}", tensor=name
-            ) from exc
+        return self._parts_of(name)
 
 
 def _is_sharded(parameter: torch.Tensor) -> bool:

@@ -1,16 +1,25 @@
-"""Prometheus metrics of a session's syncs. prometheus_client is imported when they are served."""
+"""Prometheus metrics of a session's syncs. prometheus_client is imported when they are served.
+
+`METRICS` and `updated` say what they are; Ray's metrics (integrations/ray/metrics.py) are the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from qerl_sync import errors
 from qerl_sync.errors import ConfigError, SyncError
 from qerl_sync.telemetry.observers import Push
 
 # Workers that have a label of their own: the first by name. Gauges without it count all.
 LABELLED_WORKERS = 64
 OTHER = "other"
+# The values of the label `error`: our own classes are known to be few.
+ERRORS = (
+    *(n for n, c in vars(errors).items() if isinstance(c, type) and issubclass(c, SyncError)),
+    OTHER,
+)
 
 Values = dict[str, dict[str, float]]  # by metric, by label; "" where it has none
 
@@ -23,7 +32,7 @@ class Metric(NamedTuple):
     text: str
 
 
-# Units are in the names. All gauges are of the last sync, and none is set before the first.
+# Units are in the names. Gauges are of the last sync, and none is set before the first.
 METRICS = {
     "qerl_sync_syncs": Metric("counter", "", "Syncs that were committed."),
     "qerl_sync_failures": Metric(
@@ -48,6 +57,12 @@ METRICS = {
     "qerl_sync_prediction_exact": Metric(
         "gauge", "", "1: every worker held what was predicted, tensor by tensor. 0: it did not."
     ),
+    "qerl_sync_mismatch": Metric(
+        "gauge",
+        "part",
+        "With sync.verify: full: the largest difference between a prompt's log-probabilities on "
+        "the trainer and on an engine, by what makes it; total is all of it.",
+    ),
     "qerl_sync_weight_version": Metric("gauge", "", "The version that was committed last."),
     "qerl_sync_worker_version": Metric(
         "gauge", "worker", f"The version of each of the first {LABELLED_WORKERS} workers known."
@@ -65,6 +80,37 @@ METRICS = {
     ),
 }
 
+# Of a vLLM server with our middleware (serving/metrics.py), in its own /metrics.
+SERVER_METRICS = {
+    "qerl_sync_server_syncs": Metric("counter", "", "Syncs that the server has committed."),
+    "qerl_sync_server_weight_version": Metric(
+        "gauge", "", "The version that was committed last, where it is a number."
+    ),
+    "qerl_sync_server_refusing": Metric(
+        "gauge", "", "1: the weights are invalid, and requests that generate get 503. Else 0."
+    ),
+    "qerl_sync_server_paused": Metric("gauge", "", "1: the engine is paused, and requests wait."),
+    "qerl_sync_server_paused_seconds": Metric(
+        "counter", "", "Seconds for which it was paused, as of its last resume."
+    ),
+    "qerl_sync_server_denied_requests": Metric(
+        "counter", "status", "Requests that were denied: 503 while refusing, 403 without a proof."
+    ),
+}
+
+
+def at_start() -> Values:
+    """Return the metrics before the first push.
+
+    Counters begin at 0: Prometheus cannot see the increase of one that begins with the first
+    failure, and an alert on failures would miss it.
+    """
+    found: Values = {
+        name: {"": 0.0} if metric.kind == "counter" and not metric.label else {}
+        for name, metric in METRICS.items()
+    }
+    return found | {"qerl_sync_failures": dict.fromkeys(ERRORS, 0.0)}
+
 
 class MetricsServer:
     """An HTTP server with the metrics of one session, until the session is closed.
@@ -81,7 +127,7 @@ class MetricsServer:
                 "sync.metrics_port needs prometheus_client, which is not installed; "
                 "pip install prometheus-client"
             ) from exc
-        self._values: Values = {name: {} for name in METRICS}
+        self._values = at_start()
         # A registry of our own: the default one is vLLM's where it runs in this process.
         registry = CollectorRegistry()
         registry.register(self)
@@ -124,15 +170,14 @@ def updated(values: Values, push: Push) -> Values:
     for phase, seconds in push.seconds.items():
         count("qerl_sync_phase_seconds", seconds, phase)
     if push.error is not None:
-        # Only our own classes are known to be few.
-        ours = isinstance(push.error, SyncError)
-        count("qerl_sync_failures", 1, type(push.error).__name__ if ours else OTHER)
+        name = type(push.error).__name__
+        count("qerl_sync_failures", 1, name if name in ERRORS else OTHER)
     report, versions = push.report, dict(sorted(push.versions.items()))
     if report is not None:
         count("qerl_sync_syncs", 1)
         count("qerl_sync_bytes", report["sent_bytes"])
         count("qerl_sync_skipped_bytes", report["unsent_bytes"])
-        budget = report["budget_bytes"]
+        budget, mismatch = report["budget_bytes"], report["mismatch"] or {}
         found |= {
             "qerl_sync_seconds": dict(push.seconds),
             "qerl_sync_peak_buffered_bytes": {"": report["peak_buffered_bytes_measured"]},
@@ -140,6 +185,7 @@ def updated(values: Values, push: Push) -> Values:
             "qerl_sync_budget_bytes": {} if budget is None else {"": budget},
             "qerl_sync_open_layers": {"": report["max_open_layers_measured"]},
             "qerl_sync_prediction_exact": {"": int(report["prediction_exact"])},
+            "qerl_sync_mismatch": {p: gap for p, gap in mismatch.items() if gap is not None},
             "qerl_sync_lost_workers": {"": len(report["lost"])},
             "qerl_sync_last_success_timestamp_seconds": {"": push.started},
         }

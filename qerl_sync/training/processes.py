@@ -96,7 +96,8 @@ def sharding_on_cpus() -> Iterator[None]:
     optimizer's parameters, checkpoints) needs no GPU.
 
     Raises:
-        ConfigError: the plugin is of version 1, which is not synced.
+        ConfigError: the plugin is of version 1, which is not synced; or it is DeepSpeed's, which
+            accelerate drops likewise.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -105,6 +106,14 @@ def sharding_on_cpus() -> Iterator[None]:
 
     def init_and_shard(state: Any, *given: Any, **options: Any) -> None:
         init(state, *given, **options)
+        asked = options.get("deepspeed_plugin") is not None
+        if asked and state.distributed_type != DistributedType.DEEPSPEED:
+            raise ConfigError(
+                "accelerate runs DeepSpeed on GPUs only, and would leave it out here without a "
+                "word, each process training a copy of the whole model; shard with FSDP2 "
+                "(trainer.fsdp: true and trainer.fsdp_config: {version: 2}), or train on GPUs",
+                sharding="DeepSpeed",
+            )
         plugin = options.get("fsdp_plugin")
         if plugin is None or state.distributed_type != DistributedType.MULTI_CPU:
             return

@@ -25,7 +25,7 @@ from qerl_sync.training.arguments import engine_options
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush
-from qerl_sync.wire.connection import TOKEN_VARIABLE, new_token
+from qerl_sync.wire.tokens import TOKEN_VARIABLE, new_token
 
 LOG_TO_STDERR = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "INFO"}
 POLL_SECONDS = 0.25

@@ -37,6 +37,7 @@ class WorkerReport:
         peak_extra_bytes_predicted: the same from the plan, before the first byte.
         peak_staged_bytes: the most that it staged in host memory at once (policy `spill`).
         kept_bytes: memory in which it kept the old weights (`on_failure: rollback`).
+        mirror_bytes: memory in which it keeps what was sent last (`sync.delta: elements`).
         spans: what it did when, by its host's clock; see `wire.messages.Report`.
         quantisation: how its layers hold their weights after the sync (`SyncReport.quantisation`).
     """
@@ -49,6 +50,7 @@ class WorkerReport:
     peak_extra_bytes_predicted: int | None = None
     peak_staged_bytes: int = 0
     kept_bytes: int = 0
+    mirror_bytes: int = 0
     spans: Sequence[Span] = ()
     quantisation: Mapping[str, Any] = field(default_factory=dict)
 
@@ -65,6 +67,7 @@ class WorkerReport:
             "peak_extra_bytes_predicted": self.peak_extra_bytes_predicted,
             "peak_staged_bytes": self.peak_staged_bytes,
             "kept_bytes": self.kept_bytes,
+            "mirror_bytes": self.mirror_bytes,
             "slowest_layers": {
                 span.detail: round(span.seconds, 6)
                 for span in slowest(s for s in self.spans if s.name == "process")[:5]
@@ -118,12 +121,16 @@ class SyncResult:
         kind: how bytes travelled, and why so.
         lost: workers that did not take the sync although it succeeded, with the reason.
         verify_seconds: what checksums took on the trainer's side (`sync.verify`).
+        wire_bytes: what was sent to each worker; none where it reads the trainer's own memory.
+        mirror_bytes: memory in which the trainer keeps what it sent (`sync.delta: elements`).
     """
 
     workers: Sequence[WorkerReport]
     kind: str
     lost: Mapping[str, str] = field(default_factory=dict)
     verify_seconds: float = 0.0
+    wire_bytes: int = 0
+    mirror_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -191,6 +198,29 @@ class Transport(ABC):
         (StaleBaseError).
         """
         return False
+
+    def agree_on_base(self, version: int | None) -> bool:
+        """Return whether this sync may leave out what has not changed since `version`; see
+        `holds`. All trainer ranks get the same answer.
+
+        Args:
+            version: of the sync that the session committed last; None: it knows of none.
+        """
+        return version is not None and self.holds(version)
+
+    def agree_on_unchanged(self, names: Collection[str]) -> Collection[str]:
+        """Return what has stayed as it is on every trainer rank, given what has on this one."""
+        return names
+
+    def await_taken(self) -> None:  # noqa: B027  most are told when they are asked
+        """Block until the workers have opened the sync that `start` began, or raise their
+        refusal."""
+
+    @property
+    def sends_whole(self) -> str:
+        """Return why a changed tensor travels whole; empty where its changed elements can alone
+        (`SyncOptions.mirror`). Called after `committed_version`."""
+        return f"{type(self).__name__} sends no changes"
 
     def require_adapter(self, adapter: Adapter) -> None:
         """Check that the workers can serve this LoRA adapter, by building it with zeros.

@@ -87,6 +87,10 @@ class InProcessTransport(Transport):
     def committed_version(self) -> int:
         return self._receiver.version
 
+    @property
+    def sends_whole(self) -> str:
+        return "the engine is in this process, and nothing travels"
+
     def holds(self, version: int) -> bool:
         return self._committed == version == self._receiver.version and not self._receiver.poisoned
 

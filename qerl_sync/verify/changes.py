@@ -6,6 +6,7 @@ import re
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -80,6 +81,8 @@ class ChangeWatch:
         """Judge this sync, if the trainer's step has moved since the last one."""
         sent, trained = self._seen, {}
         for name, tensor in self._trained_now() if self._trained_now is not None else ():
+            if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
+                continue  # of a PEFT model nearly all, and no optimizer steps it
             found = self._by_memory.get(_memory(tensor))
             if found is None:
                 # Rounded as for sending: changes that rounding hides need not be sent.
@@ -182,8 +185,14 @@ class _Delivery:
 
     def __init__(self, sent: Iterable[str], changed: set[str]) -> None:
         self._sent, self._changed = set(sent), changed
-        self._modules = {module for name in self._sent for module in _modules(name)}
-        self._changed_modules = {module for name in changed for module in _modules(name)}
+
+    @cached_property
+    def _sent_modules(self) -> set[str]:
+        return {module for name in self._sent for module in _modules(name)}
+
+    @cached_property
+    def _changed_modules(self) -> set[str]:
+        return {module for name in self._changed for module in _modules(name)}
 
     def __contains__(self, name: str) -> bool:
         """Return whether the parameter's change was sent.
@@ -197,7 +206,7 @@ class _Delivery:
         wanted = destination(name)
         if wanted in self._sent:
             return wanted in self._changed
-        common = next((m for m in _modules(wanted) if m in self._modules), "")
+        common = next((m for m in _modules(wanted) if m in self._sent_modules), "")
         return not common or common in self._changed_modules
 
 

@@ -27,8 +27,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qerl_sync.errors import AgreementError
-from qerl_sync.wire.connection import TOKEN_VARIABLE, proof, same_proof
 from qerl_sync.wire.messages import PROTOCOL, TrainerSession
+from qerl_sync.wire.tokens import TOKEN_VARIABLE, proof, same_proof
 
 KEY = "qerl_sync"
 

@@ -43,7 +43,7 @@ from qerl_sync.options import FiniteCheck, Load, OnFailure, Verify
 from qerl_sync.stopwatch import Span
 
 # Raised with every change of what is said here.
-PROTOCOL = 10
+PROTOCOL = 11
 
 
 class _Message(BaseModel):
@@ -209,6 +209,11 @@ class SyncRequest(_Message):
     is_base: bool = False
     record_spans: bool = False
     """See `SyncOptions`, six of whose fields these are."""
+    mirror: str = ""
+    """Names the trainer's mirror: the worker keeps one too, under that name. Empty: it needs none.
+    """
+    changes_from: int | None = None
+    """The version that the mirror must hold, where chunks may bring changed elements alone."""
     segments: list[Segment]
     slots: list[int]
     """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what
@@ -234,6 +239,9 @@ class Chunk(_Message):
     """Its tensors lie where the trainer keeps its parameters, not in a slot."""
     checksums: list[int] = []
     """Of each of its tensors, in plan order, where the sync is verified by checksums."""
+    changes: list[tuple[int, int]] = []
+    """For each of its tensors, in plan order, how many changed elements travel instead of it, and
+    the bytes of a place (`wire.mirror`); two zeros: itself. Empty: all of them travel whole."""
     segments: list[Segment] = []
     """All segments from here on, if others than before."""
 
@@ -255,6 +263,7 @@ class Report(_Message):
     peak_extra_bytes_predicted: int
     peak_staged_bytes: int = 0
     kept_bytes: int = 0
+    mirror_bytes: int = 0
     spans: list[Span] = []
     """What the worker did when, by its host's clock: all of it where that was asked for, else the
     processing of the layers that took longest."""

@@ -132,6 +132,7 @@ def test_seeds_that_are_none():
     assert "write 0,1,2" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "{"])
 def test_a_shape_to_measure_with_that_is_none(tmp_path, content):
     from qerl_sync.bench.transport import make_model

@@ -63,8 +63,8 @@ def by_line(found):
 def test_the_table_shows_every_order_under_every_policy(model):
     shown, _ = run(model)
     for order in ("hf", "safetensors:5GB", "alphabetical", "size", "optimizer", "random:0"):
-        assert re.search(rf"^{order} +as given +\d+ +[\d.]+ KiB", shown, re.M), order
-    assert shown.count("by layer") >= 7
+        assert re.search(rf"^{order} +warn +\d+ +[\d.]+ KiB", shown, re.M), order
+    assert shown.count("reorder") >= 7
     assert "Layer map observed earlier from vLLM" in shown
     assert "out of order: the tensors of a parent layer do not arrive next to" in shown
     assert "model.layers.0.mlp.experts.routed_experts" in shown
@@ -79,10 +79,10 @@ def test_json_has_the_figures_and_nothing_else_is_on_standard_output(model):
     assert found["layer_map"]["largest"]["held_bytes"] == LAYER_BYTES
     lines = by_line(found)
     assert len(lines) == 14
-    ordered = [s for (_, policy), s in lines.items() if policy == "by_parent_layer"]
+    ordered = [s for (_, policy), s in lines.items() if policy == "reorder"]
     assert {s["max_open_layers"] for s in ordered} == {1}
     assert {s["peak_buffered_bytes"] for s in ordered} == {LAYER_BYTES}
-    worst = lines["random:0", "as_given"]
+    worst = lines["random:0", "warn"]
     assert worst["max_open_layers"] > 3
     assert worst["causes"] == ["out_of_order"]
     largest = worst["most_buffered"]["largest"]
@@ -95,37 +95,37 @@ def test_orders_and_policies_can_be_chosen(model, tmp_path):
     names = tmp_path / "names.txt"
     run(model, "--names", names, "--order", "random:5")
     lines = by_line(
-        run_json(model, "--order", f"file:{names}", "--order", "random:5", "--policy", "as_given")
+        run_json(model, "--order", f"file:{names}", "--order", "random:5", "--policy", "warn")
     )
-    assert set(lines) == {(f"file:{names}", "as_given"), ("random:5", "as_given")}
+    assert set(lines) == {(f"file:{names}", "warn"), ("random:5", "warn")}
     figures = [{**s, "order": None} for s in lines.values()]
     assert figures[0] == figures[1]
 
 
 def test_a_float32_trainer_holds_twice_as_much(model):
-    found = run_json(model, "--dtype", "float32", "--order", "hf", "--policy", "as_given")
+    found = run_json(model, "--dtype", "float32", "--order", "hf", "--policy", "warn")
     assert found["scenarios"][0]["peak_buffered_bytes"] == 2 * LAYER_BYTES
 
 
 def test_chunks_pin_more_than_is_buffered(model):
     lines = by_line(run_json(model, "--chunk-bytes", "64KiB", "--order", "hf"))
-    given, ordered = lines["hf", "as_given"], lines["hf", "by_parent_layer"]
+    given, ordered = lines["hf", "warn"], lines["hf", "reorder"]
     assert given["peak_pinned_bytes"] > given["peak_buffered_bytes"] == LAYER_BYTES
     assert given["peak_receive_bytes"] >= given["peak_pinned_bytes"]
     assert "pinned_views" in given["causes"]
     assert ordered["peak_pinned_bytes"] < given["peak_pinned_bytes"]
     packed = ["--chunk-bytes", "64KiB", "--order", "hf", "--packing"]
     streams = by_line(run_json(model, *packed, "stream"))
-    assert streams["hf", "by_parent_layer"]["peak_pinned_bytes"] == given["peak_pinned_bytes"]
+    assert streams["hf", "reorder"]["peak_pinned_bytes"] == given["peak_pinned_bytes"]
     assert "receiving" in run(model, *packed, "auto")[0]
 
 
 def test_a_budget_is_a_policy_of_its_own(model):
     found = run_json(model, "--budget", "200KiB", "--order", "random:0")
     lines = by_line(found)
-    assert {policy for _, policy in lines} == {"as_given", "by_parent_layer", "within_budget"}
-    assert lines["random:0", "as_given"]["within_budget"] is False
-    kept = lines["random:0", "within_budget"]
+    assert {policy for _, policy in lines} == {"warn", "reorder", "reorder_in_budget"}
+    assert lines["random:0", "warn"]["within_budget"] is False
+    kept = lines["random:0", "reorder_in_budget"]
     assert kept["within_budget"] is True
     assert LAYER_BYTES <= kept["peak_pinned_bytes"] <= 200 * 1024
 
@@ -134,13 +134,13 @@ def test_what_keeps_the_budget_is_neither_red_nor_in_need_of_a_cure(model):
     """The budget limits what is pinned: receive buffers are not red, and open layers are fine."""
     packed = ["--budget", "120KiB", "--chunk-bytes", "100KiB", "--order", "random:0"]
     lines = by_line(run_json(model, *packed))
-    kept = lines["random:0", "within_budget"]
+    kept = lines["random:0", "reorder_in_budget"]
     assert kept["within_budget"]
     assert kept["peak_receive_bytes"] > 120 * 1024
     assert kept["causes"] == []
-    assert lines["random:0", "as_given"]["causes"]
+    assert lines["random:0", "warn"]["causes"]
     roomy = by_line(run_json(model, "--budget", "1MiB", "--order", "random:0"))
-    assert roomy["random:0", "as_given"]["within_budget"]
+    assert roomy["random:0", "warn"]["within_budget"]
     assert {tuple(line["causes"]) for line in roomy.values()} == {()}
 
     asked = {"orders": ["random:0"], "budget": "120KiB", "chunk_bytes": "100KiB"}
@@ -153,16 +153,16 @@ def test_what_keeps_the_budget_is_neither_red_nor_in_need_of_a_cure(model):
         for policy, i in by_policy.items()
         if getattr([*column.cells][i], "style", "") == OVER
     }
-    assert red == {("pinned", "as_given")}
+    assert red == {("pinned", "warn")}
 
 
 def test_spill_is_shown_where_it_is_asked_for(model):
     order = ["--chunk-bytes", "4KiB", "--order", "random:0"]
     assert "staged" not in run(model, *order)[0]
-    shown, _ = run(model, *order, "--policy", "as_given", "--policy", "spill")
-    assert re.search(r"staged.*\n.*\n.* as given .*\n +spilled +1 +96.0 KiB", shown)
-    lines = by_line(run_json(model, *order, "--policy", "as_given", "--policy", "spill"))
-    assert lines["random:0", "as_given"]["peak_staged_bytes"] == 0
+    shown, _ = run(model, *order, "--policy", "warn", "--policy", "spill")
+    assert re.search(r"staged.*\n.*\n.* warn .*\n +spill +1 +96.0 KiB", shown)
+    lines = by_line(run_json(model, *order, "--policy", "warn", "--policy", "spill"))
+    assert lines["random:0", "warn"]["peak_staged_bytes"] == 0
     staged = lines["random:0", "spill"]["peak_staged_bytes"]
     assert staged > 0
     guard = ["--policy", "spill", "--assert"]
@@ -173,7 +173,7 @@ def test_spill_is_shown_where_it_is_asked_for(model):
 
 def test_a_budget_that_cannot_be_met_is_refused_after_the_figures(model):
     shown, said = run(model, "--budget", "90KiB", "--order", "hf", code=2)
-    assert re.search(r"^hf +as given +1 +96.0 KiB", shown, re.M)
+    assert re.search(r"^hf +warn +1 +96.0 KiB", shown, re.M)
     assert "model.layers.0.mlp.experts.routed_experts" in said
     assert run_json(model, "--budget", "90KiB", code=2)["refused"]
 
@@ -181,7 +181,7 @@ def test_a_budget_that_cannot_be_met_is_refused_after_the_figures(model):
 def test_assertions_that_hold(model):
     run(model, "--assert", "max_open_layers=1", "--assert", "peak_buffered_bytes=2GiB")
     found = run_json(model, "--assert", "max_open_layers=1")
-    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("hf", "by_parent_layer")]
+    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("hf", "reorder")]
     assert found["assertions"] == [
         {"field": "max_open_layers", "limit": 1, "holds": True, "failures": []}
     ]
@@ -190,12 +190,13 @@ def test_assertions_that_hold(model):
 def test_assertions_that_do_not_hold_say_why(model):
     arguments = ["--order", "random:0", "--assert", "max_open_layers=1"]
     _, said = run(model, *arguments, "--assert", "peak_buffered_bytes=1KiB", code=1)
-    assert "at most 1 parent layers open at once: random:0, as_given:" in said
-    assert "at most 1.0 KiB buffered: random:0, by_parent_layer: 96.0 KiB" in said
+    assert "at most 1 parent layers open at once: random:0, warn:" in said
+    assert "at most 1.0 KiB buffered: random:0, reorder: 96.0 KiB" in said
     found = run_json(model, *arguments, code=1)
     assert [a["holds"] for a in found["assertions"]] == [False]
 
 
+@pytest.mark.slow
 def test_pictures(model, tmp_path):
     pytest.importorskip("matplotlib")
     png, html = tmp_path / "plan", tmp_path / "plan.html"  # PNG, whatever it is called
@@ -241,7 +242,7 @@ def test_a_training_yaml_plans_what_its_run_would_do(tmp_path):
     found = run_json(path, "--assert", "max_open_layers=1", code=1)
     assert found["architecture"] == "Qwen3ForCausalLM"
     assert found["dtypes"] == "float32"
-    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:3", "as_given")]
+    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:3", "warn")]
     path.write_text(path.read_text().replace("policy: warn", "policy: spill"))
     found = run_json(path, "--assert", "max_open_layers=1")
     assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:3", "spill")]
@@ -266,13 +267,13 @@ def test_a_run_that_went_as_planned_is_equal(model, recorded):
     )
     found = run_json(model, "--compare", directory, "--order", f"run:{directory}")
     assert found["compare"][0]["equal"] is True
-    given = by_line(found)[f"run:{directory}", "as_given"]
+    given = by_line(found)[f"run:{directory}", "warn"]
     assert given["peak_buffered_bytes"] == plan.predicted.peak_buffered_bytes
 
 
 def test_a_comparison_shows_the_line_that_the_run_has_run(model, recorded):
     found = run_json(model, "--compare", recorded[0])
-    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:1", "as_given")]
+    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:1", "warn")]
     assert found["scenarios"][0]["peak_buffered_bytes"] == recorded[1].predicted.peak_buffered_bytes
 
 
@@ -297,7 +298,9 @@ def test_a_comparison_takes_the_budget_and_the_chunks_of_the_run(model, tmp_path
     found = run_json(model, "--compare", tmp_path / "run")
     assert found["compare"][0]["equal"]
     assert found["budget_bytes"] == 200 << 10
-    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("size", "within_budget")]
+    assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [
+        ("size", "reorder_in_budget")
+    ]
 
 
 def test_a_run_that_went_otherwise_shows_the_first_difference(model, recorded):
@@ -307,7 +310,7 @@ def test_a_run_that_went_otherwise_shows_the_first_difference(model, recorded):
     measured = type(plan.predicted)(tuple(steps))
     write_record(directory, SyncRecord(plan, measured, "random:1"))
     _, said = run(model, "--compare", directory, code=1)
-    assert f"tensor 7 ({steps[7].name}): buffered_bytes is" in said
+    assert f"tensor 7 ({steps[7].name}): buffered_bytes predicted" in said
 
 
 def test_a_run_of_another_model_is_different(model, recorded, tmp_path):
@@ -328,8 +331,8 @@ def test_a_run_of_another_model_is_different(model, recorded, tmp_path):
         (["--order", "file:/none/such"], "the order file /none/such cannot be read"),
         (["--order", "run:/none/such"], "/none/such holds no recorded sync"),
         (["--order", "safetensors"], "needs the checkpoint's .safetensors files"),
-        (["--policy", "as_giv"], "unknown policy 'as_giv'; did you mean 'as_given'?"),
-        (["--policy", "within_budget"], "needs a budget: --budget 2GiB"),
+        (["--policy", "war"], "unknown policy 'war'; did you mean 'warn'?"),
+        (["--policy", "reorder_in_budget"], "needs a budget: --budget 2GiB"),
         (["--assert", "open_layers=1"], "did you mean 'max_open_layers'?"),
         (["--assert", "bananas=1"], "nothing is called 'bananas'; choose one of max_open_layers"),
         (["--assert", "max_open_layers"], "has no limit"),
@@ -455,8 +458,8 @@ def test_a_multimodal_model_is_probed_without_its_image_library(tmp_path):
     found = run_json(path, "--order", "hf", "--order", "random:0")
     assert found["layer_map"]["origin"] in ("probe", "cache")
     lines = by_line(found)
-    assert lines["random:0", "by_parent_layer"]["max_open_layers"] == 1
-    worst = lines["random:0", "as_given"]
+    assert lines["random:0", "reorder"]["max_open_layers"] == 1
+    worst = lines["random:0", "warn"]
     assert worst["max_open_layers"] > 4
     held = {layer["layer"]: layer["held_bytes"] for layer in worst["most_buffered"]["largest"]}
     experts = [name for name in held if name.endswith("mlp.experts.routed_experts")]

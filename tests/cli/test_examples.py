@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import signal
@@ -11,10 +12,13 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from qerl_sync.serving.processes import descendants
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -66,21 +70,29 @@ def run(model: Path, tmp_path: Path) -> Any:
     """`run(name, *arguments)`: what an example prints, in a directory where nothing else is."""
 
     def run(name: str, *arguments: str, **variables: str) -> str:
-        before = set(SHARED_MEMORY.glob("qerl_sync-*"))
         command = [sys.executable, str(EXAMPLES / f"{name}.py"), str(model), *arguments]
-        done = subprocess.run(
+        deadline = time.monotonic() + WAIT_SECONDS
+        with subprocess.Popen(
             command,
             cwd=tmp_path,
             env=environment(**variables),
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=WAIT_SECONDS,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        left = set(SHARED_MEMORY.glob("qerl_sync-*")) - before
-        assert [path for path in left if not alive(int(path.name.split("-")[1]))] == []
-        return done.stdout
+        ) as process:
+            # Tests that run at the same time kill trainers, whose memory stays for a while.
+            started = {process.pid}
+            while process.poll() is None and time.monotonic() < deadline:
+                started.update(descendants(process.pid))
+                with suppress(subprocess.TimeoutExpired):
+                    process.communicate(timeout=0.5)
+            process.kill()
+            output, errors = process.communicate()
+        assert process.returncode == 0, output + errors
+        left = SHARED_MEMORY.glob("qerl_sync-*")
+        owners = {int(path.name.split("-")[1]) for path in left}
+        assert [pid for pid in owners & started if not alive(pid)] == []
+        return output
 
     return run
 
@@ -102,6 +114,19 @@ def test_session_in_process(run: Any):
 def test_trl_colocate(run: Any, tmp_path: Path):
     assert "3 syncs, the prediction was exact: True" in run("trl_colocate")
     assert (tmp_path / "runs" / "trl_colocate").is_dir()
+
+
+def test_few_lines_of_a_trl_script_are_ours():
+    """What a script lacks before: the import, the callback, the argument."""
+    tree = ast.parse((EXAMPLES / "trl_colocate.py").read_text())
+    ours = [
+        node
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and node.module == "qerl_sync")
+        or (isinstance(node, ast.Assign) and "WeightSyncCallback" in ast.unparse(node.value))
+        or (isinstance(node, ast.keyword) and node.arg == "callbacks")
+    ]
+    assert sum(node.end_lineno - node.lineno + 1 for node in ours) == 3
 
 
 @pytest.fixture(scope="module")

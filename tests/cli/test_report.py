@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,7 @@ from typer.testing import CliRunner
 from qerl_sync import SyncConfig, SyncSession, errors
 from qerl_sync.cli.main import app
 from qerl_sync.report.findings import EXPLANATIONS, explain
+from qerl_sync.report.live import LiveReport
 from qerl_sync.report.recorded import RecordedRun
 from qerl_sync.telemetry import files
 from qerl_sync.telemetry.recorder import run_errors_recorded
@@ -120,18 +126,117 @@ class TestPage:
         assert "budget: 1.0 MiB" in picked
 
 
-def in_browser(page: str, directory: Path) -> str:
-    path = directory / "page.html"
-    path.write_text(page, encoding="utf-8")
+def in_browser(page: str, directory: Path, milliseconds: int = 2000) -> str:
+    """Return the document of a page, or of an address, after so much of its own time."""
+    url = page
+    if not page.startswith("http:"):
+        path = directory / "page.html"
+        path.write_text(page, encoding="utf-8")
+        url = path.as_uri()
     options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={directory}/user"]
     done = subprocess.run(
-        [CHROMIUM, *options, "--virtual-time-budget=2000", "--dump-dom", path.as_uri()],
+        [CHROMIUM, *options, f"--virtual-time-budget={milliseconds}", "--dump-dom", url],
         capture_output=True,
         text=True,
         timeout=120,
         check=True,
     )
     return done.stdout
+
+
+def test_it_is_opened_in_a_browser(recorded, tmp_path, monkeypatch):
+    """`BROWSER`, which Python's webbrowser takes for the browser's command."""
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/shown\n')
+    browser.chmod(0o700)
+    monkeypatch.setenv("BROWSER", str(browser))
+    # webbrowser reads it once in a process.
+    command = [sys.executable, "-m", "qerl_sync.cli", "report", str(recorded), "--open"]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=60)
+    assert (tmp_path / "shown").read_text().strip() == (recorded / "report.html").as_uri()
+
+
+class TestLive:
+    @pytest.fixture
+    def live(self, tmp_path):
+        report = LiveReport(tmp_path)
+        thread = threading.Thread(target=report.serve)
+        thread.start()
+        yield report
+        report.close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+    def ask(self, live, path="", host=None) -> tuple[int, str]:
+        connection = http.client.HTTPConnection(live.url.split("/")[2], timeout=20)
+        with closing(connection):
+            connection.request("GET", f"/{path}", headers={"Host": host} if host else {})
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+
+    def get(self, live, path="") -> str:
+        return self.ask(live, path)[1]
+
+    def test_it_waits_for_a_run_and_shows_each_sync(self, live, tmp_path):
+        assert "Waiting" in self.get(live)
+        session, seen = session_in(tmp_path), {self.get(live, "state")}
+        for version in (1, 2):
+            session.push(step=version)
+            state, page = self.get(live, "state"), self.get(live)
+            assert f'data-state="{state}"' in page
+            assert page.count("<option ") == version
+            seen.add(state)
+        assert len(seen) == 3
+        assert self.get(live) is not None
+        assert self.get(live, "state") == state, "nothing is new"
+
+    @pytest.mark.parametrize(
+        ("path", "host", "status"), [("syncs.jsonl", None, 404), ("", "elsewhere.example:80", 403)]
+    )
+    def test_nothing_else_is_served(self, live, path, host, status):
+        assert self.ask(live, path, host)[0] == status
+
+    @needs_chromium
+    def test_a_browser_takes_the_next_page_by_itself(self, live, tmp_path, monkeypatch):
+        """A sync is committed as soon as the browser has the page of the first."""
+        session, make = session_in(tmp_path), live.page
+        session.push(step=1)
+
+        def page_and_push() -> bytes:
+            made = make()
+            if session.version < 2:
+                session.push(step=2)
+            return made
+
+        monkeypatch.setattr(live, "page", page_and_push)
+        dom = in_browser(live.url, tmp_path, milliseconds=10_000)
+        assert dom.count("<option ") == 2
+        assert f'data-state="{live.state()}"' in dom
+
+    def test_the_command_ends_by_an_interrupt(self, tmp_path):
+        push(tmp_path)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "qerl_sync.cli", "report", str(tmp_path), "--live"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            url = re.match(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())[0]
+            with urllib.request.urlopen(url, timeout=20) as answer:
+                assert b"What there is to know" in answer.read()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+            process.stderr.close()
+        with pytest.raises(OSError, match="refused"):
+            urllib.request.urlopen(url, timeout=20)
+
+    def test_a_port_in_use(self, live, tmp_path):
+        port = live.url.rpartition(":")[2].strip("/")
+        assert "--port" in run("report", tmp_path, "--live", "--port", port, code=2)
+        assert "--live" in run("report", tmp_path, "--live", "--md", code=2)
 
 
 @pytest.mark.slow
@@ -156,7 +261,9 @@ def test_a_page_of_a_long_run_is_small(tmp_path):
           document.body.dataset.milliseconds = Math.round(entry.loadEventEnd);
         }));</script></body>"""
         dom = in_browser(page.replace("</body>", loaded), tmp_path)
-        assert int(re.search(r'data-milliseconds="(\d+)"', dom)[1]) < 2000
+        milliseconds = int(re.search(r'data-milliseconds="(\d+)"', dom)[1])
+        print(f"\n{len(page.encode()) / 1e6:.1f} MB, loaded in {milliseconds} ms")
+        assert milliseconds < 2000
 
 
 class TestExplain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +23,7 @@ from qerl_sync import (
     noise_of,
 )
 from qerl_sync.errors import CoverageError, LoadError
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.verify.probe_prompt import largest_gap
 from qerl_sync.worker.compat import lora as vllm_lora
@@ -333,6 +335,17 @@ def test_an_adapter_at_odds_with_its_model_is_refused():
     with policy.disable_adapter(), pytest.raises(ConfigError) as disabled:
         source.metadata()
     assert (merged.value.feature, disabled.value.feature) == ("merged", "disabled")
+
+
+def test_a_layer_that_vllm_does_not_know_is_named(engines):
+    adapter = AdapterSource(make_policy(target_modules=["q_proj"])).adapter()
+    unknown = Adapter(
+        tuple(replace(meta, name=meta.name.replace("q_proj", "z_proj")) for meta in adapter.metas),
+        {path.replace("q_proj", "z_proj"): scale for path, scale in adapter.scalings.items()},
+    )
+    with pytest.raises(ConfigError) as caught:
+        InProcessTransport(engines.served).require_adapter(unknown)
+    assert caught.value.layers == tuple(unknown.scalings)
 
 
 def test_what_the_engine_cannot_serve_is_refused_at_construction(engines, subject):

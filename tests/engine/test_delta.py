@@ -1,4 +1,4 @@
-"""sync.delta: layers. Only parent layers of which a byte has changed travel."""
+"""sync.delta. Only parent layers of which a byte has changed travel, or only such elements."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from support.loaders import TensorSource
 from support.remote import session as remote_session
 from support.syncs import push, session
 
-from qerl_sync import ConfigError, HFSource
-from qerl_sync.errors import LoadError
+from qerl_sync import ConfigError, HFSource, PublishedSource, Publisher
+from qerl_sync.errors import LoadError, PlanError
 
 pytestmark = pytest.mark.vllm
 
@@ -21,7 +21,7 @@ QKV = {f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv"}
 
 
 def open_session(engine, carrier, source, **options):
-    options["delta"] = "layers"
+    options.setdefault("delta", "layers")
     if carrier == "in process":
         return session(engine.subject, source, **options)
     return remote_session(engine, source, transport=carrier, **options)
@@ -148,3 +148,163 @@ def test_a_source_that_cannot_hash_is_refused(subject):
     one = subject("dense", "plain")
     with pytest.raises(ConfigError, match="TensorSource"):
         session(one, TensorSource({"a": torch.ones(1)}), delta="layers")
+
+
+@torch.no_grad()
+def step(trainer, share=0.01):
+    """Change the last bit of some elements of each parameter, everywhere in it, and its last."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainer.parameters():
+        bits = parameter.data.view(torch.int32)
+        chosen = torch.rand(bits.shape, generator=generator) < share
+        chosen.view(-1)[-1] = True
+        bits ^= chosen.int()
+
+
+@pytest.mark.parametrize("kernels", ["plain", "stock"])
+def test_changed_elements_alone_have_the_effect_of_a_full_sync(remote, kernels):
+    engine = remote("in process", "dense", kernels)
+    trainer = copy.deepcopy(engine.trainers[NEW])
+    step(trainer)
+    with open_session(
+        engine, "tcp", HFSource(trainer), delta="elements", verify="checksum", chunk_bytes="64KiB"
+    ) as sync:
+        full = sync.push(step=1)
+        assert full.delta["sent"] == "everything"
+        assert full.wire_bytes >= full.sent_bytes
+        assert engine.wrong_weights(NEW) != []
+
+        step(trainer)  # back
+        report = sync.push(step=2)
+        assert engine.wrong_weights(NEW) == []
+        assert engine.generates_as(NEW)
+        assert report.delta == {"sent": "elements", "reason": ""}
+        assert report.unsent_tensors == 0
+        assert report.wire_bytes <= 0.05 * full.wire_bytes
+        assert report.prediction_exact, report.first_difference
+        nbytes = sum(p.nbytes for p in trainer.parameters())
+        assert nbytes <= report.mirror_bytes <= 1.1 * nbytes
+        assert report.workers[0]["mirror_bytes"] == report.mirror_bytes
+
+        take(trainer, engine.trainers[OLD])  # nearly every element: whole tensors
+        report = sync.push(step=3)
+        assert report.delta["sent"] == "elements"
+        assert report.wire_bytes > 0.9 * full.wire_bytes
+        assert engine.wrong_weights(OLD) == []
+
+        with torch.no_grad():
+            trainer.get_parameter(Q_PROJ).view(-1)[-1] *= -0.0  # a sign that `==` does not see
+        flip_a_bit(trainer.get_parameter(Q_PROJ))
+        report = sync.push(step=4)
+        assert set(sync.plan.order) == QKV
+        assert report.wire_bytes < 1000
+        assert any("layers.1.self_attn.qkv_proj" in one for one in engine.wrong_weights(OLD))
+        take(trainer, engine.trainers[OLD])
+        sync.push(step=5)
+        assert engine.wrong_weights(OLD) == []
+        assert engine.generates_as(OLD)
+
+
+@pytest.mark.parametrize("carrier", ["in process", "shm"])
+def test_elements_are_layers_where_nothing_crosses_a_network(remote, carrier):
+    engine = remote("in process", "dense", "plain")
+    trainer = copy.deepcopy(engine.trainers[NEW])
+    with open_session(engine, carrier, HFSource(trainer), delta="elements") as sync:
+        sync.push()
+        flip_a_bit(trainer.get_parameter(Q_PROJ))
+        sync.push()
+        flip_a_bit(trainer.get_parameter(Q_PROJ))
+        report = sync.push()
+        assert set(sync.plan.order) == QKV
+        assert report.delta["sent"] == "layers"
+        assert report.delta["reason"]
+        assert report.mirror_bytes == 0
+        assert engine.wrong_weights(NEW) == []
+
+
+def test_changes_are_sent_to_no_worker_that_lacks_what_they_change(remote):
+    engine = remote("in process", "dense", "plain")
+    trainer = copy.deepcopy(engine.trainers[NEW])
+    source = Cut(trainer)
+    with open_session(engine, "tcp", source, delta="elements", on_failure="rollback") as sync:
+        sync.push()
+        flip_a_bit(trainer.get_parameter(Q_PROJ))
+        assert sync.push().delta["sent"] == "elements"
+
+        source.broken = True
+        flip_a_bit(trainer.get_parameter(Q_PROJ))
+        with pytest.raises(ConnectionResetError):
+            sync.push()
+        source.broken = False
+        report = sync.push()
+        assert report.delta["sent"] == "everything"
+        assert report.delta["reason"]
+        assert engine.wrong_weights(NEW) == []
+        assert sync.push().delta["sent"] == "elements"
+
+        sync._transport.disconnect()  # as where the connection was lost: both mirrors are gone
+        report = sync.push()
+        assert report.delta["sent"] == "everything"
+        assert report.delta["reason"]
+        assert engine.wrong_weights(NEW) == []
+
+        with open_session(engine, "in process", HFSource(engine.trainers[OLD])) as other:
+            other.push()
+        assert sync.push().delta["sent"] == "everything"
+        assert engine.wrong_weights(NEW) == []
+
+
+def test_a_worker_with_another_mirror_refuses_before_the_first_byte(remote):
+    engine = remote("in process", "dense", "plain")
+    trainer = copy.deepcopy(engine.trainers[NEW])
+    with open_session(engine, "tcp", HFSource(trainer), delta="elements") as sync:
+        sync.push()
+        sync._transport._own_staging.mirror.id = "another"
+        report = sync.push()
+        assert report.delta["sent"] == "everything"
+        assert sync.push().delta["sent"] == "elements"
+        assert engine.wrong_weights(NEW) == []
+
+
+def test_a_mirror_that_is_not_allowed_is_refused_before_the_first_byte(remote):
+    engine = remote("in process", "dense", "plain")
+    with (
+        open_session(
+            engine,
+            "tcp",
+            HFSource(engine.trainers[NEW]),
+            delta="elements",
+            mirror_budget_bytes="1KiB",
+        ) as sync,
+        pytest.raises(PlanError),
+    ):
+        sync.push()
+    assert engine.wrong_weights(OLD) == []
+    assert engine.generates_as(OLD)
+
+
+def test_published_versions_reach_an_engine_as_if_its_trainer_were_here(subject, tmp_path):
+    one = subject("dense", "stock")
+    trainer = copy.deepcopy(one.trainers[NEW])
+    step(trainer)
+    publisher, source = Publisher(str(tmp_path)), PublishedSource(str(tmp_path))
+    assert publisher.publish(HFSource(trainer), step=1).is_full
+    assert source.refresh()
+    with session(one, source, delta="layers", verify="checksum") as sync:
+        sync.push(step=source.step)
+        assert one.wrong_weights(NEW) != []
+
+        step(trainer)  # back
+        found = publisher.publish(HFSource(trainer), step=2)
+        assert not found.is_full
+        assert source.refresh()
+        sync.push(step=source.step)
+        assert one.wrong_weights(NEW) == []
+        assert one.generates_as(NEW)
+
+        flip_a_bit(trainer.get_parameter(Q_PROJ))
+        assert publisher.publish(HFSource(trainer), step=3).nbytes < 1000
+        source.refresh()
+        sync.push(step=source.step)
+        assert set(sync.plan.order) == QKV, "the publisher's checksums say what has changed"
+        assert one.wrong_weights(NEW) != []

@@ -222,3 +222,22 @@ def test_a_second_probe_during_a_sync_is_no_surprise(subject):
     with torch.inference_mode():
         assert observe(one, metas_of(one))
     assert one.wrong_weights(OLD) == []
+
+
+def test_an_attribute_that_a_kernel_has_emptied_is_none_again(subject):
+    """As int8 checkpoints have it on a CPU: their kernel takes the weight, and the model reads the
+    attribute."""
+    one = subject("dense")
+    parts = compat.in_process_parts(one.engine)
+    layer = one.model.get_submodule("model.layers.0.mlp.down_proj")
+    own, layer.weight = layer.weight, None
+    try:
+        with (
+            compat.loading_context(parts.vllm_config),
+            compat.dry_reload(one.model),
+        ):
+            assert layer.weight.is_meta
+        assert layer.weight is None
+    finally:
+        layer.weight = own
+    assert one.generates_as(OLD)

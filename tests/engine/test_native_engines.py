@@ -21,9 +21,9 @@ from test_vllm_contract import FourMethods
 from qerl_sync import ConfigError, HFSource, PoisonedError, SyncError, TransportError
 from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, LayerMapError
 from qerl_sync.plan.sync_plan import build_plan
-from qerl_sync.wire.connection import TOKEN_VARIABLE
 from qerl_sync.wire.handshake import call
 from qerl_sync.wire.messages import PROTOCOL
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 
 pytestmark = [pytest.mark.vllm, needs("vLLM's own nccl and ipc engines")]
 

@@ -1,6 +1,7 @@
 """A process that breaks one engine: `python -m faults.host DESCRIPTOR`.
 
-It is told over that pipe what to do, and sends each case's name before it and its outcome after it.
+It is told over that pipe what to do, and sends each case's name before it and its outcome after it;
+or the error that ends it.
 """
 
 from __future__ import annotations
@@ -23,18 +24,23 @@ from faults import oracle
 from faults import stock as vllm
 from faults.cases import Case, all_cases
 from faults.engines import FaultEngine
-from faults.outcomes import OURS, Outcome, one_line
+from faults.outcomes import OURS, Ended, Outcome, one_line
 
 
 def main(pipe: Connection) -> None:
     spec, reported = pipe.recv()
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
-    with tempfile.TemporaryDirectory(prefix="qerl-sync-faults-") as directory:
-        engine = spec.start(Path(directory))
-        try:
-            _serve(engine, pipe.send, **reported)
-        finally:
-            engine.close()
+    try:
+        with tempfile.TemporaryDirectory(prefix="qerl-sync-faults-") as directory:
+            engine = spec.start(Path(directory))
+            try:
+                _serve(engine, pipe.send, **reported)
+            finally:
+                engine.close()
+    except Exception as exc:
+        # What engines write as they end hides the traceback in the log.
+        pipe.send(Ended(one_line(exc)))
+        raise
 
 
 def _end_with_parent(pipe: Connection) -> None:

@@ -24,7 +24,7 @@ from faults.triggers import FaultySource, InjectedFault, PhasedRemote, Trigger
 from qerl_sync import SyncError, SyncSession
 from qerl_sync.errors import CoverageError, EngineTakenError, IntegrityError, StaleCacheError
 from qerl_sync.transports.remote import connection as remote_connection
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 
 # An order of the source, kept, in which the query parts of all layers come before the rest of them.
 SEVERAL_OPEN: dict[str, Any] = {"policy": "warn", "source_order": "size"}

@@ -72,6 +72,13 @@ class Outcome:
         return {**asdict(self), "ok": self.ok}
 
 
+@dataclass(frozen=True)
+class Ended:
+    """What the process of an engine sends last, where an error ends it."""
+
+    error: str
+
+
 def one_line(error: BaseException | str | None) -> str:
     if error is None:
         return ""

@@ -16,7 +16,7 @@ from support.remote import import_path
 
 from faults.cases import all_cases
 from faults.engines import ENGINES, Spec
-from faults.outcomes import CRASH, GONE, HANG, OURS, STOCK, Outcome, one_line
+from faults.outcomes import CRASH, GONE, HANG, OURS, STOCK, Ended, Outcome, one_line
 from qerl_sync import ConfigError, SyncError
 from qerl_sync.serving.guard import kill
 from qerl_sync.serving.processes import members
@@ -160,12 +160,15 @@ def hosted(spec: Spec, log: Path, **reported: Any) -> Iterator[Callable[[float],
         if not pipe.poll(timeout_seconds):
             raise TimeoutError(f"{spec} says nothing for {timeout_seconds:g} s")
         try:
-            return pipe.recv()
+            said = pipe.recv()
         except (EOFError, OSError) as exc:
             words = " ".join(log.read_text(errors="replace").strip().splitlines()[-3:])
             raise SyncError(
                 f"the process that breaks {spec} ended; the end of {log}: {words}"
             ) from exc
+        if isinstance(said, Ended):
+            raise SyncError(f"the process that breaks {spec} ended: {said.error} (see {log})")
+        return said
 
     grace_seconds = 0.1
     try:

@@ -180,6 +180,17 @@ def test_a_case_hangs_only_if_much_more_time_does_not_help(tmp_path, monkeypatch
     assert max(waited) == 10 * CASE_SECONDS
 
 
+@pytest.mark.slow  # its process imports torch
+def test_what_ends_a_process_at_its_start_is_shown(tmp_path):
+    log = tmp_path / "engine.log"
+    with (
+        pytest.raises(SyncError, match="KeyError: 'none'"),
+        suite.hosted(Spec("none", "dense"), log),
+    ):
+        pass
+    assert "Traceback" in log.read_text()
+
+
 class Versions:
     """An engine whose ranks have committed `held`."""
 

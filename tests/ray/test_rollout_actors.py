@@ -12,11 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.adapters import make_policy, step
 from support.engines import PROMPTS
-from support.ray_cluster import GREEDY, Rollouts, start_rollouts, status, two_nodes
+from support.models import make_model, save_model
+from support.ray_cluster import ENGINE, GREEDY, Rollouts, start_rollouts, status, two_nodes
 from support.ray_echo import Holder
 
 from qerl_sync import (
+    AdapterSource,
     ConfigError,
     HFSource,
     PoisonedError,
@@ -30,6 +33,9 @@ from qerl_sync import (
 )
 from qerl_sync.engines.ray_actor import require_object_store
 from qerl_sync.errors import AgreementError, CoverageError
+from qerl_sync.integrations.ray.actors import RolloutActor
+from qerl_sync.integrations.ray.in_flight import AsyncRolloutActor
+from qerl_sync.integrations.ray.pool import start_actor
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.verify.probe_prompt import Probe
 
@@ -359,6 +365,44 @@ def test_an_engine_that_does_not_start_is_told_with_its_reason(rollouts: Rollout
         WorkerPool.start(1, {}, names="rollout-1")
     with pytest.raises(ConfigError, match="the engine of broken-0 does not start"):
         WorkerPool.start(1, {"model": str(tmp_path)}, max_restarts=0, names="broken-{}")
+
+
+# ---- LoRA adapters, in engines of their own
+
+
+def test_an_adapter_reaches_every_kind_of_actor_and_one_that_is_restarted(
+    cluster: None, tmp_path: Path
+):
+    """An `LLM` and an `AsyncLLM` in one pool, started with other base weights than the policy's."""
+    policy = make_policy(seed=3)
+    adapter_bytes = AdapterSource(policy).adapter().nbytes
+    path = str(save_model(make_model("dense", 1), tmp_path / "base"))
+    engine = {**ENGINE, "model": path, "enable_lora": True, "max_lora_rank": 8}
+    handles = {
+        "lora": start_actor("lora", engine, RolloutActor),
+        "async lora": start_actor("async lora", engine, AsyncRolloutActor),
+    }
+    pool = WorkerPool(handles)
+    pool.wait(240)
+    config = SyncConfig.of(chunk_bytes="16KiB", timeout_seconds=60)
+    with SyncSession(AdapterSource(policy), pool.transport(config), config) as session:
+        assert session.push(1).sent_bytes > adapter_bytes, "the base has travelled too"
+        step(policy, 1)
+        assert logprob_gap(pool.generate(PROMPTS, GREEDY), policy) > 0.1
+        report = session.push(2)
+        assert report.sent_bytes == adapter_bytes
+        found = pool.generate(PROMPTS, GREEDY)
+        assert {one.worker for one in found} == set(handles)
+        assert logprob_gap(found, policy) < 1e-5
+
+        os.kill(status(handles["lora"])["pid"], signal.SIGKILL)
+        step(policy, 2)
+        again = until_whole(session)
+        found = pool.generate(PROMPTS, GREEDY)
+        assert {one.worker for one in found} == set(handles)
+        assert {one.version for one in found} == {again.version}
+        assert logprob_gap(found, policy) < 1e-5
+    pool.stop()
 
 
 # ---- last, since nobody waits for the restart

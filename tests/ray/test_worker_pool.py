@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from support.loaders import TensorSource, tensors
+from support.loaders import HashedSource, TensorSource, tensors
 from support.ray_cluster import environment
 from support.ray_echo import EchoRollout, Holder, Plain
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TrainConfig, TransportError, WorkerPool
+from qerl_sync.bench.echo import checksum as crc32
 from qerl_sync.engines.ray_actor import RayActorClient, require_object_store
 from qerl_sync.errors import CoverageError, PeerLostError, TransportTimeout
 from qerl_sync.integrations.ray.actors import CONTROL
@@ -86,6 +87,25 @@ def ask(handle: Any, method: str, *arguments: Any) -> Any:
     import ray
 
     return ray.get(getattr(handle, method).remote(*arguments))
+
+
+def test_changed_elements_travel_through_the_object_store(start: Any):
+    pool = start("a", "b")
+    weights = {f"layer.{i}": torch.randn(50, 60) for i in range(4)}
+    config = SyncConfig.of(
+        timeout_seconds=20, transport="ray", delta="elements", chunk_bytes=30_000
+    )
+    with SyncSession(HashedSource(weights), pool.transport(config), config) as session:
+        for name in pool.handles:
+            ask(pool.handles[name], "check", True)
+        full = session.push()
+        for tensor in weights.values():
+            tensor[3, 4] += 1
+        report = session.push()
+        assert report.delta == {"sent": "elements", "reason": ""}
+        assert report.wire_bytes < full.wire_bytes / 100
+        right = {name: crc32(tensor) for name, tensor in weights.items()}
+        assert all(ask(handle, "check", True) == right for handle in pool.handles.values())
 
 
 # ---- generating

@@ -18,6 +18,7 @@ from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.replay import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
 from qerl_sync.worker.protocol.session import WorkerSession
@@ -47,6 +48,15 @@ class TensorSource(Source):
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, self.held[name]) for name in names)
+
+
+class HashedSource(TensorSource):
+    """One that says which of them have changed."""
+
+    stamps_content = True
+
+    def content_stamps(self) -> dict[str, int]:
+        return {name: checksum(tensor) for name, tensor in self.held.items()}
 
 
 class KeepingLoader:

@@ -9,39 +9,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qerl_sync import HFSource
-from qerl_sync.sources.sharded import ShardedSource
+from qerl_sync import AdapterSource, HFSource, PEFTSource
+from qerl_sync.sources.sharded import ShardedAdapterSource, ShardedPEFTSource, ShardedSource
 from qerl_sync.verify.changes import fingerprint
+from support.adapters import make_policy
 from support.models import make_model
 from support.ranks import report
 
 
-def partitioned(kind: str, threshold: int) -> Any:
+def partitioned(model: Any, threshold: int) -> Any:
     """An engine of DeepSpeed's. Parameters of up to `threshold` elements stay whole."""
     import deepspeed
 
     # It would compile one for shared memory, for minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    model = make_model(kind, 1)
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": threshold},
         "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}},
     }
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=model.parameters(), config=config
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=config,
     )
     return engine
 
 
-def gathered(source: ShardedSource, chunks: int = 3) -> dict[str, torch.Tensor]:
+def gathered(source: Any, chunks: int = 3) -> dict[str, torch.Tensor]:
     """Everything, in chunks of which the receiver takes the first tensor only, and then all."""
-    names = [meta.name for meta in source.metadata()]
+    names = names_of(source)
     for half in (0, 1):
         found: dict[str, torch.Tensor] = {}
         for begin in range(chunks):
             stream = source.materialize(names[begin::chunks])
-            found |= [next(stream)] if half == 0 else stream
+            found |= [next(stream)] if half == 0 else ((n, t.clone()) for n, t in stream)
             source.end_chunk()
     return found
 
@@ -52,7 +54,7 @@ def main(directory: str) -> None:
     said: dict[str, Any] = {}
     for kind, threshold in (("tied", 0), ("moe", 1000)):
         whole = HFSource(make_model(kind, 1))
-        engine = partitioned(kind, threshold)
+        engine = partitioned(make_model(kind, 1), threshold)
         source = ShardedSource(engine.module)
         expected = {m.name: t for m, (_, t) in zip(whole.metadata(), stream_of(whole), strict=True)}
         first = gathered(source)
@@ -71,12 +73,44 @@ def main(directory: str) -> None:
             "partitioned": len(parts),
             "still": all(p.numel() == 0 for p in parts if p.ds_numel > threshold),
         }
+    said["adapters"] = adapters()
     report(directory, **said)
     os._exit(0)
 
 
+def adapters() -> dict[str, bool]:
+    """A PEFT model, partitioned: its adapter and its merged weights are those of the whole one."""
+    options = {"r": 4, "modules_to_save": ["norm"]}
+    engine = partitioned(make_policy(seed=1, **options), 0)
+    whole = make_policy(seed=1, **options)
+    told: dict[str, bool] = {}
+    for sharded, plain in (
+        (ShardedAdapterSource(engine.module), AdapterSource(whole)),
+        (ShardedPEFTSource(engine.module), PEFTSource(whole)),
+    ):
+        metas, kind = sharded.metadata(), type(plain).__name__
+        told[f"{kind}: metas"] = metas == plain.metadata() and sharded.adapter() == plain.adapter()
+        found, stamps = gathered(sharded), sharded.unchanging()
+        sharded.check_finite()
+        told[f"{kind}: equal"] = all(torch.equal(found[n], t) for n, t in stream_of(plain))
+        told[f"{kind}: base unchanged"] = bool(stamps) and sharded.unchanging() == stamps
+    tokens = torch.tensor([[1, 2, 3, 4]])
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
+    told["base unchanged by a step"] = (sharded.metadata(), sharded.unchanging()) == (metas, stamps)
+    after = gathered(sharded)
+    told["trained"] = not torch.equal(after["model.norm.weight"], found["model.norm.weight"])
+    return told
+
+
+def names_of(source: Any) -> list[str]:
+    adapter = (source.metadata(), source.adapter())[1]
+    beside = [meta.name for meta in adapter.metas] if adapter is not None else []
+    return [meta.name for meta in source.metadata()] + beside
+
+
 def stream_of(source: HFSource) -> Any:
-    return source.materialize([meta.name for meta in source.metadata()])
+    return source.materialize(names_of(source))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class Witness:
             if self._float32:
                 model = deepcopy(model).float()
                 vars(model).pop("forward", None)  # accelerate's, of the model that was copied
-            right = probe_of(model).logprobs(PROMPT)
+            # The asynchronous trainers' own attention takes packed completions, not a prompt.
+            right = probe_of(model, attention="eager" if self._url else None).logprobs(PROMPT)
             if self._url:
                 said = HTTPClient(self._url).prompt_logprobs(PROMPT)
             else:

@@ -121,8 +121,7 @@ How each is attached:
   generate with vLLM, and are refused with a sentence that says so. `ServerDistillationTrainer`
   is a `DistillationTrainer` whose teacher is on a server; it was not run.
 
-`IWOPDTrainer` has no row yet: its first sync was made, and TRL's own loss was infinite with
-this tiny model, so that the NaN weights of its first step were refused before they were sent.
+Rows that are not run have no result yet, good or bad: no run of them has come to its end.
 
 Not run: a vision-language model under TRL. vLLM's own code for those that TRL trains imports
 torchvision, which is not among what is installed here. Their names are those that

@@ -28,8 +28,7 @@ from support.trainers import (
 )
 from support.witness import Witness
 
-from qerl_sync import SyncError, WeightSyncCallback
-from qerl_sync.integrations.trl_async import AsyncWeightTransfer
+from qerl_sync import SyncError
 
 WORKS, REFUSED, WRONG, FAILS = "works", "refused", "wrong", "fails"
 STEPS = 3
@@ -51,6 +50,11 @@ COMMON: dict[str, Any] = {
 COLOCATED: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 64}
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
 
+RESPONSE_TEMPLATE = {
+    "defaults": {"role": "assistant"},
+    "fields": {"content": {"close_pattern": "<eos>", "content": "text"}},
+}
+
 Build = Callable[[Path, Path, Any], Any]
 
 
@@ -59,6 +63,14 @@ def prompts(**columns: Any) -> Any:
 
     rows = [f"w{i} w{i + 1} =" for i in range(32)]
     return Dataset.from_dict({"prompt": rows, **{k: [v] * 32 for k, v in columns.items()}})
+
+
+def conversations() -> Any:
+    """The same prompts for trainers that apply the tokenizer's chat template to each."""
+    from datasets import Dataset
+
+    rows = [[{"role": "user", "content": f"w{i} w{i + 1} ="}] for i in range(32)]
+    return Dataset.from_dict({"prompt": rows})
 
 
 def grpo(policy: Path, directory: Path, callback: Any, **changes: Any) -> Any:
@@ -125,11 +137,6 @@ def iw_opd(policy: Path, directory: Path, callback: Any) -> Any:
         str(directory),
         **COMMON,
         **COLOCATED,
-        lmbda=1.0,
-        distillation_objective="jsd",
-        beta=0.5,
-        loss_top_k=0,
-        top_p=1.0,
         num_generations=1,
         max_length=48,
         max_prompt_length=32,
@@ -186,7 +193,7 @@ def async_grpo(policy: Path, directory: Path, transfer: Any) -> Any:
         str(policy),
         varied,
         args,
-        train_dataset=prompts(),
+        train_dataset=conversations(),
         weight_transfer=transfer,
     )
 
@@ -209,7 +216,7 @@ def async_distillation(policy: Path, directory: Path, transfer: Any) -> Any:
         model_init_kwargs={"attn_implementation": "sdpa"},
     )
     return AsyncDistillationTrainer(
-        str(policy), args, train_dataset=prompts(), weight_transfer=transfer
+        str(policy), args, train_dataset=conversations(), weight_transfer=transfer
     )
 
 
@@ -228,6 +235,8 @@ def save_chatting_policy(directory: Path, seed: int = 0) -> Path:
     save_policy(directory, seed=seed)
     words = tokenizer(directory)
     words.chat_template = CHAT_TEMPLATE
+    # By which AsyncGRPOTrainer reads a completion; TRL has those of known models.
+    words.response_template = RESPONSE_TEMPLATE
     words.save_pretrained(directory)
     return directory
 
@@ -299,11 +308,15 @@ def run(name: str, directory: Path) -> dict[str, Any]:
     build, by = TRAINERS[name]
     policy = save_chatting_policy(directory / "policy")
     if by == TRANSFER:
+        from qerl_sync.integrations.trl_async import AsyncWeightTransfer
+
         with on_a_cpu(), served(policy, directory / "vllm.log") as url:
             transfer = AsyncWeightTransfer(url)
             return _row(
                 name, by, transfer, Witness(url), lambda: build(policy, directory, transfer)
             )
+    from qerl_sync import WeightSyncCallback
+
     callback = WeightSyncCallback(engine=ENGINE)
     return _row(name, by, callback, Witness(), lambda: build(policy, directory, callback))
 

@@ -32,10 +32,10 @@ from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLo
 from qerl_sync.telemetry.files import read_lines
 from qerl_sync.transports.remote import connection as peers
 from qerl_sync.transports.remote.connection import WorkerConnection
-from qerl_sync.wire import connection as wire
+from qerl_sync.wire import endpoints, segments, tokens
 from qerl_sync.wire import messages as say
-from qerl_sync.wire import segments
-from qerl_sync.wire.connection import Connection, Listener, connect, format_endpoint, parse_endpoint
+from qerl_sync.wire.connection import Connection
+from qerl_sync.wire.endpoints import Listener, connect, format_endpoint, parse_endpoint
 from qerl_sync.wire.segments import remove_abandoned
 
 HOST = "127.0.0.1"
@@ -128,7 +128,7 @@ def test_a_forked_child_does_not_hide_the_end_of_its_parent(role):
         "print(listener.port, flush=True)\nheld = listener.accept(30)",
         "worker": "held = connect('127.0.0.1', int(sys.stdin.readline()), 'secret', 30)",
     }
-    prepare = f"from qerl_sync.wire.connection import Listener, connect\n{ends[role]}"
+    prepare = f"from qerl_sync.wire.endpoints import Listener, connect\n{ends[role]}"
     if role == "worker":
         listener = Listener(HOST, 0, "secret")
         prepare = prepare.replace("sys.stdin.readline()", str(listener.port))
@@ -389,8 +389,8 @@ def test_a_listener_survives_that_descriptors_run_out(listener):
 
 
 def test_silent_strangers_are_bounded_and_delay_a_worker_by_a_moment(listener, monkeypatch):
-    monkeypatch.setattr(wire, "MAX_HANDSHAKES", 8)
-    monkeypatch.setattr(wire, "FAIR_SECONDS", 0.02)
+    monkeypatch.setattr(endpoints, "MAX_HANDSHAKES", 8)
+    monkeypatch.setattr(endpoints, "FAIR_SECONDS", 0.02)
     before = threading.active_count()
     strangers = [socket.create_connection((HOST, listener.port)) for _ in range(40)]
     try:
@@ -402,7 +402,7 @@ def test_silent_strangers_are_bounded_and_delay_a_worker_by_a_moment(listener, m
 
 
 def test_a_handshake_has_one_deadline(listener, monkeypatch):
-    monkeypatch.setattr(wire, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(tokens, "HANDSHAKE_SECONDS", 0.5)
     with socket.create_connection((HOST, listener.port)) as slow:
         slow.settimeout(0.2)
         started = time.monotonic()

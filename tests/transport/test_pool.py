@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from support.errors import raises
-from support.loaders import TensorSource, tensors
+from support.loaders import HashedSource, TensorSource, tensors
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.bench.echo import EchoLoader, hello
+from qerl_sync.bench.echo import checksum as crc32
 from qerl_sync.engines.base import EngineClient
 from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, NoRoomError
 from qerl_sync.transports.remote.pool import PoolTransport
@@ -55,7 +56,8 @@ class Engine(EngineClient):
             return hello().model_copy(update=reported)
 
         self.started.append(self)
-        self.connection = WorkerSession(EchoLoader(), torch.device("cpu"), introduce)
+        self.loader = EchoLoader()
+        self.connection = WorkerSession(self.loader, torch.device("cpu"), introduce)
 
     def init_weight_transfer_engine(self, call: dict[str, Any]) -> None:
         self.endpoints += call["endpoints"]
@@ -376,3 +378,41 @@ def test_an_engine_that_does_not_answer_at_once_is_waited_for():
     with session_of(pool) as sync:
         assert sync.push().version == 1
     assert len(asked) == 3
+
+
+@pytest.mark.parametrize("transport", ["tcp", "ray"])
+def test_changed_elements_reach_all_engines_and_a_new_one_has_all_get_everything(transport):
+    store = Store()
+    weights = {f"layer.{i}": torch.randn(20, 30) for i in range(5)}
+    engines = [StoringEngine(store) for _ in range(3)]
+    pool = pool_of(*engines[:2], transport=transport)
+    config = SyncConfig.of(delta="elements", chunk_bytes=5000)
+    with SyncSession(HashedSource(weights), pool, config) as session:
+        for engine in engines:
+            engine.loader.check = True
+
+        def arrived(*some: StoringEngine) -> bool:
+            right = {name: crc32(tensor) for name, tensor in weights.items()}
+            return all(engine.loader.checksums == right for engine in some)
+
+        full = session.push()
+        assert arrived(*engines[:2])
+        for tensor in weights.values():
+            tensor[3, 4] += 1
+        assert not arrived(engines[0])
+        report = session.push()
+        assert arrived(*engines[:2])
+        assert report.delta == {"sent": "elements", "reason": ""}
+        assert report.wire_bytes < full.wire_bytes / 50
+        assert {worker["mirror_bytes"] for worker in report.workers} == {report.mirror_bytes}
+
+        pool.add("new", engines[2])
+        weights["layer.0"][0, 0] += 1
+        report = session.push()
+        assert report.delta["sent"] == "everything"
+        assert report.delta["reason"]
+        assert arrived(*engines)
+        for tensor in weights.values():
+            tensor[3, 4] += 1
+        assert session.push().delta["sent"] == "elements"
+        assert arrived(*engines)

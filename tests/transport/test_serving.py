@@ -36,7 +36,7 @@ from qerl_sync.serving.command import (
 from qerl_sync.serving.log import complaint_in, last_line
 from qerl_sync.serving.processes import descendants, members
 from qerl_sync.serving.server import ServerProcess
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 
 
 @pytest.fixture
@@ -263,6 +263,7 @@ class TestServerProcess:
         ):
             pass
 
+    @pytest.mark.slow
     def test_a_slow_start_shows_life_and_ends_in_time(self, server):
         seen = []
         slow = "print('loading', flush=True); time.sleep(600)"
@@ -283,6 +284,7 @@ class TestServerProcess:
             ):
                 pass
 
+    @pytest.mark.slow
     def test_somebody_else_that_answers_there_is_not_taken_for_it(self, server, tmp_path, started):
         """Two runs that start at the same time with the same port."""
         (tmp_path / "health").touch()

@@ -28,7 +28,7 @@ from qerl_sync.serving.middleware import (
     QUIET_SECONDS,
     ServingGuardMiddleware,
 )
-from qerl_sync.wire.connection import PROOF_HEADER, TOKEN_VARIABLE, proof
+from qerl_sync.wire.tokens import PROOF_HEADER, TOKEN_VARIABLE, proof
 
 TOKEN = "a secret of both"
 UPDATE = ["start_weight_update", "update_weights"]
@@ -309,6 +309,34 @@ class TestWhatIsTold:
         server.control(*routes)
         server.commit(version=None)
         assert not server.is_open
+
+
+class TestMetrics:
+    def test_what_vllm_serves_beside_its_own(self, server):
+        prometheus_client = pytest.importorskip("prometheus_client")
+
+        def read(name: str, **labels: str) -> float:
+            server.ask("GET", "/metrics")
+            full = f"qerl_sync_server_{name}"
+            return prometheus_client.REGISTRY.get_sample_value(full, labels) or 0.0
+
+        counters = [("syncs_total", {}), ("paused_seconds_total", {})]
+        counters.append(("denied_requests_total", {"status": "503"}))
+        before = [read(name, **labels) for name, labels in counters]
+        assert (read("refusing"), read("paused")) == (0, 0)
+        server.control("pause")
+        server.refuse()
+        assert server.ask("POST", "/v1/completions") == 503
+        assert (read("refusing"), read("paused")) == (1, 1)
+        server.seconds += 3
+        server.commit("7")
+        server.control("resume")
+        assert (read("refusing"), read("paused")) == (0, 0)
+        assert read("weight_version") == 7
+        after = [read(name, **labels) for name, labels in counters]
+        assert [new - old for new, old in zip(after, before, strict=True)] == [1, 3, 1]
+        server.commit("by words")
+        assert read("weight_version") == 7
 
 
 class TestAbandoned:
@@ -835,6 +863,13 @@ def ready(engine) -> bool:
     return status == 200
 
 
+def metrics(engine) -> dict[str, float]:
+    """What the guard tells of itself in vLLM's own metrics."""
+    text = requests.get(f"{engine.process.url}/metrics", timeout=10).text
+    words = (line.split() for line in text.splitlines() if line.startswith("qerl_sync_server_"))
+    return {name.removeprefix("qerl_sync_server_"): float(value) for name, value in words}
+
+
 class Breaking(HFSource):
     """Raises in the middle, if chunks are as small as `SMALL`."""
 
@@ -853,6 +888,8 @@ class TestServer:
     def test_a_failed_sync_refuses_until_a_good_one(self, remote):
         engine = remote("server")
         assert ready(engine)
+        before = metrics(engine)
+        assert before["refusing"] == 0
         with (
             session(engine, Breaking(engine.trainers[NEW]), **SMALL) as sync,
             pytest.raises(SyncError, match="the disk is full"),
@@ -865,13 +902,23 @@ class TestServer:
         assert "does not generate: a sync failed: the disk is full" in refused.text
         assert engine.client().health()
         assert not ready(engine)
+        failed = metrics(engine)
+        denied = 'denied_requests_total{status="503"}'
+        assert (failed["refusing"], failed["paused"]) == (1, 1)
+        assert failed["syncs_total"] == before["syncs_total"]
+        assert failed[denied] > before.get(denied, 0)
 
         # What somebody else has begun leaves the worker as it is; so does resuming it by hand.
         engine.client().resume()
         assert completion(engine).status_code == 503
-        push(engine, NEW)
+        report = push(engine, NEW)
         assert ready(engine)
         assert engine.generates_as(NEW)
+        after = metrics(engine)
+        assert (after["refusing"], after["paused"]) == (0, 0)
+        assert after["syncs_total"] == before["syncs_total"] + 1
+        assert after["weight_version"] == report.version
+        assert after["paused_seconds_total"] > before["paused_seconds_total"]
 
     def test_a_disguised_path_drives_no_engine(self, remote):
         """Starlette's router takes a path that ends in a line feed for the route without it."""

@@ -47,7 +47,7 @@ from qerl_sync.serving.server import ServerProcess
 from qerl_sync.transports.remote import compatibility as agreement
 from qerl_sync.transports.remote.compatibility import joint_map
 from qerl_sync.wire import host, segments
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 from qerl_sync.worker.compat import caches
 
 pytestmark = pytest.mark.vllm

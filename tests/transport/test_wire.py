@@ -48,17 +48,12 @@ from qerl_sync.transports.remote import compatibility as agreement
 from qerl_sync.transports.remote import control, transport
 from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.wire import connection as wire
+from qerl_sync.wire import endpoints, segments, tokens
 from qerl_sync.wire import messages as say
-from qerl_sync.wire import segments
-from qerl_sync.wire.connection import (
-    HANDSHAKE_SECONDS,
-    Connection,
-    Listener,
-    connect,
-    new_token,
-    proof,
-)
+from qerl_sync.wire.connection import Connection
+from qerl_sync.wire.endpoints import Listener, connect
 from qerl_sync.wire.segments import AttachedSegment, SharedSegment, remove_abandoned
+from qerl_sync.wire.tokens import HANDSHAKE_SECONDS, new_token, proof
 
 OLD, NEW = tensors(0), tensors(1)
 HOST = "127.0.0.1"
@@ -67,10 +62,10 @@ TIMEOUT_SECONDS = 20.0
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left_behind():
-    before = set(segments.DIRECTORY.iterdir())
+    own = f"*{segments.PREFIX}{os.getpid()}-*"
+    before = set(segments.DIRECTORY.glob(own))
     yield
-    left = {path.name for path in set(segments.DIRECTORY.iterdir()) - before}
-    assert not {name for name in left if f"{segments.PREFIX}{os.getpid()}-" in name}
+    assert set(segments.DIRECTORY.glob(own)) <= before
 
 
 @pytest.fixture
@@ -310,7 +305,7 @@ def test_a_worker_does_not_believe_a_listener_without_the_token():
 
 
 def test_a_listener_that_says_nothing_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(wire, "HANDSHAKE_SECONDS", 0.2)
+    monkeypatch.setattr(tokens, "HANDSHAKE_SECONDS", 0.2)
     with Opened() as (port, _), pytest.raises(TransportTimeout):
         connect(HOST, port, "secret", 5)
 
@@ -345,7 +340,7 @@ def test_nobody_listens():
 
 
 def test_a_worker_does_not_wait_long_where_nobody_listens(monkeypatch):
-    monkeypatch.setattr(wire, "REFUSED_SECONDS", 0.3)
+    monkeypatch.setattr(endpoints, "REFUSED_SECONDS", 0.3)
     started = time.monotonic()
     with pytest.raises(PeerLostError):
         connect(HOST, unused_port(), "secret", 300)
@@ -942,10 +937,11 @@ def test_a_reader_cannot_write():
 
 
 def test_no_room_is_told_before_anything_is_written():
-    before = set(segments.DIRECTORY.iterdir())
+    own = f"*{segments.PREFIX}{os.getpid()}-*"  # other processes have theirs
+    before = set(segments.DIRECTORY.glob(own))
     with pytest.raises(NoRoomError):
         SharedSegment(1 << 50)
-    assert set(segments.DIRECTORY.iterdir()) <= before
+    assert set(segments.DIRECTORY.glob(own)) <= before
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import torch
 from support.loaders import CALLER
 
 from qerl_sync.errors import AgreementError, PeerLostError
-from qerl_sync.wire.connection import Listener, new_token, proof
+from qerl_sync.wire.endpoints import Listener
+from qerl_sync.wire.tokens import new_token, proof
 
 pytestmark = pytest.mark.slow  # it imports vLLM
 

@@ -33,7 +33,7 @@ from qerl_sync.serving.processes import descendants
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display
 from qerl_sync.training.rollouts import rollout_server
-from qerl_sync.wire.connection import TOKEN_VARIABLE
+from qerl_sync.wire.tokens import TOKEN_VARIABLE
 
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
@@ -128,6 +128,7 @@ def test_who_cannot_reach_a_dead_server_is_told_why(run, started):
     assert str(caught.value.__cause__) == "cannot be reached"
 
 
+@pytest.mark.slow
 def test_who_cannot_reach_a_server_that_lives_is_told_what_it_says(run):
     with pytest.raises(PeerLostError, match=r"cannot be reached; the log .*vllm\.log:\n"), run():
         fail()
@@ -195,6 +196,7 @@ def trainer_of(**changes):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transfer", [None, {"backend": "nccl"}])
 def test_servers_that_do_not_take_our_weights_are_refused(transfer):
     with pytest.raises(ConfigError, match=r"http://x has the .*backend.*\"qerl\".*serve"):

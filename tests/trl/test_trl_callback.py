@@ -351,10 +351,13 @@ def as_trainer_calls(trainer):
         ({"engine": {"enforce_eagre": True}}, {}, "did you mean 'enforce_eager'"),
         ({"engine": ENGINE}, {"vllm_mode": "server"}, "qerl-sync serve"),
         ({"in_own_process": True}, {"vllm_mode": "server"}, "qerl-sync serve"),
+        ({}, {"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2"),
     ],
-    ids=["typo", "engine of a server", "process of a server"],
+    ids=["typo", "engine of a server", "process of a server", "tensor parallel"],
 )
-def test_engine_arguments_without_effect_are_refused(policy, tmp_path, options, changes, words):
+def test_what_it_cannot_serve_is_refused_before_an_engine_is_built(
+    policy, tmp_path, options, changes, words
+):
     with pytest.raises(ConfigError, match=words):
         build_trainer(policy, tmp_path, [WeightSyncCallback(**options)], **changes)
 

@@ -238,6 +238,7 @@ def test_an_option_without_effect_is_an_error_that_lists_all_of_them(write, case
             {"verify_tolerance": 0.1, "spill_directory": "/tmp"},
             {"verify_tolerance", "spill_directory"},
         ),
+        ({"delta": "layers", "mirror_budget_bytes": 1}, {"mirror_budget_bytes"}),
         ({"transport": "inproc", "chunks_in_flight": 3}, {"chunks_in_flight"}),
         ({"timeout_seconds": float("inf")}, {"timeout_seconds"}),
         ({"timeout_seconds": float("nan")}, {"timeout_seconds"}),

@@ -125,6 +125,20 @@ def test_rounds_once_and_never_touches_the_base(dtype):
         assert name not in before or parameter.equal(before[name]), name
 
 
+@pytest.mark.slow
+def test_a_thousand_syncs_leave_a_bfloat16_base_as_it_was():
+    model = adapted(dtype=torch.bfloat16)
+    source = PEFTSource(model)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    names = [meta.name for meta in source.metadata()]
+    first = {name: tensor.clone() for name, tensor in source.materialize(names)}
+    for _ in range(1000):
+        for _ in source.materialize(names):
+            pass
+    assert all(tensor.equal(before[name]) for name, tensor in model.named_parameters())
+    assert all(tensor.equal(first[name]) for name, tensor in source.materialize(names))
+
+
 def test_what_cannot_have_changed_is_declared():
     model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
     source = PEFTSource(model)

@@ -165,9 +165,9 @@ def test_first_difference_names_tensor_field_and_both_values():
     metas, layer_map = _two_layers()
     mine, theirs = replay(metas, layer_map), replay(metas[::-1], layer_map)
     assert mine.first_difference(mine) is None
-    assert mine.first_difference(theirs) == "tensor 0 (a.0): name is a.0 here and b.1 there"
+    assert mine.first_difference(theirs) == "tensor 0 (a.0): name predicted a.0, measured b.1"
     shorter = Trace(mine.steps[:-1])
-    assert shorter.first_difference(mine) == "3 tensors here and 4 there"
+    assert shorter.first_difference(mine) == "3 tensors predicted, 4 measured"
 
 
 @pytest.mark.parametrize("text", ["", "hf:1", "random", "random:x", "interleaved:0", "sorted"])

@@ -25,6 +25,8 @@ PUBLIC = [
     "LLMClient",
     "PEFTSource",
     "PoisonedError",
+    "PublishedSource",
+    "Publisher",
     "RemoteTransport",
     "RolloutActor",
     "Source",

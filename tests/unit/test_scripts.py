@@ -130,6 +130,7 @@ def test_the_call_after_an_interrupted_one_starts_anew(
     assert checkout.calls() == FROM_NOTHING
 
 
+@pytest.mark.slow
 def test_a_pip_that_outlives_its_setup_is_waited_for(checkout: Checkout) -> None:
     process = checkout.start(pip="/bin/sleep 2; echo late >>$CALLS")
     while "pip" not in checkout.calls():

@@ -10,7 +10,7 @@ from support.errors import raises
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 
 from qerl_sync import SyncConfig, SyncSession
-from qerl_sync.errors import CoverageError, LayerMapError, PlanError
+from qerl_sync.errors import CoverageError, LayerMapError, PlanError, StaleBaseError
 from qerl_sync.options import SyncOptions
 
 
@@ -135,5 +135,32 @@ def test_a_difference_between_prediction_and_measurement_is_reported(caplog):
         report = session.push()
     assert not report.prediction_exact
     assert report.first_difference is not None
-    assert report.first_difference.startswith("tensor 0 (a.q): buffered_bytes is 16 here")
+    assert report.first_difference.startswith("tensor 0 (a.q): buffered_bytes predicted")
     assert "differs from the predicted" in caplog.text
+
+
+def test_a_sync_that_finds_its_worker_on_another_version_sends_everything_as_the_next_one(
+    monkeypatch,
+):
+    session, transport = make()
+    session._config = session._config.model_copy(update={"delta": "layers"})
+    changed = iter(range(10))
+    session._source.stamps_content = True
+    names = [meta.name for meta in session._source.metadata()]
+    session._source.content_stamps = lambda: {
+        name: next(changed) if name == names[0] else 0 for name in names
+    }
+    monkeypatch.setattr(type(transport), "holds", lambda self, version: True)
+    start = transport.start
+
+    def refuse_a_part(plan, layer_map, options):
+        if options.base is not None:
+            raise StaleBaseError("another one has synced it", base=options.base, version=5)
+        start(plan, layer_map, options)
+
+    session.push()
+    monkeypatch.setattr(transport, "start", refuse_a_part)
+    report = session.push()
+    assert (report.version, session.version, transport.options.version) == (6, 6, 6)
+    assert report.delta["sent"] == "everything"
+    assert report.unsent_tensors == 0

@@ -175,7 +175,7 @@ def test_metrics_are_served_until_the_session_closes(tmp_path):
     port = free_port()
     session, transport = session_in(tmp_path, metrics_port=port)
     metrics = Metrics(port)
-    assert metrics.read() == {}
+    assert set(metrics.read().values()) == {0.0}
     transport.versions_now = {"worker 0": 1, "worker 1": 0}
     report = session.push(step=1)
     transport.fail_at = 3
@@ -199,3 +199,40 @@ def test_metrics_are_served_until_the_session_closes(tmp_path):
     session.close()
     with pytest.raises(OSError, match="refused"):
         metrics.read()
+
+
+def test_ray_gets_the_same_numbers(monkeypatch):
+    """Ray's own counters and gauges, without a cluster: what they are told."""
+    metrics = pytest.importorskip("ray.util.metrics")
+    from qerl_sync.integrations.ray.metrics import RayMetrics
+
+    told: dict[str, float] = {}
+
+    def inc(self, value, tags):
+        assert value > 0, "Ray refuses it"
+        set_to(self, told.get(key(self, tags), 0) + value, tags)
+
+    def set_to(self, value, tags):
+        assert tags.keys() == set(self.info["tag_keys"])
+        told[key(self, tags)] = value
+
+    def key(metric, tags) -> str:
+        return metric.info["name"] + "".join(f"[{value}]" for value in tags.values())
+
+    monkeypatch.setattr(metrics.Counter, "inc", inc)
+    monkeypatch.setattr(metrics.Gauge, "set", set_to)
+    transport = HandMadeTransport()
+    transport.versions_now = {"worker 0": 1, "worker 1": 0}
+    source, config = ListSource(interleave(QKV)), SyncConfig.of(policy="warn")
+    with SyncSession(source, transport, config, observers=[RayMetrics()]) as session:
+        reports = [session.push(step=step) for step in (1, 2)]
+        transport.fail_at = 3
+        with pytest.raises(ConnectionError):
+            session.push(step=3)
+    assert told["qerl_sync_syncs_total"] == 2
+    assert told["qerl_sync_failures_total[other]"] == 1
+    assert told["qerl_sync_bytes_total"] == sum(report.sent_bytes for report in reports)
+    assert told["qerl_sync_seconds[total]"] == reports[-1].seconds["total"]
+    assert told["qerl_sync_worker_version[worker 1]"] == 0
+    assert told["qerl_sync_version_skew"] == 2
+    assert "qerl_sync_mismatch" not in "".join(told)

@@ -550,3 +550,23 @@ def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once():
                 os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
     assert "stopping after this step" in console.file.getvalue()
+
+
+def test_deepspeed_that_accelerate_would_drop_is_refused():
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import TorchDynamoPlugin
+
+    from qerl_sync.training.processes import sharding_on_cpus
+
+    AcceleratorState._reset_state()
+    try:
+        with sharding_on_cpus(), pytest.raises(ConfigError) as refused:
+            AcceleratorState(
+                cpu=True,
+                deepspeed_plugin=object(),
+                dynamo_plugin=TorchDynamoPlugin(),
+                _from_accelerator=True,
+            )
+        assert refused.value.sharding == "DeepSpeed"
+    finally:
+        AcceleratorState._reset_state()

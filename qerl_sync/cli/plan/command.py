@@ -54,8 +54,8 @@ def plan(
     policy: Annotated[
         list[str] | None,
         typer.Option(
-            help="What to do about it: as_given, by_parent_layer, within_budget. Repeatable; all "
-            "by default. Also spill, where the source cannot be reordered."
+            help="What to do about it, by the words of sync.policy: warn, reorder, spill; "
+            "reorder_in_budget is reorder with --budget. Repeatable; all but spill by default."
         ),
     ] = None,
     budget: Annotated[

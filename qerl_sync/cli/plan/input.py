@@ -133,8 +133,8 @@ def policy_name(policy: str, budget_bytes: int | None) -> str:
     if policy == "spill":
         return "spill"
     if policy != "reorder":
-        return "as_given"
-    return "by_parent_layer" if budget_bytes is None else "within_budget"
+        return "warn"
+    return "reorder" if budget_bytes is None else "reorder_in_budget"
 
 
 def _tiny(tiny: TinyModelConfig, dtype: str) -> tuple[Checkpoint, str]:

@@ -22,9 +22,9 @@ from qerl_sync.report.plots import GREY, INK, STYLE, matplotlib_or_refusal, unit
 
 MUTED, RED = "#66717e", "#b4232f"
 COLORS = {
-    "as_given": "#d9622b",
-    "by_parent_layer": "#2563eb",
-    "within_budget": "#0f8a6a",
+    "warn": "#d9622b",
+    "reorder": "#2563eb",
+    "reorder_in_budget": "#0f8a6a",
     "spill": "#7c3aed",
 }
 DOTTED, DASHED, STAGED_HATCH = (0, (1, 1.2)), (0, (5, 3)), "////"

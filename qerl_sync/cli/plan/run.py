@@ -34,7 +34,7 @@ from qerl_sync.plan.record import Difference, SyncRecord, first_difference, read
 from qerl_sync.plan.spill import load_order
 from qerl_sync.plan.sync_plan import build_plan
 
-BUDGET_POLICY = "within_budget"
+BUDGET_POLICY = "reorder_in_budget"
 
 # Shows what is being done while it takes long.
 Status = Callable[[str], AbstractContextManager[Any]]
@@ -259,7 +259,7 @@ def _choose(
         names = [policy_name(r.plan.policy, r.plan.budget_bytes) for r in records]
         return ran, {name: known[name] for name in names}
     if not orders and not policies and judged:
-        orders, policies = [asked.order or "hf"], [asked.policy or "by_parent_layer"]
+        orders, policies = [asked.order or "hf"], [asked.policy or "reorder"]
     if not orders:
         orders = default_orders(asked.files)
         if asked.order is not None and asked.order not in orders:
@@ -267,7 +267,7 @@ def _choose(
     policies = policies or [name for name in known if name != SPILL or asked.policy == SPILL]
     for name in policies:
         if name == BUDGET_POLICY and name not in known:
-            raise ConfigError("--policy within_budget needs a budget: --budget 2GiB")
+            raise ConfigError("--policy reorder_in_budget needs a budget: --budget 2GiB")
         if name not in known:
             close = get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"

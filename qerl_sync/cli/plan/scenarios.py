@@ -18,10 +18,10 @@ from qerl_sync.plan.sync_plan import build_plan
 
 Order = Callable[[Sequence[ParamMeta], LayerMap], list[ParamMeta]]
 
-POLICIES: Mapping[str, Order] = {"as_given": as_given, "by_parent_layer": by_parent_layer}
+POLICIES: Mapping[str, Order] = {"warn": as_given, "reorder": by_parent_layer}
 
 # The order in which vLLM gets a stream that cannot be reordered. Simulated only on request: vLLM
-# holds as much as with `by_parent_layer`.
+# holds as much as with `reorder`.
 SPILL = "spill"
 
 # vLLM's NCCL engine rotates this many chunk buffers
@@ -57,7 +57,7 @@ class Transport:
         # The worker copies staged tensors, so that they are no views of a chunk.
         if self.chunk_bytes is None or policy == SPILL:
             return {}
-        if self.packing == "layers" or (self.packing == "auto" and policy != "as_given"):
+        if self.packing == "layers" or (self.packing == "auto" and policy != "warn"):
             chunk_bytes = min(self.chunk_bytes, self.budget_bytes or self.chunk_bytes)
             return _shared(
                 build_plan(metas, layer_map, "warn", chunk_bytes=chunk_bytes).chunk_metas

@@ -11,10 +11,10 @@ from qerl_sync.plan.diagnosis import Cause
 
 # Policies in the order in which they are drawn and listed, with the words for people.
 POLICY_WORDS = {
-    "as_given": "as given",
-    "by_parent_layer": "by parent layer",
-    "within_budget": "within the budget",
-    "spill": "spilled",
+    "warn": "warn",
+    "reorder": "reorder",
+    "reorder_in_budget": "reorder within the budget",
+    "spill": "spill",
 }
 
 

@@ -24,7 +24,7 @@ from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.report.page import buckets
 
 BLOCKS = "▁▂▃▄▅▆▇█"
-SHORT_WORDS = {**POLICY_WORDS, "by_parent_layer": "by layer", "within_budget": "in budget"}
+SHORT_WORDS = {**POLICY_WORDS, "reorder_in_budget": "in budget"}
 ORDER_WIDTH = 15
 STREAM_WIDTHS = 24, 14, 5  # with so many columns more than usual
 SHOWN_LAYERS = 5

@@ -1,35 +1,44 @@
-"""Export the cost of syncs as Ray metrics: on each node's metrics port, and in the dashboard."""
+"""Export the metrics of syncs through Ray: on each node's metrics port, and in the dashboard."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 from qerl_sync.integrations.ray.cluster import require_ray
-from qerl_sync.session import SyncReport
+from qerl_sync.telemetry.observers import Push
+from qerl_sync.telemetry.prometheus import METRICS, at_start, updated
 
 
-class SyncMetrics:
-    """The metrics of one trainer. Make it where Ray runs.
+class RayMetrics:
+    """Observer of one session: the metrics of `telemetry.prometheus`, as Ray's counters and gauges.
 
-    qerl_sync_seconds (phase), qerl_sync_bytes_total, qerl_sync_peak_pinned_bytes,
-    qerl_sync_weight_version, qerl_sync_version_skew (worker): how many versions a worker is behind.
+    Make it where Ray runs.
     """
 
     def __init__(self) -> None:
         require_ray()
         from ray.util.metrics import Counter, Gauge
 
-        self._seconds = Gauge("qerl_sync_seconds", "Seconds of the last sync.", ("phase",))
-        self._bytes = Counter("qerl_sync_bytes_total", "Bytes of weights sent.")
-        self._peak = Gauge("qerl_sync_peak_pinned_bytes", "Most that tensors held on a worker.")
-        self._version = Gauge("qerl_sync_weight_version", "The version last committed.")
-        self._skew = Gauge("qerl_sync_version_skew", "Versions that it is behind.", ("worker",))
+        self._values = at_start()
+        self._metrics: dict[str, Any] = {}
+        for name, (kind, label, text) in METRICS.items():
+            labels = (label,) if label else ()
+            # Prometheus wants a counter's name to end so, and Ray does not see to it.
+            is_counter = kind == "counter"
+            self._metrics[name] = (
+                Counter(f"{name}_total", text, labels) if is_counter else Gauge(name, text, labels)
+            )
 
-    def record(self, report: SyncReport, versions: Mapping[str, int]) -> None:
-        for phase, seconds in report.seconds.items():
-            self._seconds.set(seconds, {"phase": phase})
-        self._bytes.inc(report.sent_bytes)
-        self._peak.set(report.peak_pinned_bytes_measured)
-        self._version.set(report.version)
-        for worker, version in versions.items():
-            self._skew.set(report.version - version, {"worker": worker})
+    def __call__(self, push: Push) -> None:
+        before, self._values = self._values, updated(self._values, push)
+        for name, values in self._values.items():
+            metric, (kind, label, _) = self._metrics[name], METRICS[name]
+            for value_of_label, value in values.items():
+                tags = {label: value_of_label} if label else {}
+                if kind == "gauge":
+                    metric.set(value, tags)
+                elif (more := value - before[name].get(value_of_label, 0.0)) > 0:  # Ray takes no 0
+                    metric.inc(more, tags)
+
+    def close(self) -> None:
+        pass

@@ -56,7 +56,7 @@ class TrainerActor:
             others: actors that hold the rest of the weights.
             version: the last version, where a run is resumed.
         """
-        from qerl_sync.integrations.ray.metrics import SyncMetrics
+        from qerl_sync.integrations.ray.metrics import RayMetrics
 
         self.end_sync()
         config = config or SyncConfig.of(**options)
@@ -84,9 +84,13 @@ class TrainerActor:
                 "`others` hold parts; give sync_to the whole model, or leave sync.noise out"
             )
         self.sync_session = SyncSession(
-            source, self._pool_transport, config, version=version, **given
+            source,
+            self._pool_transport,
+            config,
+            version=version,
+            observers=[RayMetrics()],
+            **given,
         )
-        self._sync_metrics = SyncMetrics()
 
     def hold(self, weights: Any) -> None:
         """Hold a part of the weights for the actor that syncs.
@@ -130,9 +134,7 @@ class TrainerActor:
             session.version = version - 1
         # Workers may have more than was synced from here: they say so when they connect.
         self._pool_transport.required_version = version
-        report = session.push(step=(version or session.version + 1) if self._steps_tell else 0)
-        self._sync_metrics.record(report, self.workers.versions)
-        return report
+        return session.push(step=(version or session.version + 1) if self._steps_tell else 0)
 
     def end_sync(self) -> None:
         """Disconnect from the workers; they live on. Idempotent."""

@@ -13,7 +13,7 @@ from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError, TransportError
 from qerl_sync.integrations.ray.cluster import require_ray, require_room_for_chunks
 from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
-from qerl_sync.integrations.ray.metrics import SyncMetrics
+from qerl_sync.integrations.ray.metrics import RayMetrics
 from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.integrations.trl import OF_GENERATION, OF_TRAINER, WeightSyncCallback
 from qerl_sync.integrations.trl_seams import _replaced, require_attributes
@@ -116,9 +116,9 @@ class PoolSyncCallback(WeightSyncCallback):
             self.config,
             trained=trainer.model.named_parameters,
             probe=probe_of(model),
+            observers=[RayMetrics()],
         )
         llm.recover = self._sync
-        self._ray_metrics = SyncMetrics()
         self._take_over(trainer)
         trainer.vllm_generation.generate = self._noting(trainer.vllm_generation.generate)
         if self._max_staleness:
@@ -135,7 +135,6 @@ class PoolSyncCallback(WeightSyncCallback):
     def _sync(self) -> None:
         assert self.llm is not None
         self._sync_some(self.llm.pool, TRIES)
-        self._ray_metrics.record(self.reports[-1], self.llm.pool.versions)
 
     def _sync_some(self, pool: WorkerPool, tries: int) -> None:
         """Sync, even if all workers are down: wait for those that Ray restarts."""

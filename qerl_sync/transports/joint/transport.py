@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
+from qerl_sync.errors import StaleBaseError, SyncError
 from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import Load, SyncOptions
+from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.stopwatch import Span
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
 from qerl_sync.transports.joint.ranks import TrainerRanks
+from qerl_sync.wire.messages import Failure, error_of, failure
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +74,35 @@ class JointTransport(Transport):
     def committed_version(self) -> int:
         return int(max(self._ranks.meet("the version", self._own.committed_version())))
 
+    def holds(self, version: int) -> bool:
+        return self._own.holds(version)
+
+    def agree_on_base(self, version: int | None) -> bool:
+        mine = version if version is not None and self.holds(version) else None
+        versions = self._ranks.meet("what the engines hold", mine)
+        return mine is not None and all(one == mine for one in versions)
+
+    def agree_on_unchanged(self, names: Collection[str]) -> Collection[str]:
+        # Each rank looks at its own shards. Where they differ, everything travels.
+        same = self._ranks.meet("what has not changed", _digest(sorted(names)))
+        return names if len(set(same)) == 1 else ()
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        parts = adapter.to_json()
+        self._ranks.require_same("the adapter", _digest(parts), lambda: [parts])
+        refusal = None
+        try:
+            self._own.require_adapter(adapter)
+        except SyncError as exc:
+            refusal = failure(exc).model_dump(mode="json")
+        self._raise_first(self._ranks.meet("serving the adapter", refusal))
+
+    def _raise_first(self, refusals: Sequence[Any]) -> None:
+        """Raise what the first rank that refuses has refused, on every rank."""
+        for rank, refusal in enumerate(refusals):
+            if refusal is not None:
+                raise error_of(Failure.model_validate(refusal), f"trainer rank {rank}")
+
     def layer_map(
         self,
         metas: Sequence[ParamMeta],
@@ -86,13 +118,27 @@ class JointTransport(Transport):
         )
         return layer_map
 
+    @property
+    def sends_whole(self) -> str:
+        return "several trainer ranks send"
+
     def free_bytes(self) -> int:
         return int(min(self._ranks.meet("free memory", self._own.free_bytes())))
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         self._agree_on_plan(plan, options)
         self._own.watch = self.watch
-        self._own.start(plan, layer_map, options)
+        if options.base is None:
+            self._own.start(plan, layer_map, options)
+            return
+        # Where one rank's engine has lost what stays, all ranks must send everything instead.
+        refusal = None
+        try:
+            self._own.start(plan, layer_map, options)
+            self._own.await_taken()
+        except StaleBaseError as exc:
+            refusal = failure(exc).model_dump(mode="json")
+        self._raise_first(self._ranks.meet("what stays", refusal))
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._own.send(chunk, tensors)
@@ -209,6 +255,12 @@ class Follower(Transport):
     """
 
     told: dict[str, Any]
+
+    def holds(self, version: int) -> bool:
+        return True  # rank 0 knows
+
+    def require_adapter(self, adapter: Adapter) -> None:
+        pass  # rank 0 asks the engines
 
     def layer_map(
         self,

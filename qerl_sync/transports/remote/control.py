@@ -13,8 +13,8 @@ from qerl_sync.errors import PeerLostError, SyncError, TransportError, Transport
 from qerl_sync.transports.base import still_cached
 from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.connection import proof
 from qerl_sync.wire.handshake import ConnectCall, ServeCall
+from qerl_sync.wire.tokens import proof
 
 logger = logging.getLogger(__name__)
 

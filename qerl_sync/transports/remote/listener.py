@@ -9,7 +9,7 @@ from qerl_sync.errors import AgreementError, TransportError, TransportTimeout
 from qerl_sync.transports.remote.compatibility import require_alike, require_complete
 from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineCall
-from qerl_sync.wire.connection import Listener
+from qerl_sync.wire.endpoints import Listener
 
 
 def admit_workers(

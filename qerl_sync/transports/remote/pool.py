@@ -31,7 +31,7 @@ from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
 from qerl_sync.transports.remote.compatibility import joint_map, require_alike
-from qerl_sync.transports.remote.staging import Staging
+from qerl_sync.transports.remote.staging import Staging, why_whole
 from qerl_sync.transports.remote.transport import RemoteTransport
 from qerl_sync.verify.probe_prompt import largest_gap
 from qerl_sync.wire.segments import parameters_are_shared
@@ -207,6 +207,10 @@ class PoolTransport(Transport):
         """See the base class. One engine that is new, or was lost, has all get everything."""
         return bool(self._ready) and all(m.transport.holds(version) for m in self._ready)
 
+    @property
+    def sends_whole(self) -> str:
+        return why_whole({kind for member in self._ready for kind in member.transport.kinds})
+
     def require_adapter(self, adapter: Adapter) -> None:
         """See the base class. Every engine must be able to; one that joins later is asked then."""
         self._each(
@@ -272,6 +276,7 @@ class PoolTransport(Transport):
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
         self._require_some(self._ready)
         staging = self._prepare_slots(plan)
+        staging.open_mirror(plan.base_metas, options)
         ready = self._ready
 
         def start(member: Member) -> None:
@@ -299,6 +304,7 @@ class PoolTransport(Transport):
         assert self._staging is not None
         self._staging.unlink(worker for member in committed for worker in member.transport.workers)
         self._require_some(list(committed))
+        self._staging.committed(self._version)
         for member in committed:
             member.version = self._version
         self.newest_version = self._version
@@ -308,6 +314,8 @@ class PoolTransport(Transport):
             kind="; ".join(dict.fromkeys(result.kind for result in committed.values())),
             lost=dict(self._lost),
             verify_seconds=self._staging.verify_seconds,
+            wire_bytes=self._staging.wire_bytes,
+            mirror_bytes=self._staging.mirror_bytes,
         )
 
     def abort(self, reason: str) -> None:

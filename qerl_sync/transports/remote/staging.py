@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qerl_sync.buffers.detect import Parents
-from qerl_sync.errors import TransportError
+from qerl_sync.errors import ConfigError, StaleBaseError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.staging import offsets, spans
@@ -22,6 +22,7 @@ from qerl_sync.wire import cuda_memory
 from qerl_sync.wire.device_segments import DeviceSegment
 from qerl_sync.wire.host import avoid_cores
 from qerl_sync.wire.messages import Segment
+from qerl_sync.wire.mirror import Change, Mirror, mirror_bytes, travelling
 from qerl_sync.wire.segments import (
     PrivateMemory,
     SharedSegment,
@@ -29,6 +30,7 @@ from qerl_sync.wire.segments import (
     parameters_are_shared,
     require_room,
 )
+from qerl_sync.worker.load.memory import free_bytes
 
 # Sent by itself from where it lies; smaller tensors are copied together first.
 PIECE_BYTES = 1 << 20
@@ -58,12 +60,14 @@ class StagedChunk:
         pieces: its bytes in host memory, in order; none if no worker gets them from there.
         in_place: the tensors lie in shared memory as they are.
         checksums: of each tensor, if `SyncOptions.checksums`.
+        changes: what travels of each tensor (`wire.mirror`); none: all travel whole.
     """
 
     places: dict[str, Places]
     pieces: list[Piece]
     in_place: bool = False
     checksums: list[int] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     _stored: Any = None
     _storing: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
@@ -93,6 +97,8 @@ class Staging:
 
     Attributes:
         verify_seconds: what the checksums of the sync that was begun last have taken.
+        wire_bytes: what it has sent to each worker.
+        mirror: what was sent last, where workers keep that too.
     """
 
     def __init__(self, kinds: Collection[str], device: torch.device | None = None) -> None:
@@ -111,6 +117,8 @@ class Staging:
         self._parents: Parents | None = None
         self._busy_cores: Collection[int] = ()
         self.verify_seconds = 0.0
+        self.wire_bytes = 0
+        self.mirror: Mirror | None = None
 
     @property
     def segments(self) -> dict[str, list[Segment]]:
@@ -135,7 +143,39 @@ class Staging:
             busy_cores: CPUs that workers load with. Nothing is copied on them meanwhile.
         """
         self._options, self._parents, self._busy_cores = options, parents, busy_cores
-        self.verify_seconds = 0.0
+        self.verify_seconds, self.wire_bytes = 0.0, 0
+
+    def open_mirror(self, metas: tuple[ParamMeta, ...], options: SyncOptions) -> None:
+        """Have the mirror that the next sync needs. Before any worker hears of it.
+
+        Args:
+            metas: the model's tensors, where the sync sends all of them.
+
+        Raises:
+            StaleBaseError: what was sent with `SyncOptions.changes_from` is not here any more.
+            ConfigError: this host has not the memory for one.
+        """
+        if not options.mirror:
+            self.mirror = None
+        elif options.changes_from is not None:
+            if self.mirror is None or self.mirror.version != options.changes_from:
+                raise StaleBaseError(
+                    f"what was sent with version {options.changes_from} was not kept here: the "
+                    "workers were connected anew, or that sync failed; send everything",
+                    base=options.changes_from,
+                )
+        elif self.mirror is None or self.mirror.metas != metas:
+            self.mirror = None  # there may not be room for two
+            needed_bytes, free = mirror_bytes(metas), free_bytes(torch.device("cpu"))
+            if needed_bytes > free:
+                raise ConfigError(
+                    f"sync.delta: elements keeps what was sent last on the trainer, "
+                    f"{needed_bytes:,} bytes, and its host has {free:,} free; choose sync.delta: "
+                    "layers"
+                )
+            self.mirror = Mirror(metas)
+        else:
+            self.mirror.version = None
 
     def prepare(self, sizes: Sequence[int], readers: Collection[object], *, later: bool) -> None:
         """Have slots of these sizes that all of `readers` can attach.
@@ -201,7 +241,13 @@ class Staging:
                     self.verify_seconds += time.perf_counter() - start
                 yield meta, tensor
 
-        stream = summed()
+        stream: Iterator[Planned] = summed()
+        changes: list[Change] = []
+        stable = self._options.stable
+        if self.mirror is not None and metas and metas[0].name in self.mirror:
+            with avoid_cores(avoided):
+                metas, stream, changes = self._changed(self.mirror, metas, stream)
+            stable = True  # what the mirror yields lies in it
         # In place if all of it lies in shared memory. Other memory is the source's again when the
         # next tensor is asked for, so the first such tensor has the rest copied as it comes.
         arrived: list[Planned] = []
@@ -216,9 +262,31 @@ class Staging:
             next(stream, None)  # to its end: it may be a collective, and have too much
             staged = StagedChunk({"shm": shared}, [], in_place=True)
         else:
-            staged = self._copy(index, metas, chain(arrived, stream), write, avoided)
-        staged.checksums = sums
+            staged = self._copy(index, metas, chain(arrived, stream), write, avoided, stable)
+            self.wire_bytes += sum(meta.nbytes for meta in metas)
+        staged.checksums, staged.changes = sums, changes
         return staged
+
+    def committed(self, version: int) -> None:
+        """All workers have committed what was staged, as this version."""
+        if self.mirror is not None:
+            self.mirror.version = version
+
+    @property
+    def mirror_bytes(self) -> int:
+        return 0 if self.mirror is None else self.mirror.nbytes
+
+    def _changed(
+        self, mirror: Mirror, metas: Sequence[ParamMeta], stream: Iterable[Planned]
+    ) -> tuple[Sequence[ParamMeta], Iterator[Planned], list[Change]]:
+        """Return what travels of a chunk: its tensors, or what has changed of them."""
+        if self._options.changes_from is None:
+            held = [mirror.take(meta.name, tensor) for meta, tensor in stream]
+            return metas, zip(metas, held, strict=True), []
+        found = [mirror.changes(meta.name, tensor) for meta, tensor in stream]
+        changes = [change for _, change in found]
+        metas = travelling(metas, changes)
+        return metas, zip(metas, (tensor for tensor, _ in found), strict=True), changes
 
     def unlink(self, readers: Iterable[object]) -> None:
         """Remove the names of the slots. Call it after a sync that all of `readers` have taken.
@@ -256,13 +324,14 @@ class Staging:
         tensors: Iterable[Planned],
         write: Callable[[Slot, int, ParamMeta, torch.Tensor], None],
         avoided: Collection[int],
+        stable: bool,
     ) -> StagedChunk:
         places, _ = offsets(metas)
         slots = self._slots_of(index)
         staying: dict[int, torch.Tensor] = {}
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
             stays = (
-                self._options.stable
+                stable
                 and self._in_pieces
                 and tensor.device.type == "cpu"
                 and tensor.is_contiguous()
@@ -310,6 +379,20 @@ class Staging:
                 return number
         self._table.append(segment)
         return len(self._table) - 1
+
+
+def why_whole(kinds: Collection[str]) -> str:
+    """Return why a changed tensor travels whole over these kinds of transport; empty where its
+    changed elements can alone.
+
+    Finding them reads a tensor and what was sent of it last: more than a copy into memory that both
+    sides see, and less than a network.
+    """
+    if "cuda_ipc" in kinds:
+        return "a worker reads the trainer's memory of the GPU, and changes are found on the host"
+    if kinds and not {"tcp", "ray"} & set(kinds):
+        return "the workers read the trainer's shared memory, and a copy into it costs less"
+    return ""
 
 
 def _write_alone(slot: Slot, offset: int, meta: ParamMeta, tensor: torch.Tensor) -> None:

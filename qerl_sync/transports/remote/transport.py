@@ -37,20 +37,14 @@ from qerl_sync.transports.remote.connection import (
 )
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
 from qerl_sync.transports.remote.listener import admit_workers, reject
-from qerl_sync.transports.remote.staging import StagedChunk, Staging
+from qerl_sync.transports.remote.staging import StagedChunk, Staging, why_whole
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.connection import (
-    TOKEN_VARIABLE,
-    Listener,
-    format_endpoint,
-    new_token,
-    parse_endpoint,
-    proof,
-)
+from qerl_sync.wire.endpoints import Listener, format_endpoint, parse_endpoint
 from qerl_sync.wire.handshake import ConnectCall
 from qerl_sync.wire.host import host_id
 from qerl_sync.wire.segments import parameters_are_shared
+from qerl_sync.wire.tokens import TOKEN_VARIABLE, new_token, proof
 
 if TYPE_CHECKING:
     import torch
@@ -221,6 +215,12 @@ class RemoteTransport(Transport):
             for hello in self.hellos
         )
 
+    @property
+    def sends_whole(self) -> str:
+        if len(self._endpoints) > 1:
+            return "several trainer ranks send"
+        return why_whole(self.kinds)
+
     def require_adapter(self, adapter: Adapter) -> None:
         self.open()
         request = say.AdapterRequest(adapter=adapter.to_json())
@@ -272,6 +272,8 @@ class RemoteTransport(Transport):
             self._client.store.require_store(sum(slots))
         if self._own_staging is not None:
             self._own_staging.begin(options, layer_map.parents_text, self.busy_cores)
+            self._own_staging.open_mirror(plan.base_metas, options)
+        mirror = self._staging.mirror
         if options.base is not None and not self.holds(options.base):
             raise StaleBaseError(  # connected anew since the session has asked
                 f"a worker is not on version {options.base} any more, on which this sync builds; "
@@ -303,6 +305,8 @@ class RemoteTransport(Transport):
                     base=options.base,
                     is_base=options.is_base,
                     record_spans=options.record_spans,
+                    mirror="" if mirror is None else mirror.id,
+                    changes_from=None if mirror is None else options.changes_from,
                     segments=self._announced.get(worker.kind, []),
                     slots=slots,
                 )
@@ -359,6 +363,7 @@ class RemoteTransport(Transport):
                     places=staged.places.get(worker.kind, []),
                     in_place=staged.in_place,
                     checksums=staged.checksums,
+                    changes=staged.changes,
                     segments=segments if segments != before.get(worker.kind, []) else [],
                 ),
                 staged,
@@ -397,6 +402,7 @@ class RemoteTransport(Transport):
         if self._own_staging is not None:
             # A trainer that is killed between two syncs leaves no shared memory without a name.
             self._own_staging.unlink(self._workers)
+            self._own_staging.committed(self._version)
         self._control.end_session(self._workers, version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
         # If caches cannot be emptied, this raises with `_committing` set, and the engine stays
@@ -412,6 +418,8 @@ class RemoteTransport(Transport):
                 dict.fromkeys(f"{worker.kind}: {worker.reason}" for worker in self._workers)
             ),
             verify_seconds=self._staging.verify_seconds,
+            wire_bytes=self._staging.wire_bytes,
+            mirror_bytes=self._staging.mirror_bytes,
         )
 
     def abort(self, reason: str) -> None:
@@ -471,6 +479,9 @@ class RemoteTransport(Transport):
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+
+    def await_taken(self) -> None:
+        self._await_taken()
 
     def _await_taken(self) -> list[int] | None:
         """Block until every worker has opened the sync.
@@ -668,6 +679,7 @@ class RemoteTransport(Transport):
             peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,
             peak_staged_bytes=reported.peak_staged_bytes,
             kept_bytes=reported.kept_bytes,
+            mirror_bytes=reported.mirror_bytes,
             spans=reported.spans,
             quantisation=reported.quantisation,
         )

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 
 from qerl_sync.errors import AgreementError, EngineTakenError
 from qerl_sync.wire import handshake as say
-from qerl_sync.wire.connection import TOKEN_VARIABLE, same_proof
 from qerl_sync.wire.messages import PROTOCOL, Hello, TrainerSession
+from qerl_sync.wire.tokens import TOKEN_VARIABLE, same_proof
 
 S = TypeVar("S", bound=BaseModel)
 

@@ -19,6 +19,7 @@ from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.device_segments import AttachedDeviceSegment
+from qerl_sync.wire.mirror import travelling
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.protocol.chunk_receivers import (
     ChunkReceiver,
@@ -37,6 +38,7 @@ class Arrived:
     tensors: list[torch.Tensor]
     in_place: bool
     checksums: list[int]
+    changes: list[tuple[int, int]]
 
 
 class TrainerConnection(Connection):
@@ -146,8 +148,13 @@ class TrainerConnection(Connection):
                 elif isinstance(message, say.Chunk):
                     if not 0 <= (index := message.index) < len(self.expected):
                         raise TransportError(f"chunk {index} arrived, which no sync awaits")
-                    tensors = self.chunk_receiver.fetch(message, self.expected[index])
-                    self._queue.put(Arrived(index, tensors, message.in_place, message.checksums))
+                    metas = travelling(self.expected[index], message.changes)
+                    tensors = self.chunk_receiver.fetch(message, metas)
+                    self._queue.put(
+                        Arrived(
+                            index, tensors, message.in_place, message.checksums, message.changes
+                        )
+                    )
                     del tensors  # the loader gives them up while this thread waits for the next
                 else:
                     self._queue.put(message)

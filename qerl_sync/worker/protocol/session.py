@@ -21,9 +21,11 @@ import torch
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import (
     AgreementError,
+    ConfigError,
     CoverageError,
     EngineTakenError,
     LoadError,
+    StaleBaseError,
     SyncError,
     TransportError,
     TransportTimeout,
@@ -38,10 +40,13 @@ from qerl_sync.stopwatch import Span, Stopwatch, slowest
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
-from qerl_sync.wire.connection import Connection, connect, parse_endpoint, proof, same_proof
+from qerl_sync.wire.connection import Connection
+from qerl_sync.wire.endpoints import connect, parse_endpoint
 from qerl_sync.wire.handshake import ConnectCall, ServeCall, parse
+from qerl_sync.wire.mirror import Mirror, mirror_bytes
+from qerl_sync.wire.tokens import proof, same_proof
 from qerl_sync.worker.load.footprint import Arrivals, footprint_bytes
-from qerl_sync.worker.load.memory import PeakMemory
+from qerl_sync.worker.load.memory import PeakMemory, free_bytes
 from qerl_sync.worker.protocol.connection import Arrived, TrainerConnection
 
 logger = logging.getLogger(__name__)
@@ -137,6 +142,7 @@ class WorkerSession:
         self._calls = 0
         self._layer_map: LayerMap | None = None
         self._plan: SyncPlan | None = None
+        self._mirror: Mirror | None = None
         # All is told and the trainer decides: others may have committed already.
         self._in_doubt = False
 
@@ -233,6 +239,7 @@ class WorkerSession:
         for connection in self._connections:
             connection.close()
         self._connections = []
+        self._mirror = None
 
     def _answer(self, requests: list[Item]) -> None:
         # What one rank alone says for all is taken from rank 0.
@@ -281,6 +288,7 @@ class WorkerSession:
     def _sync(self, requests: list[say.SyncRequest]) -> None:
         plan, layer_map = self._agree(requests)
         parts = self._prepare(plan, requests)
+        self._open_mirror(plan, requests)
         options = _options_of(requests)
         clock = Stopwatch(PHASES, record=options.record_spans)
         self._wire_clock = Stopwatch(PHASES)
@@ -318,6 +326,7 @@ class WorkerSession:
                 peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
                 peak_staged_bytes=self._loader.peak_staged_bytes,
                 kept_bytes=self._loader.kept_bytes,
+                mirror_bytes=0 if self._mirror is None else self._mirror.nbytes,
                 spans=[
                     *clock.spans,
                     *(
@@ -340,6 +349,8 @@ class WorkerSession:
         self._in_doubt = True
         commits = [_await(one, say.Commit, "the other workers") for one in self._connections]
         overwritten = self._loader.commit(commits[0].version)
+        if self._mirror is not None:
+            self._mirror.version = commits[0].version
         self._tell(say.Committed(caches_overwritten=overwritten))
 
     def _agree(self, requests: list[say.SyncRequest]) -> tuple[SyncPlan, LayerMap]:
@@ -393,6 +404,39 @@ class WorkerSession:
             connection.chunk_receiver.prepare(request.segments, request.slots)
         return parts
 
+    def _open_mirror(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> None:
+        """Have the mirror that the trainer's changes are for; none where it sends none.
+
+        Raises:
+            StaleBaseError: this worker has another one, or none.
+            ConfigError: the host has not the memory for one.
+        """
+        asked = requests[0]
+        if not asked.mirror or len(requests) > 1:
+            self._mirror = None
+            return
+        held = self._mirror
+        if asked.changes_from is not None:
+            if held is None or (held.id, held.version) != (asked.mirror, asked.changes_from):
+                raise StaleBaseError(
+                    f"a sync of what has changed since version {asked.changes_from} needs what was "
+                    "sent with it, and this worker has not kept that; send everything",
+                    base=asked.changes_from,
+                    version=self._hello().version,
+                )
+            return
+        if held is not None and held.metas == plan.base_metas:
+            held.id, held.version = asked.mirror, None
+            return
+        self._mirror = held = None  # there is not room for two
+        needed_bytes, free = mirror_bytes(plan.base_metas), free_bytes(torch.device("cpu"))
+        if needed_bytes > free:
+            raise ConfigError(
+                f"sync.delta: elements keeps what was sent last on this worker, "
+                f"{needed_bytes:,} bytes, and its host has {free:,} free; choose sync.delta: layers"
+            )
+        self._mirror = Mirror(plan.base_metas, asked.mirror)
+
     def _load(
         self, index: int, plan: SyncPlan, parts: list[Part], clock: Stopwatch, *, checksums: bool
     ) -> list[bool]:
@@ -409,7 +453,13 @@ class WorkerSession:
             if one.index != index:
                 raise TransportError(f"chunk {one.index} arrived where {index} was next")
             names = [meta.name for meta in senders[i]]
-            found |= zip(names, one.tensors, strict=True)
+            tensors = one.tensors
+            if self._mirror is not None:
+                with clock("load", f"changes of chunk {index}"):
+                    tensors = self._mirror.apply(senders[i], tensors, one.changes)
+            elif one.changes:
+                raise TransportError(f"chunk {index} brings changes that nobody has asked to keep")
+            found |= zip(names, tensors, strict=True)
             if checksums:
                 if len(one.checksums) != len(names):
                     raise TransportError(
@@ -418,7 +468,8 @@ class WorkerSession:
                     )
                 reported |= zip(names, one.checksums, strict=True)
         in_place = [i in arrived and arrived[i].in_place for i in range(len(parts))]
-        del arrived, one  # they refer to the tensors, whose references are counted below
+        writes = {name: tensor._version for name, tensor in self._mirrored(found)}
+        del arrived, one, tensors  # they refer to the tensors, whose references are counted below
         references = {name: _references(tensor) for name, tensor in found.items()}
         chunk = plan.chunks[index]
         stream = ((name, found[name]) for name in chunk.names)
@@ -437,9 +488,18 @@ class WorkerSession:
                     "change with the next chunk. This architecture cannot be synced over this "
                     "transport; colocate the engine"
                 )
+        for name, tensor in self._mirrored(found):
+            if tensor._version != writes[name]:
+                raise LoadError(
+                    f"vLLM's loader of {name!r} writes to what it gets, which the next changes are "
+                    "put into; choose sync.delta: layers for this architecture"
+                )
         for i in senders:
             self._connections[i].tell(say.Credit(index=index))
         return in_place
+
+    def _mirrored(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        return (item for item in tensors.items() if self._mirror and item[0] in self._mirror)
 
     def _intact(
         self, index: int, tensors: Iterator[tuple[str, torch.Tensor]], reported: Mapping[str, int]

@@ -1,0 +1,402 @@
+"""`qerl-sync bench compare`: every way to bring a trainer's weights to a vLLM engine, side by side.
+
+The ways take turns in one run, on the same bytes. Before each, the trainer's weights change sign.
+After each, outside of the timed part, what the engine's kernels hold is compared with a fresh
+engine's, loaded from a checkpoint of those weights.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+import torch
+
+from qerl_sync.bench.extension import KERNELS_VARIABLE, gloo_group, use_plain_kernels
+from qerl_sync.bench.transport import (
+    Results,
+    Rounds,
+    Target,
+    copy_seconds,
+    make_model,
+    start_engine,
+)
+from qerl_sync.config import SyncConfig
+from qerl_sync.errors import SyncError
+from qerl_sync.plan.staging import offsets
+from qerl_sync.session import SyncSession
+from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.shared_memory import share_parameters
+from qerl_sync.transports.inproc import InProcessTransport
+from qerl_sync.transports.remote import RemoteTransport
+from qerl_sync.wire.segments import DIRECTORY, PrivateMemory, SharedSegment
+
+Kernels = Literal["packed", "plain"]
+# Where the engine runs, and for the last two how the weights reach it: as if it were on another
+# machine; and with the trainer's parameters in shared memory.
+COLOCATE, OWN_PROCESS = "colocate", "own process"
+OVER_TCP, SHARED = "own process, over TCP", "own process, shared parameters"
+MEMCPY, LOAD_ALONE = "memcpy", "vLLM's load alone, bytes already there"
+OURS, SHM, TCP = "qerl-sync", "qerl-sync, shm", "qerl-sync, tcp"
+GLOO = "torch.distributed broadcast (Gloo) of each tensor, into vLLM's reload"
+FILE = "safetensors in shared memory, vLLM's reload_weights"
+# The longest wait for the engine, in ways that are not ours.
+CALL_SECONDS = 600.0
+# Ratios to reach, by engine, way and what it is divided by.
+LIMITS: dict[Kernels, dict[tuple[str, str, str], float]] = {
+    "plain": {
+        (COLOCATE, OURS, MEMCPY): 1.4,
+        (SHARED, SHM, MEMCPY): 1.4,
+        (OWN_PROCESS, SHM, MEMCPY): 2.3,
+    },
+    "packed": {(COLOCATE, OURS, LOAD_ALONE): 1.1, (OWN_PROCESS, SHM, LOAD_ALONE): 1.25},
+}
+
+
+@dataclass
+class Compared(Results):
+    """Results of `qerl-sync bench compare`.
+
+    Attributes:
+        kernels: see `measure`.
+        rows: for each way, what the engine held afterwards.
+        machine: what it ran on, with versions and the load before and after.
+    """
+
+    kernels: Kernels = "packed"
+    rows: list[Row] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def targets(self) -> list[Target]:
+        """Return the ratios that this project wants to reach."""
+        limits = {
+            f"{engine}: {way} / {to}": limit
+            for (engine, way, to), limit in LIMITS[self.kernels].items()
+        }
+        return [Target(name, self.ratios[name], limit, True) for name, limit in limits.items()]
+
+
+class _Trainer:
+    """A model that has one of two versions of weights, of opposite signs.
+
+    Attributes:
+        checkpoints: the directory of each version.
+        memory: what the parameters lie in, where that is shared.
+    """
+
+    memory: SharedSegment | None = None
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.version = model, 0
+        self.checkpoints: dict[int, str] = {}
+        self.source = HFSource(model)
+        self.metas = self.source.metadata()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.neg_()
+        self.version = 1 - self.version
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.source.materialize([meta.name for meta in self.metas])
+
+
+# A function that brings the trainer's weights of now to the engine, by the name of the way.
+Ways = dict[str, Callable[[], object]]
+
+
+@dataclass
+class Row:
+    """One way to one engine.
+
+    Attributes:
+        engine: where it runs.
+        wrong: what was wrong with the weights that it then held, or the error; empty: nothing.
+    """
+
+    engine: str
+    way: str
+    wrong: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine}: {self.way}"
+
+    def run(
+        self, ways: Ways, llm: Any, trainer: _Trainer, fresh: list[Digests], clock: Rounds | None
+    ) -> None:
+        """Bring new weights in this way, and look at what the engine then holds.
+
+        Args:
+            fresh: what a fresh engine holds of each version.
+            clock: None: a round that is not counted, in which plans are made.
+        """
+        trainer.step()
+        started = time.perf_counter()
+        try:
+            seconds = ways[self.way]()
+            taken = time.perf_counter() - started
+            if clock is not None:  # some time themselves
+                clock.add(self.name, seconds if isinstance(seconds, float) else taken)
+            self.wrong = "" if self.way == MEMCPY else _difference(llm, fresh[trainer.version])
+        except Exception as exc:
+            if isinstance(exc, SyncError):
+                raise
+            self.wrong = " ".join(f"{type(exc).__name__}: {exc}".split())[:200]
+        if self.wrong:
+            ours = next(way for way in ways if way.startswith(OURS))
+            if self.way == ours:
+                raise SyncError(f"{self.name}: {self.wrong}")
+            ways[ours]()  # what the next way leaves out is right
+
+
+Digests = dict[str, str]
+
+
+def measure(
+    config: Path,
+    *,
+    kernels: Kernels = "packed",
+    rounds: int = 5,
+    engine: Mapping[str, Any] | None = None,
+    note: Callable[[str], None] = lambda text: None,
+) -> Compared:
+    """Measure for a model of this shape, with random weights in bfloat16.
+
+    It changes this process for good: vLLM is started in it, with these kernels.
+
+    Args:
+        config: a transformers `config.json`.
+        kernels: of vLLM on a CPU; on a GPU it makes no difference. packed: as vLLM starts there,
+            with weights packed into handles of its kernels. plain: parameters are used as they are,
+            as unquantised GPU kernels do.
+        engine: more vLLM engine arguments.
+        note: told what is being done.
+
+    Raises:
+        SyncError: a sync of ours failed, or left other weights.
+    """
+    if kernels == "plain":
+        os.environ[KERNELS_VARIABLE] = kernels
+        use_plain_kernels()
+    found = Compared(rounds=rounds, kernels=kernels, machine=_machine())
+    clock = Rounds()
+    with TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
+        note("making the model")
+        trainer = _Trainer(make_model(config))
+        found.nbytes = sum(meta.nbytes for meta in trainer.metas)
+        for version in range(2):  # afterwards the trainer has version 0 again
+            path = trainer.checkpoints[version] = f"{directory}/{version}"
+            trainer.model.save_pretrained(path, max_shard_size="1TB")  # type: ignore[operator]
+            trainer.step()
+        memory = PrivateMemory(offsets(trainer.metas)[1])
+        for multiprocessing, places in (("0", [COLOCATE]), ("1", [OWN_PROCESS, OVER_TCP, SHARED])):
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = multiprocessing
+            note(f"starting vLLM ({places[0]})")
+            with _started(trainer.checkpoints[1], engine) as llm:
+                other = _digests(llm)
+            with _started(trainer.checkpoints[0], engine) as llm:
+                fresh = [_digests(llm), other]
+                if trainer.version == 1:
+                    trainer.step()
+                for where in places:
+                    with ExitStack() as stack:
+                        ways: Ways = {
+                            MEMCPY: partial(copy_seconds, trainer.source, memory),
+                            LOAD_ALONE: partial(_load_alone, llm, trainer),
+                            **WAYS[where](llm, trainer, stack),
+                        }
+                        rows = [Row(where, way) for way in ways]
+                        for number in range(rounds + 1):
+                            note(f"{where}: round {number} of {rounds}")
+                            for row in rows:
+                                row.run(ways, llm, trainer, fresh, clock if number else None)
+                    found.rows += rows
+    found.machine["load_after"] = os.getloadavg()[0]
+    found.seconds = clock.medians()
+    for row in found.rows:
+        for to in (MEMCPY, LOAD_ALONE):
+            if len(clock.seconds.get(row.name, ())) == rounds:
+                ratio = clock.ratio(row.name, f"{row.engine}: {to}")
+                found.ratios[f"{row.name} / {to}"] = ratio
+    return found
+
+
+def to_markdown(found: Compared) -> str:
+    """Return the results as a Markdown table."""
+    machine = found.machine
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"{found.nbytes / 1e9:.2f} GB in bfloat16, {found.kernels} kernels, medians of "
+        f"{found.rounds} rounds. {machine['cores']} cores ({machine['platform']}), load "
+        f"{machine['load_before']:.1f} before and {machine['load_after']:.1f} after; {versions}.",
+        "",
+        f"| engine | way | ms | x {MEMCPY} | x load alone | weights afterwards |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for row in found.rows:
+        ratios = [found.ratios.get(f"{row.name} / {to}") for to in (MEMCPY, LOAD_ALONE)]
+        cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        seconds = found.seconds.get(row.name)
+        shown = "-" if seconds is None else f"{seconds * 1e3:.0f}"
+        right = "" if row.way == MEMCPY else row.wrong.replace("|", "\\|") or "right"
+        lines.append(f"| {row.engine} | {row.way} | {shown} | {' | '.join(cells)} | {right} |")
+    return "\n".join(lines) + "\n"
+
+
+def _colocated(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
+    """Return the ways to an engine in this process."""
+    from qerl_sync.worker.compat import engine as compat
+
+    parts = compat.in_process_parts(llm)
+
+    def load_weights() -> None:
+        with compat.loading_context(parts.vllm_config):
+            parts.model.load_weights(trainer.tensors())  # type: ignore[operator]
+
+    def as_trl() -> None:
+        # trl.generation.vllm_generation.VLLMGeneration.sync_weights, mode colocate
+        for item in trainer.tensors():
+            parts.model.load_weights([item])  # type: ignore[operator]
+        llm.reset_prefix_cache()
+
+    def layerwise() -> None:
+        with compat.loading_context(parts.vllm_config):
+            compat.begin_reload(parts.model)
+            parts.model.load_weights(trainer.tensors())  # type: ignore[operator]
+            compat.finish_reload(parts.model, parts.vllm_config)
+
+    def session(**options: Any) -> Callable[[], object]:
+        transport = InProcessTransport(llm)
+        config = SyncConfig.of(**options)
+        return stack.enter_context(SyncSession(trainer.source, transport, config)).push
+
+    return {
+        OURS: session(),
+        f"{OURS}, unchecked": session(check_finite=False, on_unchanged="ignore"),
+        f"{OURS}, load: layerwise": session(load="layerwise"),
+        "vLLM's load_weights, live": load_weights,
+        "TRL's colocate sync: load_weights for each tensor": as_trl,
+        "vLLM's layerwise reload from memory": layerwise,
+        FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
+    }
+
+
+def _to_own_process(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
+    """Return the ways to an engine in a process of its own."""
+    return {
+        SHM: _session(llm, trainer, stack, "shm").push,
+        GLOO: _Broadcast(llm, trainer, stack),
+        FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
+    }
+
+
+def _over_tcp(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
+    return {TCP: _session(llm, trainer, stack, "tcp").push}
+
+
+def _of_shared_parameters(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
+    trainer.memory = share_parameters(trainer.model)  # from here on
+    return {SHM: _session(llm, trainer, stack, "shm").push}
+
+
+WAYS: dict[str, Callable[[Any, _Trainer, ExitStack], Ways]] = {
+    COLOCATE: _colocated,
+    OWN_PROCESS: _to_own_process,
+    OVER_TCP: _over_tcp,
+    SHARED: _of_shared_parameters,
+}
+
+
+def _session(llm: Any, trainer: _Trainer, stack: ExitStack, kind: str) -> SyncSession:
+    from qerl_sync.engines.llm import LLMClient
+
+    transport = RemoteTransport(LLMClient(llm), transport=kind)
+    return stack.enter_context(SyncSession(trainer.source, transport, SyncConfig()))
+
+
+def _load_alone(llm: Any, trainer: _Trainer) -> float:
+    """Have the worker load tensors that lie in its memory. Return its own seconds."""
+    checkpoint = f"{trainer.checkpoints[trainer.version]}/model.safetensors"
+    order = [meta.name for meta in trainer.metas]
+    (seconds,) = llm.collective_rpc("bench_load_alone", args=(checkpoint, order))
+    return float(seconds)
+
+
+def _shared_directory(stack: ExitStack) -> str:
+    return stack.enter_context(TemporaryDirectory(prefix="qerl_sync-bench-", dir=DIRECTORY))
+
+
+def _reload_file(llm: Any, trainer: _Trainer, directory: str) -> None:
+    """Write a checkpoint to shared memory, and have vLLM reload it."""
+    from safetensors.torch import save_file
+
+    save_file(dict(trainer.tensors()), f"{directory}/model.safetensors")
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+
+
+class _Broadcast:
+    """Broadcast each tensor to the worker by Gloo, as frameworks do by NCCL."""
+
+    def __init__(self, llm: Any, trainer: _Trainer, stack: ExitStack) -> None:
+        self._llm, self._trainer = llm, trainer
+        # The call waits in vLLM while this thread sends.
+        self._calls = stack.enter_context(ThreadPoolExecutor(1))
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            host, port = free.getsockname()
+        joined = self._calls.submit(llm.collective_rpc, "bench_join", args=(host, port))
+        self._group = gloo_group(host, port, 0)
+        joined.result(CALL_SECONDS)
+
+    def __call__(self) -> None:
+        metas = [(meta.name, meta.dtype, list(meta.shape)) for meta in self._trainer.metas]
+        loaded = self._calls.submit(self._llm.collective_rpc, "bench_broadcast", args=(metas,))
+        for _, tensor in self._trainer.tensors():
+            self._group.broadcast(tensor, 0).wait()
+        loaded.result(CALL_SECONDS)
+
+
+def _digests(llm: Any) -> Digests:
+    (found,) = llm.collective_rpc("bench_kernels")
+    return dict(found)
+
+
+def _difference(llm: Any, fresh: Digests) -> str:
+    held = _digests(llm)
+    wrong = [path for path, digest in fresh.items() if held.get(path) != digest]
+    return f"{len(wrong)} of {len(fresh)} modules hold other weights: {wrong[0]}" if wrong else ""
+
+
+@contextmanager
+def _started(path: str, arguments: Mapping[str, Any] | None) -> Iterator[Any]:
+    llm = start_engine(path, arguments or {})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def _machine() -> dict[str, Any]:
+    from qerl_sync.report.summary import versions
+
+    return {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+    }
