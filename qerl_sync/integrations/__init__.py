@@ -1,4 +1,4 @@
-"""The seams into TRL, Ray and vLLM's trainer contract.
+"""The ways into TRL, Ray and vLLM's trainer contract.
 
 Whatever patches or subclasses these libraries, and nothing else.
 """

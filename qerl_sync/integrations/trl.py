@@ -3,7 +3,7 @@
     callback = WeightSyncCallback(policy="reorder", engine={"dtype": "float32"})
     trainer = GRPOTrainer(..., callbacks=[callback])
 
-The callback takes over the engine that TRL builds for its trainer, while it is built (`trl_seams`).
+The callback takes over the engine that TRL builds for its trainer, while it is built (`trl_patches`).
 TRL keeps deciding when to sync: it calls `trainer.vllm_generation.sync_weights`, which this
 callback replaces. TRL counts steps for that, each trainer in attributes of its own, and misses
 weights that change without a step. So the calls by which an engine generates are guarded too: none
@@ -23,7 +23,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qerl_sync.build import BACKEND, adapter_arguments, make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError, SyncError
-from qerl_sync.integrations.trl_seams import (
+from qerl_sync.integrations.trl_patches import (
     Takeover,
     calling_trainer,
     check_engine_arguments,

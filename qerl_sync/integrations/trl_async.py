@@ -14,7 +14,7 @@ from qerl_sync.build import make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.trl import metrics
-from qerl_sync.integrations.trl_seams import require_attributes
+from qerl_sync.integrations.trl_patches import require_attributes
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
 

@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from faults.outcomes import HANG, MEANING, OURS, STOCK, WRONG, Outcome
+from faults.outcomes import HANG, LIMIT_SECONDS, MEANING, OURS, STOCK, WRONG, Outcome
 
 
 def fault_table(outcomes: Sequence[Outcome], by: str) -> Table:
@@ -122,7 +122,8 @@ def _totals(ours: Sequence[Outcome], stock: Sequence[Outcome]) -> Iterable[str]:
         yield (
             f"Of {len(timed)} faults whose detection was timed, "
             f"{sum(not o.is_late for o in timed)} were noticed within their "
-            "limit: 2 s, or a timeout and 2 s where only that can tell. The slowest for its limit "
+            f"limit: {LIMIT_SECONDS:g} s, or a timeout and {LIMIT_SECONDS:g} s where only that can "
+            "tell. The slowest for its limit "
             f"took {slowest.detection_seconds:.2f} s of {slowest.allowed_seconds:g} s: "
             f"{slowest.case} ({slowest.spec})."
         )

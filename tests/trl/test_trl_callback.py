@@ -56,12 +56,12 @@ def train(policy, tmp_path):
 
 @pytest.fixture(autouse=True)
 def nothing_of_trl_stays_replaced():
-    before = seams()
+    before = patched()
     yield
-    assert seams() == before
+    assert patched() == before
 
 
-def seams():
+def patched():
     """What a trainer that is built may find replaced."""
     from trl.generation import vllm_generation
     from trl.generation.vllm_client import VLLMClient
@@ -280,9 +280,9 @@ def test_trainers_that_are_built_within_each_other_get_their_own_engines(policy,
             build_trainer(policy, tmp_path / "inner", [inner], max_steps=2, learning_rate=1e-2)
         )
     )
-    before = seams()
+    before = patched()
     built.append(build_trainer(policy, tmp_path / "outer", [outer, build_inner], max_steps=1))
-    assert seams() == before
+    assert patched() == before
     for trainer, callback, steps in zip(built, (inner, outer), ([0, 1], [0]), strict=True):
         trainer.train()
         assert steps_of(callback) == steps
@@ -293,9 +293,9 @@ def test_trainers_that_are_built_within_each_other_get_their_own_engines(policy,
 
 
 def test_a_trainer_without_vllm_is_refused_when_it_trains(policy, tmp_path):
-    before = seams()
+    before = patched()
     trainer = build_trainer(policy, tmp_path, [WeightSyncCallback()], use_vllm=False, max_steps=1)
-    assert seams() == before
+    assert patched() == before
     with pytest.raises(ConfigError, match=r"GRPOTrainer .*use_vllm=True"):
         trainer.train()
 
@@ -304,7 +304,7 @@ def build_failing(path, directory, callback):
     """Fail after the callback has begun to wait, before the engine is built."""
 
     def fail():
-        assert seams()[0].__wrapped__
+        assert patched()[0].__wrapped__
         raise RuntimeError("building failed")
 
     with pytest.raises(RuntimeError, match="building failed"):
@@ -312,22 +312,22 @@ def build_failing(path, directory, callback):
 
 
 def test_a_trainer_that_was_not_built_leaves_nothing_behind(policy, tmp_path):
-    before, callback = seams(), WeightSyncCallback()
+    before, callback = patched(), WeightSyncCallback()
     build_failing(policy, tmp_path, callback)
     gc.collect()
-    assert seams() == before
+    assert patched() == before
     build_failing(policy, tmp_path, callback)
     callback.close()
-    assert seams() == before
+    assert patched() == before
 
 
 def test_a_callback_that_waits_in_vain_stops_when_training_begins(policy, tmp_path):
     """As with trainers that have code of their own for vLLM."""
-    before, callback = seams(), WeightSyncCallback()
+    before, callback = patched(), WeightSyncCallback()
     trainer = build_trainer(policy, tmp_path, [callback], use_vllm=False, max_steps=1)
     trainer.args.use_vllm = trainer.use_vllm = True
     trainer.control = trainer.callback_handler.on_init_end(*as_trainer_calls(trainer))
-    assert seams() == before, "nobody who calls is a trainer"
+    assert patched() == before, "nobody who calls is a trainer"
     with pytest.raises(ConfigError, match="this trainer was built without"):
         callback.on_train_begin(*as_trainer_calls(trainer))
     type(trainer).announce = lambda self: self.callback_handler.on_init_end(*as_trainer_calls(self))
@@ -335,10 +335,10 @@ def test_a_callback_that_waits_in_vain_stops_when_training_begins(policy, tmp_pa
         trainer.announce()
     finally:
         del type(trainer).announce
-    assert seams() != before
+    assert patched() != before
     with pytest.raises(ConfigError, match="code of its own for vLLM"):
         trainer.train()
-    assert seams() == before
+    assert patched() == before
 
 
 def as_trainer_calls(trainer):
@@ -444,7 +444,7 @@ def test_options_are_the_fields_of_the_sync_section():
         WeightSyncCallback(SyncConfig(), policy="reorder")
 
 
-def test_the_seam_is_put_back_when_building_fails():
+def test_the_patch_is_taken_back_when_building_fails():
     from trl.generation import vllm_generation
 
     before = vllm_generation.LLM

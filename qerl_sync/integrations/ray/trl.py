@@ -16,7 +16,7 @@ from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
 from qerl_sync.integrations.ray.metrics import RayMetrics
 from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.integrations.trl import OF_GENERATION, OF_TRAINER, WeightSyncCallback
-from qerl_sync.integrations.trl_seams import _replaced, require_attributes
+from qerl_sync.integrations.trl_patches import _replaced, require_attributes
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
 

@@ -10,7 +10,9 @@ exception and leave the others' answers in their queues, where the next call fin
 
 from __future__ import annotations
 
+import gc
 import logging
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -52,6 +54,8 @@ from qerl_sync.worker.protocol.connection import Arrived, TrainerConnection
 logger = logging.getLogger(__name__)
 
 PHASES = ("wait", "load", "finish", "verify")
+# How long a chunk's tensors may be referred to once vLLM's loaders have returned.
+RELEASE_SECONDS = 1.0
 
 M = TypeVar("M")
 Item = say.Message | Arrived
@@ -482,7 +486,7 @@ class WorkerSession:
             cuda_memory.synchronize(self._device)
         for name, tensor in found.items():
             # The next chunk is written over this one: what vLLM keeps of it would change.
-            if _references(tensor) > references[name]:
+            if not _has_let_go(tensor, references[name]):
                 raise LoadError(
                     f"vLLM still refers to {name!r} after its chunk was loaded; its weights would "
                     "change with the next chunk. This architecture cannot be synced over this "
@@ -579,3 +583,16 @@ def _await(connection: TrainerConnection, kind: type[M], what: str) -> M:
 def _references(tensor: torch.Tensor) -> int:
     """Count what refers to the tensor's storage."""
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+
+
+def _has_let_go(tensor: torch.Tensor, references: int) -> bool:
+    """Return whether no more than `references` refer to the tensor's storage, or soon do not."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while _references(tensor) > references:
+        if time.monotonic() > deadline:
+            return False
+        # Garbage is no reference: frames of an error that was caught are cycles, which hold their
+        # tensors until the next collection.
+        gc.collect()
+        time.sleep(0.01)
+    return True
