@@ -4,10 +4,10 @@
     trainer = GRPOTrainer(..., callbacks=[callback])
 
 The callback takes over the engine that TRL builds for its trainer, while it is built
-(`trl_patches`). TRL keeps deciding when to sync: it calls `trainer.vllm_generation.sync_weights`, which this
-callback replaces. TRL counts steps for that, each trainer in attributes of its own, and misses
-weights that change without a step. So the calls by which an engine generates are guarded too: none
-passes while the engine may have other weights than the trainer.
+(`trl_patches`). TRL keeps deciding when to sync: it calls `trainer.vllm_generation.sync_weights`,
+which this callback replaces. TRL counts steps for that, each trainer in attributes of its own, and
+misses weights that change without a step. So the calls by which an engine generates are guarded
+too: none passes while the engine may have other weights than the trainer.
 """
 
 from __future__ import annotations
