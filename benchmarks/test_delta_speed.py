@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from support import relay
-from support.models import random_model
+from support.models import QWEN3_SHAPE, random_model
 from transformers import Qwen3Config
 
 from qerl_sync import HFSource, LLMClient, RemoteTransport, SyncConfig, SyncReport, SyncSession
@@ -31,16 +31,6 @@ from qerl_sync.bench.transport import start_engine
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-SHAPE = {
-    "vocab_size": 16384,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 ROUNDS = 3
 SHARE = 0.01
 LINK_BYTES_PER_SECOND = 125_000_000
@@ -105,7 +95,7 @@ def slow_link() -> Iterator[dict[str, Any]]:
 
 def test_the_transport_alone() -> None:
     """To a worker that loads nothing, of a third of the layers."""
-    model = random_model(Qwen3Config(**{**SHAPE, "num_hidden_layers": 9}), 0, "bfloat16")
+    model = random_model(Qwen3Config(**{**QWEN3_SHAPE, "num_hidden_layers": 9}), 0, "bfloat16")
     with EchoWorker() as worker:
         assert show("loopback, nothing is loaded", *measure(worker, model)) <= 0.05
         with slow_link() as way:
@@ -114,7 +104,7 @@ def test_the_transport_alone() -> None:
 
 def test_one_changed_element_in_a_hundred(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    model = random_model(Qwen3Config(**SHAPE), 0, "bfloat16")
+    model = random_model(Qwen3Config(**QWEN3_SHAPE), 0, "bfloat16")
     model.save_pretrained(tmp_path / "model")
     llm = start_engine(str(tmp_path / "model"), {})
     fresh = llm.collective_rpc("bench_kernels")

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.engines import kernels_in_use, start_engine
-from support.models import random_model, save_model
+from support.models import QWEN3_SHAPE, random_model, save_model
 from transformers import Qwen3Config
 
 from qerl_sync import HFSource, InProcessTransport, SyncConfig, SyncSession
@@ -27,16 +27,6 @@ from qerl_sync.worker.compat import engine as compat
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-SHAPE = {
-    "vocab_size": 16384,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 ROUNDS = 5
 
 
@@ -45,7 +35,7 @@ def checksums(model: torch.nn.Module) -> dict[str, int]:
 
 
 def test_a_direct_sync_costs_little_more_than_the_copy(tmp_path: Path) -> None:
-    model = random_model(Qwen3Config(**SHAPE), 0, "bfloat16")
+    model = random_model(Qwen3Config(**QWEN3_SHAPE), 0, "bfloat16")
     with kernels_in_use("plain"):
         engine = start_engine(save_model(model, tmp_path / "model"), dtype="bfloat16")
         parts = compat.in_process_parts(engine)
@@ -114,7 +104,7 @@ def _step(model: torch.nn.Module, names: set[str]) -> None:
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_has_not_changed_costs_a_look_at_most(tmp_path: Path, *, frozen: bool) -> None:
     """Two of 28 layers train. `frozen`: the others say so, and are hashed once."""
-    model = random_model(Qwen3Config(**SHAPE), 0, "bfloat16")
+    model = random_model(Qwen3Config(**QWEN3_SHAPE), 0, "bfloat16")
     names = {n for n, _ in model.named_parameters() if ".layers.3." in n or ".layers.20." in n}
     for name, parameter in model.named_parameters():
         parameter.requires_grad = not frozen or name in names

@@ -15,28 +15,18 @@ from pathlib import Path
 import pytest
 from support.adapters import make_policy, step
 from support.engines import start_engine
-from support.models import random_model, save_model
+from support.models import QWEN3_SHAPE, random_model, save_model
 from transformers import Qwen3Config
 
 from qerl_sync import AdapterSource, HFSource, InProcessTransport, SyncConfig, SyncSession
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-SHAPE = {
-    "vocab_size": 16384,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 LIMIT = 0.2  # holds for so small a model on a busy CPU, too
 
 
 def test_an_adapter_takes_a_small_part_of_a_full_sync(tmp_path: Path) -> None:
-    model = random_model(Qwen3Config(**SHAPE), 0, "bfloat16")
+    model = random_model(Qwen3Config(**QWEN3_SHAPE), 0, "bfloat16")
     path = save_model(model, tmp_path / "model")
     engine = start_engine(path, dtype="bfloat16", enable_lora=True, max_lora_rank=16)
     config = SyncConfig.of(on_unchanged="warn")

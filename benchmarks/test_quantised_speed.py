@@ -20,7 +20,7 @@ import pytest
 from support.adapters import make_policy, step
 from support.engines import model_of, start_engine
 from support.fingerprint import fingerprint
-from support.models import random_model, save_model
+from support.models import QWEN3_SHAPE, random_model, save_model
 from transformers import Qwen3Config
 
 from qerl_sync import AdapterSource, HFSource, InProcessTransport, SyncConfig, SyncSession
@@ -28,23 +28,13 @@ from qerl_sync.worker.compat import engine as compat
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-SHAPE = {
-    "vocab_size": 16384,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 ROUNDS = 5
 # Hold on a busy machine, too.
 FULL_LIMIT, ADAPTER_LIMIT = 2.0, 0.2
 
 
 def test_what_a_quantised_engine_is_sent_costs_little(tmp_path: Path) -> None:
-    model = random_model(Qwen3Config(**SHAPE), 0, "bfloat16")
+    model = random_model(Qwen3Config(**QWEN3_SHAPE), 0, "bfloat16")
     arguments = {"dtype": "bfloat16", "quantization": "fp8_per_channel", "enable_lora": True}
     engine = start_engine(save_model(model, tmp_path / "model"), **arguments, max_lora_rank=16)
     parts = compat.in_process_parts(engine)

@@ -405,8 +405,8 @@ class SyncSession:
         if self._source.lora is not None:
             report.lora = dict(self._source.lora)
         if self._adapter is not None:
-            why = _why_base(plan, options, own=self._config.lora_base == "engine")
-            report.lora = {**(report.lora or {}), "base": why}
+            base_reason = _why_base(plan, options, own=self._config.lora_base == "engine")
+            report.lora = {**(report.lora or {}), "base": base_reason}
         if self._noise is not None:
             report.noise = self._noise.report()
         if asked is not None:

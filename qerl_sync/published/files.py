@@ -51,7 +51,7 @@ class Base(_Part):
 
 
 class Manifest(_Part):
-    """What there is of a version.
+    """Describe a version: its tensors, its files, and what it builds on.
 
     Attributes:
         base: None: its files hold all tensors.

@@ -36,7 +36,7 @@ FILE_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class Publication:
-    """What `Publisher.publish` has written.
+    """Report what `Publisher.publish` has written.
 
     Attributes:
         is_full: all tensors, not changes alone.

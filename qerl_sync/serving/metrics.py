@@ -1,4 +1,4 @@
-"""What the guard knows of a server's weights, in vLLM's own `/metrics`."""
+"""Export what the guard knows of a server's weights, in vLLM's own `/metrics`."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def probe_of(model: Any, *, attention: str | None = None) -> Probe:
     ) -> list[float]:
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
-        own_attention = model.config._attn_implementation
+        own_attention = None if attention is None else model.config._attn_implementation
         try:
             if attention is not None:
                 model.set_attn_implementation(attention)

@@ -1,4 +1,4 @@
-"""What was sent last, kept on both sides, so that only the elements that change need travel.
+"""Keep what was sent last on both sides, so that only the elements that change need travel.
 
 A changed tensor travels as the bits of its changed elements, followed by their places: the distance
 of each from the one before, in one, two or four bytes, whichever is least in all. A longer distance

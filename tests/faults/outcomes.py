@@ -22,9 +22,8 @@ MEANING = {
     SERVES: "serves although it should not",
 }
 OURS, STOCK = "qerl-sync", "stock vLLM"
-# To notice a fault, beside any timeout. On an idle machine it takes a tenth of a second; tests run
-# beside others.
-LIMIT_SECONDS = 5.0
+# To notice a fault, beside any timeout.
+LIMIT_SECONDS = 2.0
 
 
 @dataclass

@@ -24,6 +24,19 @@ _COMMON = {
 _MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 96, "num_experts": 4}
 
 
+# Of benchmarks: Qwen3-0.6B's, with a smaller vocabulary. Arguments of Qwen3Config.
+QWEN3_SHAPE = {
+    "vocab_size": 16384,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
+
 def _kind(config_class: str, **arguments: Any) -> Callable[[], Any]:
     def make() -> Any:
         import transformers
