@@ -16,7 +16,7 @@ from support import worker_extension
 from support.engines import NEW, OLD, PROMPTS
 from support.models import make_model, save_model
 from support.ray_apart import InFlight, Parallel
-from support.ray_cluster import ENGINE, GREEDY, environment, status
+from support.ray_cluster import ENGINE, GREEDY, START_SECONDS, one_node, status
 from support.remote import gap, gaps
 
 from qerl_sync import (
@@ -28,10 +28,9 @@ from qerl_sync import (
     TransportError,
     WorkerPool,
 )
-from qerl_sync.integrations.ray.cluster import connect
 from qerl_sync.integrations.ray.pool import start_actor
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 LENGTH = 400
 LONG = {"temperature": 0, "max_tokens": LENGTH, "ignore_eos": True, "detokenize": False}
@@ -73,8 +72,6 @@ class Engine:
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engine]]:
     """`parallel`, `in flight` and `replicas`; they start at the same time."""
-    import ray
-
     directory = tmp_path_factory.mktemp("models")
     trainers = {version: make_model("dense", version) for version in (OLD, NEW)}
     paths = {v: save_model(model, directory / str(v)) for v, model in trainers.items()}
@@ -86,16 +83,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
     }
     ranks = {**arguments, "tensor_parallel_size": 2}
     apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    with environment():
-        connect(num_cpus=6, object_store_memory=100 << 20, log_to_driver=False)
+    with one_node(num_cpus=6, object_store_memory=100 << 20):
         handles = {
             "parallel": start_actor("parallel", ranks, Parallel, environment=apart),
             "in flight": start_actor("in flight", arguments, InFlight),
             "replicas": start_actor("replicas", {**arguments, "data_parallel_size": 2}, InFlight),
         }
-        WorkerPool(handles).wait(240)
+        WorkerPool(handles).wait(START_SECONDS)
         yield {n: Engine(WorkerPool({n: h}), paths, trainers) for n, h in handles.items()}
-        ray.shutdown()
 
 
 @pytest.fixture

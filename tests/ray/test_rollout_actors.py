@@ -15,7 +15,15 @@ import torch
 from support.adapters import make_policy, step
 from support.engines import PROMPTS
 from support.models import make_model, save_model
-from support.ray_cluster import ENGINE, GREEDY, Rollouts, start_rollouts, status, two_nodes
+from support.ray_cluster import (
+    ENGINE,
+    GREEDY,
+    START_SECONDS,
+    Rollouts,
+    start_rollouts,
+    status,
+    two_nodes,
+)
 from support.ray_echo import Holder
 
 from qerl_sync import (
@@ -39,7 +47,7 @@ from qerl_sync.integrations.ray.pool import start_actor
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.verify.probe_prompt import Probe
 
-pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 CHUNK = "64KiB"
 ROOT = Path(__file__).parents[2]
@@ -383,7 +391,7 @@ def test_an_adapter_reaches_every_kind_of_actor_and_one_that_is_restarted(
         "async lora": start_actor("async lora", engine, AsyncRolloutActor),
     }
     pool = WorkerPool(handles)
-    pool.wait(240)
+    pool.wait(START_SECONDS)
     config = SyncConfig.of(chunk_bytes="16KiB", timeout_seconds=60)
     with SyncSession(AdapterSource(policy), pool.transport(config), config) as session:
         assert session.push(1).sent_bytes > adapter_bytes, "the base has travelled too"

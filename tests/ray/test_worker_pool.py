@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.loaders import HashedSource, TensorSource, tensors
-from support.ray_cluster import environment
+from support.ray_cluster import one_node
 from support.ray_echo import EchoRollout, Holder, Plain
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TrainConfig, TransportError, WorkerPool
@@ -22,7 +22,7 @@ from qerl_sync.bench.echo import checksum as crc32
 from qerl_sync.engines.ray_actor import RayActorClient, require_object_store
 from qerl_sync.errors import CoverageError, PeerLostError, TransportTimeout
 from qerl_sync.integrations.ray.actors import CONTROL
-from qerl_sync.integrations.ray.cluster import connect, require_room_for_chunks
+from qerl_sync.integrations.ray.cluster import require_room_for_chunks
 from qerl_sync.integrations.ray.llm import PooledLLM
 from qerl_sync.integrations.ray.pool import start_actor
 from qerl_sync.integrations.ray.shards import JoinedSource, as_bytes
@@ -42,12 +42,8 @@ PROMPTS = [[1], [2], [3], [4]]
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    import ray
-
-    with environment():
-        connect(num_cpus=8, object_store_memory=100 << 20, log_to_driver=False)
+    with one_node(num_cpus=8, object_store_memory=100 << 20):
         yield
-        ray.shutdown()
 
 
 @pytest.fixture
@@ -321,6 +317,8 @@ def test_parts_that_do_not_fit_are_named(hold: Any):
     source = JoinedSource(own, [dead])
     source.metadata()
     ray.kill(dead)
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(dead.sleep.remote(30.0))  # `kill` only asks for it
     with pytest.raises(PeerLostError, match="which holds a part of the weights, was lost"):
         list(source.materialize(["b"]))
 

@@ -31,6 +31,8 @@ ENGINE: dict[str, Any] = {
 }
 GREEDY = {"temperature": 0, "max_tokens": 12, "detokenize": False}
 STORE_BYTES = 300 << 20
+# Engines of a test start at the same time, each in up to five processes, beside another group.
+START_SECONDS = 600.0
 # Ray's workers import test helpers and, where the tests run from a checkout, the project itself.
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,11 +48,26 @@ def two_nodes() -> Iterator[None]:
         try:
             cluster.add_node(num_cpus=4, object_store_memory=STORE_BYTES, include_dashboard=False)
             cluster.add_node(num_cpus=4, object_store_memory=STORE_BYTES, resources={"second": 1})
-            connect(cluster.address, log_to_driver=False, logging_level="ERROR")
+            assert connect(cluster.address, log_to_driver=False, logging_level="ERROR"), (
+                "another test left its cluster"
+            )
             yield
         finally:
             ray.shutdown()
             cluster.shutdown()
+
+
+@contextmanager
+def one_node(**options: Any) -> Iterator[None]:
+    """A cluster of its own; gone afterwards, whatever fails."""
+    import ray
+
+    with environment():
+        try:
+            assert connect(log_to_driver=False, **options), "another test left its cluster"
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
@@ -123,7 +140,7 @@ def start_rollouts(directory: Path) -> Rollouts:
         for v, path in paths.items()
     }
     pool = WorkerPool(handles)
-    pool.wait(240)
+    pool.wait(START_SECONDS)
     held = ray.get([handle.fingerprint.remote() for handle in handles.values()])
     return Rollouts(pool, paths, trainers, dict(enumerate(held)))
 
