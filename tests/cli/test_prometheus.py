@@ -1,25 +1,15 @@
-"""The dashboard's and the alert rules' expressions, asked of a real Prometheus that scrapes syncs.
-
-It needs a `prometheus`: installed, or fetched by scripts/prometheus.
-"""
+"""The expressions of the dashboard and the alert rules, asked of a real Prometheus."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-import socket
-import subprocess
-import time
-import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
+from support.prometheus import DOCS, Prometheus, free_port, needs_prometheus, wait_until
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 
 from qerl_sync import SyncConfig, SyncSession
@@ -29,10 +19,6 @@ from qerl_sync.telemetry.prometheus import MetricsServer
 
 start_http_server = pytest.importorskip("prometheus_client").start_http_server
 
-ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs/metrics"
-FETCHED = ROOT / ".prometheus/usr/bin/prometheus"
-PROMETHEUS = shutil.which("prometheus") or (str(FETCHED) if FETCHED.exists() else None)
 DASHBOARD = json.loads((DOCS / "grafana.json").read_text())
 ALERTS = {
     rule["alert"]: rule
@@ -41,12 +27,7 @@ ALERTS = {
 # An alert waits for so long before it fires; a test does not.
 AT_ONCE = [name for name, rule in ALERTS.items() if "for" not in rule]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        PROMETHEUS is None, reason="no Prometheus is installed; scripts/prometheus fetches Debian's"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_prometheus]
 
 
 class Recorded(list[Push]):
@@ -73,70 +54,6 @@ def pushes() -> tuple[Push, Push]:
     mismatch = {"total": 1e-4, "sync": 0.0, "noise": 0.0, "quantisation": None, "kernels": 1e-4}
     committed = replace(found[0], report={**(found[0].report or {}), "mismatch": mismatch})
     return committed, found[1]
-
-
-class Prometheus:
-    def __init__(self, directory: Path, **ports: int) -> None:
-        """Scrape these ports, each as a job of that name."""
-        self._url = f"http://127.0.0.1:{free_port()}"
-        config = {
-            "global": {"scrape_interval": "200ms", "evaluation_interval": "200ms"},
-            "rule_files": [str(DOCS / "alerts.yml")],
-            "scrape_configs": [
-                {"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]}
-                for job, port in ports.items()
-            ],
-        }
-        (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
-        self._log = (directory / "log").open("w")
-        self._process = subprocess.Popen(
-            [
-                str(PROMETHEUS),
-                f"--config.file={directory / 'prometheus.yml'}",
-                f"--storage.tsdb.path={directory / 'data'}",
-                f"--web.listen-address={urllib.parse.urlsplit(self._url).netloc}",
-            ],
-            stdout=self._log,
-            stderr=self._log,
-        )
-
-    def get(self, path: str, **parameters: str) -> Any:
-        url = f"{self._url}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return json.load(answer)["data"]
-
-    def ask(self, expression: str) -> list[dict[str, Any]]:
-        """Return the series of an expression, as they are now."""
-        return self.get("query", query=expression)["result"]
-
-    def firing(self) -> set[str]:
-        """Return the alerts that fire, or wait for as long as their rule says."""
-        return {alert["labels"]["alertname"] for alert in self.get("alerts")["alerts"]}
-
-    def await_series(self, expression: str) -> None:
-        wait_until(lambda: bool(self.ask(expression)), expression)
-
-    def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
-        self._log.close()
-
-
-def wait_until(holds: Any, what: str, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            if holds():
-                return
-        except OSError:  # it is starting
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"not within {seconds} s: {what}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

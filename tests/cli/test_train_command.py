@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.prometheus import PROMETHEUS, Prometheus, free_port, needs_prometheus
 
 from qerl_sync import load_config
 from qerl_sync.training.directory import RunDirectory
@@ -45,13 +46,17 @@ def qerl_sync(*arguments: str | Path, timeout: int = 240) -> subprocess.Complete
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Six steps in a bad order, only warned of."""
+    """Six steps in a bad order, only warned of; a Prometheus that scraped it meanwhile, or None."""
     directory = tmp_path_factory.mktemp("run")
+    port = free_port()
+    prometheus = PROMETHEUS and Prometheus(tmp_path_factory.mktemp("prometheus"), run=port)
     short = ["trainer.max_steps=6", "trainer.save_steps=3", "warmup.trainer.max_steps=12"]
-    config = "configs/grpo_cpu_out_of_order.yaml"
-    done = qerl_sync("train", config, *short, "--output-dir", directory, "--trace", "2")
+    options = [*short, f"sync.metrics_port={port}", "--output-dir", directory, "--trace", "2"]
+    done = qerl_sync("train", "configs/grpo_cpu_out_of_order.yaml", *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    return directory, done.stdout + done.stderr
+    yield directory, done.stdout + done.stderr, prometheus
+    if prometheus:
+        prometheus.close()
 
 
 @pytest.mark.vllm
@@ -75,13 +80,27 @@ class TestRun:
         assert [report["version"] for report in reports] == [1, 2, 3, 4, 5, 6]
         assert all(report["prediction_exact"] for report in reports)
 
+    @needs_prometheus
+    def test_a_prometheus_saw_what_the_summary_says(self, run):
+        summary = json.loads((run[0] / "summary.json").read_text())
+        held = {
+            "max_over_time(qerl_sync_syncs_total[10m])": summary["num_syncs"],
+            "max_over_time(qerl_sync_open_layers[10m])": summary["max_open_layers"],
+            "max_over_time(qerl_sync_peak_buffered_bytes[10m])": summary[
+                "peak_buffered_bytes_measured"
+            ],
+            "min_over_time(qerl_sync_prediction_exact[10m])": 1,
+        }
+        found = {what: [float(one["value"][1]) for one in run[2].ask(what)] for what in held}
+        assert found == {what: [value] for what, value in held.items()}
+
     def test_pictures(self, run):
         for name in ("reward.png", "buffers.png"):
             assert (run[0] / name).read_bytes().startswith(b"\x89PNG")
 
     def test_what_is_left_to_look_at(self, run):
         """The page of the run, what explain says, and the spans of one sync."""
-        directory, _ = run
+        directory = run[0]
         assert qerl_sync("report", directory).returncode == 0
         page = (directory / "report.html").read_text(encoding="utf-8")
         assert page.count("<option ") == 6
@@ -104,14 +123,14 @@ class TestRun:
         )
 
     def test_what_a_person_reads(self, run):
-        _, text = run
+        _, text, _ = run
         assert text.count("parent layers at once") == 1
         assert "policy: reorder" in text
         for words in ("reward, first", "syncs", "peak buffered", "largest logprob gap", "exact"):
             assert words in text
 
     def test_nothing_looks_like_a_failure(self, run):
-        directory, text = run
+        directory, text, _ = run
         assert "Triton" not in text
         assert not list(directory.rglob("README.md")), "TRL's card: a fine-tuned version of None"
 
@@ -120,7 +139,7 @@ class TestRun:
         assert held.returncode == 0, held.stdout + held.stderr
 
     def test_resumes_where_it_was(self, run):
-        directory, _ = run
+        directory = run[0]
         more = ["trainer.max_steps=8", "trainer.save_steps=3", "warmup.trainer.max_steps=12"]
         config = "configs/grpo_cpu_out_of_order.yaml"
         done = qerl_sync("train", config, *more, "--output-dir", directory, "--resume")
@@ -133,7 +152,7 @@ class TestRun:
 
     def test_a_checkpoint_that_cannot_be_read_is_named(self, run):
         """Whole by its table of contents: only transformers finds out."""
-        directory, _ = run
+        directory = run[0]
         last = max(directory.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         optimizer = last / "optimizer.pt"
         whole = optimizer.read_bytes()
