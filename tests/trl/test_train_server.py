@@ -386,7 +386,8 @@ def check_run(directory: Path, text: str, transport: str, num_steps: int) -> Non
     lines = (directory / "syncs.jsonl").read_text().splitlines()
     assert all(json.loads(line)["num_chunks"] > 1 for line in lines)
     assert "INFO" in (directory / "vllm.log").read_text()
-    assert "INFO" not in text
+    # Only where a slow machine waits long does a line say what the server said last.
+    assert not [line for line in text.splitlines() if "INFO" in line and "..." not in line]
     assert "Traceback" not in text
 
 
