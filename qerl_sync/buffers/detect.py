@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -83,6 +84,7 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     yield tensor
 
 
+@cache  # asked for each tensor of each sync, as is `_exponent`
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -290,5 +292,6 @@ def require_in_range(
         )
 
 
+@cache
 def _exponent(dtype: torch.dtype) -> int:
     return math.frexp(torch.finfo(dtype).max)[1]
