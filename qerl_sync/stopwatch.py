@@ -22,6 +22,28 @@ def slowest(spans: Iterable[Span]) -> list[Span]:
     return sorted(spans, key=lambda span: -span.seconds)[:10]
 
 
+class _Block:
+    """Time one block. Syncs enter several for each tensor, where a generator's context costs more
+    than what it times."""
+
+    __slots__ = ("_detail", "_phase", "_start", "_watch")
+
+    def __init__(self, watch: Stopwatch, phase: str, detail: str) -> None:
+        self._watch, self._phase, self._detail = watch, phase, detail
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        seconds = time.perf_counter() - self._start
+        watch = self._watch
+        watch.seconds[self._phase] += seconds
+        if kind is not None:
+            watch.failed_in = watch.failed_in or self._phase
+        if watch.records:
+            watch._keep(self._phase, self._detail, self._start, seconds)
+
+
 class Stopwatch:
     """`with watch("load"):` adds the seconds of its block to that phase.
 
@@ -42,18 +64,8 @@ class Stopwatch:
         # Spans of several processes are drawn on one axis, which a monotonic clock does not have.
         self._epoch = time.time() - time.perf_counter()
 
-    @contextmanager
-    def __call__(self, phase: str, detail: str = "") -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        except BaseException:
-            self.failed_in = self.failed_in or phase
-            raise
-        finally:
-            seconds = time.perf_counter() - start
-            self.seconds[phase] += seconds
-            self._keep(phase, detail, start, seconds)
+    def __call__(self, phase: str, detail: str = "") -> _Block:
+        return _Block(self, phase, detail)
 
     @contextmanager
     def span(self, name: str, detail: str = "") -> Iterator[None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 
 from qerl_sync.errors import CoverageError
@@ -82,6 +84,7 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     yield tensor
 
 
+@cache  # asked for each tensor of each sync, as is `_exponent`
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -107,42 +110,68 @@ def is_finite(tensor: torch.Tensor, *, alone: bool = True) -> bool:
     """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    if tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.dtype in _INFINITY:
-        return _has_finite_bits(tensor, torch.get_num_threads() if alone else 1)
+    if _has_readable_bits(tensor):
+        return _first_not_finite(list(_runs(tensor)), alone=alone) is None
     return math.isfinite(_sum(tensor).item()) or not _count_not_finite(tensor)
 
 
-def _has_finite_bits(tensor: torch.Tensor, threads: int) -> bool:
-    """Return `is_finite` of a contiguous tensor in host memory.
+def _has_readable_bits(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype in _INFINITY and tensor.is_contiguous()
 
-    IEEE 754: exponents of infinity and NaN have all bits set. The union of many values' bits mostly
-    lacks some of those bits, which acquits all of them at once.
-    """
-    import numpy as np
 
-    integer, infinity = _INFINITY[tensor.dtype]
-    signed = tensor.detach().view(-1).view(integer).numpy()
-    unsigned = signed.view(f"u{signed.itemsize}")
-    negative_infinity = infinity | 1 << (8 * signed.itemsize - 1)
+class _Run(NamedTuple):
+    """Consecutive values of a tensor in host memory, as unsigned integers."""
 
-    def is_fine(begin: int) -> bool:
-        end = min(begin + _RUN, signed.size)
-        if end - begin == _RUN:
-            union = np.bitwise_or.reduce(unsigned[begin:end].view(np.uint64))
-            if not (union.reshape(1).view(unsigned.dtype) & infinity == infinity).any():
+    bits: np.ndarray[Any, Any]
+    infinity: int
+
+    def is_finite(self) -> bool:
+        """IEEE 754: exponents of infinity and NaN have all bits set. The union of many values' bits
+        mostly lacks some of those bits, which acquits all of them at once.
+        """
+        if self.bits.nbytes % 8 == 0:
+            union = np.bitwise_or.reduce(self.bits.view(np.uint64))
+            exponents = union.reshape(1).view(self.bits.dtype) & self.infinity
+            if not (exponents == self.infinity).any():
                 return True
         # As integers, infinity and NaN are the largest values of each sign.
+        negative_infinity = self.infinity | 1 << (8 * self.bits.itemsize - 1)
+        signed = self.bits.view(f"i{self.bits.itemsize}")
         return all(
-            signed[at : at + _BLOCK].max() < infinity
-            and unsigned[at : at + _BLOCK].max() < negative_infinity
-            for at in range(begin, end, _BLOCK)
+            signed[at : at + _BLOCK].max() < self.infinity
+            and self.bits[at : at + _BLOCK].max() < negative_infinity
+            for at in range(0, signed.size, _BLOCK)
         )
 
-    runs = range(0, signed.size, _RUN)
-    if threads == 1 or len(runs) < 2 * threads:
-        return all(map(is_fine, runs))
-    with ThreadPoolExecutor(threads) as pool:  # numpy lets go of the interpreter meanwhile
-        return all(pool.map(is_fine, runs, chunksize=-(-len(runs) // threads)))
+
+def _runs(tensor: torch.Tensor) -> Iterator[_Run]:
+    integer, infinity = _INFINITY[tensor.dtype]
+    signed = tensor.detach().view(-1).view(integer).numpy()
+    bits = signed.view(f"u{signed.itemsize}")
+    return (_Run(bits[at : at + _RUN], infinity) for at in range(0, bits.size, _RUN))
+
+
+def _first_not_finite(runs: Sequence[_Run], *, alone: bool) -> int | None:
+    """Return the index of the first run that has NaN or infinite values; None if none has."""
+    # Threads take runs from one iterator: of a tensor alone, most have too few for two cores.
+    waiting, bad = iter(enumerate(runs)), []
+
+    def look() -> None:
+        for index, run in waiting:  # numpy releases the GIL while it reduces
+            if not run.is_finite():
+                bad.append(index)
+                return
+
+    helpers = min(torch.get_num_threads(), len(runs) // 2) - 1 if alone else 0
+    if helpers > 0:
+        with ThreadPoolExecutor(helpers) as pool:
+            looking = [pool.submit(look) for _ in range(helpers)]
+            look()
+            for one in looking:
+                one.result()
+    else:
+        look()
+    return min(bad, default=None)
 
 
 def _count_not_finite(tensor: torch.Tensor) -> int:
@@ -157,7 +186,7 @@ _INFINITY = {
     torch.float32: (torch.int32, 0x7F800000),
     torch.float64: (torch.int64, 0x7FF0000000000000),
 }
-# Elements that a core's own cache holds between the two looks at them; and that are united.
+# Elements that a core's own cache holds between two looks at them; and that are united.
 _BLOCK, _RUN = 1 << 17, 1 << 20
 
 
@@ -172,29 +201,36 @@ def require_all_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, alone: bo
     """Do as `require_finite` for each of these, by name.
 
     A GPU is asked once for all of them: for each answer it must first have done all its work, which
-    takes longer than most tensors' sums. In host memory small tensors (an adapter's factors) are
-    looked at together, since each look costs more than their bytes do.
+    takes longer than most tensors' sums. In host memory, cores share all of them; small tensors (an
+    adapter's factors) are looked at together, since each look costs more than their bytes do.
     """
+    large: list[tuple[str, torch.Tensor]] = []
     small: dict[torch.dtype, dict[str, torch.Tensor]] = {}
     sums: dict[torch.device, dict[str, torch.Tensor]] = {}
     kept: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
-        if tensor.device.type == "cpu":
-            if tensor.numel() > _SMALL or type(tensor) not in _PLAIN:
-                require_finite(name, tensor, alone=alone)
-                continue
+        if tensor.device.type != "cpu":
+            kept[name] = tensor
+            sums.setdefault(tensor.device, {})[name] = _sum(tensor).to(torch.float32)
+        elif tensor.numel() > _SMALL and _has_readable_bits(tensor):
+            large.append((name, tensor))
+        elif tensor.numel() > _SMALL or type(tensor) not in _PLAIN:
+            require_finite(name, tensor, alone=alone)
+        else:
             some = small.setdefault(tensor.dtype, {})
             some[name] = tensor
             if len(some) == _TOGETHER:
                 _require_together(some, alone=alone)
                 some.clear()
-            continue
-        kept[name] = tensor
-        sums.setdefault(tensor.device, {})[name] = _sum(tensor).to(torch.float32)
     for some in small.values():
         _require_together(some, alone=alone)
+    runs = [(name, tensor, run) for name, tensor in large for run in _runs(tensor)]
+    index = _first_not_finite([run for *_, run in runs], alone=alone)
+    if index is not None:
+        name, tensor, _ = runs[index]
+        require_finite(name, tensor, alone=alone)
     for of_device in sums.values():
         for name, total in zip(of_device, torch.stack([*of_device.values()]).tolist(), strict=True):
             if not math.isfinite(total):
@@ -256,5 +292,6 @@ def require_in_range(
         )
 
 
+@cache
 def _exponent(dtype: torch.dtype) -> int:
     return math.frexp(torch.finfo(dtype).max)[1]

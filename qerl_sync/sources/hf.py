@@ -124,13 +124,13 @@ class HFSource(Source):
             for meta in group.outputs
         }
 
-    @torch.no_grad()
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         waiting: dict[str, torch.Tensor] = {}  # converted with another name, asked for later
         for name in names:
             if name not in waiting:
-                chosen = {p: self._value(p) for p in self._behind(name)}
-                waiting |= _converted(self._model, chosen, self._conversions)
+                with torch.no_grad():
+                    chosen = {p: self._value(p) for p in self._behind(name)}
+                    waiting |= _converted(self._model, chosen, self._conversions)
             yield name, waiting.pop(name)
 
     # What a source overrides that sends something else than the model's own parameters.

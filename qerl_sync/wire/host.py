@@ -33,7 +33,7 @@ def avoid_cores(cores: Collection[int]) -> Iterator[None]:
 
     Nothing is done where no CPU is left to the thread.
     """
-    own = own_cores()
+    own = own_cores() if cores else frozenset()  # without, no call of the kernel for each tensor
     spare = own.difference(cores)
     if not spare or spare == own:
         yield

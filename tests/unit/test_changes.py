@@ -203,6 +203,7 @@ def test_a_view_has_the_fingerprint_of_its_own_values():
     one = torch.randn(301, 257)
     assert fingerprint(one.T) == fingerprint(one.T.contiguous())
     assert fingerprint(one[:, :100]) == fingerprint(one[:, :100].contiguous())
+    assert fingerprint(one, torch.bfloat16) == fingerprint(one.to(torch.bfloat16))
 
 
 def test_minus_zero_is_a_change():

@@ -79,10 +79,12 @@ def release_scratch() -> None:
 def changed_since(layer: torch.nn.Module) -> bool:
     """Return whether the live tensors are laid out otherwise than the model was built. For calls
     outside of a reload."""
-    recorded = _layerwise().LAYERWISE_INFO[layer].restore_metadata
-    built = {**recorded[0], **recorded[1]}
-    live = {name: t for name, t in loadable_tensors(layer).items() if name in built}
-    return _layouts(live) != _layouts({name: t for name, t in built.items() if name in live})
+    parameters, buffers = _layerwise().LAYERWISE_INFO[layer].restore_metadata
+    return any(
+        _layout(tensor) != _layout(built)
+        for name, tensor in loadable_tensors(layer).items()
+        if (built := buffers.get(name, parameters.get(name))) is not None
+    )
 
 
 def _process(layer: torch.nn.Module) -> None:
@@ -152,7 +154,11 @@ def _live(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _layouts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    return {name: (type(t), tuple(t.shape), t.stride(), t.dtype) for name, t in tensors.items()}
+    return {name: _layout(tensor) for name, tensor in tensors.items()}
+
+
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return type(tensor), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _loaders(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:

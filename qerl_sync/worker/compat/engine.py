@@ -123,10 +123,12 @@ def is_deferred(layer: torch.nn.Module) -> bool:
 
 def loadable_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of a layer that vLLM counts as to be loaded (see its `get_layer_size`)."""
+    tensors: dict[str, torch.Tensor] = _layerwise().get_layer_tensors(layer)
+    if not tensors:  # half of a model's modules: containers and activations
+        return tensors
     from vllm.model_executor.model_loader.reload import meta
 
     skipped = older.skipped_by_loading(meta)
-    tensors: dict[str, torch.Tensor] = _layerwise().get_layer_tensors(layer)
     return {name: t for name, t in tensors.items() if name not in skipped}
 
 
@@ -425,7 +427,7 @@ def working_bytes(model: torch.nn.Module) -> dict[str, int]:
     found = {}
     for path, layer in model.named_modules():
         nbytes = sum(t.nbytes for t in loadable_tensors(layer).values() if t.is_meta)
-        found[path] = nbytes * (2 if packs(layer) else 1)
+        found[path] = nbytes * (2 if nbytes and packs(layer) else 1)
     return found
 
 

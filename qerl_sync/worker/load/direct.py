@@ -38,8 +38,9 @@ class DirectLoad:
         filled: Collection[str],
         keep: Callable[[torch.nn.Module], None],
     ) -> None:
+        modules = dict(model.named_modules())
         layers = {
-            path: model.get_submodule(path)
+            path: modules[path]
             for path, layer in layer_map.layers.items()
             if layer.loading != "layerwise"
         }

@@ -542,9 +542,8 @@ class Receiver:
             self._keep_tied()
             refresh.after_reload(self.model)
             self._views.restore()
-        if lost := (self._state.quantised or frozenset()) - quantisation.quantised_layers(
-            self.model
-        ):
+        known = self._state.quantised
+        if known and (lost := known - quantisation.quantised_layers(self.model)):
             raise CoverageError(
                 f"{min(lost)} was quantised before the sync, and holds its weights in high "
                 "precision now; report it, with the engine's quantisation",
@@ -556,10 +555,10 @@ class Receiver:
             with self._verifying():
                 self._held = self._check.conclude()
         if self._options.is_base:
-            known = self._state.kernels if self._options.base is not None else None
+            kept = self._state.kernels if self._options.base is not None else None
             # What did not travel was compared with what is known of it when the sync began.
-            anew = self._loaded_layers if known is None else self._monitor.parent_layers
-            self._kernels = {**(known or {}), **sample_kernels(self.model, anew)}
+            anew = self._loaded_layers if kept is None else self._monitor.parent_layers
+            self._kernels = {**(kept or {}), **sample_kernels(self.model, anew)}
 
     def _keep(self, layer: torch.nn.Module) -> None:
         """Keep what the layer has, where a sync that fails must go back."""

@@ -6,6 +6,7 @@ compute with packed copies of the parameters.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -83,12 +84,16 @@ def tied_parameters(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
     What no loader fills (a router's correction, which vLLM 0.25 hands to the experts as well) is
     shared without being packed: the experts are no tied head for that.
     """
+    modules = dict(model.named_modules())
+    uses = Counter(id(p) for module in modules.values() for p in module._parameters.values())
     owners: dict[int, tuple[str, str]] = {}
     tied: dict[str, tuple[str, str]] = {}
-    for path, module in model.named_modules():
-        loadable = compat.loadable_tensors(module)
+    for path, module in modules.items():
         for name, parameter in module._parameters.items():
-            if name not in loadable or parameter is None:
+            # Of most models none is shared, and asking vLLM of each layer costs more than a walk.
+            if parameter is None or uses[id(parameter)] == 1:
+                continue
+            if name not in compat.loadable_tensors(module):
                 continue
             if owners.setdefault(id(parameter), (path, name))[0] != path:
                 tied.setdefault(path, owners[id(parameter)])
