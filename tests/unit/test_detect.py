@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support.errors import raises
 from support.tensors import TwoTensors
 
+from qerl_sync.buffers import detect
 from qerl_sync.buffers.detect import (
     DeviceRule,
     is_finite,
@@ -147,6 +148,24 @@ def test_many_are_looked_at_together(dtype, alone):
     held["w80"] = held["w80"].float().index_fill(1, torch.tensor([1]), float("nan")).to(dtype)
     with raises(CoverageError, tensor="w80", num_bad=3):
         require_all_finite(held.items(), alone=alone)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_cores_share_the_runs_of_all_tensors(monkeypatch, dtype, alone, bad):
+    monkeypatch.setattr(detect, "_SMALL", 16)
+    monkeypatch.setattr(detect, "_RUN", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    # 5 runs and a rest of odd size; exponents of 30,000 and 1e-4 have together all bits of float16.
+    held = {f"w{i}": torch.full((333,), 0.5).to(dtype) for i in range(9)}
+    held["mixed"] = torch.tensor([3e4, 1e-4, -3e4, 0.0] * 100).to(dtype)
+    require_all_finite(held.items(), alone=alone)
+    for name, place in (("w7", 332), ("w7", 70), ("w2", 0), ("mixed", 399)):
+        sick = held[name].clone()
+        sick[place] = bad
+        with raises(CoverageError, tensor=name, num_bad=1):
+            require_all_finite({**held, name: sick}.items(), alone=alone)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ class DirectLoad:
         filled: Collection[str],
         keep: Callable[[torch.nn.Module], None],
     ) -> None:
-        modules = dict(model.named_modules())
+        modules = dict(model.named_modules(remove_duplicate=False))
         layers = {
             path: modules[path]
             for path, layer in layer_map.layers.items()
