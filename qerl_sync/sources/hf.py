@@ -21,6 +21,7 @@ from qerl_sync.verify.stored import Stored, weights_as_stored
 
 # Added to parameter names by wrappers that leave the parameters whole.
 WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+FSDP1 = "FullyShardedDataParallel"
 _PEFT_PARTS = re.compile(r"\.(base_layer(?=\.|$)|modules_to_save\.[^.]+)")
 
 
@@ -70,7 +71,7 @@ class HFSource(Source):
         self._model = model
         self._convert = convert
         self._parameters = self._find_parameters()
-        self._layout: tuple[tuple[str, str, torch.Size], ...] = ()
+        self._layout: tuple[tuple[str, torch.dtype, torch.Size], ...] = ()
         self._groups: list[_Group] = []
         self._group_of: dict[str, _Group] = {}
         self._conversions: list[Any] = []
@@ -79,7 +80,7 @@ class HFSource(Source):
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
         # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
         parameters = self._parameters = self._find_parameters(since=" since this source was made")
-        layout = tuple((name, str(p.dtype), self._shape(name)) for name, p in parameters.items())
+        layout = tuple((name, p.dtype, self._shape(name)) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
             twins = {
@@ -379,13 +380,26 @@ def require_whole(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str 
     """
     for name, parameter in parameters:
         if sharding := sharding_of(name, parameter):
-            raise ConfigError(
-                f"{name!r} is sharded by {sharding}{since}, and this source does not gather; give "
-                "the session a ShardedSource (qerl_sync.sources.sharded) on every trainer rank, or "
-                "train in one process",
-                parameter=name,
-                sharding=sharding,
+            raise refused_sharding(
+                name,
+                sharding,
+                f"{since}, and this source does not gather",
+                "give the session a ShardedSource (qerl_sync.sources.sharded) on every trainer "
+                "rank, or train in one process",
             )
+
+
+def refused_sharding(name: str, sharding: str, why: str, instead: str) -> ConfigError:
+    """Return the error for a sharded parameter. `instead`: the next step, unless it is FSDP1, which
+    no source gathers."""
+    if sharding == FSDP1:
+        instead = (
+            "shard with FSDP2 in its place (torch's fully_shard; accelerate: fsdp_version: 2; TRL: "
+            "fsdp_config with version: 2), or train in one process"
+        )
+    return ConfigError(
+        f"{name!r} is sharded by {sharding}{why}; {instead}", parameter=name, sharding=sharding
+    )
 
 
 def full_shape(parameter: torch.Tensor) -> torch.Size:
@@ -407,5 +421,5 @@ def sharding_of(name: str, parameter: torch.Tensor) -> str:
         return "DeepSpeed ZeRO-3"
     # With use_orig_params the names may stay, and the parameters are views into a flat one.
     if hasattr(parameter, "_fsdp_flattened") or "_fsdp_wrapped_module" in name:
-        return "FullyShardedDataParallel"
-    return "FullyShardedDataParallel" if name.endswith("_flat_param") else ""
+        return FSDP1
+    return FSDP1 if name.endswith("_flat_param") else ""

@@ -11,10 +11,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qerl_sync.buffers.detect import storages_of
-from qerl_sync.errors import ConfigError, TransportError
+from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck
-from qerl_sync.sources.hf import HFSource, sharding_of
+from qerl_sync.sources.hf import HFSource, refused_sharding, sharding_of
 from qerl_sync.sources.lora import AdapterSource
 from qerl_sync.sources.peft import PEFTSource
 
@@ -63,13 +63,8 @@ class _Gathered(HFSource):
         for name, parameter in parameters:
             sharding = sharding_of(name, parameter)
             if sharding and not _is_sharded(parameter):
-                raise ConfigError(
-                    f"{name!r} is sharded by {sharding}{since}, which this source does not gather; "
-                    "shard with fully_shard (accelerate: fsdp_version: 2), or train in one "
-                    "process",
-                    parameter=name,
-                    sharding=sharding,
-                )
+                why = f"{since}, which this source does not gather"
+                raise refused_sharding(name, sharding, why, "train in one process")
 
     def _memory(self, name: str) -> Storage:
         parameter = self._parameters[name]

@@ -1,4 +1,4 @@
-"""Trainer callbacks: a progress bar, and a clean stop on Ctrl-C."""
+"""Trainer callbacks: a progress bar, and a clean stop on Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -68,7 +68,11 @@ class ShowProgress(TrainerCallback):
 
 
 class StopCleanly(TrainerCallback):
-    """Finish the step, write a checkpoint and stop on the first Ctrl-C; kill on the second.
+    """Finish the step, write a checkpoint and stop on the first Ctrl-C or SIGTERM; end at once on
+    the second.
+
+    torchrun passes on to its processes what it gets itself, and schedulers send SIGTERM before they
+    take a machine back.
 
     Args:
         agree: makes of what each process wants to do what all of them do. They get the signal at
@@ -84,12 +88,16 @@ class StopCleanly(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C in this context. Must be used in the main thread."""
-        before = signal.signal(signal.SIGINT, self._on_interrupt)
+        """Handle Ctrl-C in this context, and SIGTERM where nobody else does. Must be used in the
+        main thread."""
+        before = {signal.SIGINT: signal.signal(signal.SIGINT, self._on_interrupt)}
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # Ray's actors have their own
+            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_interrupt)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self.stopped:

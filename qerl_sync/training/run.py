@@ -56,7 +56,7 @@ class Outcome:
 
     Attributes:
         summary: None on other trainer ranks than 0.
-        stopped: by Ctrl-C, before its last step.
+        stopped: by Ctrl-C or SIGTERM, before its last step.
     """
 
     summary: Summary | None
@@ -304,7 +304,7 @@ def _callback(
 
 
 def _learn(trainer: Any, checkpoint: str | None, display: Display, processes: Processes) -> bool:
-    """Train to the end, or until Ctrl-C. Return whether it was stopped."""
+    """Train to the end, or until Ctrl-C or SIGTERM. Return whether it was stopped."""
     from qerl_sync.training.callbacks import ShowProgress, StopCleanly
 
     with display.steps("training", "trained") as steps:

@@ -19,7 +19,7 @@ from trainers.row import FAILS, TRAINERS, WORKS, WRONG
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "docs" / "trainers.json"
 PAGE = ROOT / "docs" / "trainers.md"
-ROW_SECONDS = 300
+ROW_SECONDS = 600  # an asynchronous trainer starts a server and a process of its own
 
 
 def main(words: list[str] | None = None) -> int:
@@ -121,7 +121,9 @@ How each is attached:
   generate with vLLM, and are refused with a sentence that says so. `ServerDistillationTrainer`
   is a `DistillationTrainer` whose teacher is on a server; it was not run.
 
-Rows that are not run have no result yet, good or bad: no run of them has come to its end.
+`IWOPDTrainer` divides its loss by the number of tokens of the dataset's own answers, though it
+does not use them: prompts without an answer make its gradients NaN, without vLLM too, and the
+next sync refuses such weights.
 
 Not run: a vision-language model under TRL. vLLM's own code for those that TRL trains imports
 torchvision, which is not among what is installed here. Their names are those that

@@ -141,7 +141,11 @@ def iw_opd(policy: Path, directory: Path, callback: Any) -> Any:
         max_length=48,
         max_prompt_length=32,
     )
-    rows = [[{"role": "user", "content": f"w{i} w{i + 1} ="}] for i in range(32)]
+    # With an answer, which is not used: TRL divides the loss by the number of its tokens.
+    rows = [
+        [{"role": "user", "content": f"w{i} w{i + 1} ="}, {"role": "assistant", "content": f"w{i}"}]
+        for i in range(32)
+    ]
     return IWOPDTrainer(
         str(policy),
         str(teacher(policy)),

@@ -9,6 +9,7 @@ from support.models import make_model
 
 from qerl_sync.errors import ConfigError
 from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.sharded import ShardedSource
 
 
 @pytest.fixture
@@ -65,6 +66,14 @@ def test_a_model_that_is_sharded_later_is_refused_by_name(shard, sharding, group
         source.metadata()
     assert sharding in raised.value.sharding
     assert raised.value.parameter in dict(model.named_parameters())
+    # The source that is advised takes the model, except for FSDP1, which none does.
+    if shard is fully_shard:
+        assert ShardedSource(model).metadata()
+    elif shard is not partition:
+        with pytest.raises(ConfigError) as raised:
+            ShardedSource(model)
+        assert raised.value.sharding == "FullyShardedDataParallel"
+        assert "fully_shard" in str(raised.value)
 
 
 def test_adapters_that_are_added_later_are_refused():

@@ -528,13 +528,14 @@ def test_a_phase_that_fails_claims_no_success():
     assert "done it" not in console.file.getvalue()
 
 
-def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once(number):
     from transformers import TrainerControl
 
     from qerl_sync.training.callbacks import StopCleanly
 
     console = Console(file=io.StringIO())
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     display = Display(console)
     with display.steps("training", "trained"):
         stop = StopCleanly(display)
@@ -542,13 +543,13 @@ def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once():
         with stop.listening():
             stop.on_step_end(None, None, control)
             assert not control.should_training_stop
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             stop.on_step_end(None, None, control)
             assert control.should_training_stop
             assert control.should_save
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before
+                os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
     assert "stopping after this step" in console.file.getvalue()
 
 
