@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qerl_sync.cli.errors import errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text
 from qerl_sync.meta import format_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Do not import vLLM and torch, which takes seconds.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Look at packages, devices, memory, ports: one verdict a line, with the next step.
 
