@@ -101,7 +101,7 @@ class Outcome:
 
     @cached_property
     def dtypes(self) -> str:
-        """The dtypes of the tensors, the one with the most bytes first."""
+        """Return the dtypes of the tensors, the one with the most bytes first."""
         sizes: Counter[str] = Counter()
         for meta in self.found.metas:
             sizes[meta.dtype] += meta.nbytes
@@ -109,7 +109,7 @@ class Outcome:
 
     @cached_property
     def layer_bytes(self) -> dict[str, int]:
-        """The bytes that each parent layer holds when it is complete, the largest first."""
+        """Return the bytes that each parent layer holds when it is complete, the largest first."""
         sizes: Counter[str] = Counter()
         for contributions in self.found.layer_map.contributions.values():
             for c in contributions:
@@ -122,7 +122,7 @@ class Outcome:
 
     @property
     def origin(self) -> str:
-        """Where the layer map comes from, what to know of it, and how the stream is packed."""
+        """Return where the layer map comes from, notes on it, and how the stream is packed."""
         if self.found.origin == "recorded":
             found = "Layer map recorded from vLLM {}, which is not installed here"
         else:

@@ -149,12 +149,12 @@ class Scenario:
 
     @cached_property
     def spans(self) -> list[Span]:
-        """When each layer is open, in the order of opening."""
+        """Return when each layer is open, in the order of opening."""
         return Simulator(self.metas, self.layer_map).walk().spans
 
     @cached_property
     def causes(self) -> tuple[Cause, ...]:
-        """Why the peak exceeds the one layer that must be held, the most important cause first.
+        """Return why the peak exceeds the one layer that must be held, the main cause first.
         Nothing needs a cure within a budget (see `diagnose`)."""
         if self.within_budget:
             return ()
