@@ -21,7 +21,7 @@ from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.policies import by_parent_layer
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import build_plan
 
 COUNTS = (1_000, 10_000, 65_000, 100_000)

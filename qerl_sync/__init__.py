@@ -70,34 +70,19 @@ __all__ = [
 ]
 
 _MODULES = {
-    "config": (
-        "SyncConfig",
-        "TrainConfig",
-        "load_config",
-    ),
+    "config": ("SyncConfig", "TrainConfig", "load_config"),
     "engines.async_llm": ("AsyncLLMClient",),
     "engines.http": ("HTTPClient",),
     "engines.llm": ("LLMClient",),
-    "errors": (
-        "ConfigError",
-        "PoisonedError",
-        "SyncError",
-        "TransportError",
-    ),
+    "errors": ("ConfigError", "PoisonedError", "SyncError", "TransportError"),
     "integrations.ray.actors": ("RolloutActor",),
     "integrations.ray.in_flight": ("AsyncRolloutActor",),
     "integrations.ray.pool": ("WorkerPool",),
     "integrations.ray.trainer": ("TrainerActor",),
-    "integrations.trl": (
-        "WeightSyncCallback",
-        "engine_arguments",
-    ),
+    "integrations.trl": ("WeightSyncCallback", "engine_arguments"),
     "published.publisher": ("Publisher",),
     "published.source": ("PublishedSource",),
-    "session": (
-        "SyncReport",
-        "SyncSession",
-    ),
+    "session": ("SyncReport", "SyncSession"),
     "sources.base": ("Source",),
     "sources.hf": ("HFSource",),
     "sources.lora": ("AdapterSource",),

@@ -85,7 +85,7 @@ _UNITS |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
 
 
 def parse_bytes(value: int | float | str) -> int:
-    """Bytes from an integer or from a text such as "512MiB", "2 GB", "1e9".
+    """Return the number of bytes in an integer or a text such as "512MiB", "2 GB", "1e9".
 
     Raises:
         ConfigError: the value is no positive number of bytes.
@@ -105,7 +105,7 @@ def parse_bytes(value: int | float | str) -> int:
 
 
 def format_bytes(nbytes: float) -> str:
-    """Bytes for people: 1536 -> "1.5 KiB"."""
+    """Format a number of bytes: 1536 -> "1.5 KiB"."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Self
@@ -32,7 +33,7 @@ from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.base import Source
 from qerl_sync.sources.noise import RolloutNoise
 from qerl_sync.stopwatch import Stopwatch
-from qerl_sync.telemetry.observers import Observer, Push, observers_of
+from qerl_sync.telemetry.observers import Observer, Push
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, largest_gap, shortened, tolerance
@@ -190,7 +191,7 @@ class SyncSession:
         trained: yields the parameters that the optimizer steps, under the trainer's own names and
             with adapters, so that those that do not travel can be named; see `sync.on_unchanged`.
         probe: what the trainer's model says of a prompt, for `sync.verify: full`.
-        observers: told of each push, beside those that the configuration asks for.
+        observers: called after each push, beside those that the configuration asks for.
 
     Closing it (or leaving it as a context) disconnects the workers and frees shared memory.
     """
@@ -254,11 +255,11 @@ class SyncSession:
             source.metadata()
             self._agree_on_adapter()
         # Last: what has been refused needs no port.
-        self._observers = [*observers_of(config), *observers] if transport.leads else []
+        self._observers = [*_observers_of(config), *observers] if transport.leads else []
 
     def begin_run(self, num_steps: int, seed: int = 0) -> None:
-        """Tell how many steps the run has and what it is seeded with, for `sync.noise`. Without
-        effect where the configuration says it, or has no noise.
+        """Set how many steps the run has and what it is seeded with, for `sync.noise`. No effect
+        where the configuration says it, or has no noise.
 
         Raises:
             ConfigError: the run has too few steps for the schedule.
@@ -321,14 +322,14 @@ class SyncSession:
                 )
 
     def _tell(self, push: Push) -> None:
-        """Tell the observers. One that fails is left out from then on: it must not end a run."""
+        """Call the observers. One that fails is left out from then on: it must not end a run."""
         for observer in list(self._observers):
             try:
                 observer(push)
             except Exception as exc:  # noqa: PERF203  one failing observer spares the others
                 self._observers.remove(observer)
                 logger.warning(
-                    "%s is given up, and the run goes on without it: %s: %s",
+                    "the observer %s failed, and the run goes on without it: %s: %s",
                     type(observer).__name__,
                     type(exc).__name__,
                     exc,
@@ -514,7 +515,7 @@ class SyncSession:
         return self._last
 
     def _what_they_hold(self, base: _Base | None) -> tuple[_Base | None, str]:
-        """Return what this sync may build on; None, and why, where everything must travel."""
+        """Return the sync that this one may build on; None and the reason if all must be sent."""
         fits = base is not None and base.metas == self._metas
         # All ranks ask, whatever they know themselves: each waits for the others' answers.
         if self._transport.agree_on_base(base.version if base is not None and fits else None):
@@ -622,8 +623,8 @@ class SyncSession:
         return plan
 
     def _ask_engine(self, result: SyncResult) -> tuple[ProbeResult, dict[str, float | None]] | None:
-        """With `verify: full`, ask the engine how far it parts from the trainer, and find out why.
-        Poison it if that is too far, or if it cannot be asked."""
+        """Ask the engine how far its log-probabilities are from the trainer's (`verify: full`), and
+        why. Poison it if they are too far, or if it does not answer."""
         if self._probe is None:
             return None
         tokens = self._prompt
@@ -660,7 +661,8 @@ class SyncSession:
     def _attribute(
         self, right: Sequence[float], answer: Sequence[float], result: SyncResult
     ) -> dict[str, float | None]:
-        """Return what parts the engine's answer from the trainer's. See `SyncReport.mismatch`."""
+        """Attribute the difference between the two answers to its causes. See
+        `SyncReport.mismatch`."""
         assert self._probe is not None
         tokens, noise = self._prompt, {} if self._noise is None else self._noise.noise()
         clean = self._probe.logprobs(tokens) if noise else right
@@ -798,6 +800,28 @@ class SyncSession:
             loading=dict(Counter(plan.loading.values())),
             quantisation=dict(workers[0].quantisation),
         )
+
+
+def _observers_of(config: SyncConfig) -> list[Observer]:
+    """Return the observers that the options ask for.
+
+    Raises:
+        ConfigError: one of them cannot be made.
+    """
+    found: list[Observer] = []
+    if config.record_directory is not None:
+        from qerl_sync.telemetry.recorder import FlightRecorder
+
+        found.append(FlightRecorder(Path(config.record_directory)))
+    elif config.trace is not None:
+        raise ConfigError(
+            f"sync.trace: {config.trace} has no place to be written to; set sync.record_directory"
+        )
+    if config.metrics_port is not None:
+        from qerl_sync.telemetry.prometheus import MetricsServer
+
+        found.append(MetricsServer(config.metrics_address, config.metrics_port))
+    return found
 
 
 def _why_base(plan: SyncPlan, options: SyncOptions, *, own: bool) -> str:

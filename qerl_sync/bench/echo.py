@@ -23,7 +23,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say

@@ -8,14 +8,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from qerl_sync.cli.errors import UNEXPECTED, errors_as_text
+from qerl_sync.cli.errors import UNEXPECTED, Debug, errors_as_text
 from qerl_sync.meta import parse_bytes
+
+if TYPE_CHECKING:
+    from qerl_sync.bench.transport import Results
 
 
 @contextmanager
@@ -31,6 +35,7 @@ def telling(console: Console) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(escape(text))
 
 
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 app = typer.Typer(help="Measure, and fail where a target is missed.", no_args_is_help=True)
 
 
@@ -44,7 +49,7 @@ def learning(
     output_dir: Annotated[
         Path, typer.Option(help="Where the runs go, one directory for each seed.")
     ] = Path("runs/learning"),
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train with several seeds and print what each reached."""
     wanted = _parse_numbers(seeds, "seeds")
@@ -71,8 +76,8 @@ def transport(
     rounds: Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")] = 5,
     chunk_bytes: Annotated[str | None, typer.Option(help="As sync.chunk_bytes.")] = None,
     chunks_in_flight: Annotated[int, typer.Option(min=1, help="As sync.chunks_in_flight.")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Measure a sync to another process, beside vLLM's load alone, memcpy and TCP."""
     with errors_as_text(debug=debug):
@@ -86,7 +91,7 @@ def transport(
         from qerl_sync.report.bench_tables import transport_tables
 
         console = Console(stderr=as_json)
-        with telling(console) as note:
+        with telling(console) as note, redirect_stdout(sys.stderr):
             found = measure(
                 config,
                 rounds=rounds,
@@ -94,13 +99,7 @@ def transport(
                 chunks_in_flight=chunks_in_flight,
                 note=note,
             )
-        if as_json:
-            print(json.dumps(found.to_json(), indent=2))
-        else:
-            for table in transport_tables(found):
-                console.print(table)
-        if not all(target.met for target in found.targets):
-            raise typer.Exit(UNEXPECTED)
+        _conclude(found, transport_tables(found), console, as_json)
 
 
 @app.command()
@@ -116,10 +115,10 @@ def compare(
             "they are, as unquantised GPU kernels do."
         ),
     ] = "packed",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: Json = False,
     markdown: Annotated[Path | None, typer.Option(help="Write a Markdown table here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the ways here.")] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Measure every way to bring weights to an engine, beside a sync of ours."""
     with errors_as_text(debug=debug):
@@ -136,13 +135,7 @@ def compare(
             markdown.write_text(to_markdown(found))
         if png is not None:
             draw_comparison(found, png)
-        if as_json:
-            print(json.dumps(found.to_json(), indent=2))
-        else:
-            for table in compare_tables(found):
-                console.print(table)
-        if not all(target.met for target in found.targets):
-            raise typer.Exit(UNEXPECTED)
+        _conclude(found, compare_tables(found), console, as_json)
 
 
 @app.command()
@@ -152,8 +145,8 @@ def ray(
     ] = Path("configs/models/qwen3-0.2b.json"),
     rounds: Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")] = 5,
     workers: Annotated[str, typer.Option(help="Numbers of rollout actors.")] = "1,2,3",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    as_json: Json = False,
+    debug: Debug = False,
 ) -> None:
     """Measure a sync of Ray actors, beside loads alone, Ray's put and get, and a kill."""
     wanted = _parse_numbers(workers, "numbers", least=1)
@@ -168,13 +161,18 @@ def ray(
         # Ray prints what becomes of its workers, which is no part of the answer.
         with telling(console) as note, redirect_stdout(sys.stderr):
             found = measure(config, rounds=rounds, workers=wanted, note=note)
-        if as_json:
-            print(json.dumps(found.to_json(), indent=2))
-        else:
-            for table in ray_tables(found):
-                console.print(table)
-        if not all(target.met for target in found.targets):
-            raise typer.Exit(UNEXPECTED)
+        _conclude(found, ray_tables(found), console, as_json)
+
+
+def _conclude(found: Results, tables: list[Table], console: Console, as_json: bool) -> None:
+    """Print the results. Exit with 1 if one misses its target."""
+    if as_json:
+        print(json.dumps(found.to_json(), indent=2))
+    else:
+        for table in tables:
+            console.print(table)
+    if not all(target.met for target in found.targets):
+        raise typer.Exit(UNEXPECTED)
 
 
 def _parse_numbers(text: str, what: str, least: int | None = None) -> list[int]:

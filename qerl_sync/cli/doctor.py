@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qerl_sync.cli.errors import errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text
 from qerl_sync.meta import format_bytes
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def doctor(
     quick: Annotated[
         bool, typer.Option("--quick", help="Do not import vLLM and torch, which takes seconds.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Look at packages, devices, memory, ports: one verdict a line, with the next step.
 
@@ -149,7 +150,13 @@ def _packages(config: TrainConfig | None) -> Iterator[Verdict]:
             if found
             else Verdict("bad", name, "not installed", f"pip install {name}, or {install}")
         )
-    needed = set(_needed(config))
+    needed = {"trl", "matplotlib"} if config is not None else set()
+    if config is not None and config.peft is not None:
+        needed.add("peft")
+    if config is not None and config.rollout.mode == "ray":
+        needed.add("ray")
+    if config is not None and config.sync.metrics_port is not None:
+        needed.add("prometheus_client")
     for name, purpose in WITHOUT.items():
         found = _version(name)
         if found:
@@ -159,18 +166,6 @@ def _packages(config: TrainConfig | None) -> Iterator[Verdict]:
             yield Verdict("bad", name, f"not installed, and needed by {purpose}", install)
         elif config is None:
             yield Verdict("ok", name, f"not installed: no {purpose}")
-
-
-def _needed(config: TrainConfig | None) -> Iterator[str]:
-    if config is None:
-        return
-    yield from ("trl", "matplotlib")
-    if config.peft is not None:
-        yield "peft"
-    if config.rollout.mode == "ray":
-        yield "ray"
-    if config.sync.metrics_port is not None:
-        yield "prometheus_client"
 
 
 def _version(name: str) -> str:
@@ -290,7 +285,10 @@ def _shared_memory(config: TrainConfig | None) -> Verdict:
 def _cores() -> Iterator[Verdict]:
     cores = os.cpu_count() or 1
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-    quota = _cpu_quota()
+    quota = None
+    with suppress(OSError, ValueError):  # no control group, or "max": no limit
+        used, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        quota = int(used) / int(period)
     words = f"{usable} of {cores} usable" + (
         f", {quota:.1f} by the container's limit" if quota else ""
     )
@@ -304,15 +302,6 @@ def _cores() -> Iterator[Verdict]:
     # Looked at before vLLM is imported, which sets it for this process.
     bind = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "not set: auto")
     yield Verdict("ok", "VLLM_CPU_OMP_THREADS_BIND", bind)
-
-
-def _cpu_quota() -> float | None:
-    """Return how many CPUs the control group may use; None where it is not limited."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return None if quota == "max" else int(quota) / int(period)
-    except (OSError, ValueError):
-        return None
 
 
 def _ports(config: TrainConfig | None) -> Iterator[Verdict]:

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -18,6 +19,8 @@ from qerl_sync.errors import SyncError
 # Exit codes. A command that was interrupted ends like any program that SIGINT kills.
 UNEXPECTED, REFUSED, INTERRUPTED = 1, 2, 130
 
+# The option of every command.
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
 # How long another trainer rank than 0 keeps its error to itself. Mostly it is rank 0's too, whose
 # end has torchrun end the others; an error of its own is shown when that time is over.

@@ -9,12 +9,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qerl_sync.cli.errors import errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text
 
 
 def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("train.yaml"),
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Write a commented YAML file to start from. It runs as it is, on a CPU, in about a minute."""
     with errors_as_text(debug=debug):

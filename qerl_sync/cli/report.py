@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qerl_sync.cli.errors import errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text
 
 RUN = typer.Argument(
     help="The output directory of `qerl-sync train`, or a session's sync.record_directory.",
@@ -35,7 +35,7 @@ def report(
     port: Annotated[
         int, typer.Option(help="With --live: the port on 127.0.0.1. 0: any that is free.")
     ] = 0,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Write a run's page: rewards, syncs, what they held, what failed, what would help.
 
@@ -93,7 +93,7 @@ def _serve(run: Path, port: int, *, show: bool) -> None:
 def explain(
     run: Annotated[Path, RUN],
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, on standard output.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Say what went wrong in a run, which cause and layers, and what to change."""
     with errors_as_text(debug=debug):

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qerl_sync.cli.errors import errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text
 
 TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
 
@@ -48,7 +48,7 @@ def serve(
     start_timeout: Annotated[
         float, typer.Option(min=1, max=1e6, help="Seconds that vLLM may take until it answers.")
     ] = 1800,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Serve a model with vLLM, ready to get weights from a trainer. Ctrl-C stops it."""
     console = Console(stderr=True, highlight=False)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from qerl_sync.cli.doctor import show_what_is_wrong
-from qerl_sync.cli.errors import INTERRUPTED, errors_as_text, show_warnings
+from qerl_sync.cli.errors import INTERRUPTED, Debug, errors_as_text, show_warnings
 
 
 def train(
@@ -46,7 +46,7 @@ def train(
     verbose: Annotated[
         bool, typer.Option("--verbose", help="Show what vLLM, TRL and transformers log.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Train a policy with TRL's GRPO and vLLM, its weights synced by plan.
 

@@ -5,10 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from qerl_sync.config.effects import without_effect
 from qerl_sync.config.violations import Violation
 from qerl_sync.config.yaml_tree import value_at
 
+# The option, its default, and the option with the only value under which it has an effect.
+DEPENDENT = (
+    ("spill_budget_bytes", None, "policy", "spill", "reorder"),
+    ("spill_directory", None, "policy", "spill", "reorder"),
+    ("mirror_budget_bytes", None, "delta", "elements", "off"),
+    ("verify_tolerance", None, "verify", "full", "coverage"),
+    ("recompute_running", True, "pause_mode", "keep", "keep"),
+)
+# Nothing is waited for, paused or connected within one process.
+BETWEEN_PROCESSES = {
+    "chunks_in_flight": 2,
+    "timeout_seconds": 300.0,
+    "trainer_address": "127.0.0.1",
+    "pause_mode": "keep",
+    "recompute_running": True,
+}
 # TRL's arguments for an engine that it makes itself, and where a server's stand.
 COLOCATED_ARGUMENTS = {
     "vllm_gpu_memory_utilization": "set `rollout.engine.gpu_memory_utilization`",
@@ -202,3 +217,37 @@ def _of_ray(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
         unfit.append("ray")
     for path in unfit:
         yield Violation(path, f"is for `rollout.mode: ray`, and the mode is {mode}; leave it out")
+
+
+def without_effect(sync: Mapping[str, Any], *, in_process: bool = False) -> list[Violation]:
+    """Return the options of the section `sync` that have no effect, given the others.
+
+    They are refused, not ignored: a user who sets `verify_tolerance` and forgets `verify: full`
+    would believe that the sync is verified. Places are relative to the section.
+
+    Args:
+        sync: the options; those that are missing have their defaults.
+        in_process: the engine is in the trainer's process, whatever `transport` says.
+    """
+    violations = []
+    for name, default, other, needed, otherwise in DEPENDENT:
+        actual = sync.get(other) or otherwise
+        if sync.get(name, default) != default and actual != needed:
+            violations.append(
+                Violation(
+                    name,
+                    f"has an effect only with `{other}: {needed}`, and `{other}` is {actual}; "
+                    "leave it out, or change that",
+                )
+            )
+    if in_process or sync.get("transport") == "inproc":
+        violations += [
+            Violation(
+                name,
+                "has no effect on an engine in the trainer's own process; leave it out, or choose "
+                "another place for the engine (`rollout.mode`)",
+            )
+            for name, default in BETWEEN_PROCESSES.items()
+            if sync.get(name, default) != default
+        ]
+    return violations

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from qerl_sync.config.effects import without_effect
+from qerl_sync.config.contradictions import without_effect
 from qerl_sync.config.violations import Contradictions, config_error, schema_violations
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import parse_bytes
@@ -410,7 +410,7 @@ class SyncConfig(Section):
 
     metrics_address: str = "127.0.0.1"
     """The address of this machine on which `metrics_port` is opened. Metrics need no
-    authentication: `0.0.0.0` shows them to whoever reaches this machine."""
+    authentication: `0.0.0.0` shows them to all that reach this machine."""
 
     @model_validator(mode="after")
     def _all_have_an_effect(self) -> Self:

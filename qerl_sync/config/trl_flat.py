@@ -113,7 +113,8 @@ def sections_of(
         elif key == "reward_funcs":
             if PUNISHMENT in (value or ()):
                 violations.append(Violation(key, f"{PUNISHMENT} makes a function; {OF_YOUR_OWN}"))
-            put("reward", [_reward(name) for name in value or ()], key)
+            named = (name if "." in name else f"trl.rewards.{name}" for name in value or ())
+            put("reward", [":".join(name.rsplit(".", 1)) for name in named], key)
         elif key == "datasets":
             violations += _put_dataset(value, put)
         elif key in (*PEFT, "use_peft", *SERVED, *WITHOUT_USE) or (served and key in COLOCATED):
@@ -166,13 +167,6 @@ def _converted(value: Any, hint: Any) -> Any:
             except ValueError:
                 continue
     return value
-
-
-def _reward(name: str) -> str:
-    """Return TRL's name of a reward function as ours."""
-    if "." in name:
-        return ":".join(name.rsplit(".", 1))
-    return f"trl.rewards:{name}"
 
 
 def _put_dataset(mixture: Any, put: Callable[[str, Any, str], None]) -> list[Violation]:

@@ -29,7 +29,7 @@ class Adapter:
 
     @property
     def rank(self) -> int:
-        """The largest rank of its layers."""
+        """Return the largest rank of its layers."""
         return max(m.shape[0] for m in self.metas if is_lora_a(m.name))
 
     def to_json(self) -> dict[str, Any]:

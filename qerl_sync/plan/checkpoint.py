@@ -101,12 +101,12 @@ class Checkpoint:
 
     @property
     def names(self) -> list[str]:
-        """All names in the order of vLLM's default loader."""
+        """Return all names in the order of vLLM's default loader."""
         return [name for _, names in self.shards for name in names]
 
     @property
     def directory(self) -> Path | None:
-        """The directory whose `config.json` this is; None for a config of another file name."""
+        """Return the directory whose `config.json` this is; None for another file name."""
         if self.path.is_dir():
             return self.path
         is_config = not self.shards and self.path.name != "config.json"
@@ -114,7 +114,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str | None:
-        """The dtype that transformers loads this checkpoint in by default; None: torch's default.
+        """Return the dtype in which transformers loads this by default; None: torch's default.
 
         It is the dtype of the config, else that of the first floating-point tensor in the files.
         """

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from qerl_sync.meta import ParamMeta
+from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
 
 
@@ -51,6 +51,33 @@ def cut_between_layers(
 def cut_anywhere(metas: Sequence[ParamMeta], chunk_bytes: int) -> tuple[Chunk, ...]:
     """Cut between any two tensors, into chunks of up to `chunk_bytes`."""
     return _cut([[meta] for meta in metas], chunk_bytes)
+
+
+def packed_storages(metas: Sequence[ParamMeta], chunk_bytes: int) -> dict[str, Storage]:
+    """Return the memory behind each tensor of a stream packed as vLLM's NCCL engine packs it.
+
+    A chunk is closed by the tensor with which it exceeds `chunk_bytes`: it is larger than that by
+    up to one tensor, and a tensor larger than a buffer still shares its chunk with what came
+    before. The tensors handed to the model are views of the chunk, so each keeps all of it alive.
+    """
+    chunks: list[list[ParamMeta]] = [[]]
+    filled = 0
+    for meta in metas:
+        chunks[-1].append(meta)
+        filled += meta.nbytes
+        if filled > chunk_bytes:
+            chunks.append([])
+            filled = 0
+    return chunk_storages(chunks)
+
+
+def chunk_storages(chunks: Iterable[Sequence[ParamMeta]]) -> dict[str, Storage]:
+    """Return storages of which each is shared by the tensors of one chunk."""
+    storages: dict[str, Storage] = {}
+    for number, chunk in enumerate(chunks):
+        storage = Storage(f"chunk {number}", sum(meta.nbytes for meta in chunk))
+        storages |= {meta.name: storage for meta in chunk}
+    return storages
 
 
 def _cut(segments: Sequence[Sequence[ParamMeta]], chunk_bytes: int) -> tuple[Chunk, ...]:

@@ -13,8 +13,7 @@ from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import by_parent_layer
-from qerl_sync.plan.replay import OpenLayer, open_layers_at, replay
-from qerl_sync.plan.simulator import Simulator
+from qerl_sync.plan.simulator import OpenLayer, Simulator, open_layers_at, replay
 from qerl_sync.plan.spill import peak_staged_bytes
 
 SHOWN_LAYERS = 8

@@ -123,8 +123,8 @@ class LayerMap:
 
     @cached_property
     def past_reload(self) -> frozenset[str]:
-        """Names that the model's loader writes past vLLM's reload, into layers that are loaded
-        where they stay."""
+        """Return the names that the model's loader writes past vLLM's reload, into layers that are
+        loaded where they stay."""
         return frozenset(
             name
             for name, landed in self.contributions.items()

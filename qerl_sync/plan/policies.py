@@ -52,7 +52,7 @@ class Joined(Generic[T]):
                 self._above[theirs] = ours
 
     def __bool__(self) -> bool:
-        """Are any joined?"""
+        """Return whether any are joined."""
         return bool(self._above)
 
     def root(self, layer: T) -> T:

@@ -38,7 +38,7 @@ class SyncRecord:
 
     @property
     def source_names(self) -> list[str]:
-        """The order in which the source yielded, before any policy."""
+        """Return the order in which the source yielded, before any policy."""
         return [step.name for step in self.plan.as_given.steps]
 
     def to_json(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import inf
 from typing import NamedTuple
 
@@ -66,9 +67,9 @@ class Simulator:
     """Walks through a stream, in its own order or in another one.
 
     vLLM keeps what it is given until the elements loaded into a layer reach its total, then
-    processes the layer and lets go (`online_process_loader` in vLLM's reload/layerwise.py), and
-    drops what arrives for it later. Layers that the stream cannot fill close when all that is
-    expected has arrived, as our receiver makes them do.
+    processes the layer, releases its tensors (`online_process_loader` in vLLM's
+    reload/layerwise.py), and drops what arrives for it later. Layers that the stream cannot fill
+    close when all that is expected has arrived, as our receiver makes them do.
 
     Args:
         metas: the stream. Every name must be in `layer_map`.
@@ -112,7 +113,7 @@ class Simulator:
             order: places of the tensors in the stream; None: its own order.
             chunks: the chunk in which each tensor travels, by place. Then the last
                 `chunk_buffers` of them count as pinned too: a receiver rotates as many buffers, and
-                allocates the next before it lets go of the one that it replaces, as vLLM's consumer
+                allocates the next before it frees the one that it replaces, as vLLM's consumer
                 does (`packed_tensors[i] = torch.empty(...)`). The walker's storages must name each
                 chunk at least twice.
             spans: an empty dictionary, filled with the span of each layer, by its number and in
@@ -184,7 +185,7 @@ class Simulator:
                     holders[key] -= 1
                     if not holders[key]:
                         pinned -= sizes[key]
-            # Between two that let go, holding only adds up.
+            # Between two releases, holding only adds up.
             now = _higher(high, buffered, pinned, opened) if high else (buffered, pinned, opened)
             arrived.append(names[place])
             add_buffered(now[0])
@@ -266,3 +267,48 @@ def open_at_each(spans: Sequence[Span], indices: Iterable[int]) -> Iterator[list
             upcoming = next(waiting, None)
         active = [span for span in active if span.covers(index)]
         yield open_at(active, index)
+
+
+@dataclass(frozen=True)
+class OpenLayer:
+    """A parent layer in the middle of a stream. `loaded_numel` of `total_numel` have arrived."""
+
+    name: str
+    kind: str
+    loaded_numel: int
+    total_numel: int
+    buffered_bytes: int
+
+
+def replay(
+    metas: Iterable[ParamMeta],
+    layer_map: LayerMap,
+    storages: Mapping[str, Storage] | None = None,
+) -> Trace:
+    """Predict the trace of a stream. Linear in the number of tensors.
+
+    Args:
+        metas: the stream, in order. Every name must be in `layer_map`.
+        storages: the memory behind each tensor; a name that is not in it has a storage of its own.
+    """
+    return Simulator(list(metas), layer_map, storages).trace()
+
+
+def open_layers_at(index: int, metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[OpenLayer]:
+    """Return the layers that are open when tensor `index` has been buffered, before any closes by
+    it, in the order in which they opened."""
+    found = []
+    for span in Simulator(metas[: index + 1], layer_map).walk().spans:
+        layer = layer_map.layers[span.layer]
+        if layer.deferred or not span.covers(index):
+            continue
+        loaded_numel = sum(
+            c.loaded_numel
+            for at in dict.fromkeys(span.arrivals)  # a tensor may land in a layer more than once
+            for c in layer_map.contributions[metas[at].name]
+            if c.parent_layer == layer.name
+        )
+        found.append(
+            OpenLayer(layer.name, layer.kind, loaded_numel, layer.total_numel, span.peak_bytes)
+        )
+    return found

@@ -57,7 +57,7 @@ class Spill:
 
     @property
     def loads(self) -> list[tuple[int, ...]]:
-        """For each chunk, the places of the tensors that vLLM gets when it is there."""
+        """Return, for each chunk, the places of the tensors that vLLM gets when it is there."""
         ends = list(accumulate(self.num_loaded, initial=0))
         return [self.load_order[a:b] for a, b in pairwise(ends)]
 

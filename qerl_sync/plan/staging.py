@@ -95,7 +95,7 @@ class Part:
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Bytes of each chunk in its slot."""
+        """Return the bytes of each chunk in its slot."""
         return [offsets(chunk)[1] for chunk in self.chunks]
 
 

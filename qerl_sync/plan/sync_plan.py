@@ -69,12 +69,12 @@ class SyncPlan:
 
     @cached_property
     def base_metas(self) -> tuple[ParamMeta, ...]:
-        """The tensors that vLLM's loaders get, in the order in which they will be sent."""
+        """Return the tensors that vLLM's loaders get, in the order in which they will be sent."""
         return self.metas[: len(self.metas) - (len(self.adapter.metas) if self.adapter else 0)]
 
     @cached_property
     def base_chunks(self) -> tuple[Chunk, ...]:
-        """The chunks that hold `base_metas`."""
+        """Return the chunks that hold `base_metas`."""
         last = self.base_metas[-1].name if self.base_metas else None
         ends = [i + 1 for i, chunk in enumerate(self.chunks) if chunk.names[-1] == last]
         return self.chunks[: ends[0] if ends else 0]
@@ -95,14 +95,14 @@ class SyncPlan:
 
     @cached_property
     def load_metas(self) -> tuple[ParamMeta, ...]:
-        """The stream in the order in which vLLM gets it."""
+        """Return the stream in the order in which vLLM gets it."""
         if self.spill is None:
             return self.base_metas
         return tuple(self.metas[place] for place in self.spill.load_order)
 
     @cached_property
     def chunk_loads(self) -> tuple[tuple[str, ...], ...]:
-        """The names that vLLM gets with each chunk."""
+        """Return the names that vLLM gets with each chunk."""
         if self.spill is None:
             return tuple(chunk.names for chunk in self.base_chunks)
         order = self.order
@@ -110,12 +110,12 @@ class SyncPlan:
 
     @cached_property
     def peak_staged_bytes(self) -> int:
-        """The most bytes that the worker will stage in host memory at once."""
+        """Return the most bytes that the worker will stage in host memory at once."""
         return max(self.staged_bytes, default=0)
 
     @property
     def staged_bytes(self) -> list[int]:
-        """The bytes that are staged after each chunk, which is when most are."""
+        """Return the bytes that are staged after each chunk, which is when most are."""
         if self.spill is None:
             return [0] * len(self.chunks)
         staged = self.spill.staged_bytes(self.base_metas, self.base_chunk_lengths)
@@ -195,7 +195,7 @@ class SyncPlan:
 
     @cached_property
     def emptied(self) -> SyncPlan:
-        """The plan that sends nothing, with the same layer map."""
+        """Return the plan that sends nothing, with the same layer map."""
         none = Trace.of_columns((), (), (), ())
         return replace(
             self, metas=(), chunks=(), predicted=none, as_given=none, spill=None, loading={}

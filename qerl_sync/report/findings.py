@@ -237,19 +237,16 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
             state.append("A later sync has succeeded.")
         step = "outside of a sync" if last["step"] is None else f"step {last['step']}"
         phase = f" in the phase {last['phase']}" if last["phase"] else ""
+        moment = datetime.fromtimestamp(last["time"], timezone.utc)
         yield Finding(
             "failed",
             f"{last['error']}: {what} {' '.join(state)}",
-            when=f"{_time(last)}, {step}{phase}{times}",
-            cause=f"{cause} {_raised(last)}".strip(),
+            when=f"{moment:%Y-%m-%d %H:%M:%S} UTC, {step}{phase}{times}",
+            cause=cause + (f" It was raised by {last['cause']}." if last["cause"] else ""),
             layers=tuple(_layers(last, run)),
             change=_precise(last, run) or change,
             said=last["message"],
         )
-
-
-def _raised(failure: Mapping[str, Any]) -> str:
-    return f"It was raised by {failure['cause']}." if failure["cause"] else ""
 
 
 def _layers(failure: Mapping[str, Any], run: RecordedRun) -> Iterator[str]:
@@ -438,11 +435,6 @@ def _advice(run: RecordedRun) -> Iterator[Finding]:
 
 def _mib(nbytes: float) -> str:
     return f"{max(1, ceil(nbytes / MIB))}MiB"
-
-
-def _time(entry: Mapping[str, Any]) -> str:
-    moment = datetime.fromtimestamp(entry["time"], timezone.utc)
-    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def as_text(findings: Sequence[Finding]) -> str:

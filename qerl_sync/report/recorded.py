@@ -68,7 +68,7 @@ class RecordedRun:
 
     @property
     def sync_options(self) -> Mapping[str, Any]:
-        """The section `sync` of the run, as far as it is known."""
+        """Return the section `sync` of the run, as far as it is known."""
         return self.config.get("sync", {})  # type: ignore[no-any-return]
 
     @property

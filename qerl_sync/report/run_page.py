@@ -161,8 +161,10 @@ def _tables(run: RecordedRun) -> list[tuple[str, Table]]:
 def _recorded(run: RecordedRun) -> Table:
     rows = []
     for record in reversed(run.records):
+        # Of the worker that held most; a sync that failed before it began has a prediction alone.
+        files = [*record["workers"], {"predicted": record.get("planned"), "measured": None}][0]
         predicted, measured = (
-            _worker_trace(run, record, name) for name in ("predicted", "measured")
+            run.trace(files[name]) if files[name] else None for name in ("predicted", "measured")
         )
         rows.append(
             [
@@ -175,13 +177,6 @@ def _recorded(run: RecordedRun) -> Table:
         )
     heads = ["Sync", "Unusual", "Pinned, predicted", "Pinned, measured", "Budget", "Seconds"]
     return Table("The last ones, and for longer those that were unusual.", heads, rows, left=2)
-
-
-def _worker_trace(run: RecordedRun, record: Mapping[str, Any], which: str) -> Trace | None:
-    """Return the trace of the worker that held most."""
-    workers = record["workers"]
-    name = workers[0][which] if workers else record.get("planned") if which == "predicted" else None
-    return run.trace(name) if name else None
 
 
 def _phases(run: RecordedRun) -> Table:

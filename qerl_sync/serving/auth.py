@@ -1,4 +1,4 @@
-"""Authentication at the gate: vLLM's own routes ask for none.
+"""Authentication in front of vLLM's routes, which ask for none.
 
 OPEN lists the requests that anybody may send: they generate, or read. Every other one changes or
 controls the engine, or may do so in a later vLLM, and is refused with 403 unless

@@ -13,7 +13,7 @@ from typing import Any
 
 from qerl_sync.errors import ConfigError
 from qerl_sync.plan.checkpoint import require_model_directory
-from qerl_sync.serving import middleware as gate
+from qerl_sync.serving import middleware
 
 LOOPBACK = "127.0.0.1"
 # For TORCH_LOGS: only errors of the module that warns where Triton is not installed.
@@ -28,7 +28,7 @@ OWNED = {
     "weight_transfer_config": "is ours: weights come through the server's backend",
     "logprobs_mode": "is ours: TRL's importance sampling needs `processed_logprobs`",
     "max_logprobs": "is ours: TRL may ask for any number",
-    "middleware": "is ours: the gate; vLLM's own arguments, after the --, may add to it",
+    "middleware": "is ours; vLLM's own arguments, after the --, may add to it",
 }
 # Options that take no value and have no --no- form; False is their default.
 SWITCHES = {
@@ -103,7 +103,7 @@ def server_argv(spec: ServerSpec, port: int) -> list[str]:
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": -1,
         # Without a backend too: collective_rpc, sleep and the like are there all the same.
-        "middleware": gate.NAME,
+        "middleware": middleware.NAME,
     }
     # Its way of being started is said to go away, to everybody who starts it so.
     python = [sys.executable, "-W", "ignore::DeprecationWarning"]

@@ -211,7 +211,14 @@ class ServingGuardMiddleware:
                 await self._control(route, scope, receive, send)
                 return
             if route == "/scale_elastic_ep":
-                return await self._scale(scope, receive, send)
+
+                async def answer(message: Message) -> None:
+                    # Before it is sent: from then on vLLM hands requests to the new replicas.
+                    if message.get("status") == 200:
+                        self._watch.scaled()
+                    await send(message)
+
+                return await self._app(scope, receive, answer)
             if route == "/reset_prefix_cache":
                 state = getattr(scope.get("app"), "state", None)
                 ask_every_replica(getattr(state, "engine_client", None))
@@ -248,15 +255,6 @@ class ServingGuardMiddleware:
             # Not before vLLM has answered: with data parallelism it resumes no engine until then.
             never = asyncio.get_running_loop().create_future()
             await self._control("/resume", _moved(scope, "/resume"), _empty_until(never), _unheard)
-
-    async def _scale(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def answer(message: Message) -> None:
-            # Before the answer is sent: from then on vLLM hands requests to the new replicas.
-            if message.get("status") == 200:
-                self._watch.scaled()
-            await send(message)
-
-        await self._app(scope, receive, answer)
 
     async def _control(self, route: str, scope: Scope, receive: Receive, send: Send) -> int:
         """Handle a control call. Return its number."""

@@ -1,20 +1,15 @@
-"""Tell observers of each push, and choose the observers that a session's options ask for."""
+"""Describe a push to the observers of a session."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from qerl_sync.errors import ConfigError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.stopwatch import Span
 from qerl_sync.transports.base import WorkerReport
-
-if TYPE_CHECKING:
-    from qerl_sync.config import SyncConfig
 
 
 @dataclass(frozen=True)
@@ -57,25 +52,3 @@ class Observer(Protocol):
     def __call__(self, push: Push) -> None: ...
 
     def close(self) -> None: ...
-
-
-def observers_of(config: SyncConfig) -> list[Observer]:
-    """Return the observers that the options ask for.
-
-    Raises:
-        ConfigError: one of them cannot be made.
-    """
-    found: list[Observer] = []
-    if config.record_directory is not None:
-        from qerl_sync.telemetry.recorder import FlightRecorder
-
-        found.append(FlightRecorder(Path(config.record_directory)))
-    elif config.trace is not None:
-        raise ConfigError(
-            f"sync.trace: {config.trace} has no place to be written to; set sync.record_directory"
-        )
-    if config.metrics_port is not None:
-        from qerl_sync.telemetry.prometheus import MetricsServer
-
-        found.append(MetricsServer(config.metrics_address, config.metrics_port))
-    return found

@@ -21,9 +21,8 @@ from typing import Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import SyncError
-from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import by_parent_layer
-from qerl_sync.plan.replay import open_layers_at, replay
+from qerl_sync.plan.simulator import open_layers_at, replay
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.stopwatch import Span
 from qerl_sync.telemetry.files import (
@@ -100,6 +99,8 @@ class FlightRecorder:
 
     def _keep(self, push: Push, unusual: list[str], line: dict[str, Any]) -> None:
         plan = push.plan
+        fullest = sorted(push.workers, key=lambda worker: -worker.trace.peak_pinned_bytes)
+        differing = [worker for worker in fullest[1:] if worker.trace != worker.predicted]
         record = {
             **line,
             "step": push.step,
@@ -113,7 +114,7 @@ class FlightRecorder:
                     "predicted": self._file_of(worker.predicted),
                     "measured": self._file_of(worker.trace),
                 }
-                for worker in _worth_keeping(push.workers)
+                for worker in [*fullest[:1], *differing][:WORKERS]
             ],
         }
         if plan is not None and push.layer_map is not None:
@@ -231,12 +232,6 @@ def chrome_trace(spans: Sequence[Span], workers: Sequence[WorkerReport]) -> dict
     return {"displayTimeUnit": "ms", "traceEvents": events}
 
 
-def _worth_keeping(workers: Sequence[WorkerReport]) -> list[WorkerReport]:
-    fullest = sorted(workers, key=lambda worker: -worker.trace.peak_pinned_bytes)
-    differing = [worker for worker in fullest[1:] if worker.trace != worker.predicted]
-    return [*fullest[:1], *differing][:WORKERS]
-
-
 def _files_of(record: dict[str, Any]) -> Iterator[str]:
     yield from (record[name] for name in ("planned", "as_given") if name in record)
     for worker in record["workers"]:
@@ -253,6 +248,10 @@ def _layers_of(plan: SyncPlan, push: Push) -> dict[str, Any]:
     metas, trace = plan.load_metas, plan.predicted
     at_peak = open_layers_at(trace.peak_index, metas, push.layer_map) if metas else []
     at_peak = sorted(at_peak, key=lambda layer: -layer.buffered_bytes)
+    reordered = {}
+    if trace.max_open_layers > 1:  # what `policy: reorder` would buffer and open
+        other = replay(by_parent_layer(plan.base_metas, push.layer_map), push.layer_map)
+        reordered = {"reordered": [other.peak_buffered_bytes, other.max_open_layers]}
     return {
         "num_layers": len(sizes),
         "largest_layers": sizes.most_common(SHOWN_LAYERS),
@@ -261,13 +260,5 @@ def _layers_of(plan: SyncPlan, push: Push) -> dict[str, Any]:
             for layer in at_peak[:SHOWN_LAYERS]
         ],
         "num_open_at_peak": len(at_peak),
-        **_reordered(plan, push.layer_map),
+        **reordered,
     }
-
-
-def _reordered(plan: SyncPlan, layer_map: LayerMap) -> dict[str, Any]:
-    """Return what `policy: reorder` would buffer and open, where it would be another stream."""
-    if plan.predicted.max_open_layers < 2:
-        return {}
-    trace = replay(by_parent_layer(plan.base_metas, layer_map), layer_map)
-    return {"reordered": [trace.peak_buffered_bytes, trace.max_open_layers]}

@@ -55,7 +55,7 @@ class WorkerReport:
     quantisation: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Without the traces, which are as long as the model has tensors."""
+        """Return all but the traces, which are as long as the model has tensors."""
         return {
             "worker": self.worker,
             "peak_buffered_bytes": self.trace.peak_buffered_bytes,
@@ -172,18 +172,18 @@ class Transport(ABC):
 
     @property
     def versions(self) -> Mapping[str, int]:
-        """The weight version of each worker or engine that is known; does not block."""
+        """Return the weight version of each worker or engine, as far as known. Does not block."""
         return {}
 
     @property
     def num_poisoned(self) -> int:
-        """How many workers are known to refuse to generate until a sync succeeds."""
+        """Return how many workers are known to refuse to generate until a sync succeeds."""
         return 0
 
     @property
     def connected(self) -> bool:
         """Return False if a worker that took the last sync is gone, or has had another's since, as
-        far as can be told without asking. Does not block."""
+        far as is known without asking. Does not block."""
         return True
 
     def committed_version(self) -> int:
@@ -192,7 +192,7 @@ class Transport(ABC):
 
     def holds(self, version: int) -> bool:
         """Return whether all workers of the next sync have `version` as this transport committed
-        it, as far as can be told without asking, so that a sync of a part can build on it.
+        it, as far as is known without asking, so that a sync of a part can build on it.
 
         Called after `committed_version`. A worker that has become another since refuses
         (StaleBaseError).
@@ -212,7 +212,7 @@ class Transport(ABC):
         """Return what has stayed as it is on every trainer rank, given what has on this one."""
         return names
 
-    def await_taken(self) -> None:  # noqa: B027  most are told when they are asked
+    def await_taken(self) -> None:  # noqa: B027  most workers refuse in `start`
         """Block until the workers have opened the sync that `start` began, or raise their
         refusal."""
 
@@ -284,7 +284,7 @@ class Transport(ABC):
 
     @abstractmethod
     def abort(self, reason: str) -> None:
-        """Give up an open sync: the workers are poisoned until the next one has finished."""
+        """Abort an open sync: the workers are poisoned until the next one has finished."""
 
     @property
     def precision(self) -> tuple[str, str | None]:
@@ -321,4 +321,4 @@ class Transport(ABC):
         """Poison the workers until the next sync: what has been committed is wrong."""
 
     def close(self) -> None:  # noqa: B027  not every transport holds something
-        """Let go of workers and memory. Idempotent; the transport cannot be used again."""
+        """Disconnect from the workers and free memory. Idempotent; nothing can be sent then."""

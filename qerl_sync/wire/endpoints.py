@@ -15,7 +15,7 @@ from qerl_sync.wire.forks import close_in_children
 from qerl_sync.wire.tokens import HANDSHAKE_SECONDS, TRAINER, WORKER, prove
 
 # Handshakes at a time on one listener. One more waits until the oldest has had FAIR_SECONDS, which
-# is cut off then: strangers that say nothing delay a worker by no more than that.
+# is cut off then: clients that send nothing delay a worker by no more than that.
 MAX_HANDSHAKES = 128
 FAIR_SECONDS = 2.0
 # How soon a listener tries again after the process ran out of descriptors, memory or threads.
@@ -31,8 +31,8 @@ C = TypeVar("C", bound=Connection)
 class Listener(Generic[C]):
     """Accept connections in the background, for as long as it is open.
 
-    Each handshake has a thread of its own, so that strangers delay no worker; their number is
-    bounded.
+    Each handshake has a thread of its own, so that other clients delay no worker; their number
+    is bounded.
 
     Args:
         host: the address to bind to; a name is bound to the first of its addresses that can be.
@@ -181,9 +181,9 @@ def connect(
     """Connect a worker to the trainer. Where nobody listens yet, retry for REFUSED_SECONDS.
 
     Raises:
-        PeerLostError: nobody listens there.
-        TransportTimeout: who listens there says nothing.
-        AgreementError: who listens there does not know the token, or does not accept ours.
+        PeerLostError: nothing listens there.
+        TransportTimeout: what listens there does not answer.
+        AgreementError: what listens there does not know the token, or does not accept ours.
     """
     connection = close_in_children(_reach(host, port, timeout_seconds))
     at = format_endpoint(host, port)

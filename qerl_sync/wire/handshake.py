@@ -1,6 +1,6 @@
 """Define what a trainer says in vLLM's calls. Anybody may make them, so each is checked.
 
-With the backend `qerl` they only have the worker connect, and lend its thread:
+With the backend `qerl` they only have the worker connect, and give our session its thread:
 
     init_weight_transfer_engine   ConnectCall
     update_weights                ServeCall

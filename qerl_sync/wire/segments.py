@@ -1,9 +1,9 @@
 """POSIX shared memory: named files under /dev/shm that die with their owner.
 
 A segment's owner holds a lock on it for as long as it lives. The kernel drops the lock when the
-owner ends, SIGKILL included, so whoever starts next can tell a dead owner's segments from others
-and removes them. A segment that all its readers have attached needs no name (`unlink`), and leaves
-nothing behind however its owner ends.
+owner ends, SIGKILL included, so the next process to start can tell a dead owner's segments from
+others and removes them. A segment that all its readers have attached needs no name (`unlink`), and
+leaves nothing behind however its owner ends.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def locate(tensor: torch.Tensor) -> tuple[SharedSegment, int] | None:
 
 
 def parameters_are_shared() -> bool:
-    """Does this process keep parameters in shared memory?"""
+    """Return whether this process keeps parameters in shared memory."""
     return bool(_PARAMETERS)
 
 
@@ -181,7 +181,7 @@ def read_only_view(
 
 @functools.cache
 def _have_torch_warned() -> None:
-    """Torch says once in a process that what is read-only should not be written."""
+    """Swallow torch's warning, once in a process, that a read-only buffer should not be written."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         torch.frombuffer(b"\0", dtype=torch.uint8)

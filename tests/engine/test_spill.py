@@ -24,7 +24,7 @@ from qerl_sync.errors import CoverageError, LoadError, PlanError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.policies import by_parent_layer, group_labels
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.spill import load_order, peak_staged_bytes
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.sources.stream import StreamSource
@@ -188,10 +188,9 @@ def _two_layers_interleaved():
 def stage(plan, tensors):
     """Run a stream through a stager, in memory that is overwritten after each chunk."""
     stager, got, staged = SpillBuffer(plan, plan.spill, CPU), {}, []
-    metas = {meta.name: meta for meta in plan.metas}
     for chunk in plan.chunks:
         in_session = {name: tensors[name].clone() for name in chunk.names}
-        for name, tensor in stager.take((metas[name], in_session[name]) for name in chunk.names):
+        for name, tensor in stager.take((name, in_session[name]) for name in chunk.names):
             got[name] = tensor.clone()
         stager.keep()
         staged.append(stager.staged_bytes)
@@ -226,7 +225,7 @@ def test_files_have_no_names_and_go_with_the_stager(tmp_path):
     plan = build_plan(metas, layer_map, "spill", chunk_bytes=1, spill_directory=str(tmp_path))
     stager = SpillBuffer(plan, plan.spill, CPU)
     for meta in metas[:3]:
-        assert list(stager.take([(meta, torch.ones(meta.shape))])) == []
+        assert list(stager.take([(meta.name, torch.ones(meta.shape))])) == []
         stager.keep()
     assert os.listdir(tmp_path) == []
     assert _mapped_under(tmp_path) == 3
@@ -240,9 +239,9 @@ def test_the_budget_holds_at_run_time_too():
     plan = build_plan(metas, layer_map, "spill", chunk_bytes=1)
     small = type(plan.spill)(plan.spill.load_order, plan.spill.num_loaded, budget_bytes=16)
     stager = SpillBuffer(plan, small, CPU)
-    list(stager.take([(metas[0], torch.ones(4))]))
+    list(stager.take([(metas[0].name, torch.ones(4))]))
     stager.keep()
-    list(stager.take([(metas[1], torch.ones(4))]))
+    list(stager.take([(metas[1].name, torch.ones(4))]))
     with pytest.raises(PlanError, match=r"32 bytes would be staged with 'b\.q'.* is 16"):
         stager.keep()
 
@@ -251,7 +250,7 @@ def test_a_loader_that_leaves_tensors_is_noticed():
     metas, layer_map = _two_layers_interleaved()
     plan = build_plan(metas, layer_map, "spill")
     stager = SpillBuffer(plan, plan.spill, CPU)
-    next(stager.take((meta, torch.ones(4)) for meta in metas))
+    next(stager.take((meta.name, torch.ones(4)) for meta in metas))
     with pytest.raises(LoadError, match=r"ended before it had taken 'a\.k'"):
         stager.keep()
 

@@ -11,7 +11,7 @@ from support.streams_by_hand import stacked_model
 from qerl_sync.buffers.detect import DeviceRule, is_finite, storages_of
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.policies import by_parent_layer
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")

@@ -30,7 +30,7 @@ from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.diagnosis import Cause, causes_of, diagnose
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.policies import by_parent_layer
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 from qerl_sync.worker.load.memory import MEMINFO, container_free_bytes, free_bytes, host_free_bytes
 

@@ -9,7 +9,7 @@ from support.streams import LAYERS, storages, streams
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace, TraceStep
 from qerl_sync.meta import Storage
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 
 STORAGES = st.builds(lambda key: Storage(key, 100 * (key + 1)), st.integers(0, 3))
 EVENTS = st.lists(

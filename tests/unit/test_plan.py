@@ -19,7 +19,7 @@ from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.part import part_to_send, smallest_part
 from qerl_sync.plan.policies import as_given, by_parent_layer
-from qerl_sync.plan.replay import open_layers_at, replay
+from qerl_sync.plan.simulator import open_layers_at, replay
 from qerl_sync.plan.sync_plan import POLICIES, SyncPlan, build_plan
 
 ORDERS = ["hf", "alphabetical", "size", "optimizer", "random:0", "random:7", "interleaved:3"]

@@ -83,7 +83,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_planning_imports_neither_torch_nor_vllm():
-    modules = _imported_by("from qerl_sync.plan import policies, replay, sync_plan")
+    modules = _imported_by("from qerl_sync.plan import policies, simulator, sync_plan")
     assert not modules.intersection(("torch", "vllm", "transformers", "numpy"))
 
 

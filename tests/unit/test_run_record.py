@@ -23,7 +23,7 @@ from qerl_sync.plan.record import (
     shared_storages,
     write_record,
 )
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import build_plan
 
 ANY_EXAMPLE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

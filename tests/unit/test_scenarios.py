@@ -9,13 +9,13 @@ from support.streams import LedgerReplay, storages, streams
 
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.cli.plan.order_specs import as_saved, by_name, default_orders, resolve_order
-from qerl_sync.cli.plan.scenarios import Transport, packed_storages, scenarios
+from qerl_sync.cli.plan.scenarios import Transport, scenarios
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.chunks import packed_storages
 from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
-from qerl_sync.plan.replay import OpenLayer, open_layers_at
-from qerl_sync.plan.simulator import Simulator, open_at, open_at_each
+from qerl_sync.plan.simulator import OpenLayer, Simulator, open_at, open_at_each, open_layers_at
 
 GIB = 1024**3
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qerl_sync import __version__
-from qerl_sync.cli.errors import errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text
 from qerl_sync.cli.plan.scenarios import VLLM_CHUNK_BUFFERS
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import format_bytes
@@ -117,7 +117,7 @@ def plan(
             "difference."
         ),
     ] = None,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Show what a weight sync would hold in memory, without weights and without an engine."""
     with errors_as_text(debug=debug), ExitStack() as at_end:

@@ -28,9 +28,8 @@ COLORS = {
     "spill": "#7c3aed",
 }
 DOTTED, DASHED, STAGED_HATCH = (0, (1, 1.2)), (0, (5, 3)), "////"
-# All places are in inches.
-COLUMNS, PANEL_WIDTH, PANEL_HEIGHT, BAR_HEIGHT, LINE_HEIGHT = 2, 6.2, 2.6, 0.21, 0.17
-SUBTITLE_CHARACTERS = 175
+COLUMNS, SUBTITLE_CHARACTERS = 2, 175
+WIDTH, HEAD_HEIGHT, PANEL_HEIGHT, BAR_HEIGHT = 12.4, 1.4, 2.6, 0.21  # in inches
 BUCKETS = 500
 LABELLED_LAYERS, LABEL_WIDTH = 3, 44
 HEADROOM = 1.5  # of a panel's height, so that the labels stand above the stream
@@ -53,30 +52,21 @@ def plot_plan(
     from matplotlib.figure import Figure
 
     orders = by_order(scenarios)
-    subtitle = textwrap.fill(subtitle, SUBTITLE_CHARACTERS)
-    head = 1.1 + LINE_HEIGHT * subtitle.count("\n")
-    overview_height = BAR_HEIGHT * (len(scenarios) + len(orders)) + 0.3
-    panels_top = head + overview_height + 0.75
     columns = min(COLUMNS, len(orders))
-    width = PANEL_WIDTH * COLUMNS
-    height = panels_top + PANEL_HEIGHT * math.ceil(len(orders) / columns)
-    with matplotlib.rc_context({**STYLE, "figure.constrained_layout.use": False}):
-        figure = Figure(figsize=(width, height), dpi=150)
+    heights = [BAR_HEIGHT * (len(scenarios) + len(orders)) + 0.8]
+    heights += [PANEL_HEIGHT] * math.ceil(len(orders) / columns)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, HEAD_HEIGHT + sum(heights)), dpi=150)
         FigureCanvasAgg(figure)
-
-        def axes_at(left: float, top: float, wide: float, high: float) -> Any:
-            place = (left / width, 1 - (top + high) / height, wide / width, high / height)
-            return figure.add_axes(place)
-
-        peaks = axes_at(2.5, head + 0.1, width - 3.4, overview_height - 0.1)
+        grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
+        peaks = figure.add_subplot(grid[0, :])
         _draw_peaks(peaks, orders, budget_bytes)
-        panel_width = (PANEL_WIDTH if columns > 1 else width) - 1.0
+        words = textwrap.fill(subtitle, SUBTITLE_CHARACTERS)
+        peaks.set_title(words, fontsize=9.5, color=MUTED)
         for number, (order, group) in enumerate(orders.items()):
             row, column = divmod(number, columns)
-            left, top = 0.75 + PANEL_WIDTH * column, panels_top + 0.45 + PANEL_HEIGHT * row
-            panel = axes_at(left, top, panel_width, PANEL_HEIGHT - 0.95)
-            _draw_order(panel, order, group, budget_bytes)
-        _write_head(figure, scenarios, title, subtitle, budget_bytes)
+            _draw_order(figure.add_subplot(grid[1 + row, column]), order, group, budget_bytes)
+        _write_head(figure, scenarios, title, budget_bytes)
         picture = io.BytesIO()  # given a path, matplotlib goes by its ending: another file, format
         figure.savefig(picture, format="png")
     return picture.getvalue()
@@ -189,20 +179,12 @@ def _draw_order(axes: Any, order: str, group: Sequence[Scenario], budget_bytes: 
 
 
 def _write_head(
-    figure: Any,
-    scenarios: Sequence[Scenario],
-    title: str,
-    subtitle: str,
-    budget_bytes: int | None,
+    figure: Any, scenarios: Sequence[Scenario], title: str, budget_bytes: int | None
 ) -> None:
     """Write the title and the legend."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    width, height = figure.get_size_inches()
-    left, more = 0.25 / width, LINE_HEIGHT * subtitle.count("\n")
-    figure.text(left, 1 - 0.36 / height, title, fontsize=15, fontweight="bold", color=INK)
-    figure.text(left, 1 - (0.63 + more) / height, subtitle, fontsize=9.5, color=MUTED)
     handles: list[Any] = [
         Patch(color=COLORS[policy], alpha=0.75, label=POLICY_WORDS[policy])
         for policy in dict.fromkeys(scenario.policy for scenario in scenarios)
@@ -217,11 +199,12 @@ def _write_head(
         handles.append(Line2D([], [], color=RED, linestyle=DASHED, label=label))
     figure.legend(
         handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(left - 0.1 / width, 1 - (0.68 + more) / height),
+        title=title,
+        title_fontproperties={"size": 15, "weight": "bold"},
+        alignment="left",
+        loc="outside upper left",
         ncols=len(handles),
         fontsize=9.5,
-        frameon=False,
         handlelength=1.6,
         columnspacing=1.6,
     )

@@ -101,7 +101,7 @@ class Outcome:
 
     @cached_property
     def dtypes(self) -> str:
-        """The dtypes of the tensors, the one with the most bytes first."""
+        """Return the dtypes of the tensors, the one with the most bytes first."""
         sizes: Counter[str] = Counter()
         for meta in self.found.metas:
             sizes[meta.dtype] += meta.nbytes
@@ -109,7 +109,7 @@ class Outcome:
 
     @cached_property
     def layer_bytes(self) -> dict[str, int]:
-        """The bytes that each parent layer holds when it is complete, the largest first."""
+        """Return the bytes that each parent layer holds when it is complete, the largest first."""
         sizes: Counter[str] = Counter()
         for contributions in self.found.layer_map.contributions.values():
             for c in contributions:
@@ -122,7 +122,7 @@ class Outcome:
 
     @property
     def origin(self) -> str:
-        """Where the layer map comes from, what to know of it, and how the stream is packed."""
+        """Return where the layer map comes from, notes on it, and how the stream is packed."""
         if self.found.origin == "recorded":
             found = "Layer map recorded from vLLM {}, which is not installed here"
         else:
@@ -218,19 +218,9 @@ def execute(
         scenarios=result,
         transport=transport,
         assertions=limits,
-        comparisons=[Comparison(r, _difference(_loaded_as_in(found, r), r)) for r in records],
+        comparisons=[Comparison(record, _difference(found, record)) for record in records],
         refused=refused,
     )
-
-
-def _loaded_as_in(found: OfflineMap, record: SyncRecord) -> OfflineMap:
-    """Return the map, each layer loaded as in the run: only a live engine can tell how."""
-    loading = record.plan.loading
-    layers = {
-        name: replace(layer, loading=loading.get(name, layer.loading))
-        for name, layer in found.layer_map.layers.items()
-    }
-    return replace(found, layer_map=replace(found.layer_map, layers=layers))
 
 
 def _choose(
@@ -285,9 +275,15 @@ def _difference(found: OfflineMap, record: SyncRecord) -> Difference | None:
         given = by_name(record.source_names, "the recorded run")(found.metas)
     except ConfigError as exc:  # the run is of another model
         return Difference(str(exc), None)
+    # Only the run's live engine could tell how each layer is loaded.
+    loading = record.plan.loading
+    layers = {
+        name: replace(layer, loading=loading.get(name, layer.loading))
+        for name, layer in found.layer_map.layers.items()
+    }
     planned = build_plan(
         given,
-        found.layer_map,
+        replace(found.layer_map, layers=layers),
         record.plan.policy,
         chunk_bytes=record.chunk_bytes,
         storages=record.storages,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.plan.chunks import chunk_storages, packed_storages
 from qerl_sync.plan.diagnosis import Cause, StreamFacts, causes_of
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.orders import Reorder
@@ -59,9 +60,8 @@ class Transport:
             return {}
         if self.packing == "layers" or (self.packing == "auto" and policy != "warn"):
             chunk_bytes = min(self.chunk_bytes, self.budget_bytes or self.chunk_bytes)
-            return _shared(
-                build_plan(metas, layer_map, "warn", chunk_bytes=chunk_bytes).chunk_metas
-            )
+            plan = build_plan(metas, layer_map, "warn", chunk_bytes=chunk_bytes)
+            return chunk_storages(plan.chunk_metas)
         return packed_storages(metas, self.chunk_bytes)
 
 
@@ -149,12 +149,12 @@ class Scenario:
 
     @cached_property
     def spans(self) -> list[Span]:
-        """When each layer is open, in the order of opening."""
+        """Return when each layer is open, in the order of opening."""
         return Simulator(self.metas, self.layer_map).walk().spans
 
     @cached_property
     def causes(self) -> tuple[Cause, ...]:
-        """Why the peak exceeds the one layer that must be held, the most important cause first.
+        """Return why the peak exceeds the one layer that must be held, the main cause first.
         Nothing needs a cure within a budget (see `diagnose`)."""
         if self.within_budget:
             return ()
@@ -279,30 +279,3 @@ def _receive(
     simulator = Simulator(metas, layer_map, held_twice)
     order = [storages[meta.name] for meta in metas]
     return simulator.trace(chunks=order, chunk_buffers=chunk_buffers)
-
-
-def packed_storages(metas: Sequence[ParamMeta], chunk_bytes: int) -> dict[str, Storage]:
-    """Return the memory behind each tensor of a stream packed as vLLM's NCCL engine packs it.
-
-    A chunk is closed by the tensor with which it exceeds `chunk_bytes`: it is larger than that by
-    up to one tensor, and a tensor larger than a buffer still shares its chunk with what came
-    before. The tensors handed to the model are views of the chunk, so each keeps all of it alive.
-    """
-    chunks: list[list[ParamMeta]] = [[]]
-    filled = 0
-    for meta in metas:
-        chunks[-1].append(meta)
-        filled += meta.nbytes
-        if filled > chunk_bytes:
-            chunks.append([])
-            filled = 0
-    return _shared(chunks)
-
-
-def _shared(chunks: Iterable[Sequence[ParamMeta]]) -> dict[str, Storage]:
-    """Return storages of which each is shared by the tensors of one chunk."""
-    storages: dict[str, Storage] = {}
-    for number, chunk in enumerate(chunks):
-        storage = Storage(f"chunk {number}", sum(meta.nbytes for meta in chunk))
-        storages |= {meta.name: storage for meta in chunk}
-    return storages

@@ -63,7 +63,7 @@ def require_complete(hellos: Sequence[Hello], world_size: int | None) -> None:
                 replica=replica,
                 ranks=missing,
             )
-    # Such a server tells the size of the whole deployment, whose rest other servers control.
+    # Such a server reports the size of the whole deployment, whose rest other servers control.
     partial = any(hello.server_is_partial for hello in hellos)
     if world_size is not None and world_size != len(hellos) and not partial:
         raise WorldSizeError(

@@ -115,7 +115,7 @@ class WorkerConnection(Connection):
 
     @property
     def connected(self) -> bool:
-        """Return whether the connection is open, as far as can be told without asking."""
+        """Return whether the connection is open, as far as is known without asking."""
         with suppress(PeerLostError):
             self.require_open("looking for it")
             return True

@@ -68,7 +68,7 @@ class EngineCall:
 
 
 class EngineControl:
-    """Pauses an engine, has it lend its workers' threads, takes care of its caches, resumes it.
+    """Pauses an engine, starts our sessions on its workers' threads, empties caches, resumes it.
 
     Trainer ranks other than 0 have no client: there every call does nothing.
 
@@ -120,7 +120,7 @@ class EngineControl:
             logger.warning("closing the update that an earlier trainer left open: %s", exc)
 
     def begin_session(self, workers: Sequence[WorkerConnection]) -> None:
-        """Have the engine lend us its workers' threads, until `end_session`."""
+        """Have the engine run our session on its workers' threads, until `end_session`."""
         if self._client is None:
             self.in_session = True
             return
@@ -134,7 +134,7 @@ class EngineControl:
             worker.check_alive = self._check_alive
 
     def end_session(self, workers: Sequence[WorkerConnection], version: str | None = None) -> None:
-        """Tell the workers End, and block until the engine has them again."""
+        """Send End to the workers, and block until their threads are the engine's again."""
         for worker in workers:
             worker.tell(say.End())
         self.in_session = False
@@ -170,7 +170,7 @@ class EngineControl:
         self._pausing.wait(self._timeout_seconds + GRACE_SECONDS, workers, "pausing")
 
     def resume(self, *, caches: bool, overwritten: bool = False, connector: str = "") -> None:
-        """Let the engine go on.
+        """Resume the engine.
 
         Args:
             caches: its weights are new, what it computed is not.

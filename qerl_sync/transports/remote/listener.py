@@ -1,4 +1,4 @@
-"""Admit the workers that connect to a trainer rank: who is expected, and who is rejected."""
+"""Admit the workers that connect to a trainer rank; reject those that do not belong to it."""
 
 from __future__ import annotations
 

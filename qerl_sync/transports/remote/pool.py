@@ -159,13 +159,13 @@ class PoolTransport(Transport):
     def add(
         self, name: str, client: WeightSyncClient, is_up: Callable[[], bool] = lambda: True
     ) -> None:
-        """Take in an engine; it is part of the next sync. Raises ConfigError if `name` is taken."""
+        """Add an engine; it is part of the next sync. Raises ConfigError if `name` is taken."""
         if name in self._members:
             raise ConfigError(f"the pool has an engine {name!r} already; give each its own name")
         self._members[name] = self._member(name, client, is_up)
 
     def remove(self, name: str) -> None:
-        """Let go of an engine, between two syncs. It keeps its weights."""
+        """Disconnect an engine and forget it, between two syncs. It keeps its weights."""
         member = self._members.pop(name, None)
         if member is not None:
             member.transport.close()
@@ -458,7 +458,7 @@ class PoolTransport(Transport):
     def _each(
         self, members: Sequence[Member], work: Callable[[Member], R], *, leave_behind: bool = True
     ) -> dict[Member, R]:
-        """Do it for all at the same time. Return the results of those that are not left behind.
+        """Call `work` for all members in parallel. Return the results of those not left behind.
 
         A CoverageError is about the weights if no member can do it. One that others do not have is
         the member's own: bytes that changed on the way to it, kernels that do not hold them.
@@ -479,7 +479,7 @@ class PoolTransport(Transport):
         return done
 
     def _of_all(self, work: Callable[[Member], R]) -> list[R]:
-        """Do it for all active members. Those that fail in it are left behind."""
+        """Call `work` for all active members. Those that fail are left behind."""
         done = self._each(self._active, work)
         self._active = list(done)
         self._require_some(self._active)
@@ -510,7 +510,7 @@ def _end(transport: RemoteTransport, reason: str) -> None:
 
 
 def in_parallel(works: Sequence[Callable[[], R]]) -> list[R | BaseException]:
-    """Run all at the same time. Return what each returned or raised, in order."""
+    """Run all in parallel. Return what each returned or raised, in order."""
     answers = [in_thread("pool", work) for work in works]
     wait(answers)
     raised = [answer.exception() for answer in answers]

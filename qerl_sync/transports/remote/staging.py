@@ -146,14 +146,14 @@ class Staging:
         self.verify_seconds, self.wire_bytes = 0.0, 0
 
     def open_mirror(self, metas: tuple[ParamMeta, ...], options: SyncOptions) -> None:
-        """Have the mirror that the next sync needs. Before any worker hears of it.
+        """Make or reuse the mirror that the next sync needs. Call it before any worker is told.
 
         Args:
             metas: the model's tensors, where the sync sends all of them.
 
         Raises:
             StaleBaseError: what was sent with `SyncOptions.changes_from` is not here any more.
-            ConfigError: this host has not the memory for one.
+            ConfigError: this host has too little free memory for one.
         """
         if not options.mirror:
             self.mirror = None
@@ -188,8 +188,8 @@ class Staging:
             NoRoomError: there is not that much shared memory. No slot is kept then.
         """
         # A reader that has joined since the names were removed cannot attach the slots there are.
-        strangers = self._unlinked_for is not None and not self._unlinked_for.issuperset(readers)
-        if strangers or list(sizes) != self._sizes:
+        newcomers = self._unlinked_for is not None and not self._unlinked_for.issuperset(readers)
+        if newcomers or list(sizes) != self._sizes:
             self.close()
             self._sizes = list(sizes)
             self._slots = [None] * len(sizes)
@@ -268,7 +268,7 @@ class Staging:
         return staged
 
     def committed(self, version: int) -> None:
-        """All workers have committed what was staged, as this version."""
+        """Record that all workers have committed what was staged, as this version."""
         if self.mirror is not None:
             self.mirror.version = version
 
@@ -303,7 +303,7 @@ class Staging:
         self._unlinked_for = set(readers)
 
     def close(self) -> None:
-        """Give the slots' memory back."""
+        """Free the slots' memory."""
         for slot in self._slots:
             if isinstance(slot, SharedSegment):
                 slot.close()

@@ -21,7 +21,7 @@ from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import SyncResult, Transport, WorkerReport, require_emptied
@@ -62,9 +62,9 @@ class RemoteTransport(Transport):
         with SyncSession(HFSource(model), transport, SyncConfig()) as session:
             session.push(step=1)
 
-    The engines' control plane lends us their workers' threads; messages and chunks go over
-    connections of our own (`wire.messages`). One call of `update_weights` is one sync, between two
-    steps of the scheduler.
+    The engines' control plane starts our code on their workers' threads; messages and chunks
+    go over connections of our own (`wire.messages`). One call of `update_weights` is one sync,
+    between two steps of the scheduler.
 
     On several trainer ranks, each makes one, with the same `endpoints`; rank 0 has the client.
 
@@ -386,7 +386,7 @@ class RemoteTransport(Transport):
         ]
 
     def commit(self) -> SyncResult:
-        """Let the workers generate with the new weights. Return what they measured."""
+        """Commit: the workers may generate with the new weights. Return what they measured."""
         # From the first Commit on a failure leaves it open which workers have committed: `abort`
         # must then not let the engine go on, nor roll any of them back.
         self._committing = True
@@ -458,7 +458,7 @@ class RemoteTransport(Transport):
 
     def invalidate(self, reason: str) -> None:
         """See the base class. The engine stays paused, as after a failed sync; also where its
-        workers cannot be told."""
+        workers cannot be reached."""
         try:
             self._control.pause()
             self._control.begin_session(self._workers)
@@ -656,10 +656,10 @@ class RemoteTransport(Transport):
         try:
             worker.forget_chunks()
             worker.tell(say.Abort(reason=reason, keep_old=not self._committing))
-            reported = worker.skip_to(say.Aborted, "giving up the sync", GRACE_SECONDS)
+            reported = worker.skip_to(say.Aborted, "aborting the sync", GRACE_SECONDS)
             return reported.poisoned is None
         except SyncError as exc:
-            logger.warning("%s cannot be told that the sync has failed: %s", worker.peer, exc)
+            logger.warning("%s cannot be reached to abort the failed sync: %s", worker.peer, exc)
             return False
 
     def _tell(self, message: say.Message) -> None:

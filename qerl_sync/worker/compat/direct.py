@@ -180,7 +180,7 @@ class _State:
     def __init__(self, layer: torch.nn.Module) -> None:
         tensors = _layerwise().get_layer_tensors(layer)
         self.layouts = _layouts(tensors)
-        # Objects are told apart by address: those that were seen must live as long as this.
+        # Addresses identify objects: those that were seen must live as long as this.
         self._seen: dict[int, Any] = {}
         self._held = (
             self._what(tensors, 2),
@@ -196,7 +196,7 @@ class _State:
     __hash__ = None  # type: ignore[assignment]
 
     def _what(self, value: Any, depth: int) -> Any:
-        """Return what the value is, as far as it can be told: bytes of tensors, code and closure of
+        """Return what the value is, as far as it is known: bytes of tensors, code and closure of
         functions (kernels are chosen anew, as equal functions), else its address."""
         if isinstance(value, str | int | float | bool | None | torch.dtype | torch.device):
             return value
@@ -223,7 +223,7 @@ class _State:
 
 
 def _parts(layer: torch.nn.Module) -> list[Any]:
-    """The layer, and what keeps state for it."""
+    """Return the layer, and what keeps state for it."""
     parts = (getattr(layer, name, None) for name in ("quant_method", "impl", "scheme"))
     return [layer, *(part for part in parts if hasattr(part, "__dict__"))]
 

@@ -23,7 +23,7 @@ from qerl_sync.worker.load.copy_count import CopyCount
 
 
 def _layerwise() -> Any:
-    """vLLM's module of the layerwise reload; `require_layerwise_reload` has said what it has."""
+    """Return vLLM's module of the layerwise reload, which `require_layerwise_reload` checks."""
     from vllm.model_executor.model_loader.reload import layerwise
 
     return layerwise
@@ -52,7 +52,7 @@ class EngineParts(NamedTuple):
 
 
 def in_process_parts(llm: Any) -> EngineParts:
-    """The model of a vLLM `LLM` whose worker runs in this process (colocate mode).
+    """Return the model of a vLLM `LLM` whose worker runs in this process (colocate mode).
 
     Raises:
         CompatError: the worker lives in another process.
@@ -117,12 +117,12 @@ def last_load(layer: torch.nn.Module) -> tuple[str, Mapping[str, Any]] | None:
 
 
 def is_deferred(layer: torch.nn.Module) -> bool:
-    """Attention layers: vLLM processes their scales at the end of the reload, whatever arrives."""
+    """Return True for attention layers: vLLM processes their scales at the end of any reload."""
     return older.is_deferred(_layerwise(), layer)
 
 
 def loadable_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a layer that vLLM counts as to be loaded (see its `get_layer_size`)."""
+    """Return the tensors of a layer that vLLM expects to be loaded (see its `get_layer_size`)."""
     tensors: dict[str, torch.Tensor] = _layerwise().get_layer_tensors(layer)
     if not tensors:  # half of a model's modules: containers and activations
         return tensors
@@ -133,12 +133,12 @@ def loadable_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def load_numel_of(tensor: torch.Tensor) -> int:
-    """Elements of a parameter that a checkpoint brings: its own, less declared padding."""
+    """Return how many elements of a parameter a checkpoint brings: all but declared padding."""
     return int(getattr(tensor, "weight_loader_numel", tensor.numel()))
 
 
 def is_padded_embedding(layer: torch.nn.Module) -> bool:
-    """Vocabularies (embeddings, heads) are padded to a multiple of 64 rows, which stay zero."""
+    """Return True for vocabularies (embeddings, heads) that vLLM pads to a multiple of 64 rows."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     return isinstance(layer, VocabParallelEmbedding)
@@ -294,14 +294,14 @@ def unfit_parameters(model: torch.nn.Module) -> dict[str, tuple[torch.Size, torc
 
 
 def recorded_parameters(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The layer's parameters as they were when the model was built, on meta."""
+    """Return the layer's parameters as they were when the model was built, on meta."""
     info = _layerwise().LAYERWISE_INFO.get(layer)
     return {} if info is None else dict(info.restore_metadata[0])
 
 
 def unrecorded_buffers(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Non-persistent buffers that vLLM's record of the layer does not have: it leaves those out
-    that were views of parameters when the model was built. Asked outside of a reload."""
+    """Return the non-persistent buffers that vLLM's record of the layer lacks: those that were
+    views of parameters when the model was built. Call it outside of a reload."""
     from vllm.model_executor.model_loader.reload.meta import SKIP_TENSORS
 
     info = _layerwise().LAYERWISE_INFO.get(layer)
@@ -317,7 +317,7 @@ def unrecorded_buffers(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]]
 
 
 def live_buffer(layer: torch.nn.Module, name: str) -> torch.Tensor:
-    """The buffer that the layer's kernels read, in a reload and outside of one."""
+    """Return the buffer that the layer's kernels read, in a reload and outside of one."""
     info = _layerwise().LAYERWISE_INFO[layer]
     held: Any = info.kernel_tensors[1] if info.kernel_tensors is not None else layer._buffers
     buffer: torch.Tensor = held[name]
@@ -421,9 +421,9 @@ def _put_back_emptied(model: torch.nn.Module) -> None:
 
 
 def working_bytes(model: torch.nn.Module) -> dict[str, int]:
-    """For each layer, the memory that vLLM needs to process it: the layer materialised, and once
-    more where a CPU kernel packs it. Asked in an open reload only: outside of one, kernels keep
-    their weights where parameters do not show them."""
+    """Return, for each layer, the bytes that vLLM needs to process it: the layer materialised, and
+    once more where a CPU kernel packs it. Call it in an open reload only: outside of one, kernels
+    keep their weights where parameters do not show them."""
     found = {}
     for path, layer in model.named_modules():
         nbytes = sum(t.nbytes for t in loadable_tensors(layer).values() if t.is_meta)
@@ -460,15 +460,16 @@ def packed_bytes(layer: torch.nn.Module) -> int:
 
 
 def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
-    """Those that hold a parameter's or buffer's bytes: itself, what TorchAO's kind keep inside, or
-    the partitions of vLLM's `SharedWeightParameter`, which itself is empty."""
+    """Return the tensors that hold a parameter's or buffer's bytes: itself, what TorchAO's keep
+    inside, or the partitions of vLLM's `SharedWeightParameter`, which itself is empty."""
     partitions = getattr(parameter, "partitions", None)
     parts = partitions.values() if isinstance(partitions, dict) else [parameter]
     return [plain for part in parts for plain in plain_tensors(part)]
 
 
 def packs(layer: torch.nn.Module) -> bool:
-    """vLLM's CPU kernels keep a packed copy in the closure of `cpu_linear`, experts in a kernel."""
+    """Return whether a CPU kernel packs this layer: in the closure of `cpu_linear`, or, for
+    experts, in a kernel object."""
     packed = getattr(getattr(layer, "cpu_linear", None), "__closure__", None)
     kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
     return packed is not None or (kernel is not None and is_on_cpu())
@@ -493,7 +494,7 @@ def can_lend_packing(owner: Any, layer: Any) -> bool:
 
 
 def packed_products(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Module path, and the product of the weights that its CPU kernel packed with a fixed vector.
+    """Yield each module path, and the product of its kernel's packed weights with a fixed vector.
 
     Experts, packed in kernels of their own, give those kernels' tensors.
     """
@@ -524,7 +525,7 @@ class Packing(NamedTuple):
 
 
 def packings(model: torch.nn.Module) -> dict[str, Packing]:
-    """By module path."""
+    """Return the packed copies of the model's layers, by module path."""
     found = {}
     for path, layer in model.named_modules():
         if _packs_experts(layer):
@@ -539,7 +540,7 @@ def _packs_linear(layer: torch.nn.Module) -> bool:
 
 
 def _packs_experts(layer: Any) -> bool:
-    """Are these experts those that `forget_packed_experts` is for?"""
+    """Return whether these are the experts that `forget_packed_experts` is for."""
     method = getattr(layer, "quant_method", None)
     if getattr(method, "moe_kernel", None) is None:
         return False
@@ -559,7 +560,7 @@ def _input_size(layer: torch.nn.Module) -> int:
 
 
 def is_on_cpu() -> bool:
-    """Is this vLLM's CPU backend?"""
+    """Return whether this is vLLM's CPU backend."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
@@ -587,7 +588,7 @@ def _tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def _kv_caches_sleep() -> bool:
-    """Has vLLM given the memory of the caches back for a while (`LLM.sleep`)?"""
+    """Return whether vLLM has freed the memory of the caches for a while (`LLM.sleep`)."""
     if is_on_cpu():
         return False
     try:
@@ -639,7 +640,7 @@ def finish_reload(
 
 @contextlib.contextmanager
 def loading_context(vllm_config: Any) -> Iterator[None]:
-    """No gradients, and vLLM's current config set, as its loaders and quantisers expect."""
+    """Set vLLM's current config and disable gradients, as its loaders and quantisers expect."""
     from vllm.config import set_current_vllm_config
 
     with torch.no_grad(), set_current_vllm_config(vllm_config):
@@ -677,7 +678,7 @@ def restore(model: torch.nn.Module) -> int:
 
 @contextlib.contextmanager
 def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
-    """A reload whose every tensor is on meta, undone at the end: weights and pointers unchanged.
+    """Open a reload with every tensor on meta, undone at the end: weights and pointers unchanged.
 
     Yields the storage keys of the meta twins of those tensors that vLLM keeps real during a reload,
     and writes on arrival (`bias`, router corrections).

@@ -61,7 +61,7 @@ def smallest_max_rank(rank: int) -> int:
 def build_adapter(
     vllm_config: Any, runner: Any, adapter: Adapter, tensors: Mapping[str, torch.Tensor]
 ) -> Any:
-    """Return vLLM's `LoRAModel` of these tensors, packed for its layers, which serves nobody yet.
+    """Return vLLM's `LoRAModel` of these tensors, packed for its layers, not yet in use.
 
     Raises:
         ConfigError: the rank is above `max_lora_rank`; `rank`, `max_lora_rank`. Or a layer of the
@@ -72,6 +72,7 @@ def build_adapter(
     require("LoRA adapters")
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.utils import parse_fine_tuned_lora_name
 
     config = vllm_config.lora_config
     if adapter.rank > config.max_lora_rank:
@@ -97,7 +98,10 @@ def build_adapter(
         model_vocab_size=runner.lora_manager.vocab_size,
         weights_mapper=mapper,
     )
-    scaling_of = {_vllm_name(name, mapper): scale for name, scale in adapter.scalings.items()}
+    scaling_of = {
+        parse_fine_tuned_lora_name(f"{name}.lora_A.weight", mapper)[0]: scale
+        for name, scale in adapter.scalings.items()
+    }
     for name, layer in made.loras.items():
         if layer.lora_a is None or layer.lora_b is None:
             raise CoverageError(f"the adapter's layer {name!r} lacks a factor", tensor=name)
@@ -164,12 +168,6 @@ def _is_elsewhere(model: Any, layer: str) -> bool:
         if isinstance(module, PPMissingLayer):
             return True
     return False
-
-
-def _vllm_name(layer: str, mapper: Any) -> str:
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
-    return str(parse_fine_tuned_lora_name(f"{layer}.lora_A.weight", mapper)[0])
 
 
 def served_adapter(runner: Any) -> Any:

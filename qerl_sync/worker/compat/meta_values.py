@@ -101,7 +101,7 @@ class _SmallValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         )
 
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` with its data. It shares memory with the values of other views."""
+        """Return `tensor` with its data, which shares memory with the values of other views."""
         if not _is_meta(tensor):
             return tensor
         storage = self._values[tensor.untyped_storage()._cdata][1]

@@ -37,7 +37,7 @@ def import_vllm_models(architectures: Sequence[str]) -> str:
 
 
 def engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
-    """vLLM's configuration of an engine that will have no weights.
+    """Return vLLM's configuration of an engine that will have no weights.
 
     Args:
         path: a directory with a `config.json`.
@@ -60,7 +60,7 @@ def engine_config(path: str, arguments: Mapping[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def meta_model(config: Any) -> Iterator[compat.EngineParts]:
-    """vLLM's own model on the meta device: no weights, no engine, no accelerator.
+    """Build vLLM's own model on the meta device: no weights, no engine, no accelerator.
 
     For a process of its own: torch's default process group is a fake one while the context is open,
     in which this process is rank 0 of as many as the configuration asks for.
@@ -87,7 +87,7 @@ def meta_model(config: Any) -> Iterator[compat.EngineParts]:
 
 @contextlib.contextmanager
 def _real_expert_maps() -> Iterator[None]:
-    """Which experts a rank has, vLLM looks up in a tensor, which must have its data."""
+    """Keep expert maps off the meta device: vLLM reads there which experts a rank has."""
     try:
         from vllm.model_executor.layers.fused_moe import expert_map_manager as manager
     except ImportError:  # older: without expert parallelism there is nothing to do
@@ -105,7 +105,7 @@ def _real_expert_maps() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fake_group(parallel: Any) -> Iterator[None]:
-    """vLLM's groups of ranks, without ranks: building a model asks for sizes and sends nothing."""
+    """Stand in for vLLM's groups of ranks: building a model asks for sizes and sends nothing."""
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from vllm.distributed import parallel_state as state

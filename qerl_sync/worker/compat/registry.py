@@ -38,11 +38,11 @@ def import_model_classes(architectures: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def _stand_in(package: str) -> Iterator[None]:
-    """If `package` is not installed, anything may be imported from it, and is of no use."""
+    """Let anything be imported from `package`, to no use, if it is not installed."""
     if importlib.util.find_spec(package) is not None:
         yield
         return
-    # Who asks whether the package is there must be told the truth, and transformers remembers.
+    # Code that asks whether the package is there must get the truth, and transformers remembers.
     import transformers.utils
 
     transformers.utils.is_torchvision_available()
@@ -85,4 +85,4 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return _Useless(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """There is nothing in it."""
+        """Do nothing: the module is empty."""

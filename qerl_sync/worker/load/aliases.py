@@ -70,7 +70,7 @@ def lost_views(model: torch.nn.Module) -> list[LostView]:
                 named = " or ".join(f"{at}.{parameter}" for at, parameter, _ in candidates)
                 raise LayerMapError(
                     f"the buffer {path}.{name} was a view of {named} when the model was built and "
-                    "has memory of its own now. Which one cannot be told, so that a sync would "
+                    "has memory of its own now. Which one is unknown, so that a sync would "
                     "leave old weights in it. This architecture cannot be synced with these "
                     "kernels; start the engine with another quantization or on another device"
                 )
@@ -100,7 +100,7 @@ def _whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
-    """Equal for two tensors with the same values in another order."""
+    """Return a sum that is equal for two tensors with the same values in another order."""
     integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
     return int(tensor.detach().contiguous().view(-1).view(integer).sum(dtype=torch.int64))
 

@@ -14,7 +14,7 @@ from qerl_sync.worker.compat import engine as compat
 def sample_kernels(model: torch.nn.Module, layers: Collection[str]) -> dict[str, int]:
     """Hash a few thousand bytes of each parameter of these layers, where it lies.
 
-    It tells whether somebody else has written to them as a whole: a reload by another way, or an
+    It tells whether something else has written to them as a whole: a reload by another way, or an
     engine that slept and dropped its weights.
     """
     return {

@@ -52,7 +52,7 @@ class CopyCount:
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
-        """While this is open, copies into meta tensors are counted; others are not looked at."""
+        """Count copies into meta tensors in this context. Others are ignored."""
         copy = torch.Tensor.copy_
 
         def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

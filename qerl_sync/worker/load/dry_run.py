@@ -22,7 +22,7 @@ class Stream:
 
     def __init__(self, model: torch.nn.Module, metas: Sequence[ParamMeta]) -> None:
         self._model = model
-        # All are made before and kept to the end: storages are told apart by address.
+        # All are made before and kept to the end: addresses identify storages.
         self._tensors = [
             torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device="meta")
             for meta in metas
@@ -35,7 +35,7 @@ class Stream:
         self.current: ParamMeta | None = None
 
     def source_of(self, tensor: torch.Tensor) -> ParamMeta | None:
-        """The checkpoint tensor that `tensor` is a view of."""
+        """Return the checkpoint tensor that `tensor` is a view of."""
         return self._sources.get(tensor.untyped_storage()._cdata)
 
     def load(self) -> None:
@@ -96,13 +96,13 @@ class DryRun:
 
     def __post_init__(self) -> None:
         self._paths = {id(module): path for path, module in self.model.named_modules()}
-        self._kept: list[torch.Tensor] = []  # storages are told by address: none may be freed
+        self._kept: list[torch.Tensor] = []  # addresses identify storages: none may be freed
 
     def held(
         self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
     ) -> None:
-        """vLLM keeps a tensor for `layer`. Its source is told by its storage, since a loader may
-        hold a tensor back and load it later than it was yielded."""
+        """Record a tensor that vLLM keeps for `layer`. Its storage identifies its source, since a
+        loader may hold a tensor back and load it later than it was yielded."""
         tensors = [
             value
             for key, value in arguments.items()
@@ -123,7 +123,7 @@ class DryRun:
         self._add(meta, contribution, getattr(layer, parameter))
 
     def written_past(self, meta: ParamMeta, written: Sequence[Contribution]) -> None:
-        """The loader writes `meta` without vLLM's weight loaders."""
+        """Record that a loader writes `meta` without vLLM's weight loaders."""
         for contribution in written:
             layer = self.model.get_submodule(contribution.parent_layer)
             self._add(meta, contribution, getattr(layer, contribution.parameter))
@@ -132,7 +132,9 @@ class DryRun:
         _merge(self.contributions[meta.name], contribution)
         place = (contribution.parent_layer, contribution.parameter)
         self.received[place] += contribution.loaded_numel
-        self._check_cast(meta, parameter)
+        wanted = dtype_name(parameter.dtype)
+        if meta.dtype != wanted and not {meta.dtype, wanted} <= CASTABLE_FLOATS:
+            self.miscast[meta.name] = wanted
 
     def processing(self, layer: torch.nn.Module) -> None:
         raise AssertionError("a dry run processes nothing")
@@ -142,13 +144,8 @@ class DryRun:
     def path_of(self, layer: torch.nn.Module) -> str:
         return self._paths[id(layer)]
 
-    def _check_cast(self, meta: ParamMeta, parameter: torch.Tensor) -> None:
-        wanted = dtype_name(parameter.dtype)
-        if meta.dtype != wanted and not {meta.dtype, wanted} <= CASTABLE_FLOATS:
-            self.miscast[meta.name] = wanted
-
     def parent_layers(self) -> dict[str, ParentLayer]:
-        """Every module that awaits elements, in module order."""
+        """Return every module that awaits elements, in module order."""
         expected: dict[str, int] = defaultdict(int)
         for (path, _), numel in self.received.items():
             expected[path] += numel
@@ -216,8 +213,8 @@ def watch_bypasses(
     written_live: set[int],
     received: Collection[tuple[str, str]],
 ) -> Bypasses:
-    """A second dry run, for tensors that no wrapper held in the first. Its answer means nothing for
-    the others, whose copies it sees too.
+    """Run the loaders a second time, for tensors that no wrapper held in the first run. The answer
+    means nothing for the others, whose copies it sees too.
 
     Most models need none, and seeing every operation makes a run three times as slow.
 
@@ -238,7 +235,7 @@ def watch_bypasses(
 
 
 def _merge(contributions: list[Contribution], new: Contribution) -> None:
-    """A fused tensor is loaded slice by slice: sum up the calls for the same parameter."""
+    """Sum up the calls for the same parameter: a fused tensor is loaded slice by slice."""
     if contributions and contributions[-1][:2] == new[:2]:
         old = contributions[-1]
         contributions[-1] = old._replace(

@@ -34,7 +34,7 @@ def footprint_bytes(
     finishing_bytes: int,
     arrivals: Sequence[Arrivals],
 ) -> int:
-    """The highest sum, over all chunks, of the memory that chunks have arrived in and of what the
+    """Return the highest sum, over all chunks, of the memory that chunks arrive in and of what the
     largest layer that the chunk completes needs while vLLM processes it, or of what is staged.
 
     Args:
@@ -47,23 +47,15 @@ def footprint_bytes(
         else touched_bytes(a.sizes, a.chunks_in_flight, a.in_place)
         for a in arrivals
     ]
-    working = _working_by_chunk(plan, layer_map, working_bytes)
-    # What a chunk completes is loaded and let go, then what it leaves is staged.
-    after = plan.staged_bytes
-    own = [max(a + w, b) for a, w, b in zip([0, *after], working, after, strict=False)]
-    loading = max((sum(at) for at in zip(*received, own, strict=True)), default=0)
-    return max(loading, sum(touched[-1] for touched in received if touched) + finishing_bytes)
-
-
-def _working_by_chunk(
-    plan: SyncPlan, layer_map: LayerMap, working_bytes: Mapping[str, int]
-) -> list[int]:
-    """Return, for each chunk, the working bytes of the largest layer that it completes."""
-    whole_in: dict[str, int] = {}
+    whole_in: dict[str, int] = {}  # the chunk that completes each layer
     for index, names in enumerate(plan.chunk_loads):
         for name in names:
             whole_in.update(dict.fromkeys(layer_map.parents(name), index))
     working = [0] * len(plan.chunks)
     for layer, index in whole_in.items():
         working[index] = max(working[index], working_bytes.get(layer, 0))
-    return working
+    # What a chunk completes is loaded and released, then what it leaves is staged.
+    after = plan.staged_bytes
+    own = [max(a + w, b) for a, w, b in zip([0, *after], working, after, strict=False)]
+    loading = max((sum(at) for at in zip(*received, own, strict=True)), default=0)
+    return max(loading, sum(touched[-1] for touched in received if touched) + finishing_bytes)

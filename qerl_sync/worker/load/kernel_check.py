@@ -1,4 +1,4 @@
-"""Whether kernels hold what arrived: each layer changed if, and only if, its tensors did."""
+"""Check that kernels hold what arrived: each layer changed if, and only if, its tensors did."""
 
 from __future__ import annotations
 
@@ -88,10 +88,29 @@ class KernelCheck:
                 self._divided.add(place)
 
     def conclude(self) -> Held:
-        """Raises CoverageError, naming the layers whose kernels hold something else."""
-        self._lend()
+        """Return what the worker has now.
+
+        Raises:
+            CoverageError: it names the layers whose kernels hold something else.
+        """
+        # What shares another layer's parameter, or was a view of it, got what that one got.
+        tied = refresh.tied_parameters(self._model)
+        sharing = {(path, place[1]): place for path, place in tied.items()} | dict(self._views)
+        for place, source in sharing.items():
+            for found in (self._arrived, self._rounded):
+                if source in found:
+                    found[place] = found[source]
+            if source in self._divided or (place in self._views and not self._covers(place)):
+                self._divided.add(place)
         self._packings_now = compat.packings(self._model)
-        if unpacked := [layer for layer in self._got() if self._left_unpacked(layer)]:
+        unpacked = [
+            layer
+            for layer in dict.fromkeys(layer for layer, _ in self._arrived)
+            if layer in self._packings
+            and self._packings[layer].in_place
+            and not self._renewed(layer)
+        ]
+        if unpacked:
             raise CoverageError(_complaint(unpacked, NOT_PACKED))
         kernels = kernel_checksums(self._model)
         now = Held(dict(self._arrived), dict(self._rounded), kernels, self._device)
@@ -109,31 +128,13 @@ class KernelCheck:
                 raise CoverageError(_complaint(strange, STRANGE))
         return now
 
-    def _lend(self) -> None:
-        """Expect what arrived in whatever shares another layer's parameter, or was a view of it."""
-        tied = refresh.tied_parameters(self._model)
-        in_session = {(path, place[1]): place for path, place in tied.items()} | dict(self._views)
-        for place, source in in_session.items():
-            for found in (self._arrived, self._rounded):
-                if source in found:
-                    found[place] = found[source]
-            if source in self._divided or (place in self._views and not self._covers(place)):
-                self._divided.add(place)
-
     def _covers(self, place: Place) -> bool:
         """Return whether a buffer was a view of the whole parameter. A part may stay the same."""
         buffer = self._model.get_submodule(place[0])._buffers[place[1]]
         return buffer is not None and buffer.nbytes == buffer.untyped_storage().nbytes()
 
-    def _got(self) -> list[str]:
-        return list(dict.fromkeys(layer for layer, _ in self._arrived))
-
-    def _left_unpacked(self, layer: str) -> bool:
-        packing = self._packings.get(layer)
-        return packing is not None and packing.in_place and not self._renewed(layer)
-
     def _stale(self, before: Held, now: Held) -> Iterator[str]:
-        """Layers that got other weights and have the same as before."""
+        """Yield the layers that got other weights and have the same as before."""
         tensors = dict(named_tensors(self._model))
         for place, rounded in now.rounded.items():
             if before.rounded.get(place, rounded) == rounded or place in self._divided:
@@ -147,7 +148,7 @@ class KernelCheck:
                 yield layer
 
     def _strange(self, before: Held, now: Held) -> Iterator[str]:
-        """Layers that got the same weights and have others than before."""
+        """Yield the layers that got the same weights and have others than before."""
         moved = {
             layer for (layer, p), n in now.arrived.items() if before.arrived.get((layer, p)) != n
         }
@@ -183,20 +184,17 @@ def packed_key(layer: str) -> str:
 @torch.no_grad()
 def kernel_checksums(model: torch.nn.Module) -> dict[str, int]:
     """Return checksums of parameters and buffers, and of packed copies by a product of them."""
-    found = {name: _checksum_inside(tensor) for name, tensor in named_tensors(model)}
+    found: dict[str, int] = {}
+    for name, tensor in named_tensors(model):
+        found[name] = 0
+        for inner in compat.tensors_of(tensor):
+            found[name] = _chained(inner, found[name])
     packs = compat.packings(model)
     for layer, product in compat.packed_products(model):
         if layer in packs:
             key = packed_key(layer)
             found[key] = _chained(product, found.get(key, 0))
     return found
-
-
-def _checksum_inside(tensor: torch.Tensor) -> int:
-    total = 0
-    for one in compat.tensors_of(tensor):
-        total = _chained(one, total)
-    return total
 
 
 def _chained(tensor: torch.Tensor, seed: int) -> int:

@@ -13,7 +13,7 @@ from qerl_sync.worker.load.kernel_check import named_tensors
 
 @torch.no_grad()
 def kernel_digests(model: torch.nn.Module) -> dict[str, str]:
-    """For each module path, a digest of the weights that its kernels use.
+    """Return, for each module path, a digest of the weights that its kernels use.
 
     Parameters and buffers are hashed as they are. CPU kernels keep a packed copy of their own and
     need not look at the parameter: of those the product with a fixed vector is hashed too, which

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can be allocated on `device` now.
+    """Return the bytes that can be allocated on `device` now.
 
     On a GPU what the driver has free, and what torch's allocator holds in reserve; on a CPU what is
     available to the host or to the container, whichever is less.
@@ -25,7 +26,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def host_free_bytes(meminfo: Path) -> int:
-    """`MemAvailable` of Linux: free, or used for caches that can be dropped."""
+    """Return Linux's `MemAvailable`: free, or used for caches that can be dropped."""
     fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
     return int(fields["MemAvailable"].split()[0]) * 1024
 
@@ -47,24 +48,20 @@ def container_free_bytes(cgroup: Path) -> int | None:
         limit_bytes = _number(folder / limit)
         used_bytes = _number(folder / used)
         if limit_bytes is not None and used_bytes is not None:
-            return max(limit_bytes - used_bytes + _statistic(folder / "memory.stat", dropped), 0)
+            fields = {dropped: "0"}
+            with suppress(OSError, ValueError):
+                lines = (folder / "memory.stat").read_text().splitlines()
+                fields |= dict(line.split() for line in lines)
+            return max(limit_bytes - used_bytes + int(fields[dropped]), 0)
     return None
 
 
 def _number(path: Path) -> int | None:
-    """The number in a file; None if there is none ("max": no limit)."""
+    """Return the number in a file; None if there is none ("max": no limit)."""
     try:
         return int(path.read_text())
     except (OSError, ValueError):
         return None
-
-
-def _statistic(path: Path, key: str) -> int:
-    try:
-        fields = dict(line.split() for line in path.read_text().splitlines())
-    except (OSError, ValueError):
-        return 0
-    return int(fields.get(key, 0))
 
 
 class PeakMemory:
@@ -86,25 +83,21 @@ class PeakMemory:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
-        else:
-            self._before = _reset_resident_peak()
+            return
+        try:
+            # Linux's peak of the resident memory becomes its present value.
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _status_bytes("VmRSS")
+        except OSError:
+            self._before = None
 
     def extra_bytes(self) -> int | None:
-        """None where it cannot be measured."""
+        """Return the most bytes since `start`; None where it cannot be measured."""
         if self._before is None:
             return None
         if self._device.type == "cuda":
             return max(torch.cuda.max_memory_allocated(self._device) - self._before, 0)
         return max(_status_bytes("VmHWM") - self._before, 0)
-
-
-def _reset_resident_peak() -> int | None:
-    """Linux's peak of the resident memory becomes its present value, which is returned."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status_bytes("VmRSS")
-    except OSError:
-        return None
 
 
 def _status_bytes(key: str) -> int:

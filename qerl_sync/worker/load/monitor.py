@@ -25,8 +25,8 @@ class SyncMonitor:
 
     It also closes, with the last tensor that they will get, the layers that the stream cannot
     fill (padded vocabularies), which vLLM would keep open until the end. Of `borrowed` memory it
-    copies out what deferred layers keep; of memory that belongs to the source it sees to it that
-    nobody writes to it while it is held.
+    copies out what deferred layers keep; memory that belongs to the source it guards against
+    writes while it is held.
 
     Args:
         filled: the parent layers that the stream fills; all others stay as they are.
@@ -55,7 +55,7 @@ class SyncMonitor:
         self.before_processing: Callable[[torch.nn.Module], None] = _nothing
         self.after_processing: Callable[[torch.nn.Module], None] = _nothing
         self._borrowed = borrowed
-        self._lent = AliasGuard()
+        self._aliases = AliasGuard()
         self._received: Counter[str] = Counter()
         self._closings: Counter[str] = Counter()
         self._loads: Counter[str] = Counter()
@@ -64,7 +64,7 @@ class SyncMonitor:
         self._processing_since = 0.0
 
     def begin(self, name: str) -> None:
-        """The next tensor that vLLM gets is `name`."""
+        """Record that the next tensor that vLLM gets is `name`."""
         self._name = name
         self._ledger.begin(name)
 
@@ -80,17 +80,17 @@ class SyncMonitor:
                     arguments[key] = value.clone()
                 self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
                 if not self._borrowed:
-                    self._lent.hold(path, self._name, value)
+                    self._aliases.hold(path, self._name, value)
         fills = planned.deferred or planned.expected_numel == planned.total_numel
         if not fills and compat.layer_state(layer).loaded_numel >= planned.expected_numel:
             compat.credit_padding(layer)
 
     def loaded(self, path: str) -> None:
-        """A weight loader has written a tensor to a layer that is not loaded layerwise."""
+        """Count a tensor that a loader has written to a layer that is not loaded layerwise."""
         self._loads[path] += 1
 
     def processing(self, layer: torch.nn.Module) -> None:
-        self._lent.release(self._paths[id(layer)])
+        self._aliases.release(self._paths[id(layer)])
         self.before_processing(layer)
         refresh.before_processing(layer)
         self._processing_since = time.time()
@@ -107,10 +107,15 @@ class SyncMonitor:
         return self._paths[id(layer)]
 
     def require_filled(self) -> None:
-        """The stream has ended. Raises CoverageError, naming the first of them, unless each parent
-        layer that it fills got its elements and was processed, once (those that are not loaded
-        layerwise: each of the loads that the dry run counted), and all others got nothing.
-        Deferred layers are processed at the end."""
+        """Check, at the end of the stream, that each parent layer got exactly what it was to get.
+
+        Layers that the stream fills got their elements and were processed once (those that are not
+        loaded layerwise: they got as many loads as the dry run counted); all others got nothing.
+        Deferred layers are processed at the end.
+
+        Raises:
+            CoverageError: it names the first layer for which that is not so.
+        """
         wrong = []
         for path, layer in self._layers.items():
             numel, closings = (layer.expected_numel, 1) if path in self._filled else (0, 0)
@@ -137,7 +142,7 @@ class SyncMonitor:
 
     @property
     def parent_layers(self) -> Collection[str]:
-        """Those that the stream is to fill."""
+        """Return the parent layers that the stream is to fill."""
         return {path for path in self._filled if self._layers[path].expected_numel}
 
     def trace(self) -> Trace:

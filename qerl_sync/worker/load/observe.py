@@ -54,7 +54,12 @@ def observe_layer_map(
         with compat.observe_loads(run, process=False):
             stream.load()
         unseen = [meta for meta in metas if not run.contributions[meta.name]]
-        puzzling = [meta for meta in unseen if not _is_of_no_use(meta.name, tied)]
+        puzzling = [
+            meta
+            for meta in unseen
+            if not any(fnmatchcase(meta.name, pattern) for pattern in DERIVED_NAMES)
+            and meta.name.rpartition(".")[0] not in tied
+        ]
         bypasses = Bypasses()
         if puzzling:
             bypasses = watch_bypasses(model, metas, written_live, run.received.keys())
@@ -73,7 +78,15 @@ def observe_layer_map(
         is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
         if dropped and not is_stage:
             _refuse_dropped(run, next(m.name for m in metas if m.name in dropped), missing)
-        _check_coverage(run, missing)
+        if missing:
+            shown = "".join(f"\n  {line}" for line in missing[:12])
+            more = f"\n  and {len(missing) - 12} more" if len(missing) > 12 else ""
+            raise CoverageError(
+                "the source does not bring these parameters of vLLM's "
+                f"{type(model).__name__} exactly once; they would keep old or half weights:"
+                f"{shown}{more}\nLet the source yield them, or, if that is right, name the layer "
+                "in sync.allow_incomplete"
+            )
     return LayerMap(
         layers=layers,
         contributions={meta.name: tuple(run.contributions[meta.name]) for meta in metas},
@@ -81,14 +94,8 @@ def observe_layer_map(
     )
 
 
-def _is_of_no_use(name: str, tied: set[str]) -> bool:
-    """Does vLLM ignore this name with good reason?"""
-    derived = any(fnmatchcase(name, pattern) for pattern in DERIVED_NAMES)
-    return derived or name.rpartition(".")[0] in tied
-
-
 def _check_shapes(run: DryRun) -> None:
-    """A layer that is not processed must be in the engine what it is when it is loaded."""
+    """Check that layers that are not processed have the shapes with which they are loaded."""
     for name, (live, loaded) in compat.unfit_parameters(run.model).items():
         raise LayerMapError(
             f"{name} of vLLM's {type(run.model).__name__} has shape {list(live)} in the engine, "
@@ -98,7 +105,7 @@ def _check_shapes(run: DryRun) -> None:
 
 
 def _check_casts(run: DryRun, metas: Sequence[ParamMeta]) -> None:
-    """No tensor may be cast in a way that changes what its numbers mean."""
+    """Refuse casts that change what a tensor's numbers mean."""
     for meta in metas:
         wanted = run.miscast.get(meta.name)
         if wanted is None:
@@ -155,7 +162,7 @@ def _check_fates(
 
 
 def _refuse_dropped(run: DryRun, name: str, missing: Sequence[str]) -> None:
-    """Ignoring the name cures nothing where its parameter would then get nothing."""
+    """Refuse a name that vLLM ignores. Where a parameter lacks elements, ignoring it is no cure."""
     said = f"vLLM's {type(run.model).__name__} accepts {name!r} and does nothing with it"
     if missing:
         raise LayerMapError(
@@ -194,16 +201,3 @@ def _missing(
             if got != wanted and not derived and not constant and not padded:
                 missing.append(f"{path}.{name} ({layer.kind}): {got:,} of {wanted:,} elements")
     return missing
-
-
-def _check_coverage(run: DryRun, missing: Sequence[str]) -> None:
-    """Raises CoverageError if any parameter is missing."""
-    if missing:
-        shown = "".join(f"\n  {line}" for line in missing[:12])
-        more = f"\n  and {len(missing) - 12} more" if len(missing) > 12 else ""
-        raise CoverageError(
-            "the source does not bring these parameters of vLLM's "
-            f"{type(run.model).__name__} exactly once; they would keep old or half weights:"
-            f"{shown}{more}\nLet the source yield them, or, if that is right, name the layer in "
-            "sync.allow_incomplete"
-        )

@@ -1,10 +1,10 @@
-"""Stands in for the model while somebody else's code receives weights: each load is checked."""
+"""Check each load while code of others (vLLM's own engines) receives the weights."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck, SyncOptions
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.replay import replay
+from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan, build_plan
 from qerl_sync.worker.load.memory import PeakMemory
 from qerl_sync.worker.load.receiver import Receiver
@@ -47,7 +47,7 @@ class LoadReport:
     peak_extra_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Without the traces, which are as long as the model has tensors."""
+        """Return all but the traces, which are as long as the model has tensors."""
         return {
             "version": self.version,
             "plan_digest": self.plan_digest,
@@ -66,7 +66,7 @@ class LoadReport:
 
 
 class PlannedLoads:
-    """The plan of a sync whose bytes somebody else receives, and loads in pieces of its own.
+    """The plan of a sync whose bytes vLLM's own engine receives, and loads in pieces of its own.
 
         agree --> start --> load_weights, as often as there are pieces --> finish
 
@@ -89,26 +89,26 @@ class PlannedLoads:
 
     @property
     def agreed(self) -> bool:
-        """A plan waits for its tensors."""
+        """Return whether a plan waits for its tensors."""
         return self._agreed is not None
 
     @property
     def metas(self) -> tuple[ParamMeta, ...]:
-        """The stream that was agreed on."""
+        """Return the stream that was agreed on."""
         return self._agreed.metas if self._agreed is not None else ()
 
     @property
     def started(self) -> bool:
-        """A sync has begun and is not finished."""
+        """Return whether a sync has begun and is not finished."""
         return self._outstanding is not None
 
     @property
     def whole(self) -> bool:
-        """All tensors of the sync have been loaded."""
+        """Return whether all tensors of the sync have been loaded."""
         return self._outstanding == 0
 
     def agree(self, plan: SyncPlan, *, finite_check: FiniteCheck = "worker") -> None:
-        """Return whether this model takes that stream. Leaves its weights untouched.
+        """Check that this model takes that stream. Leave its weights untouched.
 
         Args:
             finite_check: see `SyncOptions`.
@@ -120,11 +120,11 @@ class PlannedLoads:
         self._agreed, self._finite_check = plan, finite_check
 
     def agree_as_given(self, metas: list[ParamMeta]) -> None:
-        """The same for a stream without a plan. Raises PlanError, too."""
+        """Agree to a stream without a plan, in the order given. Raises PlanError, too."""
         self.agree(build_plan(metas, self._probe(metas), "warn"))
 
     def start(self, storages: Mapping[str, Storage]) -> None:
-        """The first tensors arrive.
+        """Open the sync that was agreed on, before its first tensors are loaded.
 
         Args:
             storages: the memory behind each tensor where several share one.
@@ -133,14 +133,16 @@ class PlannedLoads:
         if plan is None or layer_map is None:
             raise AgreementError("tensors arrive that no plan was agreed on for")
         self._predicted = replay(plan.metas, layer_map, storages)
-        self._warn(plan, layer_map, storages)
+        diagnosis = diagnose(plan.metas, self._predicted, layer_map, storages)
+        if diagnosis is not None and plan.digest not in self._said:
+            logger.warning(diagnosis.text("as it arrives"))
         self._memory.start()
         self._clock, self._num_loads = time.perf_counter(), 0
         self._receiver.start(plan, layer_map, SyncOptions(finite_check=self._finite_check))
         self._outstanding = len(plan.metas)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """In place of the model's. Raises as `Receiver.receive`."""
+        """Load a piece, in place of the model's method. Raises as `Receiver.receive`."""
         assert self._outstanding is not None
         piece = list(weights)
         names, nbytes = tuple(name for name, _ in piece), sum(t.nbytes for _, t in piece)
@@ -185,14 +187,8 @@ class PlannedLoads:
             self._layer_map, self._probed = found, metas
         return self._layer_map
 
-    def _warn(self, plan: SyncPlan, layer_map: LayerMap, storages: Mapping[str, Storage]) -> None:
-        """Warn of an order that opens several layers, once for each."""
-        diagnosis = diagnose(plan.metas, self._predicted, layer_map, storages)
-        if diagnosis is not None and plan.digest not in self._said:
-            logger.warning(diagnosis.text("as it arrives"))
-
     def _log(self, report: LoadReport) -> None:
-        """Once for each plan, and for each way in which it was not what was predicted."""
+        """Log a report once for each plan, and once for each difference from its prediction."""
         reported = report.to_json()
         if report.plan_digest not in self._said:
             logger.info("the first sync with plan %s: %s", report.plan_digest[:12], reported)
@@ -200,20 +196,3 @@ class PlannedLoads:
         if difference is not None and difference not in self._said:
             logger.warning("the measured trace differs from the predicted one: %s", difference)
         self._said |= {report.plan_digest, str(difference)}
-
-
-def packed_storages(metas: Sequence[ParamMeta], buffer_bytes: int) -> dict[str, Storage]:
-    """The buffers that vLLM's packed broadcast makes of a stream.
-
-    vLLM's rule: a buffer ends with the tensor that makes it larger than `buffer_bytes`.
-    """
-    found: dict[str, Storage] = {}
-    waiting: list[str] = []
-    nbytes = 0
-    for place, meta in enumerate(metas):
-        waiting.append(meta.name)
-        nbytes += meta.nbytes
-        if nbytes > buffer_bytes or place == len(metas) - 1:
-            found |= dict.fromkeys(waiting, Storage(f"buffer of {waiting[0]}", nbytes))
-            waiting, nbytes = [], 0
-    return found

@@ -189,36 +189,36 @@ class Receiver:
 
     @property
     def quantisation(self) -> dict[str, Any]:
-        """How the engine's layers hold their weights now. See `compat.quantisation`."""
+        """Return how the engine's layers hold their weights now. See `compat.quantisation`."""
         return quantisation.quantisation_of(self.model, self._config)
 
     def free_bytes(self) -> int:
-        """Memory that is free now where the weights live."""
+        """Return the bytes that are free now where the weights live."""
         return memory.free_bytes(self.device)
 
     @property
     def context_tokens(self) -> int:
-        """The most tokens that one request may have, prompt and completion together."""
+        """Return the most tokens that a request may have, prompt and completion together."""
         return int(self._config.model_config.max_model_len)
 
     @property
     def precision(self) -> tuple[str, str | None]:
-        """The dtype that the model computes in, and its quantisation."""
+        """Return the dtype that the model computes in, and its quantisation."""
         return dtype_name(self._dtype), self._config.model_config.quantization
 
     @property
     def version(self) -> int:
-        """The weight version last committed; 0 if none."""
+        """Return the weight version last committed; 0 if none."""
         return self._state.version
 
     @property
     def instance(self) -> str:
-        """Names this model among all that ever were: with `version`, one state of its weights."""
+        """Return a name that no other model ever has: with `version`, one state of the weights."""
         return self._state.instance
 
     @property
     def poisoned(self) -> str | None:
-        """Why the model refuses to run; None if it runs."""
+        """Return why the model refuses to run; None if it runs."""
         return self._state.reason
 
     def start(
@@ -302,14 +302,14 @@ class Receiver:
         self._require_open()
         if self._adapter is not None and chunk.names[0] in self._adapter:
             with self._aborting():
-                for meta, tensor in self._checked(chunk, tensors):
-                    self._adapter.take(meta.name, tensor)
+                for name, tensor in self._checked(chunk, tensors):
+                    self._adapter.take(name, tensor)
             return
         self._untouched = False
         with self._aborting(), compat.loading_context(self._config):
             stream = self._checked(chunk, tensors)
             if self._spill is None:
-                self._load((meta.name, tensor) for meta, tensor in stream)
+                self._load(stream)
                 return
             whole = self._spill.take(stream)
             if self._spill.has_due:
@@ -317,7 +317,7 @@ class Receiver:
             self._spill.keep()
 
     def finish(self) -> Trace:
-        """All has arrived: process what is left and return the measured trace.
+        """Process what is left when all has arrived, and return the measured trace.
 
         The weights are whole and new; the model runs again after `commit`.
 
@@ -343,10 +343,10 @@ class Receiver:
         return self._monitor.trace()
 
     def commit(self, version: int) -> bool:
-        """The new weights are version `version`; the model may run again.
+        """Commit the new weights as `version`; the model may run again.
 
         Returns whether the KV caches were overwritten: what was computed before is gone then, and
-        whoever refers to it (requests in flight, the prefix cache) must be made to forget it.
+        what refers to it (requests in flight, the prefix cache) must be emptied.
 
         Raises:
             SyncError: the version is not larger than the last.
@@ -494,7 +494,7 @@ class Receiver:
 
     @contextlib.contextmanager
     def _aborting(self) -> Iterator[None]:
-        """Whatever fails in here ends the sync, poisoned, with an error of ours."""
+        """End the sync, poisoned, with an error of ours, if anything fails in here."""
         try:
             yield
         except SyncError as exc:
@@ -527,7 +527,7 @@ class Receiver:
             view.renew()
 
     def _renew_tied(self, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module) -> None:
-        """Heads that share this layer's weight let go of their old packed copy of it."""
+        """Replace the old packed copy in heads that share this layer's weight."""
         for head in refresh.heads_of(self.model, tied, layer):
             self._keep(head)
             compat.lend_packing(layer, head)
@@ -539,7 +539,8 @@ class Receiver:
         with compat.loading_context(self._config):
             self._direct.conclude()
             compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
-            self._keep_tied()
+            for path in refresh.tied_layers(self.model):
+                self._keep(self.model.get_submodule(path))
             refresh.after_reload(self.model)
             self._views.restore()
         known = self._state.quantised
@@ -565,25 +566,18 @@ class Receiver:
         if self._rollback is not None:
             self._rollback.keep(layer)
 
-    def _keep_tied(self) -> None:
-        if self._rollback is not None:
-            for path in refresh.tied_layers(self.model):
-                self._rollback.keep(self.model.get_submodule(path))
-
     def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        self.model.load_weights(self._watched(tensors))  # type: ignore[operator]
+        def watched() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors:
+                self._monitor.begin(name)
+                yield name, self._direct.begin(name, tensor)
 
-    def _watched(
-        self, tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in tensors:
-            self._monitor.begin(name)
-            yield name, self._direct.begin(name, tensor)
+        self.model.load_weights(watched())  # type: ignore[operator]
 
     def _checked(
         self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[ParamMeta, torch.Tensor]]:
-        """The stream, each tensor held against the plan before vLLM sees it."""
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the stream, each tensor compared with the plan before vLLM gets it."""
         awaited = islice(self._awaited, len(chunk.names))
         for meta, tensor in as_planned(awaited, tensors, self._parents):
             if self._options.finite_check == "worker":
@@ -594,7 +588,7 @@ class Receiver:
             if self._check is not None:
                 with self._verifying():
                     self._check.arrived(meta.name, tensor)
-            yield meta, tensor
+            yield meta.name, tensor
 
     def _kernel_check(self, layer_map: LayerMap) -> KernelCheck:
         views = {

@@ -15,7 +15,7 @@ from qerl_sync.worker.compat import engine as compat
 
 
 def before_processing(layer: torch.nn.Module) -> None:
-    """Unquantised experts on CPU: make vLLM pack the new weights.
+    """Make vLLM pack the new weights of unquantised experts on a CPU.
 
     `UnquantizedFusedMoEMethod` packs only while it has no kernel, and takes every later load for
     an update in place, which the packed copy does not see. Without its kernel it packs and builds
@@ -26,8 +26,8 @@ def before_processing(layer: torch.nn.Module) -> None:
 
 
 def after_reload(model: torch.nn.Module) -> list[str]:
-    """Tied heads: give them the packed copy of the new embeddings, or have them packed once more.
-    Returns the modules that were refreshed.
+    """Give tied heads the packed copy of the new embeddings, or have them packed once more.
+    Return the modules that were refreshed.
 
     No tensor arrives for a head that shares its parameter with the embeddings, so the reload puts
     the shared parameter back (already new) and leaves the head's packed copy old.
@@ -46,7 +46,7 @@ def after_reload(model: torch.nn.Module) -> list[str]:
 def heads_of(
     model: torch.nn.Module, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module
 ) -> list[torch.nn.Module]:
-    """The modules that share a parameter of `layer`. Args as `packed_anew_bytes`."""
+    """Return the modules that share a parameter of `layer`. Args as `packed_anew_bytes`."""
     return [
         model.get_submodule(path)
         for path, (owner, _) in tied.items()
@@ -59,7 +59,7 @@ def packed_anew_bytes(
     tied: Mapping[str, tuple[str, str]],
     working_bytes: Mapping[str, int],
 ) -> int:
-    """The memory that `after_reload` needs: a new packed head, while the old one is still there.
+    """Return the bytes that `after_reload` needs: a new packed head, beside the old one.
 
     Args:
         tied: see `tied_parameters`; in an open reload nothing is tied.
@@ -74,7 +74,7 @@ def packed_anew_bytes(
 
 
 def tied_layers(model: torch.nn.Module) -> list[str]:
-    """Modules that share a parameter object with an earlier module, in module order."""
+    """Return the modules that share a parameter object with an earlier one, in module order."""
     return list(tied_parameters(model))
 
 

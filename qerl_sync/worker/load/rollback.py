@@ -44,7 +44,13 @@ class Rollback:
         Raises:
             PlanError: there is not enough host memory for all that a sync may write to.
         """
-        _require_memory(compat.weight_bytes(model, filled))
+        needed_bytes, free_bytes = compat.weight_bytes(model, filled), memory.free_bytes(HOST)
+        if needed_bytes > free_bytes:
+            raise PlanError(
+                f"sync.on_failure: rollback keeps the old weights in host memory, {needed_bytes:,} "
+                f"bytes, and {free_bytes:,} are free on this worker's host; free some, or choose "
+                "sync.on_failure: poison"
+            )
         for layer in model.modules():
             # Biases and a few more are written on arrival, attention layers at the end.
             if compat.is_deferred(layer):
@@ -63,18 +69,13 @@ class Rollback:
         for part in ("quant_method", "impl"):
             if hasattr(owner := getattr(layer, part, None), "__dict__"):
                 self._snapshot(owner)
-        self.nbytes += self._packed_bytes(layer)
-
-    def _packed_bytes(self, layer: torch.nn.Module) -> int:
-        """Count the packed copy once: a tied head may share it with the embeddings."""
         packing = getattr(layer, "cpu_linear", None)
-        if id(packing) in self._packings:
-            return 0
-        self._packings[id(packing)] = packing
-        return compat.packed_bytes(layer)
+        if id(packing) not in self._packings:  # a tied head may share it with the embeddings
+            self._packings[id(packing)] = packing
+            self.nbytes += compat.packed_bytes(layer)
 
     def put_back(self) -> None:
-        """The model as it was. The copies are given up."""
+        """Restore the model as it was, and drop the copies."""
         for owner, before in self._attributes.values():
             now = vars(owner)
             for name in now.keys() - before.keys() - _NOT_KEPT:
@@ -100,13 +101,3 @@ class Rollback:
             copy = tensor.detach().to(HOST, copy=True)
             self._copies[id(tensor)] = (tensor, copy)
             self.nbytes += copy.nbytes
-
-
-def _require_memory(needed_bytes: int) -> None:
-    free_bytes = memory.free_bytes(HOST)
-    if needed_bytes > free_bytes:
-        raise PlanError(
-            f"sync.on_failure: rollback keeps the old weights in host memory, {needed_bytes:,} "
-            f"bytes, and {free_bytes:,} are free on this worker's host; free some, or choose "
-            "sync.on_failure: poison"
-        )

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from qerl_sync.errors import ConfigError, LoadError, PlanError, TransportError
-from qerl_sync.meta import ParamMeta, format_bytes
+from qerl_sync.meta import format_bytes
 from qerl_sync.plan.spill import Spill
 from qerl_sync.plan.staging import offsets
 from qerl_sync.plan.sync_plan import SyncPlan
@@ -56,19 +56,19 @@ class SpillBuffer:
         self.staged_bytes = self.peak_bytes = 0
         _require_room(plan.peak_staged_bytes, self._directory)
 
-    def take(self, arrived: Iterable[tuple[ParamMeta, torch.Tensor]]) -> Iterator[Named]:
-        """The next chunk is here, all of it: what vLLM gets now. To be consumed before `keep`."""
+    def take(self, arrived: Iterable[Named]) -> Iterator[Named]:
+        """Take the next chunk, whole. Return what vLLM gets now, to be consumed before `keep`."""
         self._index += 1
-        self._arrived = {meta.name: tensor for meta, tensor in arrived}
+        self._arrived = dict(arrived)
         return self._due_now()
 
     @property
     def has_due(self) -> bool:
-        """Does vLLM get anything with this chunk?"""
+        """Return whether vLLM gets anything with this chunk."""
         return bool(self._loads[self._index])
 
     def keep(self) -> None:
-        """The chunk's memory will be used again: copy what has to wait, free what was loaded.
+        """Copy what has to wait, and free what was loaded: the chunk's memory will be reused.
 
         Raises:
             LoadError: vLLM did not take all that it got.
@@ -149,7 +149,7 @@ class _Block:
         del self.memory
 
     def _lock(self, nbytes: int) -> None:
-        """Copies to the device are faster from memory that stays where it is. torch's own pinned
+        """Page-lock the memory: copies to the device are then faster. torch's own pinned
         memory is not used: it comes in powers of two, and is kept when it is free."""
         address = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
         if cuda_memory.lock_pages(address, nbytes):
@@ -159,17 +159,17 @@ class _Block:
 def _mapped(nbytes: int, directory: Path | None) -> mmap.mmap:
     if directory is None:
         return mmap.mmap(-1, nbytes)
-    # Without a name from the start, where the file system can: nothing is left, whoever dies.
+    # Without a name from the start, where the file system can: a killed process leaves nothing.
     with tempfile.TemporaryFile(dir=directory, prefix="qerl-sync-") as file:
         os.posix_fallocate(file.fileno(), 0, nbytes)  # a full disk must not end the process later
         return mmap.mmap(file.fileno(), nbytes)
 
 
 def _own_directory(text: str) -> Path:
-    """The directory, which the trainer names and this worker judges.
+    """Return the directory that the trainer names, if it is one that this worker may use.
 
     It must be there, and be the worker's own or one in which everybody keeps their own files
-    (/tmp). Files in it get no name, so that nobody can ask for one that is there.
+    (/tmp). Files in it get no name, so that a trainer cannot name one that exists.
     """
     path = Path(text)
     try:

@@ -1,4 +1,4 @@
-"""vLLM's `WeightTransferEngine`, for whom vLLM's calls only lend the worker's thread.
+"""vLLM's `WeightTransferEngine`: its calls only give our session the worker's thread.
 
     init_weight_transfer_engine   connect to the trainer, agree on how bytes travel
     start_weight_update           (nothing)
@@ -84,7 +84,7 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: QerlUpdateInfo) -> None:
-        """Serve the trainer's requests until it says End. Its failures are told to it alone."""
+        """Serve the trainer's requests until it sends End. Failures are reported to it alone."""
         try:
             self._session.serve(update_info)
             cuda_memory.synchronize(torch.device(self.device))
@@ -119,7 +119,7 @@ class QerlWeightTransferEngine(WeightTransferEngine):
         return bool(self.parallel_config.rank == self.parallel_config.world_size - 1)
 
     def _refuse(self, what: str, exc: Exception) -> None:
-        """Tell who called through vLLM, by the one rank that may."""
+        """Raise to the caller, on one rank alone: vLLM's collective calls take one answer."""
         expected = isinstance(exc, SyncError)
         text = f"{what}: {exc}" if expected else f"{what}: {type(exc).__name__}: {exc}"
         logger.error(text, exc_info=not expected)

@@ -51,10 +51,11 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngin
 from qerl_sync.errors import AgreementError, ConfigError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta, Storage, metas_from_json
 from qerl_sync.options import FiniteCheck
+from qerl_sync.plan.chunks import packed_storages
 from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat.coupling import require
-from qerl_sync.worker.load.planned_loads import LoadReport, PlannedLoads, packed_storages
+from qerl_sync.worker.load.planned_loads import LoadReport, PlannedLoads
 from qerl_sync.worker.load.receiver import Receiver
 from qerl_sync.worker.protocol.admission import Admission
 from qerl_sync.worker.protocol.identity import hello_of
@@ -102,7 +103,9 @@ class _Planned:
         self._told_storages = {}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        update_info = self._admission.called(update_info)  # a stranger's ends no sync of ours
+        update_info = self._admission.called(
+            update_info
+        )  # a call without a proof ends no sync of ours
         with self._aborting():
             if PLAN in update_info:
                 self._agree(**update_info)
@@ -110,7 +113,7 @@ class _Planned:
                 self.receive_weights(self.parse_update_info(update_info))  # type: ignore[attr-defined]
 
     def receive_weights(self, update_info: Any) -> None:
-        """vLLM's own, whose `load_weights` is ours."""
+        """Receive as vLLM does, with our `load_weights` in place of the model's."""
         if not self._loads.agreed:
             self._loads.agree_as_given(self._metas_of(update_info))
         if not self._loads.started:
@@ -153,7 +156,7 @@ class _Planned:
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:
-        """Whatever fails in here ends the sync, poisoned if it had begun, with an error of ours."""
+        """End the sync with an error of ours, poisoned if it had begun, if anything fails here."""
         try:
             yield
         except BaseException as exc:
@@ -186,7 +189,7 @@ class QerlIPCWeightTransferEngine(_Planned, IPCWeightTransferEngine):
     def _metas_of(self, info: Any) -> list[ParamMeta]:
         if self.packed:
             raise AgreementError(
-                "tensors arrive buffer by buffer and the trainer has told no plan; let it use the "
+                "tensors arrive buffer by buffer and the trainer has sent no plan; let it use the "
                 "backend qerl_ipc (QerlIPCTrainerInitInfo), or packed=False",
                 subject="plan",
             )

@@ -31,7 +31,7 @@ def register() -> None:
 
 
 def _add(registry: Any, engines: dict[str, tuple[str, str]]) -> None:
-    """vLLM refuses a second registration; `registry` is None where it has no such factory."""
+    """Register once: vLLM refuses a second time. `registry` is None if vLLM has no such factory."""
     for name, (module, engine) in engines.items():
         if registry is not None and name not in registry._registry:
             registry.register_engine(name, module, engine)

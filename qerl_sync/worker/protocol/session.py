@@ -1,10 +1,9 @@
-"""The worker's side of a sync: vLLM lends its thread, the trainer's requests are served.
+"""The worker's side of a sync: serve the trainer's requests on vLLM's own thread.
 
-No vLLM in here: the calls come from an engine (`worker.protocol.engine`), or from whatever else
-lends a thread.
+No vLLM in here: the thread is that of an engine's call (`worker.protocol.engine`), or any other.
 
-Everything that can go wrong is told to the trainer over its channel. Nothing is raised into vLLM,
-unless the trainer is lost before its first request: vLLM's collective calls take the first rank's
+Every failure is reported to the trainer over its connection. Nothing is raised into vLLM, unless
+the trainer is lost before its first request: vLLM's collective calls take the first rank's
 exception and leave the others' answers in their queues, where the next call finds them.
 """
 
@@ -115,7 +114,7 @@ class Loader(Protocol):
     def poison(self, reason: str) -> None: ...
 
 
-class _GivenUp(SyncError):
+class _AbortRequested(SyncError):
     """The trainer asks, in the middle of a sync, to abort it, and awaits Aborted."""
 
     def __init__(self, request: say.Abort) -> None:
@@ -147,7 +146,7 @@ class WorkerSession:
         self._layer_map: LayerMap | None = None
         self._plan: SyncPlan | None = None
         self._mirror: Mirror | None = None
-        # All is told and the trainer decides: others may have committed already.
+        # This worker has reported, and the trainer decides: others may have committed already.
         self._in_doubt = False
 
     def open(self, call: object) -> None:
@@ -198,7 +197,7 @@ class WorkerSession:
             raise
 
     def serve(self, call: object) -> None:
-        """Serve the trainer's requests until it says End. Its failures are told to it alone.
+        """Serve the trainer's requests until it sends End. Failures are reported to it alone.
 
         Args:
             call: from anybody, and of any form; `ServeCall` says of which it must be.
@@ -239,7 +238,7 @@ class WorkerSession:
                 raise
 
     def close(self) -> None:
-        """Let go of the trainer and of its memory."""
+        """Disconnect from the trainer, and unmap its memory."""
         for connection in self._connections:
             connection.close()
         self._connections = []
@@ -270,7 +269,7 @@ class WorkerSession:
                 self._loader.poison(lead.reason)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
             # Anything else was sent before the trainer knew that a sync had failed.
-        except _GivenUp as exc:
+        except _AbortRequested as exc:
             self._loader.abort(str(exc), keep_old=exc.keep_old)
             self._release(exc)
             self._tell(say.Aborted(poisoned=self._loader.poisoned))
@@ -462,7 +461,9 @@ class WorkerSession:
                 with clock("load", f"changes of chunk {index}"):
                     tensors = self._mirror.apply(senders[i], tensors, one.changes)
             elif one.changes:
-                raise TransportError(f"chunk {index} brings changes that nobody has asked to keep")
+                raise TransportError(
+                    f"chunk {index} brings changed elements, and this sync has no mirror for them"
+                )
             found |= zip(names, tensors, strict=True)
             if checksums:
                 if len(one.checksums) != len(names):
@@ -486,7 +487,7 @@ class WorkerSession:
             cuda_memory.synchronize(self._device)
         for name, tensor in found.items():
             # The next chunk is written over this one: what vLLM keeps of it would change.
-            if not _has_let_go(tensor, references[name]):
+            if not _is_released(tensor, references[name]):
                 raise LoadError(
                     f"vLLM still refers to {name!r} after its chunk was loaded; its weights would "
                     "change with the next chunk. This architecture cannot be synced over this "
@@ -516,7 +517,7 @@ class WorkerSession:
                 raise CoverageError(
                     f"{name!r} of chunk {index} arrived with checksum {found:016x}, and the "
                     f"trainer sent {reported[name]:016x}: its bytes changed on the way. "
-                    "Somebody has written to them (shared memory, a parameter that was stepped "
+                    "Something has written to them (shared memory, a parameter that was stepped "
                     "during the sync), or a network card or memory is broken",
                     tensor=name,
                 )
@@ -574,7 +575,7 @@ def _await(connection: TrainerConnection, kind: type[M], what: str) -> M:
     """Block for the trainer rank's next message, which must be of that kind."""
     item = connection.next(what)
     if isinstance(item, say.Abort):
-        raise _GivenUp(item)
+        raise _AbortRequested(item)
     if not isinstance(item, kind):
         raise TransportError(f"{type(item).__name__} arrived where {what} was next")
     return item
@@ -585,7 +586,7 @@ def _references(tensor: torch.Tensor) -> int:
     return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
 
 
-def _has_let_go(tensor: torch.Tensor, references: int) -> bool:
+def _is_released(tensor: torch.Tensor, references: int) -> bool:
     """Return whether no more than `references` refer to the tensor's storage, or soon do not."""
     deadline = time.monotonic() + RELEASE_SECONDS
     while _references(tensor) > references:
