@@ -63,7 +63,8 @@ def run(architecture: str, kernels: str, directory: Path) -> dict[str, Any]:
             shown, row["pictures"] = picture_prompts(engines[OLD])
         answers = {seed: generate(engine, more=shown) for seed, engine in engines.items()}
     except Exception as exc:
-        return {**row, "ours": NO_START, "stock": NO_START, "reason": one_line(exc)}
+        reason = one_line(_cause(exc, architecture))
+        return {**row, "ours": NO_START, "stock": NO_START, "reason": reason}
     row["gap"] = _gap(trainers[NEW], answers[NEW][: len(PROMPTS)])
     if not difference(weights[OLD], weights[NEW]):
         return {**row, "ours": NO_START, "stock": NO_START, "reason": "both versions are the same"}
@@ -135,6 +136,18 @@ def _gap(trainer: Any, answers: list[tuple[list[int], list[float]]]) -> float | 
         return gap
     except Exception:  # a trainer that needs other inputs, images for instance
         return None
+
+
+def _cause(exc: Exception, architecture: str) -> Exception:
+    """Return what fails in this process too: vLLM imports a model's class in another one first, and
+    does not tell why that failed."""
+    from vllm.model_executor.models import ModelRegistry
+
+    try:
+        ModelRegistry.models[architecture].load_model_cls()
+    except Exception as found:
+        return found
+    return exc
 
 
 def one_line(exc: BaseException) -> str:
