@@ -53,6 +53,8 @@ def main(words: list[str] | None = None) -> int:
             line = f"{name} {kernels}: {row['ours']}, stock vLLM {row['stock']} {row['reason']}"
             print(line, flush=True)
             if not options.dry_run:  # after each row, so that the next run goes on from here
+                # Another call may have written others meanwhile.
+                rows = {**_read(file), f"{name} {kernels}": row}
                 _write(file, rows)
     worse = [
         f"{key}: {before[key]['ours']} before, {row['ours']} now ({row['reason']})"
@@ -118,8 +120,10 @@ def _run_program(words: list[str], failed: dict[str, Any]) -> dict[str, Any]:
     out = Path(os.environ.get("TMPDIR", "/tmp")) / f"conformance-{os.getpid()}.json"
     out.unlink(missing_ok=True)
     command = [sys.executable, "-m", *words, str(out)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    # Engines are eager; what models compile all the same takes longer than the row, and no weight.
+    eager = {"OMP_NUM_THREADS": "1", "TORCH_COMPILE_DISABLE": "1"}
+    environment = {**os.environ, **eager, "PYTHONPATH": path}
     try:
         done = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=ROW_SECONDS
@@ -165,10 +169,11 @@ def page() -> str:
             f"{ours[REFUSED]} refused, {ours[WRONG]} wrong. vLLM's own reload: {stock[EXACT]} "
             f"exact, {stock[REFUSED]} failed, {stock[WRONG]} wrong. Predicted and measured "
             f"buffering were equal in {exact} of {syncs} syncs.\n\n"
-            "| architecture | kernels | qerl-sync | vLLM's reload | reason |\n"
-            "|---|---|---|---|---|\n"
+            "| architecture | kernels | pictures | qerl-sync | vLLM's reload | reason |\n"
+            "|---|---|---|---|---|---|\n"
             + "".join(
-                f"| {row['architecture']} | {row['kernels']} | {row['ours']} | {row['stock']} | "
+                f"| {row['architecture']} | {row['kernels']} | {_cell(row.get('pictures', ''))} | "
+                f"{row['ours']} | {row['stock']} | "
                 f"{_cell(row['reason'] or row.get('stock_reason', ''))} |\n"
                 for row in rows
             )
@@ -197,6 +202,11 @@ random model here.
 Kernels: *stock* are vLLM's CPU kernels in float32, which pack weights; *plain* use parameters as
 they are, as GPU kernels of unquantised models do; *bf16* are the stock ones in bfloat16. None of
 this ran on a GPU (docs/gpu has what did).
+
+*pictures*: *seen* by a model whose answers were compared for a prompt with a picture too, or why it
+was shown none; its vision tower's weights were compared in any case. These rows were recorded with
+torchvision, timm, scipy and num2words installed beside vLLM: without torchvision most architectures
+that see do not start.
 """
 
 

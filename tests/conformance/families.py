@@ -10,6 +10,10 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from conformance.tokens import token_ids
+
+PATCH, SIDE = 14, 56  # pixels of a patch and of a picture: 16 patches
+
 # By the names under which configurations keep them. Widths are no squares, so that a transposed
 # matrix would have another shape; 64 is what vLLM pads vocabularies to.
 SMALL: dict[str, Any] = {
@@ -41,8 +45,8 @@ SMALL: dict[str, Any] = {
     "state_size": 16,
     "time_step_rank": 8,
     "mamba_d_state": 16,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,  # the least that vLLM's CPU kernel takes
+    "linear_value_head_dim": 128,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     # multi-head latent attention
@@ -73,6 +77,11 @@ TOWER: dict[str, Any] = {
     "out_hidden_size": 128,
     "projection_dim": 64,
     "vocab_size": 256,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+    "num_position_embeddings": 16,
+    "fullatt_block_indexes": [1],
+    "deepstack_visual_indexes": [0],
 }
 
 _GEMMA = {
@@ -82,9 +91,37 @@ _GEMMA = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 _LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+# Of positions in time, height and width: together half of a head's rotated part.
+_ROPE_3D = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+}
+_ROPE_MIXED = {"rope_parameters": {**_ROPE_3D["rope_parameters"], "mrope_interleaved": True}}
+_LINEAR_3D = {
+    **_LINEAR,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.25,
+        "mrope_section": [2, 1, 1],
+        "mrope_interleaved": True,
+    },
+}
+_HEADLESS = {"vision_use_head": False}  # SigLIP's, which no checkpoint of these has
+_LLAMA4 = {
+    "num_experts_per_tok": 1,
+    "intermediate_size_mlp": 192,
+    "moe_layers": [1],
+    "interleave_moe_layer_step": 2,
+    "no_rope_layers": [1, 0],
+    "layer_types": ["chunked_attention", "full_attention"],
+}
 SPECIAL: dict[str, dict[str, Any]] = {
     "DeepseekV3ForCausalLM": {"topk_method": "noaux_tc"},
-    "ExaoneMoeForCausalLM": {"sliding_windows": None},
+    # vLLM reads windows by layer, and has none for a sliding layer where there is no such list.
+    "ExaoneMoeForCausalLM": {
+        "sliding_windows": [32, None],
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "FalconH1ForCausalLM": {
         "mamba_d_ssm": 64,
         "mamba_n_heads": 8,
@@ -92,13 +129,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ...,
     },
     "Gemma3nForCausalLM": {**_GEMMA, "activation_sparsity_pattern": [0.0, 0.0]},
+    "Gemma3nForConditionalGeneration": {
+        "text_config": {**_GEMMA, "activation_sparsity_pattern": [0.0, 0.0]}
+    },
     "Gemma4ForCausalLM": _GEMMA,
     "Gemma4ForConditionalGeneration": {"text_config": _GEMMA},
     "Gemma4UnifiedForConditionalGeneration": {"text_config": _GEMMA},
     "GPTJForCausalLM": {"rotary_dim": 16},
     # Checkpoints have it, and vLLM reads it.
     "Glm4MoeForCausalLM": {"head_dim": 32},
-    "Glm4MoeLiteForCausalLM": {"first_k_dense_replace": 1},
+    # Another name of qk_rope_head_dim.
+    "Glm4MoeLiteForCausalLM": {"head_dim": 64},
     "HYV3ForCausalLM": {"expert_hidden_dim": 96, "mlp_layer_types": ["dense", "sparse"]},
     "LagunaForCausalLM": {
         "num_attention_heads_per_layer": [4, 4],
@@ -113,17 +154,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["conv", "full_attention"],
         "full_attn_idxs": ...,
     },
-    "Llama4ForCausalLM": {
-        "num_experts_per_tok": 1,
-        "intermediate_size_mlp": 192,
-        "moe_layers": [1],
-        "no_rope_layers": [1, 0],
-        "layer_types": ["chunked_attention", "full_attention"],
-    },
+    "Llama4ForCausalLM": _LLAMA4,
+    "Llama4ForConditionalGeneration": {"text_config": _LLAMA4},
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "LongcatFlashForCausalLM": {
         "expert_ffn_hidden_size": 96,
-        "zero_expert_num": 2,
+        "zero_expert_num": 0,  # transformers writes weights of theirs, which no checkpoint has
         "zero_expert_type": "identity",
         "num_key_value_heads": 4,
         "head_dim": 64,
@@ -137,11 +173,41 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "n_groups": 2,
         "moe_shared_expert_intermediate_size": 96,
     },
-    "MiniMaxM2ForCausalLM": {"rotary_dim": 16},
-    "PhiForCausalLM": {"intermediate_size": 512},  # vLLM takes four times the hidden size
+    "MiniMaxM2ForCausalLM": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
+    # vLLM takes four times the hidden size, and a key for each query.
+    "PhiForCausalLM": {"intermediate_size": 512, "num_key_value_heads": 4},
+    "CohereCompassForConditionalGeneration": {
+        "text_config": {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": _ROPE_3D["rope_parameters"],
+                "full_attention": None,
+            },
+        }
+    },
+    "Cosmos3EdgeForConditionalGeneration": {"text_config": _ROPE_MIXED},
+    "Ernie4_5_VLMoeForConditionalGeneration": {"text_config": {"moe_intermediate_size": [96, 48]}},
+    "Gemma3ForConditionalGeneration": {"mm_tokens_per_image": 4, "vision_config": _HEADLESS},
+    "InternVLForConditionalGeneration": {"image_seq_length": 4},
+    "LlavaOnevisionForConditionalGeneration": {"vision_config": _HEADLESS},
+    "PaliGemmaForConditionalGeneration": {"vision_config": _HEADLESS},
+    "LlavaForConditionalGeneration": {"image_seq_length": 16},
+    "Qwen2VLForConditionalGeneration": {
+        "text_config": _ROPE_3D,
+        "vision_config": {"hidden_size": 128},  # of what it gives to the language model
+    },
+    "Qwen2_5_VLForConditionalGeneration": {"text_config": _ROPE_3D},
+    "Qwen3VLForConditionalGeneration": {"text_config": _ROPE_MIXED},
+    "Qwen3VLMoeForConditionalGeneration": {"text_config": _ROPE_MIXED},
+    "Glm4vForConditionalGeneration": {"text_config": _ROPE_3D},
+    "Glm4vMoeForConditionalGeneration": {"text_config": _ROPE_3D},
+    "Glm5NextForConditionalGeneration": {"text_config": {"num_key_value_heads": 4}},
+    "GlmOcrForConditionalGeneration": {"text_config": _ROPE_3D},
     "Qwen3NextForCausalLM": _LINEAR,
-    "Qwen3_5ForCausalLM": _LINEAR,
-    "Qwen3_5MoeForCausalLM": _LINEAR,
+    "Qwen3_5ForCausalLM": _LINEAR_3D,
+    "Qwen3_5MoeForCausalLM": _LINEAR_3D,
+    "Qwen3_5ForConditionalGeneration": {"text_config": _LINEAR_3D},
+    "Qwen3_5MoeForConditionalGeneration": {"text_config": _LINEAR_3D},
     "Zamba2ForCausalLM": {
         "layer_types": ["linear_attention", "hybrid"],
         "hybrid_layer_ids": [1],
@@ -221,7 +287,9 @@ def _small(
         of_text = "text" in name or "thinker" in name or "talker" in name
         inner = _small(part, text if of_text else TOWER, special.get(name, {}), text)
         arguments[name] = part(**inner).to_dict()
-    own = {name: value for name, value in special.items() if not isinstance(value, dict)}
+    arguments |= token_ids(names)
+    parts = getattr(kind, "sub_configs", None) or {}
+    own = {name: value for name, value in special.items() if name not in parts}
     # `...` leaves an argument to the class.
     return {name: value for name, value in {**arguments, **own}.items() if value is not ...}
 
@@ -236,4 +304,24 @@ def random_model(architecture: str, seed: int) -> Any:
     with torch.no_grad():  # transformers starts biases at zero and norms at one: tell seeds apart
         for tensor in model.parameters():
             tensor.add_(torch.randn_like(tensor), alpha=0.1 if tensor.dim() == 1 else 0.02)
+    _name_as_published(model)
     return model
+
+
+def _name_as_published(model: Any) -> None:
+    """Have transformers write towers under the names that checkpoints have.
+
+    It drops prefixes of towers when it loads, and puts them back only in what it has loaded.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import PrefixChange
+
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    prefixes = [one for one in found if isinstance(one, PrefixChange)]
+    others = [
+        one
+        for one in prefixes
+        if one.prefix_to_remove != "vision_model" and one.prefix_to_add != "timm_model"
+    ]
+    if len(others) < len(prefixes):
+        model._weight_conversions = [one for one in found if one not in others]

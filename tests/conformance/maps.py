@@ -42,10 +42,12 @@ LARGER = {
 }
 
 
-def main() -> int:
-    recorded: dict[str, Any] = {}
-    version = ""
-    for architecture in architectures():
+def main(names: list[str]) -> int:
+    """Record the architectures of these names, or all. Those of others stay as they are."""
+    before = json.loads(FILE.read_text("utf-8"))
+    recorded: dict[str, Any] = before["architectures"] if names else {}
+    version = before["vllm"] if names else ""
+    for architecture in names or architectures():
         try:
             small, larger = (observed(architecture, sizes) for sizes in ({}, LARGER))
             found = learnt(small)
@@ -125,4 +127,4 @@ def difference(recorded: RecordedMap, seen: OfflineMap) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from support.engines import (
 from support.fingerprint import difference, fingerprint
 
 from conformance.families import random_model
+from conformance.processors import picture_prompts, save
 from qerl_sync import HFSource, InProcessTransport, SyncConfig, SyncError, SyncSession
 from qerl_sync.worker.compat import engine as compat
 
@@ -49,16 +51,21 @@ def run(architecture: str, kernels: str, directory: Path) -> dict[str, Any]:
     try:
         trainers = {seed: random_model(architecture, seed) for seed in (OLD, NEW)}
         paths = {seed: directory / str(seed) for seed in trainers}
+        arguments = {}
         for seed, trainer in trainers.items():
-            trainer.save_pretrained(paths[seed])
-        engines = {
-            seed: start_engine(path, **ENGINE_ARGUMENTS[kernels]) for seed, path in paths.items()
-        }
+            arguments = save(trainer, paths[seed])
+        arguments |= ENGINE_ARGUMENTS[kernels]
+        engines = {seed: start_engine(path, **arguments) for seed, path in paths.items()}
         weights = {seed: fingerprint(model_of(engine)) for seed, engine in engines.items()}
-        answers = {seed: generate(engine) for seed, engine in engines.items()}
+        if arguments.get("skip_tokenizer_init", True):
+            shown = []
+        else:
+            shown, row["pictures"] = picture_prompts(engines[OLD])
+        answers = {seed: generate(engine, more=shown) for seed, engine in engines.items()}
     except Exception as exc:
-        return {**row, "ours": NO_START, "stock": NO_START, "reason": one_line(exc)}
-    row["gap"] = _gap(trainers[NEW], answers[NEW])
+        reason = one_line(_cause(exc, architecture))
+        return {**row, "ours": NO_START, "stock": NO_START, "reason": reason}
+    row["gap"] = _gap(trainers[NEW], answers[NEW][: len(PROMPTS)])
     if not difference(weights[OLD], weights[NEW]):
         return {**row, "ours": NO_START, "stock": NO_START, "reason": "both versions are the same"}
 
@@ -68,7 +75,8 @@ def run(architecture: str, kernels: str, directory: Path) -> dict[str, Any]:
         wrong = difference(fingerprint(model_of(engine)), weights[version])
         if wrong:
             return f"{len(wrong)} of {len(weights[version])} tensors differ: {wrong[0]}"
-        return "" if generate(engine) == answers[version] else "other answers from equal weights"
+        same = generate(engine, more=shown) == answers[version]
+        return "" if same else "other answers from equal weights"
 
     row["ours"], row["reason"], row["predictions"] = EXACT, "", [0, 0]
     for name, options in SYNCS:
@@ -107,6 +115,7 @@ def _stock(engine: Any, trainer: Any, judge: Any) -> tuple[str, str]:
             parts.model.load_weights(source.materialize(names))
             compat.finish_reload(parts.model, parts.vllm_config)
         engine.reset_prefix_cache()
+        engine.llm_engine.reset_encoder_cache()
         found = judge()
     except Exception as exc:
         return REFUSED, one_line(exc)
@@ -129,8 +138,25 @@ def _gap(trainer: Any, answers: list[tuple[list[int], list[float]]]) -> float | 
         return None
 
 
+def _cause(exc: Exception, architecture: str) -> Exception:
+    """Return what fails in this process too: vLLM imports a model's class in another one first, and
+    does not tell why that failed."""
+    from vllm.model_executor.models import ModelRegistry
+
+    try:
+        ModelRegistry.models[architecture].load_model_cls()
+    except Exception as found:
+        return found
+    return exc
+
+
 def one_line(exc: BaseException) -> str:
-    return f"{type(exc).__name__}: {' '.join(str(exc).split())}"[:400]
+    """Return the error, and for one without a text the line that failed."""
+    text = " ".join(str(exc).split())
+    if not text:
+        frame = traceback.extract_tb(exc.__traceback__)[-1]
+        text = f"{frame.line} ({Path(frame.filename).name})"
+    return f"{type(exc).__name__}: {text}"[:400]
 
 
 def main(architecture: str, kernels: str, out: str) -> None:

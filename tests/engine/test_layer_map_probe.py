@@ -200,6 +200,34 @@ def test_a_name_that_vllm_drops_without_a_word_is_refused(subject, monkeypatch):
         observe(one, [*metas_of(one), ParamMeta("extra.weight", "float32", (4,))])
 
 
+def test_what_the_engine_was_built_without_needs_no_weights(subject, monkeypatch):
+    """As LLaVA's vision tower, without its last layer and the norm after it."""
+    one = subject("dense")
+    load_weights, metas = one.model.load_weights, metas_of(one)
+    last = [replace(m, name=m.name.replace(".1.", ".2.")) for m in metas if ".layers.1." in m.name]
+    norm = ParamMeta("model.after.weight", "float32", (4,))
+    gone = {meta.name for meta in [*last, norm]}
+    monkeypatch.setattr(
+        one.model,
+        "load_weights",
+        lambda given: load_weights((n, t) for n, t in given if n not in gone),
+    )
+    with pytest.raises(LayerMapError, match=r"model\.after\.weight"):
+        observe(one, [*metas, norm])
+    monkeypatch.setattr(one.model.model, "after", None, raising=False)
+    assert observe(one, [*metas, norm]).contributions[norm.name] == ()
+
+    with pytest.raises(LayerMapError, match=r"model\.layers\.2\."):  # an engine of a smaller model
+        observe(one, [*metas, *last])
+    config = compat.in_process_parts(one.engine).vllm_config.model_config.hf_config
+    monkeypatch.setattr(config, "num_hidden_layers", 3)
+    found = observe(one, [*metas, *last])
+    assert {name for name, landings in found.contributions.items() if not landings} == gone - {
+        norm.name
+    }
+    assert found.layers == observe(one, metas).layers
+
+
 def test_ignoring_a_name_is_no_advice_where_its_parameter_gets_nothing(subject, monkeypatch):
     """As GPT-OSS does in some orders: what it copies from is no view of the tensor any more."""
     one = subject("dense")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,12 +69,14 @@ def model_of(engine: Any) -> torch.nn.Module:
     return compat.in_process_parts(engine).model
 
 
-def generate(engine: Any, max_tokens: int = 12) -> list[tuple[list[int], list[float]]]:
-    """Greedy tokens and their logprobs for each of `PROMPTS`."""
+def generate(
+    engine: Any, max_tokens: int = 12, more: Sequence[Any] = ()
+) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens and their logprobs for each of `PROMPTS`, and for `more` in vLLM's form."""
     from vllm import SamplingParams
 
     outputs = engine.generate(
-        [{"prompt_token_ids": prompt} for prompt in PROMPTS],
+        [*({"prompt_token_ids": prompt} for prompt in PROMPTS), *more],
         SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False, logprobs=0),
         use_tqdm=False,
     )

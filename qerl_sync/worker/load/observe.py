@@ -76,6 +76,8 @@ def observe_layer_map(
         _check_fates(run, puzzling, bypasses, layers, load)
         # What one pipeline stage drops, another may take. The trainer holds all stages together.
         is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
+        if not is_stage:
+            dropped -= left_out(run, dropped, vllm_config.model_config.hf_config)
         if dropped and not is_stage:
             _refuse_dropped(run, next(m.name for m in metas if m.name in dropped), missing)
         if missing:
@@ -92,6 +94,43 @@ def observe_layer_map(
         contributions={meta.name: tuple(run.contributions[meta.name]) for meta in metas},
         elsewhere=frozenset(dropped),
     )
+
+
+def left_out(run: DryRun, dropped: Collection[str], config: Any) -> set[str]:
+    """Return the names of modules that vLLM builds its model without on purpose.
+
+    LLaVA's language model reads the last but one layer of its vision tower: vLLM builds neither the
+    last layer nor the norm after it, and skips their weights. The trainer's model does not use them
+    either. The engine's model shows it: its list of layers is shorter than in its own
+    configuration, or has None or a module without weights where the checkpoint has a module.
+    """
+    if not dropped:
+        return set()
+    parts = [config, *vars(config).values()]
+    num_layers = {getattr(part, "num_hidden_layers", None) for part in parts}
+    containers: dict[str, torch.nn.Module] = {}  # by their names in the checkpoint
+    for name, found in run.contributions.items():
+        for one in found[:1]:  # where the names inside a container are the checkpoint's
+            own = f"{one.parent_layer}.{one.parameter}".split(".")
+            theirs = name.split(".")
+            while own and theirs and own.pop() == theirs.pop():
+                containers.setdefault(".".join(theirs), run.model.get_submodule(".".join(own)))
+    gone = set()
+    for name in dropped:
+        path, _, child = name.rpartition(".")[0].rpartition(".")
+        while path and path not in containers:
+            path, _, child = path.rpartition(".")
+        container = containers.get(path)
+        if isinstance(container, torch.nn.ModuleList):
+            others = (other[len(path) + 1 :] for other in dropped if other.startswith(f"{path}."))
+            last = max(int(other.partition(".")[0]) for other in others)
+            if len(container) <= int(child) and last + 1 in num_layers:
+                gone.add(name)
+        elif hasattr(container, child):
+            there = getattr(container, child)
+            if there is None or (isinstance(there, torch.nn.Module) and not there.state_dict()):
+                gone.add(name)
+    return gone
 
 
 def _check_shapes(run: DryRun) -> None:
