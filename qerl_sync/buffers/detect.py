@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,6 +83,7 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     yield tensor
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -256,5 +258,6 @@ def require_in_range(
         )
 
 
+@cache
 def _exponent(dtype: torch.dtype) -> int:
     return math.frexp(torch.finfo(dtype).max)[1]
