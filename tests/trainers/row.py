@@ -313,7 +313,10 @@ def served(policy: Path, log: Path, *, lora: bool) -> Iterator[str]:
 
     engine: dict[str, Any] = {**ENGINE, "max_model_len": 64, "max_num_seqs": 8}
     if lora:
-        engine |= {"enable_lora": True, "max_lora_rank": 8}
+        # vLLM 0.31 fails where it gives the witness a prompt's logprobs beside other requests and
+        # its head could have an adapter (add_lora_logits in vllm/lora/punica_wrapper).
+        layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        engine |= {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": layers}
     with ServerProcess(ServerSpec(str(policy), engine), log=log) as server:
         yield server.url
 
