@@ -1,4 +1,4 @@
-"""TRL's asynchronous trainer: its own door for another weight transfer.
+"""TRL's asynchronous trainers: their own door for another weight transfer.
 
 transfer = AsyncWeightTransfer(server_url, policy="reorder")
 trainer = AsyncGRPOTrainer(..., weight_transfer=transfer)
@@ -8,6 +8,7 @@ transfer.bind(trainer)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.build import make_session
@@ -23,11 +24,13 @@ if TYPE_CHECKING:
 
 
 class AsyncWeightTransfer:
-    """Sync the weights of `trl.experimental.async_grpo.AsyncGRPOTrainer`: its `weight_transfer`.
+    """Sync the weights of TRL's `AsyncGRPOTrainer` or `AsyncDistillationTrainer`, as its
+    `weight_transfer`.
 
     Implements TRL's `WeightTransferProtocol`; each sync is planned, measured and reported.
 
     TRL calls it in the main process, when it wants to sync. Requests in flight continue afterwards.
+    An adapter travels as `sync.lora` says, and is never merged into the trainer's weights.
 
     Args:
         server_url: the vLLM server, which must have the weight transfer backend `qerl`.
@@ -55,7 +58,8 @@ class AsyncWeightTransfer:
         self._trainer: Any = None
 
     def bind(self, trainer: Any) -> AsyncWeightTransfer:
-        """Set the trainer whose weights are sent. Call it once, when the trainer has been built.
+        """Set the trainer whose weights are sent. Call it once, when the trainer has been built, in
+        every process.
 
         Raises:
             ConfigError: the trainer was not built with this object.
@@ -75,6 +79,10 @@ class AsyncWeightTransfer:
                 f"{type(trainer.weight_transfer).__name__}; build it with "
                 f"{kind}(..., weight_transfer=transfer), and bind that one"
             )
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "merge_adapter"):
+            require_attributes(trainer, ("_sync_weight_merged",), trainer)
+            trainer._sync_weight_merged = _without_merging(trainer._sync_weight_merged, model)
         self._trainer = trainer
         return self
 
@@ -118,3 +126,23 @@ class AsyncWeightTransfer:
         if self.session is not None:
             self.session.close()
             self.session = None
+
+
+def _without_merging(sync: Callable[..., Any], model: Any) -> Callable[..., Any]:
+    """Return TRL's sync for a PEFT model, without its merge.
+
+    TRL merges the adapter into the weights before it calls `send_weights`, and out of them after
+    it. In bfloat16 each time rounds the base once more, and base and adapter are not sent alone.
+    On all ranks alike, since the base must stay the same on all.
+    """
+
+    @wraps(sync)
+    def unmerged(*given: Any, **options: Any) -> Any:
+        own = vars(model)
+        own["merge_adapter"] = own["unmerge_adapter"] = lambda *_, **__: None
+        try:
+            return sync(*given, **options)
+        finally:
+            del own["merge_adapter"], own["unmerge_adapter"]
+
+    return unmerged

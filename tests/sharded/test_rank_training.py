@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,28 @@ SHORT = ["trainer.save_steps=2", "warmup.trainer.max_steps=4", "data.size=512"]
 DIFFER = f"exec {sys.executable} -m qerl_sync.cli train {CONFIG} trainer.max_steps=$((3+RANK))"
 
 
-def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
+def torchrun(*words: str, terminate_at: str = "") -> subprocess.CompletedProcess[str]:
+    """Run it to its end. On the line with `terminate_at` send SIGTERM to torchrun."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*launcher, "--nproc_per_node", "2", *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": import_path(), "GLOO_SOCKET_IFNAME": "lo"},
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
+    said = ""
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [*launcher, "--nproc_per_node", "2", *words],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": import_path(), "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as run,
+    ):
+        for line in run.stdout:
+            if terminate_at and terminate_at in line and terminate_at not in said:
+                run.terminate()
+            said += line
+        code = run.wait()
+        errors.seek(0)
+        return subprocess.CompletedProcess(run.args, code, said, errors.read())
 
 
 def train(directory: Path, *words: str) -> str:
@@ -40,7 +53,7 @@ def train(directory: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_two_processes_train_one_sharded_model(tmp_path):
+def test_two_processes_train_one_sharded_model_and_stop_together(tmp_path):
     said = train(tmp_path, "trainer.max_steps=4")
     assert said.count("vLLM engine started") == 1
     assert said.count("report written to") == 1
@@ -55,11 +68,20 @@ def test_two_processes_train_one_sharded_model(tmp_path):
     # Whole; a tied head is written beside the embeddings.
     assert shapes(tmp_path / "model").items() <= shapes(tmp_path / "trained").items()
 
-    train(tmp_path, "trainer.max_steps=6", "--resume")
+    # torchrun passes SIGTERM on. Both finish the same step and save it, and rank 0 reports.
+    program = ["-m", "qerl_sync.cli", "train", CONFIG, *SHORT, "--output-dir", str(tmp_path)]
+    more = ["trainer.max_steps=100", "--resume"]
+    done = torchrun(*program, *more, terminate_at="training 10/100")
+    assert "stopped before the end; --resume goes on" in done.stdout, done.stdout + done.stderr
+    assert "error:" not in done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    last = summary["num_steps"]
+    assert 10 <= last < 100
+    assert summary["logprob_gap_max"] <= 1e-5
     syncs = [json.loads(line) for line in (tmp_path / "syncs.jsonl").read_text().splitlines()]
-    assert [sync["step"] for sync in syncs] == [0, 1, 2, 3, 4, 5]
-    assert [sync["version"] for sync in syncs] == [1, 2, 3, 4, 5, 6]
-    assert json.loads((tmp_path / "summary.json").read_text())["logprob_gap_max"] <= 1e-5
+    assert [sync["step"] for sync in syncs] == list(range(last))
+    assert [sync["version"] for sync in syncs] == list(range(1, last + 1))
+    assert (tmp_path / f"checkpoint-{last}" / "pytorch_model_fsdp.bin").exists()
 
 
 def shapes(directory: Path) -> dict[str, list[int]]:

@@ -183,7 +183,14 @@ def online_dpo(policy: Path, directory: Path, callback: Any) -> Any:
     )
 
 
-def async_grpo(policy: Path, directory: Path, transfer: Any) -> Any:
+def async_grpo_lora(policy: Path, directory: Path, transfer: Any) -> Any:
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    return async_grpo(policy, directory, transfer, peft_config=adapter)
+
+
+def async_grpo(policy: Path, directory: Path, transfer: Any, **options: Any) -> Any:
     from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
 
     args = AsyncGRPOConfig(
@@ -199,6 +206,7 @@ def async_grpo(policy: Path, directory: Path, transfer: Any) -> Any:
         args,
         train_dataset=conversations(),
         weight_transfer=transfer,
+        **options,
     )
 
 
@@ -258,6 +266,7 @@ TRAINERS: dict[str, tuple[Build, str]] = {
     "experimental IWOPDTrainer": (iw_opd, CALLBACK),
     "experimental OnlineDPOTrainer": (online_dpo, CALLBACK),
     "experimental AsyncGRPOTrainer": (async_grpo, TRANSFER),
+    "experimental AsyncGRPOTrainer, LoRA": (async_grpo_lora, TRANSFER),
     "experimental AsyncDistillationTrainer": (async_distillation, TRANSFER),
 }
 
@@ -298,11 +307,16 @@ def attention_of_segments(
 
 
 @contextmanager
-def served(policy: Path, log: Path) -> Iterator[str]:
+def served(policy: Path, log: Path, *, lora: bool) -> Iterator[str]:
     from qerl_sync.serving.command import ServerSpec
     from qerl_sync.serving.server import ServerProcess
 
-    engine = {**ENGINE, "max_model_len": 64, "max_num_seqs": 8}
+    engine: dict[str, Any] = {**ENGINE, "max_model_len": 64, "max_num_seqs": 8}
+    if lora:
+        # vLLM 0.31 fails where it gives the witness a prompt's logprobs beside other requests and
+        # its head could have an adapter (add_lora_logits in vllm/lora/punica_wrapper).
+        layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        engine |= {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": layers}
     with ServerProcess(ServerSpec(str(policy), engine), log=log) as server:
         yield server.url
 
@@ -314,7 +328,8 @@ def run(name: str, directory: Path) -> dict[str, Any]:
     if by == TRANSFER:
         from qerl_sync.integrations.trl_async import AsyncWeightTransfer
 
-        with on_a_cpu(), served(policy, directory / "vllm.log") as url:
+        lora = build is async_grpo_lora
+        with on_a_cpu(), served(policy, directory / "vllm.log", lora=lora) as url:
             transfer = AsyncWeightTransfer(url)
             return _row(
                 name, by, transfer, Witness(url), lambda: build(policy, directory, transfer)

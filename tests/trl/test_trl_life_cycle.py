@@ -146,19 +146,21 @@ def test_evaluating_first_syncs_what_differs_from_the_checkpoint(train, policy):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "engine", "limit"),
+    ("trainer", "engine", "limit", "changes"),
     [
         # The engine computes in float32 with the bfloat16 values: as exact as with float32 ones.
-        ("bfloat16", "float32", "float32"),
-        ("float32", "bfloat16", "bfloat16"),
-        ("float32", "float16", "float16"),
-        ("float16", "float32", "float32"),
+        ("bfloat16", "float32", "float32", {}),
+        ("float32", "bfloat16", "bfloat16", {}),
+        ("float32", "float16", "float16", {}),
+        ("float16", "float32", "float32", {}),
+        # Mixed precision: the weights stay float32, whatever the trainer computes in.
+        ("float32", "float32", "float32", {"bf16": True}),
     ],
 )
-def test_dtypes_of_trainer_and_engine_may_differ(train, policy, trainer, engine, limit):
+def test_dtypes_of_trainer_and_engine_may_differ(train, policy, trainer, engine, limit, changes):
     model = load(policy, trainer)
     # In float16 Adam's second moments are zeros, and its usual epsilon is too.
-    _, _, witness = train(model, {"dtype": engine}, float32=True, adam_epsilon=1e-3)
+    _, _, witness = train(model, {"dtype": engine}, float32=True, adam_epsilon=1e-3, **changes)
     assert_right(witness, LIMITS[limit])
 
 

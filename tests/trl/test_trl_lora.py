@@ -47,6 +47,8 @@ def test_grpo_trains_an_adapter(policy, tmp_path, in_own_process):
             peft_config=config,
             max_steps=4,
             learning_rate=0.02,
+            save_strategy="steps",
+            save_steps=2,
         )
     trainer.train()
     assert gap(trainer.state.log_history) <= EXACT
@@ -61,6 +63,11 @@ def test_grpo_trains_an_adapter(policy, tmp_path, in_own_process):
         assert gap_now(trainer) > 1e-3, "the last step came after the last sync"
         callback.session.push()
         assert gap_now(trainer) <= EXACT
+        # PEFT loads the checkpoint's adapter into the same model. The base stays where it is.
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+        resumed = callback.reports[4:]
+        assert [(r.step, r.sent_bytes) for r in resumed] == [(2, adapter_bytes), (3, adapter_bytes)]
+        assert gap(trainer.state.log_history) <= EXACT
     callback.close()
 
 

@@ -58,10 +58,10 @@ def smallest_max_rank(rank: int) -> int:
     return min((known for known in get_args(MaxLoRARanks) if known >= rank), default=rank)
 
 
-def build_adapter(
+def require_servable(
     vllm_config: Any, runner: Any, adapter: Adapter, tensors: Mapping[str, torch.Tensor]
-) -> Any:
-    """Return vLLM's `LoRAModel` of these tensors, packed for its layers, not yet in use.
+) -> None:
+    """Build the adapter of these tensors, and refuse what vLLM would not serve, or otherwise.
 
     Raises:
         ConfigError: the rank is above `max_lora_rank`; `rank`, `max_lora_rank`. Or a layer of the
@@ -69,11 +69,6 @@ def build_adapter(
         CoverageError: a layer lacks a factor, or its factors have other sizes than vLLM's layer;
             `tensor`.
     """
-    require("LoRA adapters")
-    from vllm.lora.lora_model import LoRAModel
-    from vllm.lora.peft_helper import PEFTHelper
-    from vllm.lora.utils import parse_fine_tuned_lora_name
-
     config = vllm_config.lora_config
     if adapter.rank > config.max_lora_rank:
         raise ConfigError(
@@ -83,36 +78,14 @@ def build_adapter(
             rank=adapter.rank,
             max_lora_rank=config.max_lora_rank,
         )
+    made = build_adapter(vllm_config, runner, adapter, tensors)
     manager = runner.lora_manager._adapter_manager
-    mapper: Any = getattr(manager.model, "hf_to_vllm_mapper", None)
-    if hasattr(mapper, "get_rename_mapper"):
-        mapper = mapper.get_rename_mapper()
-    # vLLM's helper knows one scaling for all layers. Each gets its own below.
-    helper = PEFTHelper(r=adapter.rank, lora_alpha=adapter.rank, target_modules=[])
-    made = LoRAModel.from_lora_tensors(
-        lora_model_id=ADAPTER_ID,
-        tensors=dict(tensors),
-        peft_helper=helper,
-        device="cpu",
-        dtype=config.lora_dtype,
-        model_vocab_size=runner.lora_manager.vocab_size,
-        weights_mapper=mapper,
-    )
-    scaling_of = {
-        parse_fine_tuned_lora_name(f"{name}.lora_A.weight", mapper)[0]: scale
-        for name, scale in adapter.scalings.items()
-    }
-    for name, layer in made.loras.items():
-        if layer.lora_a is None or layer.lora_b is None:
-            raise CoverageError(f"the adapter's layer {name!r} lacks a factor", tensor=name)
-        layer.scaling = scaling_of[name]
-    given = list(made.loras)
-    manager._create_merged_loras_inplace(made)
     packed = {part: whole for whole, parts in manager.packed_modules.items() for part in parts}
     _require_sizes(manager, made)
+    mapper = _name_mapper(manager)
     unserved = tuple(
         name
-        for name in given
+        for name in (_vllm_name(name, mapper) for name in adapter.scalings)
         if packed.get(name, name) not in manager.modules and not _is_elsewhere(manager.model, name)
     )
     if unserved:
@@ -123,7 +96,47 @@ def build_adapter(
             "lora_target_modules, if that is set, do not)",
             layers=unserved,
         )
+
+
+def build_adapter(
+    vllm_config: Any, runner: Any, adapter: Adapter, tensors: Mapping[str, torch.Tensor]
+) -> Any:
+    """Return vLLM's `LoRAModel` of these tensors, packed for its layers, not yet in use.
+
+    Called at each sync: what `require_servable` has found of the adapter is not looked at again.
+
+    Raises:
+        CoverageError: a layer lacks a factor; `tensor`.
+    """
+    require("LoRA adapters")
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.peft_helper import PEFTHelper
+
+    manager = runner.lora_manager._adapter_manager
+    mapper = _name_mapper(manager)
+    # vLLM's helper knows one scaling for all layers. Each gets its own below.
+    helper = PEFTHelper(r=adapter.rank, lora_alpha=adapter.rank, target_modules=[])
+    made = LoRAModel.from_lora_tensors(
+        lora_model_id=ADAPTER_ID,
+        tensors=dict(tensors),
+        peft_helper=helper,
+        device="cpu",
+        dtype=vllm_config.lora_config.lora_dtype,
+        model_vocab_size=runner.lora_manager.vocab_size,
+        weights_mapper=mapper,
+    )
+    scaling_of = {_vllm_name(name, mapper): scale for name, scale in adapter.scalings.items()}
+    for name, layer in made.loras.items():
+        if layer.lora_a is None or layer.lora_b is None:
+            raise CoverageError(f"the adapter's layer {name!r} lacks a factor", tensor=name)
+        layer.scaling = scaling_of[name]
+    manager._create_merged_loras_inplace(made)
     return made
+
+
+def _name_mapper(manager: Any) -> Any:
+    mapper: Any = getattr(manager.model, "hf_to_vllm_mapper", None)
+    return mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
 
 
 def _require_sizes(manager: Any, made: Any) -> None:
@@ -168,6 +181,12 @@ def _is_elsewhere(model: Any, layer: str) -> bool:
         if isinstance(module, PPMissingLayer):
             return True
     return False
+
+
+def _vllm_name(layer: str, mapper: Any) -> str:
+    from vllm.lora.utils import parse_fine_tuned_lora_name
+
+    return str(parse_fine_tuned_lora_name(f"{layer}.lora_A.weight", mapper)[0])
 
 
 def served_adapter(runner: Any) -> Any:

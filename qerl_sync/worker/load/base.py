@@ -19,9 +19,9 @@ def sample_kernels(model: torch.nn.Module, layers: Collection[str]) -> dict[str,
     """
     return {
         f"{path}.{name}": hash(tuple(fingerprint(_memory(one)) for one in parts))
-        for path in layers
-        for name, parameter in model.get_submodule(path).named_parameters(recurse=False)
-        if (parts := compat.tensors_of(parameter))
+        for path, layer in _modules_at(model, layers).items()
+        for name, parameter in layer._parameters.items()
+        if parameter is not None and (parts := compat.tensors_of(parameter))
     }
 
 
@@ -31,13 +31,22 @@ def emptied_layers(model: torch.nn.Module, layers: Collection[str]) -> list[str]
     It takes them again at the end of each reload, and finds nothing unless they have arrived in it
     (MLA on CPUs with AMX empties `kv_b_proj`).
     """
+    empty = {
+        path: layer
+        for path, layer in _modules_at(model, layers).items()
+        if any(p is not None and not p.numel() for p in layer._parameters.values())
+    }
+    if not empty:
+        return []
     within = {part for one in model.modules() if compat.is_deferred(one) for part in one.modules()}
-    return [
-        path
-        for path in layers
-        if (layer := model.get_submodule(path)) in within
-        and any(not parameter.numel() for parameter in layer.parameters(recurse=False))
-    ]
+    return [path for path, layer in empty.items() if layer in within]
+
+
+def _modules_at(model: torch.nn.Module, paths: Collection[str]) -> dict[str, torch.nn.Module]:
+    """Return the modules by path. One walk: torch's `get_submodule` takes one for each path."""
+    known = dict(model.named_modules())
+    # A module that has two paths is listed under one.
+    return {path: known[path] if path in known else model.get_submodule(path) for path in paths}
 
 
 def _memory(tensor: torch.Tensor) -> torch.Tensor:

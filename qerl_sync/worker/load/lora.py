@@ -37,7 +37,7 @@ class AdapterLoad:
         self._tensors[name] = tensor.detach().to("cpu", dtype, copy=True)
 
     def build(self) -> None:
-        """Make vLLM's form of the adapter. Raise what `compat.lora.build_adapter` does."""
+        """Make vLLM's form of the adapter, which `require_adapter` has found able to be served."""
         config, runner = self._parts.vllm_config, self._parts.runner
         self._built = vllm_lora.build_adapter(config, runner, self._adapter, self._tensors)
         self._tensors = {}
@@ -71,15 +71,14 @@ def require_adapter(parts: compat.EngineParts, adapter: Adapter) -> None:
 
     Raises:
         CompatError: this engine cannot serve adapters.
-        ConfigError, CoverageError: it cannot serve this one: see `compat.lora.build_adapter`.
+        ConfigError, CoverageError: it cannot serve this one: see `compat.lora.require_servable`.
     """
     if reason := vllm_lora.why_no_adapter(parts.vllm_config, parts.runner):
         without = parts.vllm_config.lora_config is None
         raise (ConfigError if without else CompatError)(f"the adapter cannot be served: {reason}")
-    load = AdapterLoad(parts, adapter)
-    for meta in adapter.metas:
-        load.take(meta.name, torch.zeros(meta.shape))
-    load.build()
+    dtype = parts.vllm_config.lora_config.lora_dtype
+    zeros = {meta.name: torch.zeros(meta.shape, dtype=dtype) for meta in adapter.metas}
+    vllm_lora.require_servable(parts.vllm_config, parts.runner, adapter, zeros)
 
 
 def serve_base(parts: compat.EngineParts) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class SyncMonitor:
         *,
         borrowed: bool = False,
     ) -> None:
-        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._model = model
         self._layers = layer_map.layers
         self._filled = filled
         # Wherever it lies: what a GPU's worker gets over shared memory or a socket is on the host,
@@ -62,6 +63,11 @@ class SyncMonitor:
         self._name = ""
         self.processed_layers: list[Span] = []
         self._processing_since = 0.0
+
+    @cached_property
+    def _paths(self) -> dict[int, str]:
+        # When a layer is loaded first, which none is in a sync of an adapter alone.
+        return {id(module): path for path, module in self._model.named_modules()}
 
     def begin(self, name: str) -> None:
         """Record that the next tensor that vLLM gets is `name`."""

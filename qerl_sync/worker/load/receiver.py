@@ -129,6 +129,7 @@ class Receiver:
         self._adapter: AdapterLoad | None = None
         self._able: Adapter | None = None
         self._loads_base = True
+        self._quantisation: dict[str, Any] | None = None
         self._observing = contextlib.ExitStack()
 
     def require_adapter(self, adapter: Adapter) -> None:
@@ -190,7 +191,9 @@ class Receiver:
     @property
     def quantisation(self) -> dict[str, Any]:
         """Return how the engine's layers hold their weights now. See `compat.quantisation`."""
-        return quantisation.quantisation_of(self.model, self._config)
+        if self._quantisation is None:
+            self._quantisation = quantisation.quantisation_of(self.model, self._config)
+        return self._quantisation
 
     def free_bytes(self) -> int:
         """Return the bytes that are free now where the weights live."""
@@ -266,6 +269,7 @@ class Receiver:
         self.working_bytes, self.finishing_bytes = {}, 0
         if not self._loads_base:
             return
+        self._quantisation = None
         with self._aborting():
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)
