@@ -159,7 +159,7 @@ def test_packed_ipc_wants_a_plan(subject, group):
         trainer = IPCTrainerWeightTransferEngine.trainer_init(
             init, client=FourMethods(one.engine), source=planned(one, NEW)
         )
-        with pytest.raises(AgreementError, match="told no plan; let it use the backend qerl_ipc"):
+        with pytest.raises(AgreementError, match="sent no plan; let it use the backend qerl_ipc"):
             trainer.send_weights()
     assert one.wrong_weights(OLD) == []
     assert one.generates_as(OLD)
