@@ -9,7 +9,8 @@ from dataclasses import replace
 
 import pytest
 import yaml
-from support.prometheus import DOCS, Prometheus, free_port, needs_prometheus, wait_until
+from support.ports import free_port
+from support.prometheus import DOCS, Prometheus, needs_prometheus, wait_until
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 
 from qerl_sync import SyncConfig, SyncSession

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.prometheus import PROMETHEUS, Prometheus, free_port, needs_prometheus
+from support.ports import free_port
+from support.prometheus import PROMETHEUS, Prometheus, needs_prometheus
 
 from qerl_sync import load_config
 from qerl_sync.training.directory import RunDirectory

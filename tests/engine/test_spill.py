@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -15,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engines import NEW, OLD, generate
+from support.ports import free_port
 from support.streams import storages, streams
 from support.streams_by_hand import QKV, HandMadeTransport, interleave, stacked_model
 from support.syncs import push, session
@@ -594,10 +594,7 @@ def test_producers_with_a_part_each_are_merged_and_staged(remote, monkeypatch):
 
     engine = remote("in process", "moe", "stock")
     monkeypatch.setenv("QERL_SYNC_TOKEN", "known to both sides")
-    ports = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    endpoints = [f"127.0.0.1:{port.getsockname()[1]}" for port in ports]
-    for port in ports:
-        port.close()
+    endpoints = [f"127.0.0.1:{free_port()}" for _ in range(2)]
     whole = streamed(engine, NEW, "random:5")
     metas, tensors = whole.metadata(), list(whole._open_stream())
 

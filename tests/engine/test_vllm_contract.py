@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,7 @@ import torch
 from support.engines import NEW, OLD
 from support.features import needs
 from support.native import backend
+from support.ports import free_port
 
 from qerl_sync import ConfigError, HFSource, SyncConfig, TransportError
 from qerl_sync.errors import CoverageError, PlanError
@@ -238,19 +238,11 @@ def test_a_source_that_says_one_thing_and_does_another(subject):
 # ---- several trainer ranks
 
 
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
-
-
 def run_ranks(one: Any, sources: list[Any], monkeypatch: Any, **sync: Any) -> list[Any]:
     """`send_weights` on as many trainer ranks, rank 1 in a thread; their engines or errors."""
     monkeypatch.setenv("QERL_SYNC_TOKEN", "the ranks' own")
     ranks = {
-        "endpoints": [f"127.0.0.1:{port}" for port in free_ports(len(sources))],
+        "endpoints": [f"127.0.0.1:{free_port()}" for _ in sources],
         "num_workers": 1,
     }
     outcomes: list[Any] = [None] * len(sources)

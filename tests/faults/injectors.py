@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+from support.ports import free_port
 from support.relay import HOST as RELAYED
 from support.relay import Relay
 
@@ -182,8 +182,7 @@ def damaged_on_the_network(engine: FaultEngine) -> Injection:
         trigger.mark()
         return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
+    port = free_port()
     relay = Relay(port)
     relay.to_worker = damage
     reached = {"transport": "tcp", "address": RELAYED, "bind": "127.0.0.1", "port": port}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 import urllib.parse
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from support.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs/metrics"
@@ -82,8 +83,3 @@ def wait_until(holds: Any, what: str, seconds: float = 30.0) -> None:
             pass
         time.sleep(0.1)
     raise AssertionError(f"not within {seconds} s: {what}")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]

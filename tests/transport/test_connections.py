@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 from support.loaders import KeepingLoader, TensorSource, Workers, tensors
+from support.ports import free_port
 from support.relay import HOST as RELAYED
 from support.relay import Relay
 from support.servers import wait_until
@@ -67,15 +68,10 @@ def serves(engine: Workers, version) -> bool:
     return all(loader.has(version) for loader in engine.loaders)
 
 
-def unused_port() -> int:
-    with socket.create_server((HOST, 0)) as server:
-        return server.getsockname()[1]
-
-
 @contextmanager
 def relayed(engine: Workers, **options) -> Iterator[tuple[SyncSession, Relay]]:
     """A session whose workers reach the trainer through a relay."""
-    port = unused_port()
+    port = free_port()
     relay = Relay(port)
     address = {"trainer_address": RELAYED, "trainer_bind": HOST, "trainer_port": port}
     try:
@@ -244,7 +240,7 @@ def test_ipv6_addresses_stand_in_brackets(endpoint):
 
 @pytest.mark.parametrize("carrier", ["shm", "tcp"])
 def test_the_trainer_listens_where_it_is_told_and_is_known_under_another_address(workers, carrier):
-    engine, port = workers(), unused_port()
+    engine, port = workers(), free_port()
     options = {"trainer_address": RELAYED, "trainer_bind": "0.0.0.0", "trainer_port": port}
     with session(engine, transport=carrier, **options) as sync:
         sync.push()

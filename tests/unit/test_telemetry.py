@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import socket
 import urllib.request
 from pathlib import Path
 
 import pytest
+from support.ports import free_port
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 
 from qerl_sync import SyncConfig, SyncSession
@@ -147,11 +147,6 @@ def test_spans_of_one_sync(tmp_path):
 def test_a_trace_needs_a_place(tmp_path):
     with pytest.raises(ConfigError, match="record_directory"):
         session_in(tmp_path, record_directory=None, trace=1)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 class Metrics:
