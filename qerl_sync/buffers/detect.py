@@ -126,8 +126,10 @@ class _Run(NamedTuple):
     infinity: int
 
     def is_finite(self) -> bool:
-        """IEEE 754: exponents of infinity and NaN have all bits set. The union of many values' bits
-        mostly lacks some of those bits, which acquits all of them at once.
+        """Return whether no value is infinite or NaN.
+
+        IEEE 754: their exponents have all bits set. The union of many values' bits mostly lacks
+        some of those bits, which acquits all of them at once.
         """
         if self.bits.nbytes % 8 == 0:
             union = np.bitwise_or.reduce(self.bits.view(np.uint64))

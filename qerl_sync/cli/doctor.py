@@ -150,13 +150,15 @@ def _packages(config: TrainConfig | None) -> Iterator[Verdict]:
             if found
             else Verdict("bad", name, "not installed", f"pip install {name}, or {install}")
         )
-    needed = {"trl", "matplotlib"} if config is not None else set()
-    if config is not None and config.peft is not None:
-        needed.add("peft")
-    if config is not None and config.rollout.mode == "ray":
-        needed.add("ray")
-    if config is not None and config.sync.metrics_port is not None:
-        needed.add("prometheus_client")
+    needed: set[str] = set()
+    if config is not None:
+        needed |= {"trl", "matplotlib"}
+        if config.peft is not None:
+            needed.add("peft")
+        if config.rollout.mode == "ray":
+            needed.add("ray")
+        if config.sync.metrics_port is not None:
+            needed.add("prometheus_client")
     for name, purpose in WITHOUT.items():
         found = _version(name)
         if found:

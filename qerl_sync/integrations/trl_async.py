@@ -1,4 +1,4 @@
-"""TRL's asynchronous trainers: their own door for another weight transfer.
+"""Sync TRL's asynchronous trainers through their argument `weight_transfer`.
 
 transfer = AsyncWeightTransfer(server_url, policy="reorder")
 trainer = AsyncGRPOTrainer(..., weight_transfer=transfer)

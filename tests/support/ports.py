@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import socket
 
-# Below those that Linux gives to whoever names none (net.ipv4.ip_local_port_range): programs of
-# tests that run beside would take one of them in between.
+# Below those that Linux gives to programs that name none (net.ipv4.ip_local_port_range), which
+# tests that run beside would take in between.
 PORTS = range(15_000, 30_000)
 
 

@@ -61,7 +61,7 @@ def smallest_max_rank(rank: int) -> int:
 def require_servable(
     vllm_config: Any, runner: Any, adapter: Adapter, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Build the adapter of these tensors, and refuse what vLLM would not serve, or otherwise.
+    """Build the adapter of these tensors once. Refuse it if vLLM would not serve it as it is.
 
     Raises:
         ConfigError: the rank is above `max_lora_rank`; `rank`, `max_lora_rank`. Or a layer of the

@@ -19,7 +19,7 @@ def sample_kernels(model: torch.nn.Module, layers: Collection[str]) -> dict[str,
     """
     return {
         f"{path}.{name}": hash(tuple(fingerprint(_memory(one)) for one in parts))
-        for path, layer in _modules_at(model, layers).items()
+        for path, layer in modules_at(model, layers).items()
         for name, parameter in layer._parameters.items()
         if parameter is not None and (parts := compat.tensors_of(parameter))
     }
@@ -33,7 +33,7 @@ def emptied_layers(model: torch.nn.Module, layers: Collection[str]) -> list[str]
     """
     empty = {
         path: layer
-        for path, layer in _modules_at(model, layers).items()
+        for path, layer in modules_at(model, layers).items()
         if any(p is not None and not p.numel() for p in layer._parameters.values())
     }
     if not empty:
@@ -42,7 +42,7 @@ def emptied_layers(model: torch.nn.Module, layers: Collection[str]) -> list[str]
     return [path for path, layer in empty.items() if layer in within]
 
 
-def _modules_at(model: torch.nn.Module, paths: Collection[str]) -> dict[str, torch.nn.Module]:
+def modules_at(model: torch.nn.Module, paths: Collection[str]) -> dict[str, torch.nn.Module]:
     """Return the modules by path. One walk: torch's `get_submodule` takes one for each path."""
     known = dict(model.named_modules())
     # A module that has two paths is listed under one.

@@ -11,6 +11,7 @@ import torch
 from qerl_sync.errors import LayerMapError, LoadError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.worker.compat import direct
+from qerl_sync.worker.load.base import modules_at
 
 
 class DirectLoad:
@@ -38,12 +39,8 @@ class DirectLoad:
         filled: Collection[str],
         keep: Callable[[torch.nn.Module], None],
     ) -> None:
-        modules = dict(model.named_modules(remove_duplicate=False))
-        layers = {
-            path: modules[path]
-            for path, layer in layer_map.layers.items()
-            if layer.loading != "layerwise"
-        }
+        wanted = [p for p, layer in layer_map.layers.items() if layer.loading != "layerwise"]
+        layers = modules_at(model, wanted)
         changed = [path for path, layer in layers.items() if direct.changed_since(layer)]
         if changed:
             raise LayerMapError(
