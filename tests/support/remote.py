@@ -252,10 +252,12 @@ class Async(RemoteEngine):
         return grown
 
     def close(self) -> None:
-        self.run(self._close())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join()
-        self.loop.close()
+        try:
+            self.run(self._close())
+        finally:  # the sockets of an engine that has died would keep a core busy for ever
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join()
+            self.loop.close()
 
     async def _close(self) -> None:
         handler = self.engine.output_handler
