@@ -6,16 +6,17 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from faults.outcomes import OURS, STOCK
+from faults.outcomes import Outcome
 from faults.suite import chosen_specs, run_random, run_suite
 from faults.tables import complaints, fault_page, fault_table
-from qerl_sync import SyncError, __version__
+from qerl_sync import ConfigError, SyncError, __version__
 from qerl_sync.worker.compat.coupling import vllm_version
 
 # Exit codes, as those of `qerl-sync`.
@@ -50,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--random", type=int, default=0, metavar="NUMBER", help=schedules)
     add("--seed", type=int, default=0, help="of the random schedules")
+    add(
+        "--read",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="run nothing: show the cases that runs with --json have printed into these files",
+    )
     add("--docs", type=Path, metavar="FILE", help="write the page docs/faults.md here")
     add("--log", type=Path, metavar="FILE", help="where the engines' output goes")
     add("--json", action="store_true", help="print JSON")
@@ -61,16 +69,19 @@ def _cases(options: argparse.Namespace, log: Path, console: Console) -> int:
     def note(text: str) -> None:
         console.print(text, markup=False)
 
-    specs = chosen_specs(options.engine)
-    patterns = options.case or ["*"]
-    outcomes = list(run_suite(specs, patterns, log, stock=options.stock, note=note))
-    names = [f"{name} {version(name)}" for name in ("torch", "transformers")]
-    versions = ", ".join([f"qerl-sync {__version__}", f"vLLM {vllm_version()}", *names])
+    if options.read:
+        versions, outcomes = _read(options.read)
+    else:
+        specs = chosen_specs(options.engine)
+        patterns = options.case or ["*"]
+        outcomes = list(run_suite(specs, patterns, log, stock=options.stock, note=note))
+        names = [f"{name} {version(name)}" for name in ("torch", "transformers")]
+        versions = ", ".join([f"qerl-sync {__version__}", f"vLLM {vllm_version()}", *names])
     if options.json:
         reported = {"versions": versions, "outcomes": [outcome.to_json() for outcome in outcomes]}
         print(json.dumps(reported, indent=2))
     else:
-        for by in (OURS, STOCK)[: 1 + options.stock]:
+        for by in dict.fromkeys(outcome.by for outcome in outcomes):
             console.print(fault_table(outcomes, by))
     if options.docs is not None:
         options.docs.write_text(fault_page(outcomes, versions))
@@ -78,6 +89,15 @@ def _cases(options: argparse.Namespace, log: Path, console: Console) -> int:
     for line in wrong:
         note(line)
     return BROKEN if wrong else 0
+
+
+def _read(files: Sequence[Path]) -> tuple[str, list[Outcome]]:
+    """Return the versions that all of the files are of, and their outcomes."""
+    runs = [json.loads(path.read_text()) for path in files]
+    versions = {run["versions"] for run in runs}
+    if len(versions) > 1:
+        raise ConfigError(f"runs of several versions: {'; '.join(sorted(versions))}")
+    return versions.pop(), [Outcome.of_json(o) for run in runs for o in run["outcomes"]]
 
 
 def _schedules(options: argparse.Namespace, log: Path, console: Console) -> int:

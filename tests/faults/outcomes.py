@@ -72,6 +72,10 @@ class Outcome:
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "ok": self.ok}
 
+    @classmethod
+    def of_json(cls, written: dict[str, Any]) -> Outcome:
+        return cls(**{name: value for name, value in written.items() if name != "ok"})
+
 
 @dataclass(frozen=True)
 class Ended:

@@ -38,7 +38,7 @@ def mend(engine: InProcess) -> bool:
 
 def _reload(engine: InProcess, stream: Any) -> str:
     """Do what vLLM's documentation tells a trainer to do. Returns what it raised, or ""."""
-    model, vllm_config, _ = engine.parts
+    model, vllm_config = engine.model, engine.parts.vllm_config
     try:
         with compat.loading_context(vllm_config):
             compat.begin_reload(model)

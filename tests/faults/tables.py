@@ -58,7 +58,8 @@ def _of(by: str, outcomes: Iterable[Outcome]) -> list[Outcome]:
 PAGE = """\
 # What breaks, and what happens then
 
-<!-- Written by `scripts/faults --stock --docs docs/faults.md`; do not edit. -->
+<!-- Written by `scripts/faults --stock --docs docs/faults.md`, or from several runs (`--json`) by
+`scripts/faults --read FILE... --docs docs/faults.md`; do not edit. -->
 
 Each fault happens to a sync of a real engine. Then requests are sent, and two more full
 syncs are run, to the new weights and back to the old ones. What the kernels hold is held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from contextlib import contextmanager
 
 import pytest
@@ -13,7 +14,7 @@ from faults import suite
 from faults.__main__ import main
 from faults.cases import all_cases
 from faults.oracle import VersionWatch
-from faults.outcomes import Outcome
+from faults.outcomes import OURS, STOCK, Outcome
 from faults.spoilers import changed, reusing_its_buffer, transposed, victim_of
 from faults.suite import (
     CASE_SECONDS,
@@ -89,6 +90,14 @@ def test_faults_end_as_the_contract_says(tmp_path, spec, cases):
 
 @pytest.mark.vllm
 @pytest.mark.slow
+def test_stock_vllm_is_broken_in_the_same_way_beside(tmp_path):
+    spec = Spec.parse("in process/tied/stock")
+    found = run_suite([spec], ["missing tensor"], tmp_path / "engine.log", stock=True)
+    assert [(o.by, o.ended) for o in found] == [(OURS, "old"), (STOCK, "wrong weights")]
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
 def test_random_schedules_keep_every_promise(tmp_path):
     found = run_random(Spec("in process", "tied"), 10, 0, tmp_path / "engine.log")
     assert found["failure"] == ""
@@ -139,6 +148,23 @@ def test_the_page_has_a_row_for_each_case_and_a_column_for_each_engine():
     assert "| NaN | poisoned | poisoned (1), old (1) | wrong weights | exact |" in page
     assert "| poisoned | refuses to generate, and says why, until the next full sync |" in page
     assert "vLLM 0." in page
+
+
+def test_runs_are_put_together(tmp_path, capsys):
+    parts = [outcome(), outcome(spec="in process/dense/stock", case="infinity", ended="old")]
+    files = [tmp_path / f"{i}.json" for i in range(2)]
+    for path, part in zip(files, parts, strict=True):
+        path.write_text(json.dumps({"versions": "vLLM 0.31.0", "outcomes": [part.to_json()]}))
+    page = tmp_path / "page.md"
+    status = main(["--read", *map(str, files), "--docs", str(page)])
+    assert status == 1
+    assert "in process/dense/stock: infinity: old (allowed: poisoned)" in capsys.readouterr().out
+    assert "| infinity | – | old |" in page.read_text()
+    assert "vLLM 0.31.0" in page.read_text()
+
+    files[1].write_text(json.dumps({"versions": "vLLM 0.32.0", "outcomes": []}))
+    assert main(["--read", *map(str, files)]) == 2
+    assert "runs of several versions: vLLM 0.31.0; vLLM 0.32.0" in capsys.readouterr().err
 
 
 def test_the_page_counts_what_was_noticed_in_time():
