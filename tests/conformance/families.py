@@ -133,7 +133,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "text_config": {**_GEMMA, "activation_sparsity_pattern": [0.0, 0.0]}
     },
     "Gemma4ForCausalLM": _GEMMA,
-    "Gemma4ForConditionalGeneration": {"text_config": _GEMMA},
+    "Gemma4ForConditionalGeneration": {
+        "text_config": _GEMMA,
+        "vision_config": {"default_output_length": 4},
+    },
     "Gemma4UnifiedForConditionalGeneration": {"text_config": _GEMMA},
     "GPTJForCausalLM": {"rotary_dim": 16},
     # Checkpoints have it, and vLLM reads it.
@@ -198,7 +201,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "Qwen2_5_VLForConditionalGeneration": {"text_config": _ROPE_3D},
     "Qwen3VLForConditionalGeneration": {"text_config": _ROPE_MIXED},
-    "Qwen3VLMoeForConditionalGeneration": {"text_config": _ROPE_MIXED},
+    # Checkpoints have it, transformers' class does not.
+    "Qwen3VLMoeForConditionalGeneration": {"text_config": {**_ROPE_MIXED, "norm_topk_prob": True}},
     "Glm4vForConditionalGeneration": {"text_config": _ROPE_3D},
     "Glm4vMoeForConditionalGeneration": {"text_config": _ROPE_3D},
     "Glm5NextForConditionalGeneration": {"text_config": {"num_key_value_heads": 4}},

@@ -114,9 +114,11 @@ How each is attached:
 - `WeightSyncCallback` is among the trainer's `callbacks`; see README.md. Subclasses of
   `GRPOTrainer` (GMPO) are served as it is.
 - `AsyncWeightTransfer` is the asynchronous trainer's `weight_transfer`; see docs/trl-async.md.
-- `OnlineDPOTrainer` drives vLLM by code of its own, and has no object to replace. Leave the
-  callback away and it keeps TRL's own weight sync, of which nothing here holds; or train with
-  `GRPOTrainer` or `RLOOTrainer`.
+- `OnlineDPOTrainer` drives vLLM by code of its own, and has no object to replace. Train with
+  `GRPOTrainer` or `RLOOTrainer`, or leave the callback away and let transformers generate
+  (`use_vllm=False`: run). Its own weight sync writes into the engine's kernels, of which nothing
+  here holds; on a CPU it fails at the first layer (run: `'Parameter' object has no attribute
+  'weight_loader'`).
 - `GKDTrainer`, `A2POTrainer`, `TPOTrainer`, `DPOTrainer`, `SFTTrainer` and others do not
   generate with vLLM, and are refused with a sentence that says so. `ServerDistillationTrainer`
   is a `DistillationTrainer` whose teacher is on a server; it was not run.

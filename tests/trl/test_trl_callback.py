@@ -401,7 +401,7 @@ def test_trainers_that_it_cannot_serve_are_refused(changes, words):
     [
         ({"args": SimpleNamespace(use_vllm=False)}, "use_vllm=True", "AsyncWeightTransfer"),
         # OnlineDPOTrainer and its kin: vLLM, without a `vllm_generation`.
-        ({"use_vllm": True}, "TRL's own weight sync", "use_vllm=True"),
+        ({"use_vllm": True}, "use_vllm=False", "use_vllm=True"),
         ({"weight_transfer": None}, "AsyncWeightTransfer", "use_vllm"),
         ({"args": SimpleNamespace()}, "GRPOTrainer", "use_vllm"),
     ],
