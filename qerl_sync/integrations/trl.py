@@ -480,8 +480,8 @@ def _why_not(trainer: Any) -> str:
         )
     if getattr(trainer, "use_vllm", False):
         return (
-            "it has code of its own for vLLM and no `vllm_generation`; train with a trainer that has "
-            "one (GRPOTrainer, RLOOTrainer), or leave the callback away and let transformers "
+            "it has code of its own for vLLM and no `vllm_generation`; train with a trainer that "
+            "has one (GRPOTrainer, RLOOTrainer), or leave the callback away and let transformers "
             "generate (use_vllm=False)"
         )
     if hasattr(getattr(trainer, "args", None), "use_vllm"):

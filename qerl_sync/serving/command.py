@@ -141,6 +141,8 @@ def server_environment(base: Mapping[str, str]) -> dict[str, str]:
         "VLLM_CPU_KVCACHE_SPACE": "1",
         # vLLM would pin its threads to cores that others use too.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # As for engines of `qerl-sync train` (training/environment.py).
+        "GOMP_SPINCOUNT": "10000",
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_LOGS": QUIET_TRITON,
     }

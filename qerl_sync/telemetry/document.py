@@ -47,7 +47,7 @@ at its own `/metrics`:
 ## TRL's logger
 
 wandb, TensorBoard, trackio and TRL's console get the numbers of each sync as `sync/*` without any
-of this: `sync/seconds/PHASE`, `bytes`, `unsent_bytes`, `peak_buffered_bytes` and
+of this: `sync/seconds/PHASE`, `bytes`, `unsent_bytes`, `wire_bytes`, `peak_buffered_bytes` and
 `peak_pinned_bytes` (and both `_predicted`), `open_layers`, `version`, `prediction_exact`,
 `workers`, `lost_workers`, and where there is one `noise/*` and `mismatch/*`.
 

@@ -44,7 +44,10 @@ METRICS = {
     "qerl_sync_seconds": Metric("gauge", "phase", "Seconds of the last sync, by phase."),
     "qerl_sync_bytes": Metric("counter", "", "Bytes of weights sent, to each worker."),
     "qerl_sync_skipped_bytes": Metric(
-        "counter", "", "Bytes of weights that were not sent because they could not have changed."
+        "counter",
+        "",
+        "Bytes of weights that were not sent because they could not have changed, "
+        "or have not (sync.delta).",
     ),
     "qerl_sync_peak_buffered_bytes": Metric(
         "gauge", "", "Most bytes that vLLM held for open parent layers, on the fullest worker."

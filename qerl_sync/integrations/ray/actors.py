@@ -205,7 +205,7 @@ class RolloutActor:
         if not self.version and not self._serves:
             raise PoisonedError(
                 f"{self.name} has not been synced since it started, and its weights are those that "
-                "it was started with; sync first (`pool.sync(...)`, `trainer.sync_weights()`)"
+                "it was started with; sync first (`trainer.sync_weights()`)"
             )
         if self.version < version:
             raise AgreementError(
