@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qerl_sync.engines.environment import ON_SHARED_CORES
 from qerl_sync.errors import ConfigError
 from qerl_sync.plan.checkpoint import require_model_directory
 from qerl_sync.serving import middleware
@@ -137,12 +138,7 @@ def server_environment(base: Mapping[str, str]) -> dict[str, str]:
     `base` may be `os.environ` of a trainer or of a terminal.
     """
     defaults = {
-        # GiB of KV cache on CPU; vLLM would take half of the machine's memory.
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # vLLM would pin its threads to cores that others use too.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # As for engines of `qerl-sync train` (training/environment.py).
-        "GOMP_SPINCOUNT": "10000",
+        **ON_SHARED_CORES,
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_LOGS": QUIET_TRITON,
     }

@@ -7,6 +7,7 @@ import os
 import warnings
 from importlib.util import find_spec
 
+from qerl_sync.engines.environment import ON_SHARED_CORES
 from qerl_sync.errors import ConfigError
 from qerl_sync.serving.command import QUIET_TRITON
 
@@ -16,14 +17,7 @@ PACKAGES = ("torch", "transformers", "datasets", "trl", "vllm", "matplotlib")
 ENGINE_VARIABLES = {
     # TRL's colocate mode reaches into the model, so the engine must live in this process.
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    # GiB of KV cache on CPU; vLLM would take half of the machine's memory.
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    # vLLM would pin its threads to cores, and with them the trainer that shares its process.
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    # How long OpenMP's threads spin for the next piece of work, in rounds of their loop. By default
-    # they do for milliseconds, and wherever another process wants a core too (a trainer on the
-    # engine's host), loading comes to a halt for 0.1 s at a time.
-    "GOMP_SPINCOUNT": "10000",
+    **ON_SHARED_CORES,
     "TOKENIZERS_PARALLELISM": "false",
 }
 QUIET_VARIABLES = {

@@ -133,6 +133,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "text_config": {**_GEMMA, "activation_sparsity_pattern": [0.0, 0.0]}
     },
     "Gemma4ForCausalLM": _GEMMA,
+    # Checkpoints have it, transformers' class does not.
     "Gemma4ForConditionalGeneration": {
         "text_config": _GEMMA,
         "vision_config": {"default_output_length": 4},

@@ -93,11 +93,21 @@ def _cases(options: argparse.Namespace, log: Path, console: Console) -> int:
 
 def _read(files: Sequence[Path]) -> tuple[str, list[Outcome]]:
     """Return the versions that all of the files are of, and their outcomes."""
-    runs = [json.loads(path.read_text()) for path in files]
-    versions = {run["versions"] for run in runs}
+    runs = [_read_one(path) for path in files]
+    versions = {found for found, _ in runs}
     if len(versions) > 1:
         raise ConfigError(f"runs of several versions: {'; '.join(sorted(versions))}")
-    return versions.pop(), [Outcome.of_json(o) for run in runs for o in run["outcomes"]]
+    return versions.pop(), [outcome for _, outcomes in runs for outcome in outcomes]
+
+
+def _read_one(path: Path) -> tuple[str, list[Outcome]]:
+    try:
+        run = json.loads(path.read_text())
+        return run["versions"], [Outcome.of_json(outcome) for outcome in run["outcomes"]]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise ConfigError(
+            f"{path} does not hold what `scripts/faults --json` prints of a whole run: {exc}"
+        ) from exc
 
 
 def _schedules(options: argparse.Namespace, log: Path, console: Console) -> int:

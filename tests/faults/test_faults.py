@@ -90,6 +90,7 @@ def test_faults_end_as_the_contract_says(tmp_path, spec, cases):
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # two engines, one after the other
 def test_stock_vllm_is_broken_in_the_same_way_beside(tmp_path):
     spec = Spec.parse("in process/tied/stock")
     found = run_suite([spec], ["missing tensor"], tmp_path / "engine.log", stock=True)
@@ -165,6 +166,10 @@ def test_runs_are_put_together(tmp_path, capsys):
     files[1].write_text(json.dumps({"versions": "vLLM 0.32.0", "outcomes": []}))
     assert main(["--read", *map(str, files)]) == 2
     assert "runs of several versions: vLLM 0.31.0; vLLM 0.32.0" in capsys.readouterr().err
+
+    files[1].write_text("")  # as a run leaves it that was killed
+    assert main(["--read", *map(str, files)]) == 2
+    assert f"{files[1]} does not hold" in capsys.readouterr().err
 
 
 def test_the_page_counts_what_was_noticed_in_time():

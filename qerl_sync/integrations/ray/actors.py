@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, NoReturn
 
 from qerl_sync.engines.base import PauseMode
+from qerl_sync.engines.environment import ON_SHARED_CORES
 from qerl_sync.engines.ray_actor import CONTROL as CONTROL
 from qerl_sync.errors import AgreementError, PoisonedError
 from qerl_sync.worker.protocol import mailbox as mailbox
@@ -94,10 +95,9 @@ class RolloutActor:
         os.environ.update(environment or {})
         apart = "1" if self._is_apart(engine) else "0"
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", apart)
-        # On CPUs, each engine of a node would take nearly all of its memory for its cache (GiB), so
-        # that the second does not start, and all would be bound to the same cores.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        # Without it the second engine of a node finds no memory and does not start.
+        for name, value in ON_SHARED_CORES.items():
+            os.environ.setdefault(name, value)
         self.llm = self._start(engine)
         self._client = self._control(self.llm)
         core = self._core(self.llm)
