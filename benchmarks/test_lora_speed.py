@@ -2,19 +2,21 @@
 
     scripts/bench benchmarks/test_lora_speed.py -s
 
-In the engine's own process, in bf16, with a rank of 8 on all linear layers: 28 layers of the shape
-of Qwen3-0.6B, and a smaller vocabulary. Most of an adapter's cost goes by the number of layers that
-it adapts, and that of whole weights by their bytes: the larger the model, the smaller the share.
+In the engine's own process, in bf16, with a rank of 8 on all linear layers: 28 layers of the shapes
+of Qwen3-0.6B and Qwen3-1.7B, and a smaller vocabulary. Most of an adapter's cost goes by the number
+of layers that it adapts, and that of whole weights by their bytes: the larger the model, the
+smaller the share.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.adapters import make_policy, step
 from support.engines import start_engine
-from support.models import QWEN3_SHAPE, random_model, save_model
+from support.models import QWEN3_LARGER_SHAPE, QWEN3_SHAPE, random_model, save_model
 from transformers import Qwen3Config
 
 from qerl_sync import (
@@ -32,8 +34,11 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 LIMIT = 0.2  # of the whole weights' time; holds on a busy CPU, too
 
 
-def test_an_adapter_takes_a_small_part_of_a_full_sync(tmp_path: Path) -> None:
-    model = random_model(Qwen3Config(**QWEN3_SHAPE), 0, "bfloat16")
+@pytest.mark.parametrize("shape", [QWEN3_SHAPE, QWEN3_LARGER_SHAPE], ids=["0.5B", "1.4B"])
+def test_an_adapter_takes_a_small_part_of_a_full_sync(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
+    model = random_model(Qwen3Config(**shape), 0, "bfloat16")
     path = save_model(model, tmp_path / "model")
     engine = start_engine(path, dtype="bfloat16", enable_lora=True, max_lora_rank=16)
     config = SyncConfig.of(on_unchanged="warn")

@@ -2,8 +2,8 @@
 
     scripts/bench benchmarks/test_quantised_speed.py -s
 
-In the engine's own process, with weights that vLLM quantises to fp8: 28 layers of the shape of
-Qwen3-0.6B and a smaller vocabulary. All rows take turns in one run. A full sync has vLLM quantise
+In the engine's own process, with weights that vLLM quantises to fp8: 28 layers of the shapes of
+Qwen3-0.6B and Qwen3-1.7B, and a smaller vocabulary. All rows take turns in one run. A full sync has vLLM quantise
 what arrives; the adapter (rank 8 on all linear layers), the RMSNorm weights that train beside it
 and QeRL's noise on those go onto the base that stays as it is.
 """
@@ -15,12 +15,13 @@ import statistics
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.adapters import make_policy, step
 from support.engines import model_of, start_engine
 from support.fingerprint import fingerprint
-from support.models import QWEN3_SHAPE, random_model, save_model
+from support.models import QWEN3_LARGER_SHAPE, QWEN3_SHAPE, random_model, save_model
 from transformers import Qwen3Config
 
 from qerl_sync import AdapterSource, HFSource, InProcessTransport, SyncConfig, SyncSession
@@ -33,8 +34,11 @@ ROUNDS = 5
 FULL_LIMIT, ADAPTER_LIMIT = 2.0, 0.2
 
 
-def test_what_a_quantised_engine_is_sent_costs_little(tmp_path: Path) -> None:
-    model = random_model(Qwen3Config(**QWEN3_SHAPE), 0, "bfloat16")
+@pytest.mark.parametrize("shape", [QWEN3_SHAPE, QWEN3_LARGER_SHAPE], ids=["0.5B", "1.4B"])
+def test_what_a_quantised_engine_is_sent_costs_little(
+    tmp_path: Path, shape: dict[str, Any]
+) -> None:
+    model = random_model(Qwen3Config(**shape), 0, "bfloat16")
     arguments = {"dtype": "bfloat16", "quantization": "fp8_per_channel", "enable_lora": True}
     engine = start_engine(save_model(model, tmp_path / "model"), **arguments, max_lora_rank=16)
     parts = compat.in_process_parts(engine)

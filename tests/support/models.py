@@ -35,6 +35,8 @@ QWEN3_SHAPE = {
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
+# The shape of Qwen3-1.7B, with the same small vocabulary: 1.44 billion parameters.
+QWEN3_LARGER_SHAPE = {**QWEN3_SHAPE, "hidden_size": 2048, "intermediate_size": 6144}
 
 
 def _kind(config_class: str, **arguments: Any) -> Callable[[], Any]:

@@ -276,11 +276,12 @@ class Receiver:
             lost = self._find_lost_views()
             tied = refresh.tied_parameters(self.model)
             self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
-            self._views = Views(self.model, self._direct.unprocessed)
+            unsent = self._unsent(filled)
+            self._views = Views(self.model, [*self._direct.unprocessed, *unsent])
             self._observing.enter_context(compat.observe_loads(self._monitor))
             self._observing.enter_context(self._direct.watching(self._monitor.loaded))
             with compat.loading_context(self._config):
-                compat.begin_reload(self.model, self._not_reloaded(filled))
+                compat.begin_reload(self.model, [*self._direct.modules, *unsent])
             if options.on_failure == "rollback":
                 self._rollback = Rollback()
                 self._rollback.begin(self.model, filled)
@@ -416,18 +417,15 @@ class Receiver:
         vars(self.model)["compute_logits"] = refuse
         self._state.reason = reason
 
-    def _not_reloaded(self, filled: Collection[str]) -> Collection[torch.nn.Module]:
-        """Return the layers that vLLM's reload passes over."""
+    def _unsent(self, filled: Collection[str]) -> list[torch.nn.Module]:
+        """Return the layers that a sync of a part brings nothing for: a reload passes over them."""
         if self._options.base is None:
-            return self._direct.modules
-        # A part: most layers get nothing. Deferred ones derive what they hold from others.
+            return []
+        # Deferred ones derive what they hold from others.
         return [
-            *self._direct.modules,
-            *(
-                layer
-                for path, layer in self.model.named_modules()
-                if path not in filled and not compat.is_deferred(layer)
-            ),
+            layer
+            for path, layer in self.model.named_modules()
+            if path not in filled and not compat.is_deferred(layer)
         ]
 
     def _layers_to_fill(
