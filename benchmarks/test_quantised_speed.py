@@ -3,9 +3,9 @@
     scripts/bench benchmarks/test_quantised_speed.py -s
 
 In the engine's own process, with weights that vLLM quantises to fp8: 28 layers of the shapes of
-Qwen3-0.6B and Qwen3-1.7B, and a smaller vocabulary. All rows take turns in one run. A full sync has vLLM quantise
-what arrives; the adapter (rank 8 on all linear layers), the RMSNorm weights that train beside it
-and QeRL's noise on those go onto the base that stays as it is.
+Qwen3-0.6B and Qwen3-1.7B, and a smaller vocabulary. All rows take turns in one run. A full sync has
+vLLM quantise what arrives; the adapter (rank 8 on all linear layers), the RMSNorm weights that
+train beside it and QeRL's noise on those go onto the base that stays as it is.
 """
 
 from __future__ import annotations

@@ -212,6 +212,11 @@ class SyncSession:
                 "sync.verify: full holds the engine against the trainer's own model; give the "
                 "session a probe (qerl_sync.sources.hf.probe_of(model)), or choose verify: checksum"
             )
+        if config.when != "lazy":
+            raise ConfigError(
+                f"sync.when: {config.when} is for a TRL trainer (WeightSyncCallback); a session "
+                "sends when push() is called. Leave it out, and call push() when you want it"
+            )
         if config.delta != "off" and not source.stamps_content:
             raise ConfigError(
                 f"sync.delta: {config.delta} hashes the trainer's weights, which "

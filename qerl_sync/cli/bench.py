@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -46,25 +47,44 @@ def learning(
         list[str] | None, typer.Argument(help="Changes to it, as for `train`.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, one run for each.")] = "0,1,2",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'NAME: changes', with changes as for `train`; again for each variant. All run "
+            "with all seeds, and are compared with each other instead of with targets."
+        ),
+    ] = None,
     output_dir: Annotated[
-        Path, typer.Option(help="Where the runs go, one directory for each seed.")
+        Path, typer.Option(help="Where the runs go, one directory for each variant and seed.")
     ] = Path("runs/learning"),
+    png: Annotated[Path | None, typer.Option(help="Draw the rewards here.")] = None,
     debug: Debug = False,
 ) -> None:
     """Train with several seeds and print what each reached."""
     wanted = _parse_numbers(seeds, "seeds")
+    variants = dict(map(_parse_variant, variant or []))
     with errors_as_text(debug=debug):
+        from qerl_sync.report.plots import matplotlib_or_refusal, plot_learning
         from qerl_sync.report.tables import trials_table
-        from qerl_sync.training.trials import Targets, run_seed
+        from qerl_sync.training.trials import Targets, Trial, run_seed
 
+        if png is not None:
+            matplotlib_or_refusal()  # before hours of training
+        trials = []
+        for name, changes in (variants or {"": []}).items():
+            for seed in wanted:
+                directory = output_dir / re.sub(r"\W+", "-", name) / f"seed-{seed}"
+                summary = run_seed(config, [*(overrides or []), *changes], seed, directory)
+                trials.append(Trial(name, seed, summary, directory))
         targets = Targets()
-        runs = {}
-        for seed in wanted:
-            directory = output_dir / f"seed-{seed}"
-            runs[seed] = run_seed(config, overrides or [], seed, directory)
-        missed = {seed: targets.missed(run) for seed, run in runs.items()}
-        Console().print(trials_table(runs, missed))
-        if any(missed.values()):
+        missed = None if variants else [targets.missed(trial.summary) for trial in trials]
+        Console().print(trials_table(trials, missed))
+        if png is not None:
+            curves: dict[str, list[list[tuple[int, float]]]] = {}
+            for trial in trials:
+                curves.setdefault(trial.variant, []).append(trial.rewards)
+            plot_learning(curves, png)
+        if any(missed or []):
             raise typer.Exit(UNEXPECTED)
 
 
@@ -173,6 +193,15 @@ def _conclude(found: Results, tables: list[Table], console: Console, as_json: bo
             console.print(table)
     if not all(target.met for target in found.targets):
         raise typer.Exit(UNEXPECTED)
+
+
+def _parse_variant(text: str) -> tuple[str, list[str]]:
+    name, colon, changes = text.partition(":")
+    if not colon or not name.strip():
+        raise typer.BadParameter(
+            f"{text!r} names no variant; write 'fp8: sync.noise=null', and 'as it is:' for none"
+        )
+    return name.strip(), changes.split()
 
 
 def _parse_numbers(text: str, what: str, least: int | None = None) -> list[int]:

@@ -78,6 +78,12 @@ def _of_sync(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
             "'engine' needs an adapter that is served beside the engine's own base; train one "
             "(section `peft`), and leave `sync.lora` at auto or adapter",
         )
+    if value_at(tree, "sync.when") == "eager" and value_at(tree, "sync.verify") == "full":
+        yield Violation(
+            "sync.when",
+            "'eager' syncs beside the trainer, whose model `sync.verify: full` would use at the "
+            "same time; choose `verify: checksum`, or `when: lazy`",
+        )
     intervals, steps = value_at(tree, "sync.noise.intervals"), value_at(tree, "trainer.max_steps")
     if value_at(tree, "sync.noise") and value_at(tree, "sync.noise.steps") is None:
         intervals = 10 if intervals is None else intervals

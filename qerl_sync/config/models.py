@@ -273,6 +273,15 @@ class SyncConfig(Section):
     """How many chunks may be on their way or being loaded at once. Two overlap gathering and
     sending with loading. Each costs as much memory as its largest chunk."""
 
+    when: Literal["lazy", "eager"] = "lazy"
+    """When a TRL trainer's weights are sent. `lazy`: when TRL asks for them, before it generates.
+    `eager`: right after the optimizer step, in a thread, beside what the trainer does before it
+    generates again: logging, checkpoints, other callbacks. TRL then finds the weights there, or
+    waits for the rest (`sync/seconds/waited`). No weight changes while it is sent: the optimizer's
+    next step waits too. How often TRL asks is seen in the first steps, which are lazy. For one
+    trainer process; not with engines that sleep, nor with `verify: full`. It gains nothing where a
+    trainer generates at once, and little where both want the same cores."""
+
     timeout_seconds: Seconds = 300.0
     """How long either side waits for the other, for each message and each call. At most a million
     seconds: every wait ends."""

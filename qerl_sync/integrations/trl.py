@@ -13,8 +13,10 @@ too: none passes while the engine may have other weights than the trainer.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qerl_sync.build import BACKEND, adapter_arguments, make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError, SyncError
+from qerl_sync.integrations.eager import EagerSync, require_eager
 from qerl_sync.integrations.trl_patches import (
     Takeover,
     calling_trainer,
@@ -121,7 +124,9 @@ class WeightSyncCallback(TrainerCallback):
         # The step whose weights the engine has; None where they may have changed without a step.
         self._synced_step: int | None = None
         self._synced_clean = False
-        self._syncing = False
+        self._syncing_thread: int | None = None
+        self._eager: EagerSync | None = None  # with `when: eager`
+        self._sent_ahead = False  # what was sent last, TRL has not asked for yet
         if trainer is not None:
             if engine or in_own_process:
                 raise ConfigError(
@@ -199,6 +204,7 @@ class WeightSyncCallback(TrainerCallback):
             return self
         self._refuse_another(trainer)
         num_processes = getattr(getattr(trainer, "accelerator", None), "num_processes", 1)
+        self._eager = self._new_eager(trainer, num_processes)
         if num_processes > 1:
             self._ranks = TrainerRanks(self.config.timeout_seconds, num_ranks=num_processes)
         # What the main process refuses, of its server for instance, all of them refuse.
@@ -206,6 +212,18 @@ class WeightSyncCallback(TrainerCallback):
             self.session = self._new_session(trainer, _generation(trainer))
         self._take_over(trainer)
         return self
+
+    def _new_eager(self, trainer: Any, num_processes: int) -> EagerSync | None:
+        if self.config.when == "lazy":
+            return None
+        sleeps = bool(getattr(_generation(trainer), "enable_sleep_mode", False))
+        require_eager(self.config, num_processes=num_processes, sleeps=sleeps)
+        return EagerSync()
+
+    @property
+    def _session_config(self) -> SyncConfig:
+        """Return the configuration of a session, which does not decide when it pushes."""
+        return self.config.model_copy(update={"when": "lazy"})
 
     def _new_session(self, trainer: Any, generation: Any) -> SyncSession:
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -216,10 +234,10 @@ class WeightSyncCallback(TrainerCallback):
         }
         _refuse_to_wake(self.config, generation)
         if generation.mode == "colocate":
-            return make_session(model, self.config, llm=generation.llm, **given)
+            return make_session(model, self._session_config, llm=generation.llm, **given)
         main = trainer.accelerator.is_main_process
         url = _server_of(generation.vllm_client) if main else ""
-        return make_session(model, self.config, server_url=url, **given)
+        return make_session(model, self._session_config, server_url=url, **given)
 
     def _refuse_another(self, trainer: Any) -> None:
         if None not in (self._trainer, trainer) and self._trainer is not trainer:
@@ -251,9 +269,23 @@ class WeightSyncCallback(TrainerCallback):
         optimizer step.
 
         Called when training begins (a checkpoint may have been loaded) and ends (the best model may
-        have been). Call it after changing weights yourself.
+        have been). Call it after changing weights yourself; with `when: eager` call `wait` before.
         """
-        self._synced_step = None
+        self.wait()
+        self._synced_step, self._sent_ahead = None, False
+
+    def wait(self) -> None:
+        """Wait for a sync that was begun ahead (`when: eager`), so that weights may change.
+
+        The optimizer and everything that generates do so by themselves.
+
+        Raises:
+            SyncError: what that sync raised.
+        """
+        concluded = self._eager.conclude() if self._eager is not None else None
+        if concluded is not None:
+            self._note(*concluded)
+            self._sent_ahead = True
 
     def close(self) -> None:
         """Disconnect from the engine and free shared memory, when the trainer will not generate
@@ -262,21 +294,34 @@ class WeightSyncCallback(TrainerCallback):
         Otherwise that happens when the process ends.
         """
         self._stop_waiting()
+        if self._eager is not None:
+            self._eager.close()
         if self.session is not None:
             self.session.close()
 
     def _sync(self) -> None:
         """Replace TRL's `VLLMGeneration.sync_weights`."""
-        trainer, session = self._trainer, self.session
-        assert session is not None
+        trainer, step, clean = self._trainer, self._trainer.state.global_step, self._wants_clean()
+        self.wait()
+        if self._sent_ahead and (self._synced_step, self._synced_clean) == (step, clean):
+            self._sent_ahead = False
+            return
         _wake_up(trainer.vllm_generation)
-        self._syncing = True  # which asks the engine for log-probabilities (verify: full)
-        clean = self._wants_clean()
+        self._note(self._push(step, clean), step, clean)
+
+    def _push(self, step: int, clean: bool) -> SyncReport:
+        assert self.session is not None
+        # It asks the engine for log-probabilities (verify: full), which needs no sync before.
+        self._syncing_thread = threading.get_ident()
         try:
-            report = session.push(step=trainer.state.global_step, clean=clean)
+            return self.session.push(step=step, clean=clean)
         finally:
-            self._syncing = False
-        self._synced_step, self._synced_clean = trainer.state.global_step, clean
+            self._syncing_thread = None
+
+    def _note(self, report: SyncReport, step: int, clean: bool) -> None:
+        """Remember what the engine has now, and log it."""
+        trainer = self._trainer
+        self._synced_step, self._synced_clean, self._sent_ahead = step, clean, False
         self.reports.append(report)
         trainer.state.stateful_callbacks[STATE_KEY] = {"version": report.version}
         mode = "train" if trainer.model.training else "eval"
@@ -284,6 +329,27 @@ class WeightSyncCallback(TrainerCallback):
             trainer._metrics[mode][name].append(value)
         if self._recorder is not None and trainer.accelerator.is_main_process:
             self._recorder(report)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """With `when: eager`, send the new weights if completions are next to be made with them."""
+        step = state.global_step
+        ends = control.should_training_stop or step >= state.max_steps
+        if self._eager is not None and not ends and self._eager.is_next(step):
+            self._begin_ahead(step)
+
+    def _begin_ahead(self, step: int) -> None:
+        assert self._eager is not None
+        clean = self._wants_clean()
+        device = next(self._trainer.model.parameters()).device
+        self._eager.begin(partial(self._push, step, clean), step=step, clean=clean, device=device)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let no weight change while it is sent."""
+        self.wait()
 
     def _guarded(self, compute: Callable[..., Any], *, alone: bool = False) -> Callable[..., Any]:
         """Return the same call, preceded by a sync if the engine may have other weights than the
@@ -297,7 +363,12 @@ class WeightSyncCallback(TrainerCallback):
         """
 
         def with_current_weights(*args: Any, **options: Any) -> Any:
-            stale = not self._syncing and self._may_be_stale()
+            if self._syncing_thread == threading.get_ident():
+                return compute(*args, **options)
+            self.wait()
+            if self._eager is not None and self._trainer.model.training:
+                self._eager.asked(self._trainer.state.global_step)
+            stale = self._may_be_stale()
             if self._ranks is not None and not alone:
                 # An engine that was lost is noticed by its own process only.
                 stale = any(self._ranks.meet("generating", stale))

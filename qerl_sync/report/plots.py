@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from qerl_sync.plan.sync_plan import SyncPlan
 
 INK, GREY, BLUE, ORANGE = "#1f2933", "#9aa5b1", "#2563eb", "#d9622b"
+COLORS = (BLUE, ORANGE, "#0f8a5f", "#7c3aed")
 MOVING_MEAN_STEPS = 10
 STYLE = {
     "font.size": 11,
@@ -56,6 +58,27 @@ def plot_rewards(rewards: Sequence[tuple[int, float]], path: Path) -> None:
         axes.set(xlabel="step", ylabel="mean reward", title="Reward")
         axes.set_ylim(bottom=min(0, *values, 0))
         axes.legend(loc="best")
+
+
+def plot_learning(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], path: Path) -> None:
+    """Plot the reward of several runs of each variant: a line each, and the mean over its runs.
+
+    Args:
+        curves: by variant, the (step, reward) of each of its runs; all have the same steps.
+    """
+    with drawing(path, 1, (8, 4.2)) as (axes,):
+        for color, (name, runs) in zip(cycle(COLORS), curves.items(), strict=False):
+            steps = [step for step, _ in runs[0]]
+            smooth = [moving_mean([r for _, r in run], MOVING_MEAN_STEPS) for run in runs]
+            for means in smooth:
+                axes.plot(steps[: len(means)], means, color=color, alpha=0.3, linewidth=0.9)
+            mean = [fmean(values) for values in zip(*smooth, strict=False)]
+            label = f"{name or 'mean'} ({len(runs)} seed{'s' * (len(runs) != 1)})"
+            axes.plot(steps[: len(mean)], mean, color=color, linewidth=2.2, label=label)
+        axes.set(xlabel="step", ylabel="mean reward")
+        axes.set_title(f"Reward, mean of the last {MOVING_MEAN_STEPS} steps")
+        axes.set_ylim(bottom=0)
+        axes.legend(loc="lower right")
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:

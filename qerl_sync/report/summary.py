@@ -20,7 +20,7 @@ class Summary:
 
     Attributes:
         reward_first: mean reward of the first five logged steps; `reward_last`: of the last five.
-        sync_time_share: seconds spent in syncs over seconds spent in training steps.
+        sync_time_share: seconds in which training waited for syncs, over those of its steps.
         logprob_gap_max: the largest |log p(trainer) - log p(vLLM)| of a sampled token in any log.
             TRL averages the maxima of the steps between two logs. None: TRL did not measure it.
         transport: how the weights travelled, and why so.
@@ -61,7 +61,9 @@ def summarize(
     """Summarize a run from its TRL log (`trainer.state.log_history`) and its reports."""
     rewards = reward_curve(log)
     gaps = [float(entry[LOGPROB_GAP]) for entry in log if LOGPROB_GAP in entry]
-    sync_seconds = sum(report["seconds"]["total"] for report in syncs)
+    # What ran beside the trainer (`sync.when: eager`) costs what the trainer waited for it.
+    seconds = [report["seconds"] for report in syncs]
+    sync_seconds = sum(each.get("waited", each["total"]) for each in seconds)
     step_seconds, last_step = 0.0, 0
     for entry in log:
         if "step_time" in entry:  # TRL logs the mean over the steps since the last log

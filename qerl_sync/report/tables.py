@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from qerl_sync.meta import format_bytes
 from qerl_sync.report.summary import WINDOW, Summary
+
+if TYPE_CHECKING:
+    from qerl_sync.training.trials import Trial
 
 NOT_MEASURED = "not measured"
 
@@ -61,21 +66,28 @@ def _number(value: float | None, form: str) -> str:
     return NOT_MEASURED if value is None else format(value, form)
 
 
-def trials_table(runs: Mapping[int, Summary], missed: Mapping[int, Sequence[str]]) -> Table:
-    """Return a table of several runs, by seed, each with the targets it missed."""
+def trials_table(trials: Sequence[Trial], missed: Sequence[Sequence[str]] | None) -> Table:
+    """Return a table of several runs, each with the targets that it missed (None: it had none)."""
     table = Table(box=box.SIMPLE_HEAD, title="Seeds", title_justify="left", title_style="bold")
-    table.add_column("seed", justify="right")
-    for name in ("first", "last", "seconds", "sync share", "logprob gap"):
+    several = len({trial.variant for trial in trials}) > 1
+    if several:
+        table.add_column("variant")
+    for name in ("seed", "first", "last", "seconds", "sync share", "logprob gap"):
         table.add_column(name, justify="right")
-    table.add_column("targets")
-    for seed, run in runs.items():
-        table.add_row(
-            str(seed),
+    if missed is not None:
+        table.add_column("targets")
+    for place, trial in enumerate(trials):
+        run = trial.summary
+        cells = [
+            str(trial.seed),
             _number(run.reward_first, ".3f"),
             _number(run.reward_last, ".3f"),
             f"{run.wall_seconds:.0f}",
             _number(run.sync_time_share, ".1%"),
             _number(run.logprob_gap_max, ".1e"),
-            f"[red]missed: {'; '.join(missed[seed])}[/]" if missed[seed] else "[green]reached[/]",
-        )
+        ]
+        if missed is not None:
+            those = "; ".join(missed[place])
+            cells.append(f"[red]missed: {those}[/]" if those else "[green]reached[/]")
+        table.add_row(*[escape(trial.variant)] * several, *cells)
     return table

@@ -10,7 +10,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qerl_sync.errors import SyncError
+from qerl_sync.report.recorded import RecordedRun
 from qerl_sync.report.summary import Summary
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a variant of a configuration (`""`: the only one) with one seed."""
+
+    variant: str
+    seed: int
+    summary: Summary
+    directory: Path
+
+    @property
+    def rewards(self) -> list[tuple[int, float]]:
+        """Return (step, mean reward) of each logged step."""
+        return RecordedRun.read(self.directory).rewards
 
 
 @dataclass(frozen=True)

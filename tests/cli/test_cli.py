@@ -15,6 +15,7 @@ from qerl_sync import ConfigError, __version__
 from qerl_sync.cli.errors import errors_as_text, show_warnings
 from qerl_sync.cli.main import app
 from qerl_sync.errors import FileError, SyncError
+from qerl_sync.report import plots
 from qerl_sync.training import trials
 
 runner = CliRunner()
@@ -100,6 +101,10 @@ def train_command(tmp_path, monkeypatch):
         program.write_text(
             '#!/bin/sh\nfor last; do :; done\nmkdir -p "$last"\n'
             f"echo '{summary}' > \"$last/summary.json\"\n"
+            'echo "{}" > "$last/config.json"\n'
+            # A first step that depends on what the run was told to change.
+            'case "$*" in *learning_rate=0*) reward=0.1;; *) reward=0.9;; esac\n'
+            """printf '{"step": 1, "reward": %s}\\n' $reward > "$last/log.jsonl"\n"""
         )
         program.chmod(0o755)
         monkeypatch.setattr(trials.sys, "executable", str(program))
@@ -118,6 +123,25 @@ def test_learning_that_misses_one(train_command):
     result = runner.invoke(app, [*train_command(reward_last=0.3), "--seeds", "0"])
     assert result.exit_code == 1
     assert "missed" in result.output
+
+
+def test_learning_compares_variants_and_draws_them(train_command, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "plot_learning", lambda curves, path: drawn.update(curves))
+    # A target that each run misses: variants are held against each other.
+    command = [*train_command(reward_last=0.3), "--png", str(tmp_path / "rewards.png")]
+    command += ["--variant", "as it is:", "--variant", "no learning: trainer.learning_rate=0"]
+    result = runner.invoke(app, [*command, "--seeds", "0,7"])
+    assert result.exit_code == 0, result.output
+    assert drawn == {"as it is": [[(1, 0.9)]] * 2, "no learning": [[(1, 0.1)]] * 2}
+    assert "missed" not in result.output
+    assert result.output.count("no learning") == 2
+
+
+def test_a_variant_without_a_name(train_command):
+    result = runner.invoke(app, [*train_command(), "--variant", "sync.noise=null"])
+    assert result.exit_code == 2
+    assert "names no variant" in result.output
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):

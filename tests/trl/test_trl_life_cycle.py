@@ -4,11 +4,13 @@ training is refused before its first step. All of them share an engine for each 
 from __future__ import annotations
 
 import os
+import threading
 from itertools import count
 
 import pytest
 from support.trainers import ENGINE, build_trainer, save_policy, varied
 from support.witness import Witness
+from transformers import TrainerCallback
 
 from qerl_sync import SyncError, WeightSyncCallback
 
@@ -63,9 +65,10 @@ def train(policy, tmp_path):
         float32=False,
         reward=varied,
         begin=lambda trainer: None,
+        when="lazy",
         **changes,
     ):
-        callback = WeightSyncCallback(engine=ENGINE | (engine or {}), verify="checksum")
+        callback = WeightSyncCallback(engine=ENGINE | (engine or {}), verify="checksum", when=when)
         witness = Witness(float32=float32)
         with witness.watching():
             witness.trainer = build_trainer(
@@ -74,9 +77,7 @@ def train(policy, tmp_path):
                 [callback],
                 model=model,
                 reward=reward,
-                max_steps=3,
-                learning_rate=LEARNING_RATE,
-                **changes,
+                **{"max_steps": 3, "learning_rate": LEARNING_RATE} | changes,
             )
             begin(witness.trainer)
             witness.trainer.train()
@@ -109,6 +110,64 @@ def test_what_trl_can_be_told_leaves_the_engine_right(train, changes):
     _, callback, witness = train(**changes)
     assert_right(witness)
     assert all(report.prediction_exact for report in callback.reports)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ahead"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 4, "max_steps": 6}, [2, 3, 4, 5]),
+        # Completions at the steps 0, 2, 4, 6: the first two tell how often they are made.
+        ({"steps_per_generation": 2, "max_steps": 8}, [4, 6]),
+    ],
+    ids=["each step", "every second step"],
+)
+def test_eager_syncs_are_there_when_trl_asks(train, changes, ahead):
+    _, callback, witness = train(when="eager", **changes)
+    assert_right(witness)
+    assert [one.step for one in callback.reports if "waited" in one.seconds] == ahead
+    # The last is for the evaluation after training, which may have brought back the best model.
+    steps = [one.step for one in callback.reports][:-1]
+    assert steps == sorted(set(steps)), "a step was synced twice"
+    assert all(report.prediction_exact for report in callback.reports)
+
+
+def test_an_eager_sync_that_fails_ends_the_training(train):
+    def spoil_at_step_2(trainer):
+        class Spoil(TrainerCallback):
+            def on_optimizer_step(self, args, state, control, model, **others):
+                if state.global_step == 1:  # the second step is being made
+                    next(model.parameters()).data.fill_(float("nan"))
+
+        trainer.add_callback(Spoil())
+
+    with pytest.raises(SyncError, match="NaN"):
+        train(when="eager", max_steps=6, begin=spoil_at_step_2)
+
+
+def test_the_optimizer_waits_for_an_eager_sync(train, monkeypatch):
+    trainer, callback, _ = train(when="eager", max_steps=4)
+    sent, stepped = threading.Event(), threading.Event()
+    push = callback.session.push
+
+    def slow(**options):
+        assert sent.wait(60)
+        return push(**options)
+
+    monkeypatch.setattr(callback.session, "push", slow)
+    callback._begin_ahead(step=4)
+    hook = (trainer.args, trainer.state, trainer.control)
+
+    def step():
+        callback.on_pre_optimizer_step(*hook)
+        stepped.set()
+
+    optimizer = threading.Thread(target=step)
+    optimizer.start()
+    assert not stepped.wait(0.5)
+    sent.set()
+    optimizer.join(60)
+    assert stepped.is_set()
+    assert callback.reports[-1].seconds["waited"] > 0
 
 
 def test_the_best_model_is_what_the_engine_evaluates(train):

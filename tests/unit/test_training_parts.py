@@ -30,7 +30,7 @@ from qerl_sync.training.data import addition_rows, load_data
 from qerl_sync.training.directory import RunDirectory
 from qerl_sync.training.display import Display
 from qerl_sync.training.rewards import exact_match, final_number, resolve_reward
-from qerl_sync.training.trials import Targets
+from qerl_sync.training.trials import Targets, Trial
 
 # ------------------------------------------------------------------------------------------ data
 
@@ -435,8 +435,9 @@ def printed(table, width=80) -> str:
 @pytest.mark.parametrize("width", [80, 120])
 def test_tables_fit_the_terminal(width):
     summary = summary_of(log([0.1, 0.9]), [sync(0, sent_bytes=10**13)])
-    missed = {0: [], 10: Targets().missed(summary)}
-    for table in (summary_table(summary), trials_table({0: summary, 10: summary}, missed)):
+    missed = [[], Targets().missed(summary)]
+    trials = [Trial("", 0, summary, Path()), Trial("", 10, summary, Path())]
+    for table in (summary_table(summary), trials_table(trials, missed)):
         lines = printed(table, width).splitlines()
         assert max(map(len, lines)) <= width
     assert "exact" in printed(summary_table(summary))

@@ -109,11 +109,18 @@ class PoolSyncCallback(WeightSyncCallback):
         require_attributes(trainer, OF_TRAINER, trainer)
         require_attributes(generation, OF_GENERATION, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
+        if self._max_staleness and self.config.when == "eager":
+            raise ConfigError(
+                f"sync.when: eager: with max_staleness={self._max_staleness} actors generate "
+                "beside the trainer, and such a sync would come in between; choose sync.when: "
+                "lazy, or max_staleness=0"
+            )
+        self._eager = self._new_eager(trainer, num_processes=1)
         transport = llm.pool.transport(self.config)
         self.session = SyncSession(
             make_source(model, self.config, transport),
             transport,
-            self.config,
+            self._session_config,
             trained=trainer.model.named_parameters,
             probe=probe_of(model),
             observers=[RayMetrics()],
