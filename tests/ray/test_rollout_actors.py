@@ -7,6 +7,7 @@ import runpy
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from qerl_sync import (
     TrainerActor,
     TransportError,
     WorkerPool,
+    noise_of,
 )
 from qerl_sync.engines.ray_actor import require_object_store
 from qerl_sync.errors import AgreementError, CoverageError
@@ -98,6 +100,24 @@ def test_every_actor_holds_what_an_engine_started_with_the_weights_holds(
         assert len(report.workers) == 2
         assert not report.lost
         assert report.transport.startswith("shm: ")
+
+
+def test_all_actors_get_the_same_noise(rollouts: Rollouts, push: Any):
+    noise = {"preset": "section-4.1", "intervals": 2, "steps": 2}
+    push(1, noise=noise)
+    assert rollouts.fingerprints() == [rollouts.started_with[1]] * 2
+    report = push.session().push(step=1)
+    assert report.noise["sigma"] == 5e-2
+    noisy, other = rollouts.fingerprints()
+    assert noisy == other
+    assert noisy != rollouts.started_with[1]
+    # The same as what a trainer with such norms would have sent.
+    with_noise = deepcopy(rollouts.trainers[1])
+    with torch.no_grad():
+        for name, drawn in noise_of(report).items():
+            with_noise.get_parameter(name).add_(drawn)
+    push(1, HFSource(with_noise))
+    assert rollouts.fingerprints() == [noisy] * 2
 
 
 def test_each_rollout_says_which_version_and_which_worker_it_comes_from(

@@ -38,3 +38,11 @@ def test_a_rank_holds_no_more_than_the_chunks_in_flight(told, way):
         in_flight = 2 if way == "tcp" else 1
         assert 0 < one["peak"] <= in_flight * one["largest chunk"]
         assert one["left"] == 0
+
+
+def test_all_ranks_engines_get_the_same_noise(told):
+    """Each rank adds it to what it gathers, for its own engine."""
+    assert told[0]["noise"] == told[1]["noise"]
+    assert told[0]["noise"]["held"]
+    # Nothing but the norms differs from what is without noise.
+    assert told[0]["noise"]["different"] == told[0]["noise"]["names"] > 0

@@ -22,6 +22,7 @@ from qerl_sync import (
     RemoteTransport,
     SyncConfig,
     SyncSession,
+    noise_of,
 )
 from qerl_sync.sources.sharded import ShardedSource
 from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
@@ -133,6 +134,20 @@ def main(directory: str) -> None:
         own = RemoteTransport(LLMClient(engine), transport=carrier) if leads else None
         said[carrier] = outcome(LedTransport(own, ranks), model, leads)
         reset()
+    noise = {"preset": "section-4.1", "intervals": 2, "steps": 2, "seed": 7}
+    noisy = SyncConfig.of(chunk_bytes=CHUNK_BYTES, noise=noise)
+    joint = JointTransport(InProcessTransport(engine), ranks)
+    with SyncSession(ShardedSource(model), joint, noisy) as session:
+        drawn = noise_of(session.push(step=1))
+    clean = dict(trainers[NEW].named_parameters())
+    held = dict(model_of(engine).named_parameters())
+    said["noise"] = {
+        "names": len(drawn),
+        "held": all(torch.equal(held[name], clean[name] + drawn[name]) for name in drawn),
+        "different": len(difference(fingerprint(model_of(engine)), right)),
+        "sum": sum(float(each.double().sum()) for each in drawn.values()),
+    }
+    reset()
     # DDP leaves parameters whole: every rank has what the others have.
     ddp = torch.nn.parallel.DistributedDataParallel(make_model("moe", NEW)).module
     said["ddp"] = outcome(JointTransport(InProcessTransport(engine), ranks), ddp, True)

@@ -67,7 +67,7 @@ def test_only_the_adapter_travels_and_every_request_gets_it(lora_engine, name, t
         assert report.num_chunks > 1
 
 
-@pytest.mark.parametrize("name", ["own process", "tensor parallel"])
+@pytest.mark.parametrize("name", KINDS)
 def test_all_workers_get_the_same_noise(lora_engine, name):
     engine = lora_engine(name)
     policy = make_policy(seed=3)
