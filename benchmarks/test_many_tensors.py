@@ -65,10 +65,15 @@ def test_very_many_tensors(tmp_path: Path) -> None:
         for _ in range(ROUNDS):
             for name, (session, parts, tensors) in runs.items():
                 seconds[f"{name}, sync"].append(session.push().seconds["total"])
-                started = time.perf_counter()
                 with compat.loading_context(parts.vllm_config):
+                    started = time.perf_counter()
                     parts.model.load_weights(iter(tensors))  # type: ignore[operator]
-                seconds[f"{name}, vLLM's load_weights"].append(time.perf_counter() - started)
+                    seconds[f"{name}, vLLM's load_weights"].append(time.perf_counter() - started)
+                    started = time.perf_counter()
+                    compat.begin_reload(parts.model)
+                    parts.model.load_weights(iter(tensors))  # type: ignore[operator]
+                    compat.finish_reload(parts.model, parts.vllm_config)
+                    seconds[f"{name}, vLLM's reload"].append(time.perf_counter() - started)
     medians = {name: statistics.median(found) for name, found in seconds.items()}
     for name, (count, nbytes) in sizes.items():
         print(f"\n{name}: {count:,} tensors, {nbytes / 1e6:,.0f} MB", end="")
@@ -77,7 +82,9 @@ def test_very_many_tensors(tmp_path: Path) -> None:
     many, few = sizes["many"][0], sizes["few"][0]
     assert many >= 65_000
     assert few <= 320
-    ours, own = medians["many, sync"], medians["many, vLLM's load_weights"]
-    ratio = ours / medians["few, sync"]
-    print(f"\nmany / few: {ratio:.1f}; many, sync / vLLM's load_weights: {ours / own:.2f}")
-    assert ours / own < 2.0  # holds on a busy machine, too
+    own, few_own = (medians[f"{name}, vLLM's reload"] for name in ("many", "few"))
+    print(f"\nmany / few, sync: {medians['many, sync'] / medians['few, sync']:.1f}", end="")
+    print(f"; vLLM's reload: {own / few_own:.1f}", end="")
+    print(f"\nmany, sync / vLLM's reload: {medians['many, sync'] / own:.2f}")
+    # vLLM's own processing of CPU experts is layerwise. Holds on a busy machine, too.
+    assert medians["many, sync"] / own < 2.0
