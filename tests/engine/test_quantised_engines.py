@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.engines import NEW, OLD, generate
 from support.models import make_model, save_model
 from support.syncs import push, session
@@ -10,6 +11,7 @@ from support.syncs import push, session
 from qerl_sync import ConfigError, HFSource, InProcessTransport, SyncConfig, SyncSession
 from qerl_sync.errors import CoverageError
 from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.load.receiver import Receiver
 
 pytestmark = pytest.mark.vllm
 
@@ -56,3 +58,20 @@ def test_a_sync_that_leaves_a_layer_in_high_precision_fails(subject, monkeypatch
             sync.push()
     layer.weight.data = own
     assert caught.value.layer == path
+
+
+@pytest.mark.parametrize(("tiles", "half"), [(True, False), (True, True), (False, False)])
+def test_a_cpu_that_multiplies_fp8_by_a_reference_loop_is_warned_of(
+    subject, monkeypatch, caplog, tiles, half
+):
+    one = subject("dense", "fp8")
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: half)
+    receiver = Receiver(compat.in_process_parts(one.engine))
+    receiver._state.quantised = None  # as before the first sync
+    receiver.layer_map(HFSource(one.trainers[NEW]).metadata())
+    warned = [r.getMessage() for r in caplog.records if "reference loop" in r.getMessage()]
+    assert bool(warned) == (tiles and not half)
+    if warned:
+        assert "self_attn.qkv_proj" in warned[0]
+        assert 'quantization="fp8_per_block"' in warned[0]

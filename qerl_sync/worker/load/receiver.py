@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,8 @@ from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.rollback import Rollback
 from qerl_sync.worker.load.spill import SpillBuffer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -178,6 +181,14 @@ class Receiver:
         scheme = self._config.model_config.quantization
         if self._state.quantised is None:
             self._state.quantised = quantisation.quantised_layers(self.model)
+            if self._state.quantised and (slow := quantisation.slow_layer(self.model)):
+                logger.warning(
+                    "this engine will generate several hundred times slower than it could: for the "
+                    "fp8 products of %s and others, torch takes a reference loop of oneDNN on a "
+                    'CPU with AMX but without AMX-FP16. Choose quantization="fp8_per_block", which '
+                    "has a kernel of its own there",
+                    slow,
+                )
         if scheme is not None and not self._state.quantised:
             reasons = self.quantisation["high_precision"]
             layer, why = next(iter(reasons.items()), ("none", "it has no such layer"))
