@@ -15,18 +15,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.errors import ConfigError, SyncError
-from qerl_sync.plan.checkpoint import Checkpoint
+from qerl_sync.errors import ConfigError, LayerMapError, SyncError
+from qerl_sync.plan.checkpoint import Checkpoint, Expected
 from qerl_sync.plan.offline_map import OfflineMap
 from qerl_sync.plan.recorded_map import recorded_maps
 
 if TYPE_CHECKING:
     import torch
+
+    from qerl_sync.meta import ParamMeta
+    from qerl_sync.plan.layer_map import LayerMap
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,14 +63,14 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
     with _model_directory(checkpoint) as directory:
         # First, since vLLM puts configuration classes of its own in transformers' place.
         with _timed(seconds, "imports"):
-            from qerl_sync.sources.hf import HFSource
+            import qerl_sync.sources.hf  # noqa: F401  its time is an import's
 
             build = trainer_model(directory, dtype, trust=bool(engine.get("trust_remote_code")))
         with _timed(seconds, "names"):
-            expected = checkpoint.held_against(HFSource(build()).metadata())
+            streams = possible_streams(build(), checkpoint)
         if architecture := request.get("recorded"):
             version, maps = recorded_maps()
-            layer_map = maps[architecture].layer_map(expected.metas)
+            expected, layer_map = _first_that_lands(streams, maps[architecture].layer_map)
             return OfflineMap(
                 expected.metas, layer_map, "recorded", version, expected.note, seconds
             )
@@ -81,7 +84,8 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
             config = compat_offline.engine_config(directory, engine)
         with _timed(seconds, "build"), compat_offline.meta_model(config) as parts:
             built = time.perf_counter()
-            layer_map = observe_layer_map(parts.model, parts.vllm_config, expected.metas)
+            observed = partial(observe_layer_map, parts.model, parts.vllm_config)
+            expected, layer_map = _first_that_lands(streams, observed)
             seconds["probe"] = time.perf_counter() - built
     seconds["build"] -= seconds["probe"]
     return OfflineMap(expected.metas, layer_map, "probe", version, expected.note, seconds)
@@ -133,6 +137,48 @@ def trainer_model(
             return model
 
     return build
+
+
+def possible_streams(model: torch.nn.Module, checkpoint: Checkpoint) -> list[Expected]:
+    """Return what a trainer of this model may send, as far as the files agree.
+
+    transformers writes a prefix before some names (`vision_model` in LLaVA's tower) only if the
+    files that it loaded had it. Without files it may be either.
+
+    Raises:
+        ConfigError: the files agree with neither.
+    """
+    from qerl_sync.sources.hf import HFSource
+
+    streams = [HFSource(model).metadata()]
+    with suppress(ImportError):  # transformers 4 keeps parameters as they are in checkpoints
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+        if (other := HFSource(model).metadata()) != streams[0]:
+            streams.append(other)
+    found, errors = [], []
+    for metas in streams:
+        try:
+            found.append(checkpoint.held_against(metas))
+        except ConfigError as exc:  # noqa: PERF203  two at most
+            errors.append(exc)
+    if not found:
+        raise errors[0]
+    return found
+
+
+def _first_that_lands(
+    streams: Sequence[Expected], layer_map: Callable[[list[ParamMeta]], LayerMap]
+) -> tuple[Expected, LayerMap]:
+    """Return the first stream that the model takes, with its layer map. Raises LayerMapError."""
+    errors = []
+    for stream in streams:
+        try:
+            return stream, layer_map(stream.metas)
+        except LayerMapError as exc:  # noqa: PERF203  two at most
+            errors.append(exc)
+    raise errors[0]
 
 
 @contextmanager

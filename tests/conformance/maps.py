@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from conformance.families import architectures, small_config
+from conformance.processors import save_processor
 from qerl_sync.errors import SyncError
-from qerl_sync.plan.checkpoint import Checkpoint
+from qerl_sync.plan.checkpoint import read_checkpoint
 from qerl_sync.plan.offline_map import OfflineMap
 from qerl_sync.plan.recorded_map import (
     FILE,
@@ -71,10 +74,16 @@ def observed(architecture: str, sizes: Mapping[str, Any]) -> OfflineMap:
     """
     from qerl_sync.offline.program import observe
 
-    config = json.loads(small_config(architecture, sizes).to_json_string())
-    checkpoint = Checkpoint(Path(architecture), config, [], metas=None, names_by_offset=None)
-    request = {"checkpoint": checkpoint.to_json(), "engine": ENGINE, "dtype": "float32"}
-    return observe(request)
+    config = small_config(architecture, sizes)
+    with tempfile.TemporaryDirectory() as directory:
+        config.save_pretrained(directory)
+        arguments = {}
+        with suppress(ImportError, TypeError):  # of a package that is missing
+            arguments = save_processor(config, Path(directory))
+        checkpoint = read_checkpoint(directory)
+        engine = {**ENGINE, **arguments, "skip_tokenizer_init": True}
+        request = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": "float32"}
+        return observe(request)
 
 
 def learnt(seen: OfflineMap) -> RecordedMap:

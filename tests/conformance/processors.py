@@ -20,15 +20,21 @@ PIXELS = SIDE * SIDE
 
 def save(model: Any, directory: Path) -> dict[str, Any]:
     """Write a checkpoint, with a processor if vLLM wants one. Return an engine's arguments."""
+    model.save_pretrained(directory)
+    return save_processor(model.config, directory)
+
+
+def save_processor(config: Any, directory: Path) -> dict[str, Any]:
+    """Write the processor that vLLM wants beside this configuration, if any. Return an engine's
+    arguments."""
     import transformers
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
     from vllm.model_executor.models.registry import _MULTIMODAL_MODELS
 
-    architecture = model.config.architectures[0]
-    model.save_pretrained(directory)
+    architecture = config.architectures[0]
     if architecture not in _MULTIMODAL_MODELS:
         return {}
-    kind = model.config.model_type
+    kind = config.model_type
     arguments = {"skip_tokenizer_init": False, "skip_mm_profiling": True, "max_model_len": 512}
     name = PROCESSOR_MAPPING_NAMES.get(PARTS_OF.get(kind, kind))
     if name is None:

@@ -370,6 +370,44 @@ def test_a_checkpoint_is_planned_in_the_dtype_of_its_config_unless_told(tmp_path
     assert {meta.dtype for meta in planned()} == {"float16"}
 
 
+def test_a_prefix_is_planned_for_where_the_files_have_it(tmp_path):
+    """LLaVA's on the hub have `vision_model` in names; transformers writes it back if it was there.
+    vLLM takes no others."""
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    from qerl_sync import HFSource
+    from qerl_sync.offline.program import possible_streams, trainer_model
+
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = transformers.LlavaConfig(
+        vision_config={**small, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+        text_config={**small, "num_attention_heads": 2, "vocab_size": 99, "model_type": "llama"},
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+
+    def planned():
+        built = trainer_model(str(tmp_path), "float32", trust=False)()
+        return [one.metas for one in possible_streams(built, read_checkpoint(tmp_path))]
+
+    # Files without the prefix.
+    assert planned() == [HFSource(model).metadata()]
+    tower = "vision_tower."
+    assert any(name.startswith(f"{tower}embeddings") for name in stored)
+    prefixed = {name.replace(tower, f"{tower}vision_model."): t for name, t in stored.items()}
+    save_file(prefixed, tmp_path / "model.safetensors", {"format": "pt"})
+    # Files with it.
+    loaded = type(model).from_pretrained(tmp_path)
+    (found,) = planned()
+    assert found == HFSource(loaded).metadata()
+    assert {meta.name for meta in found} == set(prefixed)
+    # Without files it may be either.
+    (tmp_path / "model.safetensors").unlink()
+    assert sorted(planned(), key=len) == [HFSource(model).metadata(), found]
+
+
 # ----------------------------------------------------------------------------------- the cache
 
 
