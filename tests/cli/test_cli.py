@@ -101,7 +101,7 @@ def train_command(tmp_path, monkeypatch):
         program.write_text(
             '#!/bin/sh\nfor last; do :; done\nmkdir -p "$last"\n'
             f"echo '{summary}' > \"$last/summary.json\"\n"
-            'echo "{}" > "$last/config.json"\n'
+            """echo '{"seed": 0}' > "$last/config.json"\n"""
             # A first step that depends on what the run was told to change.
             'case "$*" in *learning_rate=0*) reward=0.1;; *) reward=0.9;; esac\n'
             """printf '{"step": 1, "reward": %s}\\n' $reward > "$last/log.jsonl"\n"""
