@@ -70,11 +70,16 @@ class EagerSync:
         Raises:
             what the sync raised.
         """
-        begun, self._begun = self._begun, None
+        begun = self._begun
         if begun is None:
             return None
         started = time.perf_counter()
-        report = begun.report.result()
+        try:
+            report = begun.report.result()
+        finally:
+            # After a Ctrl-C it may still run, and whoever comes next must wait for it too.
+            if begun.report.done():
+                self._begun = None
         waited = time.perf_counter() - started
         return (
             replace(report, seconds={**report.seconds, "waited": waited}),

@@ -1,5 +1,6 @@
 """When a sync is begun ahead of TRL's asking, and when that is refused."""
 
+import threading
 import time
 from types import SimpleNamespace
 
@@ -72,6 +73,27 @@ def test_what_the_sync_raised_is_raised_once(eager):
     with pytest.raises(PlanError, match="no plan"):
         eager.conclude()
     assert eager.conclude() is None
+
+
+def test_a_sync_that_an_interrupt_leaves_running_is_waited_for_by_the_next(eager, monkeypatch):
+    go = threading.Event()
+
+    def push():
+        assert go.wait(60)
+        return report()
+
+    begin(eager, push, step=3)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(eager._begun.report, "result", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            eager.conclude()
+    assert not eager.is_next(4), "it is still under way"
+    go.set()
+    assert eager.conclude()[1] == 3
 
 
 @pytest.mark.parametrize(
