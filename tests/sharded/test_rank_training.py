@@ -128,7 +128,7 @@ def test_two_processes_train_one_sharded_model_and_stop_together(tmp_path):
 
     # torchrun passes SIGTERM on. Both finish the same step and save it, and rank 0 reports.
     program = ["-m", "qerl_sync.cli", "train", CONFIG, *SHORT, "--output-dir", str(tmp_path)]
-    more = ["trainer.max_steps=100", "--resume"]
+    more = [*LONG_STEPS, "trainer.max_steps=100", "--resume"]
     done = torchrun(*program, *more, terminate_at="training 10/100")
     assert "stopped before the end; --resume goes on" in done.stdout, done.stdout + done.stderr
     assert "error:" not in done.stderr
