@@ -597,12 +597,13 @@ class SyncSession:
             if self._transport.by_reference:  # what the source holds anyway is not free, and counts
                 budget_bytes += self._source.resident_bytes()
         self.plan = None
+        storages = self._transport.storages = self.storages()
         plan = build_plan(
             metas,
             layer_map,
             self._config.policy,
             chunk_bytes=self.chunk_bytes,
-            storages=self.storages(),
+            storages=storages,
             budget_bytes=budget_bytes,
             spill_budget_bytes=self._config.spill_budget_bytes,
             spill_directory=self._config.spill_directory,
@@ -616,7 +617,7 @@ class SyncSession:
                 "the worker, or warn; or give the source a method tensor(name)"
             )
         diagnosis = diagnose(
-            plan.load_metas, plan.predicted, layer_map, self.storages(), plan.budget_bytes
+            plan.load_metas, plan.predicted, layer_map, storages, plan.budget_bytes
         )
         if diagnosis is not None and plan.digest not in self._warned:
             text = diagnosis.text(self._config.source_order)

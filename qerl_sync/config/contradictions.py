@@ -47,8 +47,9 @@ HUB_OPTIONS = {"split": "train", "subset": None}
 FILE_OPTIONS = {"prompt_column": "prompt", "answer_column": "answer"}
 # Engine arguments on which TRL relies while the engine shares its process.
 TRLS_IN_PROCESS = {
-    "tensor_parallel_size": "the trainer is one process, and so must the engine be; set "
-    "`rollout.mode` to subprocess or server",
+    "tensor_parallel_size": "the engine is in the trainer's processes; set "
+    "`trainer.vllm_tensor_parallel_size`, and start as many of them, or set `rollout.mode` to "
+    "subprocess or server",
     "distributed_executor_backend": "is TRL's: in colocate mode it must stay as it is",
 }
 

@@ -40,6 +40,7 @@ from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.telemetry.files import LOG, append_line
 from qerl_sync.transports.joint import TrainerRanks
+from qerl_sync.worker.compat import cpu_segments
 
 __all__ = ["WeightSyncCallback", "engine_arguments", "metrics", "without_nccl"]
 
@@ -73,7 +74,8 @@ class WeightSyncCallback(TrainerCallback):
 
     In several processes (torchrun, accelerate) make one in each, and close all of them: sharded
     models (FSDP2) are gathered by all. With a server the main process sends, and the others learn
-    the outcome; colocated, each has an engine of its own. A sync that fails in one fails in all.
+    the outcome; colocated, each has an engine of its own, or `vllm_tensor_parallel_size` of them
+    have one together. A sync that fails in one fails in all.
 
     Args:
         config: the `sync` section; alternatively its fields as keyword arguments.
@@ -154,8 +156,10 @@ class WeightSyncCallback(TrainerCallback):
             )
         if not served:
             # Before processes build an engine together that none of them could sync.
-            _refuse_tensor_parallel(trainer, getattr(args, "vllm_tensor_parallel_size", 1))
-            several = getattr(trainer.accelerator, "num_processes", 1) > 1
+            num_processes = getattr(trainer.accelerator, "num_processes", 1)
+            size = getattr(args, "vllm_tensor_parallel_size", 1)
+            self._refuse_shared_engine(size, num_processes)
+            several = num_processes > 1
             needed = adapter_arguments(trainer.model, self.config, several_ranks=several)
             self._engine = {**needed, **self._engine}
         self._stop_waiting()
@@ -177,7 +181,8 @@ class WeightSyncCallback(TrainerCallback):
             arguments: vLLM engine arguments, over the class's `engine`.
 
         Raises:
-            ConfigError: vLLM's engine has no such argument.
+            ConfigError: vLLM's engine has no such argument; or another tensor parallel engine of
+                this machine, or what is left of one, is in its way.
             CompatError: the installed TRL does not do these things where this expects them.
         """
         self._engine |= arguments
@@ -186,7 +191,7 @@ class WeightSyncCallback(TrainerCallback):
         if self._in_own_process or self.config.transport in ("cuda_ipc", "shm", "tcp"):
             arguments = {"weight_transfer_config": {"backend": BACKEND}, **arguments}
         place = own_process() if self._in_own_process else without_nccl()
-        with place, engine_arguments(**arguments):
+        with place, engine_arguments(**arguments), cpu_segments.leftovers_explained():
             yield
 
     def bind(self, trainer: Any) -> WeightSyncCallback:
@@ -226,18 +231,57 @@ class WeightSyncCallback(TrainerCallback):
         return self.config.model_copy(update={"when": "lazy"})
 
     def _new_session(self, trainer: Any, generation: Any) -> SyncSession:
+        colocated = generation.mode == "colocate"
+        if colocated:
+            num_processes = trainer.accelerator.num_processes
+            self._refuse_shared_engine(generation.tensor_parallel_size, num_processes)
+        _refuse_to_wake(self.config, generation)
         model = trainer.accelerator.unwrap_model(trainer.model)
         given = {
             "ranks": self._ranks,
             "trained": trainer.model.named_parameters,
             "probe": probe_of(model),
         }
-        _refuse_to_wake(self.config, generation)
-        if generation.mode == "colocate":
+        if colocated:
             return make_session(model, self._session_config, llm=generation.llm, **given)
         main = trainer.accelerator.is_main_process
         url = _server_of(generation.vllm_client) if main else ""
         return make_session(model, self._session_config, server_url=url, **given)
+
+    def _refuse_shared_engine(self, size: int, num_processes: int) -> None:
+        """Refuse a colocated engine of `size` tensor parallel workers that would not have one in
+        each of `size` trainer processes."""
+        asked, transport = f"vllm_tensor_parallel_size={size}", self.config.transport
+        given = self._engine.get("tensor_parallel_size", size)
+        if self._in_own_process and size == 1:
+            return  # such an engine has all of its workers, however many, in its own processes
+        if given != size:
+            why = (
+                f"TRL distributes prompts by {asked}, and `engine` has {given}; leave it out there"
+            )
+        elif size == 1:
+            return
+        elif self._in_own_process:
+            why = (
+                f"{asked} is for an engine in the trainer's processes; set it to 1, and with "
+                f'in_own_process=True engine={{"tensor_parallel_size": {size}}}'
+            )
+        elif transport not in ("auto", "inproc"):
+            why = (
+                f"sync.transport: {transport} is for workers in other processes, and {asked} has "
+                "one in each of the trainer's; choose auto"
+            )
+        elif num_processes % size:
+            why = (
+                f"{asked} is one engine with a worker in each of {size} trainer processes, and "
+                f"this run has {num_processes}; start it with torchrun --nproc_per_node {size}"
+            )
+        else:
+            return
+        raise ConfigError(
+            f'{why}. Or start a server (vllm_mode="server"), whose engine may be tensor parallel',
+            tensor_parallel_size=size,
+        )
 
     def _refuse_another(self, trainer: Any) -> None:
         if None not in (self._trainer, trainer) and self._trainer is not trainer:
@@ -523,20 +567,7 @@ def _generation(trainer: Any) -> Any:
 
         require_attributes(generation, ("_llm_weights_sleeping",), trainer)
         require_attributes(vllm_generation, ("empty_cache",), trainer)
-    if generation.mode == "colocate":
-        _refuse_tensor_parallel(trainer, generation.tensor_parallel_size)
     return generation
-
-
-def _refuse_tensor_parallel(trainer: Any, size: int) -> None:
-    if size != 1:
-        raise ConfigError(
-            f"this {type(trainer).__name__} has vllm_tensor_parallel_size={size}: one "
-            "colocated engine spread over several processes, which this callback does not sync. "
-            "Set vllm_tensor_parallel_size=1, for an engine in each process, or start a server "
-            '(vllm_mode="server"), whose engine may be tensor parallel',
-            tensor_parallel_size=size,
-        )
 
 
 def _why_not(trainer: Any) -> str:

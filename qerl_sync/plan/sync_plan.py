@@ -20,7 +20,7 @@ from qerl_sync.plan.chunks import Chunk as Chunk
 from qerl_sync.plan.chunks import cut_anywhere, cut_between_layers
 from qerl_sync.plan.layer_map import LayerMap, Loading
 from qerl_sync.plan.policies import as_given, by_parent_layer
-from qerl_sync.plan.simulator import Simulator
+from qerl_sync.plan.simulator import Simulator, replay
 from qerl_sync.plan.spill import CHUNK_BYTES, Spill, plan_spill
 
 PLAN_FORMAT = 1
@@ -120,6 +120,24 @@ class SyncPlan:
             return [0] * len(self.chunks)
         staged = self.spill.staged_bytes(self.base_metas, self.base_chunk_lengths)
         return staged + [0] * (len(self.chunks) - len(staged))
+
+    def predicted_with(
+        self, layer_map: LayerMap, storages: Mapping[str, Storage] | None = None
+    ) -> Trace:
+        """Return the predicted trace of a worker with that layer map: where the plan was made for
+        several workers, each may hold another part of the model.
+
+        Args:
+            storages: as in `build_plan`.
+        """
+        if layer_map.digest == self.layer_map_digest:
+            return self.predicted
+        arrived = dict(storages or {})
+        # Staged tensors are copies: they do not keep the source's storages alive.
+        staged = self.spill.staged(self.base_chunk_lengths) if self.spill else ()
+        for place in staged:
+            arrived.pop(self.metas[place].name, None)
+        return replay(self.load_metas, layer_map, arrived)
 
     @property
     def chunk_lengths(self) -> list[int]:

@@ -7,14 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from qerl_sync.buffers.detect import storages_of
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck
-from qerl_sync.sources.hf import HFSource, refused_sharding, sharding_of
+from qerl_sync.sources.hf import HFSource, refused_sharding, reshard, sharding_of
 from qerl_sync.sources.lora import AdapterSource
 from qerl_sync.sources.peft import PEFTSource
 
@@ -36,11 +35,8 @@ class _Gathered(HFSource):
         super().__init__(model, **options)
 
     def metadata(self) -> list[ParamMeta]:
-        # A forward pass leaves FSDP2's root gathered: then its parameters are plain tensors, in the
-        # dtype of the computation, and not those that the optimizer steps.
-        for module in self._wrapped.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+        # What a forward pass has left gathered are plain tensors, in the dtype of the computation.
+        reshard(self._wrapped)
         return super().metadata()
 
     def resident_bytes(self) -> int:

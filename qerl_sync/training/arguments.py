@@ -74,9 +74,15 @@ def engine_options(config: TrainConfig, rank: int = 0) -> dict[str, Any]:
 
     Args:
         rank: the trainer rank whose engine it is, where each has one. Engines of one seed would
-            sample the same completions of the same prompt.
+            sample the same completions of the same prompt. Ranks that have one engine together
+            (`vllm_tensor_parallel_size`) must sample the same: they have one seed.
     """
-    defaults = {"dtype": config.model.dtype, "seed": config.seed + rank, "use_tqdm_on_load": False}
+    engine = rank // int(config.trainer.get("vllm_tensor_parallel_size", 1))
+    defaults = {
+        "dtype": config.model.dtype,
+        "seed": config.seed + engine,
+        "use_tqdm_on_load": False,
+    }
     return {**defaults, **config.rollout.engine}
 
 

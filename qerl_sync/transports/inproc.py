@@ -46,6 +46,7 @@ class InProcessTransport(Transport):
     chunk_bytes = None
 
     def __init__(self, llm: Any) -> None:
+        from qerl_sync.worker.compat import cpu_segments
         from qerl_sync.worker.compat import engine as compat
         from qerl_sync.worker.load.receiver import Receiver
 
@@ -54,6 +55,10 @@ class InProcessTransport(Transport):
         self._connector, keeps = connector_of(parts.vllm_config)
         require_emptied(self._connector, keeps)
         self._receiver = Receiver(parts)
+        # vLLM's external launcher: each process has an engine of its own, with one worker of all.
+        self.shares_engine = parts.vllm_config.parallel_config.world_size > 1
+        if self.shares_engine:
+            cpu_segments.unlink_exchange_segments()
         self._committed: int | None = None
 
     @property
@@ -104,7 +109,8 @@ class InProcessTransport(Transport):
             )
         # Between two calls of `generate` only those can be left that a failed one never finished.
         compat.drop_requests(self._llm)
-        self._plan, self._version = plan, options.version
+        self._version = options.version
+        self._predicted = plan.predicted_with(layer_map, self.storages)
         self._receiver.start(plan, layer_map, options)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -125,7 +131,7 @@ class InProcessTransport(Transport):
         report = WorkerReport(
             worker="worker 0",
             trace=trace,
-            predicted=self._plan.predicted,
+            predicted=self._predicted,
             seconds={"verify": self._receiver.verify_seconds},
             peak_staged_bytes=self._receiver.peak_staged_bytes,
             kept_bytes=self._receiver.kept_bytes,

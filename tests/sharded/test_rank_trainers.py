@@ -19,26 +19,36 @@ SERVED = {
 }
 
 
-def assert_synced(told):
+def assert_synced(told, steps=2, sharded=True):
     for rank, one in enumerate(told):
-        assert one["steps"] == [0, 1]
-        assert one["versions"] == [1, 2]
-        assert one["recorded"] == ([1, 2] if rank == 0 else [])
+        versions = list(range(1, steps + 1))
+        assert one["steps"] == list(range(steps))
+        assert one["versions"] == versions
+        assert one["recorded"] == (versions if rank == 0 else [])
         assert one["exact"]
-        assert one["sharded"]
-        assert one["versions after"] == [1, 2, 3]
-    assert told[0]["logged"] == [1, 2]
+        assert one["sharded"] == sharded
+        assert one["versions after"] == [*versions, steps + 1]
+    assert told[0]["logged"] == list(range(1, steps + 1))
     assert told[0]["gap"] <= 1e-5
     assert told[0]["alone"] == "SyncError"
 
 
-def test_each_process_syncs_its_colocated_engine(tmp_path):
+@pytest.mark.parametrize(
+    ("place", "held"),
+    [("colocate", "fsdp2"), ("shared", "fsdp2"), ("shared", "ddp"), ("shared", "lora")],
+)
+def test_each_process_syncs_its_colocated_engine(tmp_path, place, held):
+    """Its own one, or its worker of a tensor parallel one (`shared`)."""
     save_policy(tmp_path / "policy")
     run = tmp_path / "run"
     run.mkdir()
-    told = run_ranks("support.rank_trainers", 2, run, "colocate", seconds=540)
-    assert_synced(told)
-    assert [one["differs"] for one in told] == [[], []]
+    told = run_ranks("support.rank_trainers", 2, run, place, held, seconds=540)
+    assert_synced(told, steps=4 if held == "lora" else 2, sharded=held == "fsdp2")
+    for one in told:
+        assert one["gap before"] > 1e-3, "the last step came after the last sync"
+        assert one["gap after"] <= 1e-5
+    if held != "lora":
+        assert [one["differs"] for one in told] == [[], []]
 
 
 def test_the_main_process_syncs_a_server_for_all(tmp_path):
@@ -47,6 +57,6 @@ def test_the_main_process_syncs_a_server_for_all(tmp_path):
     run.mkdir()
     spec = ServerSpec(str(policy), engine=SERVED)
     with ServerProcess(spec, log=tmp_path / "server.log") as server:
-        told = run_ranks("support.rank_trainers", 2, run, "server", server.url, seconds=400)
+        told = run_ranks("support.rank_trainers", 2, run, server.url, "fsdp2", seconds=400)
     assert_synced(told)
     assert "alone" not in told[1]

@@ -1,4 +1,4 @@
-"""`qerl-sync train` in two processes that torchrun starts: one sharded model, one run."""
+"""`qerl-sync train` in two processes that torchrun or accelerate starts: one model, one run."""
 
 from __future__ import annotations
 
@@ -13,23 +13,32 @@ import pytest
 from safetensors import safe_open
 from support.ranks import import_path
 
-pytestmark = [pytest.mark.dist, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
+from qerl_sync.serving.command import ServerSpec
+from qerl_sync.serving.server import ServerProcess
+
+pytestmark = [pytest.mark.dist, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/grpo_cpu_fsdp2.yaml"
 SHORT = ["trainer.save_steps=2", "warmup.trainer.max_steps=4", "data.size=512"]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = ["accelerate.commands.launch", "--config_file"]
+# Steps that move every weight as far as log-probabilities show.
+LONG_STEPS = ["trainer.max_steps=3", "trainer.warmup_steps=0", "trainer.learning_rate=3e-3"]
+SERVED = {"dtype": "float32", "enforce_eager": True, "max_model_len": 16}
 # The last word differs between the ranks: $RANK is set for each.
 DIFFER = f"exec {sys.executable} -m qerl_sync.cli train {CONFIG} trainer.max_steps=$((3+RANK))"
 
 
-def torchrun(*words: str, terminate_at: str = "") -> subprocess.CompletedProcess[str]:
-    """Run it to its end. On the line with `terminate_at` send SIGTERM to torchrun."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+def launch(
+    launcher: list[str], *words: str, terminate_at: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run it to its end. On the line with `terminate_at` send SIGTERM to the launcher."""
     said = ""
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [*launcher, "--nproc_per_node", "2", *words],
+            [sys.executable, "-m", *launcher, *words],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": import_path(), "GLOO_SOCKET_IFNAME": "lo"},
             stdout=subprocess.PIPE,
@@ -46,31 +55,80 @@ def torchrun(*words: str, terminate_at: str = "") -> subprocess.CompletedProcess
         return subprocess.CompletedProcess(run.args, code, said, errors.read())
 
 
-def train(directory: Path, *words: str) -> str:
+def torchrun(*words: str, terminate_at: str = "") -> subprocess.CompletedProcess[str]:
+    return launch(TORCHRUN, *words, terminate_at=terminate_at)
+
+
+def train(directory: Path, *words: str, launcher: list[str] = TORCHRUN) -> str:
     program = ["-m", "qerl_sync.cli", "train", CONFIG, *SHORT, "--output-dir", str(directory)]
-    done = torchrun(*program, *words)
+    done = launch(launcher, *program, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def test_two_processes_train_one_sharded_model_and_stop_together(tmp_path):
-    said = train(tmp_path, "trainer.max_steps=4")
-    assert said.count("vLLM engine started") == 1
-    assert said.count("report written to") == 1
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["num_steps"] == summary["num_syncs"] == 4
+def assert_synced(directory: Path, steps: int) -> None:
+    """A whole run of so many steps, in which each sync brought something new to the engines."""
+    summary = json.loads((directory / "summary.json").read_text())
+    assert summary["num_steps"] == summary["num_syncs"] == steps
     assert summary["prediction_exact"]
     assert 0 < summary["logprob_gap_max"] <= 1e-5
-    syncs = [json.loads(line) for line in (tmp_path / "syncs.jsonl").read_text().splitlines()]
-    assert [sync["step"] for sync in syncs] == [0, 1, 2, 3]
+    syncs = [json.loads(line) for line in (directory / "syncs.jsonl").read_text().splitlines()]
+    assert [sync["step"] for sync in syncs] == list(range(steps))
+    assert all(sync["changed_tensors"] == sync["num_tensors"] for sync in syncs[1:])
     # accelerate writes this file of a model that it has sharded, and no other.
-    assert (tmp_path / "checkpoint-4" / "pytorch_model_fsdp.bin").exists()
+    assert (directory / f"checkpoint-{steps}" / "pytorch_model_fsdp.bin").exists()
+
+
+def test_each_process_generates_with_an_engine_in_another(tmp_path):
+    said = train(tmp_path, *LONG_STEPS, "rollout.mode=subprocess")
+    assert said.count("vLLM engine started") == 1
+    assert_synced(tmp_path, 3)
+
+
+def test_all_processes_generate_with_one_server(tmp_path):
+    """Which rank 0 starts, or which was there before."""
+    own, served = tmp_path / "own", tmp_path / "served"
+    said = train(own, *LONG_STEPS, "rollout.mode=server")
+    assert said.count("vLLM server started") == 1
+    assert_synced(own, 3)
+    # With the first run's model: every weight of the second's is another.
+    spec = ServerSpec(str(own / "model"), engine=SERVED)
+    with ServerProcess(spec, log=tmp_path / "server.log") as server:
+        url = f"rollout.server_url={server.url}"
+        train(served, *LONG_STEPS, "seed=1", "rollout.mode=server", url, "rollout.engine={}")
+    assert_synced(served, 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "fsdp"),
+    [
+        ("cpu", "true"),
+        ("fsdp2", "false"),  # the file itself says that the model is sharded
+    ],
+)
+def test_accelerate_starts_two_processes_on_a_cpu(tmp_path, file, fsdp):
+    launcher = [*ACCELERATE, f"configs/accelerate/{file}.yaml"]
+    said = train(tmp_path, *LONG_STEPS, f"trainer.fsdp={fsdp}", launcher=launcher)
+    assert said.count("report written to") == 1
+    assert_synced(tmp_path, 3)
+
+
+def test_two_processes_train_with_one_tensor_parallel_engine(tmp_path):
+    train(tmp_path, *LONG_STEPS, "trainer.vllm_tensor_parallel_size=2", "sync.verify=full")
+    assert_synced(tmp_path, 3)
+
+
+def test_two_processes_train_one_sharded_model_and_stop_together(tmp_path):
+    said = train(tmp_path, *LONG_STEPS, "trainer.max_steps=4")
+    assert said.count("vLLM engine started") == 1
+    assert said.count("report written to") == 1
+    assert_synced(tmp_path, 4)
     # Whole; a tied head is written beside the embeddings.
     assert shapes(tmp_path / "model").items() <= shapes(tmp_path / "trained").items()
 
     # torchrun passes SIGTERM on. Both finish the same step and save it, and rank 0 reports.
     program = ["-m", "qerl_sync.cli", "train", CONFIG, *SHORT, "--output-dir", str(tmp_path)]
-    more = ["trainer.max_steps=100", "--resume"]
+    more = [*LONG_STEPS, "trainer.max_steps=100", "--resume"]
     done = torchrun(*program, *more, terminate_at="training 10/100")
     assert "stopped before the end; --resume goes on" in done.stdout, done.stdout + done.stderr
     assert "error:" not in done.stderr

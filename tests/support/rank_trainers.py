@@ -1,6 +1,8 @@
-"""A program for two ranks: TRL's own GRPOTrainer in both, its model sharded in `train()`.
+"""A program for two ranks: TRL's own GRPOTrainer in both.
 
-Arguments: a directory with the policy, then `colocate`, or `server` and its address.
+Arguments: a directory with the policy, where the engine is, and how the model is held. The engine:
+`colocate` (one in each process), `shared` (one, with a tensor parallel worker in each), or the
+address of a server. The model: `fsdp2` (sharded in `train()`), `ddp`, or `lora`.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ from torch.distributed.tensor import DTensor
 
 from qerl_sync import SyncError, WeightSyncCallback
 from qerl_sync.sources.hf import HFSource
+from support.engines import logprob_gap
 from support.fingerprint import difference, fingerprint
 from support.ranks import report
-from support.trainers import ENGINE, build_trainer, gap
+from support.trainers import ENGINE, build_trainer, gap, gap_now
 
 
 def shard_in_train(trainer: Any) -> None:
@@ -47,26 +50,39 @@ def whole_copy(model: Any, path: str) -> Any:
     with torch.no_grad():
         own = dict(copy.named_parameters())
         for name, parameter in model.named_parameters():
-            own[name].copy_(parameter.full_tensor())
+            sharded = isinstance(parameter, DTensor)
+            own[name].copy_(parameter.full_tensor() if sharded else parameter)
     return copy
 
 
-def main(directory: str, mode: str, url: str = "") -> None:
+def main(directory: str, place: str, held: str) -> None:
     torch.set_num_threads(1)
     rank = int(os.environ["RANK"])
     policy = str(Path(directory).parent / "policy")
-    changes: dict[str, Any] = {"vllm_mode": mode, "max_steps": 2, "ddp_backend": "gloo"}
-    if url:
-        changes["vllm_server_base_url"] = url
+    colocated = place in ("colocate", "shared")
+    changes: dict[str, Any] = {"max_steps": 2, "ddp_backend": "gloo"}
+    if place == "shared":
+        changes["vllm_tensor_parallel_size"] = 2
+    if not colocated:
+        changes |= {"vllm_mode": "server", "vllm_server_base_url": place}
+    if held == "lora":
+        from peft import LoraConfig
+
+        changes |= {"learning_rate": 0.02, "max_steps": 4}
+        changes["peft_config"] = LoraConfig(
+            r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
     recorded: list[int] = []
     callback = WeightSyncCallback(
-        engine=None if url else ENGINE,
+        engine=ENGINE if colocated else None,
         recorder=lambda report: recorded.append(report.version),
         timeout_seconds=60,
+        verify="full",
         chunk_bytes=1 << 16,
     )
     trainer = build_trainer(Path(policy), Path(directory) / f"run-{rank}", [callback], **changes)
-    shard_in_train(trainer)
+    if held == "fsdp2":
+        shard_in_train(trainer)
     trainer.train()
     said: dict[str, Any] = {
         "steps": [r.step for r in callback.reports],
@@ -79,25 +95,30 @@ def main(directory: str, mode: str, url: str = "") -> None:
     }
     # Training has ended: the engine is behind. One process alone must not generate, all may.
     generation = trainer.vllm_generation
-    engine = generation.llm if mode == "colocate" else getattr(generation, "vllm_client", None)
+    engine = generation.llm if colocated else getattr(generation, "vllm_client", None)
     if engine is not None:
         try:
             engine.generate([[5, 6]])
         except SyncError as exc:
             said["alone"] = type(exc).__name__
+    if colocated:
+        said["gap before"] = gap_now(trainer)
     generation.generate(prompts=[[5, 6]], images=None, num_generations=1)
     said["versions after"] = [r.version for r in callback.reports]
-    copy = whole_copy(trainer.model, policy)
-    if mode == "colocate":
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    copy = model if held == "lora" else whole_copy(model, policy)
+    if colocated:
+        said["gap after"] = logprob_gap(generation.llm, copy)
+    if colocated and held != "lora":
         # What one process would have sent changes nothing.
         from qerl_sync import InProcessTransport, SyncConfig, SyncSession
         from qerl_sync.worker.compat import engine as compat
 
-        model = compat.in_process_parts(generation.llm).model
-        before = fingerprint(model)
+        served = compat.in_process_parts(generation.llm).model
+        before = fingerprint(served)
         with SyncSession(HFSource(copy), InProcessTransport(generation.llm), SyncConfig()) as own:
             own.push()
-        said["differs"] = difference(fingerprint(model), before)
+        said["differs"] = difference(fingerprint(served), before)
     callback.close()
     report(directory, **said)
     dist.barrier()

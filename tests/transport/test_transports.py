@@ -41,11 +41,11 @@ from qerl_sync import (
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, LayerMapError
 from qerl_sync.meta import ParamMeta
+from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.transports.remote import compatibility as agreement
-from qerl_sync.transports.remote.compatibility import joint_map
 from qerl_sync.wire import host, segments
 from qerl_sync.wire.tokens import TOKEN_VARIABLE
 from qerl_sync.worker.compat import caches

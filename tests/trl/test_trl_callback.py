@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 
 from qerl_sync import ConfigError, SyncConfig, WeightSyncCallback, engine_arguments
 from qerl_sync.errors import CompatError
+from qerl_sync.worker.compat import cpu_segments
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -351,9 +352,20 @@ def as_trainer_calls(trainer):
         ({"engine": {"enforce_eagre": True}}, {}, "did you mean 'enforce_eager'"),
         ({"engine": ENGINE}, {"vllm_mode": "server"}, "qerl-sync serve"),
         ({"in_own_process": True}, {"vllm_mode": "server"}, "qerl-sync serve"),
-        ({}, {"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2"),
+        ({}, {"vllm_tensor_parallel_size": 2}, "this run has 1; start it with torchrun"),
+        ({"in_own_process": True}, {"vllm_tensor_parallel_size": 2}, "set it to 1"),
+        ({"transport": "shm"}, {"vllm_tensor_parallel_size": 2}, "choose auto"),
+        ({"engine": {"tensor_parallel_size": 2}}, {}, "`engine` has 2; leave it out there"),
     ],
-    ids=["typo", "engine of a server", "process of a server", "tensor parallel"],
+    ids=[
+        "typo",
+        "engine of a server",
+        "process of a server",
+        "tensor parallel in one process",
+        "tensor parallel in its own process",
+        "tensor parallel over shared memory",
+        "tensor parallel in its engine alone",
+    ],
 )
 def test_what_it_cannot_serve_is_refused_before_an_engine_is_built(
     policy, tmp_path, options, changes, words
@@ -387,7 +399,7 @@ def colocated(**changes):
     [
         # torch.distributed was not initialized, by which processes would sync together.
         ({"num_processes": 2}, "init_process_group"),
-        ({"tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2"),
+        ({"tensor_parallel_size": 2}, "this run has 1; start it with torchrun"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -442,6 +454,17 @@ def test_options_are_the_fields_of_the_sync_section():
         WeightSyncCallback(dtype="float32", policy="reorder")
     with pytest.raises(ConfigError, match="not both"):
         WeightSyncCallback(SyncConfig(), policy="reorder")
+
+
+def test_what_a_killed_tensor_parallel_engine_has_left_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_segments, "SHARED_MEMORY", tmp_path)
+    left = tmp_path / "-tp:0-[0-1]-cpushm_0"
+    left.touch()
+    with pytest.raises(ConfigError) as raised, WeightSyncCallback().connecting():
+        raise RuntimeError("create shm in SHMManager failed. errno: 17")
+    assert raised.value.files == (str(left),)
+    with pytest.raises(RuntimeError, match="another"), WeightSyncCallback().connecting():
+        raise RuntimeError("another")
 
 
 def test_the_patch_is_taken_back_when_building_fails():

@@ -89,6 +89,9 @@ class PoolSyncCallback(WeightSyncCallback):
         )
         return self.llm
 
+    def _refuse_shared_engine(self, size: int, num_processes: int) -> None:
+        """Refuse nothing: each actor's engine is its own, with as many workers as `engine` says."""
+
     def bind(self, trainer: Any) -> PoolSyncCallback:
         """Bind as the base class does.
 

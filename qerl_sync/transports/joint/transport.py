@@ -14,6 +14,7 @@ from qerl_sync.errors import StaleBaseError, SyncError
 from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
+from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.stopwatch import Span
@@ -35,6 +36,9 @@ class JointTransport(Transport):
 
     A sync that fails on one rank fails on all of them, and poisons all engines that have begun.
 
+    Several ranks may have one engine together, each with a worker of it in its process (vLLM's
+    external launcher, `tensor_parallel_size` > 1). Each then loads its own part of each tensor.
+
     Args:
         own: this rank's way to its engine.
         ranks: all ranks.
@@ -48,6 +52,9 @@ class JointTransport(Transport):
         self.chunk_bytes = own.chunk_bytes or Transport.chunk_bytes
         self.busy_cores = ()
         self.leads = ranks.rank == 0
+        self.shares_engine = own.shares_engine
+        self._own_map: LayerMap | None = None
+        self._committing = False
 
     def together(self) -> AbstractContextManager[None]:
         return self._ranks.together()
@@ -113,6 +120,10 @@ class JointTransport(Transport):
         self._own.source_device = self.source_device
         layer_map = self._own.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
         parts = layer_map.to_json()
+        if self.shares_engine:
+            self._own_map = layer_map
+            of_all = self._ranks.meet("the layer map", parts)
+            return joint_map([LayerMap.from_json(one) for one in of_all])
         self._ranks.require_same(
             "the layer map", layer_map.digest, lambda: sorted(parts.items(), key=str)
         )
@@ -127,7 +138,9 @@ class JointTransport(Transport):
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         self._agree_on_plan(plan, options)
-        self._own.watch = self.watch
+        self._own.watch, self._own.storages = self.watch, self.storages
+        self._committing = False
+        layer_map = self._own_map or layer_map
         if options.base is None:
             self._own.start(plan, layer_map, options)
             return
@@ -146,12 +159,19 @@ class JointTransport(Transport):
     def finish(self) -> SyncResult:
         # A commit cannot be taken back: first all ranks have sent the last chunk.
         self._ranks.meet("committing")
+        self._committing = True
         result = self._own.finish()
         self._ranks.meet("having committed")
+        self._committing = False
         return result
 
     def abort(self, reason: str) -> None:
         self._own.abort(reason)
+        if self._committing and self.shares_engine:
+            # Some workers of the engine have committed and others are back on the old version:
+            # computing together, they would generate with a mix of both.
+            self._own.invalidate(reason)
+        self._committing = False
 
     @property
     def precision(self) -> tuple[str, str | None]:
@@ -165,6 +185,9 @@ class JointTransport(Transport):
         return self._own.prompt_logprobs(token_ids)
 
     def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
+        # Workers of one engine compute together: a rank whose trainer's answer fails would leave
+        # the others waiting in vLLM's collectives.
+        self._ranks.meet("asking the engines")
         return self._own.probe_gaps(token_ids, right)
 
     def invalidate(self, reason: str) -> None:

@@ -26,11 +26,12 @@ from qerl_sync.errors import (
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
+from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
-from qerl_sync.transports.remote.compatibility import joint_map, require_alike
+from qerl_sync.transports.remote.compatibility import require_alike
 from qerl_sync.transports.remote.staging import Staging, why_whole
 from qerl_sync.transports.remote.transport import RemoteTransport
 from qerl_sync.verify.probe_prompt import largest_gap

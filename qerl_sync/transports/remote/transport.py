@@ -20,13 +20,12 @@ from qerl_sync.errors import (
 from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
+from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
-from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import SyncResult, Transport, WorkerReport, require_emptied
 from qerl_sync.transports.remote.compatibility import (
-    joint_map,
     require_protocol,
     require_same_map,
 )
@@ -669,11 +668,10 @@ class RemoteTransport(Transport):
     def _report(self, worker: WorkerConnection, reported: say.Report) -> WorkerReport:
         plan = self._plan
         assert worker.layer_map is not None
-        same = worker.layer_map.digest == plan.layer_map_digest
         return WorkerReport(
             worker=worker.peer,
             trace=Trace.from_json(reported.trace),
-            predicted=plan.predicted if same else replay(plan.load_metas, worker.layer_map),
+            predicted=plan.predicted_with(worker.layer_map),
             seconds=reported.seconds,
             peak_extra_bytes=reported.peak_extra_bytes,
             peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,

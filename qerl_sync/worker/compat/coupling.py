@@ -175,6 +175,16 @@ FEATURES: dict[str, Feature] = {
             "vllm.model_executor.models.utils": "PPMissingLayer",
         },
     ),
+    # Besides: `group_name` of a `dist_module`, by which the segments are named.
+    "shared memory of CPU workers": Feature(
+        False,
+        {
+            "vllm.distributed.parallel_state": "get_tp_group",
+            "vllm.distributed.device_communicators.cpu_communicator": (
+                "CpuCommunicator _CPUSHMDistributed.make_group_name"
+            ),
+        },
+    ),
     "TRL": Feature(
         False,
         {

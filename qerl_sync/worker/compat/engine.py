@@ -144,6 +144,14 @@ def is_padded_embedding(layer: torch.nn.Module) -> bool:
     return isinstance(layer, VocabParallelEmbedding)
 
 
+def has_padding_alone(layer: Any) -> bool:
+    """Return True for the part of a padded embedding that has no row of the vocabulary: that of the
+    last tensor parallel ranks, of a vocabulary of few words."""
+    if not is_padded_embedding(layer):
+        return False
+    return bool(layer.shard_indices.num_org_elements == 0)
+
+
 class LoadObserver(Protocol):
     """Told of each tensor that vLLM holds for a layer, and when it processes the layer."""
 
