@@ -597,7 +597,7 @@ class SyncSession:
             if self._transport.by_reference:  # what the source holds anyway is not free, and counts
                 budget_bytes += self._source.resident_bytes()
         self.plan = None
-        storages = self._transport.storages = self.storages()
+        storages = self.storages()
         plan = build_plan(
             metas,
             layer_map,

@@ -62,7 +62,7 @@ def learning(
 ) -> None:
     """Train with several seeds and print what each reached."""
     wanted = _parse_numbers(seeds, "seeds")
-    variants = dict(map(_parse_variant, variant or []))
+    variants = _parse_variants(variant or [])
     with errors_as_text(debug=debug):
         from qerl_sync.report.plots import matplotlib_or_refusal, plot_learning
         from qerl_sync.report.tables import trials_table
@@ -73,7 +73,7 @@ def learning(
         trials = []
         for name, changes in (variants or {"": []}).items():
             for seed in wanted:
-                directory = output_dir / re.sub(r"\W+", "-", name) / f"seed-{seed}"
+                directory = output_dir / _directory_of(name) / f"seed-{seed}"
                 summary = run_seed(config, [*(overrides or []), *changes], seed, directory)
                 trials.append(Trial(name, seed, summary, directory))
         targets = Targets()
@@ -195,13 +195,26 @@ def _conclude(found: Results, tables: list[Table], console: Console, as_json: bo
         raise typer.Exit(UNEXPECTED)
 
 
-def _parse_variant(text: str) -> tuple[str, list[str]]:
-    name, colon, changes = text.partition(":")
-    if not colon or not name.strip():
-        raise typer.BadParameter(
-            f"{text!r} names no variant; write 'fp8: sync.noise=null', and 'as it is:' for none"
-        )
-    return name.strip(), changes.split()
+def _parse_variants(texts: list[str]) -> dict[str, list[str]]:
+    """Return the changes of each variant, by its name."""
+    found: dict[str, list[str]] = {}
+    for text in texts:
+        name, colon, changes = (part.strip() for part in text.partition(":"))
+        if not colon or not name:
+            raise typer.BadParameter(
+                f"{text!r} names no variant; write 'fp8: sync.noise=null', and 'as it is:' for none"
+            )
+        if _directory_of(name) in map(_directory_of, found):
+            raise typer.BadParameter(
+                f"{name!r} is the name of another variant, or has the same letters and digits, and "
+                "its runs would take the place of the other's; give it another name"
+            )
+        found[name] = changes.split()
+    return found
+
+
+def _directory_of(variant: str) -> str:
+    return re.sub(r"\W+", "-", variant)
 
 
 def _parse_numbers(text: str, what: str, least: int | None = None) -> list[int]:

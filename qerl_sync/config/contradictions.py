@@ -70,7 +70,7 @@ def contradictions(tree: Mapping[str, Any]) -> list[Violation]:
 def _of_sync(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
     sync = value_at(tree, "sync")
     if isinstance(sync, Mapping):
-        for found in without_effect(sync, in_process=mode == "colocate"):
+        for found in contradictions_of_sync(sync, in_process=mode == "colocate"):
             yield Violation(f"sync.{found.place}", found.message)
     merged = value_at(tree, "peft") is None or value_at(tree, "sync.lora") == "merge"
     if value_at(tree, "sync.lora_base") == "engine" and merged:
@@ -78,12 +78,6 @@ def _of_sync(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
             "sync.lora_base",
             "'engine' needs an adapter that is served beside the engine's own base; train one "
             "(section `peft`), and leave `sync.lora` at auto or adapter",
-        )
-    if value_at(tree, "sync.when") == "eager" and value_at(tree, "sync.verify") == "full":
-        yield Violation(
-            "sync.when",
-            "'eager' syncs beside the trainer, whose model `sync.verify: full` would use at the "
-            "same time; choose `verify: checksum`, or `when: lazy`",
         )
     intervals, steps = value_at(tree, "sync.noise.intervals"), value_at(tree, "trainer.max_steps")
     if value_at(tree, "sync.noise") and value_at(tree, "sync.noise.steps") is None:
@@ -226,11 +220,11 @@ def _of_ray(tree: Mapping[str, Any], mode: str) -> Iterator[Violation]:
         yield Violation(path, f"is for `rollout.mode: ray`, and the mode is {mode}; leave it out")
 
 
-def without_effect(sync: Mapping[str, Any], *, in_process: bool = False) -> list[Violation]:
-    """Return the options of the section `sync` that have no effect, given the others.
+def contradictions_of_sync(sync: Mapping[str, Any], *, in_process: bool = False) -> list[Violation]:
+    """Return the options of the section `sync` that have no effect, or cannot be, given the others.
 
-    They are refused, not ignored: a user who sets `verify_tolerance` and forgets `verify: full`
-    would believe that the sync is verified. Places are relative to the section.
+    Those without effect are refused, not ignored: a user who sets `verify_tolerance` and forgets
+    `verify: full` would believe that the sync is verified. Places are relative to the section.
 
     Args:
         sync: the options; those that are missing have their defaults.
@@ -257,4 +251,12 @@ def without_effect(sync: Mapping[str, Any], *, in_process: bool = False) -> list
             for name, default in BETWEEN_PROCESSES.items()
             if sync.get(name, default) != default
         ]
+    if sync.get("when") == "eager" and sync.get("verify") == "full":
+        violations.append(
+            Violation(
+                "when",
+                "`eager` syncs beside the trainer, whose model `verify: full` would use at the "
+                "same time; choose `verify: checksum`, or `when: lazy`",
+            )
+        )
     return violations

@@ -20,7 +20,7 @@ from pydantic import (
 )
 from typing_extensions import Self
 
-from qerl_sync.config.contradictions import without_effect
+from qerl_sync.config.contradictions import contradictions_of_sync
 from qerl_sync.config.violations import Contradictions, config_error, schema_violations
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import parse_bytes
@@ -278,9 +278,10 @@ class SyncConfig(Section):
     `eager`: right after the optimizer step, in a thread, beside what the trainer does before it
     generates again: logging, checkpoints, other callbacks. TRL then finds the weights there, or
     waits for the rest (`sync/seconds/waited`). No weight changes while it is sent: the optimizer's
-    next step waits too. How often TRL asks is seen in the first steps, which are lazy. For one
-    trainer process; not with engines that sleep, nor with `verify: full`. It gains nothing where a
-    trainer generates at once, and little where both want the same cores."""
+    next step waits too. How often TRL asks is seen in the first steps, which are lazy. `eager` is
+    refused in several trainer processes, with engines that sleep, with `verify: full`, and with
+    `rollout.max_staleness`. It gains nothing where a trainer generates at once, and little where
+    trainer and engine want the same cores."""
 
     timeout_seconds: Seconds = 300.0
     """How long either side waits for the other, for each message and each call. At most a million
@@ -422,8 +423,8 @@ class SyncConfig(Section):
     authentication: `0.0.0.0` shows them to all that reach this machine."""
 
     @model_validator(mode="after")
-    def _all_have_an_effect(self) -> Self:
-        violations = without_effect(self.model_dump())
+    def _no_contradictions(self) -> Self:
+        violations = contradictions_of_sync(self.model_dump())
         if violations:
             raise Contradictions(violations)
         return self

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.session import SyncReport
 
@@ -22,7 +21,7 @@ class _Begun:
 
 
 class EagerSync:
-    """Begins syncs in a thread, and foresees when the next one will be asked for.
+    """Begin syncs in a thread, and foresee when the next one will be asked for.
 
     asked --> asked again, N steps later --> begin N steps after that, and conclude when asked
     """
@@ -92,12 +91,11 @@ class EagerSync:
         self._thread.shutdown()
 
 
-def require_eager(config: SyncConfig, *, num_processes: int, sleeps: bool) -> None:
-    """Check that a trainer may begin its syncs before it is asked.
+def require_eager(*, num_processes: int, sleeps: bool) -> None:
+    """Check that a trainer's syncs may begin before TRL asks for them.
 
     Raises:
-        ConfigError: it has several processes, its engine sleeps, or the sync computes with its
-            model.
+        ConfigError: the trainer has several processes, or its engine sleeps.
     """
     reason = ""
     if num_processes > 1:
@@ -105,9 +103,5 @@ def require_eager(config: SyncConfig, *, num_processes: int, sleeps: bool) -> No
         reason = f"this trainer has {num_processes} processes, and it is for one"
     elif sleeps:
         reason = "this engine sleeps (vllm_enable_sleep_mode) until TRL wakes it to generate"
-    elif config.verify == "full":
-        reason = (
-            "sync.verify: full computes with the trainer's model, which the trainer may be using"
-        )
     if reason:
         raise ConfigError(f"sync.when: eager: {reason}; choose sync.when: lazy")

@@ -222,7 +222,7 @@ class WeightSyncCallback(TrainerCallback):
         if self.config.when == "lazy":
             return None
         sleeps = bool(getattr(_generation(trainer), "enable_sleep_mode", False))
-        require_eager(self.config, num_processes=num_processes, sleeps=sleeps)
+        require_eager(num_processes=num_processes, sleeps=sleeps)
         return EagerSync()
 
     @property
@@ -410,8 +410,6 @@ class WeightSyncCallback(TrainerCallback):
             if self._syncing_thread == threading.get_ident():
                 return compute(*args, **options)
             self.wait()
-            if self._eager is not None and self._trainer.model.training:
-                self._eager.asked(self._trainer.state.global_step)
             stale = self._may_be_stale()
             if self._ranks is not None and not alone:
                 # An engine that was lost is noticed by its own process only.
@@ -424,6 +422,10 @@ class WeightSyncCallback(TrainerCallback):
                 )
             if stale:
                 self._sync()
+            if self._eager is not None and self._trainer.model.training:
+                # Not the trainer's step: some let completions be some steps behind.
+                assert self._synced_step is not None
+                self._eager.asked(self._synced_step)
             return compute(*args, **options)
 
         return with_current_weights

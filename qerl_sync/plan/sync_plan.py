@@ -54,6 +54,8 @@ class SyncPlan:
             vLLM's loaders do not see them, and no trace has them.
         loading: of each parent layer that the stream fills, how it is loaded. Deferred ones are not
             in it.
+        storages: the memory behind each tensor as it arrives, where several share one. Of the
+            trainer's process alone: neither in the digest nor in the JSON.
     """
 
     policy: str
@@ -66,6 +68,7 @@ class SyncPlan:
     spill: Spill | None = None
     adapter: Adapter | None = None
     loading: Mapping[str, Loading] = field(default_factory=dict)
+    storages: Mapping[str, Storage] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def base_metas(self) -> tuple[ParamMeta, ...]:
@@ -121,23 +124,17 @@ class SyncPlan:
         staged = self.spill.staged_bytes(self.base_metas, self.base_chunk_lengths)
         return staged + [0] * (len(self.chunks) - len(staged))
 
-    def predicted_with(
-        self, layer_map: LayerMap, storages: Mapping[str, Storage] | None = None
-    ) -> Trace:
+    def predicted_with(self, layer_map: LayerMap) -> Trace:
         """Return the predicted trace of a worker with that layer map: where the plan was made for
-        several workers, each may hold another part of the model.
+        several workers, each may hold another part of the model."""
+        if layer_map.digest not in self._predicted:
+            self._predicted[layer_map.digest] = replay(self.load_metas, layer_map, self.storages)
+        return self._predicted[layer_map.digest]
 
-        Args:
-            storages: as in `build_plan`.
-        """
-        if layer_map.digest == self.layer_map_digest:
-            return self.predicted
-        arrived = dict(storages or {})
-        # Staged tensors are copies: they do not keep the source's storages alive.
-        staged = self.spill.staged(self.base_chunk_lengths) if self.spill else ()
-        for place in staged:
-            arrived.pop(self.metas[place].name, None)
-        return replay(self.load_metas, layer_map, arrived)
+    @cached_property
+    def _predicted(self) -> dict[str, Trace]:
+        # By layer map: a plan is sent many times.
+        return {self.layer_map_digest: self.predicted}
 
     @property
     def chunk_lengths(self) -> list[int]:
@@ -304,6 +301,7 @@ def build_plan(
             budget_bytes=budget_bytes,
             spill=spill,
             loading=_loading(metas, layer_map),
+            storages=arrived,
         )
     if policy == "reorder" and budget_bytes is not None:
         order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
@@ -322,6 +320,7 @@ def build_plan(
         layer_map_digest=layer_map.digest,
         budget_bytes=budget_bytes,
         loading=_loading(metas, layer_map),
+        storages=storages or {},
     )
 
 

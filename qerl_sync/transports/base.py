@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
-from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.meta import ParamMeta
 from qerl_sync.options import Load, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
@@ -159,8 +159,6 @@ class Transport(ABC):
         chunk_bytes: upper bound of a chunk where the user has set none; None: one chunk.
         busy_cores: CPUs of this machine that its workers are bound to, and load with.
         source_device: where the source's tensors lie; None: not known. The session sets it.
-        storages: the memory behind the source's tensors, where workers get it (`by_reference`) and
-            several share one. The session sets it.
         watch: where the transport records what it does when. The session sets it for each sync.
         leads: of several trainer ranks, this one reports for all of them.
         shares_engine: the engine is one with other trainer ranks': each has a worker of it in its
@@ -172,7 +170,6 @@ class Transport(ABC):
     chunk_bytes: int | None = 64 << 20
     busy_cores: Collection[int] = ()
     source_device: torch.device | None = None
-    storages: Mapping[str, Storage] = {}
     watch = Stopwatch()
     leads = True
     shares_engine = False

@@ -110,7 +110,7 @@ class InProcessTransport(Transport):
         # Between two calls of `generate` only those can be left that a failed one never finished.
         compat.drop_requests(self._llm)
         self._version = options.version
-        self._predicted = plan.predicted_with(layer_map, self.storages)
+        self._predicted = plan.predicted_with(layer_map)
         self._receiver.start(plan, layer_map, options)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -138,10 +138,18 @@ def test_learning_compares_variants_and_draws_them(train_command, tmp_path, monk
     assert result.output.count("no learning") == 2
 
 
-def test_a_variant_without_a_name(train_command):
-    result = runner.invoke(app, [*train_command(), "--variant", "sync.noise=null"])
+@pytest.mark.parametrize(
+    ("variants", "told"),
+    [
+        (["sync.noise=null"], "names no variant"),
+        (["fp8, noise:", "fp8 noise: seed=1"], "name of another variant"),
+    ],
+)
+def test_variants_that_cannot_be_told_apart(train_command, variants, told):
+    given = [word for one in variants for word in ("--variant", one)]
+    result = runner.invoke(app, [*train_command(), *given])
     assert result.exit_code == 2
-    assert "names no variant" in result.output
+    assert told in " ".join(result.output.replace("│", " ").split())
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):

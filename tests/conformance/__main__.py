@@ -204,9 +204,9 @@ they are, as GPU kernels of unquantised models do; *bf16* are the stock ones in 
 this ran on a GPU (docs/gpu has what did).
 
 *pictures*: *seen* by a model whose answers were compared for a prompt with a picture too, or why it
-was shown none; its vision tower's weights were compared in any case. These rows were recorded with
-torchvision, timm, scipy and num2words installed beside vLLM: without torchvision most architectures
-that see do not start.
+was shown none; its vision tower's weights were compared in any case. Most rows of vLLM 0.31 were
+recorded with torchvision, timm, scipy and num2words installed beside it, those of 0.32 without:
+without torchvision most architectures that see do not start.
 """
 
 

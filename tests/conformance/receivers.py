@@ -32,6 +32,7 @@ from qerl_sync import (
     SyncError,
     SyncSession,
 )
+from qerl_sync.worker.compat import quantisation
 
 # A weight's tensors by what follows the module's path, of one linear layer.
 Quantiser = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -388,7 +389,9 @@ adapter, with the RMSNorm weights that train beside it in the same sync, as QeRL
 log-probabilities, equal those of the engine that was loaded from that checkpoint, to the bit, and
 no parameter has moved in memory; for the adapter, they equal those of that engine with the adapter
 loaded from a file. *refused*: an error before the first byte, the engine as it was. *wrong*: the
-engine differs. *does not start*: vLLM has no kernel for it on this CPU, or not the package.
+engine differs. *does not start*: vLLM has no kernel for it on this CPU, or not the package. What
+it has goes by the CPU: the rows of 0.32, and those of fp8 by blocks, were run on one with AMX, most
+others on one without.
 *layers*: how many have weights of how many bits.
 
 - The first rows are quantised by vLLM when it loads (`quantization="fp8_per_channel"` and so on):
@@ -406,8 +409,8 @@ engine differs. *does not start*: vLLM has no kernel for it on this CPU, or not 
 
 def spare_the_reference_loop() -> None:
     """Have torch compute fp8 products itself where it would take oneDNN's reference loop, with
-    which a row takes half an hour (`compat.quantisation.slow_layer`). The values are the same."""
-    if not torch.cpu._is_amx_tile_supported() or torch.cpu._is_amx_fp16_supported():
+    which a row takes half an hour. The values are the same."""
+    if not quantisation.multiplies_fp8_by_reference():
         return
     multiply = torch._scaled_mm
 

@@ -65,8 +65,9 @@ def test_a_cpu_that_multiplies_fp8_by_a_reference_loop_is_warned_of(
     subject, monkeypatch, caplog, tiles, half
 ):
     one = subject("dense", "fp8")
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
-    monkeypatch.setattr(torch.cpu, "_is_amx_fp16_supported", lambda: half)
+    monkeypatch.setattr(
+        torch.cpu, "get_capabilities", lambda: {"amx_tile": tiles, "amx_fp16": half}
+    )
     receiver = Receiver(compat.in_process_parts(one.engine))
     receiver._state.quantised = None  # as before the first sync
     receiver.layer_map(HFSource(one.trainers[NEW]).metadata())

@@ -203,6 +203,20 @@ def test_weights_that_change_without_a_step_reach_whoever_asks_the_engine(train)
     assert len(run.callback.reports) == syncs + 2
 
 
+def test_completions_that_may_be_a_step_behind_cost_no_eager_sync_more(
+    policy, tmp_path, monkeypatch
+):
+    """GOLD generates at each step, here with weights of every second one."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    callback = WeightSyncCallback(engine=ENGINE, when="eager")
+    trainer = build_gold_trainer(
+        policy, tmp_path, [callback], teacher=policy, max_steps=8, vllm_sync_frequency=2
+    )
+    trainer.train()
+    assert [report.step for report in callback.reports] == [0, 2, 4, 6]
+    assert [report.step for report in callback.reports if "waited" in report.seconds] == [4, 6]
+
+
 def test_gold_generates_with_current_weights_in_a_second_training(policy, tmp_path, monkeypatch):
     """It remembers the step of its last sync, which is ahead of all steps of the next training."""
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -97,18 +97,18 @@ def test_a_sync_that_an_interrupt_leaves_running_is_waited_for_by_the_next(eager
 
 
 @pytest.mark.parametrize(
-    ("options", "processes", "sleeps", "told"),
-    [
-        ({}, 2, False, "2 processes"),
-        ({}, 1, True, "vllm_enable_sleep_mode"),
-        ({"verify": "full"}, 1, False, "verify: full"),
-    ],
+    ("processes", "sleeps", "told"),
+    [(2, False, "2 processes"), (1, True, "vllm_enable_sleep_mode")],
 )
-def test_what_cannot_run_beside_its_trainer_is_refused(options, processes, sleeps, told):
-    config = SyncConfig.of(when="eager", **options)
+def test_what_cannot_run_beside_its_trainer_is_refused(processes, sleeps, told):
     with pytest.raises(ConfigError, match=told) as caught:
-        require_eager(config, num_processes=processes, sleeps=sleeps)
+        require_eager(num_processes=processes, sleeps=sleeps)
     assert "choose sync.when: lazy" in str(caught.value)
+
+
+def test_a_sync_that_computes_with_the_trainers_model_is_refused():
+    with pytest.raises(ConfigError, match="when: `eager` syncs beside the trainer"):
+        SyncConfig.of(when="eager", verify="full")
 
 
 def test_a_session_refuses_what_it_does_not_decide():

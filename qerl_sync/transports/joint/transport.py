@@ -138,7 +138,7 @@ class JointTransport(Transport):
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         self._agree_on_plan(plan, options)
-        self._own.watch, self._own.storages = self.watch, self.storages
+        self._own.watch = self.watch
         self._committing = False
         layer_map = self._own_map or layer_map
         if options.base is None:

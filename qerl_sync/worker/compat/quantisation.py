@@ -45,20 +45,25 @@ def quantised_layers(model: torch.nn.Module) -> frozenset[str]:
 
 def slow_layer(model: torch.nn.Module) -> str | None:
     """Return a layer whose fp8 products this CPU computes with oneDNN's reference loop; None: it
-    has none.
-
-    torch hands `_scaled_mm` to oneDNN on every CPU with AMX, and oneDNN has kernels for fp8 only
-    where that knows float16 (not on Sapphire and Emerald Rapids). Measured there, with torch 2.13,
-    for 256 x 128 x 256: 363 ms, and 0.9 ms where torch computes it itself.
-    """
-    if not torch.cpu._is_amx_tile_supported() or torch.cpu._is_amx_fp16_supported():
+    has none."""
+    if not multiplies_fp8_by_reference():
         return None
     for path, layer in _layers(model).items():
         for one in (layer.quant_method, getattr(layer, "scheme", None)):
-            kernel = type(getattr(one, "fp8_linear", None)).__name__
-            if "TorchFP8ScaledMM" in kernel and next(layer.parameters()).device.type == "cpu":
+            if "TorchFP8ScaledMM" in type(getattr(one, "fp8_linear", None)).__name__:
                 return path
     return None
+
+
+def multiplies_fp8_by_reference() -> bool:
+    """Return whether torch's `_scaled_mm` of fp8 takes oneDNN's reference loop on this CPU.
+
+    torch hands it to oneDNN on every CPU with AMX, and oneDNN has fp8 kernels only for those with
+    AMX-FP16, which Sapphire and Emerald Rapids lack. Measured on one of these, with torch 2.13, for
+    256 x 128 x 256: 363 ms, and 0.9 ms where torch computes it itself.
+    """
+    able: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # none in older torch
+    return able.get("amx_tile", False) and not able.get("amx_fp16", False)
 
 
 def is_from_checkpoint(vllm_config: Any) -> bool:

@@ -236,9 +236,8 @@ def _missing(
             # are modules of buffers alone: nothing that is trained, and vLLM's own check of a
             # checkpoint (`track_weights_loading`) asks for parameters only.
             constant = not got and not any(True for _ in module.parameters())
-            padded = got < wanted and compat.is_padded_embedding(module)
-            if not got:
-                padded = compat.has_padding_alone(module)
+            padding = compat.is_padded_embedding if got else compat.has_padding_alone
+            padded = got < wanted and padding(module)
             if got != wanted and not derived and not constant and not padded:
                 missing.append(f"{path}.{name} ({layer.kind}): {got:,} of {wanted:,} elements")
     return missing

@@ -181,7 +181,8 @@ class Receiver:
         scheme = self._config.model_config.quantization
         if self._state.quantised is None:
             self._state.quantised = quantisation.quantised_layers(self.model)
-            if self._state.quantised and (slow := quantisation.slow_layer(self.model)):
+            on_cpu = self.device.type == "cpu"
+            if on_cpu and (slow := quantisation.slow_layer(self.model)):
                 logger.warning(
                     "this engine will generate several hundred times slower than it could: for the "
                     "fp8 products of %s and others, torch takes a reference loop of oneDNN on a "
