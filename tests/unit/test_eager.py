@@ -10,6 +10,7 @@ import torch
 from qerl_sync import ConfigError, SyncConfig, SyncSession
 from qerl_sync.errors import PlanError
 from qerl_sync.integrations.eager import EagerSync, require_eager
+from qerl_sync.integrations.ray.trl import PoolSyncCallback
 from qerl_sync.session import SyncReport
 
 CPU = torch.device("cpu")
@@ -109,6 +110,11 @@ def test_what_cannot_run_beside_its_trainer_is_refused(processes, sleeps, told):
 def test_a_sync_that_computes_with_the_trainers_model_is_refused():
     with pytest.raises(ConfigError, match="when: `eager` syncs beside the trainer"):
         SyncConfig.of(when="eager", verify="full")
+
+
+def test_actors_that_generate_beside_the_trainer_are_refused():
+    with pytest.raises(ConfigError, match="with max_staleness=1 actors generate beside"):
+        PoolSyncCallback(when="eager", max_staleness=1)
 
 
 def test_a_session_refuses_what_it_does_not_decide():

@@ -43,6 +43,9 @@ class PoolSyncCallback(WeightSyncCallback):
         max_staleness: see `RolloutConfig`.
         engine: vLLM engine arguments of each actor, over TRL's own.
         pool: arguments of `WorkerPool.start`.
+
+    Raises:
+        ConfigError: `when: eager` with a staleness.
     """
 
     def __init__(
@@ -57,6 +60,12 @@ class PoolSyncCallback(WeightSyncCallback):
         **options: Any,
     ) -> None:
         super().__init__(config, engine=engine, recorder=recorder, **options)
+        if max_staleness and self.config.when == "eager":
+            raise ConfigError(
+                f"sync.when: eager: with max_staleness={max_staleness} actors generate "
+                "beside the trainer, and such a sync would come in between; choose sync.when: "
+                "lazy, or max_staleness=0"
+            )
         self._count = workers
         self._max_staleness = max_staleness
         self._pool_arguments = dict(pool or {})
@@ -112,12 +121,6 @@ class PoolSyncCallback(WeightSyncCallback):
         require_attributes(trainer, OF_TRAINER, trainer)
         require_attributes(generation, OF_GENERATION, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        if self._max_staleness and self.config.when == "eager":
-            raise ConfigError(
-                f"sync.when: eager: with max_staleness={self._max_staleness} actors generate "
-                "beside the trainer, and such a sync would come in between; choose sync.when: "
-                "lazy, or max_staleness=0"
-            )
         self._eager = self._new_eager(trainer, num_processes=1)
         transport = llm.pool.transport(self.config)
         self.session = SyncSession(
