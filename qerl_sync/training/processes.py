@@ -89,42 +89,46 @@ def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 @contextmanager
 def sharding_on_cpus() -> Iterator[None]:
-    """Have an Accelerator that is made in this context shard with FSDP2 on CPUs too.
+    """Have a trainer that is built in this context shard with FSDP2 or DeepSpeed on CPUs too.
 
-    accelerate takes its FSDP plugin on GPUs only. On CPUs it drops it without a word, and each
-    process trains a copy of the whole model. All that follows (`fully_shard` over gloo, the
+    Enter it when the trainer's arguments have been made.
+
+    accelerate takes its plugins for both on GPUs only. On CPUs it drops them without a word, and
+    each process trains a copy of the whole model. All that follows (wrapping over gloo, the
     optimizer's parameters, checkpoints) needs no GPU.
 
     Raises:
-        ConfigError: the plugin is of version 1, which is not synced; or it is DeepSpeed's, which
-            accelerate drops likewise.
+        ConfigError: the plugin is FSDP's of version 1, which is not synced; or the run has one
+            process, or DeepSpeed would look for a GPU.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
+    from transformers.integrations.deepspeed import deepspeed_config
 
+    if deepspeed_config() is not None:
+        started = PartialState()
+        if started.distributed_type != DistributedType.DEEPSPEED:
+            _initialize_deepspeed_on_cpus(started.num_processes)
     init = AcceleratorState.__init__
 
     def init_and_shard(state: Any, *given: Any, **options: Any) -> None:
         init(state, *given, **options)
-        asked = options.get("deepspeed_plugin") is not None
-        if asked and state.distributed_type != DistributedType.DEEPSPEED:
-            raise ConfigError(
-                "accelerate runs DeepSpeed on GPUs only, and would leave it out here without a "
-                "word, each process training a copy of the whole model; shard with FSDP2 "
-                "(trainer.fsdp: true and trainer.fsdp_config: {version: 2}), or train on GPUs",
-                sharding="DeepSpeed",
-            )
-        plugin = options.get("fsdp_plugin")
-        if plugin is None or state.distributed_type != DistributedType.MULTI_CPU:
-            return
-        if plugin.fsdp_version != 2:
-            raise ConfigError(
-                f"FSDP of version {plugin.fsdp_version} is not synced; set version: 2 in "
-                "`trainer.fsdp_config`, or fsdp_version: 2 in accelerate's configuration"
-            )
-        # As AcceleratorState.__init__ does for GPUs.
-        state.distributed_type = DistributedType.FSDP
-        state.fsdp_plugin = plugin
+        deepspeed, fsdp = options.get("deepspeed_plugin"), options.get("fsdp_plugin")
+        if deepspeed is not None and state.distributed_type != DistributedType.DEEPSPEED:
+            # As AcceleratorState.__init__ does for GPUs.
+            deepspeed.set_mixed_precision(state._mixed_precision)
+            deepspeed.select(_from_accelerator_state=True)
+            state.deepspeed_plugins = deepspeed
+            state._mixed_precision = "no"  # DeepSpeed's own configuration has it
+            state.distributed_type = DistributedType.DEEPSPEED
+        elif fsdp is not None and state.distributed_type == DistributedType.MULTI_CPU:
+            if fsdp.fsdp_version != 2:
+                raise ConfigError(
+                    f"FSDP of version {fsdp.fsdp_version} is not synced; set version: 2 in "
+                    "`trainer.fsdp_config`, or fsdp_version: 2 in accelerate's configuration"
+                )
+            state.distributed_type = DistributedType.FSDP
+            state.fsdp_plugin = fsdp
         PartialState._shared_state["distributed_type"] = state.distributed_type
 
     AcceleratorState.__init__ = init_and_shard
@@ -134,15 +138,43 @@ def sharding_on_cpus() -> Iterator[None]:
         AcceleratorState.__init__ = init
 
 
+def _initialize_deepspeed_on_cpus(num_processes: int) -> None:
+    if num_processes == 1:
+        raise ConfigError(
+            "on CPUs DeepSpeed is for several processes, and this run has one; start it with "
+            "torchrun --nproc_per_node 2, or leave trainer.deepspeed out",
+            sharding="DeepSpeed",
+        )
+    import deepspeed
+
+    name = deepspeed.accelerator.get_accelerator().device_name()
+    if name != "cpu":
+        raise ConfigError(
+            f"this run trains on CPUs, and DeepSpeed has chosen {name!r}; set DS_ACCELERATOR=cpu",
+            sharding="DeepSpeed",
+        )
+    # It would compile an operator of its own for the collectives, for minutes; gloo has them.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It asks its own module how many ranks there are, from the moment that the model is loaded.
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+
+
 @contextmanager
 def whole_models() -> Iterator[None]:
     """Have a trainer in this context keep its model whole, and the next one decide anew.
 
-    accelerate decides once for a process how models are sharded.
+    accelerate decides once for a process how models are sharded; transformers partitions with
+    DeepSpeed what is loaded once any arguments have asked for it.
     """
     from accelerate.state import AcceleratorState
+    from transformers.integrations import deepspeed
 
-    with changed_environment({n: "false" for n in SHARDING_VARIABLES if n in os.environ}):
-        yield
+    asked = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        with changed_environment({n: "false" for n in SHARDING_VARIABLES if n in os.environ}):
+            yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = asked
     if started_ranks() > 1:
         AcceleratorState._reset_state()

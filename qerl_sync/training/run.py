@@ -199,7 +199,8 @@ def _policy(
         return config.model.path
     if processes.of_leader("whether the model is there", directory.model.is_dir):
         return str(directory.model)
-    with display.phase("making the model", f"model ready: {describe(config.model)}"):
+    ready = f"model ready: {describe(config.model)}"
+    with display.phase("making the model", ready), whole_models():
         if config.model.path is not None:
             tokenizer = load_tokenizer(config.model.path)
             model = load_model(config.model.path, config.model.dtype)

@@ -78,8 +78,9 @@ def weights_as_stored(modules: Mapping[str, torch.nn.Module], stored: Stored) ->
         for path, module in modules.items():
             handles = (
                 module.register_forward_pre_hook(swap(path)),
-                # Also where the call fails: no module may be left with another's weight.
-                module.register_forward_hook(put_back(path), always_call=True),
+                # Also where the call fails: no module may be left with another's weight. And before
+                # the hooks that release a gathered weight (ZeRO-3), as it was taken after theirs.
+                module.register_forward_hook(put_back(path), prepend=True, always_call=True),
             )
             for handle in handles:
                 hooks.callback(handle.remove)

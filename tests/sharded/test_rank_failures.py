@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.rank_failures import LONGEST_SECONDS
 from support.ranks import import_path, read
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -21,13 +23,17 @@ LOOP = "loop 4"
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("ranks")
+    run_cases(directory, "raise", *KILLS, LOOP)
+    return directory
+
+
+def run_cases(directory: Path, *cases: str, **environment: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "support.rank_failures", str(directory), "raise", *KILLS, LOOP],
-        env={**os.environ, "PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "support.rank_failures", str(directory), *cases],
+        env={**os.environ, "PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1", **environment},
         check=True,
         timeout=280,
     )
-    return directory
 
 
 def test_what_one_rank_raises_all_ranks_raise(directory):
@@ -55,3 +61,16 @@ def test_a_rank_that_is_killed_is_named_on_all_others(directory, case):
     assert not told.pop(killed)
     for one in told:
         assert (one["error"], one["rank"]) == ("PeerLostError", killed), told
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_a_rank_that_fails_in_a_gather_of_deepspeeds_is_named_on_all(tmp_path):
+    cases = {"kill led-zero3 _value 1 5": "PeerLostError"}
+    cases |= {f"{what} joint-zero3 _value 1 5": error for what, error in CLASSES.items()}
+    run_cases(tmp_path, *cases, DS_ACCELERATOR="cpu")
+    for case, error in cases.items():
+        told = [read(tmp_path / case, rank) for rank in range(3)]
+        if "kill" in case:
+            assert not told.pop(1)
+        assert {(one["error"], one["rank"]) for one in told} == {(error, 1)}, told
+        assert max(one["seconds"] for one in told) < LONGEST_SECONDS

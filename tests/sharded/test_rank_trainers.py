@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 from support.ranks import run_ranks
 from support.trainers import save_policy
@@ -33,22 +35,43 @@ def assert_synced(told, steps=2, sharded=True):
     assert told[0]["alone"] == "SyncError"
 
 
+def _run(tmp_path, place, held):
+    save_policy(tmp_path / "policy")
+    run = tmp_path / "run"
+    run.mkdir()
+    lora = held.endswith("lora")
+    told = run_ranks("support.rank_trainers", 2, run, place, held, seconds=540)
+    sharded = held.startswith(("fsdp2", "zero3"))
+    assert_synced(told, steps=4 if lora else 2, sharded=sharded)
+    for one in told:
+        assert one["gap before"] > 1e-3, "the last step came after the last sync"
+        assert one["gap after"] <= 1e-5
+    if not lora:
+        assert [one["differs"] for one in told] == [[], []]
+
+
 @pytest.mark.parametrize(
     ("place", "held"),
     [("colocate", "fsdp2"), ("shared", "fsdp2"), ("shared", "ddp"), ("shared", "lora")],
 )
 def test_each_process_syncs_its_colocated_engine(tmp_path, place, held):
     """Its own one, or its worker of a tensor parallel one (`shared`)."""
-    save_policy(tmp_path / "policy")
-    run = tmp_path / "run"
-    run.mkdir()
-    told = run_ranks("support.rank_trainers", 2, run, place, held, seconds=540)
-    assert_synced(told, steps=4 if held == "lora" else 2, sharded=held == "fsdp2")
-    for one in told:
-        assert one["gap before"] > 1e-3, "the last step came after the last sync"
-        assert one["gap after"] <= 1e-5
-    if held != "lora":
-        assert [one["differs"] for one in told] == [[], []]
+    _run(tmp_path, place, held)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@pytest.mark.parametrize(
+    ("place", "held"),
+    [
+        ("colocate", "zero2"),
+        ("colocate", "zero3"),
+        ("shared", "zero3"),
+        ("colocate", "zero3 lora"),
+    ],
+)
+def test_each_process_syncs_what_deepspeed_trains(tmp_path, place, held):
+    """accelerate's own DeepSpeed, which `sharding_on_cpus` has it take."""
+    _run(tmp_path, place, held)
 
 
 def test_the_main_process_syncs_a_server_for_all(tmp_path):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ ACCELERATE = ["accelerate.commands.launch", "--config_file"]
 # Steps that move every weight as far as log-probabilities show.
 LONG_STEPS = ["trainer.max_steps=3", "trainer.warmup_steps=0", "trainer.learning_rate=3e-3"]
 SERVED = {"dtype": "float32", "enforce_eager": True, "max_model_len": 16}
+ZERO3 = [
+    "trainer.fsdp=null",
+    "trainer.fsdp_config=null",
+    "trainer.deepspeed={zero_optimization: {stage: 3}, train_micro_batch_size_per_gpu: auto}",
+]
 # The last word differs between the ranks: $RANK is set for each.
 DIFFER = f"exec {sys.executable} -m qerl_sync.cli train {CONFIG} trainer.max_steps=$((3+RANK))"
 
@@ -66,7 +72,7 @@ def train(directory: Path, *words: str, launcher: list[str] = TORCHRUN) -> str:
     return done.stdout
 
 
-def assert_synced(directory: Path, steps: int) -> None:
+def assert_synced(directory: Path, steps: int, weights: str = "pytorch_model_fsdp.bin") -> None:
     """A whole run of so many steps, in which each sync brought something new to the engines."""
     summary = json.loads((directory / "summary.json").read_text())
     assert summary["num_steps"] == summary["num_syncs"] == steps
@@ -75,8 +81,8 @@ def assert_synced(directory: Path, steps: int) -> None:
     syncs = [json.loads(line) for line in (directory / "syncs.jsonl").read_text().splitlines()]
     assert [sync["step"] for sync in syncs] == list(range(steps))
     assert all(sync["changed_tensors"] == sync["num_tensors"] for sync in syncs[1:])
-    # accelerate writes this file of a model that it has sharded, and no other.
-    assert (directory / f"checkpoint-{steps}" / "pytorch_model_fsdp.bin").exists()
+    # accelerate writes this of a model that it has sharded, and of no other.
+    assert (directory / f"checkpoint-{steps}" / weights).exists()
 
 
 def test_each_process_generates_with_an_engine_in_another(tmp_path):
@@ -111,6 +117,31 @@ def test_accelerate_starts_two_processes_on_a_cpu(tmp_path, file, fsdp):
     said = train(tmp_path, *LONG_STEPS, f"trainer.fsdp={fsdp}", launcher=launcher)
     assert said.count("report written to") == 1
     assert_synced(tmp_path, 3)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_deepspeed_partitions_the_model_on_cpus_too(tmp_path):
+    """ZeRO-3, which `trainer.deepspeed` or accelerate's file asks for; resumed; with LoRA."""
+    own, launched, adapted = (tmp_path / name for name in ("own", "launched", "adapted"))
+    train(own, *LONG_STEPS, *ZERO3)
+    assert_synced(own, 3, "global_step3")
+    assert "going on from step 3" in train(
+        own, *LONG_STEPS, *ZERO3, "trainer.max_steps=4", "--resume"
+    )
+    resumed = json.loads((own / "summary.json").read_text())
+    assert resumed["num_steps"] == 4
+    assert 0 < resumed["logprob_gap_max"] <= 1e-5
+    launcher = [*ACCELERATE, "configs/accelerate/zero3.yaml"]
+    train(launched, *LONG_STEPS, *ZERO3[:2], launcher=launcher)
+    assert_synced(launched, 3, "global_step3")
+    train(adapted, *ZERO3, "trainer.max_steps=3", "peft={r: 8, target_modules: all-linear}")
+    summary = json.loads((adapted / "summary.json").read_text())
+    assert summary["num_syncs"] == 3
+    assert summary["prediction_exact"]
+    assert summary["logprob_gap_max"] <= 1e-5
+    syncs = [json.loads(line) for line in (adapted / "syncs.jsonl").read_text().splitlines()]
+    # The base travels once, and then the adapter.
+    assert syncs[1]["sent_bytes"] < syncs[0]["sent_bytes"] / 2
 
 
 def test_two_processes_train_with_one_tensor_parallel_engine(tmp_path):

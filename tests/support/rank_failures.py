@@ -2,7 +2,7 @@
 
 A program that forks the ranks of one case after the other: importing torch takes longer than a
 case. Arguments: a directory for what the ranks report, then the names of cases, such as `raise`,
-`kill joint between 2`, or `loop 20`: so many tries of a rank that is killed or raises in the middle
+`kill joint between 2`, `kill led-zero3 _value 1` (partitioned by DeepSpeed in place of FSDP2), or `loop 20`: so many tries of a rank that is killed or raises in the middle
 of a gather, each at another one, of which it prints what the others have raised and when.
 """
 
@@ -74,16 +74,21 @@ class Sink(Transport):
         pass
 
 
-def sharded() -> Any:
+def sharded(by: str = "") -> Any:
     model = make_model("moe", 0)
+    if by == "zero3":
+        from support.rank_zero3 import partitioned
+
+        return partitioned(model, 0).module
     for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(model)
 
 
 def new_session(kind: str, ranks: TrainerRanks) -> tuple[SyncSession, Sink, ShardedSource]:
-    sink, source = Sink(), ShardedSource(sharded())
-    if kind == "led":
+    way, _, by = kind.partition("-")
+    sink, source = Sink(), ShardedSource(sharded(by))
+    if way == "led":
         transport = LedTransport(sink if ranks.rank == 0 else None, ranks)
     else:
         transport = JointTransport(sink, ranks)

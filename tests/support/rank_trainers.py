@@ -2,7 +2,8 @@
 
 Arguments: a directory with the policy, where the engine is, and how the model is held. The engine:
 `colocate` (one in each process), `shared` (one, with a tensor parallel worker in each), or the
-address of a server. The model: `fsdp2` (sharded in `train()`), `ddp`, or `lora`.
+address of a server. The model: `fsdp2` (sharded in `train()`), `ddp`, `lora`, or DeepSpeed's
+`zero2` and `zero3` (partitioned as it is loaded), and `zero3 lora`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM r
 
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from qerl_sync import SyncError, WeightSyncCallback
 from qerl_sync.sources.hf import HFSource
+from qerl_sync.training.processes import sharding_on_cpus
 from support.engines import logprob_gap
 from support.fingerprint import difference, fingerprint
 from support.ranks import report
@@ -45,14 +48,28 @@ def shard_in_train(trainer: Any) -> None:
 def whole_copy(model: Any, path: str) -> Any:
     """The trained model as one process would have it."""
     from transformers import AutoModelForCausalLM
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+    unset_hf_deepspeed_config()  # which has every model partitioned that is loaded
     copy = AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():
+    with torch.no_grad(), gathered(model):
         own = dict(copy.named_parameters())
         for name, parameter in model.named_parameters():
             sharded = isinstance(parameter, DTensor)
             own[name].copy_(parameter.full_tensor() if sharded else parameter)
     return copy
+
+
+def gathered(model: Any) -> Any:
+    if not any(hasattr(p, "ds_id") for p in model.parameters()):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(list(model.parameters()))
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    return isinstance(parameter, DTensor) or (hasattr(parameter, "ds_id") and not parameter.numel())
 
 
 def main(directory: str, place: str, held: str) -> None:
@@ -65,7 +82,14 @@ def main(directory: str, place: str, held: str) -> None:
         changes["vllm_tensor_parallel_size"] = 2
     if not colocated:
         changes |= {"vllm_mode": "server", "vllm_server_base_url": place}
-    if held == "lora":
+    if held.startswith("zero"):
+        changes["built_in"] = sharding_on_cpus
+        changes["deepspeed"] = {
+            # No parameter stays whole.
+            "zero_optimization": {"stage": int(held[4]), "stage3_param_persistence_threshold": 0},
+            "train_micro_batch_size_per_gpu": "auto",
+        }
+    if held.endswith("lora"):
         from peft import LoraConfig
 
         changes |= {"learning_rate": 0.02, "max_steps": 4}
@@ -89,7 +113,7 @@ def main(directory: str, place: str, held: str) -> None:
         "versions": [r.version for r in callback.reports],
         "exact": all(r.prediction_exact for r in callback.reports),
         "recorded": list(recorded),
-        "sharded": all(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "sharded": all(map(is_sharded, trainer.model.parameters())),
         "gap": gap(trainer.state.log_history),
         "logged": [e["sync/version"] for e in trainer.state.log_history if "sync/version" in e],
     }
@@ -106,10 +130,10 @@ def main(directory: str, place: str, held: str) -> None:
     generation.generate(prompts=[[5, 6]], images=None, num_generations=1)
     said["versions after"] = [r.version for r in callback.reports]
     model = trainer.accelerator.unwrap_model(trainer.model)
-    copy = model if held == "lora" else whole_copy(model, policy)
+    copy = model if held.endswith("lora") else whole_copy(model, policy)
     if colocated:
         said["gap after"] = logprob_gap(generation.llm, copy)
-    if colocated and held != "lora":
+    if colocated and not held.endswith("lora"):
         # What one process would have sent changes nothing.
         from qerl_sync import InProcessTransport, SyncConfig, SyncSession
         from qerl_sync.worker.compat import engine as compat

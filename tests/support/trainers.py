@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,11 @@ def build_trainer(
     model: Any = None,
     reward: Any = share_of_digits,
     peft_config: Any = None,
+    built_in: Any = nullcontext,
     **changes: Any,
 ) -> Any:
-    """Build a GRPOTrainer for the policy at `path`, or for `model`, which was loaded from there."""
+    """Build a GRPOTrainer for the policy at `path`, or for `model`, which was loaded from there; in
+    a context `built_in`, when its arguments have been made."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
@@ -73,15 +76,17 @@ def build_trainer(
         "disable_tqdm": True,
     }
     rows = Dataset.from_dict({"prompt": [f"w{i} w{i + 1} =" for i in range(64)]})
-    trainer = GRPOTrainer(
-        model=str(path) if model is None else model,
-        reward_funcs=reward,
-        args=GRPOConfig(**{**arguments, **changes}),
-        train_dataset=rows,
-        eval_dataset=rows.select(range(4)),
-        callbacks=list(callbacks),
-        peft_config=peft_config,
-    )
+    args = GRPOConfig(**{**arguments, **changes})
+    with built_in():
+        trainer = GRPOTrainer(
+            model=str(path) if model is None else model,
+            reward_funcs=reward,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows.select(range(4)),
+            callbacks=list(callbacks),
+            peft_config=peft_config,
+        )
     if trainer.use_vllm and trainer.args.vllm_mode == "colocate":
         _KEPT.append(trainer.vllm_generation.llm)
     return trainer

@@ -554,21 +554,18 @@ def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once(number):
     assert "stopping after this step" in console.file.getvalue()
 
 
-def test_deepspeed_that_accelerate_would_drop_is_refused():
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import TorchDynamoPlugin
+def test_deepspeed_in_one_process_of_a_cpu_is_refused(monkeypatch):
+    from accelerate.state import PartialState
 
     from qerl_sync.training.processes import sharding_on_cpus
 
-    AcceleratorState._reset_state()
+    asked = {"zero_optimization": {"stage": 3}}
+    monkeypatch.setattr("transformers.integrations.deepspeed.deepspeed_config", lambda: asked)
+    PartialState._reset_state()
+    PartialState(cpu=True)
     try:
-        with sharding_on_cpus(), pytest.raises(ConfigError) as refused:
-            AcceleratorState(
-                cpu=True,
-                deepspeed_plugin=object(),
-                dynamo_plugin=TorchDynamoPlugin(),
-                _from_accelerator=True,
-            )
+        with pytest.raises(ConfigError) as refused, sharding_on_cpus():
+            pass
         assert refused.value.sharding == "DeepSpeed"
     finally:
-        AcceleratorState._reset_state()
+        PartialState._reset_state()
