@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 from qerl_sync.config import SyncConfig
@@ -32,6 +34,7 @@ def make_session(
     server_url: str | None = None,
     ranks: TrainerRanks | None = None,
     version: int = 0,
+    root: Callable[[], Any] | None = None,
     trained: Trained | None = None,
     probe: Probe | None = None,
 ) -> SyncSession:
@@ -41,6 +44,7 @@ def make_session(
         source: a Source, or the trainer's model; see `make_source`.
         ranks: all trainer ranks, where there are several and all of them call this: each with an
             `llm` of its own, or with the `server_url` to which rank 0 sends for all.
+        root: see `ShardedSource`.
     """
     transport: Transport
     if ranks is None:
@@ -52,7 +56,9 @@ def make_session(
         transport = LedTransport(own, ranks)
     try:
         if not isinstance(source, Source):
-            source = make_source(source, sync, transport, several_ranks=ranks is not None)
+            source = make_source(
+                source, sync, transport, several_ranks=ranks is not None, root=root
+            )
         return SyncSession(source, transport, sync, version=version, trained=trained, probe=probe)
     except BaseException:
         transport.close()
@@ -65,6 +71,7 @@ def make_source(
     transport: Transport | None = None,
     *,
     several_ranks: bool = False,
+    root: Callable[[], Any] | None = None,
 ) -> Source:
     """Return the source of a Hugging Face model, with or without PEFT's adapters.
 
@@ -72,16 +79,18 @@ def make_source(
         transport: leads to all engines, which are asked whether they can serve the adapter; None:
             it is merged.
         several_ranks: each trainer rank calls this; the model may be, or become, sharded.
+        root: see `ShardedSource`.
 
     Raises:
         ConfigError: the model is sharded, or its adapters can be sent in no way that `sync.lora`
             allows.
         CompatError, CoverageError: with `sync.lora: adapter`, the engines cannot serve it.
     """
+    sources = _sources(several_ranks, root)
     if not hasattr(model, "peft_config"):
-        return _sources(several_ranks).whole(model)
+        return sources.whole(model)
     if sync.lora == "merge":
-        return _merged(model, "asked for", several_ranks)
+        return _merged(sources, model, "asked for")
     asked = sync.lora == "adapter"
     try:
         if transport is None:
@@ -89,33 +98,37 @@ def make_source(
                 "several trainer ranks, each with a part of the model, send it merged; choose "
                 "sync.lora: merge"
             )
-        source = _sources(several_ranks).adapter(
+        source = sources.adapter(
             model, reason="asked for" if asked else "the engine serves it exactly as it is"
         )
         transport.require_adapter(source.adapter())
     except (ConfigError, CompatError, CoverageError) as exc:
         if asked:
             raise
-        return _merged(model, str(exc), several_ranks)
+        return _merged(sources, model, str(exc))
     return source
 
 
 class _Sources(NamedTuple):
-    whole: type[HFSource]
-    adapter: type[AdapterSource]
-    merged: type[PEFTSource]
+    whole: Callable[..., HFSource]
+    adapter: Callable[..., AdapterSource]
+    merged: Callable[..., PEFTSource]
 
 
-def _sources(several_ranks: bool) -> _Sources:
+def _sources(several_ranks: bool, root: Callable[[], Any] | None = None) -> _Sources:
     if not several_ranks:
         return _Sources(HFSource, AdapterSource, PEFTSource)
     from qerl_sync.sources import sharded  # torch's FSDP takes 2 s to import
 
-    return _Sources(sharded.ShardedSource, sharded.ShardedAdapterSource, sharded.ShardedPEFTSource)
+    return _Sources(
+        partial(sharded.ShardedSource, root=root),
+        partial(sharded.ShardedAdapterSource, root=root),
+        partial(sharded.ShardedPEFTSource, root=root),
+    )
 
 
-def _merged(model: Any, reason: str, several_ranks: bool) -> Source:
-    source = _sources(several_ranks).merged(model)
+def _merged(sources: _Sources, model: Any, reason: str) -> Source:
+    source = sources.merged(model)
     source.lora = {"mode": "merge", "reason": reason}
     return source
 

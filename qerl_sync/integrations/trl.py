@@ -239,8 +239,10 @@ class WeightSyncCallback(TrainerCallback):
         model = trainer.accelerator.unwrap_model(trainer.model)
         given = {
             "ranks": self._ranks,
+            # FSDP1 wraps it in `train()`.
+            "root": lambda: trainer.model,
             "trained": trainer.model.named_parameters,
-            "probe": probe_of(model),
+            "probe": probe_of(model, called=lambda: trainer.model),
         }
         if colocated:
             return make_session(model, self._session_config, llm=generation.llm, **given)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from qerl_sync.verify.stamps import ContentStamps
 from qerl_sync.verify.stored import Stored, weights_as_stored
 
 # Added to parameter names by wrappers that leave the parameters whole.
-WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.")
+WRAPPER_PREFIXES = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 FSDP1 = "FullyShardedDataParallel"
 _PEFT_PARTS = re.compile(r"\.(base_layer(?=\.|$)|modules_to_save\.[^.]+)")
 
@@ -159,7 +159,11 @@ class HFSource(Source):
 
     def _shape(self, name: str) -> torch.Size:
         """Return the shape of `_value`."""
-        return full_shape(self._parameters[name])
+        return self._full_shape(self._parameters[name])
+
+    def _full_shape(self, tensor: torch.Tensor) -> torch.Size:
+        """Return the shape of `_whole`."""
+        return torch.Size(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 empties it
 
     def _value(self, name: str) -> torch.Tensor:
         """Return what is sent for a parameter, before it is converted."""
@@ -183,7 +187,9 @@ class HFSource(Source):
         return [part_here(self._parameters[name])]
 
 
-def probe_of(model: Any, *, attention: str | None = None) -> Probe:
+def probe_of(
+    model: Any, *, attention: str | None = None, called: Callable[[], Any] | None = None
+) -> Probe:
     """Return a probe that evaluates this model on a fixed prompt, for `sync.verify: full`.
 
     The probe switches to evaluation mode and restores the model's own mode afterwards.
@@ -191,6 +197,7 @@ def probe_of(model: Any, *, attention: str | None = None) -> Probe:
     Args:
         attention: the attention implementation of transformers to evaluate with, where the model's
             own takes more than tokens.
+        called: returns what is called to evaluate it, where something wraps it later (FSDP1).
     """
 
     def logprobs(token_ids: Sequence[int]) -> list[float]:
@@ -215,7 +222,7 @@ def probe_of(model: Any, *, attention: str | None = None) -> Probe:
                 output = (
                     torch.func.functional_call(model, others, (), given)
                     if others
-                    else model(**given)
+                    else (model if called is None else called())(**given)
                 )
             reported = output.logits[0, :-1].float().log_softmax(-1)
         finally:
@@ -304,9 +311,11 @@ def saved_buffers_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tenso
 
 
 def clean(name: str) -> str:
+    """Return the name of a parameter or module without the wrappers around and in it."""
+    dotted = f"{name}."
     for prefix in WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+        dotted = dotted.replace(prefix, "")
+    return dotted[:-1]
 
 
 def _groups(
@@ -404,21 +413,10 @@ def require_whole(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str 
 
 
 def refused_sharding(name: str, sharding: str, why: str, instead: str) -> ConfigError:
-    """Return the error for a sharded parameter. `instead`: the next step, unless it is FSDP1, which
-    no source gathers."""
-    if sharding == FSDP1:
-        instead = (
-            "shard with FSDP2 in its place (torch's fully_shard; accelerate: fsdp_version: 2; TRL: "
-            "fsdp_config with version: 2), or train in one process"
-        )
+    """Return the error for a sharded parameter. `instead`: the next step."""
     return ConfigError(
         f"{name!r} is sharded by {sharding}{why}; {instead}", parameter=name, sharding=sharding
     )
-
-
-def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """Return the shape of the whole parameter, of which this process may hold a part."""
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties it
 
 
 def part_here(parameter: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from qerl_sync.buffers.detect import dtype_name, require_all_finite
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.adapter import Adapter
-from qerl_sync.sources.hf import HFSource, clean, full_shape, part_here, saved_buffers_of
+from qerl_sync.sources.hf import HFSource, clean, part_here, saved_buffers_of
 
 MERGE = "choose sync.lora: merge"
 # The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
@@ -64,7 +64,7 @@ class AdapterSource(HFSource):
 
     def adapter(self) -> Adapter:
         metas = (
-            ParamMeta(name, dtype_name(t.dtype), tuple(full_shape(t)))
+            ParamMeta(name, dtype_name(t.dtype), tuple(self._full_shape(t)))
             for name, t in self._factors.items()
         )
         return Adapter(tuple(metas), dict(self._scalings))
@@ -111,7 +111,7 @@ class AdapterSource(HFSource):
             return self._base
         self._structure = None
         kinds = _PEFTKinds()
-        modules = list(self._model.named_modules())
+        modules = [(clean(path), module) for path, module in self._model.named_modules()]
         layers = {path: module for path, module in modules if isinstance(module, kinds.layer)}
         name = _only_adapter(layers.values(), self._peft_config)
         _refuse_features(self._peft_config[name], name, layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from qerl_sync.buffers.detect import storages_of
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck
+from qerl_sync.sources.fsdp1 import FlatUnits, unwrapped
 from qerl_sync.sources.hf import HFSource, refused_sharding, reshard, sharding_of
 from qerl_sync.sources.lora import AdapterSource
 from qerl_sync.sources.peft import PEFTSource
@@ -24,27 +25,35 @@ class _Gathered(HFSource):
     Attributes:
         _due: names of the chunk that is being materialized, of which this rank has yet to gather
             what it reads.
+        _ahead: what of the chunk was gathered with other tensors of its FSDP1 unit, by identity.
     """
 
     collective = True
     stamps_content = False  # each rank has a shard, and all must send the same
 
-    def __init__(self, model: Any, **options: Any) -> None:
+    def __init__(
+        self, model: Any, *, root: Callable[[], torch.nn.Module] | None = None, **options: Any
+    ) -> None:
         self._due: deque[str] = deque()
+        self._ahead: dict[int, torch.Tensor] = {}
         self._wrapped = model  # with PEFT's wrapper, which may be FSDP2's root
-        super().__init__(model, **options)
+        self._root = root or (lambda: model)
+        self._units = FlatUnits(self._root())
+        super().__init__(unwrapped(model), **options)
 
     def metadata(self) -> list[ParamMeta]:
         # What a forward pass has left gathered are plain tensors, in the dtype of the computation.
         reshard(self._wrapped)
+        self._units = FlatUnits(self._root())
         return super().metadata()
 
     def resident_bytes(self) -> int:
-        whole = [p for p in self._parameters.values() if not _is_sharded(p)]
+        whole = [p for p in self._parameters.values() if not self._is_sharded(p)]
         own = {s.key: s for p in whole for s in storages_of(p)}
         return sum(storage.nbytes for storage in own.values())
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        self._ahead.clear()
         self._due = deque(dict.fromkeys(one for name in names for one in self._behind(name)))
         return super().materialize(names)
 
@@ -58,13 +67,17 @@ class _Gathered(HFSource):
     ) -> None:
         for name, parameter in parameters:
             sharding = sharding_of(name, parameter)
-            if sharding and not _is_sharded(parameter):
-                why = f"{since}, which this source does not gather"
-                raise refused_sharding(name, sharding, why, "train in one process")
+            if sharding and not self._is_sharded(parameter):
+                why = f"{since}, and its parameters cannot be told apart"
+                instead = (
+                    "keep the model's own (use_orig_params=True; accelerate: "
+                    "fsdp_use_orig_params: true), and give this source the wrapped model"
+                )
+                raise refused_sharding(name, sharding, why, instead)
 
     def _memory(self, name: str) -> Storage:
         parameter = self._parameters[name]
-        if _is_sharded(parameter):
+        if self._is_sharded(parameter):
             return Storage(f"gathered {name}", self._shape(name).numel() * parameter.itemsize)
         return super()._memory(name)
 
@@ -74,16 +87,31 @@ class _Gathered(HFSource):
         return super()._value(name)
 
     def _whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not _is_sharded(tensor):
+        if not self._is_sharded(tensor):
             return tensor.detach()
         try:
-            return _gathered(tensor)
+            if tensor not in self._units:
+                return _gathered(tensor)
+            if id(tensor) not in self._ahead:
+                chunk = (one for due in (name, *self._due) for one in self._made_from(due))
+                self._ahead |= self._units.gather(tensor, chunk)
+            return self._ahead.pop(id(tensor))
         except RuntimeError as exc:
             # The other ranks are no longer where this one is.
             self._due.clear()
             raise TransportError(
                 f"gathering {name!r} from the trainer ranks failed: {exc}", tensor=name
             ) from exc
+
+    def _full_shape(self, tensor: torch.Tensor) -> torch.Size:
+        return self._units.shape(tensor) if tensor in self._units else super()._full_shape(tensor)
+
+    def _is_sharded(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor") or tensor in self._units
+
+    def _made_from(self, name: str) -> Iterable[torch.Tensor]:
+        """Return the tensors that `_value` gathers."""
+        return [self._parameters[name]]
 
 
 class ShardedSource(_Gathered):
@@ -98,15 +126,18 @@ class ShardedSource(_Gathered):
         with SyncSession(ShardedSource(model), transport, SyncConfig()) as session:
             session.push(step=1)  # on every rank
 
-    Takes models that are sharded by torch's `fully_shard` (FSDP2) or tensor parallelism (DTensor)
-    or by DeepSpeed's ZeRO-3, and whole ones (DDP, ZeRO-1 and 2). The model may become sharded
-    later: what it is is found out at each sync.
+    Takes models that are sharded by torch's `fully_shard` (FSDP2) or tensor parallelism (DTensor),
+    by DeepSpeed's ZeRO-3, or by FSDP1 with `use_orig_params`, and whole ones (DDP, ZeRO-1 and 2).
+    The model may become sharded later: what it is is found out at each sync.
 
     A gather is a collective: every rank makes the same calls in the same order. A rank holds, on
-    top of its shards, what the receiver holds of the chunks in flight, and one more parameter.
+    top of its shards, what the receiver holds of the chunks in flight, and one more parameter. Of
+    FSDP1's units, which are gathered as a whole, it holds one in its place, and the chunk that is
+    being sent.
 
     Args:
         model: a `PreTrainedModel`, sharded alike on all ranks. Its weights are read, never changed.
+        root: returns the module that FSDP1 wraps the model with, where that happens later.
         convert: see `HFSource`.
 
     Raises:
@@ -136,6 +167,9 @@ class ShardedAdapterSource(_Gathered, AdapterSource):
         ConfigError: see `AdapterSource` and `ShardedSource`.
     """
 
+    def _made_from(self, name: str) -> Iterable[torch.Tensor]:
+        return [self._factors[name]] if name in self._factors else super()._made_from(name)
+
 
 class ShardedPEFTSource(_Gathered, PEFTSource):
     """Yields what `PEFTSource` would yield of the whole model: of each parameter the base and its
@@ -164,9 +198,9 @@ class ShardedPEFTSource(_Gathered, PEFTSource):
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
         return self._parts_of(name)
 
-
-def _is_sharded(parameter: torch.Tensor) -> bool:
-    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+    def _made_from(self, name: str) -> Iterable[torch.Tensor]:
+        merge = self._merges.get(name)
+        return [self._parameters[name], *(merge.parts if merge is not None else ())]
 
 
 def _gathered(parameter: torch.Tensor) -> torch.Tensor:

@@ -98,8 +98,8 @@ def sharding_on_cpus() -> Iterator[None]:
     optimizer's parameters, checkpoints) needs no GPU.
 
     Raises:
-        ConfigError: the plugin is FSDP's of version 1, which is not synced; or the run has one
-            process, or DeepSpeed would look for a GPU.
+        ConfigError: DeepSpeed is asked for in one process, or would look for a GPU; or FSDP1 is
+            asked for, which accelerate itself cannot do there.
     """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -124,8 +124,9 @@ def sharding_on_cpus() -> Iterator[None]:
         elif fsdp is not None and state.distributed_type == DistributedType.MULTI_CPU:
             if fsdp.fsdp_version != 2:
                 raise ConfigError(
-                    f"FSDP of version {fsdp.fsdp_version} is not synced; set version: 2 in "
-                    "`trainer.fsdp_config`, or fsdp_version: 2 in accelerate's configuration"
+                    f"accelerate wraps no model on CPUs with FSDP of version {fsdp.fsdp_version}; "
+                    "set version: 2 in `trainer.fsdp_config`, or fsdp_version: 2 in accelerate's "
+                    "configuration"
                 )
             state.distributed_type = DistributedType.FSDP
             state.fsdp_plugin = fsdp

@@ -63,10 +63,15 @@ def test_a_rank_that_is_killed_is_named_on_all_others(directory, case):
         assert (one["error"], one["rank"]) == ("PeerLostError", killed), told
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_a_rank_that_fails_in_a_gather_of_deepspeeds_is_named_on_all(tmp_path):
-    cases = {"kill led-zero3 _value 1 5": "PeerLostError"}
-    cases |= {f"{what} joint-zero3 _value 1 5": error for what, error in CLASSES.items()}
+NO_DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
+
+
+@pytest.mark.parametrize("by", [pytest.param("zero3", marks=NO_DEEPSPEED), "fsdp1"])
+def test_a_rank_that_fails_in_a_gather_of_others_is_named_on_all(tmp_path, by):
+    cases = {f"kill led-{by} _value 1 5": "PeerLostError"}
+    cases |= {f"{what} joint-{by} _value 1 5": error for what, error in CLASSES.items()}
     run_cases(tmp_path, *cases, DS_ACCELERATOR="cpu")
     for case, error in cases.items():
         told = [read(tmp_path / case, rank) for rank in range(3)]

@@ -13,6 +13,9 @@ from qerl_sync.serving.server import ServerProcess
 
 pytestmark = [pytest.mark.dist, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
+NO_DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
 SERVED = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -41,7 +44,7 @@ def _run(tmp_path, place, held):
     run.mkdir()
     lora = held.endswith("lora")
     told = run_ranks("support.rank_trainers", 2, run, place, held, seconds=540)
-    sharded = held.startswith(("fsdp2", "zero3"))
+    sharded = held.startswith(("fsdp", "zero3"))
     assert_synced(told, steps=4 if lora else 2, sharded=sharded)
     for one in told:
         assert one["gap before"] > 1e-3, "the last step came after the last sync"
@@ -52,14 +55,21 @@ def _run(tmp_path, place, held):
 
 @pytest.mark.parametrize(
     ("place", "held"),
-    [("colocate", "fsdp2"), ("shared", "fsdp2"), ("shared", "ddp"), ("shared", "lora")],
+    [
+        ("colocate", "fsdp2"),
+        ("shared", "fsdp2"),
+        ("shared", "ddp"),
+        ("shared", "lora"),
+        ("colocate", "fsdp1"),
+        ("colocate", "fsdp1 lora"),
+    ],
 )
 def test_each_process_syncs_its_colocated_engine(tmp_path, place, held):
     """Its own one, or its worker of a tensor parallel one (`shared`)."""
     _run(tmp_path, place, held)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@NO_DEEPSPEED
 @pytest.mark.parametrize(
     ("place", "held"),
     [
@@ -74,12 +84,13 @@ def test_each_process_syncs_what_deepspeed_trains(tmp_path, place, held):
     _run(tmp_path, place, held)
 
 
-def test_the_main_process_syncs_a_server_for_all(tmp_path):
+@pytest.mark.parametrize("held", ["fsdp2", pytest.param("zero3", marks=NO_DEEPSPEED)])
+def test_the_main_process_syncs_a_server_for_all(tmp_path, held):
     policy = save_policy(tmp_path / "policy")
     run = tmp_path / "run"
     run.mkdir()
     spec = ServerSpec(str(policy), engine=SERVED)
     with ServerProcess(spec, log=tmp_path / "server.log") as server:
-        told = run_ranks("support.rank_trainers", 2, run, server.url, "fsdp2", seconds=400)
+        told = run_ranks("support.rank_trainers", 2, run, server.url, held, seconds=400)
     assert_synced(told)
     assert "alone" not in told[1]

@@ -2,8 +2,9 @@
 
 A program that forks the ranks of one case after the other: importing torch takes longer than a
 case. Arguments: a directory for what the ranks report, then the names of cases, such as `raise`,
-`kill joint between 2`, `kill led-zero3 _value 1` (partitioned by DeepSpeed in place of FSDP2), or `loop 20`: so many tries of a rank that is killed or raises in the middle
-of a gather, each at another one, of which it prints what the others have raised and when.
+`kill joint between 2`, `kill led-zero3 _value 1` (partitioned by DeepSpeed, or `fsdp1`, in place of
+FSDP2), or `loop 20`: so many tries of a rank that is killed or raises in the middle of a gather,
+each at another one, of which it prints what the others have raised and when.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from qerl_sync.transports.base import SyncResult, Transport, WorkerReport
 from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
 from qerl_sync.transports.joint.ranks import GRACE_SECONDS
 from support.models import make_model
+from support.rank_partitioned import FSDP1, partitioned
 from support.ranks import read, report, surroundings
 
 TIMEOUT_SECONDS = 3.0
@@ -77,9 +79,9 @@ class Sink(Transport):
 def sharded(by: str = "") -> Any:
     model = make_model("moe", 0)
     if by == "zero3":
-        from support.rank_zero3 import partitioned
-
         return partitioned(model, 0).module
+    if by == "fsdp1":
+        return FSDP1(model).module
     for layer in model.model.layers:
         fully_shard(layer)
     return fully_shard(model)

@@ -2,8 +2,8 @@
 
 Arguments: a directory with the policy, where the engine is, and how the model is held. The engine:
 `colocate` (one in each process), `shared` (one, with a tensor parallel worker in each), or the
-address of a server. The model: `fsdp2` (sharded in `train()`), `ddp`, `lora`, or DeepSpeed's
-`zero2` and `zero3` (partitioned as it is loaded), and `zero3 lora`.
+address of a server. The model: `fsdp1` and `fsdp2` (sharded in `train()`), `ddp`, `lora`, DeepSpeed's
+`zero2` and `zero3` (partitioned as it is loaded); `fsdp1 lora` and `zero3 lora`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 
 from qerl_sync import SyncError, WeightSyncCallback
@@ -26,19 +26,24 @@ from qerl_sync.sources.hf import HFSource
 from qerl_sync.training.processes import sharding_on_cpus
 from support.engines import logprob_gap
 from support.fingerprint import difference, fingerprint
+from support.rank_partitioned import FSDP1, find_layers
 from support.ranks import report
 from support.trainers import ENGINE, build_trainer, gap, gap_now
 
 
-def shard_in_train(trainer: Any) -> None:
+def shard_in_train(trainer: Any, version: int) -> None:
     """Have it sharded where accelerate would on a GPU: after the callback has attached, and before
     the optimizer takes the parameters. accelerate shards nothing on a CPU."""
     create_optimizer = trainer.create_optimizer
 
     def shard_and_create(*given: Any) -> Any:
-        for layer in trainer.model.model.layers:
-            fully_shard(layer)
-        fully_shard(trainer.model)
+        layers = find_layers(trainer.model)
+        if version == 1:  # as for accelerate's, the trainer's model is the wrapper from now on
+            trainer.model = trainer.model_wrapped = FSDP1(trainer.model).module
+        else:
+            for layer in layers:
+                fully_shard(layer)
+            fully_shard(trainer.model)
         return create_optimizer(*given)
 
     trainer.create_optimizer = shard_and_create
@@ -55,12 +60,15 @@ def whole_copy(model: Any, path: str) -> Any:
     with torch.no_grad(), gathered(model):
         own = dict(copy.named_parameters())
         for name, parameter in model.named_parameters():
+            name = name.replace("_fsdp_wrapped_module.", "")
             sharded = isinstance(parameter, DTensor)
             own[name].copy_(parameter.full_tensor() if sharded else parameter)
     return copy
 
 
 def gathered(model: Any) -> Any:
+    if isinstance(model, FullyShardedDataParallel):
+        return model.summon_full_params(model, writeback=False)
     if not any(hasattr(p, "ds_id") for p in model.parameters()):
         return nullcontext()
     import deepspeed
@@ -69,7 +77,8 @@ def gathered(model: Any) -> Any:
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    return isinstance(parameter, DTensor) or (hasattr(parameter, "ds_id") and not parameter.numel())
+    emptied = hasattr(parameter, "ds_id") and not parameter.numel()
+    return isinstance(parameter, DTensor) or emptied or hasattr(parameter, "_fsdp_flattened")
 
 
 def main(directory: str, place: str, held: str) -> None:
@@ -105,8 +114,8 @@ def main(directory: str, place: str, held: str) -> None:
         chunk_bytes=1 << 16,
     )
     trainer = build_trainer(Path(policy), Path(directory) / f"run-{rank}", [callback], **changes)
-    if held == "fsdp2":
-        shard_in_train(trainer)
+    if held.startswith("fsdp"):
+        shard_in_train(trainer, version=int(held[4]))
     trainer.train()
     said: dict[str, Any] = {
         "steps": [r.step for r in callback.reports],
@@ -129,7 +138,7 @@ def main(directory: str, place: str, held: str) -> None:
         said["gap before"] = gap_now(trainer)
     generation.generate(prompts=[[5, 6]], images=None, num_generations=1)
     said["versions after"] = [r.version for r in callback.reports]
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.model
     copy = model if held.endswith("lora") else whole_copy(model, policy)
     if colocated:
         said["gap after"] = logprob_gap(generation.llm, copy)

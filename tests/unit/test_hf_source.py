@@ -34,11 +34,11 @@ def wrap(model, **options):
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     alone = dist.new_group([0])
-    FullyShardedDataParallel(model, alone, device_id=torch.device("cpu"), **options)
+    return FullyShardedDataParallel(model, alone, device_id=torch.device("cpu"), **options)
 
 
 def wrap_with_names(model):
-    wrap(model, use_orig_params=True)
+    return wrap(model, use_orig_params=True)
 
 
 def partition(model):
@@ -60,20 +60,25 @@ def test_a_model_that_is_sharded_later_is_refused_by_name(shard, sharding, group
     """As accelerate and transformers do in `train()`, when the source was made long ago."""
     model = make_model("tied", 0)
     source = HFSource(model)
-    assert source.metadata()
-    shard(model)
+    whole = source.metadata()
+    wrapped = shard(model)
     with pytest.raises(ConfigError) as raised:
         source.metadata()
     assert sharding in raised.value.sharding
     assert raised.value.parameter in dict(model.named_parameters())
-    # The source that is advised takes the model, except for FSDP1, which none does.
+    # The source that is advised takes the model, if FSDP1 has left its own parameters.
     if shard is fully_shard:
-        assert ShardedSource(model).metadata()
-    elif shard is not partition:
-        with pytest.raises(ConfigError) as raised:
+        assert ShardedSource(model).metadata() == whole
+    elif shard is wrap_with_names:
+        assert ShardedSource(wrapped).metadata() == whole
+        assert ShardedSource(model, root=lambda: wrapped).metadata() == whole
+        with pytest.raises(ConfigError):
             ShardedSource(model)
+    elif shard is wrap:
+        with pytest.raises(ConfigError) as raised:
+            ShardedSource(wrapped)
         assert raised.value.sharding == "FullyShardedDataParallel"
-        assert "fully_shard" in str(raised.value)
+        assert "use_orig_params" in str(raised.value)
 
 
 def test_adapters_that_are_added_later_are_refused():

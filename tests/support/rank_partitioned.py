@@ -1,4 +1,7 @@
-"""A program for two ranks: a model that DeepSpeed's ZeRO-3 partitions, gathered."""
+"""A program for two ranks: a model that DeepSpeed's ZeRO-3 or torch's FSDP1 partitions, gathered.
+
+Arguments: a directory, and `zero3` or `fsdp1`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qerl_sync import AdapterSource, HFSource, PEFTSource
+from qerl_sync import AdapterSource, ConfigError, HFSource, PEFTSource
 from qerl_sync.sources.sharded import ShardedAdapterSource, ShardedPEFTSource, ShardedSource
 from qerl_sync.verify.changes import fingerprint
 from support.adapters import make_policy
@@ -36,6 +39,47 @@ def partitioned(model: Any, threshold: int) -> Any:
     return engine
 
 
+class FSDP1:
+    """What `partitioned` gives, of a model that torch's FullyShardedDataParallel wraps."""
+
+    def __init__(self, model: Any, *, original: bool = True) -> None:
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+        self.module = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({type(find_layers(model)[0])}),
+            use_orig_params=original,
+            device_id=torch.device("cpu"),
+        )
+        self._optimizer = torch.optim.Adam(self.module.parameters(), lr=1e-2)
+
+    def __call__(self, **given: Any) -> Any:
+        return self.module(**given)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+
+def find_layers(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.model.layers
+
+
+def parts_of(model: Any) -> list[torch.Tensor]:
+    """The parameters of which this rank has a part."""
+    sharded = [p for p in model.parameters() if hasattr(p, "_fsdp_flattened")]
+    return sharded or [p for p in model.parameters() if p.ds_tensor.numel() < p.ds_numel]
+
+
+def is_part(parameter: torch.Tensor) -> bool:
+    return parameter.dim() == 1 if hasattr(parameter, "_fsdp_flattened") else not parameter.numel()
+
+
 def gathered(source: Any, chunks: int = 3) -> dict[str, torch.Tensor]:
     """Everything, in chunks of which the receiver takes the first tensor only, and then all."""
     names = names_of(source)
@@ -48,13 +92,14 @@ def gathered(source: Any, chunks: int = 3) -> dict[str, torch.Tensor]:
     return found
 
 
-def main(directory: str) -> None:
+def main(directory: str, by: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     said: dict[str, Any] = {}
     for kind, threshold in (("tied", 0), ("moe", 1000)):
         whole = HFSource(make_model(kind, 1))
-        engine = partitioned(make_model(kind, 1), threshold)
+        model = make_model(kind, 1)
+        engine = FSDP1(model) if by == "fsdp1" else partitioned(model, threshold)
         source = ShardedSource(engine.module)
         expected = {m.name: t for m, (_, t) in zip(whole.metadata(), stream_of(whole), strict=True)}
         first = gathered(source)
@@ -63,7 +108,7 @@ def main(directory: str) -> None:
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
         second = gathered(source)
-        parts = [p for p in engine.module.parameters() if p.ds_tensor.numel() < p.ds_numel]
+        parts = parts_of(engine.module)
         said[kind] = {
             "metas": source.metadata() == whole.metadata(),
             "equal": sum(torch.equal(first[n], expected[n]) for n in expected),
@@ -71,17 +116,23 @@ def main(directory: str) -> None:
             "trained": sum(not torch.equal(first[n], second[n]) for n in expected),
             "fingerprints": [fingerprint(t) for t in second.values()],
             "partitioned": len(parts),
-            "still": all(p.numel() == 0 for p in parts if p.ds_numel > threshold),
+            "still": all(is_part(p) for p in parts if getattr(p, "ds_numel", 1e9) > threshold),
         }
-    said["adapters"] = adapters()
+    said["adapters"] = adapters(by)
+    if by == "fsdp1":
+        try:
+            ShardedSource(FSDP1(make_model("tied", 1), original=False).module)
+        except ConfigError as exc:
+            said["without its own"] = exc.sharding
     report(directory, **said)
     os._exit(0)
 
 
-def adapters() -> dict[str, bool]:
+def adapters(by: str) -> dict[str, bool]:
     """A PEFT model, partitioned: its adapter and its merged weights are those of the whole one."""
     options = {"r": 4, "modules_to_save": ["norm"]}
-    engine = partitioned(make_policy(seed=1, **options), 0)
+    policy = make_policy(seed=1, **options)
+    engine = FSDP1(policy) if by == "fsdp1" else partitioned(policy, 0)
     whole = make_policy(seed=1, **options)
     told: dict[str, bool] = {}
     for sharded, plain in (

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-3 on two ranks, where DeepSpeed is installed (the extra `deepspeed`)."""
+"""On two ranks: torch's FSDP1, and ZeRO-3 where DeepSpeed is installed (`scripts/deepspeed`)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,18 @@ from support.ranks import run_ranks
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
-def test_partitioned_parameters_are_gathered_to_the_bit(tmp_path, monkeypatch):
+NO_DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
+)
+
+
+@pytest.mark.parametrize("by", [pytest.param("zero3", marks=NO_DEEPSPEED), "fsdp1"])
+def test_partitioned_parameters_are_gathered_to_the_bit(tmp_path, monkeypatch, by):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    told = run_ranks("support.rank_zero3", 2, tmp_path)
+    told = run_ranks("support.rank_partitioned", 2, tmp_path, by)
     assert told[0] == told[1]
+    if by == "fsdp1":
+        assert told[0].pop("without its own") == "FullyShardedDataParallel"
     adapters = told[0].pop("adapters")
     assert adapters == dict.fromkeys(adapters, True)
     for one in told[0].values():
