@@ -2,8 +2,8 @@
 
 Arguments: a directory with the policy, where the engine is, and how the model is held. The engine:
 `colocate` (one in each process), `shared` (one, with a tensor parallel worker in each), or the
-address of a server. The model: `fsdp1` and `fsdp2` (sharded in `train()`), `ddp`, `lora`, DeepSpeed's
-`zero2` and `zero3` (partitioned as it is loaded); `fsdp1 lora` and `zero3 lora`.
+address of a server. The model: `fsdp1` and `fsdp2` (sharded in `train()`), `ddp`, `lora`, and
+DeepSpeed's `zero2` and `zero3` (partitioned as it is loaded); `fsdp1 lora` and `zero3 lora`.
 """
 
 from __future__ import annotations
