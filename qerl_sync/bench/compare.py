@@ -14,15 +14,17 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
 
+from qerl_sync.bench.engines import CALL_SECONDS, in_actor, served
 from qerl_sync.bench.extension import KERNELS_VARIABLE, gloo_group, use_plain_kernels
 from qerl_sync.bench.transport import (
     Results,
@@ -43,16 +45,16 @@ from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.wire.segments import DIRECTORY, PrivateMemory, SharedSegment
 
 Kernels = Literal["packed", "plain"]
-# Where the engine runs, and for the last two how the weights reach it: as if it were on another
-# machine; and with the trainer's parameters in shared memory.
+# Where the engine runs, and for the third and fourth how the weights reach it: as if it were on
+# another machine; and with the trainer's parameters in shared memory.
 COLOCATE, OWN_PROCESS = "colocate", "own process"
 OVER_TCP, SHARED = "own process, over TCP", "own process, shared parameters"
+SERVER, ACTOR = "server", "Ray actor"
 MEMCPY, LOAD_ALONE = "memcpy", "vLLM's load alone, bytes already there"
 OURS, SHM, TCP = "qerl-sync", "qerl-sync, shm", "qerl-sync, tcp"
 GLOO = "torch.distributed broadcast (Gloo) of each tensor, into vLLM's reload"
 FILE = "safetensors in shared memory, vLLM's reload_weights"
-# The longest wait for the engine, in ways that are not ours.
-CALL_SECONDS = 600.0
+STORE = "tensors in Ray's object store, into vLLM's reload"
 # Ratios to reach, by engine, way and what it is divided by.
 LIMITS: dict[Kernels, dict[tuple[str, str, str], float]] = {
     "plain": {
@@ -155,7 +157,9 @@ class Row:
         except Exception as exc:
             if isinstance(exc, SyncError):
                 raise
-            self.wrong = " ".join(f"{type(exc).__name__}: {exc}".split())[:200]
+            # Ray's errors hold the actor's traceback, and what was raised on the last line.
+            last = (str(exc).splitlines() or [""])[-1]
+            self.wrong = " ".join(f"{type(exc).__name__}: {last}".split())[:200]
         if self.wrong:
             ours = next(way for way in ways if way.startswith(OURS))
             if self.way == ours:
@@ -193,7 +197,7 @@ def measure(
         os.environ[KERNELS_VARIABLE] = kernels
         use_plain_kernels()
     found = Compared(rounds=rounds, kernels=kernels, machine=_machine())
-    clock = Rounds()
+    clock, fresh = Rounds(), list[Digests]()
     with TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
         note("making the model")
         trainer = _Trainer(make_model(config))
@@ -203,13 +207,13 @@ def measure(
             trainer.model.save_pretrained(path, max_shard_size="1TB")  # type: ignore[operator]
             trainer.step()
         memory = PrivateMemory(offsets(trainer.metas)[1])
-        for multiprocessing, places in (("0", [COLOCATE]), ("1", [OWN_PROCESS, OVER_TCP, SHARED])):
-            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = multiprocessing
+        for places, start in _engines(engine or {}, found.nbytes):
             note(f"starting vLLM ({places[0]})")
-            with _started(trainer.checkpoints[1], engine) as llm:
-                other = _digests(llm)
-            with _started(trainer.checkpoints[0], engine) as llm:
-                fresh = [_digests(llm), other]
+            if not fresh:
+                with start(trainer.checkpoints[1]) as llm:
+                    fresh = [_digests(llm)]
+            with start(trainer.checkpoints[0]) as llm:
+                fresh = [_digests(llm), fresh[-1]]
                 if trainer.version == 1:
                     trainer.step()
                 for where in places:
@@ -313,12 +317,44 @@ def _of_shared_parameters(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways
     return {SHM: _session(llm, trainer, stack, "shm").push}
 
 
+def _to_server(engine: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
+    from qerl_sync.engines.http import HTTPClient
+
+    transport = RemoteTransport(HTTPClient(engine.url), transport="shm")
+    session = stack.enter_context(SyncSession(trainer.source, transport, SyncConfig()))
+    return {
+        SHM: session.push,
+        FILE: partial(_reload_file, engine, trainer, _shared_directory(stack)),
+    }
+
+
+def _to_actor(engine: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
+    config = SyncConfig(transport="shm")
+    session = SyncSession(trainer.source, engine.pool.transport(config), config)
+    return {
+        SHM: stack.enter_context(session).push,
+        STORE: lambda: engine.load(dict(trainer.tensors())),
+    }
+
+
 WAYS: dict[str, Callable[[Any, _Trainer, ExitStack], Ways]] = {
     COLOCATE: _colocated,
     OWN_PROCESS: _to_own_process,
     OVER_TCP: _over_tcp,
     SHARED: _of_shared_parameters,
+    SERVER: _to_server,
+    ACTOR: _to_actor,
 }
+Start = Callable[[str], AbstractContextManager[Any]]
+
+
+def _engines(arguments: Mapping[str, Any], nbytes: int) -> Iterator[tuple[list[str], Start]]:
+    """Yield the places that one engine serves, and what starts it with a checkpoint."""
+    yield [COLOCATE], partial(_started, arguments, multiprocessing="0")
+    yield [OWN_PROCESS, OVER_TCP, SHARED], partial(_started, arguments, multiprocessing="1")
+    yield [SERVER], partial(served, arguments=arguments)
+    if find_spec("ray") is not None:
+        yield [ACTOR], partial(in_actor, arguments=arguments, nbytes=nbytes)
 
 
 def _session(llm: Any, trainer: _Trainer, stack: ExitStack, kind: str) -> SyncSession:
@@ -381,8 +417,9 @@ def _difference(llm: Any, fresh: Digests) -> str:
 
 
 @contextmanager
-def _started(path: str, arguments: Mapping[str, Any] | None) -> Iterator[Any]:
-    llm = start_engine(path, arguments or {})
+def _started(arguments: Mapping[str, Any], path: str, *, multiprocessing: str) -> Iterator[Any]:
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = multiprocessing
+    llm = start_engine(path, arguments)
     try:
         yield llm
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,13 +77,22 @@ class BenchExtension:
             refresh.after_reload(model)
         return time.perf_counter() - started
 
+    def bench_load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load the tensors by vLLM's layerwise reload."""
+        from qerl_sync.worker.compat import engine as compat
+
+        model, config = self._engine.model, self._engine.vllm_config
+        with compat.loading_context(config):
+            compat.begin_reload(model)
+            model.load_weights(iter(tensors))
+            compat.finish_reload(model, config)
+
     def bench_join(self, host: str, port: int) -> None:
         """Join a Gloo group with the trainer, which is its rank 0."""
         self._bench_group = gloo_group(host, port, 1)
 
     def bench_broadcast(self, metas: list[tuple[str, str, list[int]]]) -> None:
         """Receive one broadcast per tensor, into vLLM's layerwise reload."""
-        from qerl_sync.worker.compat import engine as compat
 
         def arriving() -> Any:
             for name, dtype, shape in metas:
@@ -90,11 +100,7 @@ class BenchExtension:
                 self._bench_group.broadcast(tensor, 0).wait()
                 yield name, tensor
 
-        model, config = self._engine.model, self._engine.vllm_config
-        with compat.loading_context(config):
-            compat.begin_reload(model)
-            model.load_weights(arriving())
-            compat.finish_reload(model, config)
+        self.bench_load(arriving())
 
     @property
     def _engine(self) -> Any:

@@ -205,8 +205,9 @@ this ran on a GPU (docs/gpu has what did).
 
 *pictures*: *seen* by a model whose answers were compared for a prompt with a picture too, or why it
 was shown none; its vision tower's weights were compared in any case. Most rows of vLLM 0.31 were
-recorded with torchvision, timm, scipy and num2words installed beside it, those of 0.32 without:
-without torchvision most architectures that see do not start.
+recorded with torchvision, timm, scipy and num2words installed beside it, those of 0.32 and 21 of
+0.28 without: without torchvision most architectures that see do not start. Of vLLM 0.25.1 (with
+torch 2.11) only the first rows have been run.
 """
 
 
