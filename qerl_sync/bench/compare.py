@@ -35,6 +35,9 @@ from qerl_sync.bench.transport import (
     start_engine,
 )
 from qerl_sync.config import SyncConfig
+from qerl_sync.engines.base import WeightSyncClient
+from qerl_sync.engines.http import HTTPClient
+from qerl_sync.engines.llm import LLMClient
 from qerl_sync.errors import SyncError
 from qerl_sync.plan.staging import offsets
 from qerl_sync.session import SyncSession
@@ -302,28 +305,24 @@ def _colocated(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
 def _to_own_process(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
     """Return the ways to an engine in a process of its own."""
     return {
-        SHM: _session(llm, trainer, stack, "shm").push,
+        SHM: _session(LLMClient(llm), trainer, stack, "shm").push,
         GLOO: _Broadcast(llm, trainer, stack),
         FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
     }
 
 
 def _over_tcp(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    return {TCP: _session(llm, trainer, stack, "tcp").push}
+    return {TCP: _session(LLMClient(llm), trainer, stack, "tcp").push}
 
 
 def _of_shared_parameters(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
     trainer.memory = share_parameters(trainer.model)  # from here on
-    return {SHM: _session(llm, trainer, stack, "shm").push}
+    return {SHM: _session(LLMClient(llm), trainer, stack, "shm").push}
 
 
 def _to_server(engine: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    from qerl_sync.engines.http import HTTPClient
-
-    transport = RemoteTransport(HTTPClient(engine.url), transport="shm")
-    session = stack.enter_context(SyncSession(trainer.source, transport, SyncConfig()))
     return {
-        SHM: session.push,
+        SHM: _session(HTTPClient(engine.url), trainer, stack, "shm").push,
         FILE: partial(_reload_file, engine, trainer, _shared_directory(stack)),
     }
 
@@ -357,10 +356,10 @@ def _engines(arguments: Mapping[str, Any], nbytes: int) -> Iterator[tuple[list[s
         yield [ACTOR], partial(in_actor, arguments=arguments, nbytes=nbytes)
 
 
-def _session(llm: Any, trainer: _Trainer, stack: ExitStack, kind: str) -> SyncSession:
-    from qerl_sync.engines.llm import LLMClient
-
-    transport = RemoteTransport(LLMClient(llm), transport=kind)
+def _session(
+    client: WeightSyncClient, trainer: _Trainer, stack: ExitStack, kind: str
+) -> SyncSession:
+    transport = RemoteTransport(client, transport=kind)
     return stack.enter_context(SyncSession(trainer.source, transport, SyncConfig()))
 
 

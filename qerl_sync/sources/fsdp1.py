@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,26 +17,25 @@ class FlatUnits:
     lies in this rank's part. Without, nothing of them is left, and this knows none of them.
 
     Args:
-        root: the outermost module that may be wrapped.
+        model: the outermost module that may be wrapped, or that has wrapped ones in it.
     """
 
-    def __init__(self, root: Any) -> None:
-        fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # takes 2 s to import
-        self._root = root
-        self._held: dict[int, tuple[Any, torch.nn.Parameter, torch.Size]] = {}
-        for unit in root.modules() if fsdp is not None else ():
-            if not isinstance(unit, fsdp.FullyShardedDataParallel) or unit._handle is None:
-                continue
-            flat = unit._handle.flat_param
-            # None where the model's own parameters are gone.
-            for parameter, shape in zip(flat._params or (), flat._shapes, strict=False):
-                self._held[id(parameter)] = (unit, parameter, shape)
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._held: dict[int, _Held] = {}
+        for root in _outermost(model):
+            for unit in root.fsdp_modules(root):
+                if unit._handle is None:  # it has no parameters of its own
+                    continue
+                flat = unit._handle.flat_param
+                # None where the model's own parameters are gone.
+                for parameter, shape in zip(flat._params or (), flat._shapes, strict=False):
+                    self._held[id(parameter)] = _Held(parameter, shape, unit, root)
 
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return id(tensor) in self._held
 
     def shape(self, tensor: torch.Tensor) -> torch.Size:
-        return self._held[id(tensor)][2]
+        return self._held[id(tensor)].shape
 
     def gather(
         self, tensor: torch.Tensor, beside: Iterable[torch.Tensor]
@@ -45,21 +44,42 @@ class FlatUnits:
 
         A unit is gathered as a whole. Every rank makes the same calls.
         """
-        unit = self._held[id(tensor)][0]
-        if self._root._is_root is None:
+        held = self._held[id(tensor)]
+        if held.root._is_root is None:
             # FSDP1 takes the first unit that gathers for the root of all.
-            with unit.summon_full_params(self._root, recurse=False, writeback=False):
+            with held.root.summon_full_params(held.root, recurse=False, writeback=False):
                 pass
-        with unit.summon_full_params(unit, recurse=False, writeback=False):
+        with held.unit.summon_full_params(held.unit, recurse=False, writeback=False):
             return {
                 id(one): one.detach().clone()
                 for one in (tensor, *beside)
-                if one in self and self._held[id(one)][0] is unit
+                if one in self and self._held[id(one)].unit is held.unit
             }
+
+
+class _Held(NamedTuple):
+    """A parameter of a unit, with the whole one's shape, and the outermost unit around both.
+
+    It keeps the parameter, so that nothing else can get its identity.
+    """
+
+    parameter: torch.nn.Parameter
+    shape: torch.Size
+    unit: Any
+    root: Any
+
+
+def _outermost(model: Any) -> Iterator[Any]:
+    """Yield the modules that FSDP1 wraps and that are in no other such module."""
+    if unwrapped(model) is not model:
+        yield model
+        return
+    for child in model.children():
+        yield from _outermost(child)
 
 
 def unwrapped(model: Any) -> Any:
     """Return the model that FSDP1 wraps, or the model."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # takes 2 s to import
     wrapped = fsdp is not None and isinstance(model, fsdp.FullyShardedDataParallel)
     return model.module if wrapped else model

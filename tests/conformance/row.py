@@ -8,6 +8,7 @@ from __future__ import annotations
 import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM reads when imported
 
 import json
+import re
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ from conformance.processors import picture_prompts, save
 from qerl_sync import HFSource, InProcessTransport, SyncConfig, SyncError, SyncSession
 from qerl_sync.worker.compat import engine as compat
 
+_DIRECTORIES = re.compile(r"/\S*/site-packages/")
 EXACT, REFUSED, WRONG, NO_START = "exact", "refused", "wrong", "does not start"
 
 # Each goes to the version that the engine does not hold, in a stream as a trainer might send it.
@@ -156,6 +158,7 @@ def one_line(exc: BaseException) -> str:
     if not text:
         frame = traceback.extract_tb(exc.__traceback__)[-1]
         text = f"{frame.line} ({Path(frame.filename).name})"
+    text = _DIRECTORIES.sub("", text)  # of the machine that ran it
     return f"{type(exc).__name__}: {text}"[:400]
 
 

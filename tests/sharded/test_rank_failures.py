@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from support.features import needs_deepspeed
 from support.rank_failures import LONGEST_SECONDS
 from support.ranks import import_path, read
 
@@ -63,12 +63,7 @@ def test_a_rank_that_is_killed_is_named_on_all_others(directory, case):
         assert (one["error"], one["rank"]) == ("PeerLostError", killed), told
 
 
-NO_DEEPSPEED = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
-
-
-@pytest.mark.parametrize("by", [pytest.param("zero3", marks=NO_DEEPSPEED), "fsdp1"])
+@pytest.mark.parametrize("by", [pytest.param("zero3", marks=needs_deepspeed), "fsdp1"])
 def test_a_rank_that_fails_in_a_gather_of_others_is_named_on_all(tmp_path, by):
     cases = {f"kill led-{by} _value 1 5": "PeerLostError"}
     cases |= {f"{what} joint-{by} _value 1 5": error for what, error in CLASSES.items()}

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
+from support.features import needs_deepspeed
 from support.ranks import run_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-NO_DEEPSPEED = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
-
-
-@pytest.mark.parametrize("by", [pytest.param("zero3", marks=NO_DEEPSPEED), "fsdp1"])
+@pytest.mark.parametrize("by", [pytest.param("zero3", marks=needs_deepspeed), "fsdp1"])
 def test_partitioned_parameters_are_gathered_to_the_bit(tmp_path, monkeypatch, by):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     told = run_ranks("support.rank_partitioned", 2, tmp_path, by)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
+from support.features import needs_deepspeed
 from support.ranks import run_ranks
 from support.trainers import save_policy
 
@@ -13,9 +12,6 @@ from qerl_sync.serving.server import ServerProcess
 
 pytestmark = [pytest.mark.dist, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 
-NO_DEEPSPEED = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
 SERVED = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -69,7 +65,7 @@ def test_each_process_syncs_its_colocated_engine(tmp_path, place, held):
     _run(tmp_path, place, held)
 
 
-@NO_DEEPSPEED
+@needs_deepspeed
 @pytest.mark.parametrize(
     ("place", "held"),
     [
@@ -84,7 +80,7 @@ def test_each_process_syncs_what_deepspeed_trains(tmp_path, place, held):
     _run(tmp_path, place, held)
 
 
-@pytest.mark.parametrize("held", ["fsdp2", pytest.param("zero3", marks=NO_DEEPSPEED)])
+@pytest.mark.parametrize("held", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
 def test_the_main_process_syncs_a_server_for_all(tmp_path, held):
     policy = save_policy(tmp_path / "policy")
     run = tmp_path / "run"

@@ -7,11 +7,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from support.features import needs_deepspeed
 from support.ranks import import_path
 
 from qerl_sync.serving.command import ServerSpec
@@ -119,7 +119,7 @@ def test_accelerate_starts_two_processes_on_a_cpu(tmp_path, file, fsdp):
     assert_synced(tmp_path, 3)
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+@needs_deepspeed
 def test_deepspeed_partitions_the_model_on_cpus_too(tmp_path):
     """ZeRO-3, which `trainer.deepspeed` or accelerate's file asks for; resumed; with LoRA."""
     own, launched, adapted = (tmp_path / name for name in ("own", "launched", "adapted"))

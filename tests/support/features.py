@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
 from qerl_sync.worker.compat import coupling
 from qerl_sync.worker.compat import engine as compat
+
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="DeepSpeed is not installed (scripts/deepspeed)"
+)
 
 
 def needs(feature: str) -> pytest.MarkDecorator:

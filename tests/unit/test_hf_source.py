@@ -41,6 +41,12 @@ def wrap_with_names(model):
     return wrap(model, use_orig_params=True)
 
 
+def wrap_layers(model):
+    for number, layer in enumerate(model.model.layers):
+        model.model.layers[number] = wrap_with_names(layer)
+    return model
+
+
 def partition(model):
     for parameter in model.parameters():  # as DeepSpeed marks what it has partitioned
         parameter.ds_id = 0
@@ -53,6 +59,7 @@ def partition(model):
         (fully_shard, "fully_shard"),
         (wrap, "FullyShardedDataParallel"),
         (wrap_with_names, "FullyShardedDataParallel"),
+        (wrap_layers, "FullyShardedDataParallel"),
         (partition, "ZeRO-3"),
     ],
 )
@@ -74,6 +81,12 @@ def test_a_model_that_is_sharded_later_is_refused_by_name(shard, sharding, group
         assert ShardedSource(model, root=lambda: wrapped).metadata() == whole
         with pytest.raises(ConfigError):
             ShardedSource(model)
+    elif shard is wrap_layers:
+        found, fresh = ShardedSource(model), HFSource(make_model("tied", 0))
+        assert found.metadata() == fresh.metadata() == whole
+        names = [meta.name for meta in whole]
+        weights = dict(fresh.materialize(names))
+        assert all(torch.equal(t, weights[name]) for name, t in found.materialize(names))
     elif shard is wrap:
         with pytest.raises(ConfigError) as raised:
             ShardedSource(wrapped)
