@@ -84,11 +84,15 @@ class LayerMap:
     Attributes:
         elsewhere: names that this rank, a pipeline stage, does nothing with: another must take
             them.
+        one_tensor_calls: this vLLM's loader takes all tensors of a call before it loads the first.
+            The receiver calls it with one tensor at a time, so that none waits where nobody counts
+            it.
     """
 
     layers: Mapping[str, ParentLayer]
     contributions: Mapping[str, tuple[Contribution, ...]]
     elsewhere: frozenset[str] = frozenset()
+    one_tensor_calls: bool = False
 
     @cached_property
     def digest(self) -> str:
@@ -100,6 +104,7 @@ class LayerMap:
             *zip(*chain.from_iterable(contributions.values()), strict=True),
             *zip(*map(_layer_fields, self.layers.values()), strict=True),
             *([sorted(self.elsewhere)] if self.elsewhere else []),
+            *([["one_tensor_calls"]] if self.one_tensor_calls else []),
         )
         digest = hashlib.sha256()
         for values in map(list, columns):
@@ -143,6 +148,7 @@ class LayerMap:
             ],
             "contributions": {n: [list(c) for c in cs] for n, cs in self.contributions.items()},
             "elsewhere": sorted(self.elsewhere),
+            "one_tensor_calls": self.one_tensor_calls,
         }
 
     @classmethod
@@ -155,4 +161,5 @@ class LayerMap:
                 for name, contributions in data["contributions"].items()
             },
             elsewhere=frozenset(data.get("elsewhere", ())),
+            one_tensor_calls=data.get("one_tensor_calls", False),
         )

@@ -57,6 +57,41 @@ def test_chunks_do_not_change_the_result(subject, kind):
     assert report.prediction_exact, report.first_difference
 
 
+@pytest.mark.parametrize("ahead", ["whole call", "pairs"])
+def test_a_loader_that_takes_tensors_before_it_loads_them(subject, monkeypatch, ahead):
+    """One that collects a whole call gets a call for each tensor, so that what vLLM holds is what
+    was predicted. One that needs two tensors together gets them together."""
+    one = subject("dense")
+    load_weights = one.model.load_weights
+
+    def collecting(weights):
+        return load_weights(list(weights))
+
+    def pairing(weights):
+        def swapped():
+            gate = None
+            for name, tensor in weights:
+                if name.endswith("gate_proj.weight"):
+                    gate = name, tensor
+                    continue
+                yield name, tensor
+                if name.endswith("up_proj.weight"):
+                    yield gate
+                    gate = None
+
+        return load_weights(swapped())
+
+    monkeypatch.setattr(one.model, "load_weights", collecting if ahead != "pairs" else pairing)
+    own = session(one, HFSource(one.trainers[NEW]), chunk_bytes="40KiB")
+    report = own.push()
+    assert one.wrong_weights(NEW) == []
+    if ahead == "whole call":
+        assert own.layer_map.one_tensor_calls
+        assert report.prediction_exact, report.first_difference
+    else:
+        assert not own.layer_map.one_tensor_calls
+
+
 @pytest.fixture
 def warnings_of_reloads():
     """What vLLM's reload has logged: its loggers hand nothing on to pytest's."""

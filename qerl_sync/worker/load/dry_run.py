@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +38,14 @@ class Stream:
         """Return the checkpoint tensor that `tensor` is a view of."""
         return self._sources.get(tensor.untyped_storage()._cdata)
 
-    def load(self) -> None:
+    def load(self, *, one_tensor_calls: bool = False) -> None:
+        """Feed the model, in one call or in one for each tensor.
+
+        Raises:
+            LayerMapError: vLLM refuses a tensor.
+        """
         try:
-            self._model.load_weights(self._named())  # type: ignore[operator]
+            load_weights(self._model, self._named(), one_tensor_calls)
         except Exception as exc:
             at, family = self.current, type(self._model).__name__
             if at is None:
@@ -79,6 +84,17 @@ class Stream:
             yield meta.name, tensor
 
 
+def load_weights(
+    model: torch.nn.Module,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    one_tensor_calls: bool,
+) -> None:
+    """Let vLLM's loaders have a stream. See `LayerMap.one_tensor_calls`."""
+    calls = ([named] for named in tensors) if one_tensor_calls else [tensors]
+    for call in calls:
+        model.load_weights(call)  # type: ignore[operator]
+
+
 def _in_words(exc: Exception) -> str:
     return f"{type(exc).__name__}: {exc}"
 
@@ -93,6 +109,7 @@ class DryRun:
     received: dict[tuple[str, str], int] = field(default_factory=lambda: defaultdict(int))
     num_loads: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     miscast: dict[str, str] = field(default_factory=dict)
+    num_late: int = 0  # tensors that were loaded after the next one was taken
 
     def __post_init__(self) -> None:
         self._paths = {id(module): path for path, module in self.model.named_modules()}
@@ -112,6 +129,7 @@ class DryRun:
         sources = [self.stream.source_of(t) for t in tensors]
         meta = next((s for s in sources if s is not None), self.stream.current)
         assert meta is not None
+        self.num_late += meta is not self.stream.current
         contribution = Contribution(
             parent_layer=self._paths[id(layer)],
             parameter=parameter,

@@ -53,6 +53,7 @@ def observe_layer_map(
     with compat.loading_context(vllm_config), compat.dry_reload(model) as written_live:
         with compat.observe_loads(run, process=False):
             stream.load()
+        one_tensor_calls = run.num_late > 0 and _loads_alike_singly(run, metas)
         unseen = [meta for meta in metas if not run.contributions[meta.name]]
         puzzling = [
             meta
@@ -93,7 +94,24 @@ def observe_layer_map(
         layers=layers,
         contributions={meta.name: tuple(run.contributions[meta.name]) for meta in metas},
         elsewhere=frozenset(dropped),
+        one_tensor_calls=one_tensor_calls,
     )
+
+
+def _loads_alike_singly(run: DryRun, metas: Sequence[ParamMeta]) -> bool:
+    """Return whether calls with one tensor each come to what `run`, one call, has come to.
+
+    Some loaders take the whole stream before they load its first tensor (vLLM 0.28's GraniteMoe
+    collects it in a dictionary). Others hold a tensor back for one that belongs to it: those must
+    get both in one call.
+    """
+    singly = DryRun(run.model, Stream(run.model, metas))
+    try:
+        with compat.observe_loads(singly, process=False):
+            singly.stream.load(one_tensor_calls=True)
+    except LayerMapError:
+        return False
+    return singly.contributions == run.contributions and not singly.num_late
 
 
 def left_out(run: DryRun, dropped: Collection[str], config: Any) -> set[str]:

@@ -41,6 +41,7 @@ from qerl_sync.worker.load import memory, refresh
 from qerl_sync.worker.load.aliases import LostView, Views, lost_views
 from qerl_sync.worker.load.base import emptied_layers, sample_kernels
 from qerl_sync.worker.load.direct import DirectLoad
+from qerl_sync.worker.load.dry_run import load_weights
 from qerl_sync.worker.load.kernel_check import Held, KernelCheck
 from qerl_sync.worker.load.lora import AdapterLoad, require_adapter, serve_base
 from qerl_sync.worker.load.monitor import SyncMonitor
@@ -271,6 +272,7 @@ class Receiver:
         self._state.caches_suspect |= self.poisoned is not None
         self.poison("a sync is in progress")
         self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
+        self._one_tensor_calls = layer_map.one_tensor_calls
         self._options = options
         self.verify_seconds, self._held, self._kernels = 0.0, None, None
         check = options.checksums and self._loads_base
@@ -306,7 +308,8 @@ class Receiver:
             )
 
     def receive(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load the next chunk of the plan: one `load_weights` call.
+        """Load the next chunk of the plan: one `load_weights` call (see
+        `LayerMap.one_tensor_calls`).
 
         The tensors are kept by reference until their layer is whole, at the latest until the end
         of this call (deferred layers: until `finish`). A plan that spills has what is whole by now
@@ -586,7 +589,7 @@ class Receiver:
                 self._monitor.begin(name)
                 yield name, self._direct.begin(name, tensor)
 
-        self.model.load_weights(watched())  # type: ignore[operator]
+        load_weights(self.model, watched(), self._one_tensor_calls)
 
     def _checked(
         self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]
