@@ -100,7 +100,8 @@ def named(name: str, parents: Parents | None) -> str:
 
 
 def is_finite(tensor: torch.Tensor, *, alone: bool = True) -> bool:
-    """Return True if all values are finite.
+    """Return True if all values are finite. A tensor without dimensions may be infinite, too: it is
+    a bound (Gemma 4 has those of what it clips, as buffers) and not a trained weight.
 
     One pass at the speed at which memory is read. Where values are summed, the sum propagates any
     NaN or infinity. It may also overflow; only then look at the values one by one.
@@ -108,11 +109,15 @@ def is_finite(tensor: torch.Tensor, *, alone: bool = True) -> bool:
     Args:
         alone: use all cores. False: one, beside others that load.
     """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or _is_infinite_bound(tensor):
         return True
     if _has_readable_bits(tensor):
         return _first_not_finite(list(_runs(tensor)), alone=alone) is None
     return math.isfinite(_sum(tensor).item()) or not _count_not_finite(tensor)
+
+
+def _is_infinite_bound(tensor: torch.Tensor) -> bool:
+    return tensor.dim() == 0 and math.isinf(tensor.item())
 
 
 def _has_readable_bits(tensor: torch.Tensor) -> bool:
@@ -281,6 +286,8 @@ def require_in_range(
     # float32 ends a little above bfloat16, in a range that no weight reaches: exponents decide.
     floating = tensor.dtype.is_floating_point
     if tensor.numel() == 0 or not floating or _exponent(tensor.dtype) <= _exponent(dtype):
+        return
+    if _is_infinite_bound(tensor):
         return
     low, high = tensor.aminmax()
     largest = torch.maximum(-low, high)

@@ -313,12 +313,13 @@ class SyncConfig(Section):
     may reuse what the old weights computed."""
 
     check_finite: bool = True
-    """Refuse NaN and infinite weights, and values that would become infinite in the dtype that the
-    engine computes in, such as 70,000 in float16; the latter are found on the worker. vLLM would
-    accept them, and NaN stays in its KV cache after the weights have healed. A chunk is looked at
-    before it leaves, ahead of those that travel and are loaded: what is found in the first leaves
-    the engine on its old weights, what is found later ends the sync (see `on_failure`). Where
-    trainer and engine share a process, all is looked at before the first tensor is loaded."""
+    """Refuse NaN and infinite weights (a tensor without dimensions may be infinite: Gemma 4 has
+    such bounds), and values that would become infinite in the dtype that the engine computes in,
+    such as 70,000 in float16; the latter are found on the worker. vLLM would accept them, and NaN
+    stays in its KV cache after the weights have healed. A chunk is looked at before it leaves,
+    ahead of those that travel and are loaded: what is found in the first leaves the engine on its
+    old weights, what is found later ends the sync (see `on_failure`). Where trainer and engine
+    share a process, all is looked at before the first tensor is loaded."""
 
     verify: Literal["off", "coverage", "checksum", "full"] = "coverage"
     """How far a sync is verified before it is committed.

@@ -7,6 +7,9 @@ a few patches.
 from __future__ import annotations
 
 import inspect
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from support.engines import generate
 
 from conformance.families import PATCH, SIDE
 from conformance.tokens import SPELLING, TOKENS, token_id
+from qerl_sync.worker.compat import engine as compat
 
 PIXELS = SIDE * SIDE
+PICTURE_SECONDS = 60
 
 
 def save(model: Any, directory: Path) -> dict[str, Any]:
@@ -80,10 +85,29 @@ def picture_prompts(engine: Any) -> tuple[list[dict[str, Any]], str]:
             "prompt": f"{text} w7 w8 w9",
             "multi_modal_data": {"image": Image.fromarray(noise)},
         }
-        generate(engine, more=[prompt])
+        with _at_most(PICTURE_SECONDS):
+            generate(engine, more=[prompt])
     except Exception as exc:
+        compat.drop_requests(engine)
         return [], f"{type(exc).__name__}: {' '.join(str(exc).split())}"[:200]
     return [prompt], "seen"
+
+
+@contextmanager
+def _at_most(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in the main thread if the context is open for longer: some vLLMs step
+    forever over a picture that they never schedule."""
+
+    def over(signum: int, frame: Any) -> None:
+        raise TimeoutError(f"vLLM has not answered a prompt with a picture within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _tokenizer(architecture: str) -> Any:

@@ -43,9 +43,10 @@ def named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield from _held(own, path, depth=10, seen=set())
 
 
-# Parameters and buffers are yielded by name. What lies in caches is computed, not loaded.
+# Parameters and buffers are yielded by name. What lies in caches is computed, not loaded, and so is
+# what a forward pass leaves for the layers (Gemma 4's `per_layer_embeddings`).
 _OF_TORCH = {"_parameters", "_buffers", "_modules"}
-_COMPUTED = {"kv_cache", "static_forward_context"}
+_COMPUTED = {"kv_cache", "static_forward_context", "per_layer_embeddings"}
 
 
 def _held(

@@ -139,6 +139,17 @@ def test_bad_values_are_counted_and_named():
     require_finite("integers", torch.tensor([1]))
 
 
+@pytest.mark.parametrize("bound", [float("inf"), float("-inf")])
+def test_a_bound_without_dimensions_may_be_infinite(bound):
+    """Gemma 4 keeps those of what it clips in its checkpoints."""
+    held = {"w": torch.ones(3), "least": torch.tensor(bound)}
+    require_all_finite(held.items())
+    require_in_range("least", held["least"], torch.float16)
+    for sick in (torch.tensor(float("nan")), torch.tensor([bound])):
+        with raises(CoverageError, tensor="least", num_bad=1):
+            require_all_finite({**held, "least": sick}.items())
+
+
 @pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
 def test_many_are_looked_at_together(dtype, alone):
