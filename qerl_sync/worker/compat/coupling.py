@@ -55,7 +55,8 @@ FEATURES: dict[str, Feature] = {
                 "_layerwise_process _copy_and_restore_kernel_tensors _place_kernel_tensors"
             ),
             f"{_RELOAD}.meta": (
-                "SKIP_TENSORS SKIP_LOAD_TENSORS|SKIP_TENSORS materialize_meta_tensor to_meta_tensor"
+                "SKIP_TENSORS SKIP_LOAD_TENSORS|SKIP_TENSORS "
+                "materialize_meta_tensor materialize_layer to_meta_tensor"
             ),
             # Which buffers are derived. Without it `older_reload` keeps a record of its own.
             f"{_RELOAD}.types": (

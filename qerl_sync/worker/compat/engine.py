@@ -333,8 +333,9 @@ def live_buffer(layer: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def arrived_value(layer: torch.nn.Module, parameter: str) -> torch.Tensor:
-    """Return what has arrived for a parameter, loaded by vLLM's own loader into memory of its own.
-    Call it when the layer is whole and before it is processed."""
+    """Return what has arrived for a parameter: loaded by vLLM's own loader into memory of its own,
+    or into the parameter, where a route has filled that. Call it when the layer is whole and before
+    it is processed."""
     from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
     layerwise = _layerwise()
@@ -342,7 +343,7 @@ def arrived_value(layer: torch.nn.Module, parameter: str) -> torch.Tensor:
     awaiting = getattr(layer, parameter)
     load = layerwise._get_original_loader(awaiting)
     with info.restore_device:
-        value: torch.Tensor = materialize_meta_tensor(awaiting)
+        value: torch.Tensor = materialize_meta_tensor(awaiting) if awaiting.is_meta else awaiting
     for name, bound in info.loaded_weights:
         if name == parameter:
             bound.arguments["param"] = value  # vLLM puts its own there when it loads the layer
@@ -381,6 +382,36 @@ def credit_padding(layer: torch.nn.Module) -> None:
     """
     info = _layerwise().LAYERWISE_INFO[layer]
     info.load_numel = info.load_numel_total
+
+
+class LayerReload:
+    """A layer's progress in reloads, for what does not come by its weight loaders."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        self._layer = layer
+        self._layerwise = _layerwise()
+        self._info = self._layerwise.get_layerwise_info(layer)
+
+    @property
+    def awaits_more(self) -> bool:
+        """Return whether the layer is not yet whole."""
+        return bool(self._info.can_load())
+
+    def count(self, numel: int) -> None:
+        """Count elements that are held, as vLLM's loading wrapper does."""
+        self._info.load_numel += numel
+
+    def process_if_whole(self) -> None:
+        """Process a layer all of whose elements have arrived, as the wrapper does."""
+        if self._info.load_numel >= self._info.load_numel_total:
+            self._layerwise._layerwise_process(self._layer, self._info)
+            self._layerwise.LOADING_LAYERS.discard(self._layer)
+
+    def materialise(self) -> None:
+        """Give the layer memory for what is to be loaded. vLLM passes over what has some."""
+        from vllm.model_executor.model_loader.reload.meta import materialize_layer
+
+        materialize_layer(self._layer, self._info)
 
 
 def forget_packed_experts(layer: Any) -> None:

@@ -28,11 +28,15 @@ class Stream:
             for meta in metas
         ]
         self._metas = metas
+        self._by_name = {m.name: t for m, t in zip(metas, self._tensors, strict=True)}
         self._sources = {
             tensor.untyped_storage()._cdata: meta
             for tensor, meta in zip(self._tensors, metas, strict=True)
         }
         self.current: ParamMeta | None = None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._by_name[name]
 
     def source_of(self, tensor: torch.Tensor) -> ParamMeta | None:
         """Return the checkpoint tensor that `tensor` is a view of."""

@@ -47,6 +47,7 @@ from qerl_sync.worker.load.lora import AdapterLoad, require_adapter, serve_base
 from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.rollback import Rollback
+from qerl_sync.worker.load.routes import RoutedLoad, Routes, record_routes
 from qerl_sync.worker.load.spill import SpillBuffer
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,8 @@ class _ModelState:
     quantised: frozenset[str] | None = None
     # Found in whole weights: after a sync that failed, values no longer tell what was a view.
     lost_views: list[LostView] | None = None
+    # Of the stream that was observed last, and the digest of its layer map.
+    routes: tuple[str, Routes] = ("", {})
 
 
 _STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
@@ -158,7 +161,7 @@ class Receiver:
         self._require_closed()
         self._require_quantised()
         try:
-            return observe_layer_map(
+            layer_map = observe_layer_map(
                 self.model,
                 self._config,
                 metas,
@@ -177,6 +180,11 @@ class Receiver:
                     f"sync.lora_base: engine. What vLLM says: {exc}",
                 )
             raise
+        self._state.routes = "", {}
+        if load == "auto":
+            routes = record_routes(self.model, self._config, metas, layer_map)
+            self._state.routes = layer_map.digest, routes
+        return layer_map
 
     def _require_quantised(self) -> None:
         scheme = self._config.model_config.quantization
@@ -292,6 +300,10 @@ class Receiver:
             self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
             unsent = self._unsent(filled)
             self._views = Views(self.model, [*self._direct.unprocessed, *unsent])
+            digest, routes = self._state.routes
+            self._routed = RoutedLoad(
+                self.model, layer_map, routes if digest == layer_map.digest else {}, self._monitor
+            )
             self._observing.enter_context(compat.observe_loads(self._monitor))
             self._observing.enter_context(self._direct.watching(self._monitor.loaded))
             with compat.loading_context(self._config):
@@ -540,6 +552,7 @@ class Receiver:
         renewed = [view for view in lost if view.source is layer]
         for module in (layer, *(view.owner for view in renewed)):
             self._keep(module)
+        self._routed.fill(layer)
         for view in renewed:
             view.renew()
 
@@ -587,7 +600,9 @@ class Receiver:
         def watched() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in tensors:
                 self._monitor.begin(name)
-                yield name, self._direct.begin(name, tensor)
+                given = self._direct.begin(name, tensor)
+                if not self._routed.load(name, given):
+                    yield name, given
 
         load_weights(self.model, watched(), self._one_tensor_calls)
 

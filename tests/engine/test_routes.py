@@ -1,0 +1,125 @@
+"""Tensors that are loaded by the copies that vLLM's loaders were seen to make, without them."""
+
+from __future__ import annotations
+
+import pytest
+from support.engines import NEW, OLD, logprob_gap
+from support.models import CONFIGS
+from support.syncs import session
+
+from qerl_sync import HFSource
+from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.load.observe import observe_layer_map
+from qerl_sync.worker.load.routes import record_routes
+
+pytestmark = pytest.mark.vllm
+
+NORM = "model.layers.0.input_layernorm"
+# Their loader fills the rows behind the vocabulary with zeros.
+PADDED = {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+def routes_of(one):
+    """The routes, and names of the tensors that land in parent layers."""
+    parts, metas = compat.in_process_parts(one.engine), HFSource(one.trainers[OLD]).metadata()
+    layer_map = observe_layer_map(parts.model, parts.vllm_config, metas)
+    routes = record_routes(parts.model, parts.vllm_config, metas, layer_map)
+    return routes, {name for name, landed in layer_map.contributions.items() if landed}
+
+
+class Seen:
+    """Counts the tensors that reach the model's own loaders."""
+
+    def __init__(self, one, monkeypatch):
+        self.names = set()
+        load_weights = one.model.load_weights
+
+        def watched(weights):
+            def stream():
+                for name, tensor in weights:
+                    self.names.add(name)
+                    yield name, tensor
+
+            return load_weights(stream())
+
+        monkeypatch.setitem(vars(one.model), "load_weights", watched)
+
+
+@pytest.mark.parametrize("kernels", ["stock", "plain"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_sync_needs_no_loader(subject, monkeypatch, kind, kernels):
+    one = subject(kind, kernels)
+    assert one.wrong_weights(NEW), "both versions are the same: the test could not fail"
+    routes, landing = routes_of(one)
+    assert routes.keys() == (landing - PADDED if kind == "padded" else landing)
+    with session(one, HFSource(one.trainers[NEW]), policy="reorder", chunk_bytes="40KiB") as sync:
+        sync._agree()
+        seen = Seen(one, monkeypatch)
+        report = sync.push()
+    assert not seen.names & routes.keys()
+    assert one.wrong_weights(NEW) == []
+    assert one.generates_as(NEW)
+    assert logprob_gap(one.engine, one.trainers[NEW]) <= 1e-5
+    assert report.prediction_exact, report.first_difference
+
+
+def scaled(param, loaded_weight):
+    param.data.copy_(loaded_weight * 1)
+
+
+def filled_first(param, loaded_weight):
+    param.data.fill_(0)
+    param.data.copy_(loaded_weight)
+
+
+@pytest.mark.parametrize("loader", [scaled, filled_first])
+def test_what_does_more_than_copying_is_left_to_its_loader(subject, loader):
+    one = subject("dense")
+    parameter = compat.recorded_parameters(one.model.get_submodule(NORM))["weight"]
+    own = vars(parameter).get("weight_loader")
+    parameter.weight_loader = loader
+    try:
+        routes, landing = routes_of(one)
+        assert landing - routes.keys() == {f"{NORM}.weight"}
+        session(one, HFSource(one.trainers[NEW])).push()
+        assert one.wrong_weights(NEW) == []
+    finally:
+        if own is None:
+            del parameter.weight_loader
+        else:
+            parameter.weight_loader = own
+
+
+def test_a_model_that_takes_no_empty_stream_has_no_routes(subject, monkeypatch):
+    one = subject("dense")
+    load_weights = one.model.load_weights
+
+    def demanding(weights):
+        weights = list(weights)
+        if not weights:
+            raise ValueError("no weights")
+        return load_weights(iter(weights))
+
+    monkeypatch.setitem(vars(one.model), "load_weights", demanding)
+    assert routes_of(one)[0] == {}
+    session(one, HFSource(one.trainers[NEW])).push()
+    assert one.wrong_weights(NEW) == []
+
+
+def test_layerwise_is_what_vllm_does(subject, monkeypatch):
+    one = subject("dense")
+    with session(one, HFSource(one.trainers[NEW]), load="layerwise") as sync:
+        sync._agree()
+        seen = Seen(one, monkeypatch)
+        sync.push()
+    assert len(seen.names) == len(HFSource(one.trainers[NEW]).metadata())
+    assert one.wrong_weights(NEW) == []
+
+
+def test_a_route_is_where_the_loader_copies(subject):
+    """The value head of a fused projection lies behind the query's and the key's rows."""
+    routes, _ = routes_of(subject("dense"))
+    (call,) = routes["model.layers.0.self_attn.v_proj.weight"]
+    assert (call.path, call.parameter) == ("model.layers.0.self_attn.qkv_proj", "weight")
+    assert call.copies == ((((64, 64), (64, 1), (128 + 64) * 64), None),)
+    assert (call.held, call.loaded_numel) == (None, 64 * 64)
