@@ -85,7 +85,12 @@ class ActorEngine:
     def load(self, tensors: Mapping[str, Any]) -> None:
         """Put the tensors into Ray's object store, from where the actor loads them."""
         ray = require_ray()
-        ray.get(self._actor.load.remote(ray.put(dict(tensors))), timeout=CALL_SECONDS)
+        # A view is pickled with all of its storage: an expert with all experts of its layer.
+        own = {
+            name: tensor if tensor.nbytes == tensor.untyped_storage().nbytes() else tensor.clone()
+            for name, tensor in tensors.items()
+        }
+        ray.get(self._actor.load.remote(ray.put(own)), timeout=CALL_SECONDS)
 
 
 @contextmanager
