@@ -106,6 +106,17 @@ def test_a_model_that_takes_no_empty_stream_has_no_routes(subject, monkeypatch):
     assert one.wrong_weights(NEW) == []
 
 
+def test_sessions_that_take_turns_keep_their_routes(subject, monkeypatch):
+    one = subject("dense", "plain")
+    first = session(one, HFSource(one.trainers[NEW]))
+    first.push()
+    session(one, HFSource(one.trainers[OLD]), load="layerwise").push()
+    seen = Seen(one, monkeypatch)
+    first.push()
+    assert seen.names == set()
+    assert one.wrong_weights(NEW) == []
+
+
 def test_layerwise_is_what_vllm_does(subject, monkeypatch):
     one = subject("dense")
     with session(one, HFSource(one.trainers[NEW]), load="layerwise") as sync:

@@ -52,6 +52,9 @@ from qerl_sync.worker.load.spill import SpillBuffer
 
 logger = logging.getLogger(__name__)
 
+# Layer maps whose routes a model keeps.
+MAX_ROUTES = 4
+
 
 @dataclass
 class _ModelState:
@@ -71,8 +74,8 @@ class _ModelState:
     quantised: frozenset[str] | None = None
     # Found in whole weights: after a sync that failed, values no longer tell what was a view.
     lost_views: list[LostView] | None = None
-    # Of the stream that was observed last, and the digest of its layer map.
-    routes: tuple[str, Routes] = ("", {})
+    # By the digest of the layer map; several sessions may take turns.
+    routes: dict[str, Routes] = field(default_factory=dict)
 
 
 _STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
@@ -180,10 +183,13 @@ class Receiver:
                     f"sync.lora_base: engine. What vLLM says: {exc}",
                 )
             raise
-        self._state.routes = "", {}
+        known = self._state.routes
+        known.pop(layer_map.digest, None)
+        if len(known) == MAX_ROUTES:
+            del known[next(iter(known))]
         if load == "auto":
             routes = record_routes(self.model, self._config, metas, layer_map)
-            self._state.routes = layer_map.digest, routes
+            known[layer_map.digest] = routes
         return layer_map
 
     def _require_quantised(self) -> None:
@@ -300,10 +306,8 @@ class Receiver:
             self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
             unsent = self._unsent(filled)
             self._views = Views(self.model, [*self._direct.unprocessed, *unsent])
-            digest, routes = self._state.routes
-            self._routed = RoutedLoad(
-                self.model, layer_map, routes if digest == layer_map.digest else {}, self._monitor
-            )
+            routes = self._state.routes.get(layer_map.digest, {})
+            self._routed = RoutedLoad(self.model, layer_map, routes, self._monitor)
             self._observing.enter_context(compat.observe_loads(self._monitor))
             self._observing.enter_context(self._direct.watching(self._monitor.loaded))
             with compat.loading_context(self._config):
