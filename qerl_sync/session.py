@@ -23,7 +23,7 @@ from qerl_sync.errors import (
     UnchangedError,
 )
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
@@ -361,13 +361,14 @@ class SyncSession:
                 mirror = self._config.delta == "elements" and not self._transport.sends_whole
                 if mirror:
                     self._require_room_for_mirror(full)
+            held = self._source.held_names()
             options = SyncOptions(
                 version=version,
                 verify=self._config.verify,
                 on_failure=self._config.on_failure,
                 finite_check=self._source.finite_check(self._config.check_finite),
                 stable=self._source.stable,
-                held=self._source.held_names(),
+                held=None if held is None else frozenset(held),
                 base=None if base is None or part is full else base.version,
                 is_base=bool(stamps),
                 mirror=mirror,
@@ -465,16 +466,14 @@ class SyncSession:
             for meta in self._source.metadata()
             if not any(fnmatchcase(meta.name, pattern) for pattern in ignored)
         ]
-        allowed: Sequence[str] = self._config.allow_incomplete
+        asked = MapOptions(self._config.allow_incomplete, self._config.load)
         if self._config.lora_base == "engine":
-            given, allowed = self._beside_the_base(given), ("*",)
+            given, asked = self._beside_the_base(given), replace(asked, allow_incomplete=("*",))
         self._transport.source_device = self._source.device
         metas = self._order(given)
         self._transport.agree_on(metas)
         if self._full_plan is None or self.layer_map is None or metas != self._metas:
-            layer_map = self._transport.layer_map(
-                metas, allow_incomplete=allowed, load=self._config.load
-            )
+            layer_map = self._transport.layer_map(metas, asked)
             if self._probe is not None:
                 precision = self._transport.precision
                 self._tolerance = tolerance(*precision, self._config.verify_tolerance)

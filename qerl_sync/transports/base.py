@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -253,18 +253,8 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         """Ask the workers where each tensor lands. Leaves their weights untouched.
-
-        Args:
-            allow_incomplete: fnmatch patterns of parent layers that may miss elements.
-            load: see `SyncConfig`.
 
         Raises:
             LayerMapError, CoverageError: the workers cannot take this stream.

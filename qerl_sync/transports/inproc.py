@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.engines.base import translating
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -77,14 +77,8 @@ class InProcessTransport(Transport):
     def require_adapter(self, adapter: Adapter) -> None:
         self._receiver.require_adapter(adapter)
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
-        return self._receiver.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
+        return self._receiver.layer_map(metas, options)
 
     def free_bytes(self) -> int:
         return self._receiver.free_bytes()
@@ -102,7 +96,7 @@ class InProcessTransport(Transport):
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
         from qerl_sync.worker.compat import engine as compat
 
-        if options.held is not None and not set(options.held).issuperset(plan.order):
+        if options.held is not None and not options.held.issuperset(plan.order):
             raise PlanError(
                 "a trainer rank in the engine's own process must hold every tensor itself; "
                 "several ranks, each with a part, need RemoteTransport"

@@ -39,11 +39,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qerl_sync import errors
 from qerl_sync.errors import AgreementError, SyncError, TransportError
-from qerl_sync.options import FiniteCheck, Load, OnFailure, Verify
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.stopwatch import Span
 
 # Raised with every change of what is said here.
-PROTOCOL = 11
+PROTOCOL = 12
 
 
 class _Message(BaseModel):
@@ -173,8 +173,7 @@ class Pong(_Message):
 class MapRequest(_Message):
     type: Literal["map_request"] = "map_request"
     metas: list[tuple[str, str, tuple[int, ...]]]
-    allow_incomplete: list[str]
-    load: Load
+    options: MapOptions
 
 
 class MapReply(_Message):
@@ -202,18 +201,11 @@ class SyncRequest(_Message):
     """Digest of the layer map that this worker replied."""
     held: list[int] | None
     """Indices into the plan's tensors that this trainer rank can send; None: all."""
-    verify: Verify
-    on_failure: OnFailure
-    finite_check: FiniteCheck
-    base: int | None = None
-    is_base: bool = False
-    record_spans: bool = False
-    """See `SyncOptions`, six of whose fields these are."""
+    options: SyncOptions
+    """Without `held`, which is said by index."""
     mirror: str = ""
     """Names the trainer's mirror: the worker keeps one too, under that name. Empty: it needs none.
     """
-    changes_from: int | None = None
-    """The version that the mirror must hold, where chunks may bring changed elements alone."""
     segments: list[Segment]
     slots: list[int]
     """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what

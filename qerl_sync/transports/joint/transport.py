@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import StaleBaseError, SyncError
 from qerl_sync.meta import ParamMeta, metas_to_json
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
@@ -110,15 +110,9 @@ class JointTransport(Transport):
             if refusal is not None:
                 raise error_of(Failure.model_validate(refusal), f"trainer rank {rank}")
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         self._own.source_device = self.source_device
-        layer_map = self._own.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
+        layer_map = self._own.layer_map(metas, options)
         parts = layer_map.to_json()
         if self.shares_engine:
             self._own_map = layer_map
@@ -228,17 +222,11 @@ class LedTransport(JointTransport):
     def committed_version(self) -> int:
         return int(self._ranks.of_leader("the version", self._own.committed_version))
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         self._own.source_device = self.source_device
 
         def asked() -> dict[str, Any]:
-            found = self._own.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
+            found = self._own.layer_map(metas, options)
             return {
                 "layer_map": found.to_json(),
                 "chunk_bytes": self.chunk_bytes,
@@ -285,13 +273,7 @@ class Follower(Transport):
     def require_adapter(self, adapter: Adapter) -> None:
         pass  # rank 0 asks the engines
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         raise NotImplementedError("rank 0 asks the engines")
 
     def free_bytes(self) -> int:

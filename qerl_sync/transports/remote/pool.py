@@ -24,7 +24,7 @@ from qerl_sync.errors import (
     TransportError,
 )
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
@@ -135,7 +135,7 @@ class PoolTransport(Transport):
         self._staging: Staging | None = None
         self._staging_kinds: set[str] = set()
         self._metas: list[ParamMeta] = []
-        self._map_options: dict[str, Any] = {}
+        self._map_options = MapOptions()
         self._maps: set[str] = set()
         self._adapter: Adapter | None = None
         self._hello: Hello | None = None
@@ -221,13 +221,7 @@ class PoolTransport(Transport):
         )
         self._adapter = adapter
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         """See the base class. The first time every engine must answer, so that one that was started
         wrongly is named before anything is trained; later those that do not are left behind."""
         first = not self._metas
@@ -236,16 +230,14 @@ class PoolTransport(Transport):
         def ask(member: Member) -> LayerMap:
             if self._adapter is not None and not member.ready:
                 member.transport.require_adapter(self._adapter)
-            layer_map = member.transport.layer_map(
-                metas, allow_incomplete=allow_incomplete, load=load
-            )
+            layer_map = member.transport.layer_map(metas, options)
             if self._hello is not None:
                 self._require_alike([member])
             return layer_map
 
         found = self._each(self._those_up(), ask, leave_behind=not first)
         self._require_alike(found)
-        self._metas, self._map_options = metas, {"allow_incomplete": allow_incomplete, "load": load}
+        self._metas, self._map_options = metas, options
         self._maps = {one.digest for one in found.values()}
         for member in found:
             member.ready = True
@@ -419,7 +411,7 @@ class PoolTransport(Transport):
 
     def _take_in(self, member: Member) -> None:
         """Connect, and check that the plan holds for this engine too."""
-        found = member.transport.layer_map(self._metas, **self._map_options)
+        found = member.transport.layer_map(self._metas, self._map_options)
         if found.digest not in self._maps:
             raise AgreementError(
                 f"{member.name} has another layer map than the engines that the plan was made "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from qerl_sync.buffers.trace import Trace
@@ -18,7 +19,7 @@ from qerl_sync.errors import (
     TransportError,
 )
 from qerl_sync.meta import ParamMeta, metas_to_json
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
@@ -225,17 +226,9 @@ class RemoteTransport(Transport):
         request = say.AdapterRequest(adapter=adapter.to_json())
         self._ask(request, say.AdapterReply, "whether it can serve the adapter")
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         self.open()
-        self._map_request = say.MapRequest(
-            metas=metas_to_json(metas), allow_incomplete=list(allow_incomplete), load=load
-        )
+        self._map_request = say.MapRequest(metas=metas_to_json(metas), options=options)
         return self._ask_map(self._map_request)
 
     def free_bytes(self) -> int:
@@ -298,14 +291,8 @@ class RemoteTransport(Transport):
                     plan=None if known else plan.to_json(),
                     layer_map=worker.layer_map.digest if worker.layer_map else "",
                     held=indices,
-                    verify=options.verify,
-                    on_failure=options.on_failure,
-                    finite_check=options.finite_check,
-                    base=options.base,
-                    is_base=options.is_base,
-                    record_spans=options.record_spans,
+                    options=replace(options, held=None),
                     mirror="" if mirror is None else mirror.id,
-                    changes_from=None if mirror is None else options.changes_from,
                     segments=self._announced.get(worker.kind, []),
                     slots=slots,
                 )
