@@ -114,7 +114,7 @@ class InProcessTransport(Transport):
         trace = self._receiver.finish()
 
         def reset(method: str, **options: bool) -> Any:
-            with translating("the vLLM engine", method):
+            with translating(method):
                 return llm_method(self._llm, method)(**options)
 
         # Before the commit: a model that would compute with old keys and values must not run.
