@@ -141,6 +141,8 @@ class Hello(_Message):
 class Segment(_Message):
     """A piece of shared memory: of the host's, by its name under /dev/shm, or of a GPU's."""
 
+    model_config = ConfigDict(from_attributes=True)  # of its owner's side: `Segment.model_validate`
+
     name: str
     nbytes: Annotated[int, Field(gt=0)]
     handle: Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")] = ""

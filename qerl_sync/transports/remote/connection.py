@@ -9,7 +9,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -40,7 +40,6 @@ Job = tuple[say.Chunk, list[torch.Tensor], Stopwatch]
 # How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
 # interpreter with vLLM. One that takes longer is connected anew.
 PING_SECONDS = 10.0
-# Random, so that a worker that sees other memory cannot have them by chance.
 PROBE_BYTES = 32
 
 
@@ -89,9 +88,7 @@ class WorkerConnection(Connection):
         except PeerLostError as exc:
             error: SyncError = exc
             with suppress(TransportError):  # no more messages
-                while not isinstance(last := self.receive(0.0, "its last words"), say.Failure):
-                    pass
-                error = say.error_of(last, self.peer)
+                error = say.error_of(self.skip_to(say.Failure, "its last words", 0.0), self.peer)
             raise error from None
 
     def expect(self, kind: type[M], what: str) -> M:
@@ -121,22 +118,17 @@ class WorkerConnection(Connection):
             return True
         return False
 
-    def skip_to(self, kind: type[M], what: str, timeout_seconds: float) -> M:
+    def skip_to(
+        self,
+        kind: type[M],
+        what: str,
+        timeout_seconds: float,
+        check_alive: Callable[[], None] = lambda: None,
+    ) -> M:
         """Return the next message of that kind, and drop what was sent before it."""
-        while True:
-            message = self.receive(timeout_seconds, what, self.check_alive)
-            if isinstance(message, kind):
-                return message
-
-    def await_pong(self) -> None:
-        """Block until the worker answers a Ping. What it sent before no longer counts.
-
-        Raises:
-            TransportError: the connection leads nowhere, though neither side has closed it.
-        """
-        # Without `check_alive`, which looks after the engine's call of the sync before.
-        while not isinstance(self.receive(PING_SECONDS, "a sign of life"), say.Pong):
+        while not isinstance(message := self.receive(timeout_seconds, what, check_alive), kind):
             pass
+        return message
 
     def announce(self, chunk: say.Chunk, staged: StagedChunk) -> None:
         """Send a chunk. Its memory must stay as it is until the chunk is loaded."""
@@ -194,27 +186,12 @@ class WorkerConnection(Connection):
 
     def open_shm(self) -> None:
         """Show the worker a piece of shared memory; it must read back what is in it."""
-        probe = SharedSegment(PROBE_BYTES)
-        try:
-            nonce = _nonce()
-            probe.bytes.copy_(nonce)
-            announced = say.Segment(name=probe.name, nbytes=probe.nbytes)
-            self._prove("shm", announced, nonce, "another /dev/shm")
-        finally:
-            probe.close()
+        self._prove("shm", SharedSegment(PROBE_BYTES), "another /dev/shm")
 
     def open_cuda_ipc(self, device: torch.device) -> None:
         """Do the same with memory of the GPU that both are on."""
         try:
-            probe = DeviceSegment(PROBE_BYTES, device)
-            try:
-                nonce = _nonce()
-                probe.tensor(0, (PROBE_BYTES,), torch.uint8).copy_(nonce)
-                cuda_memory.synchronize_stream(device)
-                announced = say.Segment(name=probe.name, nbytes=probe.nbytes, handle=probe.handle)
-                self._prove("cuda_ipc", announced, nonce, f"other memory of {device}")
-            finally:
-                probe.close()
+            self._prove("cuda_ipc", DeviceSegment(PROBE_BYTES, device), f"other memory of {device}")
         except RuntimeError as exc:  # torch's
             raise TransportError(f"torch cannot use shared memory of {device}: {exc}") from exc
 
@@ -234,9 +211,17 @@ class WorkerConnection(Connection):
         store.require_mailbox(box)
         self._store, self._mailbox = store, box
 
-    def _prove(self, kind: str, probe: say.Segment, nonce: torch.Tensor, other: str) -> None:
-        ready = self._propose(kind, {"probe": probe.model_dump()})
-        if ready.options.get("probe") != bytes(nonce.numpy()).hex():
+    def _prove(self, kind: str, probe: SharedSegment | DeviceSegment, other: str) -> None:
+        # Random, so that a worker that sees other memory cannot have them by chance.
+        nonce = secrets.token_bytes(PROBE_BYTES)
+        with closing(probe):
+            shown = probe.tensor(0, (PROBE_BYTES,), torch.uint8)
+            shown.copy_(torch.frombuffer(bytearray(nonce), dtype=torch.uint8))
+            if isinstance(probe, DeviceSegment):
+                cuda_memory.synchronize_stream(probe.device)
+            announced = say.Segment.model_validate(probe).model_dump()
+            ready = self._propose(kind, {"probe": announced})
+        if ready.options.get("probe") != nonce.hex():
             raise AgreementError(f"{self.peer} sees {other} than the trainer", subject="memory")
 
     def _propose(self, transport: str, options: dict[str, object]) -> say.Ready:
@@ -261,10 +246,6 @@ class WorkerConnection(Connection):
                 self._send_error = exc if isinstance(exc, SyncError) else TransportError(str(exc))
                 self.cut_off()  # wakes the thread that waits for the credit
                 return
-
-
-def _nonce() -> torch.Tensor:
-    return torch.frombuffer(bytearray(secrets.token_bytes(PROBE_BYTES)), dtype=torch.uint8)
 
 
 def choose_transport(

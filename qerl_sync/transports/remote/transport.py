@@ -543,7 +543,7 @@ class RemoteTransport(Transport):
                 for worker in self._workers:
                     worker.send(say.Ping(), PING_SECONDS)
                 for worker in self._workers:
-                    worker.await_pong()
+                    worker.skip_to(say.Pong, "a sign of life", PING_SECONDS)
                 return
             except TransportError as exc:
                 self.disconnect()
@@ -642,7 +642,9 @@ class RemoteTransport(Transport):
         try:
             worker.forget_chunks()
             worker.tell(say.Abort(reason=reason, keep_old=not self._committing))
-            reported = worker.skip_to(say.Aborted, "aborting the sync", GRACE_SECONDS)
+            reported = worker.skip_to(
+                say.Aborted, "aborting the sync", GRACE_SECONDS, worker.check_alive
+            )
             return reported.poisoned is None
         except SyncError as exc:
             logger.warning("%s cannot be reached to abort the failed sync: %s", worker.peer, exc)
