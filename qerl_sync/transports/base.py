@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import MapOptions, SyncOptions
@@ -17,6 +16,7 @@ from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.stopwatch import Span, Stopwatch, slowest
 from qerl_sync.verify.probe_prompt import largest_gap
+from qerl_sync.wire.messages import TraceData
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +43,8 @@ class WorkerReport:
     """
 
     worker: str
-    trace: Trace
-    predicted: Trace
+    trace: TraceData
+    predicted: TraceData
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_extra_bytes: int | None = None
     peak_extra_bytes_predicted: int | None = None
@@ -216,9 +216,14 @@ class Transport(ABC):
         """Return what has stayed as it is on every trainer rank, given what has on this one."""
         return names
 
-    def await_taken(self) -> None:  # noqa: B027  most workers refuse in `start`
-        """Block until the workers have opened the sync that `start` began, or raise their
-        refusal."""
+    def await_taken(self) -> list[int] | None:
+        """Block until the workers have opened the sync that `start` began, or raise their refusal.
+
+        Returns:
+            Indices of the plan's tensors that this trainer rank is to send; None: all, or it was
+            called before.
+        """
+        return None
 
     @property
     def sends_whole(self) -> str:

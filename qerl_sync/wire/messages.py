@@ -35,15 +35,30 @@ import secrets
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 from qerl_sync import errors
+from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import AgreementError, SyncError, TransportError
 from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.stopwatch import Span
 
 # Raised with every change of what is said here.
 PROTOCOL = 12
+
+TraceData = Annotated[
+    Trace,
+    PlainValidator(lambda data: data if isinstance(data, Trace) else Trace.from_json(data)),
+    PlainSerializer(Trace.to_json),
+]
 
 
 class _Message(BaseModel):
@@ -250,8 +265,10 @@ class Finish(_Message):
 
 
 class Report(_Message):
+    """See `WorkerReport`."""
+
     type: Literal["report"] = "report"
-    trace: dict[str, Any]
+    trace: TraceData
     seconds: dict[str, float]
     peak_extra_bytes: int | None
     peak_extra_bytes_predicted: int

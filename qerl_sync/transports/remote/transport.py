@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from qerl_sync.buffers.trace import Trace
 from qerl_sync.config.models import require_announced
 from qerl_sync.engines.base import PauseMode, WeightSyncClient, as_engine_client
 from qerl_sync.errors import (
@@ -302,7 +301,7 @@ class RemoteTransport(Transport):
         # it gathers the first chunk while workers open the sync.
         self._part: Part = part_of(plan, None)
         if len(self._endpoints) > 1 or indices is not None:
-            self._part = part_of(plan, self._await_taken())
+            self._part = part_of(plan, self.await_taken())
         if self._rank and any(self._part.sizes) and not parameters_are_shared():
             # Only now is it known what this rank sends. Find out before the first byte whether
             # there is room for it.
@@ -339,7 +338,7 @@ class RemoteTransport(Transport):
         """Send a staged chunk to every worker."""
         assert self._staging is not None
         # A worker that refuses the plan says so here, before the first chunk is read.
-        self._await_taken()
+        self.await_taken()
         before, self._announced = self._announced, self._staging.segments
         for worker in self._workers:
             segments = self._announced.get(worker.kind, [])
@@ -363,7 +362,7 @@ class RemoteTransport(Transport):
         """Block until every worker has all of the weights, whole, and awaits the commit."""
         if not self._control.in_session:
             raise SyncError("no sync is open on these workers; start one first")
-        self._await_taken()
+        self.await_taken()
         for worker in self._workers:
             worker.await_loaded(len(self._plan.chunks))
         self._tell(say.Finish())
@@ -466,16 +465,7 @@ class RemoteTransport(Transport):
             self._listener.close()
             self._listener = None
 
-    def await_taken(self) -> None:
-        self._await_taken()
-
-    def _await_taken(self) -> list[int] | None:
-        """Block until every worker has opened the sync.
-
-        Returns:
-            Indices of the plan's tensors that this trainer rank is to send; None: all, or it was
-            called before.
-        """
+    def await_taken(self) -> list[int] | None:
         if self._taken:
             return None
         accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self._workers]
@@ -655,18 +645,7 @@ class RemoteTransport(Transport):
             worker.tell(message)
 
     def _report(self, worker: WorkerConnection, reported: say.Report) -> WorkerReport:
-        plan = self._plan
         assert worker.layer_map is not None
-        return WorkerReport(
-            worker=worker.peer,
-            trace=Trace.from_json(reported.trace),
-            predicted=plan.predicted_with(worker.layer_map),
-            seconds=reported.seconds,
-            peak_extra_bytes=reported.peak_extra_bytes,
-            peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,
-            peak_staged_bytes=reported.peak_staged_bytes,
-            kept_bytes=reported.kept_bytes,
-            mirror_bytes=reported.mirror_bytes,
-            spans=reported.spans,
-            quantisation=reported.quantisation,
-        )
+        predicted = self._plan.predicted_with(worker.layer_map)
+        measured = {name: value for name, value in reported if name != "type"}
+        return WorkerReport(worker=worker.peer, predicted=predicted, **measured)

@@ -317,7 +317,7 @@ class WorkerSession:
         verify_seconds = self._loader.verify_seconds + self._wire_clock.seconds["verify"]
         self._tell(
             say.Report(
-                trace=trace.to_json(),
+                trace=trace,
                 seconds=clock.seconds | {"verify": verify_seconds},
                 peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
                 peak_staged_bytes=self._loader.peak_staged_bytes,
