@@ -170,7 +170,7 @@ class Store:
             self._fs.pipe_file(self._path(name), data)
         return TensorFile(name=name, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
-    def fetch(self, file: TensorFile, directory: Path) -> Path:
+    def fetch(self, file: TensorFile, directory: Path) -> None:
         """Copy a file here. Raise PublicationError if it is gone, or not what the manifest says."""
         digest, nbytes = hashlib.sha256(), 0
         with (
@@ -189,7 +189,6 @@ class Store:
                 f"{file.sha256[:12]}: it is torn, or was changed",
                 path=self._shown(file.name),
             )
-        return directory / file.name
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:

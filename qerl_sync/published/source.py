@@ -77,17 +77,18 @@ class PublishedSource(Source):
         self.refused = {}
         while chain := self._chain(listed):
             with TemporaryDirectory(prefix="qerl-sync-", dir=self._directory) as directory:
+                here = Path(directory)
                 try:
-                    # All of it, before what is held is touched.
-                    files = [file for manifest, _ in chain for file in manifest.files]
-                    at = {file.name: self._store.fetch(file, Path(directory)) for file in files}
+                    for manifest, _ in chain:  # all of it, before what is held is touched
+                        for file in manifest.files:
+                            self._store.fetch(file, here)
                 except PublicationError as exc:
-                    self._refuse_file(chain, exc)
+                    self._refuse(manifest.name, exc)
                     continue
                 try:
                     for manifest, _ in chain:
-                        self._put([at[file.name] for file in manifest.files], manifest)
-                    self._require_right(chain[-1][0])
+                        self._put([here / file.name for file in manifest.files], manifest)
+                    self._require_right(manifest)
                 except SyncError as exc:
                     assert self._mirror is not None
                     self._mirror.version = None
@@ -227,19 +228,6 @@ class PublishedSource(Source):
                     f"{manifest.name}: {name!r} has other values than the publisher had"
                 )
         self._checksums = wanted
-
-    def _refuse_file(self, chain: Sequence[tuple[Manifest, str]], error: PublicationError) -> None:
-        """Refuse the version whose file it is."""
-        name = next(
-            (
-                m.name
-                for m, _ in chain
-                for file in m.files
-                if (error.path or "").endswith(file.name)
-            ),
-            chain[-1][0].name,
-        )
-        self._refuse(name, error)
 
     def _refuse(self, name: str, why: object) -> None:
         self.refused[name] = f"{name}: {why}"
