@@ -24,7 +24,7 @@ from qerl_sync.errors import (
 from qerl_sync.worker.compat.coupling import lacking, vllm_version
 
 if TYPE_CHECKING:
-    import torch
+    from qerl_sync.engines.ray_actor import RayActorClient
 
 PauseMode = Literal["keep", "wait", "abort"]
 
@@ -61,11 +61,11 @@ class EngineClient(ABC):
     Attributes:
         resets_connector: after `reset_caches`, or by the caller's care where the client does not
             empty caches, no KV connector keeps work of old weights.
-        store: hands objects to the engine's workers; None: the engine has no object store.
+        store: hands objects of Ray's store to the engine's workers; None: it has no such store.
     """
 
     resets_connector = True
-    store: ObjectStore | None = None
+    store: RayActorClient | None = None
 
     @abstractmethod
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -219,30 +219,6 @@ def as_engine_client(client: WeightSyncClient) -> EngineClient:
                 "qerl_sync.engines.base.EngineClient, so that it is called"
             )
     return FourMethodClient(client)
-
-
-class ObjectStore(Protocol):
-    """A store that all nodes of a cluster share, and from which objects are handed to an engine."""
-
-    def put(self, chunk: torch.Tensor) -> Any:
-        """Put a chunk's bytes into the store, once for all engines. The caller may change them
-        afterwards.
-
-        Returns:
-            The argument for `deliver`. The object lives as long as this value, or a reader of it.
-        """
-
-    def deliver(self, key: str, index: int, stored: Any) -> None:
-        """Send an object to the worker that has opened mailbox `key` (`worker.protocol.mailbox`).
-
-        Return at once. A failure shows in the chunk not being loaded.
-        """
-
-    def require_store(self, nbytes: int) -> None:
-        """Raise ConfigError if the store of some node is smaller than `nbytes`."""
-
-    def require_mailbox(self, key: str) -> None:
-        """Raise TransportError if objects do not reach the worker that has opened mailbox `key`."""
 
 
 # Sampling parameters of a request that asks for nothing but the prompt's log-probabilities.

@@ -84,6 +84,12 @@ class RayActorClient(MethodClient):
         return list(self._call("prompt_logprobs", list(token_ids)))
 
     def put(self, chunk: torch.Tensor) -> Any:
+        """Put a chunk's bytes into Ray's store, once for all engines. The caller may change them
+        afterwards.
+
+        Returns:
+            The argument for `deliver`. The object lives as long as this value, or a reader of it.
+        """
         import ray
 
         try:
@@ -95,18 +101,23 @@ class RayActorClient(MethodClient):
             ) from exc
 
     def require_store(self, nbytes: int) -> None:
-        """Check the object stores of this node and the actor's."""
+        """Raise ConfigError if the store of this node or of the actor's is smaller than that."""
         import ray
 
         here = ray.get_runtime_context().get_node_id()
         require_object_store(nbytes, {here, self._node or here})
 
     def deliver(self, key: str, index: int, stored: Any) -> Any:
+        """Send an object to the worker that has opened mailbox `key` (`worker.protocol.mailbox`).
+
+        Return at once. A failure shows in the chunk not being loaded.
+        """
         method = self.handle.deliver.options(concurrency_group=CONTROL)
         # As an argument of its own, not in a list: Ray then brings it to the node first.
         return method.remote(key, index, stored)
 
     def require_mailbox(self, key: str) -> None:
+        """Raise TransportError if objects do not reach the worker that has opened mailbox `key`."""
         if not hasattr(self.handle, "deliver"):
             raise TransportError(
                 f"actor {self.name} has no method `deliver`, by which Ray hands out objects; "

@@ -31,7 +31,7 @@ from qerl_sync.wire.host import host_id
 from qerl_sync.wire.segments import SharedSegment
 
 if TYPE_CHECKING:
-    from qerl_sync.engines.base import ObjectStore
+    from qerl_sync.engines.ray_actor import RayActorClient
     from qerl_sync.transports.remote.staging import StagedChunk
 
 M = TypeVar("M")
@@ -65,7 +65,7 @@ class WorkerConnection(Connection):
         self.layer_map: LayerMap | None = None
         self.check_alive: Callable[[], None] = lambda: None
         self._on_the_way: deque[int] = deque()
-        self._store: ObjectStore | None = None
+        self._store: RayActorClient | None = None
         self._mailbox = ""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._sender: threading.Thread | None = None
@@ -205,7 +205,7 @@ class WorkerConnection(Connection):
         )
         self._sender.start()
 
-    def open_store(self, store: ObjectStore) -> None:
+    def open_store(self, store: RayActorClient) -> None:
         """Have chunks brought by a store that all nodes share."""
         self._propose("ray", {"key": (box := secrets.token_hex(16))})
         store.require_mailbox(box)
@@ -253,7 +253,7 @@ def choose_transport(
     wanted: str,
     *,
     authenticated: bool,
-    store: ObjectStore | None = None,
+    store: RayActorClient | None = None,
     no_room: Mapping[str, str],
     device: torch.device | None = None,
 ) -> None:

@@ -302,14 +302,9 @@ class PoolTransport(Transport):
             member.version = self._version
         self.newest_version = self._version
         self._active = []
-        return SyncResult(
-            workers=[report for result in committed.values() for report in result.workers],
-            kind="; ".join(dict.fromkeys(result.kind for result in committed.values())),
-            lost=dict(self._lost),
-            verify_seconds=self._staging.verify_seconds,
-            wire_bytes=self._staging.wire_bytes,
-            mirror_bytes=self._staging.mirror_bytes,
-        )
+        results = committed.values()
+        reports = [report for result in results for report in result.workers]
+        return self._staging.result(reports, (result.kind for result in results), self._lost)
 
     def abort(self, reason: str) -> None:
         active, self._active = self._active, []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from qerl_sync.errors import ConfigError, StaleBaseError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.staging import offsets, spans
+from qerl_sync.transports.base import SyncResult, WorkerReport
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
@@ -260,9 +261,22 @@ class Staging:
         if self.mirror is not None:
             self.mirror.version = version
 
-    @property
-    def mirror_bytes(self) -> int:
-        return 0 if self.mirror is None else self.mirror.nbytes
+    def result(
+        self, workers: Sequence[WorkerReport], kinds: Iterable[str], lost: Mapping[str, str] = {}
+    ) -> SyncResult:
+        """Return what a sync was whose chunks were staged here. See `SyncResult`.
+
+        Args:
+            kinds: of each connection, or of each engine.
+        """
+        return SyncResult(
+            workers=workers,
+            kind="; ".join(dict.fromkeys(kinds)),
+            lost=dict(lost),
+            verify_seconds=self.verify_seconds,
+            wire_bytes=self.wire_bytes,
+            mirror_bytes=0 if self.mirror is None else self.mirror.nbytes,
+        )
 
     def _changed(
         self, mirror: Mirror, metas: Sequence[ParamMeta], stream: Iterable[Planned]

@@ -249,14 +249,14 @@ class RemoteTransport(Transport):
                 begins and closes them, and calls `await_room` and `announce` instead of `send`.
         """
         self.open()
-        self._renew_map(layer_map)
         self._plan, self._version, self._index = plan, options.version, 0
         self._committing = False
         indices = None
         if options.held is not None:
             indices = [i for i, meta in enumerate(plan.metas) if meta.name in options.held]
         slots = slot_bytes(part_of(plan, indices).sizes, self._chunks_in_flight)
-        self._staging = staging or self._prepare_slots(slots, layer_map)
+        self._staging = staging or self._prepare_slots(slots)
+        self._renew_map(layer_map)
         if "ray" in self.kinds:
             assert self._client is not None
             assert self._client.store is not None
@@ -394,18 +394,8 @@ class RemoteTransport(Transport):
         # paused: it would compute with keys and values of the old weights.
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
         self._committing, self._num_poisoned = False, 0
-        return SyncResult(
-            workers=[
-                self._report(worker, reported)
-                for worker, reported in zip(self._workers, self._reported, strict=True)
-            ],
-            kind="; ".join(
-                dict.fromkeys(f"{worker.kind}: {worker.reason}" for worker in self._workers)
-            ),
-            verify_seconds=self._staging.verify_seconds,
-            wire_bytes=self._staging.wire_bytes,
-            mirror_bytes=self._staging.mirror_bytes,
-        )
+        reports = list(map(self._report, self._workers, self._reported))
+        return self._staging.result(reports, (f"{w.kind}: {w.reason}" for w in self._workers))
 
     def abort(self, reason: str) -> None:
         """End whatever is open. Workers that are poisoned stay paused, and so do those that have
@@ -602,7 +592,7 @@ class RemoteTransport(Transport):
         logger.info("%s: %s (%s)", worker.peer, worker.kind, worker.reason)
         worker.tell(say.End())  # the worker has its transport, and returns to vLLM
 
-    def _prepare_slots(self, slots: list[int], layer_map: LayerMap) -> Staging:
+    def _prepare_slots(self, slots: list[int]) -> Staging:
         """Return slots with room for the chunks in flight; over another transport where there is
         too little of one kind of memory."""
         if self._own_staging is None:
@@ -614,8 +604,7 @@ class RemoteTransport(Transport):
             if not self.can_fall_back:
                 raise
             self.fall_back(exc)
-            self._renew_map(layer_map)
-            return self._prepare_slots(slots, layer_map)  # /dev/shm may have what a GPU has not
+            return self._prepare_slots(slots)  # /dev/shm may have what a GPU has not
         return self._own_staging
 
     def disconnect(self) -> None:
