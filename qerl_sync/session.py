@@ -352,7 +352,7 @@ class SyncSession:
                 stamps = self._stamps()
                 version = max(self.version, self._transport.committed_version()) + 1
                 if self._noise is not None:
-                    dtype, _ = self._transport.precision
+                    dtype = self._transport.engine_facts.dtype
                     self._noise.begin(version, step, dtype, clean=clean)
                     stamps = self._noise.stamps(stamps)
                 base, why = self._what_they_hold(base)
@@ -475,9 +475,9 @@ class SyncSession:
         if self._full_plan is None or self.layer_map is None or metas != self._metas:
             layer_map = self._transport.layer_map(metas, asked)
             if self._probe is not None:
-                precision = self._transport.precision
-                self._tolerance = tolerance(*precision, self._config.verify_tolerance)
-                self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
+                dtype, quantization, context_tokens = self._transport.engine_facts
+                self._tolerance = tolerance(dtype, quantization, self._config.verify_tolerance)
+                self._prompt = shortened(self._probe.token_ids, context_tokens)
             if self._noise is not None:
                 self._noise.choose(metas, layer_map)
             self.layer_map, self._metas = layer_map, metas
@@ -680,7 +680,7 @@ class SyncSession:
         }
         from qerl_sync.verify.stored import stored_by
 
-        stored = stored_by(result.workers[0].quantisation, self._transport.precision[0])
+        stored = stored_by(result.workers[0].quantisation, self._transport.engine_facts.dtype)
         if self._probe.noisy is not None and stored is not None:
             reference = self._probe.noisy(tokens, noise, stored)
             found["quantisation"] = largest_gap(right, reference)

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
@@ -131,6 +131,19 @@ class SyncResult:
     verify_seconds: float = 0.0
     wire_bytes: int = 0
     mirror_bytes: int = 0
+
+
+class EngineFacts(NamedTuple):
+    """Hold what a session must know of the engine.
+
+    Attributes:
+        dtype: that it computes in, and `quantization`, its scheme; None: it has none.
+        context_tokens: the most tokens of a request, with its completion; 0: not known.
+    """
+
+    dtype: str = "?"
+    quantization: str | None = None
+    context_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -286,14 +299,9 @@ class Transport(ABC):
         """Abort an open sync: the workers are poisoned until the next one has finished."""
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        """Return the dtype that the engine computes in, and its quantisation."""
-        return "?", None
-
-    @property
-    def context_tokens(self) -> int:
-        """Return the most tokens of a request to the engine, with its completion; 0: not known."""
-        return 0
+    def engine_facts(self) -> EngineFacts:
+        """Return what is known of the engine. Called after `layer_map`."""
+        return EngineFacts()
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Return the engine's log-probabilities of a prompt: see `EngineClient`.

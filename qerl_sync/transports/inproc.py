@@ -13,6 +13,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import (
+    EngineFacts,
     SyncResult,
     Transport,
     WorkerReport,
@@ -139,12 +140,8 @@ class InProcessTransport(Transport):
         )
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        return self._receiver.precision
-
-    @property
-    def context_tokens(self) -> int:
-        return self._receiver.context_tokens
+    def engine_facts(self) -> EngineFacts:
+        return EngineFacts(*self._receiver.precision, self._receiver.context_tokens)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         from qerl_sync.worker.compat import engine as compat

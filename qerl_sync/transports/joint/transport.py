@@ -18,7 +18,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
+from qerl_sync.transports.base import EngineFacts, ProbeResult, SyncResult, Transport
 from qerl_sync.transports.joint.ranks import TrainerRanks
 from qerl_sync.wire.messages import Failure, error_of, failure
 
@@ -178,12 +178,8 @@ class JointTransport(Transport):
         self._committing = False
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        return self._own.precision
-
-    @property
-    def context_tokens(self) -> int:
-        return self._own.context_tokens
+    def engine_facts(self) -> EngineFacts:
+        return self._own.engine_facts
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         return self._own.prompt_logprobs(token_ids)
@@ -228,8 +224,7 @@ class LedTransport(JointTransport):
             return {
                 "layer_map": found.to_json(),
                 "chunk_bytes": self.chunk_bytes,
-                "precision": self._own.precision,
-                "context_tokens": self._own.context_tokens,
+                "engine_facts": self._own.engine_facts,
             }
 
         told = self._ranks.of_leader("the layer map", asked)
@@ -293,13 +288,8 @@ class Follower(Transport):
         pass
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        dtype, quantization = self.told["precision"]
-        return dtype, quantization
-
-    @property
-    def context_tokens(self) -> int:
-        return int(self.told["context_tokens"])
+    def engine_facts(self) -> EngineFacts:
+        return EngineFacts(*self.told["engine_facts"])
 
 
 def _digest(parts: Any) -> str:

@@ -30,7 +30,7 @@ from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
+from qerl_sync.transports.base import EngineFacts, ProbeResult, SyncResult, Transport
 from qerl_sync.transports.remote.compatibility import require_alike
 from qerl_sync.transports.remote.staging import Staging, why_whole
 from qerl_sync.transports.remote.transport import RemoteTransport
@@ -133,7 +133,6 @@ class PoolTransport(Transport):
         self._members: dict[str, Member] = {}
         self._active: list[Member] = []
         self._staging: Staging | None = None
-        self._staging_kinds: set[str] = set()
         self._metas: list[ParamMeta] = []
         self._map_options = MapOptions()
         self._maps: set[str] = set()
@@ -270,14 +269,12 @@ class PoolTransport(Transport):
         self._require_some(self._ready)
         staging = self._prepare_slots(plan)
         staging.open_mirror(plan.base_metas, options)
-        ready = self._ready
-
-        def start(member: Member) -> None:
-            member.transport.start(plan, layer_map, options, staging=staging)
-
         # If this raises, any of them may have begun: `abort` must end them all.
-        self._active = ready
-        self._active = list(self._each(ready, start))
+        self._active = self._ready
+        started = self._each(
+            self._active, lambda one: one.transport.start(plan, layer_map, options, staging=staging)
+        )
+        self._active = list(started)
         staging.begin(options, layer_map.parents_text, self.busy_cores)
         self._require_some(self._active)
 
@@ -315,12 +312,9 @@ class PoolTransport(Transport):
             self._staging.unlink(())  # not every worker has attached them
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        return self._ready[0].transport.precision  # they are alike
-
-    @property
-    def context_tokens(self) -> int:
-        return min(member.transport.context_tokens for member in self._ready)
+    def engine_facts(self) -> EngineFacts:
+        of_all = [member.transport.engine_facts for member in self._ready]  # but for this, alike:
+        return of_all[0]._replace(context_tokens=min(one.context_tokens for one in of_all))
 
     def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
         """See the base class. An engine that does not answer is left behind."""
@@ -423,13 +417,12 @@ class PoolTransport(Transport):
         too little of one kind of memory."""
         transports = [member.transport for member in self._ready]
         kinds = {kind for transport in transports for kind in transport.kinds}
-        if self._staging is None or kinds != self._staging_kinds:
+        if self._staging is None or kinds != self._staging.kinds:
             if self._staging is not None:
                 self._staging.close()
             # The trainer's device: the same for all.
             devices = [t.slot_device for t in transports if "cuda_ipc" in t.kinds]
             self._staging = Staging(kinds, devices[0] if devices else None)
-            self._staging_kinds = kinds
         slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
         workers = [worker for transport in transports for worker in transport.workers]
         try:

@@ -103,7 +103,7 @@ class Staging:
     """
 
     def __init__(self, kinds: Collection[str], device: torch.device | None = None) -> None:
-        self._kinds, self._device = frozenset(kinds), device
+        self.kinds, self._device = frozenset(kinds), device
         self._sizes: list[int] = []
         # Of each index what was made: on the "host", on the "device", or both.
         self._slots: list[dict[str, Slot]] = []
@@ -191,7 +191,7 @@ class Staging:
             # All at once: the first of them may fit where they do not all fit.
             pairs = zip(self._sizes, self._slots, strict=True)
             missing_bytes = sum(nbytes for nbytes, slots in pairs if not slots)
-            if "shm" in self._kinds:
+            if "shm" in self.kinds:
                 require_room(missing_bytes)
             for index in range(len(sizes)):
                 for slot in self._slots_of(index):
@@ -240,7 +240,7 @@ class Staging:
         # next tensor is asked for, so the first such tensor has the rest copied as it comes.
         arrived: list[Planned] = []
         shared: list[tuple[int, int]] = []
-        in_place = self._kinds == {"shm"} and parameters_are_shared()
+        in_place = self.kinds == {"shm"} and parameters_are_shared()
         for item in stream if in_place else ():
             arrived.append(item)
             at = locate(item[1])
@@ -335,7 +335,7 @@ class Staging:
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
             stays = (
                 stable
-                and self._kinds == {"tcp"}
+                and self.kinds == {"tcp"}
                 and tensor.device.type == "cpu"
                 and tensor.is_contiguous()
                 and tensor.nbytes >= PIECE_BYTES
@@ -366,10 +366,10 @@ class Staging:
         """Return where chunk `index` is copied to: host memory, the GPU's, or both."""
         index %= len(self._sizes)
         nbytes, slots = self._sizes[index], self._slots[index]
-        if self._kinds - {"cuda_ipc"} and "host" not in slots:
-            shared = "shm" in self._kinds
+        if self.kinds - {"cuda_ipc"} and "host" not in slots:
+            shared = "shm" in self.kinds
             slots["host"] = SharedSegment(nbytes) if shared else PrivateMemory(nbytes)
-        if "cuda_ipc" in self._kinds and "device" not in slots:
+        if "cuda_ipc" in self.kinds and "device" not in slots:
             assert self._device is not None
             slots["device"] = DeviceSegment(nbytes, self._device)
         return list(slots.values())

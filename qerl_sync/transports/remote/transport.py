@@ -10,13 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from qerl_sync.config.models import require_announced
 from qerl_sync.engines.base import PauseMode, WeightSyncClient, as_engine_client
-from qerl_sync.errors import (
-    ConfigError,
-    NoRoomError,
-    StaleBaseError,
-    SyncError,
-    TransportError,
-)
+from qerl_sync.errors import ConfigError, NoRoomError, StaleBaseError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta, metas_to_json
 from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
@@ -24,16 +18,15 @@ from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import SyncResult, Transport, WorkerReport, require_emptied
-from qerl_sync.transports.remote.compatibility import (
-    require_protocol,
-    require_same_map,
+from qerl_sync.transports.base import (
+    EngineFacts,
+    SyncResult,
+    Transport,
+    WorkerReport,
+    require_emptied,
 )
-from qerl_sync.transports.remote.connection import (
-    PING_SECONDS,
-    WorkerConnection,
-    choose_transport,
-)
+from qerl_sync.transports.remote.compatibility import require_protocol, require_same_map
+from qerl_sync.transports.remote.connection import PING_SECONDS, WorkerConnection, choose_transport
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
 from qerl_sync.transports.remote.listener import admit_workers, reject
 from qerl_sync.transports.remote.staging import StagedChunk, Staging, why_whole
@@ -419,12 +412,10 @@ class RemoteTransport(Transport):
             self._own_staging.unlink(())  # not every worker has attached them
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        return self._workers[0].hello.dtype, self._workers[0].hello.quantization
-
-    @property
-    def context_tokens(self) -> int:
-        return min(hello.context_tokens for hello in self.hellos)
+    def engine_facts(self) -> EngineFacts:
+        first, *_ = hellos = self.hellos
+        shortest = min(hello.context_tokens for hello in hellos)
+        return EngineFacts(first.dtype, first.quantization, shortest)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         if self._client is None:
@@ -466,12 +457,11 @@ class RemoteTransport(Transport):
 
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
         replies = self._ask(request, say.MapReply, "its layer map")
-        for worker, reply in zip(self._workers, replies, strict=True):
-            worker.layer_map = LayerMap.from_json(reply.layer_map)
+        maps = [LayerMap.from_json(reply.layer_map) for reply in replies]
+        for worker, layer_map in zip(self._workers, maps, strict=True):
+            worker.layer_map = layer_map
         self._free_bytes = min(reply.free_bytes for reply in replies)
-        return joint_map(
-            [worker.layer_map for worker in self._workers if worker.layer_map is not None]
-        )
+        return joint_map(maps)
 
     def _ask(self, request: say.Message, kind: type[M], what: str) -> list[M]:
         """Return every worker's answer to a question that touches nothing."""
