@@ -195,6 +195,13 @@ class Store:
             with self._translating(name, "removing it"):
                 self._fs.rm_file(self._path(name))
 
+    def remove_older(self, version: int) -> None:
+        """Remove the files of older versions: manifests first, so that nobody begins to read a
+        version whose files go."""
+        ours = ((name, _NAME.match(name.removeprefix("."))) for name in self.listing())
+        old = [name for name, match in ours if match and int(match[1]) < version]
+        self.remove(sorted(old, key=lambda name: not name.endswith(_MANIFEST)))
+
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
@@ -211,13 +218,3 @@ class Store:
                 f"{self._shown(name)}: {doing} failed: {type(exc).__name__}: {exc}",
                 path=self._shown(name),
             ) from exc
-
-
-def version_of(name: str) -> int | None:
-    """Return the version that a file of ours belongs to; None for others' files."""
-    match = _NAME.match(name.removeprefix("."))
-    return int(match[1]) if match else None
-
-
-def is_manifest(name: str) -> bool:
-    return name.endswith(_MANIFEST)

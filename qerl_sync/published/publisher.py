@@ -12,15 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.buffers.detect import require_finite
 from qerl_sync.errors import ConfigError, PublicationError, PublisherTakenError
 from qerl_sync.meta import metas_to_json
-from qerl_sync.published.files import (
-    Base,
-    Manifest,
-    Published,
-    Store,
-    TensorFile,
-    is_manifest,
-    version_of,
-)
+from qerl_sync.published.files import Base, Manifest, Published, Store, TensorFile
 from qerl_sync.sources.base import Source
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
@@ -185,15 +177,11 @@ class Publisher:
             )
 
     def _remove_old(self) -> None:
-        """Remove what is older than the snapshots to keep: manifests first, so that nobody begins
-        to read a version whose files go."""
+        """Remove what is older than the snapshots to keep."""
         try:
             snapshots = [one.version for one in self._store.published() if one.is_full]
-            if len(snapshots) <= self._keep_snapshots:
-                return
-            oldest = snapshots[-self._keep_snapshots]
-            old = [n for n in self._store.listing() if (version_of(n) or oldest) < oldest]
-            self._store.remove(sorted(old, key=lambda name: not is_manifest(name)))
+            if len(snapshots) > self._keep_snapshots:
+                self._store.remove_older(snapshots[-self._keep_snapshots])
         except PublicationError as exc:  # the version is there
             logger.warning("old versions could not be removed: %s", exc)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -160,30 +160,29 @@ class PublishedSource(Source):
         for target in reversed(listed):
             if self._is_whole and target.version <= self.version:
                 break
-            chain: list[tuple[Manifest, str]] = []
-            name, expected, why = target.name, "", ""
-            while not why:
-                if name in self.refused:
-                    why = f"{name} is refused"
-                elif name not in there:
-                    why = f"it builds on {name}, which is not there"
-                else:
-                    try:
-                        manifest, digest = self._store.read_manifest(name)
-                    except PublicationError as exc:
-                        why = str(exc)
-                        continue
-                    if expected and digest != expected:
-                        why = f"it builds on another {name} than is there"
-                        continue
-                    chain.insert(0, (manifest, digest))
-                    base = manifest.base
-                    if base is None or (self._is_whole and base.digest == self._digest):
-                        return chain
-                    name, expected = base.name, base.digest
-            if target.name not in self.refused:
-                self._refuse(target.name, why)
+            try:
+                return self._chain_to(target.name, there)
+            except PublicationError as exc:
+                if target.name not in self.refused:
+                    self._refuse(target.name, exc)
         return []
+
+    def _chain_to(self, name: str, there: Collection[str]) -> list[tuple[Manifest, str]]:
+        chain: list[tuple[Manifest, str]] = []
+        expected = ""
+        while True:
+            if name in self.refused:
+                raise PublicationError(f"{name} is refused")
+            if name not in there:
+                raise PublicationError(f"it builds on {name}, which is not there")
+            manifest, digest = self._store.read_manifest(name)
+            if expected and digest != expected:
+                raise PublicationError(f"it builds on another {name} than is there")
+            chain.insert(0, (manifest, digest))
+            base = manifest.base
+            if base is None or (self._is_whole and base.digest == self._digest):
+                return chain
+            name, expected = base.name, base.digest
 
     def _put(self, paths: Sequence[Path], manifest: Manifest) -> None:
         """Put a version's files into the mirror.

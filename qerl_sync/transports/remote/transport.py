@@ -115,11 +115,9 @@ class RemoteTransport(Transport):
                 f"trainer rank {rank} cannot ask the engine how many workers there are; give "
                 "num_workers"
             )
-        for announced in (
-            address,
-            *(endpoint.rpartition(":")[0].strip("[]") for endpoint in endpoints),
-        ):
-            require_announced(announced)
+        require_announced(address)
+        for endpoint in endpoints:
+            require_announced(endpoint.rpartition(":")[0].strip("[]"))
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         if len(self._endpoints) > 1 and not self._token:
             raise ConfigError(
