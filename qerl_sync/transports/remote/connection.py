@@ -8,7 +8,7 @@ import secrets
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING, TypeVar
 
@@ -130,19 +130,29 @@ class WorkerConnection(Connection):
             pass
         return message
 
-    def announce(self, chunk: say.Chunk, staged: StagedChunk) -> None:
-        """Send a chunk. Its memory must stay as it is until the chunk is loaded."""
-        self._on_the_way.append(chunk.index)  # before it is sent: its credit may come at once
-        if self._sender is None and self._store is None:
-            self.tell(chunk)
-            return
-        pieces = [piece.tensors for piece in staged.pieces]
-        chunk = chunk.model_copy(update={"places": [], "segments": [], "pieces": pieces})
-        if self._store is None:
+    def announce(self, index: int, staged: StagedChunk, segments: Sequence[say.Segment]) -> None:
+        """Send a chunk. Its memory must stay as it is until the chunk is loaded.
+
+        Args:
+            segments: all that the worker must know from here on, if others than before.
+        """
+        self._on_the_way.append(index)  # before it is sent: its credit may come at once
+        in_pieces = self.kind in ("tcp", "ray")
+        chunk = say.Chunk(
+            index=index,
+            places=staged.places.get(self.kind, []),
+            pieces=[piece.tensors for piece in staged.pieces if in_pieces],
+            in_place=staged.in_place,
+            checksums=staged.checksums,
+            changes=staged.changes,
+            segments=list(segments),
+        )
+        if self._sender is not None:
             self._jobs.put((chunk, [piece.bytes for piece in staged.pieces], self.watch))
-        else:
-            self.tell(chunk)
-            self._store.deliver(self._mailbox, chunk.index, staged.stored_by(self._store.put))
+            return
+        self.tell(chunk)
+        if self._store is not None:
+            self._store.deliver(self._mailbox, index, staged.stored_by(self._store.put))
 
     def await_loaded(self, index: int) -> bool:
         """Block until the worker has loaded all chunks up to `index` that we sent it.

@@ -78,10 +78,13 @@ class RemoteTransport(Transport):
         worker_timeout_seconds: of the workers' waits, where those should last longer.
 
     Attributes:
+        workers: the connections to all workers; none before the first use, or after a failure.
         slot_device: on which slots for `cuda_ipc` are, since the workers were connected.
 
     Nothing is opened before the first call.
     """
+
+    num_poisoned = 0
 
     def __init__(
         self,
@@ -136,7 +139,7 @@ class RemoteTransport(Transport):
         # Workers serve one session while it is alive, and name it to other trainers.
         self._session = say.TrainerSession.begin()
         self._listener: Listener[WorkerConnection] | None = None
-        self._workers: list[WorkerConnection] = []
+        self.workers: list[WorkerConnection] = []
         self._staging: Staging | None = None  # of the current sync
         self._own_staging: Staging | None = None  # a pool's members have none
         self._committing = False
@@ -146,17 +149,11 @@ class RemoteTransport(Transport):
         self.slot_device: torch.device | None = None
         self._no_room: dict[str, str] = {}
         self._synced_instances: set[str] = set()  # of the last sync that was committed
-        self._num_poisoned = 0
-
-    @property
-    def workers(self) -> Sequence[WorkerConnection]:
-        """Return the connections to all workers; none before the first use, or after a failure."""
-        return self._workers
 
     @property
     def kinds(self) -> set[str]:
         """Return the ways by which bytes travel to the workers."""
-        return {worker.kind for worker in self._workers}
+        return {worker.kind for worker in self.workers}
 
     @property
     def busy_cores(self) -> set[int]:  # type: ignore[override]
@@ -165,19 +162,19 @@ class RemoteTransport(Transport):
 
     @property
     def connected(self) -> bool:
-        return bool(self._workers) and all(worker.connected for worker in self._workers)
+        return bool(self.workers) and all(worker.connected for worker in self.workers)
 
     @property
     def hellos(self) -> list[say.Hello]:
         """Return what the connected workers have said of themselves."""
-        return [worker.hello for worker in self._workers]
+        return [worker.hello for worker in self.workers]
 
     def committed_version(self) -> int:
         """See the base class. Connect anew where workers were lost, or have joined the engine."""
         # vLLM can add data parallel replicas to an engine that runs (elastic expert parallelism). A
         # server of a part of the replicas counts those of the others, too.
         partial = any(hello.server_is_partial for hello in self.hellos)
-        counted = len(self._workers)
+        counted = len(self.workers)
         if counted and not partial and self._control.world_size() not in (None, counted):
             if len(self._endpoints) > 1:
                 raise SyncError(
@@ -191,14 +188,10 @@ class RemoteTransport(Transport):
 
     @property
     def versions(self) -> dict[str, int]:
-        return {worker.peer: worker.hello.version for worker in self._workers}
-
-    @property
-    def num_poisoned(self) -> int:
-        return self._num_poisoned
+        return {worker.peer: worker.hello.version for worker in self.workers}
 
     def holds(self, version: int) -> bool:
-        return bool(self._workers) and all(
+        return bool(self.workers) and all(
             hello.version == version
             and not hello.poisoned
             and hello.instance in self._synced_instances
@@ -263,12 +256,12 @@ class RemoteTransport(Transport):
                 base=options.base,
                 version=min(hello.version for hello in self.hellos),
             )
-        self._control.pause(self._workers)
+        self._control.pause(self.workers)
         # One `update_weights` for the whole sync: between two of them the scheduler would run steps
         # on a mix of versions.
-        self._control.begin_session(self._workers)
+        self._control.begin_session(self.workers)
         self._announced = self._staging.segments
-        for worker in self._workers:
+        for worker in self.workers:
             worker.forget_chunks()
             worker.watch = self.watch
             known = worker.plan_digest == plan.digest
@@ -296,7 +289,7 @@ class RemoteTransport(Transport):
         if self._rank and any(self._part.sizes) and not parameters_are_shared():
             # Only now is it known what this rank sends. Find out before the first byte whether
             # there is room for it.
-            self._staging.prepare(slots, self._workers, later=False)
+            self._staging.prepare(slots, self.workers, later=False)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
@@ -320,9 +313,9 @@ class RemoteTransport(Transport):
         Returns:
             Whether they wait for us: they load faster than we stage, or have nothing yet.
         """
-        prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self._workers]
+        prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self.workers]
         if index < self._chunks_in_flight:
-            return not any(worker.busy for worker in self._workers)
+            return not any(worker.busy for worker in self.workers)
         return all(prompt)
 
     def announce(self, index: int, staged: StagedChunk) -> None:
@@ -331,19 +324,10 @@ class RemoteTransport(Transport):
         # A worker that refuses the plan says so here, before the first chunk is read.
         self.await_taken()
         before, self._announced = self._announced, self._staging.segments
-        for worker in self._workers:
+        for worker in self.workers:
             segments = self._announced.get(worker.kind, [])
-            worker.announce(
-                say.Chunk(
-                    index=index,
-                    places=staged.places.get(worker.kind, []),
-                    in_place=staged.in_place,
-                    checksums=staged.checksums,
-                    changes=staged.changes,
-                    segments=segments if segments != before.get(worker.kind, []) else [],
-                ),
-                staged,
-            )
+            new = segments if segments != before.get(worker.kind, []) else []
+            worker.announce(index, staged, new)
 
     def finish(self) -> SyncResult:
         self.complete()
@@ -354,11 +338,11 @@ class RemoteTransport(Transport):
         if not self._control.in_session:
             raise SyncError("no sync is open on these workers; start one first")
         self.await_taken()
-        for worker in self._workers:
+        for worker in self.workers:
             worker.await_loaded(len(self._plan.chunks))
         self._tell(say.Finish())
         self._reported = [
-            worker.expect(say.Report, "finishing the sync") for worker in self._workers
+            worker.expect(say.Report, "finishing the sync") for worker in self.workers
         ]
 
     def commit(self) -> SyncResult:
@@ -368,7 +352,7 @@ class RemoteTransport(Transport):
         self._committing = True
         self._tell(say.Commit(version=self._version))
         overwritten = False
-        for worker in self._workers:
+        for worker in self.workers:
             overwritten |= worker.expect(say.Committed, "committing").caches_overwritten
             worker.hello = worker.hello.model_copy(
                 update={"version": self._version, "poisoned": None}
@@ -377,16 +361,16 @@ class RemoteTransport(Transport):
         assert self._staging is not None
         if self._own_staging is not None:
             # A trainer that is killed between two syncs leaves no shared memory without a name.
-            self._own_staging.unlink(self._workers)
+            self._own_staging.unlink(self.workers)
             self._own_staging.committed(self._version)
-        self._control.end_session(self._workers, version=str(self._version))
+        self._control.end_session(self.workers, version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
         # If caches cannot be emptied, this raises with `_committing` set, and the engine stays
         # paused: it would compute with keys and values of the old weights.
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
-        self._committing, self._num_poisoned = False, 0
-        reports = list(map(self._report, self._workers, self._reported))
-        return self._staging.result(reports, (f"{w.kind}: {w.reason}" for w in self._workers))
+        self._committing, self.num_poisoned = False, 0
+        reports = list(map(self._report, self.workers, self._reported))
+        return self._staging.result(reports, (f"{w.kind}: {w.reason}" for w in self.workers))
 
     def abort(self, reason: str) -> None:
         """End whatever is open. Workers that are poisoned stay paused, and so do those that have
@@ -394,12 +378,12 @@ class RemoteTransport(Transport):
         version, go on."""
         in_session, committing, self._committing = self._control.in_session, self._committing, False
         if in_session:
-            untouched = [self._abort(worker, reason) for worker in self._workers]
-            unharmed = self._control.end_failed_session(self._workers) and all(untouched)
+            untouched = [self._abort(worker, reason) for worker in self.workers]
+            unharmed = self._control.end_failed_session(self.workers) and all(untouched)
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
         unharmed = unharmed and not committing
-        self._num_poisoned = 0 if unharmed else len(self._workers) or self._num_poisoned
+        self.num_poisoned = 0 if unharmed else len(self.workers) or self.num_poisoned
         if unharmed:
             self._control.go_on(reason)
         elif in_session or committing or self._control.paused:
@@ -425,16 +409,16 @@ class RemoteTransport(Transport):
         workers cannot be reached."""
         try:
             self._control.pause()
-            self._control.begin_session(self._workers)
+            self._control.begin_session(self.workers)
             self._tell(say.Invalidate(reason=reason))
-            for worker in self._workers:
+            for worker in self.workers:
                 worker.expect(say.Aborted, "being poisoned")
         finally:
             # Paused, whatever came of it: a worker that was not reached serves the wrong weights.
             if self._control.in_session:
-                self._control.end_failed_session(self._workers)
+                self._control.end_failed_session(self.workers)
             self._control.leave_paused(reason)
-            self._num_poisoned = len(self._workers)
+            self.num_poisoned = len(self.workers)
             self.disconnect()
 
     def close(self) -> None:
@@ -447,8 +431,8 @@ class RemoteTransport(Transport):
     def await_taken(self) -> list[int] | None:
         if self._taken:
             return None
-        accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self._workers]
-        for worker in self._workers:  # the next sync with this plan need not send it
+        accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self.workers]
+        for worker in self.workers:  # the next sync with this plan need not send it
             worker.plan_digest = self._plan.digest
         self._taken = True
         return accepted[0].owned
@@ -456,7 +440,7 @@ class RemoteTransport(Transport):
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
         replies = self._ask(request, say.MapReply, "its layer map")
         maps = [LayerMap.from_json(reply.layer_map) for reply in replies]
-        for worker, layer_map in zip(self._workers, maps, strict=True):
+        for worker, layer_map in zip(self.workers, maps, strict=True):
             worker.layer_map = layer_map
         self._free_bytes = min(reply.free_bytes for reply in replies)
         return joint_map(maps)
@@ -464,10 +448,10 @@ class RemoteTransport(Transport):
     def _ask(self, request: say.Message, kind: type[M], what: str) -> list[M]:
         """Return every worker's answer to a question that touches nothing."""
         try:
-            self._control.begin_session(self._workers)
+            self._control.begin_session(self.workers)
             self._tell(request)
-            replies = [worker.expect(kind, what) for worker in self._workers]
-            self._control.end_session(self._workers)
+            replies = [worker.expect(kind, what) for worker in self.workers]
+            self._control.end_session(self.workers)
         except SyncError:
             self.abort("the dry run failed")
             raise
@@ -480,7 +464,7 @@ class RemoteTransport(Transport):
             AgreementError: it is another than the plan was made with.
         """
         if self._map_request is not None and any(
-            worker.layer_map is None for worker in self._workers
+            worker.layer_map is None for worker in self.workers
         ):
             require_same_map(layer_map, self._ask_map(self._map_request))
 
@@ -504,13 +488,13 @@ class RemoteTransport(Transport):
         Connect anew where an engine was restarted, or a router has forgotten the connection. Of
         several trainer ranks all would have to do so at once: there a lost worker is an error.
         """
-        if self._workers:
+        if self.workers:
             try:
                 # Before the engine is paused: a connection that leads nowhere would be noticed only
                 # by a timeout, with all requests waiting.
-                for worker in self._workers:
+                for worker in self.workers:
                     worker.send(say.Ping(), PING_SECONDS)
-                for worker in self._workers:
+                for worker in self.workers:
                     worker.skip_to(say.Pong, "a sign of life", PING_SECONDS)
                 return
             except TransportError as exc:
@@ -541,7 +525,7 @@ class RemoteTransport(Transport):
                 timeout_seconds=self._worker_timeout_seconds,
             )
         )
-        self._workers = admit_workers(
+        self.workers = admit_workers(
             self._listener,
             call,
             self._greet,
@@ -549,7 +533,7 @@ class RemoteTransport(Transport):
             world_size=self._control.world_size,
             timeout_seconds=self._timeout_seconds,
         )
-        if any(worker.hello.update_open for worker in self._workers):
+        if any(worker.hello.update_open for worker in self.workers):
             # An earlier trainer died in an update. vLLM would refuse to begin another one.
             try:
                 self._control.close_stale_update()
@@ -587,7 +571,7 @@ class RemoteTransport(Transport):
             self._own_staging = Staging(self.kinds, self.slot_device)
         later = self._rank > 0 or parameters_are_shared()
         try:
-            self._own_staging.prepare(slots, self._workers, later=later)
+            self._own_staging.prepare(slots, self.workers, later=later)
         except NoRoomError as exc:
             if not self.can_fall_back:
                 raise
@@ -597,9 +581,9 @@ class RemoteTransport(Transport):
 
     def disconnect(self) -> None:
         """Close all connections. The next use connects anew."""
-        for worker in self._workers:
+        for worker in self.workers:
             worker.close()
-        self._workers = []
+        self.workers = []
         if self._own_staging is not None:
             self._own_staging.close()
         self._staging = self._own_staging = None
@@ -618,7 +602,7 @@ class RemoteTransport(Transport):
             return False
 
     def _tell(self, message: say.Message) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             worker.tell(message)
 
     def _report(self, worker: WorkerConnection, reported: say.Report) -> WorkerReport:
