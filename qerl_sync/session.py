@@ -34,7 +34,7 @@ from qerl_sync.sources.base import Source
 from qerl_sync.sources.noise import RolloutNoise
 from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.telemetry.observers import Observer, Push
-from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
+from qerl_sync.transports.base import SyncResult, Transport, WorkerReport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, largest_gap, shortened, tolerance
 from qerl_sync.wire.host import avoid_cores
@@ -417,9 +417,8 @@ class SyncSession:
         if self._noise is not None:
             report.noise = self._noise.report()
         if asked is not None:
-            probed, report.mismatch = asked
-            report.probe_gap = max(probed.gaps.values())
-            report.lost |= probed.lost
+            report.probe_gap, lost, report.mismatch = asked
+            report.lost |= lost
         if changes is not None:
             report.changed_tensors, report.undelivered = changes.num_changed, changes.undelivered
         return report, result.workers
@@ -627,9 +626,15 @@ class SyncSession:
         self.plan = plan
         return plan
 
-    def _ask_engine(self, result: SyncResult) -> tuple[ProbeResult, dict[str, float | None]] | None:
+    def _ask_engine(
+        self, result: SyncResult
+    ) -> tuple[float, Mapping[str, str], dict[str, float | None]] | None:
         """Ask the engine how far its log-probabilities are from the trainer's (`verify: full`), and
-        why. Poison it if they are too far, or if it does not answer."""
+        why. Poison it if they are too far, or if it does not answer.
+
+        Returns:
+            `probe_gap`, `lost` and `mismatch` of the report.
+        """
         if self._probe is None:
             return None
         tokens = self._prompt
@@ -638,8 +643,9 @@ class SyncSession:
                 right = self._probe.logprobs(tokens)
             else:
                 right = self._probe.noisy(tokens, self._noise.noise())
-            probed = self._transport.probe_gaps(tokens, right)
-            engine, gap = max(probed.gaps.items(), key=lambda item: item[1])
+            answers, lost = self._transport.probe(tokens)
+            gaps = {engine: largest_gap(right, answer) for engine, answer in answers.items()}
+            engine, gap = max(gaps.items(), key=lambda item: item[1])
         except BaseException as exc:
             reason = f"version {self.version} was loaded, and could not be verified: {exc}"
             self._transport.invalidate(reason)
@@ -661,7 +667,7 @@ class SyncSession:
                 engine=engine,
                 gap=gap,
             )
-        return probed, self._attribute(right, probed.answers[engine], result)
+        return gap, lost, self._attribute(right, answers[engine], result)
 
     def _attribute(
         self, right: Sequence[float], answer: Sequence[float], result: SyncResult

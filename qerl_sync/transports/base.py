@@ -15,7 +15,6 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.stopwatch import Span, Stopwatch, slowest
-from qerl_sync.verify.probe_prompt import largest_gap
 from qerl_sync.wire.messages import TraceData
 
 if TYPE_CHECKING:
@@ -146,19 +145,16 @@ class EngineFacts(NamedTuple):
     context_tokens: int = 0
 
 
-@dataclass(frozen=True)
-class ProbeResult:
+class ProbeResult(NamedTuple):
     """Hold the engines' answers for a prompt's log-probabilities.
 
     Attributes:
-        gaps: by engine, the largest difference from the trainer's.
-        lost: engines that did not answer and were left behind, with the reason.
         answers: by engine, the log-probabilities.
+        lost: engines that did not answer and were left behind, with the reason.
     """
 
-    gaps: Mapping[str, float]
-    lost: Mapping[str, str] = field(default_factory=dict)
-    answers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    answers: Mapping[str, Sequence[float]]
+    lost: Mapping[str, str] = {}
 
 
 class Transport(ABC):
@@ -314,15 +310,9 @@ class Transport(ABC):
             f"go over {type(self).__name__}; choose verify: checksum"
         )
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
-        """Ask each engine how far its log-probabilities part from `right`.
-
-        Raises:
-            ConfigError: the engines behind this transport cannot be asked.
-        """
-        answer = self.prompt_logprobs(token_ids)
-        engine = "the engine"
-        return ProbeResult({engine: largest_gap(right, answer)}, answers={engine: answer})
+    def probe(self, token_ids: Sequence[int]) -> ProbeResult:
+        """Ask each engine for the log-probabilities of a prompt. Raises as `prompt_logprobs`."""
+        return ProbeResult({"the engine": self.prompt_logprobs(token_ids)})
 
     def invalidate(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
         """Poison the workers until the next sync: what has been committed is wrong."""

@@ -184,11 +184,11 @@ class JointTransport(Transport):
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         return self._own.prompt_logprobs(token_ids)
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
+    def probe(self, token_ids: Sequence[int]) -> ProbeResult:
         # Workers of one engine compute together: a rank whose trainer's answer fails would leave
         # the others waiting in vLLM's collectives.
         self._ranks.meet("asking the engines")
-        return self._own.probe_gaps(token_ids, right)
+        return self._own.probe(token_ids)
 
     def invalidate(self, reason: str) -> None:
         self._own.invalidate(reason)
@@ -246,12 +246,9 @@ class LedTransport(JointTransport):
         )
         return _RESULT.validate_python(told)
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
-        def asked() -> list[Any]:
-            found = self._own.probe_gaps(token_ids, right)
-            return [dict(found.gaps), dict(found.lost), dict(found.answers)]
-
-        return ProbeResult(*self._ranks.of_leader("asking the engines", asked))
+    def probe(self, token_ids: Sequence[int]) -> ProbeResult:
+        told = self._ranks.of_leader("asking the engines", lambda: self._own.probe(token_ids))
+        return ProbeResult(*told)
 
 
 class Follower(Transport):

@@ -34,7 +34,6 @@ from qerl_sync.transports.base import EngineFacts, ProbeResult, SyncResult, Tran
 from qerl_sync.transports.remote.compatibility import require_alike
 from qerl_sync.transports.remote.staging import Staging, why_whole
 from qerl_sync.transports.remote.transport import RemoteTransport
-from qerl_sync.verify.probe_prompt import largest_gap
 from qerl_sync.wire.segments import parameters_are_shared
 
 if TYPE_CHECKING:
@@ -316,15 +315,12 @@ class PoolTransport(Transport):
         of_all = [member.transport.engine_facts for member in self._ready]  # but for this, alike:
         return of_all[0]._replace(context_tokens=min(one.context_tokens for one in of_all))
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
+    def probe(self, token_ids: Sequence[int]) -> ProbeResult:
         """See the base class. An engine that does not answer is left behind."""
         reported = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
         self._require_some(list(reported))
-        return ProbeResult(
-            gaps={member.name: largest_gap(right, answer) for member, answer in reported.items()},
-            lost=dict(self._lost),
-            answers={member.name: answer for member, answer in reported.items()},
-        )
+        answers = {member.name: answer for member, answer in reported.items()}
+        return ProbeResult(answers, dict(self._lost))
 
     def invalidate(self, reason: str) -> None:
         invalidated = self._ready
