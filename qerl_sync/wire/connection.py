@@ -186,6 +186,15 @@ class Connection:
             raise self._lost(what)
 
     @property
+    def connected(self) -> bool:
+        """Return whether the connection is open, as far as is known without asking."""
+        try:
+            self.require_open("looking for it")
+        except PeerLostError:
+            return False
+        return True
+
+    @property
     def readable(self) -> bool:
         """Return whether `receive` has something to read, or to raise, by now. Does not block."""
         try:

@@ -110,14 +110,6 @@ class WorkerConnection(Connection):
             raise TransportError(f"{self.peer} sent {message.type!r} where {what} was next")
         return message
 
-    @property
-    def connected(self) -> bool:
-        """Return whether the connection is open, as far as is known without asking."""
-        with suppress(PeerLostError):
-            self.require_open("looking for it")
-            return True
-        return False
-
     def skip_to(
         self,
         kind: type[M],

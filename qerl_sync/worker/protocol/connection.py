@@ -70,11 +70,7 @@ class TrainerConnection(Connection):
     def alive(self) -> bool:
         """Return whether the trainer is there now. The thread may not yet have noticed that it
         left."""
-        try:
-            self.require_open("looking for the trainer")
-        except TransportError:
-            return False
-        return self._error is None
+        return self.connected and self._error is None
 
     def tell(self, message: say.Message) -> None:
         self.send(message, self.timeout_seconds)
