@@ -156,7 +156,7 @@ class HTTPClient(EngineClient):
         return self._request("GET", route, params=params)
 
     def _post(
-        self, route: str, body: dict[str, Any] | None = None, **params: str
+        self, route: str, body: dict[str, Any] | None = None, /, **params: str
     ) -> dict[str, Any]:
         return self._request("POST", route, json=body, params=params)
 

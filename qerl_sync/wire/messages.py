@@ -60,6 +60,9 @@ TraceData = Annotated[
     PlainSerializer(Trace.to_json),
 ]
 
+# How bytes get to a worker in another process.
+Way = Literal["cuda_ipc", "shm", "tcp", "ray"]
+
 
 class _Message(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -166,7 +169,7 @@ class Segment(_Message):
 
 class Welcome(_Message):
     type: Literal["welcome"] = "welcome"
-    transport: Literal["cuda_ipc", "shm", "tcp", "ray", "nccl", "ipc"]
+    transport: Way
     timeout_seconds: float
     options: dict[str, Any] = {}
     """What the transport needs to begin: a probe segment, whether payloads are sealed."""

@@ -213,7 +213,7 @@ class WorkerConnection(Connection):
         store.require_mailbox(box)
         self._store, self._mailbox = store, box
 
-    def _prove(self, kind: str, probe: SharedSegment | DeviceSegment, other: str) -> None:
+    def _prove(self, kind: say.Way, probe: SharedSegment | DeviceSegment, other: str) -> None:
         # Random, so that a worker that sees other memory cannot have them by chance.
         nonce = secrets.token_bytes(PROBE_BYTES)
         with closing(probe):
@@ -226,14 +226,10 @@ class WorkerConnection(Connection):
         if ready.options.get("probe") != nonce.hex():
             raise AgreementError(f"{self.peer} sees {other} than the trainer", subject="memory")
 
-    def _propose(self, transport: str, options: dict[str, object]) -> say.Ready:
-        proposal = {
-            "transport": transport,
-            "timeout_seconds": self.timeout_seconds,
-            "options": options,
-        }
-        self.tell(say.Welcome.model_validate(proposal))
-        return self.expect(say.Ready, f"opening {transport}")
+    def _propose(self, way: say.Way, options: dict[str, object]) -> say.Ready:
+        seconds = self.timeout_seconds
+        self.tell(say.Welcome(transport=way, timeout_seconds=seconds, options=options))
+        return self.expect(say.Ready, f"opening {way}")
 
     def _send_chunks(self) -> None:
         while (job := self._jobs.get()) is not None:
