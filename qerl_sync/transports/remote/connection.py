@@ -122,6 +122,15 @@ class WorkerConnection(Connection):
             pass
         return message
 
+    def await_pong(self) -> None:
+        """Block until the worker answers a Ping. What it sent before no longer counts.
+
+        Raises:
+            TransportError: the connection leads nowhere, though neither side has closed it.
+        """
+        # Without `check_alive`, which looks after the engine's call of the sync before.
+        self.skip_to(say.Pong, "a sign of life", PING_SECONDS)
+
     def announce(self, index: int, staged: StagedChunk, segments: Sequence[say.Segment]) -> None:
         """Send a chunk. Its memory must stay as it is until the chunk is loaded.
 

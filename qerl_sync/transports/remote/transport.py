@@ -495,7 +495,7 @@ class RemoteTransport(Transport):
                 for worker in self.workers:
                     worker.send(say.Ping(), PING_SECONDS)
                 for worker in self.workers:
-                    worker.skip_to(say.Pong, "a sign of life", PING_SECONDS)
+                    worker.await_pong()
                 return
             except TransportError as exc:
                 self.disconnect()
