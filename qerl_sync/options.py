@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,11 +13,24 @@ Load = Literal["auto", "layerwise"]
 
 
 @dataclass(frozen=True)
+class MapOptions:
+    """Hold what the session asks of a layer map.
+
+    Attributes:
+        allow_incomplete: fnmatch patterns of parent layers that may miss elements.
+        load: see `SyncConfig`.
+    """
+
+    allow_incomplete: Sequence[str] = ()
+    load: Load = "auto"
+
+
+@dataclass(frozen=True)
 class SyncOptions:
     """Hold what the session asks of the transport, and the transport of its workers, for one sync.
 
     Attributes:
-        version: of the weights once they are committed. A worker gets it with the commit.
+        version: of the weights once they are committed.
         verify, on_failure: see `SyncConfig`.
         finite_check: which side looks for NaN and infinite values. The worker looks for values that
             its dtype cannot hold unless it is "nobody".
@@ -40,7 +53,7 @@ class SyncOptions:
     on_failure: OnFailure = "poison"
     finite_check: FiniteCheck = "worker"
     stable: bool = False
-    held: Collection[str] | None = None
+    held: frozenset[str] | None = None
     base: int | None = None
     is_base: bool = False
     mirror: bool = False

@@ -23,7 +23,7 @@ from qerl_sync.errors import (
     UnchangedError,
 )
 from qerl_sync.meta import ParamMeta, Storage
-from qerl_sync.options import SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.diagnosis import diagnose
 from qerl_sync.plan.layer_map import LayerMap
@@ -34,7 +34,7 @@ from qerl_sync.sources.base import Source
 from qerl_sync.sources.noise import RolloutNoise
 from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.telemetry.observers import Observer, Push
-from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
+from qerl_sync.transports.base import SyncResult, Transport, WorkerReport
 from qerl_sync.verify.finite import FiniteChecker
 from qerl_sync.verify.probe_prompt import Probe, largest_gap, shortened, tolerance
 from qerl_sync.wire.host import avoid_cores
@@ -352,7 +352,7 @@ class SyncSession:
                 stamps = self._stamps()
                 version = max(self.version, self._transport.committed_version()) + 1
                 if self._noise is not None:
-                    dtype, _ = self._transport.precision
+                    dtype = self._transport.engine_facts.dtype
                     self._noise.begin(version, step, dtype, clean=clean)
                     stamps = self._noise.stamps(stamps)
                 base, why = self._what_they_hold(base)
@@ -361,13 +361,14 @@ class SyncSession:
                 mirror = self._config.delta == "elements" and not self._transport.sends_whole
                 if mirror:
                     self._require_room_for_mirror(full)
+            held = self._source.held_names()
             options = SyncOptions(
                 version=version,
                 verify=self._config.verify,
                 on_failure=self._config.on_failure,
                 finite_check=self._source.finite_check(self._config.check_finite),
                 stable=self._source.stable,
-                held=self._source.held_names(),
+                held=None if held is None else frozenset(held),
                 base=None if base is None or part is full else base.version,
                 is_base=bool(stamps),
                 mirror=mirror,
@@ -416,9 +417,8 @@ class SyncSession:
         if self._noise is not None:
             report.noise = self._noise.report()
         if asked is not None:
-            probed, report.mismatch = asked
-            report.probe_gap = max(probed.gaps.values())
-            report.lost |= probed.lost
+            report.probe_gap, lost, report.mismatch = asked
+            report.lost |= lost
         if changes is not None:
             report.changed_tensors, report.undelivered = changes.num_changed, changes.undelivered
         return report, result.workers
@@ -465,20 +465,18 @@ class SyncSession:
             for meta in self._source.metadata()
             if not any(fnmatchcase(meta.name, pattern) for pattern in ignored)
         ]
-        allowed: Sequence[str] = self._config.allow_incomplete
+        asked = MapOptions(self._config.allow_incomplete, self._config.load)
         if self._config.lora_base == "engine":
-            given, allowed = self._beside_the_base(given), ("*",)
+            given, asked = self._beside_the_base(given), replace(asked, allow_incomplete=("*",))
         self._transport.source_device = self._source.device
         metas = self._order(given)
         self._transport.agree_on(metas)
         if self._full_plan is None or self.layer_map is None or metas != self._metas:
-            layer_map = self._transport.layer_map(
-                metas, allow_incomplete=allowed, load=self._config.load
-            )
+            layer_map = self._transport.layer_map(metas, asked)
             if self._probe is not None:
-                precision = self._transport.precision
-                self._tolerance = tolerance(*precision, self._config.verify_tolerance)
-                self._prompt = shortened(self._probe.token_ids, self._transport.context_tokens)
+                dtype, quantization, context_tokens = self._transport.engine_facts
+                self._tolerance = tolerance(dtype, quantization, self._config.verify_tolerance)
+                self._prompt = shortened(self._probe.token_ids, context_tokens)
             if self._noise is not None:
                 self._noise.choose(metas, layer_map)
             self.layer_map, self._metas = layer_map, metas
@@ -628,9 +626,15 @@ class SyncSession:
         self.plan = plan
         return plan
 
-    def _ask_engine(self, result: SyncResult) -> tuple[ProbeResult, dict[str, float | None]] | None:
+    def _ask_engine(
+        self, result: SyncResult
+    ) -> tuple[float, Mapping[str, str], dict[str, float | None]] | None:
         """Ask the engine how far its log-probabilities are from the trainer's (`verify: full`), and
-        why. Poison it if they are too far, or if it does not answer."""
+        why. Poison it if they are too far, or if it does not answer.
+
+        Returns:
+            `probe_gap`, `lost` and `mismatch` of the report.
+        """
         if self._probe is None:
             return None
         tokens = self._prompt
@@ -639,8 +643,9 @@ class SyncSession:
                 right = self._probe.logprobs(tokens)
             else:
                 right = self._probe.noisy(tokens, self._noise.noise())
-            probed = self._transport.probe_gaps(tokens, right)
-            engine, gap = max(probed.gaps.items(), key=lambda item: item[1])
+            answers, lost = self._transport.probe(tokens)
+            gaps = {engine: largest_gap(right, answer) for engine, answer in answers.items()}
+            engine, gap = max(gaps.items(), key=lambda item: item[1])
         except BaseException as exc:
             reason = f"version {self.version} was loaded, and could not be verified: {exc}"
             self._transport.invalidate(reason)
@@ -662,7 +667,7 @@ class SyncSession:
                 engine=engine,
                 gap=gap,
             )
-        return probed, self._attribute(right, probed.answers[engine], result)
+        return gap, lost, self._attribute(right, answers[engine], result)
 
     def _attribute(
         self, right: Sequence[float], answer: Sequence[float], result: SyncResult
@@ -681,7 +686,7 @@ class SyncSession:
         }
         from qerl_sync.verify.stored import stored_by
 
-        stored = stored_by(result.workers[0].quantisation, self._transport.precision[0])
+        stored = stored_by(result.workers[0].quantisation, self._transport.engine_facts.dtype)
         if self._probe.noisy is not None and stored is not None:
             reference = self._probe.noisy(tokens, noise, stored)
             found["quantisation"] = largest_gap(right, reference)

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import PeerLostError, TransportError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.simulator import replay
@@ -47,13 +47,7 @@ class EchoLoader:
         self.check = False
         self.checksums: dict[str, int] = {}
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions) -> LayerMap:
         return LayerMap(
             {m.name: ParentLayer(m.name, "Echo", m.numel, m.numel) for m in metas},
             {m.name: (Contribution(m.name, "", m.numel, m.nbytes, True),) for m in metas},

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from qerl_sync.engines.base import (
+    ENGINE,
     PROBING,
     MethodClient,
     PauseMode,
@@ -24,8 +25,6 @@ from qerl_sync.engines.base import (
 )
 from qerl_sync.errors import TransportError
 from qerl_sync.worker.compat.caches import ask_every_replica, forget_caches
-
-ENGINE = "the vLLM engine"
 
 
 class AsyncLLMClient(MethodClient):
@@ -91,7 +90,7 @@ class AsyncLLMClient(MethodClient):
 
     def world_size(self) -> int:
         """See `EngineClient`."""
-        return num_workers(self.engine.vllm_config, getattr(self.engine, "engine_core", None))
+        return num_workers(self.engine)
 
     def _request(self, name: str, info: dict[str, Any]) -> Any:
         return vllm_request(name, info)
@@ -113,9 +112,8 @@ class AsyncLLMClient(MethodClient):
             call.close()
             raise TransportError(f"{method}: the event loop of {ENGINE} is closed") from exc
         try:
-            with translating(ENGINE, method):
-                core = getattr(self.engine, "engine_core", None)
-                check_alive = partial(require_alive, core, ENGINE, method)
+            with translating(method):
+                check_alive = partial(require_alive, self.engine, method)
                 if ends_within(answer, self._seconds(method), check_alive):
                     return answer.result()
                 raise timed_out(ENGINE, method, self.timeout_seconds)

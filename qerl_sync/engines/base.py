@@ -24,12 +24,14 @@ from qerl_sync.errors import (
 from qerl_sync.worker.compat.coupling import lacking, vllm_version
 
 if TYPE_CHECKING:
-    import torch
+    from qerl_sync.engines.ray_actor import RayActorClient
 
 PauseMode = Literal["keep", "wait", "abort"]
 
 # How often to ask, during a call, whether its engine still lives.
 POLL_SECONDS = 0.2
+# What errors call an engine that is driven by calls in Python.
+ENGINE = "the vLLM engine"
 
 
 class WeightSyncClient(Protocol):
@@ -59,11 +61,11 @@ class EngineClient(ABC):
     Attributes:
         resets_connector: after `reset_caches`, or by the caller's care where the client does not
             empty caches, no KV connector keeps work of old weights.
-        store: hands objects to the engine's workers; None: the engine has no object store.
+        store: hands objects of Ray's store to the engine's workers; None: it has no such store.
     """
 
     resets_connector = True
-    store: ObjectStore | None = None
+    store: RayActorClient | None = None
 
     @abstractmethod
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
@@ -186,7 +188,7 @@ class FourMethodClient(MethodClient):
     the engine and empties its caches. Foreign errors are translated."""
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
-        with translating("the vLLM engine", method):
+        with translating(method):
             return getattr(self._target, method)(*arguments, **options)
 
 
@@ -219,42 +221,18 @@ def as_engine_client(client: WeightSyncClient) -> EngineClient:
     return FourMethodClient(client)
 
 
-class ObjectStore(Protocol):
-    """A store that all nodes of a cluster share, and from which objects are handed to an engine."""
-
-    def put(self, chunk: torch.Tensor) -> Any:
-        """Put a chunk's bytes into the store, once for all engines. The caller may change them
-        afterwards.
-
-        Returns:
-            The argument for `deliver`. The object lives as long as this value, or a reader of it.
-        """
-
-    def deliver(self, key: str, index: int, stored: Any) -> None:
-        """Send an object to the worker that has opened mailbox `key` (`worker.protocol.mailbox`).
-
-        Return at once. A failure shows in the chunk not being loaded.
-        """
-
-    def require_store(self, nbytes: int) -> None:
-        """Raise ConfigError if the store of some node is smaller than `nbytes`."""
-
-    def require_mailbox(self, key: str) -> None:
-        """Raise TransportError if objects do not reach the worker that has opened mailbox `key`."""
-
-
 # Sampling parameters of a request that asks for nothing but the prompt's log-probabilities.
 PROBING: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0}
 
 
-def num_workers(vllm_config: Any, engine_core: Any) -> int:
-    """Count the workers behind a client of vLLM's engine core.
+def num_workers(engine: Any) -> int:
+    """Count the workers behind an `LLMEngine` or `AsyncLLM`.
 
     It drives one engine core for each data parallel replica, and of a deployment on several nodes
     perhaps only its own: `world_size_across_dp` would count the others too.
     """
-    replicas = len(getattr(engine_core, "core_engines", [None]))
-    return int(vllm_config.parallel_config.world_size) * replicas
+    replicas = len(getattr(engine.engine_core, "core_engines", [None]))
+    return int(engine.vllm_config.parallel_config.world_size) * replicas
 
 
 def read_prompt_logprobs(token_ids: Sequence[int], reported: Sequence[Any]) -> list[float]:
@@ -330,18 +308,19 @@ def ends_within(
     return answer.done()
 
 
-def require_alive(engine_core: Any, engine: str, method: str) -> None:
-    """Raise PeerLostError if the process of a vLLM engine has died.
+def require_alive(engine: Any, method: str) -> None:
+    """Raise PeerLostError if the process of an `LLMEngine` or `AsyncLLM` has died.
 
     vLLM's client notices the death, but tells only the next caller.
     """
-    if getattr(getattr(engine_core, "resources", None), "engine_dead", False):
+    core = engine.engine_core
+    if core.resources.engine_dead:
         # The threads of calls that it left unanswered would wait for them without end.
-        for unanswered in list(getattr(engine_core, "utility_results", {}).values()):
+        for unanswered in list(getattr(core, "utility_results", {}).values()):
             if isinstance(unanswered, Future):
                 with suppress(InvalidStateError):  # it has its answer
-                    unanswered.set_exception(lost(engine, method))
-        raise lost(engine, method)
+                    unanswered.set_exception(lost(ENGINE, method))
+        raise lost(ENGINE, method)
 
 
 def timed_out(engine: str, method: str, seconds: float) -> TransportTimeout:
@@ -352,14 +331,14 @@ def timed_out(engine: str, method: str, seconds: float) -> TransportTimeout:
 
 
 @contextmanager
-def translating(engine: str, method: str) -> Iterator[None]:
+def translating(method: str) -> Iterator[None]:
     """Raise errors of ours for those that a call of vLLM in Python raises."""
     try:
         yield
     except SyncError:
         raise
     except Exception as exc:
-        raise translated(exc, engine, method) from exc
+        raise translated(exc, ENGINE, method) from exc
 
 
 def translated(exc: Exception, engine: str, method: str) -> SyncError:

@@ -36,8 +36,6 @@ HEALTH_SECONDS = 5.0
 # How often to ask, during a call that takes long, whether the server is still there.
 WATCH_SECONDS = 2.0
 
-Params = dict[str, str]
-
 
 class RouteMissingError(TransportError):
     """The server answers 404: it was started without its RL routes, or its vLLM lacks this one."""
@@ -91,7 +89,7 @@ class HTTPClient(EngineClient):
 
     def pause(self, mode: PauseMode) -> None:
         # vLLM would empty the caches along with it; `reset_caches` does, when the weights are new.
-        self._post("pause", params={"mode": mode, "clear_cache": "false"})
+        self._post("pause", mode=mode, clear_cache="false")
 
     def resume(self) -> None:
         self._post("resume")
@@ -101,7 +99,7 @@ class HTTPClient(EngineClient):
             # The route has another name for the connector than vLLM's methods have.
             names = {"reset_connector": "reset_external"}
             params = {names.get(name, name): str(on).lower() for name, on in options.items()}
-            return self._post(route, params=params).get("success")
+            return self._post(route, **params).get("success")
 
         return forget_caches(call, running=running)
 
@@ -126,7 +124,7 @@ class HTTPClient(EngineClient):
             return False
 
     def _health_status(self) -> int:
-        return int(self._send("GET", "health", None, None, HEALTH_SECONDS).status_code)
+        return int(self._send("GET", "health", HEALTH_SECONDS).status_code)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         model = self._get("v1/models")["data"][0]["id"]
@@ -152,19 +150,17 @@ class HTTPClient(EngineClient):
     def world_size(self) -> int:
         """See `EngineClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
         load balancing) it counts the workers of the other servers too."""
-        return int(self._get("get_world_size", {"include_dp": "true"})["world_size"])
+        return int(self._get("get_world_size", include_dp="true")["world_size"])
 
-    def _get(self, route: str, params: Params | None = None) -> dict[str, Any]:
-        return self._request("GET", route, None, params)
+    def _get(self, route: str, **params: str) -> dict[str, Any]:
+        return self._request("GET", route, params=params)
 
     def _post(
-        self, route: str, body: dict[str, Any] | None = None, params: Params | None = None
+        self, route: str, body: dict[str, Any] | None = None, /, **params: str
     ) -> dict[str, Any]:
-        return self._request("POST", route, body, params)
+        return self._request("POST", route, json=body, params=params)
 
-    def _request(
-        self, method: str, route: str, body: dict[str, Any] | None, params: Params | None = None
-    ) -> dict[str, Any]:
+    def _request(self, method: str, route: str, **content: Any) -> dict[str, Any]:
         import requests
 
         def check_alive() -> None:
@@ -182,7 +178,7 @@ class HTTPClient(EngineClient):
         # A whole sync is one update, and has timeouts of its own.
         seconds = None if route == "update_weights" else self.timeout_seconds
         try:
-            answer = in_thread(route, partial(self._send, method, route, body, params, seconds))
+            answer = in_thread(route, partial(self._send, method, route, seconds, **content))
             ends_within(answer, None, check_alive, WATCH_SECONDS)
             return self._answer(route, answer.result())
         except requests.ConnectTimeout as exc:
@@ -201,14 +197,7 @@ class HTTPClient(EngineClient):
         except requests.RequestException as exc:
             raise TransportError(f"{route}: {self} cannot be asked: {exc}") from exc
 
-    def _send(
-        self,
-        method: str,
-        route: str,
-        body: dict[str, Any] | None,
-        params: Params | None,
-        read_seconds: float | None,
-    ) -> Any:
+    def _send(self, method: str, route: str, read_seconds: float | None, **content: Any) -> Any:
         import requests
 
         headers = {}
@@ -225,11 +214,10 @@ class HTTPClient(EngineClient):
             return session.request(
                 method,
                 f"{self.base_url}/{route}",
-                json=body,
-                params=params,
                 headers=headers,
                 timeout=(CONNECT_SECONDS, read_seconds),
                 allow_redirects=False,
+                **content,
             )
 
     def _answer(self, route: str, response: Any) -> dict[str, Any]:

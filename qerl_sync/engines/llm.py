@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from qerl_sync.engines.base import (
+    ENGINE,
     PROBING,
     MethodClient,
     PauseMode,
@@ -21,8 +22,6 @@ from qerl_sync.engines.base import (
 )
 from qerl_sync.errors import TransportError
 from qerl_sync.worker.compat.caches import forget_caches, llm_method
-
-ENGINE = "the vLLM engine"
 
 
 class LLMClient(MethodClient):
@@ -84,9 +83,7 @@ class LLMClient(MethodClient):
 
     def world_size(self) -> int:
         """See `EngineClient`."""
-        return num_workers(
-            self.llm.llm_engine.vllm_config, getattr(self.llm.llm_engine, "engine_core", None)
-        )
+        return num_workers(self.llm.llm_engine)
 
     def _request(self, name: str, info: dict[str, Any]) -> dict[str, Any]:
         return {name: info}
@@ -99,16 +96,14 @@ class LLMClient(MethodClient):
             raise TransportError(
                 f"{method}: {ENGINE} still has not answered {self._stuck_in}; start it anew"
             )
-        with translating(ENGINE, method):
+        with translating(method):
             if self.in_process:
                 # Kernels run here: on another thread they would start a thread pool of their own.
                 return call()
             # vLLM itself waits without end, also for an engine that has died.
             answer = in_thread(method, call)
-            core = getattr(self.llm.llm_engine, "engine_core", None)
-            if ends_within(
-                answer, self._seconds(method), partial(require_alive, core, ENGINE, method)
-            ):
+            check_alive = partial(require_alive, self.llm.llm_engine, method)
+            if ends_within(answer, self._seconds(method), check_alive):
                 return answer.result()
             self._stuck_in = method
             raise timed_out(ENGINE, method, self.timeout_seconds)

@@ -22,37 +22,13 @@ if TYPE_CHECKING:
 # The actor's concurrency group of calls that do not wait for the engine.
 CONTROL = "control"
 
-# What an actor may have beside vLLM's four methods.
-OPTIONAL = frozenset(
-    {
-        "deliver",
-        "generate",
-        "pause",
-        "prompt_logprobs",
-        "reset_caches",
-        "reset_encoder_cache",
-        "reset_mm_cache",
-        "reset_prefix_cache",
-        "resume",
-        "status",
-        "update_weight_version",
-        "world_size",
-    }
-)
-
-
-def capabilities(handle: Any) -> frozenset[str]:
-    """Return those of the `OPTIONAL` methods that the actor's class declares."""
-    return frozenset(name for name in OPTIONAL if hasattr(handle, name))
-
 
 class RayActorClient(MethodClient):
     """An actor with the methods of `integrations.ray.RolloutActor` as an EngineClient.
 
     An actor with vLLM's four methods only is called as vLLM's `RayVLLMWeightSyncClient` calls it,
-    with a timeout. Of the others (`OPTIONAL`) it may have any. What it
-    lacks is left out: its caller sees to it then that nothing is generated during a sync, and that
-    caches are emptied after it.
+    with a timeout. What else it lacks is left out: its caller sees to it then that nothing is
+    generated during a sync, and that caches are emptied after it.
 
     Args:
         handle: of the actor.
@@ -68,8 +44,7 @@ class RayActorClient(MethodClient):
     def __init__(self, handle: Any, name: str, timeout_seconds: float = 300) -> None:
         super().__init__(handle, timeout_seconds)
         self.handle, self.name = handle, name
-        self.capabilities = capabilities(handle)
-        self._ours = self.resets_connector = "reset_caches" in self.capabilities
+        self._ours = self.resets_connector = hasattr(handle, "reset_caches")
         self.store = self
         self._node: str | None = None
 
@@ -101,7 +76,7 @@ class RayActorClient(MethodClient):
         return None if size is None else int(size)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        if "prompt_logprobs" not in self.capabilities:
+        if not hasattr(self.handle, "prompt_logprobs"):
             raise ConfigError(
                 f"sync.verify: full asks actor {self.name} what it thinks of a prompt, and it has "
                 "no method prompt_logprobs; inherit RolloutActor, or choose verify: checksum"
@@ -109,6 +84,12 @@ class RayActorClient(MethodClient):
         return list(self._call("prompt_logprobs", list(token_ids)))
 
     def put(self, chunk: torch.Tensor) -> Any:
+        """Put a chunk's bytes into Ray's store, once for all engines. The caller may change them
+        afterwards.
+
+        Returns:
+            The argument for `deliver`. The object lives as long as this value, or a reader of it.
+        """
         import ray
 
         try:
@@ -120,34 +101,36 @@ class RayActorClient(MethodClient):
             ) from exc
 
     def require_store(self, nbytes: int) -> None:
-        """Check the object stores of this node and the actor's."""
+        """Raise ConfigError if the store of this node or of the actor's is smaller than that."""
         import ray
 
         here = ray.get_runtime_context().get_node_id()
         require_object_store(nbytes, {here, self._node or here})
 
-    def deliver(self, key: str, index: int, stored: Any) -> None:
+    def deliver(self, key: str, index: int, stored: Any) -> Any:
+        """Send an object to the worker that has opened mailbox `key` (`worker.protocol.mailbox`).
+
+        Return at once. A failure shows in the chunk not being loaded.
+        """
+        method = self.handle.deliver.options(concurrency_group=CONTROL)
         # As an argument of its own, not in a list: Ray then brings it to the node first.
-        self._deliver(key, index, stored)
+        return method.remote(key, index, stored)
 
     def require_mailbox(self, key: str) -> None:
-        if "deliver" not in self.capabilities:
+        """Raise TransportError if objects do not reach the worker that has opened mailbox `key`."""
+        if not hasattr(self.handle, "deliver"):
             raise TransportError(
                 f"actor {self.name} has no method `deliver`, by which Ray hands out objects; "
                 "inherit RolloutActor, or choose sync.transport: auto, shm or tcp"
             )
-        if "status" in self.capabilities:
+        if hasattr(self.handle, "status"):
             status = self.handle.status.options(concurrency_group=CONTROL).remote()
             self._node = self._answer("status", status)["node"]
-        if not self._answer("deliver", self._deliver(key, -1, None)):
+        if not self._answer("deliver", self.deliver(key, -1, None)):
             raise TransportError(
                 f"the worker of {self.name} is not in the actor's own process, which is where Ray "
                 "hands out objects"
             )
-
-    def _deliver(self, key: str, index: int, stored: Any) -> Any:
-        method = self.handle.deliver.options(concurrency_group=CONTROL)
-        return method.remote(key, index, stored)
 
     def _request(self, name: str, info: dict[str, Any]) -> Any:
         """Return the request in the form that the actor expects.
@@ -173,7 +156,7 @@ class RayActorClient(MethodClient):
         return self._answer(method, answer)
 
     def _call_if_there(self, method: str, *arguments: Any) -> Any:
-        return self._call(method, *arguments) if method in self.capabilities else None
+        return self._call(method, *arguments) if hasattr(self.handle, method) else None
 
     def _answer(self, method: str, answer: Any) -> Any:
         import ray

@@ -170,7 +170,7 @@ class Store:
             self._fs.pipe_file(self._path(name), data)
         return TensorFile(name=name, nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
-    def fetch(self, file: TensorFile, directory: Path) -> Path:
+    def fetch(self, file: TensorFile, directory: Path) -> None:
         """Copy a file here. Raise PublicationError if it is gone, or not what the manifest says."""
         digest, nbytes = hashlib.sha256(), 0
         with (
@@ -189,12 +189,18 @@ class Store:
                 f"{file.sha256[:12]}: it is torn, or was changed",
                 path=self._shown(file.name),
             )
-        return directory / file.name
 
     def remove(self, names: Iterable[str]) -> None:
         for name in names:
             with self._translating(name, "removing it"):
                 self._fs.rm_file(self._path(name))
+
+    def remove_older(self, version: int) -> None:
+        """Remove the files of older versions: manifests first, so that nobody begins to read a
+        version whose files go."""
+        ours = ((name, _NAME.match(name.removeprefix("."))) for name in self.listing())
+        old = [name for name, match in ours if match and int(match[1]) < version]
+        self.remove(sorted(old, key=lambda name: not name.endswith(_MANIFEST)))
 
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
@@ -212,13 +218,3 @@ class Store:
                 f"{self._shown(name)}: {doing} failed: {type(exc).__name__}: {exc}",
                 path=self._shown(name),
             ) from exc
-
-
-def version_of(name: str) -> int | None:
-    """Return the version that a file of ours belongs to; None for others' files."""
-    match = _NAME.match(name.removeprefix("."))
-    return int(match[1]) if match else None
-
-
-def is_manifest(name: str) -> bool:
-    return name.endswith(_MANIFEST)

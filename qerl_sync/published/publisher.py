@@ -11,16 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from qerl_sync.buffers.detect import require_finite
 from qerl_sync.errors import ConfigError, PublicationError, PublisherTakenError
-from qerl_sync.meta import ParamMeta, metas_to_json
-from qerl_sync.published.files import (
-    Base,
-    Manifest,
-    Published,
-    Store,
-    TensorFile,
-    is_manifest,
-    version_of,
-)
+from qerl_sync.meta import metas_to_json
+from qerl_sync.published.files import Base, Manifest, Published, Store, TensorFile
 from qerl_sync.sources.base import Source
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
@@ -119,26 +111,33 @@ class Publisher:
         # A number that a failed attempt had is not used again: what it has left behind, perhaps
         # even its manifest, must not be taken for the next one's.
         self._spent_version += 1
+        if self._mirror is None or self._mirror.metas != tuple(metas):
+            self._mirror = None  # not two at a time
+            self._mirror = Mirror(metas)
         mirror, base = self._mirror, self._base
-        if (
-            mirror is None
-            or base is None
-            or mirror.version != self.version
-            or mirror.metas != tuple(metas)
-            or self._since_snapshot + 1 >= self._snapshot_every
-        ):
+        if mirror.version != self.version or self._since_snapshot + 1 >= self._snapshot_every:
             base = None
-        if mirror is None or mirror.metas != tuple(metas):
-            self._mirror = mirror = None  # not two at a time
-            mirror = self._mirror = Mirror(metas)
         this = Published(self._spent_version, self._id, base is None)
-        known = self._checksums if base is not None else {}
         checksums: dict[str, int] = {}
         changes: dict[str, tuple[int, int]] = {}
         files: list[TensorFile] = []
+
+        def changed() -> Iterator[tuple[str, torch.Tensor]]:
+            """Yield what this version has of each tensor. Fill in the rest of its manifest."""
+            stream = source.materialize([meta.name for meta in metas])
+            for meta, tensor in as_planned(metas, stream):
+                require_finite(meta.name, tensor)
+                checksums[meta.name] = checksum(tensor)
+                if base is None:
+                    yield meta.name, mirror.take(meta.name, tensor)
+                elif self._checksums[meta.name] != checksums[meta.name]:
+                    raw, change = mirror.changes(meta.name, tensor)
+                    if change != WHOLE:
+                        changes[meta.name] = change
+                    yield meta.name, raw
+
         try:
-            streams = self._changed(source, metas, mirror, known, checksums, changes)
-            for number, data in enumerate(_files(streams)):
+            for number, data in enumerate(_files(changed())):
                 files.append(self._store.write_file(f"{this.name}-{number:05d}.safetensors", data))
             digest = self._store.write_manifest(
                 Manifest(
@@ -165,32 +164,6 @@ class Publisher:
         nbytes = sum(file.nbytes for file in files)
         return Publication(this.version, step, base is None, nbytes, mirror.nbytes)
 
-    def _changed(
-        self,
-        source: Source,
-        metas: list[ParamMeta],
-        mirror: Mirror,
-        known: dict[str, int],
-        checksums: dict[str, int],
-        changes: dict[str, tuple[int, int]],
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield what a version has of each tensor, and fill in the rest of its manifest.
-
-        Args:
-            known: the checksums of what the mirror holds; empty: all tensors are yielded whole.
-        """
-        stream = source.materialize([meta.name for meta in metas])
-        for meta, tensor in as_planned(metas, stream):
-            require_finite(meta.name, tensor)
-            checksums[meta.name] = checksum(tensor)
-            if not known:
-                yield meta.name, mirror.take(meta.name, tensor)
-            elif known[meta.name] != checksums[meta.name]:
-                raw, change = mirror.changes(meta.name, tensor)
-                if change != WHOLE:
-                    changes[meta.name] = change
-                yield meta.name, raw
-
     def _require_alone(self) -> None:
         others = [one for one in self._store.published() if one.publisher != self._id]
         new = [one for one in others if one not in self._earlier]
@@ -204,15 +177,11 @@ class Publisher:
             )
 
     def _remove_old(self) -> None:
-        """Remove what is older than the snapshots to keep: manifests first, so that nobody begins
-        to read a version whose files go."""
+        """Remove what is older than the snapshots to keep."""
         try:
             snapshots = [one.version for one in self._store.published() if one.is_full]
-            if len(snapshots) <= self._keep_snapshots:
-                return
-            oldest = snapshots[-self._keep_snapshots]
-            old = [n for n in self._store.listing() if (version_of(n) or oldest) < oldest]
-            self._store.remove(sorted(old, key=lambda name: not is_manifest(name)))
+            if len(snapshots) > self._keep_snapshots:
+                self._store.remove_older(snapshots[-self._keep_snapshots])
         except PublicationError as exc:  # the version is there
             logger.warning("old versions could not be removed: %s", exc)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -77,17 +77,18 @@ class PublishedSource(Source):
         self.refused = {}
         while chain := self._chain(listed):
             with TemporaryDirectory(prefix="qerl-sync-", dir=self._directory) as directory:
+                here = Path(directory)
                 try:
-                    # All of it, before what is held is touched.
-                    files = [file for manifest, _ in chain for file in manifest.files]
-                    at = {file.name: self._store.fetch(file, Path(directory)) for file in files}
+                    for manifest, _ in chain:  # all of it, before what is held is touched
+                        for file in manifest.files:
+                            self._store.fetch(file, here)
                 except PublicationError as exc:
-                    self._refuse_file(chain, exc)
+                    self._refuse(manifest.name, exc)
                     continue
                 try:
                     for manifest, _ in chain:
-                        self._put([at[file.name] for file in manifest.files], manifest)
-                    self._require_right(chain[-1][0])
+                        self._put([here / file.name for file in manifest.files], manifest)
+                    self._require_right(manifest)
                 except SyncError as exc:
                     assert self._mirror is not None
                     self._mirror.version = None
@@ -159,30 +160,29 @@ class PublishedSource(Source):
         for target in reversed(listed):
             if self._is_whole and target.version <= self.version:
                 break
-            chain: list[tuple[Manifest, str]] = []
-            name, expected, why = target.name, "", ""
-            while not why:
-                if name in self.refused:
-                    why = f"{name} is refused"
-                elif name not in there:
-                    why = f"it builds on {name}, which is not there"
-                else:
-                    try:
-                        manifest, digest = self._store.read_manifest(name)
-                    except PublicationError as exc:
-                        why = str(exc)
-                        continue
-                    if expected and digest != expected:
-                        why = f"it builds on another {name} than is there"
-                        continue
-                    chain.insert(0, (manifest, digest))
-                    base = manifest.base
-                    if base is None or (self._is_whole and base.digest == self._digest):
-                        return chain
-                    name, expected = base.name, base.digest
-            if target.name not in self.refused:
-                self._refuse(target.name, why)
+            try:
+                return self._chain_to(target.name, there)
+            except PublicationError as exc:
+                if target.name not in self.refused:
+                    self._refuse(target.name, exc)
         return []
+
+    def _chain_to(self, name: str, there: Collection[str]) -> list[tuple[Manifest, str]]:
+        chain: list[tuple[Manifest, str]] = []
+        expected = ""
+        while True:
+            if name in self.refused:
+                raise PublicationError(f"{name} is refused")
+            if name not in there:
+                raise PublicationError(f"it builds on {name}, which is not there")
+            manifest, digest = self._store.read_manifest(name)
+            if expected and digest != expected:
+                raise PublicationError(f"it builds on another {name} than is there")
+            chain.insert(0, (manifest, digest))
+            base = manifest.base
+            if base is None or (self._is_whole and base.digest == self._digest):
+                return chain
+            name, expected = base.name, base.digest
 
     def _put(self, paths: Sequence[Path], manifest: Manifest) -> None:
         """Put a version's files into the mirror.
@@ -227,19 +227,6 @@ class PublishedSource(Source):
                     f"{manifest.name}: {name!r} has other values than the publisher had"
                 )
         self._checksums = wanted
-
-    def _refuse_file(self, chain: Sequence[tuple[Manifest, str]], error: PublicationError) -> None:
-        """Refuse the version whose file it is."""
-        name = next(
-            (
-                m.name
-                for m, _ in chain
-                for file in m.files
-                if (error.path or "").endswith(file.name)
-            ),
-            chain[-1][0].name,
-        )
-        self._refuse(name, error)
 
     def _refuse(self, name: str, why: object) -> None:
         self.refused[name] = f"{name}: {why}"

@@ -6,17 +6,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import ConfigError, StaleCacheError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.stopwatch import Span, Stopwatch, slowest
-from qerl_sync.verify.probe_prompt import largest_gap
+from qerl_sync.wire.messages import TraceData
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +42,8 @@ class WorkerReport:
     """
 
     worker: str
-    trace: Trace
-    predicted: Trace
+    trace: TraceData
+    predicted: TraceData
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_extra_bytes: int | None = None
     peak_extra_bytes_predicted: int | None = None
@@ -133,19 +132,29 @@ class SyncResult:
     mirror_bytes: int = 0
 
 
-@dataclass(frozen=True)
-class ProbeResult:
+class EngineFacts(NamedTuple):
+    """Hold what a session must know of the engine.
+
+    Attributes:
+        dtype: that it computes in, and `quantization`, its scheme; None: it has none.
+        context_tokens: the most tokens of a request, with its completion; 0: not known.
+    """
+
+    dtype: str = "?"
+    quantization: str | None = None
+    context_tokens: int = 0
+
+
+class ProbeResult(NamedTuple):
     """Hold the engines' answers for a prompt's log-probabilities.
 
     Attributes:
-        gaps: by engine, the largest difference from the trainer's.
-        lost: engines that did not answer and were left behind, with the reason.
         answers: by engine, the log-probabilities.
+        lost: engines that did not answer and were left behind, with the reason.
     """
 
-    gaps: Mapping[str, float]
-    lost: Mapping[str, str] = field(default_factory=dict)
-    answers: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    answers: Mapping[str, Sequence[float]]
+    lost: Mapping[str, str] = {}
 
 
 class Transport(ABC):
@@ -216,9 +225,14 @@ class Transport(ABC):
         """Return what has stayed as it is on every trainer rank, given what has on this one."""
         return names
 
-    def await_taken(self) -> None:  # noqa: B027  most workers refuse in `start`
-        """Block until the workers have opened the sync that `start` began, or raise their
-        refusal."""
+    def await_taken(self) -> list[int] | None:
+        """Block until the workers have opened the sync that `start` began, or raise their refusal.
+
+        Returns:
+            Indices of the plan's tensors that this trainer rank is to send; None: all, or it was
+            called before.
+        """
+        return None
 
     @property
     def sends_whole(self) -> str:
@@ -253,18 +267,8 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         """Ask the workers where each tensor lands. Leaves their weights untouched.
-
-        Args:
-            allow_incomplete: fnmatch patterns of parent layers that may miss elements.
-            load: see `SyncConfig`.
 
         Raises:
             LayerMapError, CoverageError: the workers cannot take this stream.
@@ -291,14 +295,9 @@ class Transport(ABC):
         """Abort an open sync: the workers are poisoned until the next one has finished."""
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        """Return the dtype that the engine computes in, and its quantisation."""
-        return "?", None
-
-    @property
-    def context_tokens(self) -> int:
-        """Return the most tokens of a request to the engine, with its completion; 0: not known."""
-        return 0
+    def engine_facts(self) -> EngineFacts:
+        """Return what is known of the engine. Called after `layer_map`."""
+        return EngineFacts()
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Return the engine's log-probabilities of a prompt: see `EngineClient`.
@@ -311,15 +310,9 @@ class Transport(ABC):
             f"go over {type(self).__name__}; choose verify: checksum"
         )
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
-        """Ask each engine how far its log-probabilities part from `right`.
-
-        Raises:
-            ConfigError: the engines behind this transport cannot be asked.
-        """
-        answer = self.prompt_logprobs(token_ids)
-        engine = "the engine"
-        return ProbeResult({engine: largest_gap(right, answer)}, answers={engine: answer})
+    def probe(self, token_ids: Sequence[int]) -> ProbeResult:
+        """Ask each engine for the log-probabilities of a prompt. Raises as `prompt_logprobs`."""
+        return ProbeResult({"the engine": self.prompt_logprobs(token_ids)})
 
     def invalidate(self, reason: str) -> None:  # noqa: B027  only what can be asked can be wrong
         """Poison the workers until the next sync: what has been committed is wrong."""

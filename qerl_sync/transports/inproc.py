@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.engines.base import translating
+from qerl_sync.engines.llm import LLMClient
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.transports.base import (
+    EngineFacts,
     SyncResult,
     Transport,
     WorkerReport,
     require_emptied,
     still_cached,
 )
-from qerl_sync.worker.compat.caches import connector_of, forget_caches, llm_method
+from qerl_sync.worker.compat.caches import connector_of
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +51,7 @@ class InProcessTransport(Transport):
         from qerl_sync.worker.compat import engine as compat
         from qerl_sync.worker.load.receiver import Receiver
 
-        self._llm = llm
+        self._client = LLMClient(llm)
         parts = compat.in_process_parts(llm)
         self._connector, keeps = connector_of(parts.vllm_config)
         require_emptied(self._connector, keeps)
@@ -77,14 +78,8 @@ class InProcessTransport(Transport):
     def require_adapter(self, adapter: Adapter) -> None:
         self._receiver.require_adapter(adapter)
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
-        return self._receiver.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
+        return self._receiver.layer_map(metas, options)
 
     def free_bytes(self) -> int:
         return self._receiver.free_bytes()
@@ -100,15 +95,14 @@ class InProcessTransport(Transport):
         return self._committed == version == self._receiver.version and not self._receiver.poisoned
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
-        from qerl_sync.worker.compat import engine as compat
-
-        if options.held is not None and not set(options.held).issuperset(plan.order):
+        if options.held is not None and not options.held.issuperset(plan.order):
             raise PlanError(
                 "a trainer rank in the engine's own process must hold every tensor itself; "
                 "several ranks, each with a part, need RemoteTransport"
             )
         # Between two calls of `generate` only those can be left that a failed one never finished.
-        compat.drop_requests(self._llm)
+        # vLLM keeps them as scheduled, and the next call would wait for them for ever.
+        self._client.pause("abort")
         self._version = options.version
         self._predicted = plan.predicted_with(layer_map)
         self._receiver.start(plan, layer_map, options)
@@ -118,13 +112,8 @@ class InProcessTransport(Transport):
 
     def finish(self) -> SyncResult:
         trace = self._receiver.finish()
-
-        def reset(method: str, **options: bool) -> Any:
-            with translating("the vLLM engine", method):
-                return llm_method(self._llm, method)(**options)
-
         # Before the commit: a model that would compute with old keys and values must not run.
-        if not forget_caches(reset, running=False):
+        if not self._client.reset_caches(running=False):
             raise still_cached(self._connector)
         self._receiver.commit(self._version)
         self._committed = self._version
@@ -145,17 +134,11 @@ class InProcessTransport(Transport):
         )
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        return self._receiver.precision
-
-    @property
-    def context_tokens(self) -> int:
-        return self._receiver.context_tokens
+    def engine_facts(self) -> EngineFacts:
+        return EngineFacts(*self._receiver.precision, self._receiver.context_tokens)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        from qerl_sync.worker.compat import engine as compat
-
-        return compat.prompt_logprobs(self._llm, token_ids)
+        return self._client.prompt_logprobs(token_ids)
 
     def invalidate(self, reason: str) -> None:
         self._receiver.poison(reason)

@@ -17,7 +17,6 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
 
 from typing_extensions import Self
 
@@ -183,23 +182,25 @@ class Connection:
 
     def require_open(self, what: str) -> None:
         """Raise PeerLostError if the other side has closed the connection or died."""
-        poll = select.poll()
-        try:
-            poll.register(self._connection, select.POLLRDHUP)
-        except (OSError, ValueError) as exc:  # closed by another thread
-            raise self._lost(what) from exc
-        if poll.poll(0):
+        if self._poller(select.POLLRDHUP, what).poll(0):
             raise self._lost(what)
+
+    @property
+    def connected(self) -> bool:
+        """Return whether the connection is open, as far as is known without asking."""
+        try:
+            self.require_open("looking for it")
+        except PeerLostError:
+            return False
+        return True
 
     @property
     def readable(self) -> bool:
         """Return whether `receive` has something to read, or to raise, by now. Does not block."""
-        poll = select.poll()
         try:
-            poll.register(self._connection, select.POLLIN)
-        except (OSError, ValueError):  # closed by another thread
+            return bool(self._received) or bool(self._poller(select.POLLIN, "looking").poll(0))
+        except PeerLostError:
             return True
-        return bool(self._received) or bool(poll.poll(0))
 
     def cut_off(self) -> None:
         """End the connection. Threads of either side that wait for it raise PeerLostError."""
@@ -242,15 +243,19 @@ class Connection:
         what: str,
         check_alive: Callable[[], None] = lambda: None,
     ) -> None:
+        poll = self._poller(event, what)
+        while not poll.poll(1000 * min(_GLANCE_SECONDS, max(deadline - time.monotonic(), 0.0))):
+            check_alive()
+            if time.monotonic() >= deadline:
+                raise self._too_slow(what, given)
+
+    def _poller(self, event: int, what: str) -> select.poll:
         poll = select.poll()
         try:
             poll.register(self._connection, event)
         except (OSError, ValueError) as exc:  # closed by another thread
             raise self._lost(what) from exc
-        while not poll.poll(1000 * min(_GLANCE_SECONDS, max(deadline - time.monotonic(), 0.0))):
-            check_alive()
-            if time.monotonic() >= deadline:
-                raise self._too_slow(what, given)
+        return poll
 
     def _too_slow(self, what: str, seconds: float) -> TransportTimeout:
         return TransportTimeout(
@@ -264,12 +269,7 @@ class Connection:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 

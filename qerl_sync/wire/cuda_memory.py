@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -136,7 +137,15 @@ def unmap(address: int, device: torch.device) -> None:
 def tensor_at(address: int, nbytes: int, device: torch.device, owner: object) -> torch.Tensor:
     """Return `nbytes` bytes at an address as a tensor with a storage of its own, which keeps
     `owner` alive."""
-    tensor = torch.as_tensor(_Array(address, nbytes, owner), device=device)
+    interface = {
+        "shape": (nbytes,),
+        "typestr": "|u1",
+        "data": (address, False),
+        "strides": None,
+        "version": 2,
+    }
+    array = SimpleNamespace(__cuda_array_interface__=interface, owner=owner)
+    tensor = torch.as_tensor(array, device=device)
     if tensor.data_ptr() != address:
         raise TransportError(
             f"torch {torch.__version__} copies memory of {device} that it should refer to; set "
@@ -153,20 +162,6 @@ def lock_pages(address: int, nbytes: int) -> bool:
 def unlock_pages(address: int) -> None:
     """Undo `lock_pages`, before the memory is unmapped."""
     _runtime().cudaHostUnregister(address)
-
-
-class _Array:
-    """Describe to torch memory that it did not allocate."""
-
-    def __init__(self, address: int, nbytes: int, owner: object) -> None:
-        self.owner = owner
-        self.__cuda_array_interface__ = {
-            "shape": (nbytes,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "strides": None,
-            "version": 2,
-        }
 
 
 @contextlib.contextmanager

@@ -15,7 +15,22 @@ from qerl_sync.errors import TransportError
 from qerl_sync.wire import cuda_memory
 
 
-class DeviceSegment:
+class _DeviceMemory:
+    nbytes: int
+    device: torch.device
+    _address: int
+
+    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Return a view with a storage that is no larger than itself. The owner's is writable, and
+        must not be used after `close`."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        memory = cuda_memory.tensor_at(self._address + offset, nbytes, self.device, self)
+        return memory.view(dtype).view(shape)
+
+
+class DeviceSegment(_DeviceMemory):
     """The owner's side: memory that is given back when it is closed or collected.
 
     It counts for the owner's process. torch's allocator, of either process, does not count it.
@@ -40,12 +55,8 @@ class DeviceSegment:
             self.close()
             raise
 
-    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return a writable view. It must not be used after `close`."""
-        return _view(self._address + offset, shape, dtype, self.device, self)
 
-
-class AttachedDeviceSegment:
+class AttachedDeviceSegment(_DeviceMemory):
     """A reader's side. It is unmapped when neither it nor a view of it is referred to any more.
 
     CUDA has no read-only mappings: what is written here is written to the owner's memory.
@@ -62,21 +73,8 @@ class AttachedDeviceSegment:
             self, _unless_forked, os.getpid(), cuda_memory.unmap, self._address, device
         )
 
-    def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Return a view with a storage that is no larger than itself."""
-        return _view(self._address + offset, shape, dtype, self.device, self)
-
     def read(self, offset: int, nbytes: int) -> bytes:
         return bytes(self.tensor(offset, (nbytes,), torch.uint8).cpu().numpy())
-
-
-def _view(
-    address: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, owner: object
-) -> torch.Tensor:
-    nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes == 0:
-        return torch.empty(shape, dtype=dtype, device=device)
-    return cuda_memory.tensor_at(address, nbytes, device, owner).view(dtype).view(shape)
 
 
 def _unless_forked(

@@ -7,21 +7,17 @@ shared memory look owned. Closing the child's copies changes nothing for the par
 
 from __future__ import annotations
 
+import io
 import os
+import socket
 import weakref
 from contextlib import suppress
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
+# Of these `close` closes the descriptor and does nothing else.
+C = TypeVar("C", socket.socket, io.FileIO)
 
-class Closable(Protocol):
-    """A socket or raw file: `close` closes the descriptor and does nothing else."""
-
-    def close(self) -> None: ...
-
-
-C = TypeVar("C", bound=Closable)
-
-_OPEN: weakref.WeakSet[Closable] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[socket.socket | io.FileIO] = weakref.WeakSet()
 
 
 def close_in_children(held: C) -> C:

@@ -35,15 +35,33 @@ import secrets
 from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+)
 
 from qerl_sync import errors
+from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import AgreementError, SyncError, TransportError
-from qerl_sync.options import FiniteCheck, Load, OnFailure, Verify
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.stopwatch import Span
 
 # Raised with every change of what is said here.
-PROTOCOL = 11
+PROTOCOL = 12
+
+TraceData = Annotated[
+    Trace,
+    PlainValidator(lambda data: data if isinstance(data, Trace) else Trace.from_json(data)),
+    PlainSerializer(Trace.to_json),
+]
+
+# How bytes get to a worker in another process.
+Way = Literal["cuda_ipc", "shm", "tcp", "ray"]
 
 
 class _Message(BaseModel):
@@ -141,6 +159,8 @@ class Hello(_Message):
 class Segment(_Message):
     """A piece of shared memory: of the host's, by its name under /dev/shm, or of a GPU's."""
 
+    model_config = ConfigDict(from_attributes=True)  # of its owner's side: `Segment.model_validate`
+
     name: str
     nbytes: Annotated[int, Field(gt=0)]
     handle: Annotated[str, Field(pattern=r"^([0-9a-f]{128})?$")] = ""
@@ -149,7 +169,7 @@ class Segment(_Message):
 
 class Welcome(_Message):
     type: Literal["welcome"] = "welcome"
-    transport: Literal["cuda_ipc", "shm", "tcp", "ray", "nccl", "ipc"]
+    transport: Way
     timeout_seconds: float
     options: dict[str, Any] = {}
     """What the transport needs to begin: a probe segment, whether payloads are sealed."""
@@ -173,8 +193,7 @@ class Pong(_Message):
 class MapRequest(_Message):
     type: Literal["map_request"] = "map_request"
     metas: list[tuple[str, str, tuple[int, ...]]]
-    allow_incomplete: list[str]
-    load: Load
+    options: MapOptions
 
 
 class MapReply(_Message):
@@ -202,18 +221,11 @@ class SyncRequest(_Message):
     """Digest of the layer map that this worker replied."""
     held: list[int] | None
     """Indices into the plan's tensors that this trainer rank can send; None: all."""
-    verify: Verify
-    on_failure: OnFailure
-    finite_check: FiniteCheck
-    base: int | None = None
-    is_base: bool = False
-    record_spans: bool = False
-    """See `SyncOptions`, six of whose fields these are."""
+    options: SyncOptions
+    """Without `held`, which is said by index."""
     mirror: str = ""
     """Names the trainer's mirror: the worker keeps one too, under that name. Empty: it needs none.
     """
-    changes_from: int | None = None
-    """The version that the mirror must hold, where chunks may bring changed elements alone."""
     segments: list[Segment]
     slots: list[int]
     """Bytes of each receive buffer; chunk i travels in slot i modulo their number. They are what
@@ -256,8 +268,10 @@ class Finish(_Message):
 
 
 class Report(_Message):
+    """See `WorkerReport`."""
+
     type: Literal["report"] = "report"
-    trace: dict[str, Any]
+    trace: TraceData
     seconds: dict[str, float]
     peak_extra_bytes: int | None
     peak_extra_bytes_predicted: int

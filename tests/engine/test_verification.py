@@ -33,6 +33,7 @@ from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
 from qerl_sync.worker.load.kernel_check import KernelCheck, kernel_checksums
 from qerl_sync.worker.load.kernel_weights import kernel_digests
+from qerl_sync.worker.load.receiver import Receiver
 
 pytestmark = pytest.mark.vllm
 
@@ -431,10 +432,10 @@ def test_the_prompt_fits_the_engine(context_tokens, taken):
 def test_an_engine_too_short_for_a_prompt_is_named_before_anything_is_sent(subject, monkeypatch):
     one = subject("dense")
     sync = full_session(one, one.trainers[NEW])
-    monkeypatch.setattr(InProcessTransport, "context_tokens", 2)
+    monkeypatch.setattr(Receiver, "context_tokens", 2)
     with pytest.raises(ConfigError, match="max_model_len is 2"):
         sync.push()
     assert sync.version == 0
     assert sync.plan is None
-    monkeypatch.setattr(InProcessTransport, "context_tokens", 9)
+    monkeypatch.setattr(Receiver, "context_tokens", 9)
     assert sync.push().probe_gap < 1e-5

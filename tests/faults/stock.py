@@ -11,6 +11,7 @@ from faults.cases import Case
 from faults.engines import NEW, OLD, InProcess
 from faults.outcomes import STOCK, Outcome, one_line
 from faults.triggers import Trigger
+from qerl_sync.engines.llm import LLMClient
 from qerl_sync.worker.compat import engine as compat
 
 
@@ -21,7 +22,7 @@ def judge(engine: InProcess, case: Case) -> Outcome:
     pairs, spoil = case.stock(engine)
     outcome.error = _reload(engine, spoil(iter(pairs), Trigger()) if spoil else iter(pairs))
     outcome.ended, outcome.after = _classify(engine)
-    compat.drop_requests(engine.llm)
+    LLMClient(engine.llm).pause("abort")
     outcome.note = _reload(engine, iter(engine.pairs))
     outcome.healed = not outcome.note and _is_right(engine, NEW)
     return outcome
@@ -29,7 +30,7 @@ def judge(engine: InProcess, case: Case) -> Outcome:
 
 def mend(engine: InProcess) -> bool:
     """Go back to version OLD, by our own means, for the next case. Returns whether that worked."""
-    compat.drop_requests(engine.llm)
+    LLMClient(engine.llm).pause("abort")
     compat.restore(engine.model)
     engine.push(OLD)
     compat.zero_kv_caches(engine.parts.vllm_config)

@@ -14,7 +14,7 @@ import torch
 from qerl_sync import Source, SyncError, __version__
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
@@ -75,13 +75,7 @@ class KeepingLoader:
         self.before_load = lambda: None
         self.started = 0
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions) -> LayerMap:
         layers = {m.name: ParentLayer(m.name, "Linear", m.numel, m.numel) for m in metas}
         given = {m.name: (Contribution(m.name, "w", m.numel, m.nbytes, True),) for m in metas}
         return LayerMap(layers, given)

@@ -46,7 +46,7 @@ class Sink(Transport):
     def at(self, place: str) -> None:
         pass
 
-    def layer_map(self, metas, *, allow_incomplete=(), load="auto"):
+    def layer_map(self, metas, options=None):
         self.at("layer_map")
         return LayerMap(
             {m.name: ParentLayer(m.name, "Linear", m.numel, m.numel) for m in metas},

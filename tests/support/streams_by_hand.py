@@ -61,7 +61,7 @@ class HandMadeTransport(Transport):
         self.delay_seconds = 0.0
         self.refuse: Exception | None = None
 
-    def layer_map(self, metas, *, allow_incomplete=(), load="auto"):
+    def layer_map(self, metas, options=None):
         self.probed += 1
         if self.refuse is not None:
             raise self.refuse

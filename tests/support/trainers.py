@@ -159,13 +159,13 @@ def gap_now(trainer: Any) -> float:
     from functools import partial
     from types import SimpleNamespace
 
+    from qerl_sync.engines.llm import LLMClient
     from qerl_sync.sources.hf import probe_of
-    from qerl_sync.worker.compat import engine as compat
 
     llm, tokens = trainer.vllm_generation.llm, list(range(5, 15))
-    bare = SimpleNamespace(generate=partial(type(llm).generate, llm))
+    bare = SimpleNamespace(generate=partial(type(llm).generate, llm), llm_engine=llm.llm_engine)
     right = probe_of(trainer.model).logprobs(tokens)
-    said = compat.prompt_logprobs(bare, tokens)
+    said = LLMClient(bare).prompt_logprobs(tokens)
     return max(abs(a - b) for a, b in zip(right, said, strict=True))
 
 

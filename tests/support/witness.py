@@ -11,8 +11,8 @@ from typing import Any
 
 from qerl_sync import SyncSession
 from qerl_sync.engines.http import HTTPClient
+from qerl_sync.engines.llm import LLMClient
 from qerl_sync.sources.hf import probe_of
-from qerl_sync.worker.compat import engine as compat
 
 PROMPT = list(range(5, 15))
 
@@ -54,8 +54,9 @@ class Witness:
                 said = HTTPClient(self._url).prompt_logprobs(PROMPT)
             else:
                 llm = getattr(self.trainer, "vllm_generation", self.trainer).llm
-                bare = SimpleNamespace(generate=partial(type(llm).generate, llm))
-                said = compat.prompt_logprobs(bare, PROMPT)
+                generate = partial(type(llm).generate, llm)
+                bare = SimpleNamespace(generate=generate, llm_engine=llm.llm_engine)
+                said = LLMClient(bare).prompt_logprobs(PROMPT)
         finally:
             self._asking = False
         return max(abs(a - b) for a, b in zip(right, said, strict=True))

@@ -509,7 +509,7 @@ def test_a_dead_trainer_is_followed_by_the_next_and_finds_it_there(workers, monk
     engine = workers()
     with session(engine) as first, session(engine, OLD) as second:
         first.push()
-        for peer in first._transport._workers:
+        for peer in first._transport.workers:
             peer.close()
         assert second.push().version == 2
         with pytest.raises(EngineTakenError):
@@ -522,7 +522,7 @@ def test_a_worker_tells_the_caller_when_its_trainer_is_gone_before_it_asked_for_
     engine = workers(2)
     with session(engine) as sync:
         sync.push()
-        peers = sync._transport._workers
+        peers = sync._transport.workers
         (lost,) = [peer for peer in peers if peer.hello.rank == 1]
         peers.remove(lost)
         lost.close()
@@ -626,7 +626,7 @@ def test_another_protocol_is_refused(workers, monkeypatch):
                 sync.push()
         assert serves(engine, OLD)
         sync.push()
-        assert len(sync._transport._workers) == 2
+        assert len(sync._transport.workers) == 2
     assert serves(engine, NEW)
 
 
@@ -847,7 +847,7 @@ def test_a_trainer_that_dies_leaves_poisoned_workers_to_the_next_one(workers, ca
 
     def vanish(names):
         if "layer.2.weight" in names:
-            for peer in first._transport._workers:
+            for peer in first._transport.workers:
                 peer.close()
         return gather(names)
 

@@ -66,7 +66,7 @@ class Norms(HandMadeTransport):
 
     kinds = ("RMSNorm", "RMSNorm")
 
-    def layer_map(self, metas, *, allow_incomplete=(), load="auto"):
+    def layer_map(self, metas, options=None):
         found = super().layer_map(metas)
         kinds = dict(zip("ab", self.kinds, strict=True))
         layers = {n: replace(layer, kind=kinds[n]) for n, layer in found.layers.items()}

@@ -13,7 +13,7 @@ from typing_extensions import Self
 
 from qerl_sync.config import SyncConfig
 from qerl_sync.engines.base import EngineClient
-from qerl_sync.engines.ray_actor import RayActorClient, capabilities, how_it_was_lost, is_gone
+from qerl_sync.engines.ray_actor import RayActorClient, how_it_was_lost, is_gone
 from qerl_sync.errors import (
     AgreementError,
     ConfigError,
@@ -486,8 +486,7 @@ class Worker:
         self.name = name
         self.handle = handle
         self.gone = False
-        self._can = capabilities(handle)
-        self.generates = "generate" in self._can
+        self.generates = hasattr(handle, "generate")
         self._asked: Any = None
         self._was_up = False
 
@@ -508,7 +507,7 @@ class Worker:
     def answers(self) -> bool:
         """Return whether the worker has answered; `is_up` then returns the same."""
         ray = require_ray()
-        if not self._was_up and "status" not in self._can:
+        if not self._was_up and not hasattr(self.handle, "status"):
             return True  # the first sync waits for it, and names it if it is none of ours
         self._asked = self._asked or self._ask()
         if not ray.wait([self._asked], timeout=0.05)[0]:
@@ -524,7 +523,7 @@ class Worker:
 
     def await_status(self, timeout_seconds: float, given: float) -> dict[str, Any]:
         ray = require_ray()
-        if "status" not in self._can:
+        if not hasattr(self.handle, "status"):
             return {}
         try:
             status: dict[str, Any] = ray.get(self._status(), timeout=timeout_seconds)

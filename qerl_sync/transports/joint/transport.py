@@ -5,25 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.buffers.trace import Trace
+from pydantic import TypeAdapter
+
 from qerl_sync.errors import StaleBaseError, SyncError
 from qerl_sync.meta import ParamMeta, metas_to_json
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.stopwatch import Span
-from qerl_sync.transports.base import ProbeResult, SyncResult, Transport, WorkerReport
+from qerl_sync.transports.base import EngineFacts, ProbeResult, SyncResult, Transport
 from qerl_sync.transports.joint.ranks import TrainerRanks
 from qerl_sync.wire.messages import Failure, error_of, failure
 
 if TYPE_CHECKING:
     import torch
+
+_RESULT = TypeAdapter(SyncResult)
 
 
 class JointTransport(Transport):
@@ -97,28 +99,22 @@ class JointTransport(Transport):
     def require_adapter(self, adapter: Adapter) -> None:
         parts = adapter.to_json()
         self._ranks.require_same("the adapter", _digest(parts), lambda: [parts])
+        self._on_all("serving the adapter", SyncError, lambda: self._own.require_adapter(adapter))
+
+    def _on_all(self, what: str, kind: type[SyncError], call: Callable[[], object]) -> None:
+        """Make a call on every rank. What one of them raises of that kind, all ranks raise."""
         refusal = None
         try:
-            self._own.require_adapter(adapter)
-        except SyncError as exc:
+            call()
+        except kind as exc:
             refusal = failure(exc).model_dump(mode="json")
-        self._raise_first(self._ranks.meet("serving the adapter", refusal))
+        for rank, one in enumerate(self._ranks.meet(what, refusal)):
+            if one is not None:
+                raise error_of(Failure.model_validate(one), f"trainer rank {rank}")
 
-    def _raise_first(self, refusals: Sequence[Any]) -> None:
-        """Raise what the first rank that refuses has refused, on every rank."""
-        for rank, refusal in enumerate(refusals):
-            if refusal is not None:
-                raise error_of(Failure.model_validate(refusal), f"trainer rank {rank}")
-
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         self._own.source_device = self.source_device
-        layer_map = self._own.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
+        layer_map = self._own.layer_map(metas, options)
         parts = layer_map.to_json()
         if self.shares_engine:
             self._own_map = layer_map
@@ -137,21 +133,29 @@ class JointTransport(Transport):
         return int(min(self._ranks.meet("free memory", self._own.free_bytes())))
 
     def start(self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions) -> None:
-        self._agree_on_plan(plan, options)
+        said = f"{plan.digest} for version {options.version}"
+        self._ranks.require_same(
+            "the plan",
+            said,
+            lambda: (
+                metas_to_json(plan.metas)
+                + [f"{len(chunk.names)} tensors in a chunk" for chunk in plan.chunks]
+                + [said]
+            ),
+        )
         self._own.watch = self.watch
         self._committing = False
         layer_map = self._own_map or layer_map
         if options.base is None:
             self._own.start(plan, layer_map, options)
             return
-        # Where one rank's engine has lost what stays, all ranks must send everything instead.
-        refusal = None
-        try:
+
+        def start() -> None:
             self._own.start(plan, layer_map, options)
             self._own.await_taken()
-        except StaleBaseError as exc:
-            refusal = failure(exc).model_dump(mode="json")
-        self._raise_first(self._ranks.meet("what stays", refusal))
+
+        # Where one rank's engine has lost what stays, all ranks must send everything instead.
+        self._on_all("what stays", StaleBaseError, start)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         self._own.send(chunk, tensors)
@@ -174,39 +178,23 @@ class JointTransport(Transport):
         self._committing = False
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        return self._own.precision
-
-    @property
-    def context_tokens(self) -> int:
-        return self._own.context_tokens
+    def engine_facts(self) -> EngineFacts:
+        return self._own.engine_facts
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         return self._own.prompt_logprobs(token_ids)
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
+    def probe(self, token_ids: Sequence[int]) -> ProbeResult:
         # Workers of one engine compute together: a rank whose trainer's answer fails would leave
         # the others waiting in vLLM's collectives.
         self._ranks.meet("asking the engines")
-        return self._own.probe_gaps(token_ids, right)
+        return self._own.probe(token_ids)
 
     def invalidate(self, reason: str) -> None:
         self._own.invalidate(reason)
 
     def close(self) -> None:
         self._own.close()
-
-    def _agree_on_plan(self, plan: SyncPlan, options: SyncOptions) -> None:
-        said = f"{plan.digest} for version {options.version}"
-        self._ranks.require_same(
-            "the plan",
-            said,
-            lambda: (
-                metas_to_json(plan.metas)
-                + [f"{len(chunk.names)} tensors in a chunk" for chunk in plan.chunks]
-                + [said]
-            ),
-        )
 
 
 class LedTransport(JointTransport):
@@ -228,22 +216,15 @@ class LedTransport(JointTransport):
     def committed_version(self) -> int:
         return int(self._ranks.of_leader("the version", self._own.committed_version))
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         self._own.source_device = self.source_device
 
         def asked() -> dict[str, Any]:
-            found = self._own.layer_map(metas, allow_incomplete=allow_incomplete, load=load)
+            found = self._own.layer_map(metas, options)
             return {
                 "layer_map": found.to_json(),
                 "chunk_bytes": self.chunk_bytes,
-                "precision": self._own.precision,
-                "context_tokens": self._own.context_tokens,
+                "engine_facts": self._own.engine_facts,
             }
 
         told = self._ranks.of_leader("the layer map", asked)
@@ -260,14 +241,14 @@ class LedTransport(JointTransport):
         self.busy_cores = self._own.busy_cores
 
     def finish(self) -> SyncResult:
-        return _unpacked(self._ranks.of_leader("committing", lambda: _packed(self._own.finish())))
+        told = self._ranks.of_leader(
+            "committing", lambda: _RESULT.dump_python(self._own.finish(), mode="json")
+        )
+        return _RESULT.validate_python(told)
 
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
-        def asked() -> list[Any]:
-            found = self._own.probe_gaps(token_ids, right)
-            return [dict(found.gaps), dict(found.lost), dict(found.answers)]
-
-        return ProbeResult(*self._ranks.of_leader("asking the engines", asked))
+    def probe(self, token_ids: Sequence[int]) -> ProbeResult:
+        told = self._ranks.of_leader("asking the engines", lambda: self._own.probe(token_ids))
+        return ProbeResult(*told)
 
 
 class Follower(Transport):
@@ -285,13 +266,7 @@ class Follower(Transport):
     def require_adapter(self, adapter: Adapter) -> None:
         pass  # rank 0 asks the engines
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         raise NotImplementedError("rank 0 asks the engines")
 
     def free_bytes(self) -> int:
@@ -310,42 +285,9 @@ class Follower(Transport):
         pass
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        dtype, quantization = self.told["precision"]
-        return dtype, quantization
-
-    @property
-    def context_tokens(self) -> int:
-        return int(self.told["context_tokens"])
+    def engine_facts(self) -> EngineFacts:
+        return EngineFacts(*self.told["engine_facts"])
 
 
 def _digest(parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _packed(result: SyncResult) -> dict[str, Any]:
-    workers = [
-        {
-            **vars(worker),
-            "trace": worker.trace.to_json(),
-            "predicted": worker.predicted.to_json(),
-            "seconds": dict(worker.seconds),
-        }
-        for worker in result.workers
-    ]
-    return {**vars(result), "workers": workers, "lost": dict(result.lost)}
-
-
-def _unpacked(told: dict[str, Any]) -> SyncResult:
-    workers = [
-        WorkerReport(
-            **{
-                **worker,
-                "trace": Trace.from_json(worker["trace"]),
-                "predicted": Trace.from_json(worker["predicted"]),
-                "spans": [Span(*span) for span in worker["spans"]],
-            }
-        )
-        for worker in told["workers"]
-    ]
-    return SyncResult(**{**told, "workers": workers})

@@ -8,8 +8,8 @@ import secrets
 import socket
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -31,7 +31,7 @@ from qerl_sync.wire.host import host_id
 from qerl_sync.wire.segments import SharedSegment
 
 if TYPE_CHECKING:
-    from qerl_sync.engines.base import ObjectStore
+    from qerl_sync.engines.ray_actor import RayActorClient
     from qerl_sync.transports.remote.staging import StagedChunk
 
 M = TypeVar("M")
@@ -40,7 +40,6 @@ Job = tuple[say.Chunk, list[torch.Tensor], Stopwatch]
 # How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
 # interpreter with vLLM. One that takes longer is connected anew.
 PING_SECONDS = 10.0
-# Random, so that a worker that sees other memory cannot have them by chance.
 PROBE_BYTES = 32
 
 
@@ -66,7 +65,7 @@ class WorkerConnection(Connection):
         self.layer_map: LayerMap | None = None
         self.check_alive: Callable[[], None] = lambda: None
         self._on_the_way: deque[int] = deque()
-        self._store: ObjectStore | None = None
+        self._store: RayActorClient | None = None
         self._mailbox = ""
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._sender: threading.Thread | None = None
@@ -89,9 +88,7 @@ class WorkerConnection(Connection):
         except PeerLostError as exc:
             error: SyncError = exc
             with suppress(TransportError):  # no more messages
-                while not isinstance(last := self.receive(0.0, "its last words"), say.Failure):
-                    pass
-                error = say.error_of(last, self.peer)
+                error = say.error_of(self.skip_to(say.Failure, "its last words", 0.0), self.peer)
             raise error from None
 
     def expect(self, kind: type[M], what: str) -> M:
@@ -113,20 +110,17 @@ class WorkerConnection(Connection):
             raise TransportError(f"{self.peer} sent {message.type!r} where {what} was next")
         return message
 
-    @property
-    def connected(self) -> bool:
-        """Return whether the connection is open, as far as is known without asking."""
-        with suppress(PeerLostError):
-            self.require_open("looking for it")
-            return True
-        return False
-
-    def skip_to(self, kind: type[M], what: str, timeout_seconds: float) -> M:
+    def skip_to(
+        self,
+        kind: type[M],
+        what: str,
+        timeout_seconds: float,
+        check_alive: Callable[[], None] = lambda: None,
+    ) -> M:
         """Return the next message of that kind, and drop what was sent before it."""
-        while True:
-            message = self.receive(timeout_seconds, what, self.check_alive)
-            if isinstance(message, kind):
-                return message
+        while not isinstance(message := self.receive(timeout_seconds, what, check_alive), kind):
+            pass
+        return message
 
     def await_pong(self) -> None:
         """Block until the worker answers a Ping. What it sent before no longer counts.
@@ -135,22 +129,31 @@ class WorkerConnection(Connection):
             TransportError: the connection leads nowhere, though neither side has closed it.
         """
         # Without `check_alive`, which looks after the engine's call of the sync before.
-        while not isinstance(self.receive(PING_SECONDS, "a sign of life"), say.Pong):
-            pass
+        self.skip_to(say.Pong, "a sign of life", PING_SECONDS)
 
-    def announce(self, chunk: say.Chunk, staged: StagedChunk) -> None:
-        """Send a chunk. Its memory must stay as it is until the chunk is loaded."""
-        self._on_the_way.append(chunk.index)  # before it is sent: its credit may come at once
-        if self._sender is None and self._store is None:
-            self.tell(chunk)
-            return
-        pieces = [piece.tensors for piece in staged.pieces]
-        chunk = chunk.model_copy(update={"places": [], "segments": [], "pieces": pieces})
-        if self._store is None:
+    def announce(self, index: int, staged: StagedChunk, segments: Sequence[say.Segment]) -> None:
+        """Send a chunk. Its memory must stay as it is until the chunk is loaded.
+
+        Args:
+            segments: all that the worker must know from here on, if others than before.
+        """
+        self._on_the_way.append(index)  # before it is sent: its credit may come at once
+        in_pieces = self.kind in ("tcp", "ray")
+        chunk = say.Chunk(
+            index=index,
+            places=staged.places.get(self.kind, []),
+            pieces=[piece.tensors for piece in staged.pieces if in_pieces],
+            in_place=staged.in_place,
+            checksums=staged.checksums,
+            changes=staged.changes,
+            segments=list(segments),
+        )
+        if self._sender is not None:
             self._jobs.put((chunk, [piece.bytes for piece in staged.pieces], self.watch))
-        else:
-            self.tell(chunk)
-            self._store.deliver(self._mailbox, chunk.index, staged.stored_by(self._store.put))
+            return
+        self.tell(chunk)
+        if self._store is not None:
+            self._store.deliver(self._mailbox, index, staged.stored_by(self._store.put))
 
     def await_loaded(self, index: int) -> bool:
         """Block until the worker has loaded all chunks up to `index` that we sent it.
@@ -194,27 +197,12 @@ class WorkerConnection(Connection):
 
     def open_shm(self) -> None:
         """Show the worker a piece of shared memory; it must read back what is in it."""
-        probe = SharedSegment(PROBE_BYTES)
-        try:
-            nonce = _nonce()
-            probe.bytes.copy_(nonce)
-            announced = say.Segment(name=probe.name, nbytes=probe.nbytes)
-            self._prove("shm", announced, nonce, "another /dev/shm")
-        finally:
-            probe.close()
+        self._prove("shm", SharedSegment(PROBE_BYTES), "another /dev/shm")
 
     def open_cuda_ipc(self, device: torch.device) -> None:
         """Do the same with memory of the GPU that both are on."""
         try:
-            probe = DeviceSegment(PROBE_BYTES, device)
-            try:
-                nonce = _nonce()
-                probe.tensor(0, (PROBE_BYTES,), torch.uint8).copy_(nonce)
-                cuda_memory.synchronize_stream(device)
-                announced = say.Segment(name=probe.name, nbytes=probe.nbytes, handle=probe.handle)
-                self._prove("cuda_ipc", announced, nonce, f"other memory of {device}")
-            finally:
-                probe.close()
+            self._prove("cuda_ipc", DeviceSegment(PROBE_BYTES, device), f"other memory of {device}")
         except RuntimeError as exc:  # torch's
             raise TransportError(f"torch cannot use shared memory of {device}: {exc}") from exc
 
@@ -228,25 +216,29 @@ class WorkerConnection(Connection):
         )
         self._sender.start()
 
-    def open_store(self, store: ObjectStore) -> None:
+    def open_store(self, store: RayActorClient) -> None:
         """Have chunks brought by a store that all nodes share."""
         self._propose("ray", {"key": (box := secrets.token_hex(16))})
         store.require_mailbox(box)
         self._store, self._mailbox = store, box
 
-    def _prove(self, kind: str, probe: say.Segment, nonce: torch.Tensor, other: str) -> None:
-        ready = self._propose(kind, {"probe": probe.model_dump()})
-        if ready.options.get("probe") != bytes(nonce.numpy()).hex():
+    def _prove(self, kind: say.Way, probe: SharedSegment | DeviceSegment, other: str) -> None:
+        # Random, so that a worker that sees other memory cannot have them by chance.
+        nonce = secrets.token_bytes(PROBE_BYTES)
+        with closing(probe):
+            shown = probe.tensor(0, (PROBE_BYTES,), torch.uint8)
+            shown.copy_(torch.frombuffer(bytearray(nonce), dtype=torch.uint8))
+            if isinstance(probe, DeviceSegment):
+                cuda_memory.synchronize_stream(probe.device)
+            announced = say.Segment.model_validate(probe).model_dump()
+            ready = self._propose(kind, {"probe": announced})
+        if ready.options.get("probe") != nonce.hex():
             raise AgreementError(f"{self.peer} sees {other} than the trainer", subject="memory")
 
-    def _propose(self, transport: str, options: dict[str, object]) -> say.Ready:
-        proposal = {
-            "transport": transport,
-            "timeout_seconds": self.timeout_seconds,
-            "options": options,
-        }
-        self.tell(say.Welcome.model_validate(proposal))
-        return self.expect(say.Ready, f"opening {transport}")
+    def _propose(self, way: say.Way, options: dict[str, object]) -> say.Ready:
+        seconds = self.timeout_seconds
+        self.tell(say.Welcome(transport=way, timeout_seconds=seconds, options=options))
+        return self.expect(say.Ready, f"opening {way}")
 
     def _send_chunks(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -263,16 +255,12 @@ class WorkerConnection(Connection):
                 return
 
 
-def _nonce() -> torch.Tensor:
-    return torch.frombuffer(bytearray(secrets.token_bytes(PROBE_BYTES)), dtype=torch.uint8)
-
-
 def choose_transport(
     worker: WorkerConnection,
     wanted: str,
     *,
     authenticated: bool,
-    store: ObjectStore | None = None,
+    store: RayActorClient | None = None,
     no_room: Mapping[str, str],
     device: torch.device | None = None,
 ) -> None:

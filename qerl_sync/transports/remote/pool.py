@@ -24,17 +24,16 @@ from qerl_sync.errors import (
     TransportError,
 )
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import ProbeResult, SyncResult, Transport
+from qerl_sync.transports.base import EngineFacts, ProbeResult, SyncResult, Transport
 from qerl_sync.transports.remote.compatibility import require_alike
 from qerl_sync.transports.remote.staging import Staging, why_whole
 from qerl_sync.transports.remote.transport import RemoteTransport
-from qerl_sync.verify.probe_prompt import largest_gap
 from qerl_sync.wire.segments import parameters_are_shared
 
 if TYPE_CHECKING:
@@ -133,9 +132,8 @@ class PoolTransport(Transport):
         self._members: dict[str, Member] = {}
         self._active: list[Member] = []
         self._staging: Staging | None = None
-        self._staging_kinds: set[str] = set()
         self._metas: list[ParamMeta] = []
-        self._map_options: dict[str, Any] = {}
+        self._map_options = MapOptions()
         self._maps: set[str] = set()
         self._adapter: Adapter | None = None
         self._hello: Hello | None = None
@@ -221,13 +219,7 @@ class PoolTransport(Transport):
         )
         self._adapter = adapter
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         """See the base class. The first time every engine must answer, so that one that was started
         wrongly is named before anything is trained; later those that do not are left behind."""
         first = not self._metas
@@ -236,16 +228,14 @@ class PoolTransport(Transport):
         def ask(member: Member) -> LayerMap:
             if self._adapter is not None and not member.ready:
                 member.transport.require_adapter(self._adapter)
-            layer_map = member.transport.layer_map(
-                metas, allow_incomplete=allow_incomplete, load=load
-            )
+            layer_map = member.transport.layer_map(metas, options)
             if self._hello is not None:
                 self._require_alike([member])
             return layer_map
 
         found = self._each(self._those_up(), ask, leave_behind=not first)
         self._require_alike(found)
-        self._metas, self._map_options = metas, {"allow_incomplete": allow_incomplete, "load": load}
+        self._metas, self._map_options = metas, options
         self._maps = {one.digest for one in found.values()}
         for member in found:
             member.ready = True
@@ -278,14 +268,12 @@ class PoolTransport(Transport):
         self._require_some(self._ready)
         staging = self._prepare_slots(plan)
         staging.open_mirror(plan.base_metas, options)
-        ready = self._ready
-
-        def start(member: Member) -> None:
-            member.transport.start(plan, layer_map, options, staging=staging)
-
         # If this raises, any of them may have begun: `abort` must end them all.
-        self._active = ready
-        self._active = list(self._each(ready, start))
+        self._active = self._ready
+        started = self._each(
+            self._active, lambda one: one.transport.start(plan, layer_map, options, staging=staging)
+        )
+        self._active = list(started)
         staging.begin(options, layer_map.parents_text, self.busy_cores)
         self._require_some(self._active)
 
@@ -310,14 +298,9 @@ class PoolTransport(Transport):
             member.version = self._version
         self.newest_version = self._version
         self._active = []
-        return SyncResult(
-            workers=[report for result in committed.values() for report in result.workers],
-            kind="; ".join(dict.fromkeys(result.kind for result in committed.values())),
-            lost=dict(self._lost),
-            verify_seconds=self._staging.verify_seconds,
-            wire_bytes=self._staging.wire_bytes,
-            mirror_bytes=self._staging.mirror_bytes,
-        )
+        results = committed.values()
+        reports = [report for result in results for report in result.workers]
+        return self._staging.result(reports, (result.kind for result in results), self._lost)
 
     def abort(self, reason: str) -> None:
         active, self._active = self._active, []
@@ -328,22 +311,16 @@ class PoolTransport(Transport):
             self._staging.unlink(())  # not every worker has attached them
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        return self._ready[0].transport.precision  # they are alike
+    def engine_facts(self) -> EngineFacts:
+        of_all = [member.transport.engine_facts for member in self._ready]  # but for this, alike:
+        return of_all[0]._replace(context_tokens=min(one.context_tokens for one in of_all))
 
-    @property
-    def context_tokens(self) -> int:
-        return min(member.transport.context_tokens for member in self._ready)
-
-    def probe_gaps(self, token_ids: Sequence[int], right: Sequence[float]) -> ProbeResult:
+    def probe(self, token_ids: Sequence[int]) -> ProbeResult:
         """See the base class. An engine that does not answer is left behind."""
         reported = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
         self._require_some(list(reported))
-        return ProbeResult(
-            gaps={member.name: largest_gap(right, answer) for member, answer in reported.items()},
-            lost=dict(self._lost),
-            answers={member.name: answer for member, answer in reported.items()},
-        )
+        answers = {member.name: answer for member, answer in reported.items()}
+        return ProbeResult(answers, dict(self._lost))
 
     def invalidate(self, reason: str) -> None:
         invalidated = self._ready
@@ -419,7 +396,7 @@ class PoolTransport(Transport):
 
     def _take_in(self, member: Member) -> None:
         """Connect, and check that the plan holds for this engine too."""
-        found = member.transport.layer_map(self._metas, **self._map_options)
+        found = member.transport.layer_map(self._metas, self._map_options)
         if found.digest not in self._maps:
             raise AgreementError(
                 f"{member.name} has another layer map than the engines that the plan was made "
@@ -436,13 +413,12 @@ class PoolTransport(Transport):
         too little of one kind of memory."""
         transports = [member.transport for member in self._ready]
         kinds = {kind for transport in transports for kind in transport.kinds}
-        if self._staging is None or kinds != self._staging_kinds:
+        if self._staging is None or kinds != self._staging.kinds:
             if self._staging is not None:
                 self._staging.close()
             # The trainer's device: the same for all.
             devices = [t.slot_device for t in transports if "cuda_ipc" in t.kinds]
             self._staging = Staging(kinds, devices[0] if devices else None)
-            self._staging_kinds = kinds
         slots = slot_bytes(part_of(plan, None).sizes, self._chunks_in_flight)
         workers = [worker for transport in transports for worker in transport.workers]
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
 from typing import Any
@@ -16,6 +16,7 @@ from qerl_sync.errors import ConfigError, StaleBaseError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.staging import offsets, spans
+from qerl_sync.transports.base import SyncResult, WorkerReport
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
@@ -37,8 +38,8 @@ PIECE_BYTES = 1 << 20
 
 Named = tuple[str, torch.Tensor]
 Planned = tuple[ParamMeta, torch.Tensor]
-HostSlot = SharedSegment | PrivateMemory
-Slot = HostSlot | DeviceSegment
+Announced = SharedSegment | DeviceSegment
+Slot = Announced | PrivateMemory
 Places = list[tuple[int, int]]
 
 
@@ -102,16 +103,12 @@ class Staging:
     """
 
     def __init__(self, kinds: Collection[str], device: torch.device | None = None) -> None:
-        self._device = device
-        self._on_device = "cuda_ipc" in kinds
-        self._on_host = not set(kinds) <= {"cuda_ipc"}
-        self._shared = "shm" in kinds
-        self._in_place = set(kinds) == {"shm"}
-        self._in_pieces = set(kinds) == {"tcp"}
+        self.kinds, self._device = frozenset(kinds), device
         self._sizes: list[int] = []
-        self._slots: list[HostSlot | None] = []
-        self._device_slots: list[DeviceSegment | None] = []
-        self._table: list[SharedSegment] = []
+        # Of each index what was made: on the "host", on the "device", or both.
+        self._slots: list[dict[str, Slot]] = []
+        # By kind, the segments that workers know by their numbers.
+        self._tables: dict[str, list[Announced]] = {"shm": [], "cuda_ipc": []}
         self._unlinked_for: set[object] | None = None
         self._options = SyncOptions()
         self._parents: Parents | None = None
@@ -127,12 +124,8 @@ class Staging:
         It only grows in a sync.
         """
         return {
-            "shm": [Segment(name=s.name, nbytes=s.nbytes) for s in self._table],
-            "cuda_ipc": [
-                Segment(name=s.name, nbytes=s.nbytes, handle=s.handle)
-                for s in self._device_slots
-                if s is not None
-            ],
+            kind: [Segment.model_validate(segment) for segment in table]
+            for kind, table in self._tables.items()
         }
 
     def begin(self, options: SyncOptions, parents: Parents, busy_cores: Collection[int]) -> None:
@@ -191,21 +184,18 @@ class Staging:
         newcomers = self._unlinked_for is not None and not self._unlinked_for.issuperset(readers)
         if newcomers or list(sizes) != self._sizes:
             self.close()
-            self._sizes = list(sizes)
-            self._slots = [None] * len(sizes)
-            self._device_slots = [None] * len(sizes)
+            self._sizes, self._slots = list(sizes), [{} for _ in sizes]
         if later:
             return
         try:
             # All at once: the first of them may fit where they do not all fit.
             pairs = zip(self._sizes, self._slots, strict=True)
-            missing_bytes = sum(nbytes for nbytes, slot in pairs if slot is None)
-            if self._shared:
+            missing_bytes = sum(nbytes for nbytes, slots in pairs if not slots)
+            if "shm" in self.kinds:
                 require_room(missing_bytes)
             for index in range(len(sizes)):
                 for slot in self._slots_of(index):
-                    if isinstance(slot, SharedSegment):
-                        self._number(slot)
+                    self._number(slot)
         except TransportError:
             self.close()
             raise
@@ -227,8 +217,6 @@ class Staging:
         Raises:
             CoverageError: the source yields something else than `metas`.
         """
-        # Copying with all cores would take them from workers that load, and wait for the slowest.
-        write = _write_alone if awaited else _write_beside
         avoided = () if awaited else self._busy_cores
         sums: list[int] = []
 
@@ -252,17 +240,18 @@ class Staging:
         # next tensor is asked for, so the first such tensor has the rest copied as it comes.
         arrived: list[Planned] = []
         shared: list[tuple[int, int]] = []
-        for item in stream if self._in_place and parameters_are_shared() else ():
+        in_place = self.kinds == {"shm"} and parameters_are_shared()
+        for item in stream if in_place else ():
             arrived.append(item)
             at = locate(item[1])
             if at is None:
                 break
             shared.append((self._number(at[0]), at[1]))
-        if metas and self._in_place and len(shared) == len(metas):
+        if metas and len(shared) == len(metas):
             next(stream, None)  # to its end: it may be a collective, and have too much
             staged = StagedChunk({"shm": shared}, [], in_place=True)
         else:
-            staged = self._copy(index, metas, chain(arrived, stream), write, avoided, stable)
+            staged = self._copy(index, metas, chain(arrived, stream), awaited, stable)
             self.wire_bytes += sum(meta.nbytes for meta in metas)
         staged.checksums, staged.changes = sums, changes
         return staged
@@ -272,9 +261,22 @@ class Staging:
         if self.mirror is not None:
             self.mirror.version = version
 
-    @property
-    def mirror_bytes(self) -> int:
-        return 0 if self.mirror is None else self.mirror.nbytes
+    def result(
+        self, workers: Sequence[WorkerReport], kinds: Iterable[str], lost: Mapping[str, str] = {}
+    ) -> SyncResult:
+        """Return what a sync was whose chunks were staged here. See `SyncResult`.
+
+        Args:
+            kinds: of each connection, or of each engine.
+        """
+        return SyncResult(
+            workers=workers,
+            kind="; ".join(dict.fromkeys(kinds)),
+            lost=dict(lost),
+            verify_seconds=self.verify_seconds,
+            wire_bytes=self.wire_bytes,
+            mirror_bytes=0 if self.mirror is None else self.mirror.nbytes,
+        )
 
     def _changed(
         self, mirror: Mirror, metas: Sequence[ParamMeta], stream: Iterable[Planned]
@@ -296,43 +298,44 @@ class Staging:
         A trainer that is killed between two syncs, as Ray kills the actors of a driver that ends,
         runs no handler that could remove them, and would leave the memory behind.
         """
-        for slot in self._slots:
-            if isinstance(slot, SharedSegment):
+        for slots in self._slots:
+            if isinstance(slot := slots.get("host"), SharedSegment):
                 slot.unlink()
         self._free_device_slots()
         self._unlinked_for = set(readers)
 
     def close(self) -> None:
         """Free the slots' memory."""
-        for slot in self._slots:
-            if isinstance(slot, SharedSegment):
+        for slots in self._slots:
+            if isinstance(slot := slots.get("host"), SharedSegment):
                 slot.close()
         self._free_device_slots()
-        self._sizes, self._slots, self._device_slots, self._table = [], [], [], []
+        self._sizes, self._slots, self._tables["shm"] = [], [], []
         self._unlinked_for = None
 
     def _free_device_slots(self) -> None:
-        for slot in self._device_slots:
-            if slot is not None:
+        for slots in self._slots:
+            if isinstance(slot := slots.pop("device", None), DeviceSegment):
                 slot.close()
-        self._device_slots = [None] * len(self._device_slots)
+        self._tables["cuda_ipc"] = []
 
     def _copy(
         self,
         index: int,
         metas: Sequence[ParamMeta],
         tensors: Iterable[Planned],
-        write: Callable[[Slot, int, ParamMeta, torch.Tensor], None],
-        avoided: Collection[int],
+        awaited: bool,
         stable: bool,
     ) -> StagedChunk:
+        # Copying with all cores would take them from workers that load, and wait for the slowest.
+        write = _write_alone if awaited else _write_beside
         places, _ = offsets(metas)
         slots = self._slots_of(index)
         staying: dict[int, torch.Tensor] = {}
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
             stays = (
                 stable
-                and self._in_pieces
+                and self.kinds == {"tcp"}
                 and tensor.device.type == "cpu"
                 and tensor.is_contiguous()
                 and tensor.nbytes >= PIECE_BYTES
@@ -340,7 +343,7 @@ class Staging:
             if stays:  # it is sent from where it lies
                 staying[place] = tensor
             else:
-                with avoid_cores(avoided):
+                with avoid_cores(() if awaited else self._busy_cores):
                     for slot in slots:
                         write(slot, offset, meta, tensor)
         staged = StagedChunk({}, [])
@@ -348,8 +351,7 @@ class Staging:
             if isinstance(slot, DeviceSegment):
                 # The copies are queued only. Workers must not read before they are done.
                 cuda_memory.synchronize_stream(slot.device)
-                number = [s for s in self._device_slots if s is not None].index(slot)
-                staged.places["cuda_ipc"] = [(number, offset) for offset in places]
+                staged.places["cuda_ipc"] = [(self._number(slot), offset) for offset in places]
                 continue
             # Each tensor that stays is a piece of its own; the others join those beside them.
             ends = sorted({0, len(metas), *staying, *(place + 1 for place in staying)})
@@ -357,28 +359,29 @@ class Staging:
             for count, (begin, end) in zip(counts, spans(metas, counts), strict=True):
                 staged.pieces.append(Piece(count, staying.get(first, slot.bytes[begin:end])))
                 first += count
-            number = self._number(slot) if isinstance(slot, SharedSegment) else 0
-            staged.places["shm"] = [(number, offset) for offset in places]
+            staged.places["shm"] = [(self._number(slot), offset) for offset in places]
         return staged
 
     def _slots_of(self, index: int) -> list[Slot]:
         """Return where chunk `index` is copied to: host memory, the GPU's, or both."""
         index %= len(self._sizes)
-        nbytes = self._sizes[index]
-        if self._on_host and self._slots[index] is None:
-            self._slots[index] = SharedSegment(nbytes) if self._shared else PrivateMemory(nbytes)
-        if self._on_device and self._device_slots[index] is None:
+        nbytes, slots = self._sizes[index], self._slots[index]
+        if self.kinds - {"cuda_ipc"} and "host" not in slots:
+            shared = "shm" in self.kinds
+            slots["host"] = SharedSegment(nbytes) if shared else PrivateMemory(nbytes)
+        if "cuda_ipc" in self.kinds and "device" not in slots:
             assert self._device is not None
-            self._device_slots[index] = DeviceSegment(nbytes, self._device)
-        return [s for s in (self._slots[index], self._device_slots[index]) if s is not None]
+            slots["device"] = DeviceSegment(nbytes, self._device)
+        return list(slots.values())
 
-    def _number(self, segment: SharedSegment) -> int:
-        """Return the place of a segment in the table that workers know."""
-        for number, known in enumerate(self._table):
-            if known is segment:
-                return number
-        self._table.append(segment)
-        return len(self._table) - 1
+    def _number(self, slot: Slot) -> int:
+        """Return the place of a segment in the table that workers know; 0 for private memory."""
+        if isinstance(slot, PrivateMemory):
+            return 0
+        table = self._tables["cuda_ipc" if isinstance(slot, DeviceSegment) else "shm"]
+        if slot not in table:
+            table.append(slot)
+        return table.index(slot)
 
 
 def why_whole(kinds: Collection[str]) -> str:

@@ -5,35 +5,28 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from qerl_sync.buffers.trace import Trace
 from qerl_sync.config.models import require_announced
 from qerl_sync.engines.base import PauseMode, WeightSyncClient, as_engine_client
-from qerl_sync.errors import (
-    ConfigError,
-    NoRoomError,
-    StaleBaseError,
-    SyncError,
-    TransportError,
-)
+from qerl_sync.errors import ConfigError, NoRoomError, StaleBaseError, SyncError, TransportError
 from qerl_sync.meta import ParamMeta, metas_to_json
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.joint_map import joint_map
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.transports.base import SyncResult, Transport, WorkerReport, require_emptied
-from qerl_sync.transports.remote.compatibility import (
-    require_protocol,
-    require_same_map,
+from qerl_sync.transports.base import (
+    EngineFacts,
+    SyncResult,
+    Transport,
+    WorkerReport,
+    require_emptied,
 )
-from qerl_sync.transports.remote.connection import (
-    PING_SECONDS,
-    WorkerConnection,
-    choose_transport,
-)
+from qerl_sync.transports.remote.compatibility import require_protocol, require_same_map
+from qerl_sync.transports.remote.connection import PING_SECONDS, WorkerConnection, choose_transport
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
 from qerl_sync.transports.remote.listener import admit_workers, reject
 from qerl_sync.transports.remote.staging import StagedChunk, Staging, why_whole
@@ -85,10 +78,13 @@ class RemoteTransport(Transport):
         worker_timeout_seconds: of the workers' waits, where those should last longer.
 
     Attributes:
+        workers: the connections to all workers; none before the first use, or after a failure.
         slot_device: on which slots for `cuda_ipc` are, since the workers were connected.
 
     Nothing is opened before the first call.
     """
+
+    num_poisoned = 0
 
     def __init__(
         self,
@@ -122,11 +118,9 @@ class RemoteTransport(Transport):
                 f"trainer rank {rank} cannot ask the engine how many workers there are; give "
                 "num_workers"
             )
-        for announced in (
-            address,
-            *(endpoint.rpartition(":")[0].strip("[]") for endpoint in endpoints),
-        ):
-            require_announced(announced)
+        require_announced(address)
+        for endpoint in endpoints:
+            require_announced(endpoint.rpartition(":")[0].strip("[]"))
         self._token = os.environ.get(TOKEN_VARIABLE, "")
         if len(self._endpoints) > 1 and not self._token:
             raise ConfigError(
@@ -145,7 +139,7 @@ class RemoteTransport(Transport):
         # Workers serve one session while it is alive, and name it to other trainers.
         self._session = say.TrainerSession.begin()
         self._listener: Listener[WorkerConnection] | None = None
-        self._workers: list[WorkerConnection] = []
+        self.workers: list[WorkerConnection] = []
         self._staging: Staging | None = None  # of the current sync
         self._own_staging: Staging | None = None  # a pool's members have none
         self._committing = False
@@ -155,17 +149,11 @@ class RemoteTransport(Transport):
         self.slot_device: torch.device | None = None
         self._no_room: dict[str, str] = {}
         self._synced_instances: set[str] = set()  # of the last sync that was committed
-        self._num_poisoned = 0
-
-    @property
-    def workers(self) -> Sequence[WorkerConnection]:
-        """Return the connections to all workers; none before the first use, or after a failure."""
-        return self._workers
 
     @property
     def kinds(self) -> set[str]:
         """Return the ways by which bytes travel to the workers."""
-        return {worker.kind for worker in self._workers}
+        return {worker.kind for worker in self.workers}
 
     @property
     def busy_cores(self) -> set[int]:  # type: ignore[override]
@@ -174,19 +162,19 @@ class RemoteTransport(Transport):
 
     @property
     def connected(self) -> bool:
-        return bool(self._workers) and all(worker.connected for worker in self._workers)
+        return bool(self.workers) and all(worker.connected for worker in self.workers)
 
     @property
     def hellos(self) -> list[say.Hello]:
         """Return what the connected workers have said of themselves."""
-        return [worker.hello for worker in self._workers]
+        return [worker.hello for worker in self.workers]
 
     def committed_version(self) -> int:
         """See the base class. Connect anew where workers were lost, or have joined the engine."""
         # vLLM can add data parallel replicas to an engine that runs (elastic expert parallelism). A
         # server of a part of the replicas counts those of the others, too.
         partial = any(hello.server_is_partial for hello in self.hellos)
-        counted = len(self._workers)
+        counted = len(self.workers)
         if counted and not partial and self._control.world_size() not in (None, counted):
             if len(self._endpoints) > 1:
                 raise SyncError(
@@ -200,14 +188,10 @@ class RemoteTransport(Transport):
 
     @property
     def versions(self) -> dict[str, int]:
-        return {worker.peer: worker.hello.version for worker in self._workers}
-
-    @property
-    def num_poisoned(self) -> int:
-        return self._num_poisoned
+        return {worker.peer: worker.hello.version for worker in self.workers}
 
     def holds(self, version: int) -> bool:
-        return bool(self._workers) and all(
+        return bool(self.workers) and all(
             hello.version == version
             and not hello.poisoned
             and hello.instance in self._synced_instances
@@ -225,17 +209,9 @@ class RemoteTransport(Transport):
         request = say.AdapterRequest(adapter=adapter.to_json())
         self._ask(request, say.AdapterReply, "whether it can serve the adapter")
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         self.open()
-        self._map_request = say.MapRequest(
-            metas=metas_to_json(metas), allow_incomplete=list(allow_incomplete), load=load
-        )
+        self._map_request = say.MapRequest(metas=metas_to_json(metas), options=options)
         return self._ask_map(self._map_request)
 
     def free_bytes(self) -> int:
@@ -257,14 +233,14 @@ class RemoteTransport(Transport):
                 begins and closes them, and calls `await_room` and `announce` instead of `send`.
         """
         self.open()
-        self._renew_map(layer_map)
         self._plan, self._version, self._index = plan, options.version, 0
         self._committing = False
         indices = None
         if options.held is not None:
             indices = [i for i, meta in enumerate(plan.metas) if meta.name in options.held]
         slots = slot_bytes(part_of(plan, indices).sizes, self._chunks_in_flight)
-        self._staging = staging or self._prepare_slots(slots, layer_map)
+        self._staging = staging or self._prepare_slots(slots)
+        self._renew_map(layer_map)
         if "ray" in self.kinds:
             assert self._client is not None
             assert self._client.store is not None
@@ -280,12 +256,12 @@ class RemoteTransport(Transport):
                 base=options.base,
                 version=min(hello.version for hello in self.hellos),
             )
-        self._control.pause(self._workers)
+        self._control.pause(self.workers)
         # One `update_weights` for the whole sync: between two of them the scheduler would run steps
         # on a mix of versions.
-        self._control.begin_session(self._workers)
+        self._control.begin_session(self.workers)
         self._announced = self._staging.segments
-        for worker in self._workers:
+        for worker in self.workers:
             worker.forget_chunks()
             worker.watch = self.watch
             known = worker.plan_digest == plan.digest
@@ -298,14 +274,8 @@ class RemoteTransport(Transport):
                     plan=None if known else plan.to_json(),
                     layer_map=worker.layer_map.digest if worker.layer_map else "",
                     held=indices,
-                    verify=options.verify,
-                    on_failure=options.on_failure,
-                    finite_check=options.finite_check,
-                    base=options.base,
-                    is_base=options.is_base,
-                    record_spans=options.record_spans,
+                    options=replace(options, held=None),
                     mirror="" if mirror is None else mirror.id,
-                    changes_from=None if mirror is None else options.changes_from,
                     segments=self._announced.get(worker.kind, []),
                     slots=slots,
                 )
@@ -315,11 +285,11 @@ class RemoteTransport(Transport):
         # it gathers the first chunk while workers open the sync.
         self._part: Part = part_of(plan, None)
         if len(self._endpoints) > 1 or indices is not None:
-            self._part = part_of(plan, self._await_taken())
+            self._part = part_of(plan, self.await_taken())
         if self._rank and any(self._part.sizes) and not parameters_are_shared():
             # Only now is it known what this rank sends. Find out before the first byte whether
             # there is room for it.
-            self._staging.prepare(slots, self._workers, later=False)
+            self._staging.prepare(slots, self.workers, later=False)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         index, self._index = self._index, self._index + 1
@@ -343,30 +313,21 @@ class RemoteTransport(Transport):
         Returns:
             Whether they wait for us: they load faster than we stage, or have nothing yet.
         """
-        prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self._workers]
+        prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self.workers]
         if index < self._chunks_in_flight:
-            return not any(worker.busy for worker in self._workers)
+            return not any(worker.busy for worker in self.workers)
         return all(prompt)
 
     def announce(self, index: int, staged: StagedChunk) -> None:
         """Send a staged chunk to every worker."""
         assert self._staging is not None
         # A worker that refuses the plan says so here, before the first chunk is read.
-        self._await_taken()
+        self.await_taken()
         before, self._announced = self._announced, self._staging.segments
-        for worker in self._workers:
+        for worker in self.workers:
             segments = self._announced.get(worker.kind, [])
-            worker.announce(
-                say.Chunk(
-                    index=index,
-                    places=staged.places.get(worker.kind, []),
-                    in_place=staged.in_place,
-                    checksums=staged.checksums,
-                    changes=staged.changes,
-                    segments=segments if segments != before.get(worker.kind, []) else [],
-                ),
-                staged,
-            )
+            new = segments if segments != before.get(worker.kind, []) else []
+            worker.announce(index, staged, new)
 
     def finish(self) -> SyncResult:
         self.complete()
@@ -376,12 +337,12 @@ class RemoteTransport(Transport):
         """Block until every worker has all of the weights, whole, and awaits the commit."""
         if not self._control.in_session:
             raise SyncError("no sync is open on these workers; start one first")
-        self._await_taken()
-        for worker in self._workers:
+        self.await_taken()
+        for worker in self.workers:
             worker.await_loaded(len(self._plan.chunks))
         self._tell(say.Finish())
         self._reported = [
-            worker.expect(say.Report, "finishing the sync") for worker in self._workers
+            worker.expect(say.Report, "finishing the sync") for worker in self.workers
         ]
 
     def commit(self) -> SyncResult:
@@ -391,7 +352,7 @@ class RemoteTransport(Transport):
         self._committing = True
         self._tell(say.Commit(version=self._version))
         overwritten = False
-        for worker in self._workers:
+        for worker in self.workers:
             overwritten |= worker.expect(say.Committed, "committing").caches_overwritten
             worker.hello = worker.hello.model_copy(
                 update={"version": self._version, "poisoned": None}
@@ -400,26 +361,16 @@ class RemoteTransport(Transport):
         assert self._staging is not None
         if self._own_staging is not None:
             # A trainer that is killed between two syncs leaves no shared memory without a name.
-            self._own_staging.unlink(self._workers)
+            self._own_staging.unlink(self.workers)
             self._own_staging.committed(self._version)
-        self._control.end_session(self._workers, version=str(self._version))
+        self._control.end_session(self.workers, version=str(self._version))
         connector = next((h.connector for h in self.hellos if h.connector), "")
         # If caches cannot be emptied, this raises with `_committing` set, and the engine stays
         # paused: it would compute with keys and values of the old weights.
         self._control.resume(caches=True, overwritten=overwritten, connector=connector)
-        self._committing, self._num_poisoned = False, 0
-        return SyncResult(
-            workers=[
-                self._report(worker, reported)
-                for worker, reported in zip(self._workers, self._reported, strict=True)
-            ],
-            kind="; ".join(
-                dict.fromkeys(f"{worker.kind}: {worker.reason}" for worker in self._workers)
-            ),
-            verify_seconds=self._staging.verify_seconds,
-            wire_bytes=self._staging.wire_bytes,
-            mirror_bytes=self._staging.mirror_bytes,
-        )
+        self._committing, self.num_poisoned = False, 0
+        reports = list(map(self._report, self.workers, self._reported))
+        return self._staging.result(reports, (f"{w.kind}: {w.reason}" for w in self.workers))
 
     def abort(self, reason: str) -> None:
         """End whatever is open. Workers that are poisoned stay paused, and so do those that have
@@ -427,12 +378,12 @@ class RemoteTransport(Transport):
         version, go on."""
         in_session, committing, self._committing = self._control.in_session, self._committing, False
         if in_session:
-            untouched = [self._abort(worker, reason) for worker in self._workers]
-            unharmed = self._control.end_failed_session(self._workers) and all(untouched)
+            untouched = [self._abort(worker, reason) for worker in self.workers]
+            unharmed = self._control.end_failed_session(self.workers) and all(untouched)
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
         unharmed = unharmed and not committing
-        self._num_poisoned = 0 if unharmed else len(self._workers) or self._num_poisoned
+        self.num_poisoned = 0 if unharmed else len(self.workers) or self.num_poisoned
         if unharmed:
             self._control.go_on(reason)
         elif in_session or committing or self._control.paused:
@@ -443,12 +394,10 @@ class RemoteTransport(Transport):
             self._own_staging.unlink(())  # not every worker has attached them
 
     @property
-    def precision(self) -> tuple[str, str | None]:
-        return self._workers[0].hello.dtype, self._workers[0].hello.quantization
-
-    @property
-    def context_tokens(self) -> int:
-        return min(hello.context_tokens for hello in self.hellos)
+    def engine_facts(self) -> EngineFacts:
+        first, *_ = hellos = self.hellos
+        shortest = min(hello.context_tokens for hello in hellos)
+        return EngineFacts(first.dtype, first.quantization, shortest)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         if self._client is None:
@@ -460,16 +409,16 @@ class RemoteTransport(Transport):
         workers cannot be reached."""
         try:
             self._control.pause()
-            self._control.begin_session(self._workers)
+            self._control.begin_session(self.workers)
             self._tell(say.Invalidate(reason=reason))
-            for worker in self._workers:
+            for worker in self.workers:
                 worker.expect(say.Aborted, "being poisoned")
         finally:
             # Paused, whatever came of it: a worker that was not reached serves the wrong weights.
             if self._control.in_session:
-                self._control.end_failed_session(self._workers)
+                self._control.end_failed_session(self.workers)
             self._control.leave_paused(reason)
-            self._num_poisoned = len(self._workers)
+            self.num_poisoned = len(self.workers)
             self.disconnect()
 
     def close(self) -> None:
@@ -479,40 +428,30 @@ class RemoteTransport(Transport):
             self._listener.close()
             self._listener = None
 
-    def await_taken(self) -> None:
-        self._await_taken()
-
-    def _await_taken(self) -> list[int] | None:
-        """Block until every worker has opened the sync.
-
-        Returns:
-            Indices of the plan's tensors that this trainer rank is to send; None: all, or it was
-            called before.
-        """
+    def await_taken(self) -> list[int] | None:
         if self._taken:
             return None
-        accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self._workers]
-        for worker in self._workers:  # the next sync with this plan need not send it
+        accepted = [worker.expect(say.Accepted, "taking the plan") for worker in self.workers]
+        for worker in self.workers:  # the next sync with this plan need not send it
             worker.plan_digest = self._plan.digest
         self._taken = True
         return accepted[0].owned
 
     def _ask_map(self, request: say.MapRequest) -> LayerMap:
         replies = self._ask(request, say.MapReply, "its layer map")
-        for worker, reply in zip(self._workers, replies, strict=True):
-            worker.layer_map = LayerMap.from_json(reply.layer_map)
+        maps = [LayerMap.from_json(reply.layer_map) for reply in replies]
+        for worker, layer_map in zip(self.workers, maps, strict=True):
+            worker.layer_map = layer_map
         self._free_bytes = min(reply.free_bytes for reply in replies)
-        return joint_map(
-            [worker.layer_map for worker in self._workers if worker.layer_map is not None]
-        )
+        return joint_map(maps)
 
     def _ask(self, request: say.Message, kind: type[M], what: str) -> list[M]:
         """Return every worker's answer to a question that touches nothing."""
         try:
-            self._control.begin_session(self._workers)
+            self._control.begin_session(self.workers)
             self._tell(request)
-            replies = [worker.expect(kind, what) for worker in self._workers]
-            self._control.end_session(self._workers)
+            replies = [worker.expect(kind, what) for worker in self.workers]
+            self._control.end_session(self.workers)
         except SyncError:
             self.abort("the dry run failed")
             raise
@@ -525,7 +464,7 @@ class RemoteTransport(Transport):
             AgreementError: it is another than the plan was made with.
         """
         if self._map_request is not None and any(
-            worker.layer_map is None for worker in self._workers
+            worker.layer_map is None for worker in self.workers
         ):
             require_same_map(layer_map, self._ask_map(self._map_request))
 
@@ -549,13 +488,13 @@ class RemoteTransport(Transport):
         Connect anew where an engine was restarted, or a router has forgotten the connection. Of
         several trainer ranks all would have to do so at once: there a lost worker is an error.
         """
-        if self._workers:
+        if self.workers:
             try:
                 # Before the engine is paused: a connection that leads nowhere would be noticed only
                 # by a timeout, with all requests waiting.
-                for worker in self._workers:
+                for worker in self.workers:
                     worker.send(say.Ping(), PING_SECONDS)
-                for worker in self._workers:
+                for worker in self.workers:
                     worker.await_pong()
                 return
             except TransportError as exc:
@@ -586,7 +525,7 @@ class RemoteTransport(Transport):
                 timeout_seconds=self._worker_timeout_seconds,
             )
         )
-        self._workers = admit_workers(
+        self.workers = admit_workers(
             self._listener,
             call,
             self._greet,
@@ -594,7 +533,7 @@ class RemoteTransport(Transport):
             world_size=self._control.world_size,
             timeout_seconds=self._timeout_seconds,
         )
-        if any(worker.hello.update_open for worker in self._workers):
+        if any(worker.hello.update_open for worker in self.workers):
             # An earlier trainer died in an update. vLLM would refuse to begin another one.
             try:
                 self._control.close_stale_update()
@@ -625,27 +564,26 @@ class RemoteTransport(Transport):
         logger.info("%s: %s (%s)", worker.peer, worker.kind, worker.reason)
         worker.tell(say.End())  # the worker has its transport, and returns to vLLM
 
-    def _prepare_slots(self, slots: list[int], layer_map: LayerMap) -> Staging:
+    def _prepare_slots(self, slots: list[int]) -> Staging:
         """Return slots with room for the chunks in flight; over another transport where there is
         too little of one kind of memory."""
         if self._own_staging is None:
             self._own_staging = Staging(self.kinds, self.slot_device)
         later = self._rank > 0 or parameters_are_shared()
         try:
-            self._own_staging.prepare(slots, self._workers, later=later)
+            self._own_staging.prepare(slots, self.workers, later=later)
         except NoRoomError as exc:
             if not self.can_fall_back:
                 raise
             self.fall_back(exc)
-            self._renew_map(layer_map)
-            return self._prepare_slots(slots, layer_map)  # /dev/shm may have what a GPU has not
+            return self._prepare_slots(slots)  # /dev/shm may have what a GPU has not
         return self._own_staging
 
     def disconnect(self) -> None:
         """Close all connections. The next use connects anew."""
-        for worker in self._workers:
+        for worker in self.workers:
             worker.close()
-        self._workers = []
+        self.workers = []
         if self._own_staging is not None:
             self._own_staging.close()
         self._staging = self._own_staging = None
@@ -655,29 +593,20 @@ class RemoteTransport(Transport):
         try:
             worker.forget_chunks()
             worker.tell(say.Abort(reason=reason, keep_old=not self._committing))
-            reported = worker.skip_to(say.Aborted, "aborting the sync", GRACE_SECONDS)
+            reported = worker.skip_to(
+                say.Aborted, "aborting the sync", GRACE_SECONDS, worker.check_alive
+            )
             return reported.poisoned is None
         except SyncError as exc:
             logger.warning("%s cannot be reached to abort the failed sync: %s", worker.peer, exc)
             return False
 
     def _tell(self, message: say.Message) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             worker.tell(message)
 
     def _report(self, worker: WorkerConnection, reported: say.Report) -> WorkerReport:
-        plan = self._plan
         assert worker.layer_map is not None
-        return WorkerReport(
-            worker=worker.peer,
-            trace=Trace.from_json(reported.trace),
-            predicted=plan.predicted_with(worker.layer_map),
-            seconds=reported.seconds,
-            peak_extra_bytes=reported.peak_extra_bytes,
-            peak_extra_bytes_predicted=reported.peak_extra_bytes_predicted,
-            peak_staged_bytes=reported.peak_staged_bytes,
-            kept_bytes=reported.kept_bytes,
-            mirror_bytes=reported.mirror_bytes,
-            spans=reported.spans,
-            quantisation=reported.quantisation,
-        )
+        predicted = self._plan.predicted_with(worker.layer_map)
+        measured = {name: value for name, value in reported if name != "type"}
+        return WorkerReport(worker=worker.peer, predicted=predicted, **measured)

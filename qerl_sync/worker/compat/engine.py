@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -68,29 +68,6 @@ def in_process_parts(llm: Any) -> EngineParts:
             "before vLLM is imported"
         )
     return EngineParts(model, runner.vllm_config, torch.device(runner.device), runner)
-
-
-def drop_requests(llm: Any) -> int:
-    """Abort the requests that a call of `llm.generate` left behind when it raised.
-
-    vLLM keeps them as scheduled, never finishes them, and the next `generate` waits for them for
-    ever. Returns how many there were.
-    """
-    left = list(llm.llm_engine.output_processor.request_states)
-    if left:
-        llm.llm_engine.abort_request(left, internal=True)
-    return len(left)
-
-
-def prompt_logprobs(llm: Any, token_ids: Sequence[int]) -> list[float]:
-    """Return the log-probability of each token but the first, given those before it."""
-    from vllm import SamplingParams
-
-    asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
-    prompt = {"prompt_token_ids": list(token_ids)}
-    (answer,) = llm.generate([prompt], asked, use_tqdm=False)
-    reported = zip(token_ids[1:], answer.prompt_logprobs[1:], strict=True)
-    return [float(table[token].logprob) for token, table in reported]
 
 
 @dataclass(frozen=True)

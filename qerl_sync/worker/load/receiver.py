@@ -27,7 +27,7 @@ from qerl_sync.errors import (
     SyncError,
 )
 from qerl_sync.meta import ParamMeta
-from qerl_sync.options import Load, SyncOptions
+from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.part import filled_layers
@@ -149,13 +149,7 @@ class Receiver:
                 require_adapter(self._parts, adapter)
             self._able = adapter
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap:
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
         """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open.
 
         Raises:
@@ -168,8 +162,8 @@ class Receiver:
                 self.model,
                 self._config,
                 metas,
-                allow_incomplete=allow_incomplete,
-                load=load,
+                allow_incomplete=options.allow_incomplete,
+                load=options.load,
                 renewed={view.source_path for view in self._find_lost_views()},
             )
         except (LayerMapError, CoverageError) as exc:

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ from qerl_sync.errors import (
     TransportTimeout,
 )
 from qerl_sync.meta import ParamMeta, metas_from_json
-from qerl_sync.options import FiniteCheck, Load, SyncOptions
+from qerl_sync.options import FiniteCheck, MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
@@ -87,13 +88,7 @@ class Loader(Protocol):
     @property
     def processed_layers(self) -> Sequence[Span]: ...
 
-    def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
-    ) -> LayerMap: ...
+    def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions) -> LayerMap: ...
 
     def require_adapter(self, adapter: Adapter) -> None: ...
 
@@ -282,9 +277,7 @@ class WorkerSession:
 
     def _map(self, request: say.MapRequest) -> None:
         metas = metas_from_json(request.metas)
-        self._layer_map = self._loader.layer_map(
-            metas, allow_incomplete=request.allow_incomplete, load=request.load
-        )
+        self._layer_map = self._loader.layer_map(metas, request.options)
         reported = self._layer_map.to_json()
         self._tell(say.MapReply(layer_map=reported, free_bytes=self._loader.free_bytes()))
 
@@ -324,7 +317,7 @@ class WorkerSession:
         verify_seconds = self._loader.verify_seconds + self._wire_clock.seconds["verify"]
         self._tell(
             say.Report(
-                trace=trace.to_json(),
+                trace=trace,
                 seconds=clock.seconds | {"verify": verify_seconds},
                 peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
                 peak_staged_bytes=self._loader.peak_staged_bytes,
@@ -419,12 +412,12 @@ class WorkerSession:
             self._mirror = None
             return
         held = self._mirror
-        if asked.changes_from is not None:
-            if held is None or (held.id, held.version) != (asked.mirror, asked.changes_from):
+        if (base := asked.options.changes_from) is not None:
+            if held is None or (held.id, held.version) != (asked.mirror, base):
                 raise StaleBaseError(
-                    f"a sync of what has changed since version {asked.changes_from} needs what was "
+                    f"a sync of what has changed since version {base} needs what was "
                     "sent with it, and this worker has not kept that; send everything",
-                    base=asked.changes_from,
+                    base=base,
                     version=self._hello().version,
                 )
             return
@@ -542,8 +535,8 @@ class WorkerSession:
 
 
 def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
-    lead = requests[0]
-    for rank, one in enumerate(requests):
+    lead, *_ = options = [request.options for request in requests]
+    for rank, one in enumerate(options):
         if (one.base, one.is_base) != (lead.base, lead.is_base):
             raise AgreementError(
                 f"trainer rank {rank} builds on version {one.base}, and rank 0 on {lead.base}: "
@@ -558,17 +551,10 @@ def _options_of(requests: list[say.SyncRequest]) -> SyncOptions:
                 subject="options",
             )
     # Values count as looked at only if every rank has looked at what it sends.
-    asked = {request.finite_check for request in requests}
+    asked = {one.finite_check for one in options}
     order: tuple[FiniteCheck, ...] = ("worker", "nobody", "source")
     finite_check = next(check for check in order if check in asked)
-    return SyncOptions(
-        verify=lead.verify,
-        on_failure=lead.on_failure,
-        finite_check=finite_check,
-        base=lead.base,
-        is_base=lead.is_base,
-        record_spans=lead.record_spans,
-    )
+    return replace(lead, finite_check=finite_check)
 
 
 def _await(connection: TrainerConnection, kind: type[M], what: str) -> M:
