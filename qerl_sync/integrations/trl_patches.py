@@ -10,12 +10,12 @@ import inspect
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import wraps
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import Trainer
 
@@ -24,17 +24,12 @@ from qerl_sync.engines.environment import changed_environment
 from qerl_sync.errors import CompatError
 from qerl_sync.worker.compat.coupling import WINDOW
 
+if TYPE_CHECKING:
+    from qerl_sync.integrations.trl import WeightSyncCallback
+
 # What makes vLLM give an engine a process of its own. Spawned: a forked one would inherit torch's
 # thread pools without their threads.
 OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-
-
-class EngineTaker(Protocol):
-    """A callback that takes over the engine of the trainer that it was given to."""
-
-    def connecting(self) -> AbstractContextManager[None]: ...
-
-    def bind(self, trainer: Any) -> Any: ...
 
 
 class Takeover:
@@ -52,7 +47,7 @@ class Takeover:
     _awaited: ClassVar[list[Takeover]] = []
     _replacement: ClassVar[ExitStack] = ExitStack()
 
-    def __init__(self, trainer: Any, callback: EngineTaker) -> None:
+    def __init__(self, trainer: Any, callback: WeightSyncCallback) -> None:
         from trl.generation.vllm_generation import VLLMGeneration
 
         # Weak: this must not keep alive what nobody else has.
@@ -63,12 +58,8 @@ class Takeover:
             self._replacement.enter_context(replaced)
         self._awaited.append(self)
 
-    @classmethod
-    def of(cls, generation: Any) -> Takeover | None:
-        """Return the one that awaits this `VLLMGeneration`."""
-        return next((one for one in cls._awaited if one._awaits(generation)), None)
-
-    def _awaits(self, generation: Any) -> bool:
+    def awaits(self, generation: Any) -> bool:
+        """Return whether this `VLLMGeneration` is the trainer's."""
         trainer = self._trainer()
         # Two trainers may share a model, and one may generate with a model that it does not train.
         return (
@@ -99,11 +90,10 @@ class Takeover:
 def _taken_over(init_vllm: Callable[[Any], None]) -> Callable[[Any], None]:
     @wraps(init_vllm)
     def init_or_take_over(generation: Any) -> None:
-        takeover = Takeover.of(generation)
-        if takeover is None:
-            init_vllm(generation)
-        else:
-            takeover.run(generation, init_vllm)
+        for takeover in Takeover._awaited:
+            if takeover.awaits(generation):
+                return takeover.run(generation, init_vllm)
+        return init_vllm(generation)
 
     return init_or_take_over
 
@@ -134,12 +124,9 @@ def known_engine_arguments() -> set[str]:
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-    of_llm = {
-        name
-        for name, kind in inspect.signature(LLM).parameters.items()
-        if kind.kind is not kind.VAR_KEYWORD
-    }
-    return of_llm | {field.name for field in fields(EngineArgs)}
+    of_llm = inspect.signature(LLM).parameters
+    names = {name for name, kind in of_llm.items() if kind.kind is not kind.VAR_KEYWORD}
+    return names | {field.name for field in fields(EngineArgs)}
 
 
 def check_engine_arguments(arguments: Mapping[str, Any]) -> None:

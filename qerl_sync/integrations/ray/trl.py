@@ -72,16 +72,11 @@ class PoolSyncCallback(WeightSyncCallback):
         self.llm: PooledLLM | None = None
 
     @contextmanager
-    def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
+    def connecting(self) -> Iterator[None]:
         """Give rollout actors to a TRL trainer that is built for `vllm_mode="colocate"` in this
         context.
-
-        Args:
-            arguments: vLLM engine arguments, over the class's `engine`.
         """
         from trl.generation import vllm_generation
-
-        self._engine |= arguments
 
         def start(**given: Any) -> PooledLLM:
             trls = {name: v for name, v in given.items() if name not in IN_PROCESS_ONLY}
@@ -146,20 +141,18 @@ class PoolSyncCallback(WeightSyncCallback):
             self.llm = None
 
     def _sync(self) -> None:
-        assert self.llm is not None
-        self._sync_some(self.llm.pool, TRIES)
-
-    def _sync_some(self, pool: WorkerPool, tries: int) -> None:
         """Sync, even if all workers are down: wait for those that Ray restarts."""
-        pool.await_some(self._pool_arguments.get("start_seconds", 600.0))
-        try:
-            return super()._sync()
-        except TransportError as exc:
-            if not self.reports or tries < 2:  # before the first sync it is how they were started
-                raise
-            logger.warning("the sync has lost all workers, and is done again: %s", exc)
-        time.sleep(PAUSE_SECONDS)
-        return self._sync_some(pool, tries - 1)
+        assert self.llm is not None
+        for others in reversed(range(TRIES)):
+            self.llm.pool.await_some(self._pool_arguments.get("start_seconds", 600.0))
+            try:
+                return super()._sync()
+            except TransportError as exc:
+                # Before the first sync it is how they were started.
+                if not self.reports or not others:
+                    raise
+                logger.warning("the sync has lost all workers, and is done again: %s", exc)
+            time.sleep(PAUSE_SECONDS)
 
     def _noting(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """Generate, and log the staleness of the completions with TRL's metrics."""
@@ -169,15 +162,11 @@ class PoolSyncCallback(WeightSyncCallback):
             assert self.llm is not None
             newest = self.llm.pool.newest_version
             behind = [newest - rollout.version for rollout in self.llm.last]
-            self._log("rollout/staleness/max", max(behind))
-            self._log("rollout/staleness/mean", sum(behind) / len(behind))
+            mean = sum(behind) / len(behind)
+            self._log({"rollout/staleness/max": float(max(behind)), "rollout/staleness/mean": mean})
             return found
 
         return generate_and_note
-
-    def _log(self, name: str, value: float) -> None:
-        mode = "train" if self._trainer.model.training else "eval"
-        self._trainer._metrics[mode][name].append(float(value))
 
     def _generate_ahead(self, trainer: Any) -> None:
         """Announce the prompts of coming batches to the pool before TRL asks for them."""
