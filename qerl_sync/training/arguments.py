@@ -35,7 +35,8 @@ def grpo_arguments(config: TrainConfig) -> GRPOConfig:
         "vllm_mode": "server" if config.rollout.mode == "server" else "colocate",
         "model_init_kwargs": weights,
     }
-    return _make(GRPOConfig, "trainer", {**config.trainer, **ours})
+    given = {"disable_tqdm": True, **config.trainer}
+    return _make(GRPOConfig, "trainer", "TRL", {**given, **ours})
 
 
 def sft_arguments(config: TrainConfig) -> SFTConfig | None:
@@ -48,9 +49,9 @@ def sft_arguments(config: TrainConfig) -> SFTConfig | None:
 
     if config.warmup is None:
         return None
-    given = {"save_strategy": "no", **config.warmup.trainer}
+    given = {"disable_tqdm": True, "save_strategy": "no", **config.warmup.trainer}
     ours = {"output_dir": config.output_dir, "seed": config.seed}
-    return _make(SFTConfig, "warmup.trainer", {**given, **ours})
+    return _make(SFTConfig, "warmup.trainer", "TRL", {**given, **ours})
 
 
 def lora_arguments(config: TrainConfig) -> LoraConfig | None:
@@ -63,10 +64,7 @@ def lora_arguments(config: TrainConfig) -> LoraConfig | None:
         return None
     from peft import LoraConfig
 
-    try:
-        return LoraConfig(task_type="CAUSAL_LM", **config.peft)
-    except (TypeError, ValueError, ImportError) as exc:
-        raise ConfigError(f"peft: PEFT's LoraConfig refuses it: {exc}", place="peft") from exc
+    return _make(LoraConfig, "peft", "PEFT", {"task_type": "CAUSAL_LM", **config.peft})
 
 
 def engine_options(config: TrainConfig, rank: int = 0) -> dict[str, Any]:
@@ -112,10 +110,10 @@ def has_engine_processes(config: TrainConfig) -> bool:
     return config.rollout.async_engine or world_size(config.rollout.engine) > 1
 
 
-def _make(kind: Any, section: str, arguments: Mapping[str, Any]) -> Any:
+def _make(kind: Any, section: str, library: str, arguments: Mapping[str, Any]) -> Any:
     try:
-        return kind(**{"disable_tqdm": True, **arguments})
+        return kind(**arguments)
     except (TypeError, ValueError, ImportError) as exc:
         raise ConfigError(
-            f"{section}: TRL's {kind.__name__} refuses it: {exc}", place=section
+            f"{section}: {library}'s {kind.__name__} refuses it: {exc}", place=section
         ) from exc

@@ -8,13 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
 from qerl_sync.training.display import STOPPING, Display, Steps
 
@@ -45,25 +39,16 @@ class ShowProgress(TrainerCallback):
         self._last_log: dict[str, Any] = {}
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         self._last_log |= logs or {}
         self._steps.note(state.global_step, state.max_steps, self._note(self._last_log))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.begun = True
         self._steps.advance(state.global_step, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._steps.advance(state.global_step, state.max_steps)
 
 
@@ -105,9 +90,7 @@ class StopCleanly(TrainerCallback):
         self.stopped = True
         self._display.console.print(STOPPING)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.stopped = self._agree(self.stopped or self._display.asked_to_stop())
         if self.stopped:
             control.should_save = True

@@ -12,7 +12,6 @@ from qerl_sync.errors import ConfigError, FileError
 from qerl_sync.plan.checkpoint import require_model_directory
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
@@ -53,43 +52,29 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedT
     """Train a tokenizer on `texts`: one token for each character, or byte-level BPE of a given
     size.
     """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special = {"pad_token": PAD, "eos_token": EOS}
     if vocab_size is None:
-        tokenizer = _character_tokenizer(texts)
+        special["unk_token"] = UNKNOWN
+        characters = sorted({character for text in texts for character in text})
+        vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
     else:
-        tokenizer = _byte_tokenizer(texts, vocab_size)
-    unknown = {"unk_token": UNKNOWN} if vocab_size is None else {}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, **unknown
-    )
-
-
-def _character_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    characters = sorted({character for text in texts for character in text})
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
-
-
-def _byte_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -143,7 +128,10 @@ def _check_directory(path: str) -> None:
     """
     directory = Path(path)
     if not directory.is_dir():
-        if directory.exists() or directory.is_absolute() or path.startswith(".") or _is_deep(path):
+        first, *others = directory.parts
+        # A hub id has two parts at most, of which the first is no directory here.
+        deep = len(others) > 1 or (others and Path(first).is_dir())
+        if directory.exists() or directory.is_absolute() or path.startswith(".") or deep:
             kind = "is a file" if directory.exists() else "does not exist"
             raise FileError(
                 f"model.path: {where(path)} {kind}; name a directory with a model and a tokenizer",
@@ -160,17 +148,11 @@ def _check_directory(path: str) -> None:
         )
 
 
-def _is_deep(path: str) -> bool:
-    """Return whether the path has more parts than a hub id, or its first directory exists here."""
-    first, *others = Path(path).parts
-    return len(others) > 1 or (len(others) == 1 and Path(first).is_dir())
-
-
 def texts_of(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     """Return the texts that a tokenizer for these rows should know."""
     for row in rows:
         for value in (row["prompt"], row.get("answer", "")):
-            yield value if isinstance(value, str) else str(value)
+            yield str(value)
 
 
 def describe(config: ModelConfig) -> str:
