@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
+from qerl_sync.serving.processes import signals_handled
 from qerl_sync.training.display import STOPPING, Display, Steps
 
 
@@ -71,18 +72,12 @@ class StopCleanly(TrainerCallback):
         self._agree = agree
         self.stopped = False
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
+    def listening(self) -> AbstractContextManager[None]:
         """Handle Ctrl-C in this context, and SIGTERM where nobody else does. Must be used in the
         main thread."""
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, self._on_interrupt)}
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # Ray's actors have their own
-            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_interrupt)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        others = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # Ray's actors have theirs
+        numbers = [signal.SIGINT] if others else [signal.SIGINT, signal.SIGTERM]
+        return signals_handled(self._on_interrupt, *numbers)
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self.stopped:
