@@ -187,18 +187,20 @@ def remote_transport(
     Args:
         options: more arguments of `RemoteTransport`, as they are.
     """
-    return RemoteTransport(
-        client,
-        transport=sync.transport,
-        chunks_in_flight=sync.chunks_in_flight,
-        timeout_seconds=sync.timeout_seconds,
-        address=sync.trainer_address,
-        port=sync.trainer_port,
-        bind=sync.trainer_bind or "",
-        pause_mode=sync.pause_mode,
-        recompute_running=sync.recompute_running,
-        **options,
-    )
+    given = {**transport_options(sync), **options}
+    return RemoteTransport(client, address=sync.trainer_address, port=sync.trainer_port, **given)
+
+
+def transport_options(sync: SyncConfig) -> dict[str, Any]:
+    """Return the arguments of a `RemoteTransport` that the section `sync` decides anywhere."""
+    return {
+        "transport": sync.transport,
+        "chunks_in_flight": sync.chunks_in_flight,
+        "timeout_seconds": sync.timeout_seconds,
+        "bind": sync.trainer_bind or "",
+        "pause_mode": sync.pause_mode,
+        "recompute_running": sync.recompute_running,
+    }
 
 
 def _refuse_inproc(sync: SyncConfig, where: str) -> None:
