@@ -1,4 +1,4 @@
-"""Make or load the policy of a run: a checkpoint, or a tiny model with random weights."""
+"""Make, load or warm up the policy of a run: a checkpoint, or a tiny model with random weights."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from qerl_sync.config import ModelConfig, TinyModelConfig
 from qerl_sync.config.files import where
 from qerl_sync.errors import ConfigError, FileError
 from qerl_sync.plan.checkpoint import require_model_directory
+from qerl_sync.training.display import Steps
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
@@ -158,3 +161,37 @@ def texts_of(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
 def describe(config: ModelConfig) -> str:
     """Return a short description of the model."""
     return config.path or f"a tiny {config.tiny.architecture if config.tiny else 'model'}"
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    arguments: SFTConfig,
+    steps: Steps,
+) -> None:
+    """Train `model` in place, by TRL's SFTTrainer, on the columns `prompt` and `answer` of
+    `rows`."""
+    from trl import SFTTrainer
+
+    from qerl_sync.training.callbacks import ShowProgress, quieten
+
+    def example(row: dict[str, Any]) -> dict[str, Any]:
+        answer: Any = str(row["answer"])
+        if not isinstance(row["prompt"], str):  # chat messages, and so is then the completion
+            answer = [{"role": "assistant", "content": answer}]
+        return {"prompt": row["prompt"], "completion": answer}
+
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows.map(example, remove_columns=rows.column_names),
+        processing_class=tokenizer,
+        callbacks=[ShowProgress(steps, _loss)],
+    )
+    quieten(trainer)
+    trainer.train()
+
+
+def _loss(log: dict[str, Any]) -> str:
+    return f"loss {float(log['loss']):.2f}" if "loss" in log else ""

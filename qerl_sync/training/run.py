@@ -30,11 +30,17 @@ from qerl_sync.training.data import load_data
 from qerl_sync.training.directory import RunDirectory, damaged, step_of
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush, require_packages
-from qerl_sync.training.models import describe, load_model, load_tokenizer, make_tiny, texts_of
+from qerl_sync.training.models import (
+    describe,
+    load_model,
+    load_tokenizer,
+    make_tiny,
+    texts_of,
+    warm_up,
+)
 from qerl_sync.training.processes import Processes, join, sharding_on_cpus, whole_models
 from qerl_sync.training.rewards import BUILTIN, Reward, resolve_reward
 from qerl_sync.training.rollouts import engine_lost, engine_process, rollout_server
-from qerl_sync.training.warmup import warm_up
 
 if TYPE_CHECKING:
     from datasets import Dataset
