@@ -126,8 +126,7 @@ class HFSource(Source):
         return self._of_outputs(self._stamps.of(own))
 
     def _of_outputs(self, stamps: Mapping[str, Hashable]) -> dict[str, Hashable]:
-        """Return the stamps of the checkpoint tensors, given those of parameters; none of tensors
-        that are made of a parameter without."""
+        """Return stamps of checkpoint tensors, of those whose parameters all have one."""
         return {
             meta.name: tuple(stamps[name] for name in group.parameters)
             for group in self._groups

@@ -184,8 +184,7 @@ class _Structure:
         )
 
     def unchanged(self) -> bool:
-        """Return whether every module has the same children, parameters and buffers: the same
-        objects, whatever their values."""
+        """Return whether all modules still hold the same objects, whatever their values."""
         return all(self._identities(one) == before for one, _, before in self._modules) and all(
             self._state_of(layer) == before for layer, before in self._layers
         )

@@ -73,8 +73,7 @@ class StopCleanly(TrainerCallback):
         self.stopped = False
 
     def listening(self) -> AbstractContextManager[None]:
-        """Handle Ctrl-C in this context, and SIGTERM where nobody else does. Must be used in the
-        main thread."""
+        """Handle Ctrl-C in this context, and SIGTERM where nobody else does. In the main thread."""
         others = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # Ray's actors have theirs
         numbers = [signal.SIGINT] if others else [signal.SIGINT, signal.SIGTERM]
         return signals_handled(self._on_interrupt, *numbers)

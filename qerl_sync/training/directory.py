@@ -58,9 +58,7 @@ class RunDirectory:
         return steps[max(steps)] if steps else None
 
     def start(self, config: TrainConfig) -> Path | None:
-        """Prepare the directory for a new run. Return where an earlier run was moved, if there was
-        one.
-        """
+        """Prepare the directory for a new run. Return where an earlier run was moved, if any."""
         self.root.mkdir(parents=True, exist_ok=True)
         written, aside = self._written(), None
         # A config.json alone is a run that was refused before it began.

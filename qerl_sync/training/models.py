@@ -52,9 +52,7 @@ def make_tiny(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedTokenizerBase:
-    """Train a tokenizer on `texts`: one token for each character, or byte-level BPE of a given
-    size.
-    """
+    """Train a tokenizer: a token for each character, or byte-level BPE of a given size."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -126,9 +124,7 @@ def _unloadable(path: str, what: str, exc: Exception) -> FileError:
 
 
 def _check_directory(path: str) -> None:
-    """Check that a local path holds a model and a tokenizer. Accept anything that may be a hub
-    id.
-    """
+    """Check that a local path holds a model and a tokenizer; let hub ids pass."""
     directory = Path(path)
     if not directory.is_dir():
         first, *others = directory.parts
@@ -170,8 +166,7 @@ def warm_up(
     arguments: SFTConfig,
     steps: Steps,
 ) -> None:
-    """Train `model` in place, by TRL's SFTTrainer, on the columns `prompt` and `answer` of
-    `rows`."""
+    """Train `model` in place, by TRL's SFTTrainer, on `prompt` and `answer` of `rows`."""
     from trl import SFTTrainer
 
     from qerl_sync.training.callbacks import ShowProgress, quieten

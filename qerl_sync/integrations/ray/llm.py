@@ -137,9 +137,7 @@ class Announcer:
         self._announced: Iterator[Any] = iter(())
 
     def of(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the same batches. A second call with the same iterator continues where the first
-        stopped.
-        """
+        """Yield the same batches. A second call with the same iterator goes on with it."""
         if batches is not self._given:
             self._given, self._announced = batches, self._announcing(batches)
         return self._announced
