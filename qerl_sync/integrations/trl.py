@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import Self
 
 from qerl_sync.build import BACKEND, adapter_arguments, make_session
 from qerl_sync.config import SyncConfig
@@ -186,7 +187,7 @@ class WeightSyncCallback(TrainerCallback):
         with place, engine_arguments(**arguments), cpu_segments.leftovers_explained():
             yield
 
-    def bind(self, trainer: Any) -> WeightSyncCallback:
+    def bind(self, trainer: Any) -> Self:
         """Take over the weight sync of a trainer that has been built.
 
         Raises:
@@ -198,7 +199,7 @@ class WeightSyncCallback(TrainerCallback):
         if self._trainer is trainer:
             return self
         self._refuse_another(trainer)
-        num_processes = getattr(getattr(trainer, "accelerator", None), "num_processes", 1)
+        num_processes = self._num_processes(trainer)
         self._eager = self._new_eager(trainer, num_processes)
         if num_processes > 1:
             self._ranks = TrainerRanks(self.config.timeout_seconds, num_ranks=num_processes)
@@ -207,6 +208,10 @@ class WeightSyncCallback(TrainerCallback):
             self.session = self._new_session(trainer, _generation(trainer))
         self._take_over(trainer)
         return self
+
+    def _num_processes(self, trainer: Any) -> int:
+        """Return how many processes sync together."""
+        return getattr(getattr(trainer, "accelerator", None), "num_processes", 1)
 
     def _new_eager(self, trainer: Any, num_processes: int) -> EagerSync | None:
         if self.config.when == "lazy":

@@ -175,9 +175,6 @@ def own_process() -> Iterator[None]:
     That process does not hear Ctrl-C, which a terminal sends to all at once: vLLM's engine would
     end before the trainer had finished its step. The process that started the engine ends it.
     SIGTERM it hears: vLLM's own clients end an engine by it.
-
-    Raises:
-        CompatError: the installed TRL does not build its engine where this expects it.
     """
     from trl.generation import vllm_generation
 

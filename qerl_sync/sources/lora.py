@@ -37,9 +37,6 @@ class AdapterSource(HFSource):
     Args:
         model: an unsharded `PeftModel`, or a `PreTrainedModel` with `add_adapter`. Never changed.
 
-    Attributes:
-        lora: how the adapter travels and why so, for `SyncReport.lora`.
-
     Raises:
         ConfigError: the model is sharded, or has something that vLLM does not serve as an adapter:
             `feature` names it. `metadata` raises it too, and where the adapter is merged into the

@@ -140,12 +140,6 @@ class ShardedAdapterSource(_Gathered, AdapterSource):
             session.push(step=2)  # the adapter
 
     Nothing of the base is gathered where it does not travel.
-
-    Args:
-        model: as for `AdapterSource`, sharded alike on all ranks.
-
-    Raises:
-        ConfigError: see `AdapterSource` and `ShardedSource`.
     """
 
 
@@ -157,12 +151,6 @@ class ShardedPEFTSource(_Gathered, PEFTSource):
         with SyncSession(ShardedPEFTSource(model), transport, SyncConfig()) as session:
             session.push(step=1)  # on every rank: everything
             session.push(step=2)  # what the adapters touch, and what is trained beside them
-
-    Args:
-        model: as for `PEFTSource`, sharded alike on all ranks.
-
-    Raises:
-        ConfigError: see `PEFTSource` and `ShardedSource`.
     """
 
     def finite_check(self, wanted: bool) -> FiniteCheck:

@@ -19,11 +19,7 @@ HANDED_ON = (*ENGINE_VARIABLES, *QUIET_VARIABLES, "OMP_NUM_THREADS", "HF_HUB_OFF
 
 
 def grpo_arguments(config: TrainConfig) -> GRPOConfig:
-    """Return TRL's arguments from the section `trainer`, and those that this program sets.
-
-    Raises:
-        ConfigError: TRL refuses a value or a combination of values.
-    """
+    """Return TRL's arguments from the section `trainer`, and those that this program sets."""
     from trl import GRPOConfig
 
     weights = {"dtype": config.model.dtype, **config.trainer.get("model_init_kwargs", {})}
@@ -40,11 +36,7 @@ def grpo_arguments(config: TrainConfig) -> GRPOConfig:
 
 
 def sft_arguments(config: TrainConfig) -> SFTConfig | None:
-    """Return TRL's arguments from the section `warmup.trainer`; None if there is no warm-up.
-
-    Raises:
-        ConfigError: TRL refuses a value or a combination of values.
-    """
+    """Return TRL's arguments from the section `warmup.trainer`; None if there is no warm-up."""
     from trl import SFTConfig
 
     if config.warmup is None:
@@ -55,11 +47,7 @@ def sft_arguments(config: TrainConfig) -> SFTConfig | None:
 
 
 def lora_arguments(config: TrainConfig) -> LoraConfig | None:
-    """Return PEFT's arguments from the section `peft`; None if all weights are trained.
-
-    Raises:
-        ConfigError: PEFT refuses a value or a combination of values.
-    """
+    """Return PEFT's arguments from the section `peft`; None if all weights are trained."""
     if config.peft is None:
         return None
     from peft import LoraConfig
@@ -111,6 +99,7 @@ def has_engine_processes(config: TrainConfig) -> bool:
 
 
 def _make(kind: Any, section: str, library: str, arguments: Mapping[str, Any]) -> Any:
+    """Raise ConfigError if the library refuses a value or a combination of values."""
     try:
         return kind(**arguments)
     except (TypeError, ValueError, ImportError) as exc:

@@ -15,8 +15,8 @@ from qerl_sync.integrations.ray.cluster import require_ray, require_room_for_chu
 from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
 from qerl_sync.integrations.ray.metrics import RayMetrics
 from qerl_sync.integrations.ray.pool import WorkerPool
-from qerl_sync.integrations.trl import OF_GENERATION, OF_TRAINER, WeightSyncCallback
-from qerl_sync.integrations.trl_patches import _replaced, require_attributes
+from qerl_sync.integrations.trl import WeightSyncCallback
+from qerl_sync.integrations.trl_patches import _replaced
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
 
@@ -96,29 +96,19 @@ class PoolSyncCallback(WeightSyncCallback):
     def _refuse_shared_engine(self, size: int, num_processes: int) -> None:
         """Refuse nothing: each actor's engine is its own, with as many workers as `engine` says."""
 
-    def bind(self, trainer: Any) -> PoolSyncCallback:
-        """Bind as the base class does.
+    def _num_processes(self, trainer: Any) -> int:
+        return 1  # actors have one trainer
 
-        Raises:
-            ConfigError: the trainer was not built with this callback.
-            CompatError: the installed TRL has other attributes.
-        """
-        if self._trainer is trainer:
-            return self
-        self._refuse_another(trainer)
-        generation = getattr(trainer, "vllm_generation", None)
+    def _new_session(self, trainer: Any, generation: Any) -> SyncSession:
         llm = getattr(generation, "llm", None)
         if not isinstance(llm, PooledLLM):
             raise ConfigError(
                 "this trainer has no rollout actors; build it with use_vllm=True, "
                 'vllm_mode="colocate" and callbacks=[callback]'
             )
-        require_attributes(trainer, OF_TRAINER, trainer)
-        require_attributes(generation, OF_GENERATION, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self._eager = self._new_eager(trainer, num_processes=1)
         transport = llm.pool.transport(self.config)
-        self.session = SyncSession(
+        return SyncSession(
             make_source(model, self.config, transport),
             transport,
             self._session_config,
@@ -126,12 +116,14 @@ class PoolSyncCallback(WeightSyncCallback):
             probe=probe_of(model),
             observers=[RayMetrics()],
         )
-        llm.recover = self._sync
-        self._take_over(trainer)
-        trainer.vllm_generation.generate = self._noting(trainer.vllm_generation.generate)
+
+    def _take_over(self, trainer: Any) -> None:
+        super()._take_over(trainer)
+        generation = trainer.vllm_generation
+        generation.llm.recover = self._sync
+        generation.generate = self._noting(generation.generate)
         if self._max_staleness:
             self._generate_ahead(trainer)
-        return self
 
     def close(self) -> None:
         """End the actors."""
