@@ -54,8 +54,8 @@ class Takeover:
         self._trainer = weakref.ref(trainer, self.close)
         self._callback = weakref.ref(callback, self.close)
         if not self._awaited:
-            replaced = _replaced(VLLMGeneration, "_init_vllm", _taken_over)
-            self._replacement.enter_context(replaced)
+            awaiting = replaced(VLLMGeneration, "_init_vllm", _taken_over)
+            self._replacement.enter_context(awaiting)
         self._awaited.append(self)
 
     def awaits(self, generation: Any) -> bool:
@@ -164,7 +164,7 @@ def engine_arguments(**arguments: Any) -> Iterator[None]:
     def with_ours(build: Callable[..., Any]) -> Callable[..., Any]:
         return lambda **given: build(**{**given, **arguments})
 
-    with _replaced(vllm_generation, "LLM", with_ours):
+    with replaced(vllm_generation, "LLM", with_ours):
         yield
 
 
@@ -187,7 +187,7 @@ def own_process() -> Iterator[None]:
 
         return start
 
-    with _replaced(vllm_generation, "LLM", apart):
+    with replaced(vllm_generation, "LLM", apart):
         yield
 
 
@@ -206,7 +206,7 @@ def without_nccl() -> Iterator[None]:
     def skipped(join: Callable[..., Any]) -> Callable[..., Any]:
         return lambda client, device=0: None
 
-    with _replaced(VLLMClient, "init_communicator", skipped):
+    with replaced(VLLMClient, "init_communicator", skipped):
         yield
 
 
@@ -233,7 +233,7 @@ def require_attributes(owner: Any, names: Sequence[str], trainer: Any) -> None:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Replace `owner.name` by the result of `make` in this context."""
     original = getattr(owner, name, None)
     if original is None:

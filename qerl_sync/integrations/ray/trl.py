@@ -16,7 +16,7 @@ from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
 from qerl_sync.integrations.ray.metrics import RayMetrics
 from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.integrations.trl import WeightSyncCallback
-from qerl_sync.integrations.trl_patches import _replaced
+from qerl_sync.integrations.trl_patches import replaced
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
 
@@ -82,7 +82,7 @@ class PoolSyncCallback(WeightSyncCallback):
             trls = {name: v for name, v in given.items() if name not in IN_PROCESS_ONLY}
             return self._start({**trls, **self._engine})
 
-        with _replaced(vllm_generation, "LLM", lambda llm: start):
+        with replaced(vllm_generation, "LLM", lambda llm: start):
             yield
 
     def _start(self, engine: dict[str, Any]) -> PooledLLM:
