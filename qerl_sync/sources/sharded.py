@@ -130,15 +130,6 @@ class ShardedSource(_Gathered):
 class ShardedAdapterSource(_Gathered, AdapterSource):
     """Yields what `AdapterSource` would yield of the whole model, gathered as `ShardedSource` does.
 
-    Example:
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=8))
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        with SyncSession(ShardedAdapterSource(model), transport, SyncConfig()) as session:
-            session.push(step=1)  # on every rank: base and adapter
-            session.push(step=2)  # the adapter
-
     Nothing of the base is gathered where it does not travel.
     """
 
@@ -146,11 +137,6 @@ class ShardedAdapterSource(_Gathered, AdapterSource):
 class ShardedPEFTSource(_Gathered, PEFTSource):
     """Yields what `PEFTSource` would yield of the whole model: of each parameter the base and its
     factors are gathered when it is due, and merged.
-
-    Example:
-        with SyncSession(ShardedPEFTSource(model), transport, SyncConfig()) as session:
-            session.push(step=1)  # on every rank: everything
-            session.push(step=2)  # what the adapters touch, and what is trained beside them
     """
 
     def finite_check(self, wanted: bool) -> FiniteCheck:
