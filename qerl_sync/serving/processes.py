@@ -1,4 +1,4 @@
-"""Ask about processes: their descendants, their session, the ports that they listen on; signals."""
+"""Ask about processes: descendants, session, the ports that they listen on. Handle signals."""
 
 from __future__ import annotations
 

@@ -223,13 +223,14 @@ def _merges_of(module: Any, path: str) -> Iterator[tuple[str, _Merge]]:
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
     copies = isinstance(module, ModulesToSaveWrapper)
-    if isinstance(module, AuxiliaryTrainingWrapper) and not copies:
-        raise _refusal(path, f"is wrapped by {type(module).__name__} (trainable_token_indices)")
-    if not copies and not isinstance(module, LoraLayer):
-        raise _refusal(path, f"has an adapter of another kind than LoRA: {_kind_of(module)}")
-    # Exact classes: those for quantised layers, convolutions and others derive from them or not.
-    if not copies and type(module) not in (Linear, Embedding, ParamWrapper):
-        raise _refusal(path, f"has a LoRA layer that is not merged here: {_kind_of(module)}")
+    if not copies:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise _refusal(path, f"is wrapped by {type(module).__name__} (trainable_token_indices)")
+        if not isinstance(module, LoraLayer):
+            raise _refusal(path, f"has an adapter of another kind than LoRA: {_kind_of(module)}")
+        # Exact classes: those for quantised layers, convolutions and others may derive from them.
+        if type(module) not in (Linear, Embedding, ParamWrapper):
+            raise _refusal(path, f"has a LoRA layer that is not merged here: {_kind_of(module)}")
     if module.disable_adapters:
         raise _refusal(
             path,
