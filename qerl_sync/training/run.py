@@ -113,7 +113,7 @@ def train(
         apart = mode == "subprocess" and not verbose
         log = directory.engine_log_of(processes.rank) if apart else None
         # The other processes wait for the server in the trainer's constructor.
-        leads = processes.leads
+        leads = processes.rank == 0
         server = rollout_server(config, path, directory, display) if leads else nullcontext()
         recorded = run_errors_recorded(directory.root) if leads else nullcontext()
         with recorded, server as url:
