@@ -111,16 +111,18 @@ def _unloadable(path: str, what: str, exc: Exception) -> FileError:
     """Return the error for a checkpoint that transformers does not load."""
     cause = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
     if Path(path).is_dir():
-        return FileError(
-            f"model.path: no {what} can be loaded from {where(path)} ({cause}); save or fetch it "
-            "anew",
-            path=path,
+        return _refusal(
+            path, f"no {what} can be loaded from {where(path)} ({cause}); save or fetch it anew"
         )
-    return FileError(
-        f"model.path: there is no directory {where(path)}, and no {what} of that name can be had "
-        f"from the Hugging Face hub ({cause}); correct the path, or the hub id and the connection",
-        path=path,
+    return _refusal(
+        path,
+        f"there is no directory {where(path)}, and no {what} of that name can be had from the "
+        f"Hugging Face hub ({cause}); correct the path, or the hub id and the connection",
     )
+
+
+def _refusal(path: str, what: str) -> FileError:
+    return FileError(f"model.path: {what}", path=path)
 
 
 def _check_directory(path: str) -> None:
@@ -132,18 +134,16 @@ def _check_directory(path: str) -> None:
         deep = len(others) > 1 or (others and Path(first).is_dir())
         if directory.exists() or directory.is_absolute() or path.startswith(".") or deep:
             kind = "is a file" if directory.exists() else "does not exist"
-            raise FileError(
-                f"model.path: {where(path)} {kind}; name a directory with a model and a tokenizer",
-                path=path,
-            )
+            text = f"{where(path)} {kind}; name a directory with a model and a tokenizer"
+            raise _refusal(path, text)
         return
     require_model_directory(directory)
     kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if not any((directory / kind).is_file() for kind in kinds):
-        raise FileError(
-            f"model.path: {path} has no tokenizer (none of {', '.join(kinds)}); save it there with "
+        raise _refusal(
+            path,
+            f"{path} has no tokenizer (none of {', '.join(kinds)}); save it there with "
             f"tokenizer.save_pretrained({path!r})",
-            path=path,
         )
 
 
