@@ -80,18 +80,16 @@ class PoolSyncCallback(WeightSyncCallback):
 
         def start(**given: Any) -> PooledLLM:
             trls = {name: v for name, v in given.items() if name not in IN_PROCESS_ONLY}
-            return self._start({**trls, **self._engine})
+            engine = {**trls, **self._engine}
+            node = require_ray().get_runtime_context().get_node_id()
+            require_room_for_chunks(self.config, {node})
+            pool = WorkerPool.start(self._count, engine, **self._pool_arguments)
+            length, staleness = engine.get("max_model_len"), self._max_staleness
+            self.llm = PooledLLM(pool, max_model_len=length, max_staleness=staleness)
+            return self.llm
 
         with replaced(vllm_generation, "LLM", lambda llm: start):
             yield
-
-    def _start(self, engine: dict[str, Any]) -> PooledLLM:
-        require_room_for_chunks(self.config, {require_ray().get_runtime_context().get_node_id()})
-        pool = WorkerPool.start(self._count, engine, **self._pool_arguments)
-        self.llm = PooledLLM(
-            pool, max_model_len=engine.get("max_model_len"), max_staleness=self._max_staleness
-        )
-        return self.llm
 
     def _refuse_shared_engine(self, size: int, num_processes: int) -> None:
         """Refuse nothing: each actor's engine is its own, with as many workers as `engine` says."""
