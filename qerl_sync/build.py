@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from qerl_sync.config import SyncConfig
 from qerl_sync.engines.base import WeightSyncClient
@@ -86,51 +86,43 @@ def make_source(
             allows.
         CompatError, CoverageError: with `sync.lora: adapter`, the engines cannot serve it.
     """
-    sources = _sources(several_ranks, root)
+    whole, adapter, merged = _sources(several_ranks, root)
     if not hasattr(model, "peft_config"):
-        return sources.whole(model)
-    if sync.lora == "merge":
-        return _merged(sources, model, "asked for")
-    asked = sync.lora == "adapter"
-    try:
-        if transport is None:
-            raise ConfigError(
-                "several trainer ranks, each with a part of the model, send it merged; choose "
-                "sync.lora: merge"
-            )
-        source = sources.adapter(
-            model, reason="asked for" if asked else "the engine serves it exactly as it is"
-        )
-        transport.require_adapter(source.adapter())
-    except (ConfigError, CompatError, CoverageError) as exc:
-        if asked:
-            raise
-        return _merged(sources, model, str(exc))
+        return whole(model)
+    asked, reason = sync.lora == "adapter", "asked for"
+    if sync.lora != "merge":
+        try:
+            if transport is None:
+                raise ConfigError(
+                    "several trainer ranks, each with a part of the model, send it merged; choose "
+                    "sync.lora: merge"
+                )
+            as_it_is = reason if asked else "the engine serves it exactly as it is"
+            served = adapter(model, reason=as_it_is)
+            transport.require_adapter(served.adapter())
+            return served
+        except (ConfigError, CompatError, CoverageError) as exc:
+            if asked:
+                raise
+            reason = str(exc)
+    source = merged(model)
+    source.lora = {"mode": "merge", "reason": reason}
     return source
 
 
-class _Sources(NamedTuple):
-    whole: Callable[..., HFSource]
-    adapter: Callable[..., AdapterSource]
-    merged: Callable[..., PEFTSource]
-
-
-def _sources(several_ranks: bool, root: Callable[[], Any] | None = None) -> _Sources:
+def _sources(
+    several_ranks: bool, root: Callable[[], Any] | None = None
+) -> tuple[Callable[..., HFSource], Callable[..., AdapterSource], Callable[..., PEFTSource]]:
+    """Return what makes the source of a whole model, of an adapter, and of a merged one."""
     if not several_ranks:
-        return _Sources(HFSource, AdapterSource, PEFTSource)
+        return HFSource, AdapterSource, PEFTSource
     from qerl_sync.sources import sharded  # torch's FSDP takes 2 s to import
 
-    return _Sources(
+    return (
         partial(sharded.ShardedSource, root=root),
         partial(sharded.ShardedAdapterSource, root=root),
         partial(sharded.ShardedPEFTSource, root=root),
     )
-
-
-def _merged(sources: _Sources, model: Any, reason: str) -> Source:
-    source = sources.merged(model)
-    source.lora = {"mode": "merge", "reason": reason}
-    return source
 
 
 def adapter_arguments(
@@ -141,7 +133,8 @@ def adapter_arguments(
     if not hasattr(model, "peft_config") or sync.lora == "merge":
         return {}
     try:
-        rank = _sources(several_ranks).adapter(model).adapter().rank
+        _, adapter, _ = _sources(several_ranks)
+        rank = adapter(model).adapter().rank
     except ConfigError:
         if sync.lora == "adapter":
             raise
@@ -187,18 +180,20 @@ def remote_transport(
     Args:
         options: more arguments of `RemoteTransport`, as they are.
     """
-    return RemoteTransport(
-        client,
-        transport=sync.transport,
-        chunks_in_flight=sync.chunks_in_flight,
-        timeout_seconds=sync.timeout_seconds,
-        address=sync.trainer_address,
-        port=sync.trainer_port,
-        bind=sync.trainer_bind or "",
-        pause_mode=sync.pause_mode,
-        recompute_running=sync.recompute_running,
-        **options,
-    )
+    given = {**transport_options(sync), **options}
+    return RemoteTransport(client, address=sync.trainer_address, port=sync.trainer_port, **given)
+
+
+def transport_options(sync: SyncConfig) -> dict[str, Any]:
+    """Return the arguments of a `RemoteTransport` that the section `sync` decides anywhere."""
+    return {
+        "transport": sync.transport,
+        "chunks_in_flight": sync.chunks_in_flight,
+        "timeout_seconds": sync.timeout_seconds,
+        "bind": sync.trainer_bind or "",
+        "pause_mode": sync.pause_mode,
+        "recompute_running": sync.recompute_running,
+    }
 
 
 def _refuse_inproc(sync: SyncConfig, where: str) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from typing_extensions import Self
 
 from qerl_sync.build import BACKEND, adapter_arguments, make_session
 from qerl_sync.config import SyncConfig
@@ -138,9 +139,7 @@ class WeightSyncCallback(TrainerCallback):
                 )
             self.bind(trainer)
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_init_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
         """Await the engine that the trainer builds next."""
         trainer = calling_trainer(self)
         self._refuse_another(trainer)
@@ -171,22 +170,16 @@ class WeightSyncCallback(TrainerCallback):
             self._takeover = None
 
     @contextmanager
-    def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
+    def connecting(self) -> Iterator[None]:
         """Give a TRL trainer that is built in this context an engine that this callback can sync.
 
-        A callback that is among the `callbacks` of a trainer does so by itself.
-
-        Args:
-            in_own_process: see the class.
-            arguments: vLLM engine arguments, over the class's `engine`.
+        A callback that is among the `callbacks` of a trainer does so by itself, and binds itself.
 
         Raises:
             ConfigError: vLLM's engine has no such argument; or another tensor parallel engine of
                 this machine, or what is left of one, is in its way.
             CompatError: the installed TRL does not do these things where this expects them.
         """
-        self._engine |= arguments
-        self._in_own_process |= in_own_process
         arguments = self._engine
         if self._in_own_process or self.config.transport in ("cuda_ipc", "shm", "tcp"):
             arguments = {"weight_transfer_config": {"backend": BACKEND}, **arguments}
@@ -194,10 +187,8 @@ class WeightSyncCallback(TrainerCallback):
         with place, engine_arguments(**arguments), cpu_segments.leftovers_explained():
             yield
 
-    def bind(self, trainer: Any) -> WeightSyncCallback:
+    def bind(self, trainer: Any) -> Self:
         """Take over the weight sync of a trainer that has been built.
-
-        A callback that is among the `callbacks` of a trainer does so by itself.
 
         Raises:
             ConfigError: the trainer does not generate with vLLM, or with one that cannot be synced
@@ -208,7 +199,7 @@ class WeightSyncCallback(TrainerCallback):
         if self._trainer is trainer:
             return self
         self._refuse_another(trainer)
-        num_processes = getattr(getattr(trainer, "accelerator", None), "num_processes", 1)
+        num_processes = self._num_processes(trainer)
         self._eager = self._new_eager(trainer, num_processes)
         if num_processes > 1:
             self._ranks = TrainerRanks(self.config.timeout_seconds, num_ranks=num_processes)
@@ -218,10 +209,14 @@ class WeightSyncCallback(TrainerCallback):
         self._take_over(trainer)
         return self
 
+    def _num_processes(self, trainer: Any) -> int:
+        """Return how many processes sync together."""
+        return getattr(getattr(trainer, "accelerator", None), "num_processes", 1)
+
     def _new_eager(self, trainer: Any, num_processes: int) -> EagerSync | None:
         if self.config.when == "lazy":
             return None
-        sleeps = bool(getattr(_generation(trainer), "enable_sleep_mode", False))
+        sleeps = bool(_generation(trainer).enable_sleep_mode)
         require_eager(num_processes=num_processes, sleeps=sleeps)
         return EagerSync()
 
@@ -235,7 +230,11 @@ class WeightSyncCallback(TrainerCallback):
         if colocated:
             num_processes = trainer.accelerator.num_processes
             self._refuse_shared_engine(generation.tensor_parallel_size, num_processes)
-        _refuse_to_wake(self.config, generation)
+        if self.config.verify == "full" and _sleeps(generation):
+            raise ConfigError(
+                "sync.verify: full asks the engine after each sync, and an engine that sleeps "
+                "(vllm_enable_sleep_mode) has no KV cache then; choose verify: checksum"
+            )
         model = trainer.accelerator.unwrap_model(trainer.model)
         given = {
             "ranks": self._ranks,
@@ -352,7 +351,13 @@ class WeightSyncCallback(TrainerCallback):
         if self._sent_ahead and (self._synced_step, self._synced_clean) == (step, clean):
             self._sent_ahead = False
             return
-        _wake_up(trainer.vllm_generation)
+        if _sleeps(generation := trainer.vllm_generation):
+            from trl.generation.vllm_generation import empty_cache
+
+            # Its weights' memory must be mapped before it is written to.
+            empty_cache()
+            generation.llm.wake_up(tags=["weights"])
+            generation._llm_weights_sleeping = False
         self._note(self._push(step, clean), step, clean)
 
     def _push(self, step: int, clean: bool) -> SyncReport:
@@ -370,30 +375,29 @@ class WeightSyncCallback(TrainerCallback):
         self._synced_step, self._synced_clean, self._sent_ahead = step, clean, False
         self.reports.append(report)
         trainer.state.stateful_callbacks[STATE_KEY] = {"version": report.version}
-        mode = "train" if trainer.model.training else "eval"
-        for name, value in metrics(report).items():
-            trainer._metrics[mode][name].append(value)
+        self._log(metrics(report))
         if self._recorder is not None and trainer.accelerator.is_main_process:
             self._recorder(report)
 
+    def _log(self, numbers: Mapping[str, float]) -> None:
+        """Append to the trainer's own metrics."""
+        mode = "train" if self._trainer.model.training else "eval"
+        for name, value in numbers.items():
+            self._trainer._metrics[mode][name].append(value)
+
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """With `when: eager`, send the new weights if completions are next to be made with them."""
         step = state.global_step
         ends = control.should_training_stop or step >= state.max_steps
         if self._eager is not None and not ends and self._eager.is_next(step):
-            self._begin_ahead(step)
+            clean = self._wants_clean()
+            push = partial(self._push, step, clean)
+            device = next(self._trainer.model.parameters()).device
+            self._eager.begin(push, step=step, clean=clean, device=device)
 
-    def _begin_ahead(self, step: int) -> None:
-        assert self._eager is not None
-        clean = self._wants_clean()
-        device = next(self._trainer.model.parameters()).device
-        self._eager.begin(partial(self._push, step, clean), step=step, clean=clean, device=device)
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Let no weight change while it is sent."""
         self.wait()
 
@@ -455,7 +459,7 @@ class WeightSyncCallback(TrainerCallback):
         return not 0 <= behind < getattr(self._trainer.args, "vllm_sync_frequency", 1)
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any
     ) -> None:
         self._stop_waiting()
         trainer = calling_trainer(self)
@@ -469,12 +473,7 @@ class WeightSyncCallback(TrainerCallback):
         self.expect_new_weights()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         directory = self.config.record_directory
         if directory is not None and state.is_world_process_zero:
@@ -488,9 +487,7 @@ class WeightSyncCallback(TrainerCallback):
             with suppress(OSError):
                 append_line(Path(directory) / LOG, {"step": state.global_step, **numbers})
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # `load_best_model_at_end` has just put other weights into the model.
         self.expect_new_weights()
 
@@ -566,7 +563,7 @@ def _generation(trainer: Any) -> Any:
         require_attributes(generation, ("vllm_client",), trainer)
         client = ("base_url", "get_server_info", "generate")
         require_attributes(generation.vllm_client, client, trainer)
-    if generation.mode == "colocate" and generation.enable_sleep_mode:
+    if _sleeps(generation):
         from trl.generation import vllm_generation
 
         require_attributes(generation, ("_llm_weights_sleeping",), trainer)
@@ -601,14 +598,6 @@ def _why_not(trainer: Any) -> str:
     )
 
 
-def _refuse_to_wake(config: SyncConfig, generation: Any) -> None:
-    if config.verify == "full" and generation.mode == "colocate" and generation.enable_sleep_mode:
-        raise ConfigError(
-            "sync.verify: full asks the engine after each sync, and an engine that sleeps "
-            "(vllm_enable_sleep_mode) has no KV cache then; choose verify: checksum"
-        )
-
-
 def _server_of(client: Any) -> str:
     """Return the address of TRL's server, if weights can be sent there.
 
@@ -637,11 +626,5 @@ def _server_of(client: Any) -> str:
     return url
 
 
-def _wake_up(generation: Any) -> None:
-    """Wake a sleeping engine: its weights' memory must be mapped before it is written to."""
-    if generation.mode == "colocate" and generation.enable_sleep_mode:
-        from trl.generation.vllm_generation import empty_cache
-
-        empty_cache()
-        generation.llm.wake_up(tags=["weights"])
-        generation._llm_weights_sleeping = False
+def _sleeps(generation: Any) -> bool:
+    return generation.mode == "colocate" and generation.enable_sleep_mode

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qerl_sync.build import make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
-from qerl_sync.integrations.trl import metrics
+from qerl_sync.integrations.trl import OF_TRAINER, metrics
 from qerl_sync.integrations.trl_patches import require_attributes
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
@@ -71,7 +71,7 @@ class AsyncWeightTransfer:
                 f"{kind} takes no weight_transfer: AsyncWeightTransfer is for AsyncGRPOTrainer and "
                 "AsyncDistillationTrainer; use WeightSyncCallback for those with vllm_generation"
             )
-        require_attributes(trainer, ("model", "accelerator", "args", "state", "_metrics"), trainer)
+        require_attributes(trainer, OF_TRAINER, trainer)
         # TRL keeps it in the main process only.
         if trainer.accelerator.is_main_process and trainer.weight_transfer is not self:
             raise ConfigError(

@@ -10,12 +10,12 @@ import inspect
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import wraps
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from transformers import Trainer
 
@@ -24,17 +24,12 @@ from qerl_sync.engines.environment import changed_environment
 from qerl_sync.errors import CompatError
 from qerl_sync.worker.compat.coupling import WINDOW
 
+if TYPE_CHECKING:
+    from qerl_sync.integrations.trl import WeightSyncCallback
+
 # What makes vLLM give an engine a process of its own. Spawned: a forked one would inherit torch's
 # thread pools without their threads.
 OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-
-
-class EngineTaker(Protocol):
-    """A callback that takes over the engine of the trainer that it was given to."""
-
-    def connecting(self) -> AbstractContextManager[None]: ...
-
-    def bind(self, trainer: Any) -> Any: ...
 
 
 class Takeover:
@@ -52,23 +47,19 @@ class Takeover:
     _awaited: ClassVar[list[Takeover]] = []
     _replacement: ClassVar[ExitStack] = ExitStack()
 
-    def __init__(self, trainer: Any, callback: EngineTaker) -> None:
+    def __init__(self, trainer: Any, callback: WeightSyncCallback) -> None:
         from trl.generation.vllm_generation import VLLMGeneration
 
         # Weak: this must not keep alive what nobody else has.
         self._trainer = weakref.ref(trainer, self.close)
         self._callback = weakref.ref(callback, self.close)
         if not self._awaited:
-            replaced = _replaced(VLLMGeneration, "_init_vllm", _taken_over)
-            self._replacement.enter_context(replaced)
+            awaiting = replaced(VLLMGeneration, "_init_vllm", _taken_over)
+            self._replacement.enter_context(awaiting)
         self._awaited.append(self)
 
-    @classmethod
-    def of(cls, generation: Any) -> Takeover | None:
-        """Return the one that awaits this `VLLMGeneration`."""
-        return next((one for one in cls._awaited if one._awaits(generation)), None)
-
-    def _awaits(self, generation: Any) -> bool:
+    def awaits(self, generation: Any) -> bool:
+        """Return whether this `VLLMGeneration` is the trainer's."""
         trainer = self._trainer()
         # Two trainers may share a model, and one may generate with a model that it does not train.
         return (
@@ -99,11 +90,10 @@ class Takeover:
 def _taken_over(init_vllm: Callable[[Any], None]) -> Callable[[Any], None]:
     @wraps(init_vllm)
     def init_or_take_over(generation: Any) -> None:
-        takeover = Takeover.of(generation)
-        if takeover is None:
-            init_vllm(generation)
-        else:
-            takeover.run(generation, init_vllm)
+        for takeover in Takeover._awaited:
+            if takeover.awaits(generation):
+                return takeover.run(generation, init_vllm)
+        return init_vllm(generation)
 
     return init_or_take_over
 
@@ -134,12 +124,9 @@ def known_engine_arguments() -> set[str]:
     from vllm import LLM
     from vllm.engine.arg_utils import EngineArgs
 
-    of_llm = {
-        name
-        for name, kind in inspect.signature(LLM).parameters.items()
-        if kind.kind is not kind.VAR_KEYWORD
-    }
-    return of_llm | {field.name for field in fields(EngineArgs)}
+    of_llm = inspect.signature(LLM).parameters
+    names = {name for name, kind in of_llm.items() if kind.kind is not kind.VAR_KEYWORD}
+    return names | {field.name for field in fields(EngineArgs)}
 
 
 def check_engine_arguments(arguments: Mapping[str, Any]) -> None:
@@ -177,7 +164,7 @@ def engine_arguments(**arguments: Any) -> Iterator[None]:
     def with_ours(build: Callable[..., Any]) -> Callable[..., Any]:
         return lambda **given: build(**{**given, **arguments})
 
-    with _replaced(vllm_generation, "LLM", with_ours):
+    with replaced(vllm_generation, "LLM", with_ours):
         yield
 
 
@@ -188,9 +175,6 @@ def own_process() -> Iterator[None]:
     That process does not hear Ctrl-C, which a terminal sends to all at once: vLLM's engine would
     end before the trainer had finished its step. The process that started the engine ends it.
     SIGTERM it hears: vLLM's own clients end an engine by it.
-
-    Raises:
-        CompatError: the installed TRL does not build its engine where this expects it.
     """
     from trl.generation import vllm_generation
 
@@ -203,7 +187,7 @@ def own_process() -> Iterator[None]:
 
         return start
 
-    with _replaced(vllm_generation, "LLM", apart):
+    with replaced(vllm_generation, "LLM", apart):
         yield
 
 
@@ -222,7 +206,7 @@ def without_nccl() -> Iterator[None]:
     def skipped(join: Callable[..., Any]) -> Callable[..., Any]:
         return lambda client, device=0: None
 
-    with _replaced(VLLMClient, "init_communicator", skipped):
+    with replaced(VLLMClient, "init_communicator", skipped):
         yield
 
 
@@ -249,7 +233,7 @@ def require_attributes(owner: Any, names: Sequence[str], trainer: Any) -> None:
 
 
 @contextmanager
-def _replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
     """Replace `owner.name` by the result of `make` in this context."""
     original = getattr(owner, name, None)
     if original is None:

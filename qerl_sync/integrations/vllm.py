@@ -180,9 +180,7 @@ class VLLMSource(Source):
 
     @torch.no_grad()
     def end_pass(self) -> None:
-        """Iterate to the end of the pass: its gathers are collectives, which other ranks run
-        too.
-        """
+        """Iterate to the end of the pass: other ranks run the collectives of the rest too."""
         for _ in self._pass or ():
             pass
         self._pass = None

@@ -92,12 +92,6 @@ class AgreeingClient:
         self._num_updates = 0
         self.finite_check: FiniteCheck = "worker"
 
-    def introduce(self) -> None:
-        """Raise AgreementError if a worker refuses this trainer (TransportError, if it is in
-        another process).
-        """
-        self.init_weight_transfer_engine({})
-
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         said = say.introduction(init_info, __version__, self._expected, self._token, self._session)
         self._num_updates = 0
@@ -138,7 +132,8 @@ class _Agreeing:
 
         Raises:
             ConfigError: the source has no plan.
-            AgreementError, TransportError: see `AgreeingClient.introduce`.
+            AgreementError: a worker refuses this trainer (TransportError, if it is in another
+                process).
         """
         if not isinstance(source, PlannedSource):
             raise ConfigError(
@@ -147,7 +142,7 @@ class _Agreeing:
             )
         agreeing = AgreeingClient(client, source, init_info.expected)
         if init_info.is_sender:
-            agreeing.introduce()
+            agreeing.init_weight_transfer_engine({})
         engine: Self = super().trainer_init(init_info, client=agreeing, source=source)  # type: ignore[misc]
         engine._check_finite = init_info.check_finite
         return engine

@@ -1,10 +1,11 @@
-"""Ask about processes: their descendants, their session, the ports that they listen on."""
+"""Ask about processes: descendants, session, the ports that they listen on. Handle signals."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 
 import psutil
 
@@ -41,6 +42,17 @@ def any_listens(pids: Iterable[int], port: int) -> bool:
                 if found.status == psutil.CONN_LISTEN and found.laddr.port == port:
                     return True
     return False
+
+
+@contextlib.contextmanager
+def signals_handled(handler: Callable[..., object], *numbers: signal.Signals) -> Iterator[None]:
+    """Handle these signals in this context. Must be used in the main thread."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
 
 
 def _alive(processes: Iterable[psutil.Process]) -> Iterator[int]:

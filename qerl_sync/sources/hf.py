@@ -66,6 +66,10 @@ class HFSource(Source):
     stable = True
     checks_finite = True
     stamps_content = True
+    _why_unreadable = (
+        ", and this source does not gather; give the session a ShardedSource "
+        "(qerl_sync.sources.sharded) on every trainer rank, or train in one process"
+    )
 
     def __init__(self, model: torch.nn.Module, *, convert: bool = True) -> None:
         self._stamps = ContentStamps()
@@ -81,7 +85,7 @@ class HFSource(Source):
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
         # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
         parameters = self._parameters = self._find_parameters(since=" since this source was made")
-        layout = tuple((name, p.dtype, self._shape(name)) for name, p in parameters.items())
+        layout = tuple((name, p.dtype, self._shape(p)) for name, p in parameters.items())
         if layout != self._layout:
             self._conversions = _conversions(self._model) if self._convert else []
             twins = {
@@ -105,20 +109,24 @@ class HFSource(Source):
         return found
 
     def resident_bytes(self) -> int:
-        own = {s.key: s for p in self._parameters.values() for s in storages_of(p)}
+        whole = (p for p in self._parameters.values() if not self._is_gathered(p))
+        own = {s.key: s for p in whole for s in storages_of(p)}
         return sum(storage.nbytes for storage in own.values())
 
     def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
-        looked_at: Iterable[str] = self._parameters
+        looked_at: Iterable[str] = self._read()
         if names is not None:
-            of = (self._group_of[name].parameters for name in names)
-            looked_at = dict.fromkeys(one for group in of for one in group)
+            looked_at = dict.fromkeys(one for name in names for one in self._behind(name))
         held = ((name, tensor) for name in looked_at for tensor in self._read_for(name))
         require_all_finite(held, alone=alone)
 
     def content_stamps(self) -> Mapping[str, Hashable]:
-        own = {name: p for name, p in self._parameters.items() if self._is_sent_as_it_is(name)}
-        stamps = self._stamps.of(own)
+        # What is made of several tensors has no bytes yet.
+        own = {name: p for name, p in self._parameters.items() if len(self._parts(name)) == 1}
+        return self._of_outputs(self._stamps.of(own))
+
+    def _of_outputs(self, stamps: Mapping[str, Hashable]) -> dict[str, Hashable]:
+        """Return stamps of checkpoint tensors, of those whose parameters all have one."""
         return {
             meta.name: tuple(stamps[name] for name in group.parameters)
             for group in self._groups
@@ -138,7 +146,8 @@ class HFSource(Source):
     # What a source overrides that sends something else than the model's own parameters.
 
     def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
-        """Return the model's parameters by their names in memory. `since`: see `require_whole`."""
+        """Return the model's parameters by their names in memory. `since`: see
+        `_require_readable`."""
         if hasattr(self._model, "peft_config"):
             raise ConfigError(
                 f"the model carries PEFT adapters{since}, which this source does not merge; give "
@@ -150,41 +159,60 @@ class HFSource(Source):
     def _require_readable(
         self, parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = ""
     ) -> None:
-        """Raise ConfigError where `_whole` would not return a whole parameter."""
-        require_whole(parameters, since=since)
+        """Refuse a model with a parameter that `_whole` would not return whole.
+
+        Args:
+            since: what has become of a model that was whole when the source was made.
+
+        Raises:
+            ConfigError: it is sharded; `parameter` and `sharding` say which and how.
+        """
+        for name, parameter in parameters:
+            sharding = sharding_of(name, parameter)
+            if sharding and not self._is_gathered(parameter):
+                raise ConfigError(
+                    f"{name!r} is sharded by {sharding}{since}{self._why_unreadable}",
+                    parameter=name,
+                    sharding=sharding,
+                )
+
+    def _is_gathered(self, tensor: torch.Tensor) -> bool:
+        """Return whether `_whole` gathers the tensor from shards."""
+        return False
+
+    def _read(self) -> Mapping[str, torch.Tensor]:
+        """Return all tensors that `materialize` reads, under the names that `_behind` has."""
+        return self._parameters
 
     def _behind(self, name: str) -> Sequence[str]:
-        """Return the parameters that `materialize` reads for the tensor of that name."""
+        """Return what `materialize` reads for the checkpoint tensor of that name."""
         return self._group_of[name].parameters
 
-    def _shape(self, name: str) -> torch.Size:
-        """Return the shape of `_value`."""
-        return self._full_shape(self._parameters[name])
-
-    def _full_shape(self, tensor: torch.Tensor) -> torch.Size:
-        """Return the shape of `_whole`."""
-        return torch.Size(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 empties it
+    def _parts(self, name: str) -> list[torch.Tensor]:
+        """Return the tensors that `_value` is made of."""
+        return [self._parameters[name]]
 
     def _value(self, name: str) -> torch.Tensor:
         """Return what is sent for a parameter, before it is converted."""
-        return self._whole(name, self._parameters[name])
+        (tensor,) = self._parts(name)
+        return self._whole(name, tensor)
 
     def _whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """Return all of a tensor that is read for the parameter of that name."""
         return tensor.detach()
+
+    def _shape(self, tensor: torch.Tensor) -> torch.Size:
+        """Return the shape of `_whole`."""
+        return torch.Size(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3 empties it
 
     def _memory(self, name: str) -> Storage:
         """Return the memory that `_value` lies in."""
         (storage,) = storages_of(self._parameters[name])
         return storage
 
-    def _is_sent_as_it_is(self, name: str) -> bool:
-        """Return whether `_value` is the parameter."""
-        return True
-
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
-        """Return the tensors that must be finite for `_value` to be."""
-        return [part_here(self._parameters[name])]
+        """Return the tensors that must be finite for `_value` to be: what is here of them."""
+        return [part_here(tensor) for tensor in self._parts(name)]
 
 
 def probe_of(
@@ -293,14 +321,9 @@ def parameters_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     Checkpoints also hold some buffers, for instance router corrections.
     """
     found: dict[str, torch.Tensor] = {clean(name): p for name, p in model.named_parameters()}
-    return found | {clean(name): b for name, b in _saved_buffers(model)}
-
-
-def _saved_buffers(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the buffers that `save_pretrained` writes and training may change."""
     for path, module in model.named_modules():
-        for name, buffer in saved_buffers_of(module):
-            yield f"{path}.{name}" if path else name, buffer
+        found |= {joined(path, name): buffer for name, buffer in saved_buffers_of(module)}
+    return found
 
 
 def saved_buffers_of(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -316,6 +339,11 @@ def clean(name: str) -> str:
     for prefix in WRAPPER_PREFIXES:
         dotted = dotted.replace(prefix, "")
     return dotted[:-1]
+
+
+def joined(path: str, name: str) -> str:
+    """Return the clean name of what a module has under a name."""
+    return clean(f"{path}.{name}" if path else name)
 
 
 def _groups(
@@ -390,33 +418,6 @@ def _converted(
     finally:
         if unknown:
             del model._weight_conversions
-
-
-def require_whole(parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = "") -> None:
-    """Refuse a model whose parameters, by name in memory, are not what a checkpoint holds.
-
-    Args:
-        since: what has become of a model that was whole when the source was made.
-
-    Raises:
-        ConfigError: it is sharded; `parameter` and `sharding` say which and how.
-    """
-    for name, parameter in parameters:
-        if sharding := sharding_of(name, parameter):
-            raise refused_sharding(
-                name,
-                sharding,
-                f"{since}, and this source does not gather",
-                "give the session a ShardedSource (qerl_sync.sources.sharded) on every trainer "
-                "rank, or train in one process",
-            )
-
-
-def refused_sharding(name: str, sharding: str, why: str, instead: str) -> ConfigError:
-    """Return the error for a sharded parameter. `instead`: the next step."""
-    return ConfigError(
-        f"{name!r} is sharded by {sharding}{why}; {instead}", parameter=name, sharding=sharding
-    )
 
 
 def part_here(parameter: torch.Tensor) -> torch.Tensor:

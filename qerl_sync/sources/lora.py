@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from qerl_sync.buffers.detect import dtype_name, require_all_finite
+from qerl_sync.buffers.detect import dtype_name
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.adapter import Adapter
-from qerl_sync.sources.hf import HFSource, clean, part_here, saved_buffers_of
+from qerl_sync.sources.adapted import Found, in_checkpoint_order, walk
+from qerl_sync.sources.hf import HFSource, part_here
 
 MERGE = "choose sync.lora: merge"
 # The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
@@ -35,9 +36,6 @@ class AdapterSource(HFSource):
 
     Args:
         model: an unsharded `PeftModel`, or a `PreTrainedModel` with `add_adapter`. Never changed.
-
-    Attributes:
-        lora: how the adapter travels and why so, for `SyncReport.lora`.
 
     Raises:
         ConfigError: the model is sharded, or has something that vLLM does not serve as an adapter:
@@ -64,31 +62,20 @@ class AdapterSource(HFSource):
 
     def adapter(self) -> Adapter:
         metas = (
-            ParamMeta(name, dtype_name(t.dtype), tuple(self._full_shape(t)))
+            ParamMeta(name, dtype_name(t.dtype), tuple(self._shape(t)))
             for name, t in self._factors.items()
         )
         return Adapter(tuple(metas), dict(self._scalings))
 
     def unchanging(self) -> Mapping[str, Hashable]:
         # torch counts what writes to a tensor in place, and a new one is elsewhere.
-        stamps = {
+        frozen = {
             name: (id(t), t._version, here.data_ptr(), here._version)
             for name, t in self._parameters.items()
+            if not t.requires_grad
             for here in [part_here(t)]
         }
-        return {
-            meta.name: tuple(stamps[name] for name in group.parameters)
-            for group in self._groups
-            for meta in group.outputs
-            if not any(self._parameters[name].requires_grad for name in group.parameters)
-        }
-
-    def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
-        factors = self._factors if names is None else self._factors.keys() & set(names)
-        if names is None or len(factors) < len(names):
-            others = None if names is None else [n for n in names if n not in self._factors]
-            super().check_finite(others, alone=alone)
-        require_all_finite(((n, part_here(self._factors[n])) for n in factors), alone=alone)
+        return self._of_outputs(frozen)
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         base = super().materialize([name for name in names if name not in self._factors])
@@ -98,10 +85,11 @@ class AdapterSource(HFSource):
     def _behind(self, name: str) -> Sequence[str]:
         return (name,) if name in self._factors else super()._behind(name)
 
-    def _value(self, name: str) -> torch.Tensor:
-        if name in self._factors:
-            return self._whole(name, self._factors[name])
-        return super()._value(name)
+    def _parts(self, name: str) -> list[torch.Tensor]:
+        return [self._factors[name]] if name in self._factors else super()._parts(name)
+
+    def _read(self) -> dict[str, torch.Tensor]:
+        return self._base | self._factors
 
     def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
         """Return the base under the names that it has without PEFT; note the adapter's factors."""
@@ -109,66 +97,52 @@ class AdapterSource(HFSource):
             # Sharding may change parameters in place (ZeRO-3), which no structure shows.
             self._require_readable(self._read().items(), since=since)
             return self._base
+        from peft.tuners.lora import LoraLayer
+
         self._structure = None
-        kinds = _PEFTKinds()
-        modules = [(clean(path), module) for path, module in self._model.named_modules()]
-        layers = {path: module for path, module in modules if isinstance(module, kinds.layer)}
-        name = _only_adapter(layers.values(), self._peft_config)
-        _refuse_features(self._peft_config[name], name, layers)
+        modules = list(self._model.modules())
+        layers = [module for module in modules if isinstance(module, LoraLayer)]
+        name = _only_adapter(layers, self._peft_config)
+        _refuse_features(self._peft_config[name], name)
         self._factors, self._scalings = {}, {}
-        hidden: set[int] = set()  # every adapter's tensors, and copies that this one does not use
-        for path, module in modules:
-            if path in layers:
-                self._note_factors(path, module, name, hidden)
-            elif isinstance(module, kinds.saved_copy):
-                copies: Any = module
-                own = name in copies.modules_to_save
-                used = copies.modules_to_save[name] if own else copies.original_module
-                hidden |= {id(p) for p in module.parameters()} - {id(p) for p in used.parameters()}
-            elif isinstance(module, kinds.wrapper):
-                raise _refusal(name, path, type(module).__name__, "it trains a part of a tensor")
+        found: dict[int | str, Found] = {}
+        for one in walk(self._model, "", partial(self._note, name)):
+            # Tied parameters once, as `named_parameters` yields them.
+            found.setdefault(id(one.tensor) if one.is_parameter else one.name, one)
         if not self._factors:
             raise ConfigError(
                 f"the adapter {name!r} has no LoRA layer in this {type(self._model).__name__}: it "
                 "is not attached to it; give the model that get_peft_model returned",
                 feature="no layers",
             )
-        found: dict[str, torch.Tensor] = {}
-        buffers: dict[str, torch.Tensor] = {}
-        for path, module in modules:
-            for key, parameter in module._parameters.items():
-                if parameter is not None and id(parameter) not in hidden:
-                    found[_plain(f"{path}.{key}" if path else key)] = parameter
-                    hidden.add(id(parameter))  # tied ones once, as `named_parameters` yields them
-            buffers.update(
-                (_plain(f"{path}.{key}" if path else key), buffer)
-                for key, buffer in saved_buffers_of(module)
-            )
-        self._base = found | buffers
+        self._base = in_checkpoint_order(list(found.values()))
         self._require_readable(self._read().items(), since=since)
-        self._structure = _Structure([module for _, module in modules], layers.values())
+        self._structure = _Structure(modules, layers)
         return self._base
 
-    def _read(self) -> dict[str, torch.Tensor]:
-        return {**self._base, **self._factors}
+    def _note(self, name: str, module: Any, path: str) -> None:
+        """Note an adapter's factors in one of PEFT's modules."""
+        from peft.tuners.lora import LoraLayer
+        from peft.utils.other import ModulesToSaveWrapper
 
-    def _note_factors(self, path: str, layer: Any, name: str, hidden: set[int]) -> None:
-        for kind in layer.adapter_layer_names:
-            container = getattr(layer, kind, None)
-            if isinstance(container, torch.nn.Module):
-                hidden |= {id(p) for p in container.parameters()}
-        if name not in layer.scaling:
+        if isinstance(module, ModulesToSaveWrapper):
             return
-        if layer.merged or layer.disable_adapters:
+        if not isinstance(module, LoraLayer):
+            raise _refusal(name, path, type(module).__name__, "it trains a part of a tensor")
+        if variant := module.lora_variant.get(name):
+            raise _refusal(name, path, type(variant).__name__, "vLLM computes plain LoRA")
+        if name not in module.scaling:
+            return
+        if module.merged or module.disable_adapters:
             raise ConfigError(
-                f"the adapter is {'merged into' if layer.merged else 'disabled in'} {path!r} at "
+                f"the adapter is {'merged into' if module.merged else 'disabled in'} {path!r} at "
                 "the moment, and the base weights or the trainer's own answers are not those that "
                 "train; call unmerge_adapter() or enable_adapter_layers() before the sync",
-                feature="merged" if layer.merged else "disabled",
+                feature="merged" if module.merged else "disabled",
             )
-        self._scalings[path] = float(layer.scaling[name])
+        self._scalings[path] = float(module.scaling[name])
         for kind in FACTORS:
-            factor = getattr(layer, kind, {})
+            factor = getattr(module, kind, {})
             if name in factor:
                 own = factor[name]
                 of_linear = isinstance(own, torch.nn.Module)
@@ -186,26 +160,15 @@ class _Structure:
 
     def __init__(self, modules: Iterable[torch.nn.Module], layers: Iterable[Any]) -> None:
         # With what the identities belong to, so that nothing else can get them.
-        self._modules = [(one, self._contents(one), self._identities(one)) for one in modules]
+        self._modules = [
+            (one, [list(table.values()) for table in _tables(one)], self._identities(one))
+            for one in modules
+        ]
         self._layers = [(layer, self._state_of(layer)) for layer in layers]
 
     @staticmethod
-    def _contents(module: torch.nn.Module) -> list[object]:
-        tables = (module._modules, module._parameters, module._buffers)
-        return [one for table in tables for one in table.values()]
-
-    @staticmethod
     def _identities(module: torch.nn.Module) -> list[object]:
-        # Written out: this is called for each module of the model at each sync.
-        children, parameters, buffers = module._modules, module._parameters, module._buffers
-        return [
-            *children,
-            *map(id, children.values()),
-            *parameters,
-            *map(id, parameters.values()),
-            *buffers,
-            *map(id, buffers.values()),
-        ]
+        return [(*table, *map(id, table.values())) for table in _tables(module)]
 
     @staticmethod
     def _state_of(layer: Any) -> tuple[Any, ...]:
@@ -214,29 +177,18 @@ class _Structure:
             list(layer.merged_adapters),
             layer.disable_adapters,
             dict(layer.scaling),
-            dict(getattr(layer, "lora_variant", {})),
+            dict(layer.lora_variant),
         )
 
     def unchanged(self) -> bool:
-        """Return whether every module has the same children, parameters and buffers: the same
-        objects, whatever their values."""
-        for module, _, before in self._modules:
-            if self._identities(module) != before:
-                return False
-        return all(self._state_of(layer) == before for layer, before in self._layers)
+        """Return whether all modules still hold the same objects, whatever their values."""
+        return all(self._identities(one) == before for one, _, before in self._modules) and all(
+            self._state_of(layer) == before for layer, before in self._layers
+        )
 
 
-class _PEFTKinds:
-    """PEFT's classes of modules that hold what it trains."""
-
-    def __init__(self) -> None:
-        from peft.tuners.lora import LoraLayer
-        from peft.utils import other
-
-        self.layer: Any = LoraLayer
-        self.saved_copy: Any = other.ModulesToSaveWrapper
-        # Older PEFT has no common class, and no other wrapper.
-        self.wrapper: Any = getattr(other, "AuxiliaryTrainingWrapper", ())
+def _tables(module: torch.nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._modules, module._parameters, module._buffers
 
 
 def _only_adapter(layers: Iterable[Any], configs: Mapping[str, Any]) -> str:
@@ -267,7 +219,7 @@ REFUSED = {
 }
 
 
-def _refuse_features(config: Any, name: str, layers: Mapping[str, Any]) -> None:
+def _refuse_features(config: Any, name: str) -> None:
     """Raise ConfigError for what would be served otherwise than it is trained."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
@@ -275,9 +227,6 @@ def _refuse_features(config: Any, name: str, layers: Mapping[str, Any]) -> None:
     for field, why in REFUSED.items():
         if value := getattr(config, field, None):
             raise _refusal(name, field, value, why)
-    for path, layer in layers.items():
-        if variant := getattr(layer, "lora_variant", {}).get(name):
-            raise _refusal(name, path, type(variant).__name__, "vLLM computes plain LoRA")
 
 
 def _refusal(name: str, feature: str, value: object, why: str) -> ConfigError:
@@ -286,11 +235,3 @@ def _refusal(name: str, feature: str, value: object, why: str) -> ConfigError:
         f"{why}; leave it away, or {MERGE}",
         feature=feature,
     )
-
-
-_PEFT_PARTS = re.compile(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.)")
-
-
-def _plain(name: str) -> str:
-    """Return the name that a base parameter has without PEFT."""
-    return clean(_PEFT_PARTS.sub("", name))

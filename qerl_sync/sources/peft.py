@@ -15,7 +15,8 @@ import torch
 
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import Storage
-from qerl_sync.sources.hf import HFSource, clean, part_here, saved_buffers_of
+from qerl_sync.sources.adapted import Found, in_checkpoint_order, walk
+from qerl_sync.sources.hf import HFSource, joined, part_here
 from qerl_sync.verify.changes import fingerprint
 
 # Returns all of a tensor of the model, of which this process may hold a shard.
@@ -58,23 +59,25 @@ class PEFTSource(HFSource):
             and not tensor.requires_grad
             and name not in self._merges
         }
-        return {
-            meta.name: tuple(frozen[name] for name in group.parameters)
-            for group in self._groups
-            if frozen.keys() >= set(group.parameters)
-            for meta in group.outputs
-        }
+        return self._of_outputs(frozen)
 
     def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
         _require_lora(self._adapted, self._model)
         self._require_readable(self._model.named_parameters(), since=since)
-        found: dict[str, _Found] = {}
-        of_origin: dict[int, _Found] = {}
-        for one in _walk(self._model, ""):
+        merges: dict[str, _Merge] = {}
+
+        def meet(module: Any, path: str) -> None:
+            merges.update({joined(path, n): merge for n, merge in _merges_of(module, path)})
+
+        def treatment(one: Found) -> Hashable:
+            copy = None if one.tensor is one.origin else id(one.tensor)
+            merge = merges.get(one.name)
+            return copy, None if merge is None else merge.treatment
+
+        of_origin: dict[int, Found] = {}
+        for one in walk(self._model, "", meet):
             first = of_origin.setdefault(id(one.origin), one)
-            if first is one:
-                found[one.name] = one
-            elif first.treatment != one.treatment:
+            if first is not one and treatment(first) != treatment(one):
                 raise _refusal(
                     one.name,
                     f"shares its weight with {first.name!r} in the base model, and only one of "
@@ -82,37 +85,33 @@ class PEFTSource(HFSource):
                     "one weight for both. Adapt both alike (ensure_weight_tying=True of "
                     "LoraConfig) or none",
                 )
-        self._merges = {name: one.merge for name, one in found.items() if one.merge is not None}
-        buffers = {name: one for name, one in found.items() if not one.is_parameter}
-        ordered = {n: one for n, one in found.items() if n not in buffers} | buffers
-        return {name: one.tensor for name, one in ordered.items()}
+        found = in_checkpoint_order(list(of_origin.values()))
+        self._merges = {name: merges[name] for name in found if name in merges}
+        return found
+
+    def _parts(self, name: str) -> list[torch.Tensor]:
+        merge = self._merges.get(name)
+        return [self._parameters[name], *(merge.parts if merge is not None else ())]
 
     def _value(self, name: str) -> torch.Tensor:
-        base = self._whole(name, self._parameters[name])
-        if (merge := self._merges.get(name)) is None:
-            return base
+        base, *parts = self._parts(name)
+        whole = self._whole(name, base)
+        if not parts:
+            return whole
         # All that is gathered is gathered before the arithmetic, which may fail on one rank alone.
-        whole = {id(part): self._whole(name, part) for part in merge.parts}
-        return merge.into(base, lambda part: whole[id(part)])
+        added = {id(part): self._whole(name, part) for part in parts}
+        return self._merges[name].into(whole, lambda part: added[id(part)])
 
     def _memory(self, name: str) -> Storage:
         if name in self._merges:
-            numel = self._shape(name).numel()
-            return Storage(f"merged {name}", numel * self._parameters[name].itemsize)
+            base = self._parameters[name]
+            return Storage(f"merged {name}", self._shape(base).numel() * base.itemsize)
         return super()._memory(name)
-
-    def _is_sent_as_it_is(self, name: str) -> bool:
-        return name not in self._merges
 
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
         if name in self._merges and self._merges[name].may_overflow(self._parameters[name]):
             return [self._value(name)]
-        return self._parts_of(name)
-
-    def _parts_of(self, name: str) -> list[torch.Tensor]:
-        """Return what this process holds of all that `_value` is made from."""
-        parts = self._merges[name].parts if name in self._merges else []
-        return [part_here(one) for one in (self._parameters[name], *parts)]
+        return super()._read_for(name)
 
 
 @dataclass(frozen=True)
@@ -150,7 +149,7 @@ class _Merge:
             *(
                 self.layer.lora_magnitude_vector[adapter].weight
                 for adapter in (self.adapters if self.parameter == "weight" else ())
-                if adapter in getattr(self.layer, "lora_variant", {})
+                if adapter in self.layer.lora_variant
             ),
         ]
 
@@ -158,7 +157,7 @@ class _Merge:
         """Return whether a division (DoRA) or the range of float16 may make the merged parameter
         infinite where base and factors are finite."""
         return base.dtype == torch.float16 or any(
-            adapter in getattr(self.layer, "lora_variant", {}) for adapter in self.adapters
+            adapter in self.layer.lora_variant for adapter in self.adapters
         )
 
     @property
@@ -199,7 +198,7 @@ class _Merge:
 def _magnitudes(layer: Any, adapter: str, whole: Whole) -> Any:
     """Return DoRA's factor as a function of the merged weight (float32, in its stored shape); None
     without DoRA."""
-    if adapter not in getattr(layer, "lora_variant", {}):
+    if adapter not in layer.lora_variant:
         return None
     dora = layer.lora_magnitude_vector[adapter]
     # The norms are over what feeds each output; of embeddings, over the vocabulary.
@@ -213,109 +212,58 @@ def _magnitudes(layer: Any, adapter: str, whole: Whole) -> Any:
     return factor
 
 
-@dataclass(frozen=True)
-class _Found:
-    """A parameter or saved buffer of the base model.
-
-    Attributes:
-        name: in the base model, without PEFT's additions.
-        tensor: what is sent, or what is merged into.
-        origin: the base model's own, which a copy in `modules_to_save` replaces.
-        merge: what is added to it; None: nothing.
-    """
-
-    name: str
-    tensor: torch.Tensor
-    origin: torch.Tensor
-    merge: _Merge | None = None
-    is_parameter: bool = True
-
-    @property
-    def treatment(self) -> Hashable:
-        copy = None if self.tensor is self.origin else id(self.tensor)
-        return copy, None if self.merge is None else self.merge.treatment
-
-
-def _walk(module: torch.nn.Module, path: str) -> Iterator[_Found]:
-    """Yield what the base model's checkpoint would hold of a module, as the trainer computes now.
+def _merges_of(module: Any, path: str) -> Iterator[tuple[str, _Merge]]:
+    """Yield what one of PEFT's modules adds, by the name of its base layer's parameter.
 
     Raises:
-        ConfigError: PEFT has made something of the module that cannot be merged.
+        ConfigError: it cannot be merged.
     """
-    from peft.tuners.lora import LoraLayer, ParamWrapper
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import Embedding, Linear, LoraLayer, ParamWrapper
+    from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
     from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 
-    merges: dict[str, _Merge] = {}
-    if isinstance(module, ModulesToSaveWrapper):
-        _require_enabled(module, path)
-        original, copies = module.original_module, module.modules_to_save
-        active = next((a for a in module.active_adapters if a in copies), None)
-        origins = {one.name: one.origin for one in _walk(original, path)}
-        for one in _walk(original if active is None else copies[active], path):
-            yield _Found(
-                one.name, one.tensor, origins[one.name], one.merge, is_parameter=one.is_parameter
-            )
-        return
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        raise _refusal(path, f"is wrapped by {type(module).__name__} (trainable_token_indices)")
-    if isinstance(module, BaseTunerLayer) and not isinstance(module, LoraLayer):
-        raise _refusal(path, f"has an adapter of another kind than LoRA: {_kind_of(module)}")
-    while isinstance(module, LoraLayer):
-        merges |= {name: merge for name, merge in _merges_of(module, path) if merge.adapters}
-        module = module.base_layer if isinstance(module, ParamWrapper) else module.get_base_layer()
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            yield _Found(_join(path, name), parameter, parameter, merges.get(name))
-    for name, buffer in saved_buffers_of(module):
-        yield _Found(_join(path, name), buffer, buffer, is_parameter=False)
-    for name, child in module.named_children():
-        yield from _walk(child, _join(path, name))
-
-
-def _merges_of(layer: Any, path: str) -> Iterator[tuple[str, _Merge]]:
-    """Yield what a LoRA layer adds, by the name of its base layer's parameter."""
-    from peft.tuners.lora import Embedding, Linear, ParamWrapper
-    from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
-
-    # Exact classes: those for quantised layers, convolutions and others derive from them or not.
-    if type(layer) not in (Linear, Embedding, ParamWrapper):
-        raise _refusal(path, f"has a LoRA layer that is not merged here: {_kind_of(layer)}")
-    _require_enabled(layer, path)
-    if layer.merged:
-        raise _refusal(
-            path,
-            f"has the adapters {layer.merged_adapters} merged into it, which would be added twice; "
-            "call unmerge_adapter() first",
-        )
-    adapters = tuple(
-        a for a in layer.active_adapters if a in layer.lora_A or a in layer.lora_embedding_A
-    )
-    for adapter in adapters:
-        variant = layer.lora_variant.get(adapter)
-        if variant is None:
-            continue
-        if type(variant) not in (DoraLinearVariant, DoraEmbeddingVariant):
-            raise _refusal(path, f"has a variant of LoRA that is not merged: {_kind_of(variant)}")
-        if len(adapters) > 1:
-            raise _refusal(path, f"has DoRA and several active adapters: {list(adapters)}")
-    if isinstance(layer, ParamWrapper):
-        yield layer.parameter_name, _Merge(layer, adapters, layer.parameter_name)
-        return
-    yield "weight", _Merge(layer, adapters, "weight")
-    biased = tuple(adapter for adapter in adapters if layer.lora_bias.get(adapter))
-    if biased and layer.get_base_layer().bias is None:
-        raise _refusal(path, "has no bias that lora_bias could be added to")
-    yield "bias", _Merge(layer, biased, "bias")
-
-
-def _require_enabled(module: Any, path: str) -> None:
+    copies = isinstance(module, ModulesToSaveWrapper)
+    if not copies:
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            raise _refusal(path, f"is wrapped by {type(module).__name__} (trainable_token_indices)")
+        if not isinstance(module, LoraLayer):
+            raise _refusal(path, f"has an adapter of another kind than LoRA: {_kind_of(module)}")
+        # Exact classes: those for quantised layers, convolutions and others may derive from them.
+        if type(module) not in (Linear, Embedding, ParamWrapper):
+            raise _refusal(path, f"has a LoRA layer that is not merged here: {_kind_of(module)}")
     if module.disable_adapters:
         raise _refusal(
             path,
             "has its adapters disabled (disable_adapter()): the engine would get other weights "
             "than those that are trained. Sync outside of that",
         )
+    if copies:
+        return
+    if module.merged:
+        raise _refusal(
+            path,
+            f"has the adapters {module.merged_adapters} merged into it, which would be added "
+            "twice; call unmerge_adapter() first",
+        )
+    adapters = tuple(
+        a for a in module.active_adapters if a in module.lora_A or a in module.lora_embedding_A
+    )
+    for adapter in adapters:
+        variant = module.lora_variant.get(adapter)
+        if variant is None:
+            continue
+        if type(variant) not in (DoraLinearVariant, DoraEmbeddingVariant):
+            raise _refusal(path, f"has a variant of LoRA that is not merged: {_kind_of(variant)}")
+        if len(adapters) > 1:
+            raise _refusal(path, f"has DoRA and several active adapters: {list(adapters)}")
+    if adapters:
+        name = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
+        yield name, _Merge(module, adapters, name)
+    biased = tuple(adapter for adapter in adapters if module.lora_bias.get(adapter))
+    if biased and module.get_base_layer().bias is None:
+        raise _refusal(path, "has no bias that lora_bias could be added to")
+    if biased:
+        yield "bias", _Merge(module, biased, "bias")
 
 
 def _require_lora(model: Any, base: Any) -> None:
@@ -347,10 +295,6 @@ def _refusal(module: str, what: str) -> ConfigError:
 
 def _kind_of(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _join(path: str, name: str) -> str:
-    return clean(f"{path}.{name}" if path else name)
 
 
 def _stamp(parameter: torch.Tensor) -> Hashable:

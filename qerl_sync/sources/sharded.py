@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from qerl_sync.buffers.detect import storages_of
 from qerl_sync.errors import TransportError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.options import FiniteCheck
 from qerl_sync.sources.fsdp1 import FlatUnits, unwrapped
-from qerl_sync.sources.hf import HFSource, refused_sharding, reshard, sharding_of
+from qerl_sync.sources.hf import HFSource, reshard
 from qerl_sync.sources.lora import AdapterSource
 from qerl_sync.sources.peft import PEFTSource
 
@@ -30,6 +29,10 @@ class _Gathered(HFSource):
 
     collective = True
     stamps_content = False  # each rank has a shard, and all must send the same
+    _why_unreadable = (
+        ", and its parameters cannot be told apart; keep the model's own (use_orig_params=True; "
+        "accelerate: fsdp_use_orig_params: true), and give this source the wrapped model"
+    )
 
     def __init__(
         self, model: Any, *, root: Callable[[], torch.nn.Module] | None = None, **options: Any
@@ -47,11 +50,6 @@ class _Gathered(HFSource):
         self._units = FlatUnits(self._root())
         return super().metadata()
 
-    def resident_bytes(self) -> int:
-        whole = [p for p in self._parameters.values() if not self._is_sharded(p)]
-        own = {s.key: s for p in whole for s in storages_of(p)}
-        return sum(storage.nbytes for storage in own.values())
-
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         self._ahead.clear()
         self._due = deque(dict.fromkeys(one for name in names for one in self._behind(name)))
@@ -62,23 +60,10 @@ class _Gathered(HFSource):
             while self._due:
                 self._value(self._due[0])
 
-    def _require_readable(
-        self, parameters: Iterable[tuple[str, torch.Tensor]], *, since: str = ""
-    ) -> None:
-        for name, parameter in parameters:
-            sharding = sharding_of(name, parameter)
-            if sharding and not self._is_sharded(parameter):
-                why = f"{since}, and its parameters cannot be told apart"
-                instead = (
-                    "keep the model's own (use_orig_params=True; accelerate: "
-                    "fsdp_use_orig_params: true), and give this source the wrapped model"
-                )
-                raise refused_sharding(name, sharding, why, instead)
-
     def _memory(self, name: str) -> Storage:
         parameter = self._parameters[name]
-        if self._is_sharded(parameter):
-            return Storage(f"gathered {name}", self._shape(name).numel() * parameter.itemsize)
+        if self._is_gathered(parameter):
+            return Storage(f"gathered {name}", self._shape(parameter).numel() * parameter.itemsize)
         return super()._memory(name)
 
     def _value(self, name: str) -> torch.Tensor:
@@ -87,13 +72,13 @@ class _Gathered(HFSource):
         return super()._value(name)
 
     def _whole(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        if not self._is_sharded(tensor):
+        if not self._is_gathered(tensor):
             return tensor.detach()
         try:
             if tensor not in self._units:
                 return _gathered(tensor)
             if id(tensor) not in self._ahead:
-                chunk = (one for due in (name, *self._due) for one in self._made_from(due))
+                chunk = (one for due in (name, *self._due) for one in self._parts(due))
                 self._ahead |= self._units.gather(tensor, chunk)
             return self._ahead.pop(id(tensor))
         except RuntimeError as exc:
@@ -103,15 +88,11 @@ class _Gathered(HFSource):
                 f"gathering {name!r} from the trainer ranks failed: {exc}", tensor=name
             ) from exc
 
-    def _full_shape(self, tensor: torch.Tensor) -> torch.Size:
-        return self._units.shape(tensor) if tensor in self._units else super()._full_shape(tensor)
+    def _shape(self, tensor: torch.Tensor) -> torch.Size:
+        return self._units.shape(tensor) if tensor in self._units else super()._shape(tensor)
 
-    def _is_sharded(self, tensor: torch.Tensor) -> bool:
+    def _is_gathered(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, DTensor) or hasattr(tensor, "ds_tensor") or tensor in self._units
-
-    def _made_from(self, name: str) -> Iterable[torch.Tensor]:
-        """Return the tensors that `_value` gathers."""
-        return [self._parameters[name]]
 
 
 class ShardedSource(_Gathered):
@@ -149,42 +130,13 @@ class ShardedSource(_Gathered):
 class ShardedAdapterSource(_Gathered, AdapterSource):
     """Yields what `AdapterSource` would yield of the whole model, gathered as `ShardedSource` does.
 
-    Example:
-        model = get_peft_model(AutoModelForCausalLM.from_pretrained(path), LoraConfig(r=8))
-        for layer in model.get_base_model().model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-        with SyncSession(ShardedAdapterSource(model), transport, SyncConfig()) as session:
-            session.push(step=1)  # on every rank: base and adapter
-            session.push(step=2)  # the adapter
-
     Nothing of the base is gathered where it does not travel.
-
-    Args:
-        model: as for `AdapterSource`, sharded alike on all ranks.
-
-    Raises:
-        ConfigError: see `AdapterSource` and `ShardedSource`.
     """
-
-    def _made_from(self, name: str) -> Iterable[torch.Tensor]:
-        return [self._factors[name]] if name in self._factors else super()._made_from(name)
 
 
 class ShardedPEFTSource(_Gathered, PEFTSource):
     """Yields what `PEFTSource` would yield of the whole model: of each parameter the base and its
     factors are gathered when it is due, and merged.
-
-    Example:
-        with SyncSession(ShardedPEFTSource(model), transport, SyncConfig()) as session:
-            session.push(step=1)  # on every rank: everything
-            session.push(step=2)  # what the adapters touch, and what is trained beside them
-
-    Args:
-        model: as for `PEFTSource`, sharded alike on all ranks.
-
-    Raises:
-        ConfigError: see `PEFTSource` and `ShardedSource`.
     """
 
     def finite_check(self, wanted: bool) -> FiniteCheck:
@@ -196,11 +148,7 @@ class ShardedPEFTSource(_Gathered, PEFTSource):
         return super().finite_check(wanted)
 
     def _read_for(self, name: str) -> Iterable[torch.Tensor]:
-        return self._parts_of(name)
-
-    def _made_from(self, name: str) -> Iterable[torch.Tensor]:
-        merge = self._merges.get(name)
-        return [self._parameters[name], *(merge.parts if merge is not None else ())]
+        return HFSource._read_for(self, name)  # the parts that are here, unmerged
 
 
 def _gathered(parameter: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from qerl_sync.errors import CoverageError
@@ -45,20 +45,18 @@ class StreamSource(Source):
         self._metadata = metadata
         self._open_stream = open_stream
         self._held = None if held_names is None else frozenset(held_names)
-        self._names: list[str] = []
-        self._places: dict[str, int] = {}
-        self._stream: Iterator[tuple[str, torch.Tensor]] | None = None
-        self._next = 0
+        self._left: dict[str, None] = {}  # what the stream has yet to yield, in its order
+        self._stream = self._checked()
 
     def metadata(self) -> list[ParamMeta]:
         """Return the metadata. Call it before every sync: the next `materialize` then opens a new
         stream.
         """
-        self._leave()
+        self._stream.close()
         metas = self._metadata() if callable(self._metadata) else self._metadata
         held = self._held
-        self._names = [meta.name for meta in metas if held is None or meta.name in held]
-        self._places = {name: place for place, name in enumerate(self._names)}
+        self._left = dict.fromkeys(m.name for m in metas if held is None or m.name in held)
+        self._stream = self._checked()
         return list(metas)
 
     def held_names(self) -> Collection[str] | None:
@@ -72,45 +70,38 @@ class StreamSource(Source):
                 goes on, or `names` are not in its order.
         """
         for name in names:
-            yield name, self._advance_to(name)
-        if names and self._next == len(self._names):
-            self._require_end()
+            if name not in self._left:
+                raise CoverageError(
+                    f"{name!r} is not among what the stream has left; it yields in its own order, "
+                    "and each name once in a sync"
+                )
+            yield next(item for item in self._stream if item[0] == name)
+        if names and not self._left:
+            next(self._stream, None)
 
-    def _advance_to(self, name: str) -> torch.Tensor:
-        if self._places.get(name, -1) < self._next:
-            raise CoverageError(
-                f"{name!r} is not among what the stream has left; it yields in its own order, and "
-                "each name once in a sync"
-            )
-        while True:
-            arrived, tensor = self._pull()
-            if arrived == name:
-                return tensor
-
-    def _pull(self) -> tuple[str, torch.Tensor]:
-        awaited = self._names[self._next]
-        if self._stream is None:
-            self._stream = iter(self._open_stream())
-        item = next(self._stream, None)
-        if item is None:
-            raise CoverageError(f"the stream ended where {awaited!r} was next by its metadata")
-        if item[0] != awaited:
-            raise CoverageError(
-                f"the stream yields {item[0]!r} where its metadata has {awaited!r}; both must have "
-                "the same names in the same order"
-            )
-        self._next += 1
-        return item
-
-    def _require_end(self) -> None:
-        surplus = next(self._stream, None) if self._stream is not None else None
-        self._leave()
-        if surplus is not None:
-            raise CoverageError(f"the stream goes on with {surplus[0]!r}, which its metadata lacks")
-
-    def _leave(self) -> None:
-        """Close a stream, so that generators run their `finally` blocks."""
-        close = getattr(self._stream, "close", None)
-        self._stream, self._next = None, 0
-        if close is not None:
-            close()
+    def _checked(self) -> Generator[tuple[str, torch.Tensor]]:
+        """Yield what a new stream yields. Close it in the end, so that generators run their
+        `finally` blocks."""
+        stream = iter(self._open_stream())
+        try:
+            for awaited in list(self._left):
+                item = next(stream, None)
+                if item is None:
+                    raise CoverageError(
+                        f"the stream ended where {awaited!r} was next by its metadata"
+                    )
+                if item[0] != awaited:
+                    raise CoverageError(
+                        f"the stream yields {item[0]!r} where its metadata has {awaited!r}; both "
+                        "must have the same names in the same order"
+                    )
+                del self._left[awaited]
+                yield item
+            if (surplus := next(stream, None)) is not None:
+                raise CoverageError(
+                    f"the stream goes on with {surplus[0]!r}, which its metadata lacks"
+                )
+        finally:
+            self._left.clear()
+            if hasattr(stream, "close"):
+                stream.close()

@@ -19,11 +19,7 @@ HANDED_ON = (*ENGINE_VARIABLES, *QUIET_VARIABLES, "OMP_NUM_THREADS", "HF_HUB_OFF
 
 
 def grpo_arguments(config: TrainConfig) -> GRPOConfig:
-    """Return TRL's arguments from the section `trainer`, and those that this program sets.
-
-    Raises:
-        ConfigError: TRL refuses a value or a combination of values.
-    """
+    """Return TRL's arguments from the section `trainer`, and those that this program sets."""
     from trl import GRPOConfig
 
     weights = {"dtype": config.model.dtype, **config.trainer.get("model_init_kwargs", {})}
@@ -35,38 +31,28 @@ def grpo_arguments(config: TrainConfig) -> GRPOConfig:
         "vllm_mode": "server" if config.rollout.mode == "server" else "colocate",
         "model_init_kwargs": weights,
     }
-    return _make(GRPOConfig, "trainer", {**config.trainer, **ours})
+    given = {"disable_tqdm": True, **config.trainer}
+    return _make(GRPOConfig, "trainer", "TRL", {**given, **ours})
 
 
 def sft_arguments(config: TrainConfig) -> SFTConfig | None:
-    """Return TRL's arguments from the section `warmup.trainer`; None if there is no warm-up.
-
-    Raises:
-        ConfigError: TRL refuses a value or a combination of values.
-    """
+    """Return TRL's arguments from the section `warmup.trainer`; None if there is no warm-up."""
     from trl import SFTConfig
 
     if config.warmup is None:
         return None
-    given = {"save_strategy": "no", **config.warmup.trainer}
+    given = {"disable_tqdm": True, "save_strategy": "no", **config.warmup.trainer}
     ours = {"output_dir": config.output_dir, "seed": config.seed}
-    return _make(SFTConfig, "warmup.trainer", {**given, **ours})
+    return _make(SFTConfig, "warmup.trainer", "TRL", {**given, **ours})
 
 
 def lora_arguments(config: TrainConfig) -> LoraConfig | None:
-    """Return PEFT's arguments from the section `peft`; None if all weights are trained.
-
-    Raises:
-        ConfigError: PEFT refuses a value or a combination of values.
-    """
+    """Return PEFT's arguments from the section `peft`; None if all weights are trained."""
     if config.peft is None:
         return None
     from peft import LoraConfig
 
-    try:
-        return LoraConfig(task_type="CAUSAL_LM", **config.peft)
-    except (TypeError, ValueError, ImportError) as exc:
-        raise ConfigError(f"peft: PEFT's LoraConfig refuses it: {exc}", place="peft") from exc
+    return _make(LoraConfig, "peft", "PEFT", {"task_type": "CAUSAL_LM", **config.peft})
 
 
 def engine_options(config: TrainConfig, rank: int = 0) -> dict[str, Any]:
@@ -112,10 +98,11 @@ def has_engine_processes(config: TrainConfig) -> bool:
     return config.rollout.async_engine or world_size(config.rollout.engine) > 1
 
 
-def _make(kind: Any, section: str, arguments: Mapping[str, Any]) -> Any:
+def _make(kind: Any, section: str, library: str, arguments: Mapping[str, Any]) -> Any:
+    """Raise ConfigError if the library refuses a value or a combination of values."""
     try:
-        return kind(**{"disable_tqdm": True, **arguments})
+        return kind(**arguments)
     except (TypeError, ValueError, ImportError) as exc:
         raise ConfigError(
-            f"{section}: TRL's {kind.__name__} refuses it: {exc}", place=section
+            f"{section}: {library}'s {kind.__name__} refuses it: {exc}", place=section
         ) from exc

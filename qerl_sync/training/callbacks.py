@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
-from transformers import (
-    PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
 
+from qerl_sync.serving.processes import signals_handled
 from qerl_sync.training.display import STOPPING, Display, Steps
 
 
@@ -45,25 +40,16 @@ class ShowProgress(TrainerCallback):
         self._last_log: dict[str, Any] = {}
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         self._last_log |= logs or {}
         self._steps.note(state.global_step, state.max_steps, self._note(self._last_log))
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.begun = True
         self._steps.advance(state.global_step, state.max_steps)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._steps.advance(state.global_step, state.max_steps)
 
 
@@ -86,18 +72,11 @@ class StopCleanly(TrainerCallback):
         self._agree = agree
         self.stopped = False
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Handle Ctrl-C in this context, and SIGTERM where nobody else does. Must be used in the
-        main thread."""
-        before = {signal.SIGINT: signal.signal(signal.SIGINT, self._on_interrupt)}
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # Ray's actors have their own
-            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._on_interrupt)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager[None]:
+        """Handle Ctrl-C in this context, and SIGTERM where nobody else does. In the main thread."""
+        others = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # Ray's actors have theirs
+        numbers = [signal.SIGINT] if others else [signal.SIGINT, signal.SIGTERM]
+        return signals_handled(self._on_interrupt, *numbers)
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:
         if self.stopped:
@@ -105,9 +84,7 @@ class StopCleanly(TrainerCallback):
         self.stopped = True
         self._display.console.print(STOPPING)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         self.stopped = self._agree(self.stopped or self._display.asked_to_stop())
         if self.stopped:
             control.should_save = True

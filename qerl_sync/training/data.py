@@ -63,42 +63,36 @@ def load_data(config: DataConfig, seed: int, *, needs_answers: bool) -> tuple[Da
 def _read(config: DataConfig) -> Dataset:
     from datasets import load_dataset
 
-    assert config.path is not None
-    path = Path(config.path)
+    given = config.path
+    assert given is not None
+    path = Path(given)
+
+    def refusal(what: str) -> FileError:
+        return FileError(f"data.path: {what}", path=given)
+
     file_format = FILE_FORMATS.get(path.suffix)
     if file_format is not None and not path.is_file():
-        raise FileError(
-            f"data.path: there is no file {where(config.path)}; name one that is there",
-            path=config.path,
-        )
+        raise refusal(f"there is no file {where(given)}; name one that is there")
     if path.is_file() and not path.stat().st_size:  # `datasets` would raise a bare StopIteration
-        raise FileError(
-            f"data.path: {where(config.path)} is empty; there is nothing to train on",
-            path=config.path,
-        )
+        raise refusal(f"{where(given)} is empty; there is nothing to train on")
     try:
         if file_format is not None:
             rows = load_dataset(file_format, data_files=str(path), split="train")
         else:
-            rows = load_dataset(config.path, config.subset, split=config.split)
+            rows = load_dataset(given, config.subset, split=config.split)
     except Exception as exc:  # `datasets` raises whatever the hub, the file or Arrow raises
         what = "cannot be read"
         if not path.exists():
-            what = f"is neither at {where(config.path)} nor a data set that the hub gives"
+            what = f"is neither at {where(given)} nor a data set that the hub gives"
         innermost: BaseException = exc  # `datasets` wraps it into text without content
         while innermost.__cause__ is not None:
             innermost = innermost.__cause__
-        cause = f"{type(innermost).__name__}: {innermost}"
-        raise FileError(
-            f"data.path: {config.path!r} {what} ({cause}); give a "
-            f"{', '.join(FILE_FORMATS)} file, a directory or a hub id",
-            path=config.path,
+        raise refusal(
+            f"{given!r} {what} ({type(innermost).__name__}: {innermost}); give a "
+            f"{', '.join(FILE_FORMATS)} file, a directory or a hub id"
         ) from exc
     if not len(rows):
-        raise FileError(
-            f"data.path: {config.path!r} has no rows; there is nothing to train on",
-            path=config.path,
-        )
+        raise refusal(f"{given!r} has no rows; there is nothing to train on")
     return rows
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,60 +25,31 @@ if TYPE_CHECKING:
 FIXED_SECTIONS = ("model", "data", "reward", "warmup", "seed")
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """The files that a run writes, under `root`."""
+    """The files that a run writes, under `root`.
 
-    root: Path
+    Attributes:
+        model: the policy that the reinforcement learning starts from, if made here.
+        log: the scalars that the trainer logs.
+        engine_log: what engines log that have processes of their own.
+    """
 
-    @property
-    def config(self) -> Path:
-        return self.root / "config.json"
-
-    @property
-    def model(self) -> Path:
-        """Return the path of the policy that the reinforcement learning starts from, if made
-        here.
-        """
-        return self.root / "model"
-
-    @property
-    def trained(self) -> Path:
-        return self.root / "trained"
-
-    @property
-    def syncs(self) -> Path:
-        return self.root / SYNCS
-
-    @property
-    def log(self) -> Path:
-        """Return the file with the scalars that the trainer logs."""
-        return self.root / LOG
-
-    @property
-    def plans(self) -> Path:
-        return self.root / PLANS
-
-    @property
-    def summary(self) -> Path:
-        return self.root / "summary.json"
-
-    @property
-    def engine_log(self) -> Path:
-        """Return the log file of engines that have processes of their own."""
-        return self.root / "vllm.log"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = root / "config.json"
+        self.model = root / "model"
+        self.trained = root / "trained"
+        self.syncs = root / SYNCS
+        self.log = root / LOG
+        self.plans = root / PLANS
+        self.summary = root / "summary.json"
+        self.engine_log = root / "vllm.log"
+        self.reward_plot = root / "reward.png"
+        self.buffers_plot = root / "buffers.png"
 
     def engine_log_of(self, rank: int) -> Path:
         """Return the log file of the engine that this trainer rank has for itself."""
         return self.root / f"vllm-{rank}.log" if rank else self.engine_log
-
-    @property
-    def reward_plot(self) -> Path:
-        return self.root / "reward.png"
-
-    @property
-    def buffers_plot(self) -> Path:
-        return self.root / "buffers.png"
 
     def latest_checkpoint(self) -> Path | None:
         """Return the checkpoint with the highest step that was written completely."""
@@ -88,9 +58,7 @@ class RunDirectory:
         return steps[max(steps)] if steps else None
 
     def start(self, config: TrainConfig) -> Path | None:
-        """Prepare the directory for a new run. Return where an earlier run was moved, if there was
-        one.
-        """
+        """Prepare the directory for a new run. Return where an earlier run was moved, if any."""
         self.root.mkdir(parents=True, exist_ok=True)
         written, aside = self._written(), None
         # A config.json alone is a run that was refused before it began.
@@ -134,12 +102,14 @@ class RunDirectory:
             )
         # Files that were cut off or overwritten are found before an engine is started.
         require_whole_files(checkpoint)
-        step_of(checkpoint)
+        step = step_of(checkpoint)
         for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
             # As torch.save writes it; its contents stand at its end.
             if not zipfile.is_zipfile(file):
                 raise damaged(checkpoint, file, "it is cut off, or no file of torch's")
-        self.keep_syncs_before(step_of(checkpoint))
+        # TRL drops its own logs of the steps that this run repeats.
+        keep_lines(self.syncs, lambda report: report["step"] < step)
+        keep_lines(self.log, lambda entry: entry["step"] <= step)
         self._write_config(config)
         return checkpoint
 
@@ -148,12 +118,11 @@ class RunDirectory:
 
     def _written(self) -> list[Path]:
         """Return the files and directories that a run has left here."""
-        fixed = [self.config, self.model, self.trained, self.plans, self.summary]
-        others = [self.engine_log, self.reward_plot, self.buffers_plot, self.root / TRACES]
-        pages = [self.root / "report.html", self.root / "report.md"]
-        found = [path for path in [*fixed, *others, *pages] if path.exists()]
+        files = [self.config, self.model, self.trained, self.plans, self.summary, self.engine_log]
+        files += [self.reward_plot, self.buffers_plot]
+        files += [self.root / name for name in (TRACES, "report.html", "report.md")]
         numbered = [*self.root.glob("checkpoint-*"), *self.root.glob("trace-*.json")]
-        return [*found, *line_files(self.root), *numbered]
+        return [*filter(Path.exists, files), *line_files(self.root), *numbered]
 
     def record_plan(self, session: SyncSession, sync: SyncConfig) -> None:
         """Write the plan of the last sync and its measured trace, once for each distinct plan.
@@ -168,11 +137,6 @@ class RunDirectory:
     def read_syncs(self) -> list[dict[str, Any]]:
         """Return the reports so far."""
         return read_lines(self.syncs)
-
-    def keep_syncs_before(self, step: int) -> None:
-        """Drop the reports and logs of steps that a resumed run repeats, as TRL drops its own."""
-        keep_lines(self.syncs, lambda report: report["step"] < step)
-        keep_lines(self.log, lambda entry: entry["step"] <= step)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -34,9 +34,7 @@ QUIET_VARIABLES = {
 
 
 def prepare_environment(*, verbose: bool) -> None:
-    """Set the variables that vLLM reads at import. Call it before anything imports vLLM or
-    transformers.
-    """
+    """Set what vLLM and transformers read at import. Call it before anything imports them."""
     variables = ENGINE_VARIABLES if verbose else {**ENGINE_VARIABLES, **QUIET_VARIABLES}
     for name, value in variables.items():
         os.environ.setdefault(name, value)

@@ -1,4 +1,4 @@
-"""Make or load the policy of a run: a checkpoint, or a tiny model with random weights."""
+"""Make, load or warm up the policy of a run: a checkpoint, or a tiny model with random weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from qerl_sync.config import ModelConfig, TinyModelConfig
 from qerl_sync.config.files import where
 from qerl_sync.errors import ConfigError, FileError
 from qerl_sync.plan.checkpoint import require_model_directory
+from qerl_sync.training.display import Steps
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import SFTConfig
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 
@@ -50,46 +52,30 @@ def make_tiny(
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int | None) -> PreTrainedTokenizerBase:
-    """Train a tokenizer on `texts`: one token for each character, or byte-level BPE of a given
-    size.
-    """
+    """Train a tokenizer: a token for each character, or byte-level BPE of a given size."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    special = {"pad_token": PAD, "eos_token": EOS}
     if vocab_size is None:
-        tokenizer = _character_tokenizer(texts)
+        special["unk_token"] = UNKNOWN
+        characters = sorted({character for text in texts for character in text})
+        vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
+        tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        tokenizer.decoder = decoders.Fuse()
     else:
-        tokenizer = _byte_tokenizer(texts, vocab_size)
-    unknown = {"unk_token": UNKNOWN} if vocab_size is None else {}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, **unknown
-    )
-
-
-def _character_tokenizer(texts: Iterable[str]) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    characters = sorted({character for text in texts for character in text})
-    vocabulary = {token: i for i, token in enumerate([PAD, EOS, UNKNOWN, *characters])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return tokenizer
-
-
-def _byte_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[PAD, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
@@ -125,54 +111,82 @@ def _unloadable(path: str, what: str, exc: Exception) -> FileError:
     """Return the error for a checkpoint that transformers does not load."""
     cause = f"{type(exc).__name__}: {str(exc).strip().partition(chr(10))[0]}"
     if Path(path).is_dir():
-        return FileError(
-            f"model.path: no {what} can be loaded from {where(path)} ({cause}); save or fetch it "
-            "anew",
-            path=path,
+        return _refusal(
+            path, f"no {what} can be loaded from {where(path)} ({cause}); save or fetch it anew"
         )
-    return FileError(
-        f"model.path: there is no directory {where(path)}, and no {what} of that name can be had "
-        f"from the Hugging Face hub ({cause}); correct the path, or the hub id and the connection",
-        path=path,
+    return _refusal(
+        path,
+        f"there is no directory {where(path)}, and no {what} of that name can be had from the "
+        f"Hugging Face hub ({cause}); correct the path, or the hub id and the connection",
     )
 
 
+def _refusal(path: str, what: str) -> FileError:
+    return FileError(f"model.path: {what}", path=path)
+
+
 def _check_directory(path: str) -> None:
-    """Check that a local path holds a model and a tokenizer. Accept anything that may be a hub
-    id.
-    """
+    """Check that a local path holds a model and a tokenizer; let hub ids pass."""
     directory = Path(path)
     if not directory.is_dir():
-        if directory.exists() or directory.is_absolute() or path.startswith(".") or _is_deep(path):
+        first, *others = directory.parts
+        # A hub id has two parts at most, of which the first is no directory here.
+        deep = len(others) > 1 or (others and Path(first).is_dir())
+        if directory.exists() or directory.is_absolute() or path.startswith(".") or deep:
             kind = "is a file" if directory.exists() else "does not exist"
-            raise FileError(
-                f"model.path: {where(path)} {kind}; name a directory with a model and a tokenizer",
-                path=path,
-            )
+            text = f"{where(path)} {kind}; name a directory with a model and a tokenizer"
+            raise _refusal(path, text)
         return
     require_model_directory(directory)
     kinds = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if not any((directory / kind).is_file() for kind in kinds):
-        raise FileError(
-            f"model.path: {path} has no tokenizer (none of {', '.join(kinds)}); save it there with "
+        raise _refusal(
+            path,
+            f"{path} has no tokenizer (none of {', '.join(kinds)}); save it there with "
             f"tokenizer.save_pretrained({path!r})",
-            path=path,
         )
-
-
-def _is_deep(path: str) -> bool:
-    """Return whether the path has more parts than a hub id, or its first directory exists here."""
-    first, *others = Path(path).parts
-    return len(others) > 1 or (len(others) == 1 and Path(first).is_dir())
 
 
 def texts_of(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
     """Return the texts that a tokenizer for these rows should know."""
     for row in rows:
         for value in (row["prompt"], row.get("answer", "")):
-            yield value if isinstance(value, str) else str(value)
+            yield str(value)
 
 
 def describe(config: ModelConfig) -> str:
     """Return a short description of the model."""
     return config.path or f"a tiny {config.tiny.architecture if config.tiny else 'model'}"
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    arguments: SFTConfig,
+    steps: Steps,
+) -> None:
+    """Train `model` in place, by TRL's SFTTrainer, on `prompt` and `answer` of `rows`."""
+    from trl import SFTTrainer
+
+    from qerl_sync.training.callbacks import ShowProgress, quieten
+
+    def example(row: dict[str, Any]) -> dict[str, Any]:
+        answer: Any = str(row["answer"])
+        if not isinstance(row["prompt"], str):  # chat messages, and so is then the completion
+            answer = [{"role": "assistant", "content": answer}]
+        return {"prompt": row["prompt"], "completion": answer}
+
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows.map(example, remove_columns=rows.column_names),
+        processing_class=tokenizer,
+        callbacks=[ShowProgress(steps, _loss)],
+    )
+    quieten(trainer)
+    trainer.train()
+
+
+def _loss(log: dict[str, Any]) -> str:
+    return f"loss {float(log['loss']):.2f}" if "loss" in log else ""

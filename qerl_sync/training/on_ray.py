@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -26,6 +26,7 @@ from qerl_sync.integrations.ray.cluster import (
     require_room_for_chunks,
 )
 from qerl_sync.integrations.ray.pool import resources_of
+from qerl_sync.serving.processes import signals_handled
 from qerl_sync.training.arguments import has_engine_processes
 from qerl_sync.training.display import STOPPING, Display
 from qerl_sync.training.environment import prepare_environment
@@ -217,8 +218,7 @@ def start_terminal(ray: Any) -> Any:
     return remote(Terminal).remote()
 
 
-@contextmanager
-def _stopping(terminal: Any, display: Display) -> Iterator[None]:
+def _stopping(terminal: Any, display: Display) -> AbstractContextManager[None]:
     """Ask the run to stop after its step on Ctrl-C in this context; raise on a second one."""
     pressed = False
 
@@ -231,11 +231,7 @@ def _stopping(terminal: Any, display: Display) -> Iterator[None]:
         display.console.print("\n" * display.console.is_terminal + STOPPING)
         terminal.stop.remote()
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+    return signals_handled(on_interrupt, signal.SIGINT)
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

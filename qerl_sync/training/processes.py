@@ -31,28 +31,20 @@ class Processes:
     """
 
     def __init__(self, ranks: TrainerRanks | None = None) -> None:
-        self.ranks = ranks
-
-    @property
-    def rank(self) -> int:
-        return self.ranks.rank if self.ranks else 0
-
-    @property
-    def leads(self) -> bool:
-        """Return whether this process prints and writes the run's files."""
-        return self.rank == 0
+        self._ranks = ranks
+        self.rank = ranks.rank if ranks else 0
 
     def of_leader(self, what: str, find: Callable[[], Found]) -> Found:
         """Return what `find` returns on rank 0, which must fit into JSON. All raise its error."""
-        if self.ranks is None:
+        if self._ranks is None:
             return find()
-        with self.ranks.together():
-            found: Found = self.ranks.of_leader(what, find)
+        with self._ranks.together():
+            found: Found = self._ranks.of_leader(what, find)
         return found
 
     def any(self, what: str, said: bool) -> bool:
         """Return whether any rank says True."""
-        return any(self.ranks.meet(what, said)) if self.ranks else said
+        return any(self._ranks.meet(what, said)) if self._ranks else said
 
 
 def started_ranks() -> int:
@@ -72,19 +64,18 @@ def join(config: TrainConfig) -> Processes:
         return Processes()
     ranks = TrainerRanks(config.sync.timeout_seconds, num_ranks=started_ranks())
     with ranks.together():
-        settings = [
-            f"{place}={value}" for place, value in _settings(config.model_dump(mode="json"))
-        ]
+        settings = list(_settings(config.model_dump(mode="json")))
         ranks.require_same("the configuration", json.dumps(settings), lambda: settings)
     return Processes(ranks)
 
 
-def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _settings(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield `section.key=value` of each value."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _settings(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            yield f"{prefix}{key}={value}"
 
 
 @contextmanager

@@ -41,9 +41,7 @@ def _last_number(text: str) -> float | None:
 
 
 def _text(completion: Any) -> str:
-    """Return a completion's text. It is a text, or a list of chat messages of which the last
-    counts.
-    """
+    """Return the text of a completion, or of its last chat message."""
     return completion if isinstance(completion, str) else str(completion[-1]["content"])
 
 

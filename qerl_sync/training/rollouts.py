@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 
 from qerl_sync.config import TrainConfig
 from qerl_sync.engines.environment import changed_environment
@@ -20,6 +19,7 @@ from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import PeerLostError
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.log import complaint_in
+from qerl_sync.serving.processes import signals_handled
 from qerl_sync.serving.server import ServerProcess
 from qerl_sync.training.arguments import engine_options
 from qerl_sync.training.directory import RunDirectory
@@ -86,7 +86,8 @@ def rollout_server(
                 )
                 stack.enter_context(server)
             stack.enter_context(_losses_explained(server.check, directory.engine_log))
-            stack.enter_context(_ended_with(server))
+            # TRL would ask a dead server again and again for a minute, and then not know why.
+            stack.enter_context(signals_handled(lambda *_: server.check(), signal.SIGCHLD))
             yield server.url
 
 
@@ -130,23 +131,6 @@ def _stderr_to(log: Path) -> Iterator[None]:
     finally:
         os.dup2(before, 2)
         os.close(before)
-
-
-@contextmanager
-def _ended_with(server: ServerProcess) -> Iterator[None]:
-    """Raise PeerLostError in the main thread as soon as the server ends.
-
-    TRL would ask a dead server again and again for a minute, and then not know why.
-    """
-
-    def look(number: int, frame: FrameType | None) -> None:
-        server.check()
-
-    before = signal.signal(signal.SIGCHLD, look)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
 
 
 @contextmanager

@@ -30,16 +30,17 @@ from qerl_sync.training.data import load_data
 from qerl_sync.training.directory import RunDirectory, damaged, step_of
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush, require_packages
-from qerl_sync.training.models import describe, load_model, load_tokenizer, make_tiny, texts_of
-from qerl_sync.training.processes import (
-    Processes,
-    join,
-    sharding_on_cpus,
-    whole_models,
+from qerl_sync.training.models import (
+    describe,
+    load_model,
+    load_tokenizer,
+    make_tiny,
+    texts_of,
+    warm_up,
 )
+from qerl_sync.training.processes import Processes, join, sharding_on_cpus, whole_models
 from qerl_sync.training.rewards import BUILTIN, Reward, resolve_reward
 from qerl_sync.training.rollouts import engine_lost, engine_process, rollout_server
-from qerl_sync.training.warmup import warm_up
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -65,9 +66,13 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _Parts:
-    """The parts of a run, checked before anything heavy starts."""
+class _Run:
+    """A run that was checked before anything heavy starts."""
 
+    config: TrainConfig
+    display: Display
+    directory: RunDirectory
+    processes: Processes
     grpo: GRPOConfig
     sft: SFTConfig | None
     lora: LoraConfig | None
@@ -101,19 +106,14 @@ def train(
     mode = config.rollout.mode
     with file_errors_explained(directory.root):
         with display.phase("checking", "configuration checked"):
-            parts = _check(config, verbose)
-            processes = join(config)
-            checkpoint = processes.of_leader(
-                "the run's directory", lambda: _open(directory, config, display, resume)
-            )
-        path = _policy(config, parts, directory, display, processes)
-        log = (
-            directory.engine_log_of(processes.rank)
-            if mode == "subprocess" and not verbose
-            else None
-        )
+            run = _checked(config, display, directory, verbose)
+            processes = run.processes
+            checkpoint = processes.of_leader("the run's directory", lambda: _open(run, resume))
+        path = _policy(run)
+        apart = mode == "subprocess" and not verbose
+        log = directory.engine_log_of(processes.rank) if apart else None
         # The other processes wait for the server in the trainer's constructor.
-        leads = processes.leads
+        leads = processes.rank == 0
         server = rollout_server(config, path, directory, display) if leads else nullcontext()
         recorded = run_errors_recorded(directory.root) if leads else nullcontext()
         with recorded, server as url:
@@ -121,13 +121,13 @@ def train(
             try:
                 phase = display.phase("building the trainer", built)
                 with phase, engine_process(log), sharding_on_cpus():
-                    trainer, callback = _build(config, parts, path, url, directory, processes)
+                    trainer, callback = _build(run, path, url)
             except Exception as exc:
                 _raise_refusal(exc)
                 raise
             with closing(callback):
                 try:
-                    stopped = _learn(trainer, checkpoint, display, processes)
+                    stopped = _learn(run, trainer, checkpoint)
                 except Exception as exc:
                     # The error of a call to an engine process that has died does not say why.
                     lost = log is not None and isinstance(exc, PeerLostError)
@@ -139,11 +139,11 @@ def train(
                 trainer.save_model(str(directory.trained))  # gathers a sharded model on all ranks
             if not leads:
                 return Outcome(None, directory, stopped)
-            summary = _report(trainer.state.log_history, callback, directory, started)
+            summary = _report(run, trainer.state.log_history, callback, started)
     return Outcome(summary, directory, stopped)
 
 
-def _check(config: TrainConfig, verbose: bool) -> _Parts:
+def _checked(config: TrainConfig, display: Display, directory: RunDirectory, verbose: bool) -> _Run:
     require_packages()
     import torch
 
@@ -163,54 +163,49 @@ def _check(config: TrainConfig, verbose: bool) -> _Parts:
         raise ConfigError(
             "trainer.eval_strategy is set and there is nothing to evaluate; set data.eval_size"
         )
-    return _Parts(grpo, sft, lora, rewards, rows, held_out)
+    processes = join(config)
+    return _Run(config, display, directory, processes, grpo, sft, lora, rewards, rows, held_out)
 
 
-def _open(
-    directory: RunDirectory, config: TrainConfig, display: Display, resume: bool
-) -> str | None:
+def _open(run: _Run, resume: bool) -> str | None:
     """Prepare the directory. Return the checkpoint to resume from."""
+    console, directory = run.display.console, run.directory
     if not resume:
-        moved = directory.start(config)
+        moved = directory.start(run.config)
         if moved is not None:
-            display.console.print(f"  the earlier run was moved to {moved}", highlight=False)
+            console.print(f"  the earlier run was moved to {moved}", highlight=False)
         return None
-    checkpoint = directory.resume(config)
+    checkpoint = directory.resume(run.config)
     done = step_of(checkpoint)
-    last = config.trainer.get("max_steps", -1)
+    last = run.config.trainer.get("max_steps", -1)
     if 0 < last <= done:
         raise ConfigError(
             f"nothing left to do: the run in {directory.root} is at step {done} of {last}; raise "
             "trainer.max_steps to train it further"
         )
-    display.console.print(f"  going on from step {done}", highlight=False)
+    console.print(f"  going on from step {done}", highlight=False)
     return str(checkpoint)
 
 
-def _policy(
-    config: TrainConfig,
-    parts: _Parts,
-    directory: RunDirectory,
-    display: Display,
-    processes: Processes,
-) -> str:
+def _policy(run: _Run) -> str:
     """Return the path of the policy to start from. Make, warm up and save it if it is missing."""
-    if config.model.path is not None and parts.sft is None:
-        return config.model.path
-    if processes.of_leader("whether the model is there", directory.model.is_dir):
+    model_config, directory = run.config.model, run.directory
+    if model_config.path is not None and run.sft is None:
+        return model_config.path
+    if run.processes.of_leader("whether the model is there", directory.model.is_dir):
         return str(directory.model)
-    ready = f"model ready: {describe(config.model)}"
-    with display.phase("making the model", ready), whole_models():
-        if config.model.path is not None:
-            tokenizer = load_tokenizer(config.model.path)
-            model = load_model(config.model.path, config.model.dtype)
+    ready = f"model ready: {describe(model_config)}"
+    with run.display.phase("making the model", ready), whole_models():
+        if model_config.path is not None:
+            tokenizer = load_tokenizer(model_config.path)
+            model = load_model(model_config.path, model_config.dtype)
         else:
-            assert config.model.tiny is not None
-            texts = texts_of(parts.rows)
-            model, tokenizer = make_tiny(config.model.tiny, config.model.dtype, texts, config.seed)
-    if parts.sft is not None:
-        with display.steps("warm-up", "warmed up") as steps, whole_models():
-            warm_up(model, tokenizer, parts.rows, parts.sft, steps)
+            assert model_config.tiny is not None
+            dtype, texts = model_config.dtype, texts_of(run.rows)
+            model, tokenizer = make_tiny(model_config.tiny, dtype, texts, run.config.seed)
+    if run.sft is not None:
+        with run.display.steps("warm-up", "warmed up") as steps, whole_models():
+            warm_up(model, tokenizer, run.rows, run.sft, steps)
 
     def save() -> str:
         # Renamed when complete: what an interrupted run left is not taken for a model.
@@ -220,17 +215,10 @@ def _policy(
         unfinished.rename(directory.model)
         return str(directory.model)
 
-    return processes.of_leader("saving the model", save)
+    return run.processes.of_leader("saving the model", save)
 
 
-def _build(
-    config: TrainConfig,
-    parts: _Parts,
-    path: str,
-    url: str | None,
-    directory: RunDirectory,
-    processes: Processes,
-) -> tuple[Any, WeightSyncCallback]:
+def _build(run: _Run, path: str, url: str | None) -> tuple[Any, WeightSyncCallback]:
     """Build TRL's trainer with its engine, or for the server at `url`, synced by our callback."""
     from trl import GRPOTrainer
 
@@ -240,19 +228,19 @@ def _build(
         assert callback.session is not None
         if report.unsent_tensors:  # `qerl-sync plan --compare` plans the whole model
             return
-        directory.record_plan(callback.session, config.sync)
+        run.directory.record_plan(callback.session, run.config.sync)
 
-    callback = _callback(config, record, processes)
-    parts.grpo.vllm_server_base_url = url
+    callback = _callback(run, record)
+    run.grpo.vllm_server_base_url = url
     trainer = GRPOTrainer(
         model=path,
-        reward_funcs=parts.rewards,
-        args=parts.grpo,
-        train_dataset=parts.rows,
-        eval_dataset=parts.held_out if len(parts.held_out) else None,
+        reward_funcs=run.rewards,
+        args=run.grpo,
+        train_dataset=run.rows,
+        eval_dataset=run.held_out if len(run.held_out) else None,
         processing_class=load_tokenizer(path),
         callbacks=[callback],
-        peft_config=parts.lora,
+        peft_config=run.lora,
     )
     quieten(trainer)
     return trainer, callback
@@ -279,16 +267,14 @@ def _raise_refusal(exc: Exception) -> None:
     ) from exc
 
 
-def _callback(
-    config: TrainConfig, record: Callable[[SyncReport], None], processes: Processes
-) -> WeightSyncCallback:
+def _callback(run: _Run, record: Callable[[SyncReport], None]) -> WeightSyncCallback:
     from qerl_sync.integrations.trl import WeightSyncCallback
 
-    mode = config.rollout.mode
+    config, mode = run.config, run.config.rollout.mode
     recorded = config.sync.record_directory or config.output_dir
     sync = config.sync.model_copy(update={"record_directory": recorded})
     # A server has been given its engine's arguments when it was started.
-    engine = None if mode == "server" else engine_options(config, processes.rank)
+    engine = None if mode == "server" else engine_options(config, run.processes.rank)
     if mode != "ray":
         apart = mode == "subprocess"
         return WeightSyncCallback(sync, engine=engine, in_own_process=apart, recorder=record)
@@ -304,12 +290,12 @@ def _callback(
     )
 
 
-def _learn(trainer: Any, checkpoint: str | None, display: Display, processes: Processes) -> bool:
+def _learn(run: _Run, trainer: Any, checkpoint: str | None) -> bool:
     """Train to the end, or until Ctrl-C or SIGTERM. Return whether it was stopped."""
     from qerl_sync.training.callbacks import ShowProgress, StopCleanly
 
-    with display.steps("training", "trained") as steps:
-        stop = StopCleanly(display, lambda stopped: processes.any("stopping", stopped))
+    with run.display.steps("training", "trained") as steps:
+        stop = StopCleanly(run.display, lambda stopped: run.processes.any("stopping", stopped))
         progress = ShowProgress(steps, _note)
         trainer.add_callback(progress)
         trainer.add_callback(stop)
@@ -336,12 +322,10 @@ def _note(log: dict[str, Any]) -> str:
 
 
 def _report(
-    log: list[dict[str, Any]],
-    callback: WeightSyncCallback,
-    directory: RunDirectory,
-    started: float,
+    run: _Run, log: list[dict[str, Any]], callback: WeightSyncCallback, started: float
 ) -> Summary:
     """Write summary.json and the plots."""
+    directory = run.directory
     summary = summarize(
         log,
         directory.read_syncs(),

@@ -47,9 +47,7 @@ class Targets:
     gap: float = 1e-5
 
     def missed(self, run: Summary) -> list[str]:
-        """Return the targets that a run missed, as text. A value that was not measured counts as
-        missed.
-        """
+        """Return the targets that a run missed, as text; what was not measured is missed."""
         first, last = run.reward_first, run.reward_last
         share, gap = run.sync_time_share, run.logprob_gap_max
         reached = {

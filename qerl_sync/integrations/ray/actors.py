@@ -118,9 +118,7 @@ class RolloutActor:
         return self.name
 
     def _is_apart(self, engine: Mapping[str, Any]) -> bool:
-        """Return whether the engine has processes of its own, unless the environment says
-        otherwise.
-        """
+        """Return whether the engine has processes of its own by default."""
         return world_size(engine) > 1
 
     def _start(self, engine: Mapping[str, Any]) -> Any:

@@ -43,14 +43,14 @@ class PooledLLM:
         self.max_staleness = max_staleness
         self.recover: Callable[[], None] | None = None
         self.last: list[Rollout] = []
-        self._coming: deque[list[list[int]]] = deque()
+        self._coming: deque[Key] = deque()
         self._begun: dict[Key, Batch] = {}
         config = SimpleNamespace(max_model_len=max_model_len)
         self.llm_engine = SimpleNamespace(model_config=config)
 
     def expect(self, prompts: list[list[int]]) -> None:
         """Announce that a later call of `generate` will have exactly these prompts."""
-        self._coming.append(prompts)
+        self._coming.append(_key(prompts))
 
     def generate(
         self, prompts: Sequence[Any], sampling_params: Any, use_tqdm: bool = False
@@ -107,14 +107,13 @@ class PooledLLM:
     def _begin_next(self, sampling: Any, done: Key) -> None:
         """Start generating the next batch ahead, with the present weights."""
         # Batches come in the order of their announcement: earlier ones were skipped.
-        if done in [_key(prompts) for prompts in self._coming]:
-            while (skipped := _key(self._coming.popleft())) != done:
+        if done in self._coming:
+            while (skipped := self._coming.popleft()) != done:
                 self._begun.pop(skipped, None)
-        for prompts in list(self._coming)[: self.max_staleness]:
-            key = _key(prompts)
+        for key in list(self._coming)[: self.max_staleness]:
             if key not in self._begun:
                 with suppress(TransportError):  # nobody can just now: they are generated later
-                    self._begun[key] = self.pool.submit(prompts, sampling)
+                    self._begun[key] = self.pool.submit([list(ids) for ids in key], sampling)
 
 
 class Announcer:
@@ -137,9 +136,7 @@ class Announcer:
         self._announced: Iterator[Any] = iter(())
 
     def of(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the same batches. A second call with the same iterator continues where the first
-        stopped.
-        """
+        """Yield the same batches. A second call with the same iterator goes on with it."""
         if batches is not self._given:
             self._given, self._announced = batches, self._announcing(batches)
         return self._announced

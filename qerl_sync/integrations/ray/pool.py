@@ -11,6 +11,7 @@ from typing import Any
 
 from typing_extensions import Self
 
+from qerl_sync.build import transport_options
 from qerl_sync.config import SyncConfig
 from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.ray_actor import RayActorClient, how_it_was_lost, is_gone
@@ -213,14 +214,7 @@ class WorkerPool:
             self._transport.close()
         self._timeout_seconds = config.timeout_seconds
         self._transport = PoolTransport(
-            transport=config.transport,
-            chunks_in_flight=config.chunks_in_flight,
-            timeout_seconds=config.timeout_seconds,
-            address=own_address,
-            first_port=config.trainer_port,
-            bind=config.trainer_bind or "",
-            pause_mode=config.pause_mode,
-            recompute_running=config.recompute_running,
+            address=own_address, first_port=config.trainer_port, **transport_options(config)
         )
         for worker in self._workers.values():
             self._join(self._transport, worker)
@@ -261,9 +255,7 @@ class WorkerPool:
 
     @property
     def newest_version(self) -> int:
-        """Return the version of the last sync from here, lost workers included; 0 before the
-        first.
-        """
+        """Return the version of the last sync from here; 0 before the first."""
         return self._transport.newest_version if self._transport is not None else 0
 
     def ask(
@@ -334,7 +326,7 @@ class WorkerPool:
         except failed.RayError as exc:  # its answer is lost, and it may be as it was
             reason = f"what {share.name} generated was lost: {type(exc).__name__}: {exc}"
             logger.warning("%s", reason)
-            return Failure(reason, passing=True)
+            return Failure(share.version, reason, passing=True)
 
     def _lost(self, share: Share, reason: str, *, refused: bool = False) -> Failure:
         """Mark the worker for a full sync, unless it has had one since the request."""
@@ -342,7 +334,8 @@ class WorkerPool:
         if self._transport is not None and self.versions.get(share.name) == share.version:
             self._transport.forget(share.name, reason)
         # Of those that we sync nobody else does: asking again changes nothing.
-        return Failure(reason, passing=refused and self._transport is None)
+        passing = refused and self._transport is None
+        return Failure(share.version, reason, passing)
 
     # ---- the end
 
@@ -385,10 +378,14 @@ class Share:
 
 @dataclass(frozen=True)
 class Failure:
-    """A worker's reason for not generating its share. `passing`: a retry in a moment may
-    succeed.
+    """A worker's reason for not generating its share.
+
+    Attributes:
+        version: of its weights, when it was asked.
+        passing: a retry in a moment may succeed.
     """
 
+    version: int
     reason: str
     passing: bool = False
 
@@ -408,7 +405,7 @@ class Batch:
         self._sampling = sampling
         self.required_version = required_version
         self._done: dict[int, list[Rollout]] = {}
-        self._failed: dict[str, tuple[int, Failure]] = {}
+        self._failed: dict[str, Failure] = {}
         self._shares: list[Share] = []
         self._patient_until = 0.0
         self._ask(required_version)
@@ -441,29 +438,27 @@ class Batch:
         """
         todo = [index for index in range(len(self._prompts)) if index not in self._done]
         while todo and not self._shares:
-            versions = self._pool.versions
-            without = {name for name, (v, _) in self._failed.items() if versions.get(name, 0) <= v}
+            versions, failed = self._pool.versions, self._failed
+            without = {name for name in failed if versions.get(name, 0) <= failed[name].version}
             try:
                 self._shares = self._pool.ask(
                     todo, self._prompts, self._sampling, required_version, without
                 )
             except TransportError as exc:
-                passing = [name for name, (_, failure) in self._failed.items() if failure.passing]
+                passing = [name for name, failure in failed.items() if failure.passing]
                 if not passing or time.monotonic() > self._patient_until:
-                    reasons = "; ".join(
-                        f"{name}: {failure.reason}" for name, (_, failure) in self._failed.items()
-                    )
+                    reasons = "; ".join(f"{name}: {failed[name].reason}" for name in failed)
                     self._failed, self._patient_until = {}, 0.0  # all may be asked again
                     raise TransportError(
                         f"{exc}. Of those that were asked, {reasons}" if reasons else str(exc)
                     ) from exc
                 time.sleep(POLL_SECONDS)
                 for name in passing:
-                    del self._failed[name]
+                    del failed[name]
 
     def _take(self, share: Share, found: list[Rollout] | Failure, oldest_version: int) -> None:
         if isinstance(found, Failure):
-            self._failed[share.name] = (share.version, found)
+            self._failed[share.name] = found
             self._patient_until = self._patient_until or time.monotonic() + PASSING_SECONDS
             return
         self._patient_until = 0.0

@@ -31,9 +31,7 @@ class Part:
         self._source.check_finite(names)
 
     def tensors(self, names: Sequence[str]) -> list[Any]:
-        """Return the tensors' bytes as arrays, which Ray brings to the reader without another
-        copy.
-        """
+        """Return the tensors' bytes as arrays, which Ray brings to the reader without a copy."""
         return [as_bytes(tensor) for _, tensor in self._source.materialize(names)]
 
 
@@ -143,7 +141,5 @@ class JoinedSource(Source):
 
 
 def as_bytes(tensor: torch.Tensor) -> Any:
-    """Return the tensor's bytes as an array, over its own memory if that is contiguous and on the
-    host.
-    """
+    """Return the tensor's bytes as an array, without a copy where it is contiguous on the host."""
     return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()

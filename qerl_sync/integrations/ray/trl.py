@@ -15,8 +15,8 @@ from qerl_sync.integrations.ray.cluster import require_ray, require_room_for_chu
 from qerl_sync.integrations.ray.llm import Announcer, PooledLLM
 from qerl_sync.integrations.ray.metrics import RayMetrics
 from qerl_sync.integrations.ray.pool import WorkerPool
-from qerl_sync.integrations.trl import OF_GENERATION, OF_TRAINER, WeightSyncCallback
-from qerl_sync.integrations.trl_patches import _replaced, require_attributes
+from qerl_sync.integrations.trl import WeightSyncCallback
+from qerl_sync.integrations.trl_patches import replaced
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import probe_of
 
@@ -72,58 +72,41 @@ class PoolSyncCallback(WeightSyncCallback):
         self.llm: PooledLLM | None = None
 
     @contextmanager
-    def connecting(self, *, in_own_process: bool = False, **arguments: Any) -> Iterator[None]:
+    def connecting(self) -> Iterator[None]:
         """Give rollout actors to a TRL trainer that is built for `vllm_mode="colocate"` in this
         context.
-
-        Args:
-            arguments: vLLM engine arguments, over the class's `engine`.
         """
         from trl.generation import vllm_generation
 
-        self._engine |= arguments
-
         def start(**given: Any) -> PooledLLM:
             trls = {name: v for name, v in given.items() if name not in IN_PROCESS_ONLY}
-            return self._start({**trls, **self._engine})
+            engine = {**trls, **self._engine}
+            node = require_ray().get_runtime_context().get_node_id()
+            require_room_for_chunks(self.config, {node})
+            pool = WorkerPool.start(self._count, engine, **self._pool_arguments)
+            length, staleness = engine.get("max_model_len"), self._max_staleness
+            self.llm = PooledLLM(pool, max_model_len=length, max_staleness=staleness)
+            return self.llm
 
-        with _replaced(vllm_generation, "LLM", lambda llm: start):
+        with replaced(vllm_generation, "LLM", lambda llm: start):
             yield
-
-    def _start(self, engine: dict[str, Any]) -> PooledLLM:
-        require_room_for_chunks(self.config, {require_ray().get_runtime_context().get_node_id()})
-        pool = WorkerPool.start(self._count, engine, **self._pool_arguments)
-        self.llm = PooledLLM(
-            pool, max_model_len=engine.get("max_model_len"), max_staleness=self._max_staleness
-        )
-        return self.llm
 
     def _refuse_shared_engine(self, size: int, num_processes: int) -> None:
         """Refuse nothing: each actor's engine is its own, with as many workers as `engine` says."""
 
-    def bind(self, trainer: Any) -> PoolSyncCallback:
-        """Bind as the base class does.
+    def _num_processes(self, trainer: Any) -> int:
+        return 1  # actors have one trainer
 
-        Raises:
-            ConfigError: the trainer was not built with this callback.
-            CompatError: the installed TRL has other attributes.
-        """
-        if self._trainer is trainer:
-            return self
-        self._refuse_another(trainer)
-        generation = getattr(trainer, "vllm_generation", None)
+    def _new_session(self, trainer: Any, generation: Any) -> SyncSession:
         llm = getattr(generation, "llm", None)
         if not isinstance(llm, PooledLLM):
             raise ConfigError(
                 "this trainer has no rollout actors; build it with use_vllm=True, "
                 'vllm_mode="colocate" and callbacks=[callback]'
             )
-        require_attributes(trainer, OF_TRAINER, trainer)
-        require_attributes(generation, OF_GENERATION, trainer)
         model = trainer.accelerator.unwrap_model(trainer.model)
-        self._eager = self._new_eager(trainer, num_processes=1)
         transport = llm.pool.transport(self.config)
-        self.session = SyncSession(
+        return SyncSession(
             make_source(model, self.config, transport),
             transport,
             self._session_config,
@@ -131,12 +114,14 @@ class PoolSyncCallback(WeightSyncCallback):
             probe=probe_of(model),
             observers=[RayMetrics()],
         )
-        llm.recover = self._sync
-        self._take_over(trainer)
-        trainer.vllm_generation.generate = self._noting(trainer.vllm_generation.generate)
+
+    def _take_over(self, trainer: Any) -> None:
+        super()._take_over(trainer)
+        generation = trainer.vllm_generation
+        generation.llm.recover = self._sync
+        generation.generate = self._noting(generation.generate)
         if self._max_staleness:
             self._generate_ahead(trainer)
-        return self
 
     def close(self) -> None:
         """End the actors."""
@@ -146,20 +131,18 @@ class PoolSyncCallback(WeightSyncCallback):
             self.llm = None
 
     def _sync(self) -> None:
-        assert self.llm is not None
-        self._sync_some(self.llm.pool, TRIES)
-
-    def _sync_some(self, pool: WorkerPool, tries: int) -> None:
         """Sync, even if all workers are down: wait for those that Ray restarts."""
-        pool.await_some(self._pool_arguments.get("start_seconds", 600.0))
-        try:
-            return super()._sync()
-        except TransportError as exc:
-            if not self.reports or tries < 2:  # before the first sync it is how they were started
-                raise
-            logger.warning("the sync has lost all workers, and is done again: %s", exc)
-        time.sleep(PAUSE_SECONDS)
-        return self._sync_some(pool, tries - 1)
+        assert self.llm is not None
+        for others in reversed(range(TRIES)):
+            self.llm.pool.await_some(self._pool_arguments.get("start_seconds", 600.0))
+            try:
+                return super()._sync()
+            except TransportError as exc:
+                # Before the first sync it is how they were started.
+                if not self.reports or not others:
+                    raise
+                logger.warning("the sync has lost all workers, and is done again: %s", exc)
+            time.sleep(PAUSE_SECONDS)
 
     def _noting(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         """Generate, and log the staleness of the completions with TRL's metrics."""
@@ -169,15 +152,11 @@ class PoolSyncCallback(WeightSyncCallback):
             assert self.llm is not None
             newest = self.llm.pool.newest_version
             behind = [newest - rollout.version for rollout in self.llm.last]
-            self._log("rollout/staleness/max", max(behind))
-            self._log("rollout/staleness/mean", sum(behind) / len(behind))
+            mean = sum(behind) / len(behind)
+            self._log({"rollout/staleness/max": float(max(behind)), "rollout/staleness/mean": mean})
             return found
 
         return generate_and_note
-
-    def _log(self, name: str, value: float) -> None:
-        mode = "train" if self._trainer.model.training else "eval"
-        self._trainer._metrics[mode][name].append(float(value))
 
     def _generate_ahead(self, trainer: Any) -> None:
         """Announce the prompts of coming batches to the pool before TRL asks for them."""
