@@ -106,24 +106,16 @@ class EchoWorker:
         self._command = [sys.executable, "-m", module, device]
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()  # it ends with its input
         try:
-            self._process.wait(10)
+            self._process.communicate(timeout=10)  # it ends with its input
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+            self._process.communicate()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("open", init_info)

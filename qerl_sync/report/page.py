@@ -24,7 +24,7 @@ class Bucket(NamedTuple):
 
     Attributes:
         first, last: indices of its tensors, both included.
-        at: the first of them with the most buffered bytes.
+        at, name: the first of them with the most buffered bytes.
         low_bytes, high_bytes: the least and the most buffered bytes.
         pinned_bytes: the most pinned bytes.
         open_layers: the most open layers.
@@ -33,6 +33,7 @@ class Bucket(NamedTuple):
     first: int
     last: int
     at: int
+    name: str
     low_bytes: int
     high_bytes: int
     pinned_bytes: int
@@ -49,11 +50,13 @@ def buckets(trace: Trace, count: int) -> list[Bucket]:
         part = steps[first:end]
         heights = [step.buffered_bytes for step in part]
         high = max(heights)
+        highest = heights.index(high)
         result.append(
             Bucket(
                 first=first,
                 last=end - 1,
-                at=first + heights.index(high),
+                at=first + highest,
+                name=part[highest].name,
                 low_bytes=min(heights),
                 high_bytes=high,
                 pinned_bytes=max(step.pinned_bytes for step in part),
@@ -70,7 +73,6 @@ class Stream:
     Attributes:
         color: the name of a colour in the template.
         words: what it is called.
-        names: of each bucket, the tensor at its highest point.
         held: of each bucket, the largest layers there, with their bytes; empty: not known.
         others: of each bucket, how many layers there are besides.
     """
@@ -78,20 +80,18 @@ class Stream:
     color: str
     words: str
     parts: Sequence[Bucket]
-    names: Sequence[str]
     held: Sequence[Sequence[tuple[str, int]]] = ()
     others: Sequence[int] = ()
 
 
 @dataclass
 class PageData:
-    """Hold the data of the page's script: the streams of each plot, in the order of the plots."""
+    """The data of the page's script: the streams of each plot, in the order of the plots."""
 
     numbers: dict[str, int] = field(default_factory=dict)  # a name may occur in many buckets
     plots: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, streams: Sequence[Stream], num_tensors: int) -> None:
-        """Add a plot."""
         self.plots.append(
             {
                 "tensors": num_tensors,
@@ -107,7 +107,7 @@ class PageData:
             "high": [part.high_bytes for part in stream.parts],
             "pinned": [part.pinned_bytes for part in stream.parts],
             "open": [part.open_layers for part in stream.parts],
-            "names": [self._number(name) for name in stream.names],
+            "names": [self._number(part.name) for part in stream.parts],
         }
         if stream.held:
             found["largest"] = [

@@ -30,6 +30,8 @@ from qerl_sync.report.recorded import RecordedRun
 BUCKETS, POINTS = 240, 1000
 SHOWN_SYNCS, SHOWN_WORKERS, SHOWN_LAYERS = 20, 32, 20
 HEADINGS = {"failed": "Failed", "warning": "Warning", "advice": "Advice"}
+# Colours of the template for the traces of a sync.
+COLORS = {"as given": "spill", "predicted": "predicted", "measured": "measured"}
 
 
 class Table(NamedTuple):
@@ -46,7 +48,7 @@ class Curve(NamedTuple):
 
     color: str
     words: str
-    points: Sequence[tuple[float, float]]
+    values: Sequence[float]
     faint: bool = False
 
 
@@ -287,56 +289,45 @@ def _charts(run: RecordedRun) -> list[str]:
     """Draw what changes along a run."""
     found = []
     if len(run.rewards) > 1:
+        steps = [step for step, _ in run.rewards]
         values = [reward for _, reward in run.rewards]
         means = moving_mean(values, MOVING_MEAN_STEPS)
-        steps = [float(step) for step, _ in run.rewards]
         curves = [
-            Curve("measured", "each logged step", list(zip(steps, values, strict=True)), True),
-            Curve(
-                "measured",
-                f"mean of {MOVING_MEAN_STEPS}",
-                list(zip(steps, means, strict=True)),
-            ),
+            Curve("measured", "each logged step", values, faint=True),
+            Curve("measured", f"mean of {MOVING_MEAN_STEPS}", means),
         ]
-        found.append(_chart("Reward", "step", curves))
+        found.append(_chart("Reward", "step", steps, curves))
     syncs = run.syncs
     if len(syncs) > 1:
-
-        def curve(color: str, words: str, values: Sequence[float]) -> Curve:
-            versions = (float(sync["version"]) for sync in syncs)
-            return Curve(color, words, list(zip(versions, values, strict=True)))
-
-        found.append(
-            _chart(
-                "Seconds of a sync",
-                "version",
-                [
-                    curve("measured", "total", [s["seconds"]["total"] for s in syncs]),
-                    curve("advice", "load", [s["seconds"]["load"] for s in syncs]),
-                    curve("predicted", "gather", [s["seconds"]["gather"] for s in syncs]),
-                ],
-            )
-        )
-        pinned = "peak_pinned_bytes_"
+        versions = [sync["version"] for sync in syncs]
+        phases = {"total": "measured", "load": "advice", "gather": "predicted"}
         curves = [
-            curve(words, words, [s[pinned + words] for s in syncs])
+            Curve(color, phase, [sync["seconds"][phase] for sync in syncs])
+            for phase, color in phases.items()
+        ]
+        found.append(_chart("Seconds of a sync", "version", versions, curves))
+        curves = [
+            Curve(words, words, [sync[f"peak_pinned_bytes_{words}"] for sync in syncs])
             for words in ("predicted", "measured")
         ]
-        if all(s["budget_bytes"] for s in syncs):
-            curves.append(curve("budget", "budget", [s["budget_bytes"] for s in syncs]))
-        found.append(_chart("Peak pinned", "version", curves, in_bytes=True))
+        budgets = [sync["budget_bytes"] for sync in syncs]
+        if all(budgets):
+            curves.append(Curve("budget", "budget", budgets))
+        found.append(_chart("Peak pinned", "version", versions, curves, in_bytes=True))
     return found
 
 
-def _chart(title: str, axis: str, curves: Sequence[Curve], *, in_bytes: bool = False) -> str:
+def _chart(
+    title: str, axis: str, xs: Sequence[int], curves: Sequence[Curve], *, in_bytes: bool = False
+) -> str:
     """Draw curves on one scale from 0, or from their lowest value where that is less."""
-    values = [y for curve in curves for _, y in curve.points]
+    values = [y for curve in curves for y in curve.values]
     low, high = min(0.0, *values), max(*values, 1e-9)
     top = low + HEADROOM * (high - low)
-    left, right = curves[0].points[0][0], curves[0].points[-1][0]
+    left, right = xs[0], xs[-1]
     paths = []
     for curve in curves:
-        points = _thinned(curve.points)
+        points = _thinned(list(zip(xs, curve.values, strict=True)))
         steps = "L".join(
             f"{SIDE * (x - left) / max(right - left, 1e-9):.4g} "
             f"{SIDE * (top - y) / (top - low):.4g}"
@@ -350,8 +341,8 @@ def _chart(title: str, axis: str, curves: Sequence[Curve], *, in_bytes: bool = F
         return f"{value / scale:.3g} {unit}".strip()
 
     label = "; ".join(
-        f"{c.words}: from {words(c.points[0][1])} to {words(c.points[-1][1])}, at most "
-        f"{words(max(y for _, y in c.points))}"
+        f"{c.words}: from {words(c.values[0])} to {words(c.values[-1])}, at most "
+        f"{words(max(c.values))}"
         for c in curves
     )
     return (
@@ -365,7 +356,7 @@ def _chart(title: str, axis: str, curves: Sequence[Curve], *, in_bytes: bool = F
     )
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Return at most about `POINTS` points, with the highest of each stretch and the last one."""
     stride = -(-len(points) // POINTS)
     found = [
@@ -410,6 +401,8 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
                 f'data-words="{escape(peaks + within)}">'
                 f"{escape(name + (': ' + ', '.join(unusual) if unusual else ''))}</option>"
             )
+    if not figures:
+        return ""
     groups = "".join(
         f'<optgroup label="{label}">{"".join(found)}</optgroup>'
         for label, found in reversed(options.items())
@@ -420,27 +413,20 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
     if "budget" in shown:
         keys += '<span><span class="dash budget"></span>budget</span>'
     return (
-        figures
-        and (
-            f'<div class="bartools"><label>Sync <select id="pick">{groups}</select></label>'
-            f'<div class="keys">{keys}</div></div>'
-            f'<p id="picked" aria-live="polite"></p>{"".join(figures.values())}'
-        )
-    ) or ""
-
-
-COLORS = {"as given": "spill", "predicted": "predicted", "measured": "measured"}
+        f'<div class="bartools"><label>Sync <select id="pick">{groups}</select></label>'
+        f'<div class="keys">{keys}</div></div>'
+        f'<p id="picked" aria-live="polite"></p>{"".join(figures.values())}'
+    )
 
 
 def _timeline(
     number: int, traces: Mapping[str, Trace], budget_bytes: int | None, data: PageData
 ) -> str:
-    streams = []
-    for words, color in COLORS.items():
-        if words in traces:
-            trace = traces[words]
-            parts = buckets(trace, BUCKETS)
-            streams.append(Stream(color, words, parts, [trace.steps[p.at].name for p in parts]))
+    streams = [
+        Stream(color, words, buckets(traces[words], BUCKETS))
+        for words, color in COLORS.items()
+        if words in traces
+    ]
     tensors = len(traces["predicted"].steps)
     data.add(streams, tensors)
     peak = max(max(t.peak_pinned_bytes, t.peak_buffered_bytes) for t in traces.values())

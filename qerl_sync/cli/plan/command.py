@@ -5,9 +5,8 @@ from __future__ import annotations
 import gc
 import json
 from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -24,14 +23,6 @@ if TYPE_CHECKING:
 
 # Exit code of a plan that breaks an --assert, or of a run that --compare finds different.
 FAILED = 1
-
-
-class Packing(str, Enum):
-    """Where a stream is cut into chunks."""
-
-    auto = "auto"
-    stream = "stream"
-    layers = "layers"
 
 
 def plan(
@@ -72,13 +63,13 @@ def plan(
         int, typer.Option(min=1, help="How many chunk buffers the receiver rotates.")
     ] = VLLM_CHUNK_BUFFERS,
     packing: Annotated[
-        Packing,
+        Literal["auto", "stream", "layers"],
         typer.Option(
             help="Where the stream is cut into chunks: `stream` wherever one is full, as vLLM "
             "does; `layers` between parent layers, as our plans are; `auto`: as given like vLLM, "
             "reordered between layers."
         ),
-    ] = Packing.auto,
+    ] = "auto",
     tp: Annotated[
         int | None, typer.Option(min=1, help="Tensor parallel size; the plan is that of rank 0.")
     ] = None,
@@ -136,7 +127,7 @@ def plan(
             budget=budget,
             chunk_bytes=chunk_bytes,
             chunk_buffers=chunk_buffers,
-            packing=packing.value,
+            packing=packing,
             tensor_parallel_size=tp,
             dtype=dtype,
             assertions=assertions or [],

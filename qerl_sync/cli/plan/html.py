@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from importlib.resources import files
 
-from qerl_sync.cli.plan.scenarios import SPILL, Scenario
+from qerl_sync.cli.plan.scenarios import Scenario
 from qerl_sync.cli.plan.series import (
     POLICY_WORDS,
     by_order,
     cause_words,
     device_peak,
-    shows_receiving,
-    shows_staged,
+    more_columns,
     staged_words,
 )
 from qerl_sync.meta import format_bytes
@@ -40,10 +39,11 @@ EXPLANATION = (
     "complete. Buffered: the bytes of the tensors that are kept. Pinned: the memory that they keep "
     "alive, which is more where they are views of larger buffers; a budget limits it."
 )
-RECEIVING = " Receiving: pinned, and the transport's receive buffers."
-STAGED = (
-    " Staged: bytes that wait in the worker's host memory until their parent layer is complete."
-)
+MORE_EXPLANATION = {
+    "receiving": " Receiving: pinned, and the transport's receive buffers.",
+    "staged": " Staged: bytes that wait in the worker's host memory until their parent layer is "
+    "complete.",
+}
 
 
 def render_page(
@@ -61,8 +61,7 @@ def render_page(
         facts: (name, value, further words) about the model. The budget follows them.
     """
     orders = by_order(scenarios)
-    packed, staged = shows_receiving(scenarios), shows_staged(scenarios)
-    columns = ["Receiving"] * packed + ["Staged"] * staged
+    more = more_columns(scenarios)
     keys = [
         key(policy, POLICY_WORDS[policy])
         for policy in dict.fromkeys(scenario.policy for scenario in scenarios)
@@ -81,9 +80,9 @@ def render_page(
         data.add(streams, len(group[0].metas))
         figures.append(_figure(order, group, streams, one_top, budget_bytes))
     parts = {
-        "explanation": escape(EXPLANATION + RECEIVING * packed + STAGED * staged),
-        "more_heads": "".join(f'<th class="number">{column}</th>' for column in columns),
-        "hatched": " Hatched: staged in host memory." * staged,
+        "explanation": escape(EXPLANATION + "".join(MORE_EXPLANATION[title] for title in more)),
+        "more_heads": "".join(f'<th class="number">{title.capitalize()}</th>' for title in more),
+        "hatched": " Hatched: staged in host memory." * ("staged" in more),
         "rows": _rows(scenarios, orders, budget_bytes),
         "causes": "".join(
             f"<p><strong>{escape(cause_words(cause)).capitalize()}:</strong> "
@@ -114,7 +113,6 @@ def _stream(scenario: Scenario) -> Stream:
         color=scenario.policy,
         words=POLICY_WORDS[scenario.policy],
         parts=parts,
-        names=[scenario.trace.steps[part.at].name for part in parts],
         held=[held[:LARGEST_AT_POINTER] for held in moments],
         others=[max(len(held) - LARGEST_AT_POINTER, 0) for held in moments],
     )
@@ -126,7 +124,7 @@ def _rows(
     budget_bytes: int | None,
 ) -> str:
     """Return a table body for each order, with a line for each policy."""
-    packed, staged = shows_receiving(scenarios), shows_staged(scenarios)
+    more = more_columns(scenarios)
     peaks = [device_peak(scenario) + scenario.peak_staged_bytes for scenario in scenarios]
     top = HEADROOM * max(*peaks, budget_bytes or 0, 1)
 
@@ -142,11 +140,7 @@ def _rows(
             buffered, pinned = scenario.peak_buffered_bytes, scenario.peak_pinned_bytes
             over = " over" * (scenario.within_budget is False)
             numbers = [(format_bytes(buffered), ""), (format_bytes(pinned), over)]
-            if packed:
-                numbers.append((format_bytes(scenario.peak_receive_bytes), ""))
-            if staged:
-                spills = scenario.policy == SPILL
-                numbers.append((format_bytes(scenario.peak_staged_bytes) * spills, ""))
+            numbers += [(text(scenario), "") for text in more.values()]
             bars = bar("", buffered)
             if pinned > buffered:
                 bars += bar(' class="pins"', pinned)
@@ -188,18 +182,10 @@ def _figure(
     peak = worst.most_buffered
     share = 100 * peak.buffered_bytes / max(worst.total_bytes, 1)
     where = f"Largest at tensor {peak.index + 1:,}, {POLICY_WORDS[worst.policy]}"
-    largest = [
-        (f"<span>{where}</span>", format_bytes(peak.buffered_bytes)),
-        *(
-            (f'<span class="path">{escape(layer)}</span>', format_bytes(held))
-            for layer, held in peak.held[:LARGEST_AT_PEAK]
-        ),
-    ]
-    rest = peak.held[LARGEST_AT_PEAK:]
-    if rest:
-        more = f"<span>and {len(rest):,} more</span>"
-        largest.append((more, format_bytes(sum(held for _, held in rest))))
-    items = "".join(f"<li>{name}<span>{size}</span></li>" for name, size in largest)
+    largest = "".join(
+        f'<li><span class="path">{escape(layer)}</span><span>{format_bytes(held)}</span></li>'
+        for layer, held in peak.largest(LARGEST_AT_PEAK)
+    )
     drawn = plot(
         streams,
         label=f"{order}. {described}",
@@ -212,5 +198,6 @@ def _figure(
         f'<figure class="card"><header><h3>{escape(order)}</h3><span>at most '
         f"{format_bytes(peak.buffered_bytes)} buffered, {share:.0f}% of the model</span></header>"
         f"{drawn}"
-        f'<ul class="largest">{items}</ul></figure>'
+        f'<ul class="largest"><li><span>{where}</span>'
+        f"<span>{format_bytes(peak.buffered_bytes)}</span></li>{largest}</ul></figure>"
     )

@@ -9,13 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qerl_sync.cli.plan.scenarios import Scenario
-from qerl_sync.cli.plan.series import (
-    POLICY_WORDS,
-    by_order,
-    device_peak,
-    shorten,
-    staged_words,
-)
+from qerl_sync.cli.plan.series import POLICY_WORDS, by_order, device_peak, shorten, staged_words
 from qerl_sync.meta import format_bytes
 from qerl_sync.report.page import buckets
 from qerl_sync.report.plots import GREY, INK, STYLE, matplotlib_or_refusal, unit_of
@@ -146,11 +140,8 @@ def _draw_order(axes: Any, order: str, group: Sequence[Scenario], budget_bytes: 
     count, peak = len(worst.metas), worst.most_buffered
     lines = [
         f"{shorten(layer, LABEL_WIDTH)}  {format_bytes(held)}"
-        for layer, held in peak.held[:LABELLED_LAYERS]
+        for layer, held in peak.largest(LABELLED_LAYERS)
     ]
-    rest = peak.held[LABELLED_LAYERS:]
-    if rest:
-        lines.append(f"and {len(rest)} more: {format_bytes(sum(held for _, held in rest))}")
     x, y = peak.index + 1, peak.buffered_bytes / scale
     axes.plot([x], [y], marker="o", markersize=3.5, color=INK, clip_on=False, zorder=5)
     axes.annotate(

@@ -83,6 +83,12 @@ class Moment:
     open_layers: int
     held: tuple[tuple[str, int], ...]
 
+    def largest(self, count: int) -> list[tuple[str, int]]:
+        """Return the `count` largest of `held`, and a line for all the others."""
+        rest = self.held[count:]
+        label = f"and {len(rest):,} more layer{'s' * (len(rest) != 1)}"
+        return [*self.held[:count], *([(label, sum(size for _, size in rest))] if rest else [])]
+
     def to_json(self) -> dict[str, Any]:
         figures = asdict(self)
         held = figures.pop("held")
