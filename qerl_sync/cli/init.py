@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qerl_sync.cli.errors import Debug, errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text, notes
 
 
 def init(
@@ -30,5 +29,4 @@ def init(
             raise FileError(
                 f"{path} is there already, and stays as it is; give another name", path=str(path)
             ) from exc
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"written to {path}; next: qerl-sync train {path}")
+        notes().print(f"written to {path}; next: qerl-sync train {path}")

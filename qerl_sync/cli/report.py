@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qerl_sync.cli.errors import Debug, errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text, notes
 
 RUN = typer.Argument(
     help="The output directory of `qerl-sync train`, or a session's sync.record_directory.",
@@ -60,17 +59,16 @@ def report(
         page = run_markdown(recorded) if md else run_page(recorded)
         with file_errors_explained(path):
             path.write_text(page, encoding="utf-8")
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"written to {path}")
+        notes().print(f"written to {path}")
         if show:
-            _open(path.absolute().as_uri(), console)
+            _open(path.absolute().as_uri())
 
 
-def _open(url: str, console: Console) -> None:
+def _open(url: str) -> None:
     import webbrowser
 
     if not webbrowser.open(url):
-        console.print(f"no browser was found here; open {url} in one")
+        notes().print(f"no browser was found here; open {url} in one")
 
 
 def _serve(run: Path, port: int, *, show: bool) -> None:
@@ -80,14 +78,13 @@ def _serve(run: Path, port: int, *, show: bool) -> None:
     if not run.is_dir():
         raise ConfigError(f"{run} is no directory; give the output directory of a run")
     report = LiveReport(run, port)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"{report.url} shows {run} as it goes on. Ctrl-C ends it.")
+    notes().print(f"{report.url} shows {run} as it goes on. Ctrl-C ends it.")
     if show:
-        _open(report.url, console)
+        _open(report.url)
     try:
         report.serve()
     except KeyboardInterrupt:
-        console.print("ended")
+        notes().print("ended")
 
 
 def explain(

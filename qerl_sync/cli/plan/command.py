@@ -13,16 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from qerl_sync import __version__
-from qerl_sync.cli.errors import Debug, errors_as_text
+from qerl_sync.cli.errors import FAILED, Debug, errors_as_text, notes
 from qerl_sync.cli.plan.scenarios import VLLM_CHUNK_BUFFERS
 from qerl_sync.errors import PlanError
 from qerl_sync.meta import format_bytes
 
 if TYPE_CHECKING:
     from qerl_sync.cli.plan.run import Outcome
-
-# Exit code of a plan that breaks an --assert, or of a run that --compare finds different.
-FAILED = 1
 
 
 def plan(
@@ -118,10 +115,10 @@ def plan(
         # A plan is many small values and no cycles; looking for cycles takes a fifth of its time.
         gc.disable()
         at_end.callback(gc.enable)
-        notes = Console(stderr=True)
+        said = notes()
         outcome = execute(
             model,
-            notes.status,
+            said.status,
             orders=order or [],
             policies=policy or [],
             budget=budget,
@@ -134,7 +131,7 @@ def plan(
             compare=compare,
         )
         # Files come before anything is printed: `| head` ends the command when it has read enough.
-        _write_files(outcome, notes, names=names, png=png, html=html)
+        _write_files(outcome, said, names=names, png=png, html=html)
         if as_json:
             typer.echo(json.dumps(outcome.to_json(), indent=2))
         else:
@@ -142,22 +139,21 @@ def plan(
         if outcome.refused is not None:
             raise PlanError(outcome.refused)
         for reason in outcome.failures:
-            notes.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True, highlight=False)
+            said.print(f"[bold red]failed:[/] {escape(reason)}")
         if outcome.failures:
             raise typer.Exit(FAILED)
 
 
 def _write_files(
-    outcome: Outcome, notes: Console, *, names: Path | None, png: Path | None, html: Path | None
+    outcome: Outcome, said: Console, *, names: Path | None, png: Path | None, html: Path | None
 ) -> None:
-    """Write what was asked for, and say so on `notes`. Raises FileError if a file cannot be
-    written."""
+    """Write what was asked for, and say so. Raises FileError if a file cannot be written."""
     from qerl_sync.config.files import file_errors_explained
 
     def write(what: str, path: Path, content: bytes) -> None:
         with file_errors_explained(path):
             path.write_bytes(content)
-        notes.print(f"{what} written to {path}", highlight=False, soft_wrap=True)
+        said.print(f"{what} written to {path}")
 
     if names is not None:
         ordered = outcome.scenarios[0].metas
