@@ -12,11 +12,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qerl_sync import __version__
 from qerl_sync.cli.errors import FAILED, Debug, errors_as_text, notes
 from qerl_sync.cli.plan.scenarios import VLLM_CHUNK_BUFFERS
 from qerl_sync.errors import PlanError
-from qerl_sync.meta import format_bytes
 
 if TYPE_CHECKING:
     from qerl_sync.cli.plan.run import Outcome
@@ -161,29 +159,8 @@ def _write_files(
     if png is not None:
         from qerl_sync.cli.plan.png import plot_plan
 
-        size = f"{len(outcome.found.metas):,} tensors, {format_bytes(outcome.total_bytes)}"
-        picture = plot_plan(
-            outcome.scenarios,
-            title=outcome.asked.name,
-            subtitle=f"{size} in {outcome.dtypes}. {outcome.origin}",
-            budget_bytes=outcome.budget_bytes,
-        )
-        write("picture", png, picture)
+        write("picture", png, plot_plan(outcome))
     if html is not None:
         from qerl_sync.cli.plan.html import render_page
 
-        layer, held = outcome.largest_layer
-        page = render_page(
-            outcome.scenarios,
-            title=f"{outcome.asked.name} {outcome.architecture}".rstrip(),
-            subtitle=outcome.origin,
-            facts=[
-                ("Tensors", f"{len(outcome.found.metas):,}", ""),
-                ("Size", format_bytes(outcome.total_bytes), outcome.dtypes),
-                ("Parent layers", f"{len(outcome.layer_bytes):,}", ""),
-                ("Largest parent layer", format_bytes(held), layer),
-            ],
-            footer=f"Made by qerl-sync {__version__} with `qerl-sync plan`.",
-            budget_bytes=outcome.budget_bytes,
-        )
-        write("page", html, page.encode())
+        write("page", html, render_page(outcome).encode())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
+from qerl_sync import __version__
+from qerl_sync.cli.plan.run import Outcome
 from qerl_sync.cli.plan.scenarios import Scenario
 from qerl_sync.cli.plan.series import (
     POLICY_WORDS,
@@ -46,21 +48,16 @@ MORE_EXPLANATION = {
 }
 
 
-def render_page(
-    scenarios: Sequence[Scenario],
-    *,
-    title: str,
-    subtitle: str,
-    facts: Sequence[tuple[str, str, str]],
-    footer: str = "",
-    budget_bytes: int | None = None,
-) -> str:
-    """Return the page.
-
-    Args:
-        facts: (name, value, further words) about the model. The budget follows them.
-    """
-    orders = by_order(scenarios)
+def render_page(outcome: Outcome) -> str:
+    """Return the page."""
+    scenarios, budget_bytes = outcome.scenarios, outcome.budget_bytes
+    layer, held = outcome.largest_layer
+    facts = [
+        ("Tensors", f"{len(outcome.found.metas):,}", ""),
+        ("Size", format_bytes(outcome.total_bytes), outcome.dtypes),
+        ("Parent layers", f"{len(outcome.layer_bytes):,}", ""),
+        ("Largest parent layer", format_bytes(held), layer),
+    ]
     more = more_columns(scenarios)
     keys = [
         key(policy, POLICY_WORDS[policy])
@@ -70,12 +67,12 @@ def render_page(
         keys.append('<span><span class="dash"></span>pinned</span>')
     if budget_bytes is not None:
         budget = format_bytes(budget_bytes)
-        facts = [*facts, ("Budget", budget, "")]
+        facts.append(("Budget", budget, ""))
         keys.append(f'<span><span class="dash budget"></span>budget {budget}</span>')
     one_top = HEADROOM * max(device_peak(*scenarios), budget_bytes or 0, 1)
     data = PageData()
     figures = []
-    for order, group in orders.items():
+    for order, group in by_order(scenarios).items():
         streams = [_stream(scenario) for scenario in group]
         data.add(streams, len(group[0].metas))
         figures.append(_figure(order, group, streams, one_top, budget_bytes))
@@ -83,7 +80,7 @@ def render_page(
         "explanation": escape(EXPLANATION + "".join(MORE_EXPLANATION[title] for title in more)),
         "more_heads": "".join(f'<th class="number">{title.capitalize()}</th>' for title in more),
         "hatched": " Hatched: staged in host memory." * ("staged" in more),
-        "rows": _rows(scenarios, orders, budget_bytes),
+        "rows": _rows(scenarios, budget_bytes),
         "causes": "".join(
             f"<p><strong>{escape(cause_words(cause)).capitalize()}:</strong> "
             f"{escape(cause.value)}. <strong>Cure:</strong> "
@@ -95,14 +92,15 @@ def render_page(
         "figures": "".join(figures),
     }
     template = files("qerl_sync.cli.plan").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    title = f"{outcome.asked.name} {outcome.architecture}".rstrip()
     return render(
         title=title,
         head=f"{title}: what its weight sync would hold",
-        subtitle=subtitle,
+        subtitle=outcome.origin,
         facts=facts,
         body=fill(template, parts),
         data=data,
-        footer=footer,
+        footer=f"Made by qerl-sync {__version__} with `qerl-sync plan`.",
     )
 
 
@@ -118,11 +116,7 @@ def _stream(scenario: Scenario) -> Stream:
     )
 
 
-def _rows(
-    scenarios: Sequence[Scenario],
-    orders: Mapping[str, Sequence[Scenario]],
-    budget_bytes: int | None,
-) -> str:
+def _rows(scenarios: Sequence[Scenario], budget_bytes: int | None) -> str:
     """Return a table body for each order, with a line for each policy."""
     more = more_columns(scenarios)
     peaks = [device_peak(scenario) + scenario.peak_staged_bytes for scenario in scenarios]
@@ -133,7 +127,7 @@ def _rows(
         return f'<i{element} style="{place}width:{100 * nbytes / top:.2f}%"></i>'
 
     bodies = []
-    for order, group in orders.items():
+    for order, group in by_order(scenarios).items():
         lines = []
         for scenario in group:
             first = scenario is group[0]

@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qerl_sync.cli.plan.run import Outcome
 from qerl_sync.cli.plan.scenarios import Scenario
 from qerl_sync.cli.plan.series import POLICY_WORDS, by_order, device_peak, shorten, staged_words
 from qerl_sync.meta import format_bytes
@@ -29,13 +30,7 @@ LABELLED_LAYERS, LABEL_WIDTH = 3, 44
 HEADROOM = 1.5  # of a panel's height, so that the labels stand above the stream
 
 
-def plot_plan(
-    scenarios: Sequence[Scenario],
-    *,
-    title: str,
-    subtitle: str = "",
-    budget_bytes: int | None = None,
-) -> bytes:
+def plot_plan(outcome: Outcome) -> bytes:
     """Return a PNG: all peaks on one scale, then a panel for each order on a scale of its own.
 
     Raises:
@@ -45,6 +40,7 @@ def plot_plan(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    scenarios, budget_bytes = outcome.scenarios, outcome.budget_bytes
     orders = by_order(scenarios)
     columns = min(COLUMNS, len(orders))
     heights = [BAR_HEIGHT * (len(scenarios) + len(orders)) + 0.8]
@@ -55,12 +51,14 @@ def plot_plan(
         grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         peaks = figure.add_subplot(grid[0, :])
         _draw_peaks(peaks, orders, budget_bytes)
-        words = textwrap.fill(subtitle, SUBTITLE_CHARACTERS)
+        size = f"{len(outcome.found.metas):,} tensors, {format_bytes(outcome.total_bytes)}"
+        words = f"{size} in {outcome.dtypes}. {outcome.origin}"
+        words = textwrap.fill(words, SUBTITLE_CHARACTERS)
         peaks.set_title(words, fontsize=9.5, color=MUTED)
         for number, (order, group) in enumerate(orders.items()):
             row, column = divmod(number, columns)
             _draw_order(figure.add_subplot(grid[1 + row, column]), order, group, budget_bytes)
-        _write_head(figure, scenarios, title, budget_bytes)
+        _write_head(figure, scenarios, outcome.asked.name, budget_bytes)
         picture = io.BytesIO()  # given a path, matplotlib goes by its ending: another file, format
         figure.savefig(picture, format="png")
     return picture.getvalue()
