@@ -288,12 +288,6 @@ def _colocated(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
             parts.model.load_weights([item])  # type: ignore[operator]
         llm.reset_prefix_cache()
 
-    def layerwise() -> None:
-        with compat.loading_context(parts.vllm_config):
-            compat.begin_reload(parts.model)
-            parts.model.load_weights(trainer.tensors())  # type: ignore[operator]
-            compat.finish_reload(parts.model, parts.vllm_config)
-
     push = partial(_push, trainer, stack, llm=llm)
     return {
         OURS: push(),
@@ -301,7 +295,9 @@ def _colocated(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
         f"{OURS}, load: layerwise": push(load="layerwise"),
         "vLLM's load_weights, live": load_weights,
         "TRL's colocate sync: load_weights for each tensor": as_trl,
-        "vLLM's layerwise reload from memory": layerwise,
+        "vLLM's layerwise reload from memory": lambda: llm.collective_rpc(
+            "bench_load", args=(trainer.tensors(),)
+        ),
         FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
     }
 
