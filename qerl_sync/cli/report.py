@@ -95,11 +95,9 @@ def explain(
     """Say what went wrong in a run, which cause and layers, and what to change."""
     with errors_as_text(debug=debug):
         from qerl_sync.config.files import file_errors_explained
-        from qerl_sync.report.findings import as_json as to_json
-        from qerl_sync.report.findings import as_text
-        from qerl_sync.report.findings import explain as findings_of
+        from qerl_sync.report import findings
         from qerl_sync.report.recorded import RecordedRun
 
         with file_errors_explained(run):
-            found = findings_of(RecordedRun.read(run))
-        typer.echo(to_json(found) if as_json else as_text(found))
+            found = findings.explain(RecordedRun.read(run))
+        typer.echo(findings.as_json(found) if as_json else findings.as_text(found))

@@ -14,12 +14,12 @@ from qerl_sync.report.findings import Finding, explain
 from qerl_sync.report.page import (
     HEADROOM,
     SIDE,
-    PageData,
+    Plot,
     Stream,
     buckets,
     code,
+    draw,
     key,
-    plot,
     render,
     ticks,
 )
@@ -54,7 +54,7 @@ class Curve(NamedTuple):
 
 def run_page(run: RecordedRun, bar: str = "") -> str:
     """Return the HTML page of a run. `bar`: HTML that comes before all else of it."""
-    data = PageData()
+    plots: list[Plot] = []
     body = [
         bar,
         _heading("What there is to know", ""),
@@ -63,7 +63,7 @@ def run_page(run: RecordedRun, bar: str = "") -> str:
     ]
     if charts := _charts(run):
         body += [_heading("Along the run", ""), f'<div class="streams">{"".join(charts)}</div>']
-    if timelines := _timelines(run, data):
+    if timelines := _timelines(run, plots):
         words = (
             "What vLLM held while one sync arrived, from the first tensor to the last. Point at "
             "it, or focus it and use the arrow keys, to see which tensors are handed over there."
@@ -76,7 +76,7 @@ def run_page(run: RecordedRun, bar: str = "") -> str:
         subtitle=str(run.directory.absolute()),
         facts=_facts(run),
         body="\n".join(body),
-        data=data,
+        plots=plots,
         footer=f"Made by qerl-sync {__version__} with `qerl-sync report`.",
     )
 
@@ -366,7 +366,7 @@ def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     return found if found[-1] == points[-1] else [*found, points[-1]]
 
 
-def _timelines(run: RecordedRun, data: PageData) -> str:
+def _timelines(run: RecordedRun, plots: list[Plot]) -> str:
     """Draw each recorded sync, those with equal traces once; empty if there is none."""
     figures: dict[tuple[str, ...], str] = {}
     shown: set[str] = set()
@@ -387,7 +387,7 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
             shown |= {*drawn, *(["budget"] if budget else [])}
             identity = (*map(str, files), str(budget))
             if identity not in figures:
-                figures[identity] = _timeline(len(figures), drawn, budget, data)
+                figures[identity] = _timeline(len(figures), drawn, budget, plots)
             name = f"{_name(record)}{worker['worker'] and ', ' + worker['worker']}"
             peaks = "; ".join(
                 f"{words}: {format_bytes(t.peak_buffered_bytes)} buffered, "
@@ -420,23 +420,21 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
 
 
 def _timeline(
-    number: int, traces: Mapping[str, Trace], budget_bytes: int | None, data: PageData
+    number: int, traces: Mapping[str, Trace], budget_bytes: int | None, plots: list[Plot]
 ) -> str:
     streams = [
         Stream(color, words, buckets(traces[words], BUCKETS))
         for words, color in COLORS.items()
         if words in traces
     ]
-    tensors = len(traces["predicted"].steps)
-    data.add(streams, tensors)
+    plots.append(Plot(streams, len(traces["predicted"].steps)))
     peak = max(max(t.peak_pinned_bytes, t.peak_buffered_bytes) for t in traces.values())
     top = HEADROOM * max(peak, 1)
     if budget_bytes is not None and top < budget_bytes < 3 * top:
         top = HEADROOM * budget_bytes
-    drawn = plot(
-        streams,
+    drawn = draw(
+        plots[-1],
         label="Bytes that vLLM holds along the stream: as given, predicted, measured",
-        num_tensors=tensors,
         top=top,
         one_top=top,
         budget_bytes=budget_bytes,

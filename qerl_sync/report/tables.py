@@ -28,6 +28,7 @@ def titled_table(title: str, *columns: str) -> Table:
 
 def summary_table(summary: Summary) -> Table:
     """Return the table at the end of a run: rewards, and the syncs' predicted and measured cost."""
+    exact = "[green]exact[/]" if summary.prediction_exact else "[red]differs (see syncs.jsonl)[/]"
     table = titled_table("Run", "", "predicted", "measured")
     for row in (
         (f"reward, first {WINDOW} logged steps", "", _number(summary.reward_first, ".3f")),
@@ -35,11 +36,7 @@ def summary_table(summary: Summary) -> Table:
         ("largest logprob gap, trainer to vLLM", "", _number(summary.logprob_gap_max, ".1e")),
         ("steps", "", str(summary.num_steps)),
         ("wall time", "", f"{summary.wall_seconds:.0f} s"),
-    ):
-        table.add_row(*row)
-    table.add_section()
-    exact = "[green]exact[/]" if summary.prediction_exact else "[red]differs (see syncs.jsonl)[/]"
-    for row in (
+        ("", "", ""),
         ("syncs", "", str(summary.num_syncs)),
         ("transport", "", summary.transport.partition(":")[0]),
         ("bytes sent", "", format_bytes(summary.sent_bytes)),

@@ -1,4 +1,4 @@
-"""Print the tables of metrics in docs/metrics/README.md: `python -m qerl_sync.telemetry.document`."""
+"""Print the tables of docs/metrics/README.md: `python -m qerl_sync.telemetry.document`."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.simulator import open_at_each
 from qerl_sync.report.page import (
     HEADROOM,
-    PageData,
+    Plot,
     Stream,
     buckets,
     code,
+    draw,
     fill,
     key,
-    plot,
     render,
 )
 
@@ -70,12 +70,12 @@ def render_page(outcome: Outcome) -> str:
         facts.append(("Budget", budget, ""))
         keys.append(f'<span><span class="dash budget"></span>budget {budget}</span>')
     one_top = HEADROOM * max(device_peak(*scenarios), budget_bytes or 0, 1)
-    data = PageData()
-    figures = []
-    for order, group in by_order(scenarios).items():
-        streams = [_stream(scenario) for scenario in group]
-        data.add(streams, len(group[0].metas))
-        figures.append(_figure(order, group, streams, one_top, budget_bytes))
+    orders = by_order(scenarios)
+    plots = [Plot([_stream(s) for s in group], len(group[0].metas)) for group in orders.values()]
+    figures = [
+        _figure(order, group, plot, one_top, budget_bytes)
+        for (order, group), plot in zip(orders.items(), plots, strict=True)
+    ]
     parts = {
         "explanation": escape(EXPLANATION + "".join(MORE_EXPLANATION[title] for title in more)),
         "more_heads": "".join(f'<th class="number">{title.capitalize()}</th>' for title in more),
@@ -99,7 +99,7 @@ def render_page(outcome: Outcome) -> str:
         subtitle=outcome.origin,
         facts=facts,
         body=fill(template, parts),
-        data=data,
+        plots=plots,
         footer=f"Made by qerl-sync {__version__} with `qerl-sync plan`.",
     )
 
@@ -158,7 +158,7 @@ def _rows(scenarios: Sequence[Scenario], budget_bytes: int | None) -> str:
 def _figure(
     order: str,
     group: Sequence[Scenario],
-    streams: Sequence[Stream],
+    plot: Plot,
     one_top: float,
     budget_bytes: int | None,
 ) -> str:
@@ -180,10 +180,9 @@ def _figure(
         f'<li><span class="path">{escape(layer)}</span><span>{format_bytes(held)}</span></li>'
         for layer, held in peak.largest(LARGEST_AT_PEAK)
     )
-    drawn = plot(
-        streams,
+    drawn = draw(
+        plot,
         label=f"{order}. {described}",
-        num_tensors=len(worst.metas),
         top=top,
         one_top=one_top,
         budget_bytes=budget_bytes,

@@ -37,7 +37,6 @@ def plot_plan(outcome: Outcome) -> bytes:
         ConfigError: matplotlib is not installed.
     """
     matplotlib = matplotlib_or_refusal()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     scenarios, budget_bytes = outcome.scenarios, outcome.budget_bytes
@@ -47,7 +46,6 @@ def plot_plan(outcome: Outcome) -> bytes:
     heights += [PANEL_HEIGHT] * math.ceil(len(orders) / columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEAD_HEIGHT + sum(heights)), dpi=150)
-        FigureCanvasAgg(figure)
         grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         peaks = figure.add_subplot(grid[0, :])
         _draw_peaks(peaks, orders, budget_bytes)
