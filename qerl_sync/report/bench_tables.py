@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def transport_tables(found: Measured) -> list[Table]:
-    """Return tables of the measurements, and of the promised numbers."""
+    """Return the tables of `qerl-sync bench transport`."""
     ratios = titled_table("Seconds over seconds, medians of the rounds' ratios", "", "ratio")
     for name, ratio in found.ratios.items():
         if not name.endswith(("alone / memcpy", "alone / TCP")):

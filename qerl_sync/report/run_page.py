@@ -263,25 +263,16 @@ def _finding(finding: Finding) -> str:
 
 
 def _table(table: Table) -> str:
-    kinds = [
-        ' class="wide"' if i == 0 and table.left else "" if i < table.left else ' class="number"'
-        for i in range(len(table.heads))
-    ]
-    heads = "".join(
-        f'<th scope="col"{kind.replace("wide", "")}>{escape(head)}</th>'
-        for kind, head in zip(kinds, table.heads, strict=True)
-    )
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
-        + "</tr>"
-        for row in table.rows
-    )
+    def row(tag: str, cells: Sequence[str]) -> str:
+        kinds = (' class="number"' * (place >= table.left) for place in range(len(cells)))
+        found = (f"<{tag}{k}>{escape(cell)}</{tag}>" for k, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(found)}</tr>"
+
     return (
         f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}">'
-        '<table class="plain">'
-        f"<caption>{escape(table.caption)}</caption>"
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<table class="plain"><caption>{escape(table.caption)}</caption>'
+        f"<thead>{row('th', table.heads)}</thead>"
+        f"<tbody>{''.join(row('td', cells) for cells in table.rows)}</tbody></table></div>"
     )
 
 

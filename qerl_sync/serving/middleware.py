@@ -35,9 +35,7 @@ engine, unless it was paused before or a newer control call owns it.
 
 Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, so nothing closes the middleware.
 
-Only requests that generate or read are open to everybody (`serving.auth`). Where
-QERL_SYNC_TOKEN is set, all others need a proof of it, or get 403, commits included. Where it is not
-set, web pages get 403.
+`serving.auth` says which requests get 403. It judges them first, commits included.
 
     GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
                             and 503 while the middleware is closed
@@ -166,11 +164,7 @@ class ServingState:
 
 
 class ServingGuardMiddleware:
-    """ASGI middleware around `app`: 503 while the weights are invalid, 403 for unauthenticated
-    control calls.
-
-    `clock` returns seconds.
-    """
+    """The middleware around `app`. `clock` returns seconds."""
 
     def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
