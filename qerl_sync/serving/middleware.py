@@ -35,7 +35,7 @@ engine, unless it was paused before or a newer control call owns it.
 
 Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, so nothing closes the middleware.
 
-`serving.auth` says which requests get 403. It judges them first, commits included.
+Before all that `serving.auth` decides which requests get 403, commits included.
 
     GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
                             and 503 while the middleware is closed
