@@ -25,6 +25,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.sources.base import Source
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
@@ -91,6 +92,12 @@ class EchoLoader:
 
 def checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def checksums(source: Source) -> dict[str, int]:
+    """Return the checksums that a worker has of all of the source's tensors when they are there."""
+    names = [meta.name for meta in source.metadata()]
+    return {name: checksum(tensor) for name, tensor in source.materialize(names)}
 
 
 class EchoWorker:

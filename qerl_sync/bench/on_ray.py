@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from qerl_sync.bench.echo import EchoLoader, checksum, hello
+from qerl_sync.bench.echo import EchoLoader, checksums, hello
 from qerl_sync.bench.engines import RPCActor
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
 from qerl_sync.bench.transport import (
@@ -185,13 +185,11 @@ def _across(clock: Rounds, model: torch.nn.Module, rounds: int) -> None:
     remote = ray.remote(num_cpus=1, resources=SECOND, concurrency_groups={CONTROL: 2})
     actor = remote(EchoActor).remote()
     source = HFSource(model)
-    names = [meta.name for meta in source.metadata()]
     array = torch.ones(sum(m.nbytes for m in source.metadata()), dtype=torch.uint8).numpy()
     with _session(WorkerPool({"echo": actor}), source, transport="ray", **NOT_LOOKED_AT) as session:
         ray.get(actor.check.remote(True))
         session.push()
-        wanted = {name: checksum(tensor) for name, tensor in source.materialize(names)}
-        if ray.get(actor.check.remote(False)) != wanted:
+        if ray.get(actor.check.remote(False)) != checksums(source):
             raise SyncError("the bytes that arrived across nodes are not those that were sent")
         for _ in range(rounds):
             started = time.perf_counter()

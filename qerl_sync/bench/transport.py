@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from qerl_sync.bench.echo import EchoWorker, checksum
+from qerl_sync.bench.echo import EchoWorker, checksums
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
 from qerl_sync.bench.tcp import loopback_tcp_seconds
 from qerl_sync.build import make_session, remote_transport
@@ -212,9 +212,7 @@ def _echo(source: HFSource, kind: str, sync: Mapping[str, Any]) -> Iterator[Sync
     ):
         worker.check(True)
         session.push()
-        names = [meta.name for meta in source.metadata()]
-        wanted = {name: checksum(tensor) for name, tensor in source.materialize(names)}
-        if worker.checksums() != wanted:
+        if worker.checksums() != checksums(source):
             raise SyncError(f"{kind}: the bytes that arrived are not those that were sent")
         worker.check(False)
         yield session
