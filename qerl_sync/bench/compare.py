@@ -38,6 +38,7 @@ from qerl_sync.bench.transport import (
 from qerl_sync.build import make_session
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import SyncError
+from qerl_sync.meta import metas_to_json
 from qerl_sync.plan.staging import offsets
 from qerl_sync.report.summary import versions
 from qerl_sync.session import SyncSession
@@ -306,7 +307,7 @@ def _to_own_process(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
     """Return the ways to an engine in a process of its own."""
     return {
         SHM: _push(trainer, stack, llm=llm, transport="shm"),
-        GLOO: _Broadcast(llm, trainer, stack),
+        GLOO: _broadcast(llm, trainer, stack),
         FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
     }
 
@@ -390,25 +391,24 @@ def _reload_file(llm: Any, trainer: _Trainer, directory: str) -> None:
     llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
 
 
-class _Broadcast:
-    """Broadcast each tensor to the worker by Gloo, as frameworks do by NCCL."""
+def _broadcast(llm: Any, trainer: _Trainer, stack: ExitStack) -> Callable[[], None]:
+    """Return what broadcasts each tensor to the worker by Gloo, as frameworks do by NCCL."""
+    # The call waits in vLLM while this thread sends.
+    calls = stack.enter_context(ThreadPoolExecutor(1))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        host, port = free.getsockname()
+    joined = calls.submit(llm.collective_rpc, "bench_join", args=(host, port))
+    group = gloo_group(host, port, 0)
+    joined.result(CALL_SECONDS)
 
-    def __init__(self, llm: Any, trainer: _Trainer, stack: ExitStack) -> None:
-        self._llm, self._trainer = llm, trainer
-        # The call waits in vLLM while this thread sends.
-        self._calls = stack.enter_context(ThreadPoolExecutor(1))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            host, port = free.getsockname()
-        joined = self._calls.submit(llm.collective_rpc, "bench_join", args=(host, port))
-        self._group = gloo_group(host, port, 0)
-        joined.result(CALL_SECONDS)
-
-    def __call__(self) -> None:
-        metas = [(meta.name, meta.dtype, list(meta.shape)) for meta in self._trainer.metas]
-        loaded = self._calls.submit(self._llm.collective_rpc, "bench_broadcast", args=(metas,))
-        for _, tensor in self._trainer.tensors():
-            self._group.broadcast(tensor, 0).wait()
+    def broadcast() -> None:
+        metas = metas_to_json(trainer.metas)
+        loaded = calls.submit(llm.collective_rpc, "bench_broadcast", args=(metas,))
+        for _, tensor in trainer.tensors():
+            group.broadcast(tensor, 0).wait()
         loaded.result(CALL_SECONDS)
+
+    return broadcast
 
 
 def _digests(llm: Any) -> Digests:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import fmean, median
@@ -183,13 +184,11 @@ def _recorded(run: RecordedRun) -> Table:
 
 def _phases(run: RecordedRun) -> Table:
     """Return seconds by phase: medians over the syncs, on the trainer and on each worker."""
-    sums: dict[str, dict[str, list[float]]] = {}
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sync in run.syncs[-100:]:
-        sums.setdefault("trainer", {})
-        workers = {worker["worker"]: worker["seconds"] for worker in sync["workers"]}
-        for who, seconds in ({"trainer": sync["seconds"]} | workers).items():
-            for phase, value in seconds.items():
-                sums.setdefault(who, {}).setdefault(phase, []).append(value)
+        for process in ({"worker": "trainer", **sync}, *sync["workers"]):
+            for phase, seconds in process["seconds"].items():
+                sums[process["worker"]][phase].append(seconds)
     shown = dict(list(sums.items())[: SHOWN_WORKERS + 1])
     phases = list(dict.fromkeys(phase for found in shown.values() for phase in found))
     rows = [
@@ -215,8 +214,8 @@ def _layers(run: RecordedRun) -> Table:
         for worker in sync["workers"]:
             for layer, seconds in worker.get("slowest_layers", {}).items():
                 slowest[layer] = max(slowest.get(layer, 0.0), seconds)
-    quickest_first = sorted(slowest, key=lambda layer: slowest[layer])
-    names = list(dict.fromkeys([*sizes, *reversed(quickest_first)]))[: 2 * SHOWN_LAYERS]
+    slowest_first = sorted(slowest, key=lambda layer: -slowest[layer])
+    names = list(dict.fromkeys([*sizes, *slowest_first]))[: 2 * SHOWN_LAYERS]
     rows = [
         [
             name,
