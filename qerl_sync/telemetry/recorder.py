@@ -180,7 +180,7 @@ def _failure(error: BaseException, started: float, push: Push | None = None) -> 
         "classes": [base.__name__ for base in type(error).__mro__[:-2]],
         "message": str(error),
         "facts": {k: v for k, v in facts if isinstance(v, int | float | str | list | tuple)},
-        "cause": traceback.format_exception_only(cause)[-1].strip() if cause else "",
+        "cause": "" if cause is None else traceback.format_exception_only(cause)[-1].strip(),
         "time": started,
         "step": push.step if push else None,
         "version": push.version if push else None,
