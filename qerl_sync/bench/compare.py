@@ -237,7 +237,7 @@ def measure(
                         ways: Ways = {
                             MEMCPY: partial(copy_seconds, trainer.source, memory),
                             LOAD_ALONE: partial(_load_alone, llm, trainer),
-                            **WAYS[where](llm, trainer, stack),
+                            **_ways(where, llm, trainer, stack),
                         }
                         rows = [Row(where, way) for way in ways]
                         for number in range(rounds + 1):
@@ -299,52 +299,33 @@ def _colocated(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
         "vLLM's layerwise reload from memory": lambda: llm.collective_rpc(
             "bench_load", args=(trainer.tensors(),)
         ),
-        FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
+        FILE: _by_file(llm, trainer, stack),
     }
 
 
-def _to_own_process(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    """Return the ways to an engine in a process of its own."""
-    return {
-        SHM: _push(trainer, stack, llm=llm, transport="shm"),
-        GLOO: _broadcast(llm, trainer, stack),
-        FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
-    }
+def _ways(where: str, llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
+    """Return the ways to an engine that runs there."""
+    if where == COLOCATE:
+        return _colocated(llm, trainer, stack)
+    push = partial(_push, trainer, stack, transport="tcp" if where == OVER_TCP else "shm")
+    if where == OVER_TCP:
+        return {TCP: push(llm=llm)}
+    if where == SHARED:
+        trainer.memory = share_parameters(trainer.model)  # from here on
+        return {SHM: push(llm=llm)}
+    if where == ACTOR:
+        config = SyncConfig(transport="shm")
+        session = SyncSession(trainer.source, llm.pool.transport(config), config)
+        return {
+            SHM: stack.enter_context(session).push,
+            STORE: lambda: llm.load(dict(trainer.tensors())),
+        }
+    by_file = _by_file(llm, trainer, stack)
+    if where == SERVER:
+        return {SHM: push(server_url=llm.url), FILE: by_file}
+    return {SHM: push(llm=llm), GLOO: _broadcast(llm, trainer, stack), FILE: by_file}
 
 
-def _over_tcp(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    return {TCP: _push(trainer, stack, llm=llm, transport="tcp")}
-
-
-def _of_shared_parameters(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    trainer.memory = share_parameters(trainer.model)  # from here on
-    return {SHM: _push(trainer, stack, llm=llm, transport="shm")}
-
-
-def _to_server(engine: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    return {
-        SHM: _push(trainer, stack, server_url=engine.url, transport="shm"),
-        FILE: partial(_reload_file, engine, trainer, _shared_directory(stack)),
-    }
-
-
-def _to_actor(engine: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    config = SyncConfig(transport="shm")
-    session = SyncSession(trainer.source, engine.pool.transport(config), config)
-    return {
-        SHM: stack.enter_context(session).push,
-        STORE: lambda: engine.load(dict(trainer.tensors())),
-    }
-
-
-WAYS: dict[str, Callable[[Any, _Trainer, ExitStack], Ways]] = {
-    COLOCATE: _colocated,
-    OWN_PROCESS: _to_own_process,
-    OVER_TCP: _over_tcp,
-    SHARED: _of_shared_parameters,
-    SERVER: _to_server,
-    ACTOR: _to_actor,
-}
 Start = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -379,16 +360,18 @@ def _load_alone(llm: Any, trainer: _Trainer) -> float:
     return float(seconds)
 
 
-def _shared_directory(stack: ExitStack) -> str:
-    return stack.enter_context(TemporaryDirectory(prefix="qerl_sync-bench-", dir=DIRECTORY))
-
-
-def _reload_file(llm: Any, trainer: _Trainer, directory: str) -> None:
-    """Write a checkpoint to shared memory, and have vLLM reload it."""
+def _by_file(llm: Any, trainer: _Trainer, stack: ExitStack) -> Callable[[], None]:
+    """Return what writes a checkpoint to shared memory, and has vLLM reload it."""
     from safetensors.torch import save_file
 
-    save_file(dict(trainer.tensors()), f"{directory}/model.safetensors")
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+    prefix = "qerl_sync-bench-"
+    directory = stack.enter_context(TemporaryDirectory(prefix=prefix, dir=DIRECTORY))
+
+    def by_file() -> None:
+        save_file(dict(trainer.tensors()), f"{directory}/model.safetensors")
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+
+    return by_file
 
 
 def _broadcast(llm: Any, trainer: _Trainer, stack: ExitStack) -> Callable[[], None]:
