@@ -21,12 +21,10 @@ def init(
         from qerl_sync.errors import FileError
 
         text = files("qerl_sync.cli").joinpath("starter.yaml").read_text(encoding="utf-8")
-        text = text.replace("FILE", str(path))
-        try:
-            with file_errors_explained(path), path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError as exc:
+        if path.exists():
             raise FileError(
                 f"{path} is there already, and stays as it is; give another name", path=str(path)
-            ) from exc
+            )
+        with file_errors_explained(path), path.open("x", encoding="utf-8") as file:
+            file.write(text.replace("FILE", str(path)))
         notes().print(f"written to {path}; next: qerl-sync train {path}")
