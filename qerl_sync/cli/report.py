@@ -54,8 +54,7 @@ def report(
         from qerl_sync.report.run_page import run_markdown, run_page
 
         path = output or run / ("report.md" if md else "report.html")
-        with file_errors_explained(run):
-            recorded = RecordedRun.read(run)
+        recorded = RecordedRun.read(run)
         page = run_markdown(recorded) if md else run_page(recorded)
         with file_errors_explained(path):
             path.write_text(page, encoding="utf-8")
@@ -94,10 +93,8 @@ def explain(
 ) -> None:
     """Say what went wrong in a run, which cause and layers, and what to change."""
     with errors_as_text(debug=debug):
-        from qerl_sync.config.files import file_errors_explained
         from qerl_sync.report import findings
         from qerl_sync.report.recorded import RecordedRun
 
-        with file_errors_explained(run):
-            found = findings.explain(RecordedRun.read(run))
+        found = findings.explain(RecordedRun.read(run))
         typer.echo(findings.as_json(found) if as_json else findings.as_text(found))
