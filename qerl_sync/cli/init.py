@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from qerl_sync.cli.errors import Debug, errors_as_text, notes
+from qerl_sync.errors import FileError
 
 
 def init(
@@ -18,7 +19,6 @@ def init(
     """Write a commented YAML file to start from. It runs as it is, on a CPU, in about a minute."""
     with errors_as_text(debug=debug):
         from qerl_sync.config.files import file_errors_explained
-        from qerl_sync.errors import FileError
 
         text = files("qerl_sync.cli").joinpath("starter.yaml").read_text(encoding="utf-8")
         if path.exists():

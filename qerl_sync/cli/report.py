@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from qerl_sync.cli.errors import Debug, errors_as_text, notes
+from qerl_sync.errors import ConfigError
 
 RUN = typer.Argument(
     help="The output directory of `qerl-sync train`, or a session's sync.record_directory.",
@@ -42,7 +43,6 @@ def report(
     """
     with errors_as_text(debug=debug):
         from qerl_sync.config.files import file_errors_explained
-        from qerl_sync.errors import ConfigError
 
         if live:
             if md or output is not None:
@@ -71,7 +71,6 @@ def _open(url: str) -> None:
 
 
 def _serve(run: Path, port: int, *, show: bool) -> None:
-    from qerl_sync.errors import ConfigError
     from qerl_sync.report.live import LiveReport
 
     if not run.is_dir():
