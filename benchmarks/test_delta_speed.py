@@ -106,7 +106,7 @@ def test_one_changed_element_in_a_hundred(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     model = random_model(Qwen3Config(**QWEN3_SHAPE), 0, "bfloat16")
     model.save_pretrained(tmp_path / "model")
-    llm = start_engine(str(tmp_path / "model"), {})
+    llm = start_engine(str(tmp_path / "model"))
     fresh = llm.collective_rpc("bench_kernels")
     assert show("loopback", *measure(LLMClient(llm), model)) <= 0.05
     with slow_link() as way:

@@ -18,20 +18,34 @@ import pytest
 from support.streams import mixture
 
 from qerl_sync.cli.plan.html import render_page
+from qerl_sync.cli.plan.input import PlanInput
 from qerl_sync.cli.plan.order_specs import default_orders, resolve_order
 from qerl_sync.cli.plan.png import plot_plan
-from qerl_sync.cli.plan.scenarios import Scenario, Transport, scenarios
+from qerl_sync.cli.plan.run import Outcome
+from qerl_sync.cli.plan.scenarios import Transport, scenarios
+from qerl_sync.plan.checkpoint import Checkpoint
+from qerl_sync.plan.offline_map import OfflineMap
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "models"
 
 
 @pytest.fixture(scope="module")
-def wide() -> list[Scenario]:
+def wide() -> Outcome:
     """40 blocks of 512 experts: as large as mixtures of experts get today."""
     metas, layer_map = mixture(61_500, experts=512)
     assert len(metas) > 60_000
     orders = {text: resolve_order(text) for text in default_orders(None)}
-    return scenarios(metas, layer_map, orders, transport=Transport(chunk_bytes=1024**3))
+    transport = Transport(chunk_bytes=1024**3)
+    return Outcome(
+        asked=PlanInput("wide", Checkpoint(Path("wide"), None, [], None, None)),
+        engine={},
+        found=OfflineMap(metas, layer_map, "probe", "0"),
+        scenarios=scenarios(metas, layer_map, orders, transport=transport),
+        transport=transport,
+        assertions=[],
+        comparisons=[],
+        refused=None,
+    )
 
 
 def test_all_orders_and_policies(benchmark):
@@ -45,9 +59,7 @@ def test_all_orders_and_policies(benchmark):
 
 def test_page_of_60000_parameters(benchmark, wide):
     """What a browser has to hold does not depend on the number of parameters."""
-    page = benchmark.pedantic(
-        render_page, (wide,), {"title": "wide", "subtitle": "", "facts": []}, rounds=1
-    )
+    page = benchmark.pedantic(render_page, (wide,), rounds=1)
     assert benchmark.stats.stats.min <= 12
     size, elements, steps = len(page.encode()), page.count("<"), len(re.findall(r"[VH][\d.]", page))
     print(f"\n{size:,} bytes, {elements:,} elements, {steps:,} path segments", end=" ")
@@ -59,7 +71,7 @@ def test_page_of_60000_parameters(benchmark, wide):
 
 
 def test_picture_of_60000_parameters(benchmark, wide):
-    benchmark.pedantic(plot_plan, (wide,), {"title": "wide"}, rounds=1)
+    benchmark.pedantic(plot_plan, (wide,), rounds=1)
     assert benchmark.stats.stats.min <= 10
 
 

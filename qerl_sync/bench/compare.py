@@ -12,7 +12,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -32,19 +32,18 @@ from qerl_sync.bench.transport import (
     Target,
     copy_seconds,
     make_model,
+    save,
     start_engine,
 )
+from qerl_sync.build import make_session
 from qerl_sync.config import SyncConfig
-from qerl_sync.engines.base import WeightSyncClient
-from qerl_sync.engines.http import HTTPClient
-from qerl_sync.engines.llm import LLMClient
 from qerl_sync.errors import SyncError
+from qerl_sync.meta import metas_to_json
 from qerl_sync.plan.staging import offsets
+from qerl_sync.report.summary import versions
 from qerl_sync.session import SyncSession
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.sources.shared_memory import share_parameters
-from qerl_sync.transports.inproc import InProcessTransport
-from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.wire.segments import DIRECTORY, PrivateMemory, SharedSegment
 
 Kernels = Literal["packed", "plain"]
@@ -91,6 +90,16 @@ class Compared(Results):
             for (engine, way, to), limit in LIMITS[self.kernels].items()
         }
         return [Target(name, self.ratios[name], limit, True) for name, limit in limits.items()]
+
+    def cells(self, row: Row) -> list[str]:
+        """Return milliseconds, ratios to memcpy and to the load alone, and what was wrong."""
+        seconds = self.seconds.get(row.name)
+        ratios = [self.ratios.get(f"{row.name} / {to}") for to in (MEMCPY, LOAD_ALONE)]
+        return [
+            "-" if seconds is None else f"{1000 * seconds:.0f}",
+            *("-" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+            "" if row.way == MEMCPY else row.wrong or "right",
+        ]
 
 
 class _Trainer:
@@ -178,7 +187,6 @@ def measure(
     *,
     kernels: Kernels = "packed",
     rounds: int = 5,
-    engine: Mapping[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Compared:
     """Measure for a model of this shape, with random weights in bfloat16.
@@ -190,7 +198,6 @@ def measure(
         kernels: of vLLM on a CPU; on a GPU it makes no difference. packed: as vLLM starts there,
             with weights packed into handles of its kernels. plain: parameters are used as they are,
             as unquantised GPU kernels do.
-        engine: more vLLM engine arguments.
         note: told what is being done.
 
     Raises:
@@ -199,7 +206,13 @@ def measure(
     if kernels == "plain":
         os.environ[KERNELS_VARIABLE] = kernels
         use_plain_kernels()
-    found = Compared(rounds=rounds, kernels=kernels, machine=_machine())
+    found = Compared(rounds=rounds, kernels=kernels)
+    found.machine = {
+        "versions": versions(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg()[0],
+    }
     clock, fresh = Rounds(), list[Digests]()
     with TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
         note("making the model")
@@ -207,10 +220,10 @@ def measure(
         found.nbytes = sum(meta.nbytes for meta in trainer.metas)
         for version in range(2):  # afterwards the trainer has version 0 again
             path = trainer.checkpoints[version] = f"{directory}/{version}"
-            trainer.model.save_pretrained(path, max_shard_size="1TB")  # type: ignore[operator]
+            save(trainer.model, path)
             trainer.step()
         memory = PrivateMemory(offsets(trainer.metas)[1])
-        for places, start in _engines(engine or {}, found.nbytes):
+        for places, start in _engines(found.nbytes):
             note(f"starting vLLM ({places[0]})")
             if not fresh:
                 with start(trainer.checkpoints[1]) as llm:
@@ -224,7 +237,7 @@ def measure(
                         ways: Ways = {
                             MEMCPY: partial(copy_seconds, trainer.source, memory),
                             LOAD_ALONE: partial(_load_alone, llm, trainer),
-                            **WAYS[where](llm, trainer, stack),
+                            **_ways(where, llm, trainer, stack),
                         }
                         rows = [Row(where, way) for way in ways]
                         for number in range(rounds + 1):
@@ -245,22 +258,18 @@ def measure(
 def to_markdown(found: Compared) -> str:
     """Return the results as a Markdown table."""
     machine = found.machine
-    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
         f"{found.nbytes / 1e9:.2f} GB in bfloat16, {found.kernels} kernels, medians of "
         f"{found.rounds} rounds. {machine['cores']} cores ({machine['platform']}), load "
-        f"{machine['load_before']:.1f} before and {machine['load_after']:.1f} after; {versions}.",
+        f"{machine['load_before']:.1f} before and {machine['load_after']:.1f} after; {packages}.",
         "",
         f"| engine | way | ms | x {MEMCPY} | x load alone | weights afterwards |",
         "|---|---|---:|---:|---:|---|",
     ]
     for row in found.rows:
-        ratios = [found.ratios.get(f"{row.name} / {to}") for to in (MEMCPY, LOAD_ALONE)]
-        cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
-        seconds = found.seconds.get(row.name)
-        shown = "-" if seconds is None else f"{seconds * 1e3:.0f}"
-        right = "" if row.way == MEMCPY else row.wrong.replace("|", "\\|") or "right"
-        lines.append(f"| {row.engine} | {row.way} | {shown} | {' | '.join(cells)} | {right} |")
+        cells = (cell.replace("|", "\\|") for cell in found.cells(row))
+        lines.append(f"| {row.engine} | {row.way} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -280,87 +289,67 @@ def _colocated(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
             parts.model.load_weights([item])  # type: ignore[operator]
         llm.reset_prefix_cache()
 
-    def layerwise() -> None:
-        with compat.loading_context(parts.vllm_config):
-            compat.begin_reload(parts.model)
-            parts.model.load_weights(trainer.tensors())  # type: ignore[operator]
-            compat.finish_reload(parts.model, parts.vllm_config)
-
-    def session(**options: Any) -> Callable[[], object]:
-        transport = InProcessTransport(llm)
-        config = SyncConfig.of(**options)
-        return stack.enter_context(SyncSession(trainer.source, transport, config)).push
-
+    push = partial(_push, trainer, stack, llm=llm)
     return {
-        OURS: session(),
-        f"{OURS}, unchecked": session(check_finite=False, on_unchanged="ignore"),
-        f"{OURS}, load: layerwise": session(load="layerwise"),
+        OURS: push(),
+        f"{OURS}, unchecked": push(check_finite=False, on_unchanged="ignore"),
+        f"{OURS}, load: layerwise": push(load="layerwise"),
         "vLLM's load_weights, live": load_weights,
         "TRL's colocate sync: load_weights for each tensor": as_trl,
-        "vLLM's layerwise reload from memory": layerwise,
-        FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
+        "vLLM's layerwise reload from memory": lambda: llm.collective_rpc(
+            "bench_load", args=(trainer.tensors(),)
+        ),
+        FILE: _by_file(llm, trainer, stack),
     }
 
 
-def _to_own_process(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    """Return the ways to an engine in a process of its own."""
-    return {
-        SHM: _session(LLMClient(llm), trainer, stack, "shm").push,
-        GLOO: _Broadcast(llm, trainer, stack),
-        FILE: partial(_reload_file, llm, trainer, _shared_directory(stack)),
-    }
+def _ways(where: str, llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
+    """Return the ways to an engine that runs there."""
+    if where == COLOCATE:
+        return _colocated(llm, trainer, stack)
+    push = partial(_push, trainer, stack, transport="tcp" if where == OVER_TCP else "shm")
+    if where == OVER_TCP:
+        return {TCP: push(llm=llm)}
+    if where == SHARED:
+        trainer.memory = share_parameters(trainer.model)  # from here on
+        return {SHM: push(llm=llm)}
+    if where == ACTOR:
+        config = SyncConfig(transport="shm")
+        session = SyncSession(trainer.source, llm.pool.transport(config), config)
+        return {
+            SHM: stack.enter_context(session).push,
+            STORE: lambda: llm.load(dict(trainer.tensors())),
+        }
+    by_file = _by_file(llm, trainer, stack)
+    if where == SERVER:
+        return {SHM: push(server_url=llm.url), FILE: by_file}
+    return {SHM: push(llm=llm), GLOO: _broadcast(llm, trainer, stack), FILE: by_file}
 
 
-def _over_tcp(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    return {TCP: _session(LLMClient(llm), trainer, stack, "tcp").push}
-
-
-def _of_shared_parameters(llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    trainer.memory = share_parameters(trainer.model)  # from here on
-    return {SHM: _session(LLMClient(llm), trainer, stack, "shm").push}
-
-
-def _to_server(engine: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    return {
-        SHM: _session(HTTPClient(engine.url), trainer, stack, "shm").push,
-        FILE: partial(_reload_file, engine, trainer, _shared_directory(stack)),
-    }
-
-
-def _to_actor(engine: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
-    config = SyncConfig(transport="shm")
-    session = SyncSession(trainer.source, engine.pool.transport(config), config)
-    return {
-        SHM: stack.enter_context(session).push,
-        STORE: lambda: engine.load(dict(trainer.tensors())),
-    }
-
-
-WAYS: dict[str, Callable[[Any, _Trainer, ExitStack], Ways]] = {
-    COLOCATE: _colocated,
-    OWN_PROCESS: _to_own_process,
-    OVER_TCP: _over_tcp,
-    SHARED: _of_shared_parameters,
-    SERVER: _to_server,
-    ACTOR: _to_actor,
-}
 Start = Callable[[str], AbstractContextManager[Any]]
 
 
-def _engines(arguments: Mapping[str, Any], nbytes: int) -> Iterator[tuple[list[str], Start]]:
+def _engines(nbytes: int) -> Iterator[tuple[list[str], Start]]:
     """Yield the places that one engine serves, and what starts it with a checkpoint."""
-    yield [COLOCATE], partial(_started, arguments, multiprocessing="0")
-    yield [OWN_PROCESS, OVER_TCP, SHARED], partial(_started, arguments, multiprocessing="1")
-    yield [SERVER], partial(served, arguments=arguments)
+    yield [COLOCATE], partial(_started, multiprocessing="0")
+    yield [OWN_PROCESS, OVER_TCP, SHARED], partial(_started, multiprocessing="1")
+    yield [SERVER], served
     if find_spec("ray") is not None:
-        yield [ACTOR], partial(in_actor, arguments=arguments, nbytes=nbytes)
+        yield [ACTOR], partial(in_actor, nbytes=nbytes)
 
 
-def _session(
-    client: WeightSyncClient, trainer: _Trainer, stack: ExitStack, kind: str
-) -> SyncSession:
-    transport = RemoteTransport(client, transport=kind)
-    return stack.enter_context(SyncSession(trainer.source, transport, SyncConfig()))
+def _push(
+    trainer: _Trainer,
+    stack: ExitStack,
+    *,
+    llm: Any = None,
+    server_url: str | None = None,
+    **options: Any,
+) -> Callable[[], object]:
+    """Return the push of a session to that engine, until the end of `stack`."""
+    sync = SyncConfig.of(**options)
+    session = make_session(trainer.source, sync, llm=llm, server_url=server_url)
+    return stack.enter_context(session).push
 
 
 def _load_alone(llm: Any, trainer: _Trainer) -> float:
@@ -371,37 +360,38 @@ def _load_alone(llm: Any, trainer: _Trainer) -> float:
     return float(seconds)
 
 
-def _shared_directory(stack: ExitStack) -> str:
-    return stack.enter_context(TemporaryDirectory(prefix="qerl_sync-bench-", dir=DIRECTORY))
-
-
-def _reload_file(llm: Any, trainer: _Trainer, directory: str) -> None:
-    """Write a checkpoint to shared memory, and have vLLM reload it."""
+def _by_file(llm: Any, trainer: _Trainer, stack: ExitStack) -> Callable[[], None]:
+    """Return what writes a checkpoint to shared memory, and has vLLM reload it."""
     from safetensors.torch import save_file
 
-    save_file(dict(trainer.tensors()), f"{directory}/model.safetensors")
-    llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+    prefix = "qerl_sync-bench-"
+    directory = stack.enter_context(TemporaryDirectory(prefix=prefix, dir=DIRECTORY))
+
+    def by_file() -> None:
+        save_file(dict(trainer.tensors()), f"{directory}/model.safetensors")
+        llm.collective_rpc("reload_weights", kwargs={"weights_path": directory})
+
+    return by_file
 
 
-class _Broadcast:
-    """Broadcast each tensor to the worker by Gloo, as frameworks do by NCCL."""
+def _broadcast(llm: Any, trainer: _Trainer, stack: ExitStack) -> Callable[[], None]:
+    """Return what broadcasts each tensor to the worker by Gloo, as frameworks do by NCCL."""
+    # The call waits in vLLM while this thread sends.
+    calls = stack.enter_context(ThreadPoolExecutor(1))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        host, port = free.getsockname()
+    joined = calls.submit(llm.collective_rpc, "bench_join", args=(host, port))
+    group = gloo_group(host, port, 0)
+    joined.result(CALL_SECONDS)
 
-    def __init__(self, llm: Any, trainer: _Trainer, stack: ExitStack) -> None:
-        self._llm, self._trainer = llm, trainer
-        # The call waits in vLLM while this thread sends.
-        self._calls = stack.enter_context(ThreadPoolExecutor(1))
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            host, port = free.getsockname()
-        joined = self._calls.submit(llm.collective_rpc, "bench_join", args=(host, port))
-        self._group = gloo_group(host, port, 0)
-        joined.result(CALL_SECONDS)
-
-    def __call__(self) -> None:
-        metas = [(meta.name, meta.dtype, list(meta.shape)) for meta in self._trainer.metas]
-        loaded = self._calls.submit(self._llm.collective_rpc, "bench_broadcast", args=(metas,))
-        for _, tensor in self._trainer.tensors():
-            self._group.broadcast(tensor, 0).wait()
+    def broadcast() -> None:
+        metas = metas_to_json(trainer.metas)
+        loaded = calls.submit(llm.collective_rpc, "bench_broadcast", args=(metas,))
+        for _, tensor in trainer.tensors():
+            group.broadcast(tensor, 0).wait()
         loaded.result(CALL_SECONDS)
+
+    return broadcast
 
 
 def _digests(llm: Any) -> Digests:
@@ -416,23 +406,12 @@ def _difference(llm: Any, fresh: Digests) -> str:
 
 
 @contextmanager
-def _started(arguments: Mapping[str, Any], path: str, *, multiprocessing: str) -> Iterator[Any]:
+def _started(path: str, *, multiprocessing: str) -> Iterator[Any]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = multiprocessing
-    llm = start_engine(path, arguments)
+    llm = start_engine(path)
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
-
-
-def _machine() -> dict[str, Any]:
-    from qerl_sync.report.summary import versions
-
-    return {
-        "versions": versions(),
-        "platform": platform.platform(),
-        "cores": os.cpu_count(),
-        "load_before": os.getloadavg()[0],
-    }

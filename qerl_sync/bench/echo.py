@@ -25,6 +25,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
 from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.sources.base import Source
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
@@ -87,6 +88,12 @@ def checksum(tensor: torch.Tensor) -> int:
     return zlib.crc32(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
+def checksums(source: Source) -> dict[str, int]:
+    """Return the checksums that a worker has of all of the source's tensors when they are there."""
+    names = [meta.name for meta in source.metadata()]
+    return {name: checksum(tensor) for name, tensor in source.materialize(names)}
+
+
 class EchoWorker:
     """Start the echo worker's process and act as its EngineClient. Leaving the context ends the
     process.
@@ -100,24 +107,16 @@ class EchoWorker:
         self._command = [sys.executable, "-m", module, device]
 
     def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            self._command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True)
         return self
 
     def __exit__(self, *exc: object) -> None:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()  # it ends with its input
         try:
-            self._process.wait(10)
+            self._process.communicate(timeout=10)  # it ends with its input
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
+            self._process.communicate()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self._call("open", init_info)

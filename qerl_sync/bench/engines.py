@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS, KERNELS_VARIABLE
 from qerl_sync.integrations.ray.actors import RolloutActor
 from qerl_sync.integrations.ray.cluster import connect, require_ray
-from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
+from qerl_sync.integrations.ray.pool import WorkerPool
 
 # The longest wait for the engine, in ways that are not ours.
 CALL_SECONDS = 600.0
@@ -41,15 +41,16 @@ class ServedEngine:
 
 
 @contextmanager
-def served(path: str, arguments: Mapping[str, Any]) -> Iterator[ServedEngine]:
+def served(path: str) -> Iterator[ServedEngine]:
     """Serve the checkpoint at `path` on this machine."""
     from qerl_sync.serving.command import ServerSpec
     from qerl_sync.serving.server import ServerProcess
 
-    spec = ServerSpec(path, engine={**ENGINE_ARGUMENTS, **arguments})
     with (
         TemporaryDirectory(prefix="qerl_sync-bench-") as directory,
-        ServerProcess(spec, log=Path(directory) / "server.log") as server,
+        ServerProcess(
+            ServerSpec(path, engine=ENGINE_ARGUMENTS), log=Path(directory) / "server.log"
+        ) as server,
     ):
         yield ServedEngine(server.url)
 
@@ -57,8 +58,10 @@ def served(path: str, arguments: Mapping[str, Any]) -> Iterator[ServedEngine]:
 class RPCActor(RolloutActor):
     """A rollout actor whose workers can be called as those of its engine."""
 
-    def call(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        return list(self.llm.collective_rpc(method, args=tuple(args), kwargs=dict(kwargs)))
+    def call(
+        self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> list[Any]:
+        return list(self.llm.collective_rpc(method, args=tuple(args), kwargs=kwargs))
 
     def load(self, tensors: Mapping[str, Any]) -> None:
         self.llm.collective_rpc("bench_load", args=(list(tensors.items()),))
@@ -79,7 +82,7 @@ class ActorEngine:
         self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> list[Any]:
         """Call the method on each worker."""
-        called = self._actor.call.remote(method, list(args), dict(kwargs or {}))
+        called = self._actor.call.remote(method, args, kwargs)
         return list(require_ray().get(called, timeout=CALL_SECONDS))
 
     def load(self, tensors: Mapping[str, Any]) -> None:
@@ -94,37 +97,25 @@ class ActorEngine:
 
 
 @contextmanager
-def in_actor(path: str, arguments: Mapping[str, Any], nbytes: int) -> Iterator[ActorEngine]:
+def in_actor(path: str, nbytes: int) -> Iterator[ActorEngine]:
     """Start a Ray cluster of this machine, whose object store holds so many bytes twice, and an
     actor with an engine."""
-    # Ray's sockets live under it, and their paths must be short.
-    with TemporaryDirectory(prefix="q", dir="/tmp") as short:
-        store = 2 * nbytes + (256 << 20)
-        started = connect(
-            None,
+    # In the actor's process, which gets what is loaded as it is.
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    if kernels := os.environ.get(KERNELS_VARIABLE):
+        environment[KERNELS_VARIABLE] = kernels
+    with ExitStack() as stack:
+        # Ray's sockets live under it, and their paths must be short.
+        short = stack.enter_context(TemporaryDirectory(prefix="q", dir="/tmp"))
+        if connect(
             num_cpus=8,
-            object_store_memory=store,
+            object_store_memory=2 * nbytes + (256 << 20),
             log_to_driver=False,
             logging_level="ERROR",
             _temp_dir=short,
-        )
-        try:
-            # In the actor's process, which gets what is loaded as it is.
-            environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-            if kernels := os.environ.get(KERNELS_VARIABLE):
-                environment[KERNELS_VARIABLE] = kernels
-            actor = start_actor(
-                "rollout",
-                {**ENGINE_ARGUMENTS, "model": path, **arguments},
-                RPCActor,
-                environment=environment,
-            )
-            pool = WorkerPool({"rollout": actor})
-            try:
-                pool.wait()
-                yield ActorEngine(pool)
-            finally:
-                pool.stop()
-        finally:
-            if started:
-                require_ray().shutdown()
+        ):
+            stack.callback(require_ray().shutdown)
+        engine = {**ENGINE_ARGUMENTS, "model": path}
+        pool = WorkerPool.start(1, engine, actor=RPCActor, environment=environment)
+        stack.callback(pool.stop)
+        yield ActorEngine(pool)

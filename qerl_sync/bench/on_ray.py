@@ -14,25 +14,36 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qerl_sync.bench.echo import EchoLoader, checksum, hello
+from qerl_sync.bench.echo import EchoLoader, checksums, hello
+from qerl_sync.bench.engines import RPCActor
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
-from qerl_sync.bench.transport import NOT_LOOKED_AT, Results, Rounds, Target, make_model
+from qerl_sync.bench.transport import (
+    NOT_LOOKED_AT,
+    Results,
+    Rounds,
+    Target,
+    check_kernels,
+    make_model,
+    save,
+)
 from qerl_sync.config import SyncConfig
+from qerl_sync.engines.environment import changed_environment
 from qerl_sync.errors import SyncError
-from qerl_sync.integrations.ray.actors import CONTROL, RolloutActor
+from qerl_sync.integrations.ray.actors import CONTROL
 from qerl_sync.integrations.ray.cluster import connect, require_ray
-from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
+from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.session import SyncSession
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.wire.host import own_cores
-from qerl_sync.worker.protocol import mailbox as mailbox
+from qerl_sync.worker.protocol import mailbox
 
 SECOND = {"second": 1}
 COMMIT_SECONDS = 3.0
@@ -57,20 +68,14 @@ class RayMeasured(Results):
         ]
 
 
-class BenchActor(RolloutActor):
-    """A rollout actor that also loads alone, on the actors' cores."""
+class BenchActor(RPCActor):
+    """A rollout actor on the actors' cores: all but one."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        leave_one_core()
+        cores = sorted(own_cores())[:-1]
+        for thread in os.listdir("/proc/self/task") if cores else ():
+            os.sched_setaffinity(int(thread), cores)
         super().__init__(*arguments, **options)
-
-    def kernels(self) -> Any:
-        return self.llm.collective_rpc("bench_kernels")
-
-    def load_alone(self, checkpoint: str, order: list[str]) -> float:
-        """Return the seconds of a reload from memory that is already there."""
-        (found,) = self.llm.collective_rpc("bench_load_alone", args=(checkpoint, order))
-        return float(found)
 
 
 class EchoActor:
@@ -130,29 +135,24 @@ def measure(
         note("making the model")
         model = make_model(config)
         found.nbytes = sum(meta.nbytes for meta in HFSource(model).metadata())
-        model.save_pretrained(directory, max_shard_size="1TB")  # type: ignore[operator]
+        checkpoint = save(model, directory)
         note("starting Ray")
-        with two_nodes(2 * found.nbytes + (256 << 20)):
+        with two_nodes(2 * found.nbytes + (256 << 20)), ExitStack() as stack:
             note("across nodes")
             _across(clock, model, rounds)
             note("starting vLLM")
-            with _pool(directory, max(workers)) as pool:
-                note("syncs")
-                _syncs(clock, pool, model, directory, workers, rounds)
-                note("a kill")
-                _kill(clock, pool, model)
+            engine = {**ENGINE_ARGUMENTS, "model": directory}
+            pool = WorkerPool.start(max(workers), engine, actor=BenchActor)
+            stack.callback(pool.stop)
+            note("syncs")
+            _syncs(clock, pool, model, checkpoint, workers, rounds)
+            note("a kill")
+            _kill(clock, pool, model)
     found.seconds = clock.medians()
     for n in workers:
         found.ratios[f"sync of {n} / load"] = clock.ratio(f"sync of {n}", f"{n} loads alone")
     found.ratios["put and get / sync"] = clock.ratio("put and get", "sync across nodes")
     return found
-
-
-def leave_one_core() -> None:
-    """Restrict this process and all its threads to all cores but one."""
-    cores = sorted(own_cores())[:-1]
-    for thread in os.listdir("/proc/self/task") if cores else ():
-        os.sched_setaffinity(int(thread), cores)
 
 
 @contextmanager
@@ -161,11 +161,12 @@ def two_nodes(object_store_bytes: int) -> Iterator[None]:
     ray = require_ray()
     from ray.cluster_utils import Cluster
 
-    before = os.environ.get("RAY_TMPDIR")
     # Ray's sockets live under it, and their paths must be short.
-    with tempfile.TemporaryDirectory(prefix="q", dir="/tmp") as short:
+    with (
+        tempfile.TemporaryDirectory(prefix="q", dir="/tmp") as short,
+        changed_environment({"RAY_TMPDIR": short}),
+    ):
         (Path(short) / "ray").mkdir()
-        os.environ["RAY_TMPDIR"] = short
         cluster = Cluster()
         common = {"num_cpus": 8, "object_store_memory": object_store_bytes}
         try:
@@ -176,43 +177,19 @@ def two_nodes(object_store_bytes: int) -> Iterator[None]:
         finally:
             ray.shutdown()
             cluster.shutdown()
-            if before is None:
-                del os.environ["RAY_TMPDIR"]
-            else:
-                os.environ["RAY_TMPDIR"] = before
-
-
-@contextmanager
-def _pool(model: str, count: int) -> Iterator[WorkerPool]:
-    handles = {
-        f"rollout-{i}": start_actor(
-            f"rollout-{i}", {**ENGINE_ARGUMENTS, "model": model}, BenchActor
-        )
-        for i in range(count)
-    }
-    pool = WorkerPool(handles)
-    try:
-        pool.wait()
-        yield pool
-    finally:
-        pool.stop()
 
 
 def _across(clock: Rounds, model: torch.nn.Module, rounds: int) -> None:
-    """Measure syncs through the object store of two nodes, and one put and get of the same
-    bytes.
-    """
+    """Measure syncs through the object store of two nodes, and a put and get of as many bytes."""
     ray = require_ray()
     remote = ray.remote(num_cpus=1, resources=SECOND, concurrency_groups={CONTROL: 2})
     actor = remote(EchoActor).remote()
     source = HFSource(model)
-    names = [meta.name for meta in source.metadata()]
     array = torch.ones(sum(m.nbytes for m in source.metadata()), dtype=torch.uint8).numpy()
     with _session(WorkerPool({"echo": actor}), source, transport="ray", **NOT_LOOKED_AT) as session:
         ray.get(actor.check.remote(True))
         session.push()
-        wanted = {name: checksum(tensor) for name, tensor in source.materialize(names)}
-        if ray.get(actor.check.remote(False)) != wanted:
+        if ray.get(actor.check.remote(False)) != checksums(source):
             raise SyncError("the bytes that arrived across nodes are not those that were sent")
         for _ in range(rounds):
             started = time.perf_counter()
@@ -226,47 +203,33 @@ def _syncs(
     clock: Rounds,
     pool: WorkerPool,
     model: torch.nn.Module,
-    directory: str,
+    checkpoint: str,
     workers: Sequence[int],
     rounds: int,
 ) -> None:
-    ray = require_ray()
     source = HFSource(model)
     order = [meta.name for meta in source.metadata()]
-    checkpoint = str(Path(directory) / "model.safetensors")
-    fresh = ray.get(pool.handles["rollout-0"].kernels.remote())
+    fresh = _call(pool, "bench_kernels")
     for n in workers:
         some = WorkerPool(dict(list(pool.handles.items())[:n]))
-        actors = list(some.handles.values())
+        load_alone = partial(_call, some, "bench_load_alone", checkpoint, order)
+        kernels = partial(_call, some, "bench_kernels")
         with _session(some, source) as session:
-            _check(session, model, actors, fresh)
-            # The first reads the checkpoint.
-            ray.get([actor.load_alone.remote(checkpoint, order) for actor in actors])
+            check_kernels(f"{n} actors", session, model, kernels, fresh[:n])
+            load_alone()  # the first reads the checkpoint
             for _ in range(rounds):
-                alone = ray.get([actor.load_alone.remote(checkpoint, order) for actor in actors])
-                clock.add(f"{n} loads alone", max(alone))
+                clock.add(f"{n} loads alone", max(load_alone()))
                 clock.add(f"sync of {n}", session.push().seconds["total"])
 
 
-@torch.no_grad()
-def _check(session: SyncSession, model: torch.nn.Module, actors: Sequence[Any], fresh: Any) -> None:
-    """Check that other weights change the kernels and that the right ones restore a fresh
-    engine's.
-    """
-    ray = require_ray()
-    held = []
-    for _ in range(2):
-        for parameter in model.parameters():
-            parameter.neg_()
-        session.push()
-        held.append(ray.get([actor.kernels.remote() for actor in actors]))
-    if held[1] != [fresh] * len(actors) or fresh in held[0]:
-        raise SyncError("the actors' kernels do not hold the weights that were sent")
+def _call(pool: WorkerPool, method: str, *args: Any) -> list[Any]:
+    """Call the method on the worker of each actor, all at a time. Return the answers."""
+    calls = [actor.call.remote(method, args) for actor in pool.handles.values()]
+    return [answer for (answer,) in require_ray().get(calls)]
 
 
 def _kill(clock: Rounds, pool: WorkerPool, model: torch.nn.Module) -> None:
     """Kill an actor in the middle of a sync; check that it comes back with the right weights."""
-    ray = require_ray()
     with _session(pool, HFSource(model)) as session:
         before = session.push()
         pid = pool.wait()["rollout-0"]["pid"]
@@ -286,7 +249,7 @@ def _kill(clock: Rounds, pool: WorkerPool, model: torch.nn.Module) -> None:
         while (last := session.push()).lost:
             time.sleep(0.2)
         clock.add("kill to right again", time.perf_counter() - killed[0])
-        held = ray.get([actor.kernels.remote() for actor in pool.handles.values()])
+        held = _call(pool, "bench_kernels")
         if any(other != held[0] for other in held) or set(pool.versions.values()) != {last.version}:
             raise SyncError("the restarted actor does not hold the weights that were sent")
 

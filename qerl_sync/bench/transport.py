@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from qerl_sync.bench.echo import EchoWorker, checksum
+from qerl_sync.bench.echo import EchoWorker, checksums
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
 from qerl_sync.bench.tcp import loopback_tcp_seconds
+from qerl_sync.build import make_session, remote_transport
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import SyncError
 from qerl_sync.plan.checkpoint import read_json
 from qerl_sync.plan.staging import offsets
-from qerl_sync.session import SyncReport, SyncSession
+from qerl_sync.session import SyncSession
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.sources.shared_memory import share_parameters
-from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.wire.segments import PrivateMemory
 
 KINDS = ("shm", "shared parameters", "tcp")
@@ -122,35 +123,32 @@ def measure(
     rounds: int = 5,
     chunk_bytes: int | None = None,
     chunks_in_flight: int = 2,
-    engine: Mapping[str, Any] | None = None,
     note: Callable[[str], None] = lambda text: None,
 ) -> Measured:
     """Measure for a model of this shape, with random weights in bfloat16.
 
     Args:
         config: a transformers `config.json`.
-        engine: more vLLM engine arguments.
         note: told what is being done.
 
     Raises:
         SyncError: a sync failed, or a tensor that was timed is not what it should be.
     """
-    sync = {"chunk_bytes": chunk_bytes}
+    sync = {"chunk_bytes": chunk_bytes, "chunks_in_flight": chunks_in_flight}
     found = Measured(rounds=rounds)
     with TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
         note("making the model")
         model = make_model(config)
         source = HFSource(model)
         found.nbytes = sum(meta.nbytes for meta in source.metadata())
-        model.save_pretrained(directory, max_shard_size="1TB")  # type: ignore[operator]
+        checkpoint = save(model, directory)
         clock = Rounds()
         note("transports alone")
-        _alone(clock, source, sync, rounds, chunks_in_flight)
+        _alone(clock, source, sync, rounds)
         note("starting vLLM")
-        llm = start_engine(directory, engine or {})
+        llm = start_engine(directory)
         note("syncs")
-        checkpoint = str(Path(directory) / "model.safetensors")
-        _end_to_end(clock, found, llm, model, sync, checkpoint, chunks_in_flight)
+        _end_to_end(clock, found, llm, model, sync, checkpoint)
     found.seconds = clock.medians()
     for kind in KINDS:
         found.ratios[f"{kind} / load alone"] = clock.ratio(kind, f"load alone beside {kind}")
@@ -179,28 +177,24 @@ def make_model(config: Path) -> torch.nn.Module:
     return model  # type: ignore[no-any-return]
 
 
-def start_engine(path: str, arguments: Mapping[str, Any]) -> Any:
-    """Start a vLLM `LLM` whose engine has its own process."""
+def save(model: torch.nn.Module, directory: str) -> str:
+    """Save the model in the directory. Return the one file that has its weights."""
+    model.save_pretrained(directory, max_shard_size="1TB")  # type: ignore[operator]
+    return f"{directory}/model.safetensors"
+
+
+def start_engine(path: str) -> Any:
+    """Start a vLLM `LLM` that our sessions reach, with the benchmarks' engine arguments."""
     from vllm import LLM
 
-    ours = {"model": path, "weight_transfer_config": {"backend": "qerl"}}
-    return LLM(**{**ENGINE_ARGUMENTS, **ours, **arguments})
+    return LLM(model=path, weight_transfer_config={"backend": "qerl"}, **ENGINE_ARGUMENTS)
 
 
-def _alone(
-    clock: Rounds,
-    source: HFSource,
-    sync: Mapping[str, Any],
-    rounds: int,
-    chunks_in_flight: int,
-) -> None:
+def _alone(clock: Rounds, source: HFSource, sync: Mapping[str, Any], rounds: int) -> None:
     """Measure transports without loading at the receiver, and their lower bounds."""
     nbytes = sum(meta.nbytes for meta in source.metadata())
     memory = PrivateMemory(offsets(source.metadata())[1])
-    with (
-        _echo(source, "shm", sync, chunks_in_flight) as shm,
-        _echo(source, "tcp", sync, chunks_in_flight) as tcp,
-    ):
+    with _echo(source, "shm", sync) as shm, _echo(source, "tcp", sync) as tcp:
         for _ in range(rounds):
             clock.add("memcpy", copy_seconds(source, memory))
             clock.add("shm alone", shm.push().seconds["total"])
@@ -209,27 +203,23 @@ def _alone(
 
 
 @contextmanager
-def _echo(
-    source: HFSource, kind: str, sync: Mapping[str, Any], chunks_in_flight: int
-) -> Iterator[SyncSession]:
+def _echo(source: HFSource, kind: str, sync: Mapping[str, Any]) -> Iterator[SyncSession]:
     """Yield a warm session with an echo worker whose bytes were checked."""
-    with EchoWorker() as worker:
-        transport = RemoteTransport(worker, transport=kind, chunks_in_flight=chunks_in_flight)
-        with SyncSession(source, transport, SyncConfig.of(**sync, **NOT_LOOKED_AT)) as session:
-            worker.check(True)
-            session.push()
-            names = [meta.name for meta in source.metadata()]
-            wanted = {name: checksum(tensor) for name, tensor in source.materialize(names)}
-            if worker.checksums() != wanted:
-                raise SyncError(f"{kind}: the bytes that arrived are not those that were sent")
-            worker.check(False)
-            yield session
+    config = SyncConfig.of(transport=kind, **sync, **NOT_LOOKED_AT)
+    with (
+        EchoWorker() as worker,
+        SyncSession(source, remote_transport(config, worker), config) as session,
+    ):
+        worker.check(True)
+        session.push()
+        if worker.checksums() != checksums(source):
+            raise SyncError(f"{kind}: the bytes that arrived are not those that were sent")
+        worker.check(False)
+        yield session
 
 
 def copy_seconds(source: HFSource, memory: PrivateMemory) -> float:
-    """Return the seconds of one pass over the weights with torch's copy, as the transports use
-    it.
-    """
+    """Return the seconds of one pass over the weights with torch's copy, as transports use it."""
     memory.bytes.fill_(1)  # touched before
     started = time.perf_counter()
     metas = source.metadata()
@@ -247,57 +237,57 @@ def _end_to_end(
     model: torch.nn.Module,
     sync: Mapping[str, Any],
     checkpoint: str,
-    chunks_in_flight: int,
 ) -> None:
     """Measure whole syncs into a real engine, and vLLM's load from memory that is already there."""
-    from qerl_sync.engines.llm import LLMClient
 
-    fresh = llm.collective_rpc("bench_kernels")
+    kernels = partial(llm.collective_rpc, "bench_kernels")
+    fresh = kernels()
     order = [meta.name for meta in HFSource(model).metadata()]
     for kind in ("shm", "tcp", "shared parameters"):
         shared = share_parameters(model) if kind == "shared parameters" else None
-        transport = RemoteTransport(
-            LLMClient(llm),
-            transport="tcp" if kind == "tcp" else "shm",
-            chunks_in_flight=chunks_in_flight,
-        )
-        with SyncSession(HFSource(model), transport, SyncConfig.of(**sync)) as session:
-            _check(kind, llm, session, model, fresh)
-            reports: list[SyncReport] = []
+        config = SyncConfig.of(transport="tcp" if kind == "tcp" else "shm", **sync)
+        with make_session(HFSource(model), config, llm=llm) as session:
+            check_kernels(kind, session, model, kernels, fresh)
+            workers = []
             for _ in range(found.rounds):
                 (alone,) = llm.collective_rpc("bench_load_alone", args=(checkpoint, order))
                 clock.add(f"load alone beside {kind}", alone)
                 report = session.push()
                 clock.add(kind, report.seconds["total"])
                 clock.add(f"verify, {kind}", report.seconds["verify"])
-                reports.append(report)
-            found.memory[kind] = _memory(reports)
+                workers += report.workers
+        # Medians: a single run depends on when malloc returns memory.
+        names = {"measured": "peak_extra_bytes", "predicted": "peak_extra_bytes_predicted"}
+        found.memory[kind] = {
+            name: round(statistics.median(worker[key] for worker in workers))
+            for name, key in names.items()
+        }
         del shared
 
 
 @torch.no_grad()
-def _check(kind: str, llm: Any, session: SyncSession, model: torch.nn.Module, fresh: Any) -> None:
-    """Check that other weights change every layer and that the right ones restore a fresh
-    engine's.
+def check_kernels(
+    what: str,
+    session: SyncSession,
+    model: torch.nn.Module,
+    kernels: Callable[[], list[Any]],
+    fresh: list[Any],
+) -> None:
+    """Check that other weights change the kernels, and that the right ones restore `fresh`.
+
+    Args:
+        kernels: returns what each worker's hold.
+
+    Raises:
+        SyncError: they do not.
     """
-    for parameter in model.parameters():
-        parameter.neg_()
-    session.push()
-    other = llm.collective_rpc("bench_kernels")
-    for parameter in model.parameters():
-        parameter.neg_()
-    session.push()
-    if llm.collective_rpc("bench_kernels") != fresh:
-        raise SyncError(f"{kind}: the worker's kernels do not hold the weights that were sent")
-    if other == fresh:
-        raise SyncError(f"{kind}: other weights left the worker's kernels as they were")
-
-
-def _memory(reports: Sequence[SyncReport]) -> dict[str, int]:
-    """Return medians: a single run depends on when malloc returns memory."""
-    workers = [report.workers[0] for report in reports]
-    names = {"measured": "peak_extra_bytes", "predicted": "peak_extra_bytes_predicted"}
-    return {
-        name: round(statistics.median(worker[key] for worker in workers))
-        for name, key in names.items()
-    }
+    held = []
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.neg_()
+        session.push()
+        held.append(kernels())
+    if held[1] != fresh:
+        raise SyncError(f"{what}: the kernels do not hold the weights that were sent")
+    if any(other == right for other, right in zip(held[0], fresh, strict=True)):
+        raise SyncError(f"{what}: other weights left the kernels as they were")

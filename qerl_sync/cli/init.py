@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qerl_sync.cli.errors import Debug, errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text, notes
+from qerl_sync.errors import FileError
 
 
 def init(
@@ -19,16 +19,12 @@ def init(
     """Write a commented YAML file to start from. It runs as it is, on a CPU, in about a minute."""
     with errors_as_text(debug=debug):
         from qerl_sync.config.files import file_errors_explained
-        from qerl_sync.errors import FileError
 
         text = files("qerl_sync.cli").joinpath("starter.yaml").read_text(encoding="utf-8")
-        text = text.replace("FILE", str(path))
-        try:
-            with file_errors_explained(path), path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError as exc:
+        if path.exists():
             raise FileError(
                 f"{path} is there already, and stays as it is; give another name", path=str(path)
-            ) from exc
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"written to {path}; next: qerl-sync train {path}")
+            )
+        with file_errors_explained(path), path.open("x", encoding="utf-8") as file:
+            file.write(text.replace("FILE", str(path)))
+        notes().print(f"written to {path}; next: qerl-sync train {path}")

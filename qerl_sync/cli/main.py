@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -22,13 +23,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(init)
-app.command()(train)
-app.command()(plan)
-app.command()(serve)
-app.command()(doctor)
-app.command()(report)
-app.command()(explain)
+COMMANDS: tuple[Callable[..., None], ...] = (init, train, plan, serve, doctor, report, explain)
+for command in COMMANDS:
+    app.command()(command)
 app.add_typer(bench.app, name="bench")
 
 
@@ -45,10 +42,7 @@ def _options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
     ] = False,
 ) -> None:
-    """Take the options that precede a command.
-
-    With this callback typer keeps the command's name even if there is only one.
-    """
+    """Take the options that precede a command."""
 
 
 def main() -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from qerl_sync.cli.errors import Debug, errors_as_text
+from qerl_sync.cli.errors import Debug, errors_as_text, notes
+from qerl_sync.errors import ConfigError
 
 RUN = typer.Argument(
     help="The output directory of `qerl-sync train`, or a session's sync.record_directory.",
@@ -43,7 +43,6 @@ def report(
     """
     with errors_as_text(debug=debug):
         from qerl_sync.config.files import file_errors_explained
-        from qerl_sync.errors import ConfigError
 
         if live:
             if md or output is not None:
@@ -55,39 +54,35 @@ def report(
         from qerl_sync.report.run_page import run_markdown, run_page
 
         path = output or run / ("report.md" if md else "report.html")
-        with file_errors_explained(run):
-            recorded = RecordedRun.read(run)
+        recorded = RecordedRun.read(run)
         page = run_markdown(recorded) if md else run_page(recorded)
         with file_errors_explained(path):
             path.write_text(page, encoding="utf-8")
-        console = Console(stderr=True, highlight=False, soft_wrap=True)
-        console.print(f"written to {path}")
+        notes().print(f"written to {path}")
         if show:
-            _open(path.absolute().as_uri(), console)
+            _open(path.absolute().as_uri())
 
 
-def _open(url: str, console: Console) -> None:
+def _open(url: str) -> None:
     import webbrowser
 
     if not webbrowser.open(url):
-        console.print(f"no browser was found here; open {url} in one")
+        notes().print(f"no browser was found here; open {url} in one")
 
 
 def _serve(run: Path, port: int, *, show: bool) -> None:
-    from qerl_sync.errors import ConfigError
     from qerl_sync.report.live import LiveReport
 
     if not run.is_dir():
         raise ConfigError(f"{run} is no directory; give the output directory of a run")
     report = LiveReport(run, port)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"{report.url} shows {run} as it goes on. Ctrl-C ends it.")
+    notes().print(f"{report.url} shows {run} as it goes on. Ctrl-C ends it.")
     if show:
-        _open(report.url, console)
+        _open(report.url)
     try:
         report.serve()
     except KeyboardInterrupt:
-        console.print("ended")
+        notes().print("ended")
 
 
 def explain(
@@ -97,12 +92,8 @@ def explain(
 ) -> None:
     """Say what went wrong in a run, which cause and layers, and what to change."""
     with errors_as_text(debug=debug):
-        from qerl_sync.config.files import file_errors_explained
-        from qerl_sync.report.findings import as_json as to_json
-        from qerl_sync.report.findings import as_text
-        from qerl_sync.report.findings import explain as findings_of
+        from qerl_sync.report import findings
         from qerl_sync.report.recorded import RecordedRun
 
-        with file_errors_explained(run):
-            found = findings_of(RecordedRun.read(run))
-        typer.echo(to_json(found) if as_json else as_text(found))
+        found = findings.explain(RecordedRun.read(run))
+        typer.echo(findings.as_json(found) if as_json else findings.as_text(found))

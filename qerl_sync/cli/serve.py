@@ -14,9 +14,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qerl_sync.cli.errors import Debug, errors_as_text
-
-TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
+from qerl_sync.cli.errors import Debug, errors_as_text, notes
+from qerl_sync.wire.tokens import TOKEN_VARIABLE, new_token
 
 
 def serve(
@@ -51,7 +50,7 @@ def serve(
     debug: Debug = False,
 ) -> None:
     """Serve a model with vLLM, ready to get weights from a trainer. Ctrl-C stops it."""
-    console = Console(stderr=True, highlight=False)
+    console = notes()
     with errors_as_text(debug=debug), _signals_as_interrupts():
         from qerl_sync.serving.command import ServerSpec
         from qerl_sync.serving.server import ServerProcess
@@ -68,8 +67,7 @@ def serve(
             console.print(f"[green]✓[/] ready at [bold]{server.url}[/] [dim]{seconds:.1f} s[/]")
             console.print(
                 f'  TRL: GRPOConfig(use_vllm=True, vllm_mode="server", '
-                f'vllm_server_base_url="{server.url}")',
-                soft_wrap=True,
+                f'vllm_server_base_url="{server.url}")'
             )
             console.print("  Ctrl-C stops it")
             try:
@@ -87,28 +85,24 @@ def _secure(host: str, console: Console) -> None:
     The server inherits this process's environment, so the token is set there.
     """
     from qerl_sync.serving.command import is_loopback
-    from qerl_sync.wire.tokens import new_token
 
     known = bool(os.environ.get(TOKEN_VARIABLE))
     if is_loopback(host):
         if not known:
             console.print(
                 f"{TOKEN_VARIABLE} is not set: the first trainer that asks is taken; set for both, "
-                "it keeps others out",
-                soft_wrap=True,
+                "it keeps others out"
             )
         return
     console.print(
         f"[yellow]warning:[/] {host} lets other machines reach the server: they may generate and "
-        f"read; what changes the engine needs {TOKEN_VARIABLE}. Nothing is encrypted",
-        soft_wrap=True,
+        f"read; what changes the engine needs {TOKEN_VARIABLE}. Nothing is encrypted"
     )
     if not known:
         os.environ[TOKEN_VARIABLE] = token = new_token()
         console.print(
             f"{TOKEN_VARIABLE} was not set. This server has a token of its own, shown only here; "
-            f"for the trainer:\n  export {TOKEN_VARIABLE}={token}",
-            soft_wrap=True,
+            f"for the trainer:\n  export {TOKEN_VARIABLE}={token}"
         )
 
 

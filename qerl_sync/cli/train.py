@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -56,6 +57,7 @@ def train(
     started = time.perf_counter()
     rank = int(os.environ.get("RANK", "0"))
     console = Console(quiet=rank > 0)
+    say = partial(console.print, highlight=False, soft_wrap=True)
     if (config is None) == (trl_config is None) and not (config and "=" in config):
         raise typer.BadParameter("give one file: CONFIG, or --trl-config")
     if trl_config is not None and config is not None:
@@ -92,13 +94,11 @@ def train(
                 outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
         except Exception:
             if (Path(loaded.output_dir) / FAILURES).exists():
-                say_more = f"qerl-sync explain {loaded.output_dir} says more of what failed"
-                console.print(say_more, highlight=False, soft_wrap=True)
+                say(f"qerl-sync explain {loaded.output_dir} says more of what failed")
             raise
         if outcome.summary is not None:
             console.print(summary_table(outcome.summary))
-            shown = f"qerl-sync report {loaded.output_dir} --open shows what each sync did"
-            console.print(shown, highlight=False, soft_wrap=True)
+            say(f"qerl-sync report {loaded.output_dir} --open shows what each sync did")
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")
             raise typer.Exit(INTERRUPTED)

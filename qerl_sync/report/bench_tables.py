@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rich import box
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from qerl_sync.meta import format_bytes
+from qerl_sync.report.tables import titled_table
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def transport_tables(found: Measured) -> list[Table]:
-    """Return tables of the measurements, and of the promised numbers."""
-    ratios = _table("Seconds over seconds, medians of the rounds' ratios", "", "ratio")
+    """Return the tables of `qerl-sync bench transport`."""
+    ratios = titled_table("Seconds over seconds, medians of the rounds' ratios", "", "ratio")
     for name, ratio in found.ratios.items():
         if not name.endswith(("alone / memcpy", "alone / TCP")):
             ratios.add_row(name, f"{ratio:.2f}")
-    memory = _table("What the worker took on top", "", "predicted", "measured")
+    memory = titled_table("What the worker took on top", "", "predicted", "measured")
     for kind, used in found.memory.items():
         memory.add_row(kind, format_bytes(used["predicted"]), format_bytes(used["measured"]))
     return [_seconds(found), ratios, memory, _targets(found)]
@@ -38,32 +39,24 @@ def ray_tables(found: RayMeasured) -> list[Table]:
 def compare_tables(found: Compared) -> list[Table]:
     """Return the tables of `qerl-sync bench compare`."""
     title = f"{format_bytes(found.nbytes)}, {found.kernels} kernels, medians of {found.rounds}"
-    table = _table(title, "", "ms", "x memcpy", "weights afterwards")
-    engine = ""
-    for row in found.rows:
-        if row.engine != engine:
-            engine = row.engine
-            table.add_section()
-            table.add_row(f"[bold]{engine}[/bold]")
-        seconds = found.seconds.get(row.name)
-        ratio = found.ratios.get(f"{row.name} / memcpy")
-        finding = f"[red]{escape(row.wrong)}[/red]" if row.wrong else "right"
-        table.add_row(
-            row.way,
-            "-" if seconds is None else f"{1000 * seconds:.0f}",
-            "-" if ratio is None else f"{ratio:.2f}",
-            "" if row.way == "memcpy" else finding,
-        )
+    table = titled_table(title, "", "ms", "x memcpy", "weights afterwards")
+    for engine, rows in groupby(found.rows, lambda row: row.engine):
+        table.add_section()
+        table.add_row(f"[bold]{engine}[/bold]")
+        for row in rows:
+            milliseconds, ratio, _, finding = found.cells(row)
+            style = "red" if row.wrong else ""
+            table.add_row(row.way, milliseconds, ratio, Text(finding, style))
     return [table, _targets(found)]
 
 
 def draw_comparison(found: Compared, path: Path) -> None:
-    """Draw the ways as bars of seconds over those of memcpy, as a PNG. Raises ConfigError without
+    """Draw the ways as bars of seconds over those of memcpy. Raises ConfigError without
     matplotlib."""
     from qerl_sync.report.plots import drawing
 
-    rows = [row for row in found.rows if f"{row.name} / memcpy" in found.ratios]
-    rows = [row for row in rows if row.way != "memcpy"]
+    measured = (row for row in found.rows if f"{row.name} / memcpy" in found.ratios)
+    rows = [row for row in measured if row.way != "memcpy"]
     with drawing(path, 1, (9.5, 0.7 + 0.36 * len(rows))) as (axes,):
         places = range(len(rows), 0, -1)
         ratios = [found.ratios[f"{row.name} / memcpy"] for row in rows]
@@ -78,23 +71,16 @@ def draw_comparison(found: Compared, path: Path) -> None:
         axes.set_xlabel(f"seconds, of a memcpy's ({format_bytes(found.nbytes)}, {found.kernels})")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    table.add_column(columns[0])
-    for column in columns[1:]:
-        table.add_column(column, justify="right")
-    return table
-
-
 def _seconds(found: Results) -> Table:
-    table = _table(f"{format_bytes(found.nbytes)}, medians of {found.rounds}", "", "ms", "GB/s")
+    title = f"{format_bytes(found.nbytes)}, medians of {found.rounds}"
+    table = titled_table(title, "", "ms", "GB/s")
     for name, seconds in found.seconds.items():
         table.add_row(name, f"{1000 * seconds:.0f}", f"{found.nbytes / seconds / 1e9:.2f}")
     return table
 
 
 def _targets(found: Results) -> Table:
-    table = _table("Targets", "", "found", "target", "")
+    table = titled_table("Targets", "", "found", "target", "")
     for target in found.targets:
         sign = "≤" if target.at_most else "≥"
         verdict = "met" if target.met else "[red]missed[/red]"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from math import ceil
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from qerl_sync.meta import format_bytes
 from qerl_sync.report.recorded import RecordedRun
@@ -56,142 +56,135 @@ class Finding:
         return [(name, text) for name, text in found.items() if text]
 
 
-class Explanation(NamedTuple):
-    """Explain an error class: in plain words, its usual cause, what to change."""
-
-    what: str
-    cause: str
-    change: str
-
-
-# By class name, the most special that is here counts: a recorded error names its bases too.
+# What an error means in plain words, its usual cause, what to change. By class name, the most
+# special that is here counts: a recorded error names its bases too.
 EXPLANATIONS = {
-    "ConfigError": Explanation(
+    "ConfigError": (
         "An option or argument cannot be right, so that nothing was sent.",
         "The configuration contradicts itself, or this engine.",
         "Change the option that is named below.",
     ),
-    "FileError": Explanation(
+    "FileError": (
         "A file or directory could not be used.",
         "It is missing, damaged, full or read-only.",
         "Look at the path that is named below; `qerl-sync doctor CONFIG` checks what is writable.",
     ),
-    "CompatError": Explanation(
+    "CompatError": (
         "The installed vLLM or TRL lacks something that this sync needs.",
         "Its version is outside of those that were tested, or a feature is missing in its build.",
         "Run `qerl-sync doctor`, and install a version that it calls tested.",
     ),
-    "LayerMapError": Explanation(
+    "LayerMapError": (
         "vLLM refused, ignored or lost a tensor in the dry run, before anything was sent.",
         "Trainer and engine have other architectures, or other shapes.",
         "Start the engine from the trainer's model; if vLLM is known to ignore the tensor: "
         "sync: {ignore_names: [PATTERN]}",
     ),
-    "PlanError": Explanation(
+    "PlanError": (
         "No plan does what was asked for, so that nothing was sent.",
         "The budget is smaller than one parent layer needs, or the source's order was refused.",
         "sync: {policy: reorder}, or a larger sync.budget_bytes",
     ),
-    "CoverageError": Explanation(
+    "CoverageError": (
         "What arrived is not what the plan promised; the sync was ended.",
         "A tensor was missing, doubled, misshapen, not finite, or changed on its way.",
         "If values are NaN, look at the training; else at what writes to weights during a sync.",
     ),
-    "UnchangedError": Explanation(
+    "UnchangedError": (
         "The sync was committed and brought nothing new, although the trainer has gone on.",
         "The source reads another model than the one that is trained, or an adapter was not "
         "merged.",
         "Give the session the model that the optimizer steps.",
     ),
-    "LoadError": Explanation(
+    "LoadError": (
         "vLLM's own loader failed in the middle of a sync; its worker holds a mix of versions.",
         "vLLM raised the error below while it loaded or processed a layer, often for want of "
         "memory.",
         "Look at the engine's log. For memory: smaller sync.chunk_bytes, or a lower "
         "gpu_memory_utilization; sync: {on_failure: rollback} keeps the old weights serving.",
     ),
-    "AgreementError": Explanation(
+    "AgreementError": (
         "Trainer and worker differ in something that both must agree on; nothing was sent.",
         "Other versions, another plan or layer map: an engine was restarted or replaced.",
         "Install the same qerl-sync on both sides, and make the session anew.",
     ),
-    "EngineTakenError": Explanation(
+    "EngineTakenError": (
         "Another trainer holds the engine, and is alive.",
         "Two trainers were started for one engine.",
         "End the other one, or give each an engine of its own.",
     ),
-    "StaleBaseError": Explanation(
+    "StaleBaseError": (
         "A sync of a part of the model met a worker without the rest; everything is sent next.",
         "The worker was restarted, or something else has written to its weights.",
         "Nothing, if it happens once.",
     ),
-    "PublicationError": Explanation(
+    "PublicationError": (
         "Weights as files could not be written, or none that are there could be read.",
         "The disk is full, the store cannot be reached, or files are torn or gone.",
         "Look at the path in the message; the next version has all tensors.",
     ),
-    "PublisherTakenError": Explanation(
+    "PublisherTakenError": (
         "Two publishers write to one directory.",
         "A run was started twice, or with the directory of another one.",
         "Give each a directory of its own.",
     ),
-    "WorldSizeError": Explanation(
+    "WorldSizeError": (
         "Not all workers of the engine have connected, or more than it has.",
         "A worker process died while the engine started, or cannot reach the trainer.",
         "Look at the engine's log, and at sync.trainer_address.",
     ),
-    "TransportError": Explanation(
+    "TransportError": (
         "Tensors or messages did not get from one side to the other.",
         "The connection, or the memory between trainer and worker, failed.",
         "Look at the engine's log; the next sync connects anew.",
     ),
-    "TransportTimeout": Explanation(
+    "TransportTimeout": (
         "The other side did not answer in time.",
         "It hangs or is overloaded, or a layer takes longer than the timeout.",
         "Look at what the engine did then; if it only was slow: a larger sync.timeout_seconds",
     ),
-    "PeerLostError": Explanation(
+    "PeerLostError": (
         "The other side closed the connection or died.",
         "Its process ended: killed for memory, crashed, or stopped.",
         "Look at the end of the engine's log (vllm.log), and for the out-of-memory killer (dmesg).",
     ),
-    "IntegrityError": Explanation(
+    "IntegrityError": (
         "Bytes arrived that the other side did not send, or not then.",
         "Something between trainer and worker changed or repeated them.",
         "Look at proxies and network cards between the hosts; sync again.",
     ),
-    "NoRoomError": Explanation(
+    "NoRoomError": (
         "Shared memory has less room than the chunks in flight take.",
         "/dev/shm is small (Docker gives 64 MB), or the GPU is full.",
         "Start the container with --shm-size=1g or --ipc=host, or smaller sync.chunk_bytes",
     ),
-    "StaleCacheError": Explanation(
+    "StaleCacheError": (
         "An engine keeps what old weights have computed, where a sync cannot remove it.",
         "A cache connector cannot be emptied, or requests in flight hold its blocks.",
         "sync: {recompute_running: true}, or an engine without that connector",
     ),
-    "TrainerRankError": Explanation(
+    "TrainerRankError": (
         "One trainer rank failed in other code, which ended the sync on all of them.",
         "The error below was raised there.",
         "Look at the log of that rank.",
     ),
-    "PoisonedError": Explanation(
+    "PoisonedError": (
         "A worker refused to generate: it holds half of a sync.",
         "An earlier sync failed in its middle.",
         "Look at the first failure; the next sync that succeeds heals the worker.",
     ),
-    "SyncError": Explanation(
-        "The sync was refused or ended.", "The error below says why.", "What it names."
+    "SyncError": ("The sync was refused or ended.", "The error below says why.", "What it names."),
+    "KeyboardInterrupt": (
+        "The run was interrupted in a sync.",
+        "Ctrl-C.",
+        "`qerl-sync train CONFIG --resume`",
     ),
-    "KeyboardInterrupt": Explanation(
-        "The run was interrupted in a sync.", "Ctrl-C.", "`qerl-sync train CONFIG --resume`"
-    ),
-    "MemoryError": Explanation(
+    "MemoryError": (
         "There was no memory left on the trainer.",
         "Chunks in flight are held besides the model.",
         "Smaller sync.chunk_bytes, or sync: {chunks_in_flight: 1}",
     ),
-    "Exception": Explanation(
+    "Exception": (
         "Code of the trainer, or of a library, failed in a sync.",
         "The error below was raised while tensors were gathered or sent.",
         "Look at it in the run's traceback (--debug).",
@@ -225,14 +218,12 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
         known = next((EXPLANATIONS[c] for c in last["classes"] if c in EXPLANATIONS), None)
         what, cause, change = known or EXPLANATIONS["Exception"]
         times = f", {len(group)} times" if len(group) > 1 else ""
-        kept = last["version"]
-        state = [] if kept is None else [f"The workers keep version {kept}."]
-        if last["num_poisoned"]:
-            number = last["num_poisoned"]
-            state = [
-                f"{number} worker{'s refuse' if number > 1 else ' refuses'} to generate until a "
-                "sync succeeds."
-            ]
+        state = []
+        if number := last["num_poisoned"]:
+            refusing = "workers refuse" if number > 1 else "worker refuses"
+            state.append(f"{number} {refusing} to generate until a sync succeeds.")
+        elif last["version"] is not None:
+            state.append(f"The workers keep version {last['version']}.")
         if any(sync["time"] > last["time"] for sync in run.syncs if "time" in sync):
             state.append("A later sync has succeeded.")
         step = "outside of a sync" if last["step"] is None else f"step {last['step']}"
@@ -250,15 +241,14 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
 
 
 def _layers(failure: Mapping[str, Any], run: RecordedRun) -> Iterator[str]:
-    """Yield what the error itself names, else what was open when most is buffered, which has
-    nothing to do with how tensors travel."""
+    """Yield what the error itself names, else what was open when most is buffered."""
     facts = failure["facts"]
     named = [str(facts[name]) for name in ("layer", "tensor", "parent_layer") if facts.get(name)]
     if named:
         expected = facts.get("expected")
         counted = f" got {facts.get('got')} of {expected} elements" if expected else ""
         yield from (name + counted for name in named)
-    elif failure["sent"] and "TransportError" not in failure["classes"]:
+    elif failure["sent"] and "TransportError" not in failure["classes"]:  # no matter of layers
         record = next((r for r in run.records if r.get("failure") == failure), None)
         if record is not None:
             yield from open_layers(record)
@@ -315,12 +305,11 @@ def _warnings(run: RecordedRun) -> Iterator[Finding]:
             change="The weights were verified all the same. Report it with the run's directory, "
             "and give memory some room: the budget was kept by prediction only.",
         )
-    over = [
+    if over := [
         sync
         for sync in syncs
         if sync["budget_bytes"] and sync["peak_pinned_bytes_measured"] > sync["budget_bytes"]
-    ]
-    if over:
+    ]:
         pinned, budget = over[0]["peak_pinned_bytes_measured"], over[0]["budget_bytes"]
         yield Finding(
             "warning",
@@ -353,7 +342,7 @@ def _warnings(run: RecordedRun) -> Iterator[Finding]:
     if slow := [record for record in reversed(run.records) if "slow" in record["unusual"]]:
         usual = median(sync["seconds"]["total"] for sync in syncs)
         seconds = slow[0]["seconds"]
-        phase = max((p for p in seconds if p != "total"), key=lambda p: seconds[p])
+        phase = _longest_phase(seconds)
         yield Finding(
             "warning",
             f"A sync took {seconds['total']:.2f} s; usual are {usual:.2f} s.",
@@ -423,7 +412,7 @@ def _advice(run: RecordedRun) -> Iterator[Finding]:
         )
     share = run.summary.get("sync_time_share")
     if share is not None and share > SHARE_OF_STEPS:
-        phase = max((p for p in seconds if p != "total"), key=lambda p: seconds[p])
+        phase = _longest_phase(seconds)
         yield Finding(
             "advice",
             f"Syncs take {share:.0%} of the training's time.",
@@ -431,6 +420,10 @@ def _advice(run: RecordedRun) -> Iterator[Finding]:
             change="trainer: {vllm_sync_frequency: N} syncs more rarely where the trainer has it; "
             "LoRA (peft: ...) sends adapters only",
         )
+
+
+def _longest_phase(seconds: Mapping[str, float]) -> str:
+    return max((p for p in seconds if p != "total"), key=lambda phase: seconds[phase])
 
 
 def _mib(nbytes: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from math import ceil
@@ -24,7 +24,7 @@ class Bucket(NamedTuple):
 
     Attributes:
         first, last: indices of its tensors, both included.
-        at: the first of them with the most buffered bytes.
+        at, name: the first of them with the most buffered bytes.
         low_bytes, high_bytes: the least and the most buffered bytes.
         pinned_bytes: the most pinned bytes.
         open_layers: the most open layers.
@@ -33,6 +33,7 @@ class Bucket(NamedTuple):
     first: int
     last: int
     at: int
+    name: str
     low_bytes: int
     high_bytes: int
     pinned_bytes: int
@@ -49,11 +50,13 @@ def buckets(trace: Trace, count: int) -> list[Bucket]:
         part = steps[first:end]
         heights = [step.buffered_bytes for step in part]
         high = max(heights)
+        highest = heights.index(high)
         result.append(
             Bucket(
                 first=first,
                 last=end - 1,
-                at=first + heights.index(high),
+                at=first + highest,
+                name=part[highest].name,
                 low_bytes=min(heights),
                 high_bytes=high,
                 pinned_bytes=max(step.pinned_bytes for step in part),
@@ -70,7 +73,6 @@ class Stream:
     Attributes:
         color: the name of a colour in the template.
         words: what it is called.
-        names: of each bucket, the tensor at its highest point.
         held: of each bucket, the largest layers there, with their bytes; empty: not known.
         others: of each bucket, how many layers there are besides.
     """
@@ -78,47 +80,15 @@ class Stream:
     color: str
     words: str
     parts: Sequence[Bucket]
-    names: Sequence[str]
     held: Sequence[Sequence[tuple[str, int]]] = ()
     others: Sequence[int] = ()
 
 
-@dataclass
-class PageData:
-    """Hold the data of the page's script: the streams of each plot, in the order of the plots."""
+class Plot(NamedTuple):
+    """Streams that are drawn over each other, of so many tensors."""
 
-    numbers: dict[str, int] = field(default_factory=dict)  # a name may occur in many buckets
-    plots: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, streams: Sequence[Stream], num_tensors: int) -> None:
-        """Add a plot."""
-        self.plots.append(
-            {
-                "tensors": num_tensors,
-                "buckets": len(streams[0].parts),
-                "streams": [self._stream(stream) for stream in streams],
-            }
-        )
-
-    def _stream(self, stream: Stream) -> dict[str, Any]:
-        found: dict[str, Any] = {
-            "policy": stream.color,
-            "words": stream.words,
-            "high": [part.high_bytes for part in stream.parts],
-            "pinned": [part.pinned_bytes for part in stream.parts],
-            "open": [part.open_layers for part in stream.parts],
-            "names": [self._number(name) for name in stream.names],
-        }
-        if stream.held:
-            found["largest"] = [
-                [value for layer, size in held for value in (self._number(layer), size)]
-                for held in stream.held
-            ]
-            found["others"] = list(stream.others)
-        return found
-
-    def _number(self, name: str) -> int:
-        return self.numbers.setdefault(name, len(self.numbers))
+    streams: Sequence[Stream]
+    num_tensors: int
 
 
 def render(
@@ -128,8 +98,8 @@ def render(
     subtitle: str,
     facts: Sequence[tuple[str, str, str]],
     body: str,
-    data: PageData,
-    footer: str = "",
+    plots: Sequence[Plot],
+    footer: str,
 ) -> str:
     """Return the page.
 
@@ -137,10 +107,8 @@ def render(
         head: the name of the window.
         facts: (name, value, further words), for the cards at the top.
         body: HTML.
+        plots: those of the body, in their order there.
     """
-    said = {"layers": list(data.numbers), "orders": data.plots}
-    # "</" would end the script element in the middle of a name.
-    text = json.dumps(said, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/")
     parts = {
         "title": escape(title),
         "head": escape(head),
@@ -152,9 +120,44 @@ def render(
         ),
         "body": body,
         "footer": escape(footer),
-        "data": text,
+        "data": _data(plots),
     }
     return fill(files("qerl_sync.report").joinpath(TEMPLATE).read_text(encoding="utf-8"), parts)
+
+
+def _data(plots: Sequence[Plot]) -> str:
+    """Return what the page's script knows of the plots. Names are numbered, since one may occur in
+    many buckets."""
+    numbers: dict[str, int] = {}
+
+    def number(name: str) -> int:
+        return numbers.setdefault(name, len(numbers))
+
+    def known(stream: Stream) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "policy": stream.color,
+            "words": stream.words,
+            "high": [part.high_bytes for part in stream.parts],
+            "pinned": [part.pinned_bytes for part in stream.parts],
+            "open": [part.open_layers for part in stream.parts],
+            "names": [number(part.name) for part in stream.parts],
+        }
+        if stream.held:
+            found["largest"] = [
+                [value for layer, size in held for value in (number(layer), size)]
+                for held in stream.held
+            ]
+            found["others"] = list(stream.others)
+        return found
+
+    orders = [
+        {"tensors": tensors, "buckets": len(streams[0].parts), "streams": list(map(known, streams))}
+        for streams, tensors in plots
+    ]
+    text = json.dumps(
+        {"layers": list(numbers), "orders": orders}, separators=(",", ":"), ensure_ascii=False
+    )
+    return text.replace("</", "<\\/")  # it would end the script element in the middle of a name
 
 
 def fill(template: str, parts: Mapping[str, str]) -> str:
@@ -169,11 +172,10 @@ def key(color: str, words: str) -> str:
     )
 
 
-def plot(
-    streams: Sequence[Stream],
+def draw(
+    plot: Plot,
     *,
     label: str,
-    num_tensors: int,
     top: float,
     one_top: float,
     budget_bytes: int | None,
@@ -184,7 +186,7 @@ def plot(
         label: what it shows, for those who do not see it.
         top, one_top: the highest value of its own scale, and of the one that all plots share.
     """
-    paths = "".join(_paths(stream, top) for stream in streams)
+    paths = "".join(_paths(stream, top) for stream in plot.streams)
     if budget_bytes is not None:
         paths += f'<path class="budget" d="M0 {_y(budget_bytes, top)}H{SIDE}"/>'
     return (
@@ -194,7 +196,7 @@ def plot(
         f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" aria-hidden="true">'
         f'<g class="stream" style="--one:{top / one_top:.6g}">{paths}</g></svg>'
         f'<div class="hair"></div><div class="ends" aria-hidden="true"><span>tensor 1</span>'
-        f"<span>{num_tensors:,}</span></div></div>"
+        f"<span>{plot.num_tensors:,}</span></div></div>"
     )
 
 

@@ -149,11 +149,9 @@ def matplotlib_or_refusal() -> Any:
 def drawing(path: Path, columns: int, size: tuple[float, float]) -> Iterator[Any]:
     """Yield axes side by side on one vertical scale; save them as a PNG at the end."""
     matplotlib = matplotlib_or_refusal()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, dpi=150)
-        FigureCanvasAgg(figure)
         yield figure.subplots(1, columns, squeeze=False, sharey=True)[0]
         figure.savefig(path)

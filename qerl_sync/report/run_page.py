@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import fmean, median
@@ -14,12 +15,12 @@ from qerl_sync.report.findings import Finding, explain
 from qerl_sync.report.page import (
     HEADROOM,
     SIDE,
-    PageData,
+    Plot,
     Stream,
     buckets,
     code,
+    draw,
     key,
-    plot,
     render,
     ticks,
 )
@@ -30,6 +31,8 @@ from qerl_sync.report.recorded import RecordedRun
 BUCKETS, POINTS = 240, 1000
 SHOWN_SYNCS, SHOWN_WORKERS, SHOWN_LAYERS = 20, 32, 20
 HEADINGS = {"failed": "Failed", "warning": "Warning", "advice": "Advice"}
+# Colours of the template for the traces of a sync.
+COLORS = {"as given": "spill", "predicted": "predicted", "measured": "measured"}
 
 
 class Table(NamedTuple):
@@ -46,13 +49,13 @@ class Curve(NamedTuple):
 
     color: str
     words: str
-    points: Sequence[tuple[float, float]]
+    values: Sequence[float]
     faint: bool = False
 
 
 def run_page(run: RecordedRun, bar: str = "") -> str:
     """Return the HTML page of a run. `bar`: HTML that comes before all else of it."""
-    data = PageData()
+    plots: list[Plot] = []
     body = [
         bar,
         _heading("What there is to know", ""),
@@ -61,7 +64,7 @@ def run_page(run: RecordedRun, bar: str = "") -> str:
     ]
     if charts := _charts(run):
         body += [_heading("Along the run", ""), f'<div class="streams">{"".join(charts)}</div>']
-    if timelines := _timelines(run, data):
+    if timelines := _timelines(run, plots):
         words = (
             "What vLLM held while one sync arrived, from the first tensor to the last. Point at "
             "it, or focus it and use the arrow keys, to see which tensors are handed over there."
@@ -74,7 +77,7 @@ def run_page(run: RecordedRun, bar: str = "") -> str:
         subtitle=str(run.directory.absolute()),
         facts=_facts(run),
         body="\n".join(body),
-        data=data,
+        plots=plots,
         footer=f"Made by qerl-sync {__version__} with `qerl-sync report`.",
     )
 
@@ -181,13 +184,11 @@ def _recorded(run: RecordedRun) -> Table:
 
 def _phases(run: RecordedRun) -> Table:
     """Return seconds by phase: medians over the syncs, on the trainer and on each worker."""
-    sums: dict[str, dict[str, list[float]]] = {}
+    sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sync in run.syncs[-100:]:
-        sums.setdefault("trainer", {})
-        workers = {worker["worker"]: worker["seconds"] for worker in sync["workers"]}
-        for who, seconds in ({"trainer": sync["seconds"]} | workers).items():
-            for phase, value in seconds.items():
-                sums.setdefault(who, {}).setdefault(phase, []).append(value)
+        for process in ({"worker": "trainer", **sync}, *sync["workers"]):
+            for phase, seconds in process["seconds"].items():
+                sums[process["worker"]][phase].append(seconds)
     shown = dict(list(sums.items())[: SHOWN_WORKERS + 1])
     phases = list(dict.fromkeys(phase for found in shown.values() for phase in found))
     rows = [
@@ -213,8 +214,8 @@ def _layers(run: RecordedRun) -> Table:
         for worker in sync["workers"]:
             for layer, seconds in worker.get("slowest_layers", {}).items():
                 slowest[layer] = max(slowest.get(layer, 0.0), seconds)
-    quickest_first = sorted(slowest, key=lambda layer: slowest[layer])
-    names = list(dict.fromkeys([*sizes, *reversed(quickest_first)]))[: 2 * SHOWN_LAYERS]
+    slowest_first = sorted(slowest, key=lambda layer: -slowest[layer])
+    names = list(dict.fromkeys([*sizes, *slowest_first]))[: 2 * SHOWN_LAYERS]
     rows = [
         [
             name,
@@ -261,25 +262,16 @@ def _finding(finding: Finding) -> str:
 
 
 def _table(table: Table) -> str:
-    kinds = [
-        ' class="wide"' if i == 0 and table.left else "" if i < table.left else ' class="number"'
-        for i in range(len(table.heads))
-    ]
-    heads = "".join(
-        f'<th scope="col"{kind.replace("wide", "")}>{escape(head)}</th>'
-        for kind, head in zip(kinds, table.heads, strict=True)
-    )
-    rows = "".join(
-        "<tr>"
-        + "".join(f"<td{kind}>{escape(cell)}</td>" for kind, cell in zip(kinds, row, strict=True))
-        + "</tr>"
-        for row in table.rows
-    )
+    def row(tag: str, cells: Sequence[str]) -> str:
+        kinds = (' class="number"' * (place >= table.left) for place in range(len(cells)))
+        found = (f"<{tag}{k}>{escape(cell)}</{tag}>" for k, cell in zip(kinds, cells, strict=True))
+        return f"<tr>{''.join(found)}</tr>"
+
     return (
         f'<div class="card scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}">'
-        '<table class="plain">'
-        f"<caption>{escape(table.caption)}</caption>"
-        f"<thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f'<table class="plain"><caption>{escape(table.caption)}</caption>'
+        f"<thead>{row('th', table.heads)}</thead>"
+        f"<tbody>{''.join(row('td', cells) for cells in table.rows)}</tbody></table></div>"
     )
 
 
@@ -287,56 +279,45 @@ def _charts(run: RecordedRun) -> list[str]:
     """Draw what changes along a run."""
     found = []
     if len(run.rewards) > 1:
+        steps = [step for step, _ in run.rewards]
         values = [reward for _, reward in run.rewards]
         means = moving_mean(values, MOVING_MEAN_STEPS)
-        steps = [float(step) for step, _ in run.rewards]
         curves = [
-            Curve("measured", "each logged step", list(zip(steps, values, strict=True)), True),
-            Curve(
-                "measured",
-                f"mean of {MOVING_MEAN_STEPS}",
-                list(zip(steps, means, strict=True)),
-            ),
+            Curve("measured", "each logged step", values, faint=True),
+            Curve("measured", f"mean of {MOVING_MEAN_STEPS}", means),
         ]
-        found.append(_chart("Reward", "step", curves))
+        found.append(_chart("Reward", "step", steps, curves))
     syncs = run.syncs
     if len(syncs) > 1:
-
-        def curve(color: str, words: str, values: Sequence[float]) -> Curve:
-            versions = (float(sync["version"]) for sync in syncs)
-            return Curve(color, words, list(zip(versions, values, strict=True)))
-
-        found.append(
-            _chart(
-                "Seconds of a sync",
-                "version",
-                [
-                    curve("measured", "total", [s["seconds"]["total"] for s in syncs]),
-                    curve("advice", "load", [s["seconds"]["load"] for s in syncs]),
-                    curve("predicted", "gather", [s["seconds"]["gather"] for s in syncs]),
-                ],
-            )
-        )
-        pinned = "peak_pinned_bytes_"
+        versions = [sync["version"] for sync in syncs]
+        phases = {"total": "measured", "load": "advice", "gather": "predicted"}
         curves = [
-            curve(words, words, [s[pinned + words] for s in syncs])
+            Curve(color, phase, [sync["seconds"][phase] for sync in syncs])
+            for phase, color in phases.items()
+        ]
+        found.append(_chart("Seconds of a sync", "version", versions, curves))
+        curves = [
+            Curve(words, words, [sync[f"peak_pinned_bytes_{words}"] for sync in syncs])
             for words in ("predicted", "measured")
         ]
-        if all(s["budget_bytes"] for s in syncs):
-            curves.append(curve("budget", "budget", [s["budget_bytes"] for s in syncs]))
-        found.append(_chart("Peak pinned", "version", curves, in_bytes=True))
+        budgets = [sync["budget_bytes"] for sync in syncs]
+        if all(budgets):
+            curves.append(Curve("budget", "budget", budgets))
+        found.append(_chart("Peak pinned", "version", versions, curves, in_bytes=True))
     return found
 
 
-def _chart(title: str, axis: str, curves: Sequence[Curve], *, in_bytes: bool = False) -> str:
+def _chart(
+    title: str, axis: str, xs: Sequence[int], curves: Sequence[Curve], *, in_bytes: bool = False
+) -> str:
     """Draw curves on one scale from 0, or from their lowest value where that is less."""
-    values = [y for curve in curves for _, y in curve.points]
+    values = [y for curve in curves for y in curve.values]
     low, high = min(0.0, *values), max(*values, 1e-9)
     top = low + HEADROOM * (high - low)
-    left, right = curves[0].points[0][0], curves[0].points[-1][0]
+    left, right = xs[0], xs[-1]
     paths = []
     for curve in curves:
-        points = _thinned(curve.points)
+        points = _thinned(list(zip(xs, curve.values, strict=True)))
         steps = "L".join(
             f"{SIDE * (x - left) / max(right - left, 1e-9):.4g} "
             f"{SIDE * (top - y) / (top - low):.4g}"
@@ -350,8 +331,8 @@ def _chart(title: str, axis: str, curves: Sequence[Curve], *, in_bytes: bool = F
         return f"{value / scale:.3g} {unit}".strip()
 
     label = "; ".join(
-        f"{c.words}: from {words(c.points[0][1])} to {words(c.points[-1][1])}, at most "
-        f"{words(max(y for _, y in c.points))}"
+        f"{c.words}: from {words(c.values[0])} to {words(c.values[-1])}, at most "
+        f"{words(max(c.values))}"
         for c in curves
     )
     return (
@@ -365,7 +346,7 @@ def _chart(title: str, axis: str, curves: Sequence[Curve], *, in_bytes: bool = F
     )
 
 
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """Return at most about `POINTS` points, with the highest of each stretch and the last one."""
     stride = -(-len(points) // POINTS)
     found = [
@@ -375,7 +356,7 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return found if found[-1] == points[-1] else [*found, points[-1]]
 
 
-def _timelines(run: RecordedRun, data: PageData) -> str:
+def _timelines(run: RecordedRun, plots: list[Plot]) -> str:
     """Draw each recorded sync, those with equal traces once; empty if there is none."""
     figures: dict[tuple[str, ...], str] = {}
     shown: set[str] = set()
@@ -396,7 +377,7 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
             shown |= {*drawn, *(["budget"] if budget else [])}
             identity = (*map(str, files), str(budget))
             if identity not in figures:
-                figures[identity] = _timeline(len(figures), drawn, budget, data)
+                figures[identity] = _timeline(len(figures), drawn, budget, plots)
             name = f"{_name(record)}{worker['worker'] and ', ' + worker['worker']}"
             peaks = "; ".join(
                 f"{words}: {format_bytes(t.peak_buffered_bytes)} buffered, "
@@ -410,6 +391,8 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
                 f'data-words="{escape(peaks + within)}">'
                 f"{escape(name + (': ' + ', '.join(unusual) if unusual else ''))}</option>"
             )
+    if not figures:
+        return ""
     groups = "".join(
         f'<optgroup label="{label}">{"".join(found)}</optgroup>'
         for label, found in reversed(options.items())
@@ -420,37 +403,28 @@ def _timelines(run: RecordedRun, data: PageData) -> str:
     if "budget" in shown:
         keys += '<span><span class="dash budget"></span>budget</span>'
     return (
-        figures
-        and (
-            f'<div class="bartools"><label>Sync <select id="pick">{groups}</select></label>'
-            f'<div class="keys">{keys}</div></div>'
-            f'<p id="picked" aria-live="polite"></p>{"".join(figures.values())}'
-        )
-    ) or ""
-
-
-COLORS = {"as given": "spill", "predicted": "predicted", "measured": "measured"}
+        f'<div class="bartools"><label>Sync <select id="pick">{groups}</select></label>'
+        f'<div class="keys">{keys}</div></div>'
+        f'<p id="picked" aria-live="polite"></p>{"".join(figures.values())}'
+    )
 
 
 def _timeline(
-    number: int, traces: Mapping[str, Trace], budget_bytes: int | None, data: PageData
+    number: int, traces: Mapping[str, Trace], budget_bytes: int | None, plots: list[Plot]
 ) -> str:
-    streams = []
-    for words, color in COLORS.items():
-        if words in traces:
-            trace = traces[words]
-            parts = buckets(trace, BUCKETS)
-            streams.append(Stream(color, words, parts, [trace.steps[p.at].name for p in parts]))
-    tensors = len(traces["predicted"].steps)
-    data.add(streams, tensors)
+    streams = [
+        Stream(color, words, buckets(traces[words], BUCKETS))
+        for words, color in COLORS.items()
+        if words in traces
+    ]
+    plots.append(Plot(streams, len(traces["predicted"].steps)))
     peak = max(max(t.peak_pinned_bytes, t.peak_buffered_bytes) for t in traces.values())
     top = HEADROOM * max(peak, 1)
     if budget_bytes is not None and top < budget_bytes < 3 * top:
         top = HEADROOM * budget_bytes
-    drawn = plot(
-        streams,
+    drawn = draw(
+        plots[-1],
         label="Bytes that vLLM holds along the stream: as given, predicted, measured",
-        num_tensors=tensors,
         top=top,
         one_top=top,
         budget_bytes=budget_bytes,

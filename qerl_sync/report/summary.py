@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from statistics import fmean
 from typing import Any
 
@@ -102,13 +103,5 @@ def reward_curve(log: Log) -> list[tuple[int, float]]:
 
 def versions() -> dict[str, str]:
     """Return the versions of all packages involved. Imports all of them."""
-    import torch
-    import transformers
-    import trl
-    import vllm
-
-    from qerl_sync import __version__
-
-    packages = {"torch": torch, "transformers": transformers, "trl": trl, "vllm": vllm}
-    found = {name: str(package.__version__) for name, package in packages.items()}
-    return {**found, "qerl_sync": __version__}
+    names = ("torch", "transformers", "trl", "vllm", "qerl_sync")
+    return {name: str(import_module(name).__version__) for name in names}

@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 NOT_MEASURED = "not measured"
 
 
+def titled_table(title: str, *columns: str) -> Table:
+    """Return a table with these columns, all but the first for numbers."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left")
+    return table
+
+
 def summary_table(summary: Summary) -> Table:
-    """Return the table at the end of a run: rewards, and the syncs' cost, predicted and
-    measured.
-    """
-    table = Table(box=box.SIMPLE_HEAD, title="Run", title_justify="left", title_style="bold")
-    table.add_column("")
-    table.add_column("predicted", justify="right")
-    table.add_column("measured", justify="right")
+    """Return the table at the end of a run: rewards, and the syncs' predicted and measured cost."""
+    exact = "[green]exact[/]" if summary.prediction_exact else "[red]differs (see syncs.jsonl)[/]"
+    table = titled_table("Run", "", "predicted", "measured")
     for row in (
         (f"reward, first {WINDOW} logged steps", "", _number(summary.reward_first, ".3f")),
         (f"reward, last {WINDOW} logged steps", "", _number(summary.reward_last, ".3f")),
         ("largest logprob gap, trainer to vLLM", "", _number(summary.logprob_gap_max, ".1e")),
         ("steps", "", str(summary.num_steps)),
         ("wall time", "", f"{summary.wall_seconds:.0f} s"),
-    ):
-        table.add_row(*row)
-    table.add_section()
-    exact = "[green]exact[/]" if summary.prediction_exact else "[red]differs (see syncs.jsonl)[/]"
-    for row in (
+        ("", "", ""),
         ("syncs", "", str(summary.num_syncs)),
         ("transport", "", summary.transport.partition(":")[0]),
         ("bytes sent", "", format_bytes(summary.sent_bytes)),
@@ -68,7 +68,7 @@ def _number(value: float | None, form: str) -> str:
 
 def trials_table(trials: Sequence[Trial], missed: Sequence[Sequence[str]] | None) -> Table:
     """Return a table of several runs, each with the targets that it missed (None: it had none)."""
-    table = Table(box=box.SIMPLE_HEAD, title="Seeds", title_justify="left", title_style="bold")
+    table = titled_table("Seeds")
     several = len({trial.variant for trial in trials}) > 1
     if several:
         table.add_column("variant")

@@ -122,8 +122,7 @@ OPEN = {
 
 def is_open(method: str, route: str) -> bool:
     """Return whether anybody may send this request."""
-    open_routes = OPEN.get(method)
-    return open_routes is not None and open_routes.fullmatch(route) is not None
+    return method in OPEN and OPEN[method].fullmatch(route) is not None
 
 
 def authorize(

@@ -11,7 +11,7 @@ killed so leaves all three. The guard sees its parent go and stops them, whateve
 
 It ends with the exit code of COMMAND (128 + N for signal N), which gets SIGTERM, and GRACE_SECONDS
 later SIGKILL, when the guard gets SIGTERM, SIGINT or SIGHUP or its parent ends. A second signal
-ends the grace. Standard library only: it is there in an instant and needs little memory.
+ends the grace. It imports little, so that it is there in an instant and needs little memory.
 """
 
 from __future__ import annotations

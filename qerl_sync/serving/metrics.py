@@ -1,4 +1,8 @@
-"""Export what the guard knows of a server's weights, in vLLM's own `/metrics`."""
+"""Export what the guard knows of a server's weights, in vLLM's own `/metrics`.
+
+With several API servers for one engine, prometheus_client adds up counters and takes the largest of
+each gauge.
+"""
 
 from __future__ import annotations
 
@@ -9,42 +13,36 @@ from typing import Any
 from qerl_sync.telemetry.prometheus import SERVER_METRICS
 
 
-class ServingMetrics:
-    """Counters and gauges in prometheus_client's default registry, which vLLM serves.
+@cache  # a registry takes a name once
+def _metrics() -> dict[str, Any]:
+    """Return the metrics by name, in prometheus_client's default registry, which vLLM serves."""
+    from prometheus_client import Counter, Gauge
 
-    With several API servers for one engine, prometheus_client adds up counters and takes the
-    largest of each gauge.
-    """
-
-    def __init__(self) -> None:
-        from prometheus_client import Counter, Gauge
-
-        self._metrics: dict[str, Any] = {}
-        for name, (kind, label, text) in SERVER_METRICS.items():
-            labels = (label,) if label else ()
-            self._metrics[name] = (
-                Counter(name, text, labels)
-                if kind == "counter"
-                else Gauge(name, text, labels, multiprocess_mode="livemax")
-            )
-
-    def committed(self, version: object) -> None:
-        self._metrics["qerl_sync_server_syncs"].inc()
-        with suppress(TypeError, ValueError):  # a trainer of somebody else's may name it by words
-            self._metrics["qerl_sync_server_weight_version"].set(float(str(version)))
-
-    def denied(self, status: int) -> None:
-        self._metrics["qerl_sync_server_denied_requests"].labels(str(status)).inc()
-
-    def resumed(self, paused_seconds: float) -> None:
-        self._metrics["qerl_sync_server_paused_seconds"].inc(paused_seconds)
-
-    def set_states(self, *, refusing: bool, paused: bool) -> None:
-        self._metrics["qerl_sync_server_refusing"].set(refusing)
-        self._metrics["qerl_sync_server_paused"].set(paused)
+    found: dict[str, Any] = {}
+    for name, (kind, label, text) in SERVER_METRICS.items():
+        labels = (label,) if label else ()
+        found[name] = (
+            Counter(name, text, labels)
+            if kind == "counter"
+            else Gauge(name, text, labels, multiprocess_mode="livemax")
+        )
+    return found
 
 
-@cache
-def serving_metrics() -> ServingMetrics:
-    """Return those of this process: a registry takes a name once."""
-    return ServingMetrics()
+def committed(version: object) -> None:
+    _metrics()["qerl_sync_server_syncs"].inc()
+    with suppress(TypeError, ValueError):  # a trainer of somebody else's may name it by words
+        _metrics()["qerl_sync_server_weight_version"].set(float(str(version)))
+
+
+def denied(status: int) -> None:
+    _metrics()["qerl_sync_server_denied_requests"].labels(str(status)).inc()
+
+
+def resumed(paused_seconds: float) -> None:
+    _metrics()["qerl_sync_server_paused_seconds"].inc(paused_seconds)
+
+
+def set_states(*, refusing: bool, paused: bool) -> None:
+    _metrics()["qerl_sync_server_refusing"].set(refusing)
+    _metrics()["qerl_sync_server_paused"].set(paused)

@@ -35,9 +35,7 @@ engine, unless it was paused before or a newer control call owns it.
 
 Without VLLM_SERVER_DEV_MODE=1 vLLM has no RL routes, so nothing closes the middleware.
 
-Only requests that generate or read are open to everybody (`serving.auth`). Where
-QERL_SYNC_TOKEN is set, all others need a proof of it, or get 403, commits included. Where it is not
-set, web pages get 403.
+Before all that `serving.auth` decides which requests get 403, commits included.
 
     GET /qerl_sync/ready    200 or 503, for the readiness probe of a load balancer: as /health,
                             and 503 while the middleware is closed
@@ -58,8 +56,8 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from qerl_sync.engines.base import why_refused
+from qerl_sync.serving import metrics
 from qerl_sync.serving.auth import GENERATING, authorize
-from qerl_sync.serving.metrics import serving_metrics
 from qerl_sync.wire.tokens import TOKEN_VARIABLE
 from qerl_sync.worker.compat.caches import ask_every_replica
 
@@ -144,14 +142,14 @@ class ServingState:
         if ok and version is not None:
             self._committed = True
             self.admit()
-            serving_metrics().committed(version)
+            metrics.committed(version)
         if ok and route == "/pause" and call > self._resumed_at:
             if not self.paused:
                 self._paused_since = self._clock()
             self.paused = True
         if ok and route == "/resume":
             if self.paused:
-                serving_metrics().resumed(self._clock() - self._paused_since)
+                metrics.resumed(self._clock() - self._paused_since)
             self.paused = self._updating = self._abandoned = False
             self._resumed_at = call
 
@@ -166,11 +164,7 @@ class ServingState:
 
 
 class ServingGuardMiddleware:
-    """ASGI middleware around `app`: 503 while the weights are invalid, 403 for unauthenticated
-    control calls.
-
-    `clock` returns seconds.
-    """
+    """The middleware around `app`. `clock` returns seconds."""
 
     def __init__(self, app: App, clock: Callable[[], float] = time.monotonic) -> None:
         self._app = app
@@ -203,7 +197,7 @@ class ServingGuardMiddleware:
             return await self._ready(scope, receive, send)
         if method == "GET" and route in ("/metrics", "/metrics/"):
             refusing = self._watch.reason() is not None
-            serving_metrics().set_states(refusing=refusing, paused=self._watch.paused)
+            metrics.set_states(refusing=refusing, paused=self._watch.paused)
         if method == "POST" and self._is_driven and scope["type"] == "http":
             if route == "/pause":
                 return await self._pause(scope, receive, send)
@@ -342,7 +336,7 @@ def _error(status: int, message: str) -> dict[str, Any]:
 
 async def _deny(scope: Scope, receive: Receive, send: Send, status: int, why: str) -> None:
     """Answer with an error. Close a websocket; a client that is not yet connected sees a 403."""
-    serving_metrics().denied(status)
+    metrics.denied(status)
     if scope["type"] == "websocket":
         await receive()
         closing = {"type": "websocket.close", "code": CLOSE_CODES[status], "reason": why[:100]}

@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import IO
 
 from qerl_sync.engines.http import HTTPClient
@@ -122,12 +121,7 @@ class ServerProcess:
             raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -146,7 +140,11 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            _end(guard)
+            # What the guard has left, should it have been killed itself.
+            left = members(guard.pid)
+            if guard.poll() is None or left:
+                kill(pid for pid in left if not is_resource_tracker(pid))
+            guard.wait()
 
     def check(self) -> None:
         """Raise PeerLostError, with the log's last lines, if the server has ended."""
@@ -221,11 +219,3 @@ def reserve_port(host: str, port: int | None) -> socket.socket:
             ) from exc
         raise ConfigError(f"cannot listen on {host} port {port}: {exc}") from exc
     return reserved
-
-
-def _end(guard: subprocess.Popen[bytes]) -> None:
-    """Kill all remaining processes of the guard's session, even if the guard itself was killed."""
-    left = members(guard.pid)
-    if guard.poll() is None or left:
-        kill(pid for pid in left if not is_resource_tracker(pid))
-    guard.wait()

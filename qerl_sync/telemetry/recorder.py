@@ -69,7 +69,7 @@ class FlightRecorder:
             append_line(self._directory / SYNCS, {**push.report, **line})
         unusual = self._unusual(push)
         if push.error is not None:
-            failure = failure_of(push)
+            failure = _failure(push.error, push.started, push)
             append_line(self._directory / FAILURES, failure)
             line |= {"failure": failure}
         self._keep(push, unusual, line)
@@ -159,45 +159,35 @@ class FlightRecorder:
         return self._files[trace]
 
 
-def failure_of(push: Push) -> dict[str, Any]:
-    """Return what is known of a push that failed: `qerl-sync explain` reads it."""
-    assert push.error is not None
-    return {
-        **_facts_of(push.error),
-        "time": push.started,
-        "step": push.step,
-        "version": push.version,
-        "phase": push.failed_in,
-        "sent": push.plan is not None,
-        "num_poisoned": push.num_poisoned,
-        "seconds": dict(push.seconds),
-    }
-
-
 @contextmanager
 def run_errors_recorded(directory: Path) -> Iterator[None]:
     """Record an error of ours that leaves this context, unless a sync has failed with it."""
     try:
         yield
     except SyncError as exc:
-        path, found = directory / FAILURES, _facts_of(exc)
+        path = directory / FAILURES
         last = read_lines(path)[-1:]
-        if not last or last[0]["message"] != found["message"]:
-            unknown = {"step": None, "version": None, "phase": "", "sent": False, "num_poisoned": 0}
-            append_line(path, {**found, **unknown, "time": time.time(), "seconds": {}})
+        if not last or last[0]["message"] != str(exc):
+            append_line(path, _failure(exc, time.time()))
         raise
 
 
-def _facts_of(error: BaseException) -> dict[str, Any]:
-    facts = vars(error).items()
-    cause = error.__cause__
-    words = "" if cause is None else traceback.format_exception_only(cause)[-1].strip()
+def _failure(error: BaseException, started: float, push: Push | None = None) -> dict[str, Any]:
+    """Return what is known of an error, for `qerl-sync explain`. `push`: the one that failed."""
+    facts, cause = vars(error).items(), error.__cause__
     return {
         "error": type(error).__name__,
         "classes": [base.__name__ for base in type(error).__mro__[:-2]],
         "message": str(error),
         "facts": {k: v for k, v in facts if isinstance(v, int | float | str | list | tuple)},
-        "cause": words,
+        "cause": "" if cause is None else traceback.format_exception_only(cause)[-1].strip(),
+        "time": started,
+        "step": push.step if push else None,
+        "version": push.version if push else None,
+        "phase": push.failed_in if push else "",
+        "sent": push is not None and push.plan is not None,
+        "num_poisoned": push.num_poisoned if push else 0,
+        "seconds": dict(push.seconds) if push else {},
     }
 
 

@@ -44,8 +44,10 @@ def test_each_commented_option_is_one(tmp_path):
 
 
 def test_nothing_is_overwritten(tmp_path):
-    (tmp_path / "mine.yaml").write_text("mine")
-    assert init(tmp_path / "mine.yaml", code=2) == "mine"
+    path = tmp_path / "mine.yaml"
+    path.write_text("mine")
+    assert init(path, code=2) == "mine"
+    assert "is there already" in CliRunner().invoke(app, ["init", str(path)]).output
 
 
 @pytest.mark.slow

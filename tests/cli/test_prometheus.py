@@ -14,7 +14,7 @@ from support.prometheus import DOCS, Prometheus, needs_prometheus, wait_until
 from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interleave
 
 from qerl_sync import SyncConfig, SyncSession
-from qerl_sync.serving.metrics import serving_metrics
+from qerl_sync.serving import metrics
 from qerl_sync.telemetry.observers import Push
 from qerl_sync.telemetry.prometheus import MetricsServer
 
@@ -70,9 +70,8 @@ def prometheus(served, tmp_path_factory) -> Iterator[Prometheus]:
     """A Prometheus that has scraped two syncs, and nothing that is wrong."""
     server, port = served
     # The registry that vLLM serves as its own `/metrics`.
-    serving = serving_metrics()
-    serving.set_states(refusing=False, paused=False)
-    serving.denied(403)
+    metrics.set_states(refusing=False, paused=False)
+    metrics.denied(403)
     vllm = free_port()
     http, thread = start_http_server(vllm, "127.0.0.1")
     found = Prometheus(tmp_path_factory.mktemp("prometheus"), grpo=port, vllm=vllm)
@@ -140,7 +139,7 @@ def test_alerts_fire_for_what_is_wrong_and_for_nothing_else(served, prometheus):
         "prediction_exact": False,
         "peak_pinned_bytes_measured": 2 * committed.report["budget_bytes"],
     }
-    serving_metrics().set_states(refusing=True, paused=True)
+    metrics.set_states(refusing=True, paused=True)
     long_ago = committed.started - 3600
     behind = {"worker 0": committed.version, "worker 1": committed.version - 3}
     server(replace(committed, report=report, versions=behind, started=long_ago, num_poisoned=1))

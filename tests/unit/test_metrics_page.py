@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from qerl_sync import errors
-from qerl_sync.telemetry.document import page
+from qerl_sync.telemetry.document import table
 from qerl_sync.telemetry.prometheus import METRICS, SERVER_METRICS
 
 DOCS = Path(__file__).parents[2] / "docs/metrics"
@@ -25,9 +25,10 @@ def names_in(expression: str) -> set[str]:
 
 
 def test_the_page_is_up_to_date():
-    assert (DOCS / "README.md").read_text() == page(), (
-        "python -m qerl_sync.telemetry.document > docs/metrics/README.md"
-    )
+    page, printed = (DOCS / "README.md").read_text(), "python -m qerl_sync.telemetry.document"
+    for metrics in (METRICS, SERVER_METRICS):
+        assert f"\n\n{table(metrics)}\n" in page, printed
+    assert page.count("\n| `qerl_sync_") == len(ALL), printed
 
 
 def test_units_are_in_the_names():

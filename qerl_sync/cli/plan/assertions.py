@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -11,19 +11,13 @@ from qerl_sync.cli.plan.scenarios import Scenario
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import format_bytes, parse_bytes
 
-# What can be limited, and what the number counts.
-FIELDS: Mapping[str, str] = {
-    "max_open_layers": "parent layers open at once",
-    "peak_buffered_bytes": "buffered",
-    "peak_pinned_bytes": "pinned",
-    "peak_receive_bytes": "pinned or in receive buffers",
-    "peak_staged_bytes": "staged in host memory",
-}
-# The moment of a scenario at which the field is at its peak, where it has one.
-MOMENTS = {
-    "max_open_layers": "most_open",
-    "peak_buffered_bytes": "most_buffered",
-    "peak_pinned_bytes": "most_pinned",
+# What can be limited: what the number counts, and the scenario's moment at which it is at its peak.
+FIELDS = {
+    "max_open_layers": ("parent layers open at once", "most_open"),
+    "peak_buffered_bytes": ("buffered", "most_buffered"),
+    "peak_pinned_bytes": ("pinned", "most_pinned"),
+    "peak_receive_bytes": ("pinned or in receive buffers", ""),
+    "peak_staged_bytes": ("staged in host memory", ""),
 }
 
 
@@ -41,8 +35,8 @@ class Assertion:
             value = getattr(scenario, self.field)
             if value > self.limit:
                 text = f"{scenario.order}, {scenario.policy}: {self._words(value)}"
-                if self.field in MOMENTS:
-                    moment = getattr(scenario, MOMENTS[self.field])
+                if name := FIELDS[self.field][1]:
+                    moment = getattr(scenario, name)
                     text += f" at tensor {moment.index + 1:,} ({moment.name})"
                 found.append(text)
         return found
@@ -61,7 +55,7 @@ class Assertion:
 
     def _words(self, number: int) -> str:
         value = format_bytes(number) if self.field.endswith("_bytes") else f"{number:,}"
-        return f"{value} {FIELDS[self.field]}"
+        return f"{value} {FIELDS[self.field][0]}"
 
 
 def parse_assertion(text: str) -> Assertion:

@@ -5,33 +5,19 @@ from __future__ import annotations
 import gc
 import json
 from contextlib import ExitStack
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qerl_sync import __version__
-from qerl_sync.cli.errors import Debug, errors_as_text
+from qerl_sync.cli.errors import FAILED, Debug, errors_as_text, notes
 from qerl_sync.cli.plan.scenarios import VLLM_CHUNK_BUFFERS
 from qerl_sync.errors import PlanError
-from qerl_sync.meta import format_bytes
 
 if TYPE_CHECKING:
     from qerl_sync.cli.plan.run import Outcome
-
-# Exit code of a plan that breaks an --assert, or of a run that --compare finds different.
-FAILED = 1
-
-
-class Packing(str, Enum):
-    """Where a stream is cut into chunks."""
-
-    auto = "auto"
-    stream = "stream"
-    layers = "layers"
 
 
 def plan(
@@ -72,13 +58,13 @@ def plan(
         int, typer.Option(min=1, help="How many chunk buffers the receiver rotates.")
     ] = VLLM_CHUNK_BUFFERS,
     packing: Annotated[
-        Packing,
+        Literal["auto", "stream", "layers"],
         typer.Option(
             help="Where the stream is cut into chunks: `stream` wherever one is full, as vLLM "
             "does; `layers` between parent layers, as our plans are; `auto`: as given like vLLM, "
             "reordered between layers."
         ),
-    ] = Packing.auto,
+    ] = "auto",
     tp: Annotated[
         int | None, typer.Option(min=1, help="Tensor parallel size; the plan is that of rank 0.")
     ] = None,
@@ -127,23 +113,23 @@ def plan(
         # A plan is many small values and no cycles; looking for cycles takes a fifth of its time.
         gc.disable()
         at_end.callback(gc.enable)
-        notes = Console(stderr=True)
+        said = notes()
         outcome = execute(
             model,
-            notes.status,
+            said.status,
             orders=order or [],
             policies=policy or [],
             budget=budget,
             chunk_bytes=chunk_bytes,
             chunk_buffers=chunk_buffers,
-            packing=packing.value,
+            packing=packing,
             tensor_parallel_size=tp,
             dtype=dtype,
             assertions=assertions or [],
             compare=compare,
         )
         # Files come before anything is printed: `| head` ends the command when it has read enough.
-        _write_files(outcome, notes, names=names, png=png, html=html)
+        _write_files(outcome, said, names=names, png=png, html=html)
         if as_json:
             typer.echo(json.dumps(outcome.to_json(), indent=2))
         else:
@@ -151,22 +137,21 @@ def plan(
         if outcome.refused is not None:
             raise PlanError(outcome.refused)
         for reason in outcome.failures:
-            notes.print(f"[bold red]failed:[/] {escape(reason)}", soft_wrap=True, highlight=False)
+            said.print(f"[bold red]failed:[/] {escape(reason)}")
         if outcome.failures:
             raise typer.Exit(FAILED)
 
 
 def _write_files(
-    outcome: Outcome, notes: Console, *, names: Path | None, png: Path | None, html: Path | None
+    outcome: Outcome, said: Console, *, names: Path | None, png: Path | None, html: Path | None
 ) -> None:
-    """Write what was asked for, and say so on `notes`. Raises FileError if a file cannot be
-    written."""
+    """Write what was asked for, and say so. Raises FileError if a file cannot be written."""
     from qerl_sync.config.files import file_errors_explained
 
     def write(what: str, path: Path, content: bytes) -> None:
         with file_errors_explained(path):
             path.write_bytes(content)
-        notes.print(f"{what} written to {path}", highlight=False, soft_wrap=True)
+        said.print(f"{what} written to {path}")
 
     if names is not None:
         ordered = outcome.scenarios[0].metas
@@ -174,29 +159,8 @@ def _write_files(
     if png is not None:
         from qerl_sync.cli.plan.png import plot_plan
 
-        size = f"{len(outcome.found.metas):,} tensors, {format_bytes(outcome.total_bytes)}"
-        picture = plot_plan(
-            outcome.scenarios,
-            title=outcome.asked.name,
-            subtitle=f"{size} in {outcome.dtypes}. {outcome.origin}",
-            budget_bytes=outcome.budget_bytes,
-        )
-        write("picture", png, picture)
+        write("picture", png, plot_plan(outcome))
     if html is not None:
         from qerl_sync.cli.plan.html import render_page
 
-        layer, held = outcome.largest_layer
-        page = render_page(
-            outcome.scenarios,
-            title=f"{outcome.asked.name} {outcome.architecture}".rstrip(),
-            subtitle=outcome.origin,
-            facts=[
-                ("Tensors", f"{len(outcome.found.metas):,}", ""),
-                ("Size", format_bytes(outcome.total_bytes), outcome.dtypes),
-                ("Parent layers", f"{len(outcome.layer_bytes):,}", ""),
-                ("Largest parent layer", format_bytes(held), layer),
-            ],
-            footer=f"Made by qerl-sync {__version__} with `qerl-sync plan`.",
-            budget_bytes=outcome.budget_bytes,
-        )
-        write("page", html, page.encode())
+        write("page", html, render_page(outcome).encode())

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
-from qerl_sync.cli.plan.scenarios import SPILL, Scenario
+from qerl_sync import __version__
+from qerl_sync.cli.plan.run import Outcome
+from qerl_sync.cli.plan.scenarios import Scenario
 from qerl_sync.cli.plan.series import (
     POLICY_WORDS,
     by_order,
     cause_words,
     device_peak,
-    shows_receiving,
-    shows_staged,
+    more_columns,
     staged_words,
 )
 from qerl_sync.meta import format_bytes
@@ -21,13 +22,13 @@ from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.plan.simulator import open_at_each
 from qerl_sync.report.page import (
     HEADROOM,
-    PageData,
+    Plot,
     Stream,
     buckets,
     code,
+    draw,
     fill,
     key,
-    plot,
     render,
 )
 
@@ -40,29 +41,24 @@ EXPLANATION = (
     "complete. Buffered: the bytes of the tensors that are kept. Pinned: the memory that they keep "
     "alive, which is more where they are views of larger buffers; a budget limits it."
 )
-RECEIVING = " Receiving: pinned, and the transport's receive buffers."
-STAGED = (
-    " Staged: bytes that wait in the worker's host memory until their parent layer is complete."
-)
+MORE_EXPLANATION = {
+    "receiving": " Receiving: pinned, and the transport's receive buffers.",
+    "staged": " Staged: bytes that wait in the worker's host memory until their parent layer is "
+    "complete.",
+}
 
 
-def render_page(
-    scenarios: Sequence[Scenario],
-    *,
-    title: str,
-    subtitle: str,
-    facts: Sequence[tuple[str, str, str]],
-    footer: str = "",
-    budget_bytes: int | None = None,
-) -> str:
-    """Return the page.
-
-    Args:
-        facts: (name, value, further words) about the model. The budget follows them.
-    """
-    orders = by_order(scenarios)
-    packed, staged = shows_receiving(scenarios), shows_staged(scenarios)
-    columns = ["Receiving"] * packed + ["Staged"] * staged
+def render_page(outcome: Outcome) -> str:
+    """Return the page."""
+    scenarios, budget_bytes = outcome.scenarios, outcome.budget_bytes
+    layer, held = outcome.largest_layer
+    facts = [
+        ("Tensors", f"{len(outcome.found.metas):,}", ""),
+        ("Size", format_bytes(outcome.total_bytes), outcome.dtypes),
+        ("Parent layers", f"{len(outcome.layer_bytes):,}", ""),
+        ("Largest parent layer", format_bytes(held), layer),
+    ]
+    more = more_columns(scenarios)
     keys = [
         key(policy, POLICY_WORDS[policy])
         for policy in dict.fromkeys(scenario.policy for scenario in scenarios)
@@ -71,20 +67,20 @@ def render_page(
         keys.append('<span><span class="dash"></span>pinned</span>')
     if budget_bytes is not None:
         budget = format_bytes(budget_bytes)
-        facts = [*facts, ("Budget", budget, "")]
+        facts.append(("Budget", budget, ""))
         keys.append(f'<span><span class="dash budget"></span>budget {budget}</span>')
     one_top = HEADROOM * max(device_peak(*scenarios), budget_bytes or 0, 1)
-    data = PageData()
-    figures = []
-    for order, group in orders.items():
-        streams = [_stream(scenario) for scenario in group]
-        data.add(streams, len(group[0].metas))
-        figures.append(_figure(order, group, streams, one_top, budget_bytes))
+    orders = by_order(scenarios)
+    plots = [Plot([_stream(s) for s in group], len(group[0].metas)) for group in orders.values()]
+    figures = [
+        _figure(order, group, plot, one_top, budget_bytes)
+        for (order, group), plot in zip(orders.items(), plots, strict=True)
+    ]
     parts = {
-        "explanation": escape(EXPLANATION + RECEIVING * packed + STAGED * staged),
-        "more_heads": "".join(f'<th class="number">{column}</th>' for column in columns),
-        "hatched": " Hatched: staged in host memory." * staged,
-        "rows": _rows(scenarios, orders, budget_bytes),
+        "explanation": escape(EXPLANATION + "".join(MORE_EXPLANATION[title] for title in more)),
+        "more_heads": "".join(f'<th class="number">{title.capitalize()}</th>' for title in more),
+        "hatched": " Hatched: staged in host memory." * ("staged" in more),
+        "rows": _rows(scenarios, budget_bytes),
         "causes": "".join(
             f"<p><strong>{escape(cause_words(cause)).capitalize()}:</strong> "
             f"{escape(cause.value)}. <strong>Cure:</strong> "
@@ -96,14 +92,15 @@ def render_page(
         "figures": "".join(figures),
     }
     template = files("qerl_sync.cli.plan").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    title = f"{outcome.asked.name} {outcome.architecture}".rstrip()
     return render(
         title=title,
         head=f"{title}: what its weight sync would hold",
-        subtitle=subtitle,
+        subtitle=outcome.origin,
         facts=facts,
         body=fill(template, parts),
-        data=data,
-        footer=footer,
+        plots=plots,
+        footer=f"Made by qerl-sync {__version__} with `qerl-sync plan`.",
     )
 
 
@@ -114,19 +111,14 @@ def _stream(scenario: Scenario) -> Stream:
         color=scenario.policy,
         words=POLICY_WORDS[scenario.policy],
         parts=parts,
-        names=[scenario.trace.steps[part.at].name for part in parts],
         held=[held[:LARGEST_AT_POINTER] for held in moments],
         others=[max(len(held) - LARGEST_AT_POINTER, 0) for held in moments],
     )
 
 
-def _rows(
-    scenarios: Sequence[Scenario],
-    orders: Mapping[str, Sequence[Scenario]],
-    budget_bytes: int | None,
-) -> str:
+def _rows(scenarios: Sequence[Scenario], budget_bytes: int | None) -> str:
     """Return a table body for each order, with a line for each policy."""
-    packed, staged = shows_receiving(scenarios), shows_staged(scenarios)
+    more = more_columns(scenarios)
     peaks = [device_peak(scenario) + scenario.peak_staged_bytes for scenario in scenarios]
     top = HEADROOM * max(*peaks, budget_bytes or 0, 1)
 
@@ -135,18 +127,14 @@ def _rows(
         return f'<i{element} style="{place}width:{100 * nbytes / top:.2f}%"></i>'
 
     bodies = []
-    for order, group in orders.items():
+    for order, group in by_order(scenarios).items():
         lines = []
         for scenario in group:
             first = scenario is group[0]
             buffered, pinned = scenario.peak_buffered_bytes, scenario.peak_pinned_bytes
             over = " over" * (scenario.within_budget is False)
             numbers = [(format_bytes(buffered), ""), (format_bytes(pinned), over)]
-            if packed:
-                numbers.append((format_bytes(scenario.peak_receive_bytes), ""))
-            if staged:
-                spills = scenario.policy == SPILL
-                numbers.append((format_bytes(scenario.peak_staged_bytes) * spills, ""))
+            numbers += [(text(scenario), "") for text in more.values()]
             bars = bar("", buffered)
             if pinned > buffered:
                 bars += bar(' class="pins"', pinned)
@@ -170,7 +158,7 @@ def _rows(
 def _figure(
     order: str,
     group: Sequence[Scenario],
-    streams: Sequence[Stream],
+    plot: Plot,
     one_top: float,
     budget_bytes: int | None,
 ) -> str:
@@ -188,22 +176,13 @@ def _figure(
     peak = worst.most_buffered
     share = 100 * peak.buffered_bytes / max(worst.total_bytes, 1)
     where = f"Largest at tensor {peak.index + 1:,}, {POLICY_WORDS[worst.policy]}"
-    largest = [
-        (f"<span>{where}</span>", format_bytes(peak.buffered_bytes)),
-        *(
-            (f'<span class="path">{escape(layer)}</span>', format_bytes(held))
-            for layer, held in peak.held[:LARGEST_AT_PEAK]
-        ),
-    ]
-    rest = peak.held[LARGEST_AT_PEAK:]
-    if rest:
-        more = f"<span>and {len(rest):,} more</span>"
-        largest.append((more, format_bytes(sum(held for _, held in rest))))
-    items = "".join(f"<li>{name}<span>{size}</span></li>" for name, size in largest)
-    drawn = plot(
-        streams,
+    largest = "".join(
+        f'<li><span class="path">{escape(layer)}</span><span>{format_bytes(held)}</span></li>'
+        for layer, held in peak.largest(LARGEST_AT_PEAK)
+    )
+    drawn = draw(
+        plot,
         label=f"{order}. {described}",
-        num_tensors=len(worst.metas),
         top=top,
         one_top=one_top,
         budget_bytes=budget_bytes,
@@ -212,5 +191,6 @@ def _figure(
         f'<figure class="card"><header><h3>{escape(order)}</h3><span>at most '
         f"{format_bytes(peak.buffered_bytes)} buffered, {share:.0f}% of the model</span></header>"
         f"{drawn}"
-        f'<ul class="largest">{items}</ul></figure>'
+        f'<ul class="largest"><li><span>{where}</span>'
+        f"<span>{format_bytes(peak.buffered_bytes)}</span></li>{largest}</ul></figure>"
     )

@@ -5,17 +5,12 @@ from __future__ import annotations
 import io
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from qerl_sync.cli.plan.run import Outcome
 from qerl_sync.cli.plan.scenarios import Scenario
-from qerl_sync.cli.plan.series import (
-    POLICY_WORDS,
-    by_order,
-    device_peak,
-    shorten,
-    staged_words,
-)
+from qerl_sync.cli.plan.series import POLICY_WORDS, by_order, device_peak, shorten, staged_words
 from qerl_sync.meta import format_bytes
 from qerl_sync.report.page import buckets
 from qerl_sync.report.plots import GREY, INK, STYLE, matplotlib_or_refusal, unit_of
@@ -35,54 +30,47 @@ LABELLED_LAYERS, LABEL_WIDTH = 3, 44
 HEADROOM = 1.5  # of a panel's height, so that the labels stand above the stream
 
 
-def plot_plan(
-    scenarios: Sequence[Scenario],
-    *,
-    title: str,
-    subtitle: str = "",
-    budget_bytes: int | None = None,
-) -> bytes:
+def plot_plan(outcome: Outcome) -> bytes:
     """Return a PNG: all peaks on one scale, then a panel for each order on a scale of its own.
 
     Raises:
         ConfigError: matplotlib is not installed.
     """
     matplotlib = matplotlib_or_refusal()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    orders = by_order(scenarios)
+    orders = by_order(outcome.scenarios)
     columns = min(COLUMNS, len(orders))
-    heights = [BAR_HEIGHT * (len(scenarios) + len(orders)) + 0.8]
+    heights = [BAR_HEIGHT * (len(outcome.scenarios) + len(orders)) + 0.8]
     heights += [PANEL_HEIGHT] * math.ceil(len(orders) / columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEAD_HEIGHT + sum(heights)), dpi=150)
-        FigureCanvasAgg(figure)
         grid = figure.add_gridspec(len(heights), columns, height_ratios=heights)
         peaks = figure.add_subplot(grid[0, :])
-        _draw_peaks(peaks, orders, budget_bytes)
-        words = textwrap.fill(subtitle, SUBTITLE_CHARACTERS)
+        _draw_peaks(peaks, outcome)
+        size = f"{len(outcome.found.metas):,} tensors, {format_bytes(outcome.total_bytes)}"
+        words = f"{size} in {outcome.dtypes}. {outcome.origin}"
+        words = textwrap.fill(words, SUBTITLE_CHARACTERS)
         peaks.set_title(words, fontsize=9.5, color=MUTED)
         for number, (order, group) in enumerate(orders.items()):
             row, column = divmod(number, columns)
-            _draw_order(figure.add_subplot(grid[1 + row, column]), order, group, budget_bytes)
-        _write_head(figure, scenarios, title, budget_bytes)
+            axes = figure.add_subplot(grid[1 + row, column])
+            _draw_order(axes, order, group, outcome.budget_bytes)
+        _write_head(figure, outcome)
         picture = io.BytesIO()  # given a path, matplotlib goes by its ending: another file, format
         figure.savefig(picture, format="png")
     return picture.getvalue()
 
 
-def _draw_peaks(
-    axes: Any, orders: Mapping[str, Sequence[Scenario]], budget_bytes: int | None
-) -> None:
+def _draw_peaks(axes: Any, outcome: Outcome) -> None:
     """Draw a bar for the peak of each scenario; what is pinned beyond it in outline, and what waits
     in host memory hatched beside it."""
-    everything = [scenario for group in orders.values() for scenario in group]
-    top = max(*(device_peak(s) + s.peak_staged_bytes for s in everything), budget_bytes or 0)
+    scenarios, budget_bytes = outcome.scenarios, outcome.budget_bytes
+    top = max(*(device_peak(s) + s.peak_staged_bytes for s in scenarios), budget_bytes or 0)
     scale, unit = unit_of(top)
     y = 0
     ticks = {}
-    for order, group in orders.items():
+    for order, group in by_order(scenarios).items():
         ticks[y + (len(group) - 1) / 2] = shorten(order, 26)
         for scenario in group:
             color = COLORS[scenario.policy]
@@ -117,7 +105,7 @@ def _draw_peaks(
     axes.set_yticks(list(ticks), list(ticks.values()))
     axes.set_ylim(y - 1.4, -0.6)
     # The labels stand behind the bars; those with staged bytes are the longest.
-    axes.set_xlim(0, (1.35 if any(s.peak_staged_bytes for s in everything) else 1.25) * top / scale)
+    axes.set_xlim(0, (1.35 if any(s.peak_staged_bytes for s in scenarios) else 1.25) * top / scale)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0, labelsize=10)
     axes.tick_params(axis="x", labelsize=8.5, length=3, color=GREY)
@@ -146,11 +134,8 @@ def _draw_order(axes: Any, order: str, group: Sequence[Scenario], budget_bytes: 
     count, peak = len(worst.metas), worst.most_buffered
     lines = [
         f"{shorten(layer, LABEL_WIDTH)}  {format_bytes(held)}"
-        for layer, held in peak.held[:LABELLED_LAYERS]
+        for layer, held in peak.largest(LABELLED_LAYERS)
     ]
-    rest = peak.held[LABELLED_LAYERS:]
-    if rest:
-        lines.append(f"and {len(rest)} more: {format_bytes(sum(held for _, held in rest))}")
     x, y = peak.index + 1, peak.buffered_bytes / scale
     axes.plot([x], [y], marker="o", markersize=3.5, color=INK, clip_on=False, zorder=5)
     axes.annotate(
@@ -178,13 +163,12 @@ def _draw_order(axes: Any, order: str, group: Sequence[Scenario], budget_bytes: 
     axes.tick_params(labelsize=8.5, length=3, color=GREY)
 
 
-def _write_head(
-    figure: Any, scenarios: Sequence[Scenario], title: str, budget_bytes: int | None
-) -> None:
+def _write_head(figure: Any, outcome: Outcome) -> None:
     """Write the title and the legend."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
+    scenarios = outcome.scenarios
     handles: list[Any] = [
         Patch(color=COLORS[policy], alpha=0.75, label=POLICY_WORDS[policy])
         for policy in dict.fromkeys(scenario.policy for scenario in scenarios)
@@ -194,12 +178,12 @@ def _write_head(
     if any(s.peak_staged_bytes for s in scenarios):
         label = "staged in host memory"
         handles.append(Patch(facecolor="none", edgecolor=MUTED, hatch=STAGED_HATCH, label=label))
-    if budget_bytes is not None:
-        label = f"budget {format_bytes(budget_bytes)} (pinned)"
+    if outcome.budget_bytes is not None:
+        label = f"budget {format_bytes(outcome.budget_bytes)} (pinned)"
         handles.append(Line2D([], [], color=RED, linestyle=DASHED, label=label))
     figure.legend(
         handles=handles,
-        title=title,
+        title=outcome.asked.name,
         title_fontproperties={"size": 15, "weight": "bold"},
         alignment="left",
         loc="outside upper left",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +83,12 @@ class Moment:
     open_layers: int
     held: tuple[tuple[str, int], ...]
 
+    def largest(self, count: int) -> list[tuple[str, int]]:
+        """Return the `count` largest of `held`, and a line for all the others."""
+        rest = self.held[count:]
+        label = f"and {len(rest):,} more layer{'s' * (len(rest) != 1)}"
+        return [*self.held[:count], *([(label, sum(size for _, size in rest))] if rest else [])]
+
     def to_json(self) -> dict[str, Any]:
         figures = asdict(self)
         held = figures.pop("held")
@@ -99,12 +105,13 @@ class Scenario:
         policy: name of what was done about it.
         metas: the stream in the order in which it arrives.
         trace: its predicted trace.
-        ordered: the trace of the same source by parent layer.
-        facts: what does not depend on the order.
         receive: `trace` with the transport's chunk buffers counted as pinned.
         storages: the memory behind each tensor; empty: each has its own.
         peak_staged_bytes: the most that waits in host memory (policy `spill`).
-        budget_bytes: the most that may be pinned; None: there is no budget.
+        within_budget: the budget allows what is pinned; None: there is no budget. Receive buffers
+            and host memory do not count, as in a sync's own judgement.
+        causes: why the peak exceeds the one layer that must be held, the main cause first. Nothing
+            needs a cure within a budget (see `diagnose`).
     """
 
     order: str
@@ -112,20 +119,11 @@ class Scenario:
     metas: Sequence[ParamMeta]
     layer_map: LayerMap
     trace: Trace
-    ordered: Trace
-    facts: StreamFacts
     receive: Trace
-    storages: Mapping[str, Storage] = field(default_factory=dict)
-    peak_staged_bytes: int = 0
-    budget_bytes: int | None = None
-
-    @property
-    def within_budget(self) -> bool | None:
-        """Return whether the budget allows what is pinned; None without a budget.
-
-        Receive buffers and host memory do not count, as in a sync's own judgement.
-        """
-        return None if self.budget_bytes is None else self.peak_pinned_bytes <= self.budget_bytes
+    storages: Mapping[str, Storage]
+    peak_staged_bytes: int
+    within_budget: bool | None
+    causes: tuple[Cause, ...]
 
     @property
     def peak_buffered_bytes(self) -> int:
@@ -151,21 +149,6 @@ class Scenario:
     def spans(self) -> list[Span]:
         """Return when each layer is open, in the order of opening."""
         return Simulator(self.metas, self.layer_map).walk().spans
-
-    @cached_property
-    def causes(self) -> tuple[Cause, ...]:
-        """Return why the peak exceeds the one layer that must be held, the main cause first.
-        Nothing needs a cure within a budget (see `diagnose`)."""
-        if self.within_budget:
-            return ()
-        return causes_of(
-            self.metas,
-            self.trace,
-            self.layer_map,
-            self.storages,
-            ordered=self.ordered,
-            facts=self.facts,
-        )
 
     @cached_property
     def most_buffered(self) -> Moment:
@@ -248,6 +231,9 @@ def scenarios(
                         step._replace(pinned_bytes=step.pinned_bytes + buffers)
                         for step in trace.steps
                     )
+            budget = transport.budget_bytes
+            within = None if budget is None else trace.peak_pinned_bytes <= budget
+            causes = causes_of(stream, trace, layer_map, storages, ordered=ordered, facts=facts)
             result.append(
                 Scenario(
                     order=order,
@@ -255,12 +241,11 @@ def scenarios(
                     metas=stream,
                     layer_map=layer_map,
                     trace=trace,
-                    ordered=ordered,
-                    facts=facts,
                     receive=receive,
                     storages=storages,
                     peak_staged_bytes=staged_bytes,
-                    budget_bytes=transport.budget_bytes,
+                    within_budget=within,
+                    causes=() if within else causes,
                 )
             )
     return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
 from qerl_sync.cli.plan.scenarios import SPILL, Scenario
 from qerl_sync.meta import format_bytes
@@ -20,19 +21,20 @@ POLICY_WORDS = {
 
 def by_order(scenarios: Sequence[Scenario]) -> dict[str, list[Scenario]]:
     """Group scenarios by order, in the order in which they were given."""
-    orders: dict[str, list[Scenario]] = {}
-    for scenario in scenarios:
-        orders.setdefault(scenario.order, []).append(scenario)
-    return orders
+    groups = groupby(scenarios, lambda scenario: scenario.order)
+    return {order: list(group) for order, group in groups}
 
 
-def shows_receiving(scenarios: Sequence[Scenario]) -> bool:
-    """Return whether receive buffers make a difference, so that they get a column."""
-    return any(scenario.receive is not scenario.trace for scenario in scenarios)
-
-
-def shows_staged(scenarios: Sequence[Scenario]) -> bool:
-    return any(scenario.policy == SPILL for scenario in scenarios)
+def more_columns(scenarios: Sequence[Scenario]) -> dict[str, Callable[[Scenario], str]]:
+    """Return the columns that some of the scenarios need besides: what each has there, by title."""
+    found: dict[str, Callable[[Scenario], str]] = {}
+    if any(scenario.receive is not scenario.trace for scenario in scenarios):
+        found["receiving"] = lambda scenario: format_bytes(scenario.peak_receive_bytes)
+    if any(scenario.policy == SPILL for scenario in scenarios):
+        found["staged"] = lambda scenario: (
+            format_bytes(scenario.peak_staged_bytes) if scenario.policy == SPILL else ""
+        )
+    return found
 
 
 def device_peak(*scenarios: Scenario) -> int:

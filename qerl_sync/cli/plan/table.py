@@ -10,15 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from qerl_sync.cli.plan.run import Outcome
-from qerl_sync.cli.plan.scenarios import SPILL, Scenario
-from qerl_sync.cli.plan.series import (
-    POLICY_WORDS,
-    by_order,
-    cause_words,
-    shorten,
-    shows_receiving,
-    shows_staged,
-)
+from qerl_sync.cli.plan.scenarios import Scenario
+from qerl_sync.cli.plan.series import POLICY_WORDS, by_order, cause_words, more_columns, shorten
 from qerl_sync.meta import format_bytes
 from qerl_sync.plan.diagnosis import Cause
 from qerl_sync.report.page import buckets
@@ -72,19 +65,20 @@ def scenario_table(scenarios: Sequence[Scenario]) -> Table:
     The last column is the stream from its first tensor to its last: how many bytes are buffered, on
     one scale for all lines.
     """
-    packed, staged = shows_receiving(scenarios), shows_staged(scenarios)
-    width = STREAM_WIDTHS[packed + staged]
+    more = more_columns(scenarios)
+    width = STREAM_WIDTHS[len(more)]
     top = max((scenario.peak_buffered_bytes for scenario in scenarios), default=0)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("order", no_wrap=True)
     table.add_column("policy", no_wrap=True)
-    for title in ("open", "buffered", "pinned", *["receiving"] * packed, *["staged"] * staged):
+    for title in ("open", "buffered", "pinned", *more):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("" if packed and staged else f"█ = {format_bytes(top)}", no_wrap=True)
+    table.add_column("" if len(more) == 2 else f"█ = {format_bytes(top)}", no_wrap=True)
     for order, group in by_order(scenarios).items():
         for scenario in group:
             most, share = scenario.max_open_layers, scenario.peak_buffered_bytes / max(top, 1)
-            row: list[str | Text] = [
+            style = "red" if share > 0.5 else WARN if share > 0.1 else CALM
+            table.add_row(
                 Text(shorten(order, ORDER_WIDTH)) if scenario is group[0] else "",
                 SHORT_WORDS[scenario.policy],
                 Text(str(most), style=CALM if most <= 1 else WARN),
@@ -93,14 +87,9 @@ def scenario_table(scenarios: Sequence[Scenario]) -> Table:
                     format_bytes(scenario.peak_pinned_bytes),
                     style=OVER if scenario.within_budget is False else "",
                 ),
-            ]
-            if packed:
-                row.append(format_bytes(scenario.peak_receive_bytes))
-            if staged:
-                spills = scenario.policy == SPILL
-                row.append(format_bytes(scenario.peak_staged_bytes) if spills else "")
-            style = "red" if share > 0.5 else WARN if share > 0.1 else CALM
-            table.add_row(*row, Text(sparkline(scenario, top, width), style=style))
+                *(text(scenario) for text in more.values()),
+                Text(sparkline(scenario, top, width), style=style),
+            )
     return table
 
 
@@ -141,12 +130,10 @@ def worst_moment(scenario: Scenario) -> str:
         f"buffered ({share:.0f}% of the model) at tensor {peak.index + 1:,} of "
         f"{len(scenario.metas):,} ({peak.name}). Held then:"
     ]
-    held = [(shorten(layer, 60), size) for layer, size in peak.held[:SHOWN_LAYERS]]
-    rest = peak.held[SHOWN_LAYERS:]
-    if rest:
-        label = f"and {len(rest)} more layer{'s' * (len(rest) != 1)}"
-        held.append((label, sum(size for _, size in rest)))
-    lines += [f"  {label:<60} {format_bytes(size):>11}" for label, size in held]
+    lines += [
+        f"  {shorten(layer, 60):<60} {format_bytes(size):>11}"
+        for layer, size in peak.largest(SHOWN_LAYERS)
+    ]
     if most.open_layers > peak.open_layers:
         lines.append(
             f"Most layers are open at tensor {most.index + 1:,} ({most.name}): {most.open_layers}."
