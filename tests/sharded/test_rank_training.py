@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from support.features import needs_deepspeed
-from support.ranks import import_path
+from support.forks import import_path
 
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
