@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 
 from qerl_sync.buffers.trace import Trace
@@ -17,6 +17,7 @@ from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
 
 
+@dataclass(slots=True)
 class Span:
     """The time in which one parent layer holds bytes.
 
@@ -28,14 +29,11 @@ class Span:
         held_bytes: what it holds after each of them.
     """
 
-    __slots__ = ("arrivals", "closed", "held_bytes", "layer", "opened")
-
-    def __init__(self, layer: str, opened: int) -> None:
-        self.layer = layer
-        self.opened = opened
-        self.closed: int | None = None
-        self.arrivals: list[int] = []
-        self.held_bytes: list[int] = []
+    layer: str
+    opened: int
+    closed: int | None = None
+    arrivals: list[int] = field(default_factory=list)
+    held_bytes: list[int] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
