@@ -3,6 +3,7 @@ forked from one that has done it for all of them."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Mapping
@@ -45,6 +46,7 @@ def _run(program: str, arguments: Any, log: str, environment: dict[str, str]) ->
     os.dup2(output, 2)
     os.environ.clear()
     os.environ.update(environment)
+    gc.freeze()  # what is imported stays: no collection need look at it
     # As a program's own: what it leaves behind is removed when it ends, not when the tests do.
     resource_tracker._resource_tracker._fd = None
     import_module(program).main(*arguments)
