@@ -21,6 +21,7 @@ from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import messages as say
+from qerl_sync.wire.endpoints import Listener, connect
 from qerl_sync.wire.host import host_id
 from qerl_sync.worker.protocol.session import WorkerSession
 
@@ -208,6 +209,16 @@ def session(engine: Any, held: Mapping[str, torch.Tensor] = NEW, **options: Any)
 
 def serves(engine: Workers, version: Mapping[str, torch.Tensor]) -> bool:
     return all(loader.has(version) for loader in engine.loaders)
+
+
+def lets_in(listener: Listener) -> bool:
+    """Whether a worker that knows the token gets in."""
+    with connect("127.0.0.1", listener.port, "secret", 5) as worker:
+        trainer = listener.accept(5)
+        assert trainer is not None
+        with trainer:
+            worker.send(say.End(), 5)
+            return isinstance(trainer.receive(5, "a word"), say.End)
 
 
 def threads() -> set[str]:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from support.loaders import OLD, KeepingLoader, Workers
 
+from qerl_sync.wire.endpoints import Listener
+
 
 @pytest.fixture
 def workers() -> Iterator[Callable[..., Workers]]:
@@ -21,3 +23,10 @@ def workers() -> Iterator[Callable[..., Workers]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    one = Listener("127.0.0.1", 0, "secret")
+    yield one
+    one.close()

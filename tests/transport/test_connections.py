@@ -24,6 +24,7 @@ from support.loaders import (
     OLD,
     TIMEOUT_SECONDS,
     Workers,
+    lets_in,
     serves,
     session,
     tensors,
@@ -330,22 +331,6 @@ def test_both_ends_probe_idle_connections():
 
 
 # ---------------------------------------------------------------------------------------- listener
-
-
-@pytest.fixture
-def listener() -> Iterator[Listener]:
-    one = Listener(HOST, 0, "secret")
-    yield one
-    one.close()
-
-
-def lets_in(listener: Listener) -> bool:
-    with connect(HOST, listener.port, "secret", 5) as worker:
-        trainer = listener.accept(5)
-        assert trainer is not None
-        with trainer:
-            worker.send(say.End(), 5)
-            return isinstance(trainer.receive(5, "a word"), say.End)
 
 
 def test_a_listener_survives_that_descriptors_run_out(listener):

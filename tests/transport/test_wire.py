@@ -26,6 +26,7 @@ from support.loaders import (
     TIMEOUT_SECONDS,
     TensorSource,
     Workers,
+    lets_in,
     serves,
     session,
     tensors,
@@ -206,22 +207,6 @@ def test_workers_look_for_nan_unless_every_trainer_rank_has(
 
 
 # -------------------------------------------------------------------------------------- strangers
-
-
-@pytest.fixture
-def listener():
-    one = Listener(HOST, 0, "secret")
-    yield one
-    one.close()
-
-
-def lets_in(listener: Listener) -> bool:
-    with connect(HOST, listener.port, "secret", 5) as worker:
-        trainer = listener.accept(5)
-        assert trainer is not None
-        with trainer:
-            worker.send(say.End(), 5)
-            return isinstance(trainer.receive(5, "a word"), say.End)
 
 
 def silent(stranger):
