@@ -6,13 +6,14 @@ python -m qerl_sync.config.document > docs/configuration.md
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from qerl_sync.config.models import Section, TrainConfig
+from qerl_sync.config.violations import sections
 
 HEAD = """# Configuration
 
@@ -29,19 +30,10 @@ This page is made from the code: `python -m qerl_sync.config.document > docs/con
 
 def configuration_page() -> str:
     """Return the whole page: one table for each section, in the order in which they occur."""
-    sections = [_section(place, section) for place, section in _walk("", TrainConfig)]
-    return "\n".join([HEAD, *sections])
+    return "\n".join([HEAD, *(_section(*found) for found in sections(TrainConfig))])
 
 
-def _walk(place: str, section: type[Section]) -> Iterator[tuple[str, type[Section]]]:
-    yield place, section
-    for name, field in section.model_fields.items():
-        for part in (field.annotation, *get_args(field.annotation)):
-            if isinstance(part, type) and issubclass(part, Section):
-                yield from _walk(f"{place}.{name}".lstrip("."), part)
-
-
-def _section(place: str, section: type[Section]) -> str:
+def _section(place: str, section: type[BaseModel]) -> str:
     title = f"## `{place}`" if place else "## Top level"
     rows = []
     for name, field in section.model_fields.items():

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -23,10 +24,6 @@ PLAIN_TYPES = {bool, int, float, str, list, dict, type(None), Any}
 OUR_SEED = "is ours: set `seed` at the top, it seeds everything"
 OUR_SERVER = "is ours: set `rollout.server_url`, or `rollout.server_port` for one that we start"
 OUR_DIRECTORY = "is ours: set `output_dir` at the top, or --output-dir"
-
-
-# transformers' hint leaves out the True that its documentation asks for.
-FSDP = {"fsdp": bool | str | None}
 
 # The known keys of a section with their type hints; None: there is nothing to compare with.
 Hints = dict[str, Any]
@@ -56,30 +53,17 @@ class Foreign:
     trainer: str | None = None
 
 
-def _hints_of_grpo(tree: Mapping[str, Any]) -> Hints:
-    from trl import GRPOConfig
+def _hints_of_trl(name: str, tree: Mapping[str, Any]) -> Hints:
+    import trl
 
-    return get_type_hints(GRPOConfig) | FSDP
-
-
-def _hints_of_sft(tree: Mapping[str, Any]) -> Hints:
-    from trl import SFTConfig
-
-    return get_type_hints(SFTConfig) | FSDP
+    # transformers' hint of `fsdp` leaves out the True that its documentation asks for.
+    return get_type_hints(getattr(trl, name)) | {"fsdp": bool | str | None}
 
 
-def _hints_of_lora(tree: Mapping[str, Any]) -> Hints:
-    from peft import LoraConfig
-
-    # Some of its hints name classes that exist for type checkers only.
-    return {field.name: field.type for field in dataclasses.fields(LoraConfig) if field.init}
-
-
-def _hints_of_engine(tree: Mapping[str, Any]) -> Hints:
-    from vllm.engine.arg_utils import EngineArgs
-
-    # Some of its hints name classes that exist for type checkers only, so each stands for itself.
-    return {field.name: field.type for field in dataclasses.fields(EngineArgs)}
+def _hints_of_fields(module: str, name: str, tree: Mapping[str, Any]) -> Hints:
+    # Some hints name classes that exist for type checkers only, so each stands for itself.
+    fields = dataclasses.fields(getattr(import_module(module), name))
+    return {field.name: field.type for field in fields if field.init}
 
 
 def _hints_of_architecture(tree: Mapping[str, Any]) -> Hints | None:
@@ -99,7 +83,7 @@ SECTIONS = (
         "trainer",
         "trl",
         "TRL's GRPOConfig",
-        _hints_of_grpo,
+        partial(_hints_of_trl, "GRPOConfig"),
         {
             "use_vllm": "is ours: this program always generates with vLLM",
             "vllm_mode": "is ours: set `rollout.mode`",
@@ -118,7 +102,7 @@ SECTIONS = (
         "peft",
         "peft",
         "PEFT's LoraConfig",
-        _hints_of_lora,
+        partial(_hints_of_fields, "peft", "LoraConfig"),
         {
             "peft_type": "is ours: only LoRA adapters are synced",
             "task_type": "is ours: the policy is a causal language model",
@@ -129,7 +113,7 @@ SECTIONS = (
         "warmup.trainer",
         "trl",
         "TRL's SFTConfig",
-        _hints_of_sft,
+        partial(_hints_of_trl, "SFTConfig"),
         {"output_dir": OUR_DIRECTORY, "seed": OUR_SEED},
         trainer="SFTTrainer",
     ),
@@ -137,7 +121,7 @@ SECTIONS = (
         "rollout.engine",
         "vllm",
         "vLLM's engine",
-        _hints_of_engine,
+        partial(_hints_of_fields, "vllm.engine.arg_utils", "EngineArgs"),
         {
             "model": "is ours: the engine loads the model of the section `model`",
             "tokenizer": "is ours: the engine uses the tokenizer beside the model",

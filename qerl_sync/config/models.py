@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
@@ -27,31 +29,34 @@ from qerl_sync.meta import parse_bytes
 from qerl_sync.plan.orders import parse_order
 
 
+@contextmanager
+def _pydantics(otherwise: str = "") -> Iterator[None]:
+    """Raise the ValueError that pydantic expects of a validator in place of our ConfigError."""
+    try:
+        yield
+    except ConfigError as exc:
+        raise ValueError(f"{exc}{otherwise}") from exc
+
+
 def _bytes(value: object) -> object:
     """Convert texts such as "64MiB" and numbers to bytes; keep None."""
     if not isinstance(value, int | float | str):
         return value
-    try:
+    with _pydantics():
         return parse_bytes(value)
-    except ConfigError as exc:
-        raise ValueError(str(exc)) from exc
 
 
 def _budget(value: Any) -> Any:
     """Convert like `_bytes`; also accept "auto"."""
     if value is None or value == "auto":
         return value
-    try:
+    with _pydantics(", or auto"):
         return parse_bytes(value)
-    except ConfigError as exc:
-        raise ValueError(f"{exc}, or auto") from exc
 
 
 def _known_order(value: str) -> str:
-    try:
+    with _pydantics():
         parse_order(value)
-    except ConfigError as exc:
-        raise ValueError(str(exc)) from exc
     return value
 
 
@@ -79,10 +84,8 @@ def require_announced(address: str) -> None:
 
 def _announced(value: str) -> str:
     address = value.strip("[]")
-    try:
+    with _pydantics():
         require_announced(address)
-    except ConfigError as exc:
-        raise ValueError(str(exc)) from exc
     return address
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, get_args, get_type_hints
 
+from qerl_sync.config.contradictions import COLOCATED_ARGUMENTS
 from qerl_sync.config.violations import Violation, nearest
 from qerl_sync.config.yaml_tree import Tree
 
@@ -61,9 +62,7 @@ UNSUPPORTED = {
 # Read by TRL only together with others that are handled, or for nothing that we do.
 WITHOUT_USE = {"use_vllm", "vllm_group_port", "ignore_bias_buffers", "dataset_test_split"}
 WITHOUT_USE |= {"bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant"}
-# Settings of an engine that TRL starts in its own process, and of one that it does not start.
-COLOCATED = {"vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size"}
-COLOCATED |= {"vllm_model_impl", "vllm_enable_sleep_mode"}
+# Settings of an engine that TRL does not start.
 SERVED = ("vllm_server_base_url", "vllm_server_host", "vllm_server_port", "vllm_server_timeout")
 # YAML 1.1, which TRL's parser reads, has these for booleans.
 BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}
@@ -117,7 +116,9 @@ def sections_of(
             put("reward", [":".join(name.rsplit(".", 1)) for name in named], key)
         elif key == "datasets":
             violations += _put_dataset(value, put)
-        elif key in (*PEFT, "use_peft", *SERVED, *WITHOUT_USE) or (served and key in COLOCATED):
+        elif key in (*PEFT, "use_peft", *SERVED, *WITHOUT_USE) or (
+            served and key in COLOCATED_ARGUMENTS
+        ):
             continue
         else:
             put(f"trainer.{key}", value, key)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from types import UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -85,10 +84,12 @@ def _in_words(found: Mapping[str, Any], model: type[BaseModel]) -> str:
     loc, kind, value = found["loc"], found["type"], found["input"]
     if kind == "extra_forbidden":
         # The likely key: a similar one in this section, or the same one in another section.
-        key, siblings = str(loc[-1]), _section(model, loc[:-1]).model_fields
-        elsewhere = [path for path in _paths(model) if path.rpartition(".")[2] == key]
+        key, known = str(loc[-1]), dict(sections(model))
+        siblings = known[_dotted(loc[:-1])].model_fields
+        elsewhere = [place for place, section in known.items() if key in section.model_fields]
         if elsewhere and not get_close_matches(key, siblings):
-            return f"no such key; did you mean {elsewhere[0]!r}?"
+            path = f"{elsewhere[0]}.{key}".lstrip(".")
+            return f"no such key; did you mean {path!r}?"
         return f"no such key; {nearest(key, siblings)}"
     if kind == "missing":
         return "is required and missing"
@@ -102,28 +103,10 @@ def _in_words(found: Mapping[str, Any], model: type[BaseModel]) -> str:
     return f"{found['msg'][0].lower()}{found['msg'][1:]}, not {value!r}"
 
 
-def _section(model: type[BaseModel], loc: Sequence[int | str]) -> type[BaseModel]:
-    """Return the model of the section at `loc`."""
-    for part in loc:
-        model = _as_section(model.model_fields[str(part)].annotation) or model
-    return model
-
-
-def _paths(model: type[BaseModel], prefix: str = "") -> list[str]:
-    """Return the dotted paths of all fields."""
-    paths = []
+def sections(model: type[BaseModel], place: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    """Yield the dotted path of each section, and its model, in the order in which they occur."""
+    yield place, model
     for name, field in model.model_fields.items():
-        paths.append(prefix + name)
-        section = _as_section(field.annotation)
-        if section is not None:
-            paths += _paths(section, f"{prefix}{name}.")
-    return paths
-
-
-def _as_section(annotation: Any) -> type[BaseModel] | None:
-    """Return the model in `Model` or `Model | None`, if there is one."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
-    for option in options:
-        if isinstance(option, type) and issubclass(option, BaseModel):
-            return option
-    return None
+        for part in (field.annotation, *get_args(field.annotation)):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from sections(part, f"{place}.{name}".lstrip("."))

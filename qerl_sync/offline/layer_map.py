@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import pickle
 import platform
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from qerl_sync import errors
-from qerl_sync.errors import CompatError, ConfigError
+from qerl_sync.errors import CompatError, ConfigError, SyncError
 from qerl_sync.meta import DTYPE_BITS, metas_to_json
 from qerl_sync.offline import map_cache
 from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
@@ -94,7 +95,7 @@ def offline_map(
     file = map_cache.cache_file(cache_key(checkpoint, engine, dtype, version))
     found = map_cache.load(file) if cache else None
     if found is None:
-        request = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": dtype}
+        request = {"checkpoint": checkpoint, "engine": engine, "dtype": dtype}
         found = run_probe(request, timeout_seconds)
         if cache:
             map_cache.store(file, found)
@@ -116,8 +117,8 @@ def _recorded(
             missing=("vllm",),
         )
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        request = {"checkpoint": checkpoint.to_json(), "engine": {}, "dtype": dtype}
-        return run_probe({**request, "recorded": architecture}, timeout_seconds)
+        request = {"checkpoint": checkpoint, "engine": {}, "dtype": dtype, "recorded": architecture}
+        return run_probe(request, timeout_seconds)
     if checkpoint.metas is None:
         raise CompatError(
             "neither transformers nor the checkpoint's .safetensors files are here to say which "
@@ -166,7 +167,7 @@ def run_probe(request: Mapping[str, Any], timeout_seconds: float) -> OfflineMap:
         CompatError: it died or took too long, with the last lines that it wrote.
     """
     with tempfile.TemporaryDirectory(prefix="qerl-sync-") as directory:
-        answer, log = Path(directory, "answer.json"), Path(directory, "log")
+        answer, log = Path(directory, "answer"), Path(directory, "log")
         with log.open("wb") as stream:
             root = str(Path(errors.__file__).parents[1])
             process = subprocess.Popen(
@@ -178,7 +179,7 @@ def run_probe(request: Mapping[str, Any], timeout_seconds: float) -> OfflineMap:
                 start_new_session=True,  # vLLM starts processes of its own: all go together
             )
             try:
-                process.communicate(json.dumps(request).encode(), timeout=timeout_seconds)
+                process.communicate(pickle.dumps(request), timeout=timeout_seconds)
             except subprocess.TimeoutExpired as exc:
                 raise CompatError(
                     f"vLLM did not answer within {timeout_seconds:.0f} s:{_tail(log)}"
@@ -191,10 +192,10 @@ def run_probe(request: Mapping[str, Any], timeout_seconds: float) -> OfflineMap:
             raise CompatError(
                 f"vLLM's probe died with exit status {process.returncode}:{_tail(log)}"
             )
-        content = json.loads(answer.read_text(encoding="utf-8"))
-    if "error" in content:
-        raise getattr(errors, content["error"]["type"])(content["error"]["message"])
-    return OfflineMap.from_json(content["map"])
+        found: OfflineMap | SyncError = pickle.loads(answer.read_bytes())
+    if isinstance(found, SyncError):
+        raise found
+    return found
 
 
 def _tail(log: Path) -> str:

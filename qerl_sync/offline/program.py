@@ -1,8 +1,8 @@
 """Observe a layer map without an engine: `python -m qerl_sync.offline.program OUT`.
 
 A process of its own, since vLLM's models need process groups and a current configuration, and a
-caller may have its own or none. It reads a request (JSON) from standard input and writes the answer
-to the file OUT; standard output and error are vLLM's to write on.
+caller may have its own or none. It reads a pickled request from standard input and writes the
+pickled answer to the file OUT; standard output and error are vLLM's to write on.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import pickle
 import re
 import sys
 import tempfile
@@ -35,12 +36,13 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     (out,) = sys.argv[1:] if arguments is None else arguments
     gc.disable()  # a short life: walking all of vLLM for garbage would be a fifth of it
-    request = json.load(sys.stdin)
+    request = pickle.load(sys.stdin.buffer)
+    answer: OfflineMap | SyncError
     try:
-        answer = {"map": observe(request).to_json()}
+        answer = observe(request)
     except SyncError as exc:
-        answer = {"error": {"type": type(exc).__name__, "message": str(exc)}}
-    Path(out).write_text(json.dumps(answer, separators=(",", ":")), encoding="utf-8")
+        answer = exc
+    Path(out).write_bytes(pickle.dumps(answer))
 
 
 def observe(request: Mapping[str, Any]) -> OfflineMap:
@@ -49,16 +51,16 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
     May be called more than once in a process that has no process group.
 
     Args:
-        request: `checkpoint`, a `Checkpoint` as JSON; `engine`, vLLM's arguments; `dtype` that the
-            trainer loads the model in, None for `Checkpoint.dtype`; `recorded`, an architecture
-            whose recorded patterns are used in place of vLLM.
+        request: `checkpoint`, a `Checkpoint`; `engine`, vLLM's arguments; `dtype` that the trainer
+            loads the model in, None for `Checkpoint.dtype`; `recorded`, an architecture whose
+            recorded patterns are used in place of vLLM.
 
     Raises:
         SyncError: as `offline_map` does.
     """
     seconds: dict[str, float] = {}
     engine = request["engine"]
-    checkpoint = Checkpoint.from_json(request["checkpoint"])
+    checkpoint: Checkpoint = request["checkpoint"]
     dtype = request["dtype"] or checkpoint.dtype
     with _model_directory(checkpoint) as directory:
         # First, since vLLM puts configuration classes of its own in transformers' place.

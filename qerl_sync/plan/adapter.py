@@ -30,22 +30,12 @@ class Adapter:
     @property
     def rank(self) -> int:
         """Return the largest rank of its layers."""
-        return max(m.shape[0] for m in self.metas if is_lora_a(m.name))
+        first_factors = (".lora_A.weight", ".lora_embedding_A")  # with one row for each rank
+        return max(meta.shape[0] for meta in self.metas if meta.name.endswith(first_factors))
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "metas": metas_to_json(self.metas),
-            "scalings": dict(self.scalings),
-        }
+        return {"metas": metas_to_json(self.metas), "scalings": dict(self.scalings)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Adapter:
-        return cls(
-            metas=tuple(metas_from_json(data["metas"])),
-            scalings=dict(data["scalings"]),
-        )
-
-
-def is_lora_a(name: str) -> bool:
-    """Return whether a tensor is the first factor, with one row for each rank."""
-    return name.endswith((".lora_A.weight", ".lora_embedding_A"))
+        return cls(tuple(metas_from_json(data["metas"])), dict(data["scalings"]))

@@ -25,13 +25,13 @@ import os
 import re
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from qerl_sync.errors import FileError
-from qerl_sync.meta import DTYPE_BITS, ParamMeta, metas_from_json, metas_to_json
+from qerl_sync.meta import DTYPE_BITS, ParamMeta
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
@@ -77,27 +77,6 @@ class Checkpoint:
     shards: list[tuple[str, list[str]]]
     metas: list[ParamMeta] | None
     names_by_offset: list[str] | None
-
-    def to_json(self) -> dict[str, Any]:
-        metas = self.metas
-        return {
-            "path": str(self.path.absolute()),
-            "config": self.config,
-            "shards": self.shards,
-            "metas": None if metas is None else metas_to_json(metas),
-            "names_by_offset": self.names_by_offset,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Checkpoint:
-        metas = data["metas"]
-        return cls(
-            path=Path(data["path"]),
-            config=data["config"],
-            shards=[(file, names) for file, names in data["shards"]],
-            metas=metas and metas_from_json(metas),
-            names_by_offset=data["names_by_offset"],
-        )
 
     @property
     def names(self) -> list[str]:

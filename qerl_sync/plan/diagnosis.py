@@ -208,7 +208,7 @@ def causes_of(
         ordered = replay(by_parent_layer(metas, layer_map), layer_map, storages)
     stuck_bytes, peak = 0, trace.peak_index  # of layers that are held to the end of the sync
     if facts.has_stuck_layers:
-        spans = Simulator(metas, layer_map).walk().spans
+        spans = Simulator(metas, layer_map).spans()
         stuck = (span for span in spans if span.closed is None and span.covers(peak))
         stuck_bytes = sum(span.held_at(peak) for span in stuck)
     found = {

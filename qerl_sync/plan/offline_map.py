@@ -34,23 +34,11 @@ class OfflineMap:
     seconds: Mapping[str, float] = field(default_factory=dict, compare=False)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "metas": metas_to_json(self.metas),
-            "layer_map": self.layer_map.to_json(),
-            "origin": self.origin,
-            "vllm_version": self.vllm_version,
-            "note": self.note,
-            "seconds": dict(self.seconds),
-        }
+        layer_map = self.layer_map.to_json()
+        return {**vars(self), "metas": metas_to_json(self.metas), "layer_map": layer_map}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> OfflineMap:
         """Read a map. Raise KeyError, TypeError or ValueError if `data` is not of `to_json`."""
-        return cls(
-            metas=metas_from_json(data["metas"]),
-            layer_map=LayerMap.from_json(data["layer_map"]),
-            origin=data["origin"],
-            vllm_version=data["vllm_version"],
-            note=data["note"],
-            seconds=data["seconds"],
-        )
+        layer_map = LayerMap.from_json(data["layer_map"])
+        return cls(**{**data, "metas": metas_from_json(data["metas"]), "layer_map": layer_map})

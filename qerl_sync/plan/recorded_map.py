@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -70,16 +69,12 @@ class RecordedMap(NamedTuple):
                     "kind; install vLLM, which then says where it lands",
                     tensor=meta.name,
                 )
-            count = math.prod(meta.shape)
             landings = []
             for landing in self.tensors[pattern]:
                 layer = filled(landing.parent_layer, numbers)
-                landings.append(
-                    Contribution(
-                        layer, landing.parameter, count, meta.nbytes, landing.aliases_source
-                    )
-                )
-                numel[layer] += count
+                numel[layer] += meta.numel
+                found = (meta.numel, meta.nbytes, landing.aliases_source)
+                landings.append(Contribution(layer, landing.parameter, *found))
                 rows[layer] = meta.shape[0] if meta.shape else 1
             contributions[meta.name] = tuple(landings)
         layers = {}

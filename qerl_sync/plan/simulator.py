@@ -9,15 +9,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
-from typing import NamedTuple
 
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.plan.layer_map import LayerMap
 
 
+@dataclass(slots=True)
 class Span:
     """The time in which one parent layer holds bytes.
 
@@ -29,14 +29,11 @@ class Span:
         held_bytes: what it holds after each of them.
     """
 
-    __slots__ = ("arrivals", "closed", "held_bytes", "layer", "opened")
-
-    def __init__(self, layer: str, opened: int) -> None:
-        self.layer = layer
-        self.opened = opened
-        self.closed: int | None = None
-        self.arrivals: list[int] = []
-        self.held_bytes: list[int] = []
+    layer: str
+    opened: int
+    closed: int | None = None
+    arrivals: list[int] = field(default_factory=list)
+    held_bytes: list[int] = field(default_factory=list)
 
     @property
     def peak_bytes(self) -> int:
@@ -48,13 +45,6 @@ class Span:
     def held_at(self, index: int) -> int:
         """Return the bytes held when tensor `index` has been buffered; the span must cover it."""
         return self.held_bytes[bisect_right(self.arrivals, index) - 1]
-
-
-class Walk(NamedTuple):
-    """A simulated stream: its trace, and when each layer is open, in the order of opening."""
-
-    trace: Trace
-    spans: list[Span]
 
 
 # A contribution, prepared for walks (a plain tuple, since there are as many as tensors): the number
@@ -94,10 +84,11 @@ class Simulator:
             inf if layer.deferred else layer.closes_at_numel for layer in layer_map.layers.values()
         ]
 
-    def walk(self) -> Walk:
-        """Walk through the stream in its own order."""
+    def spans(self) -> list[Span]:
+        """Return when each layer is open in the stream's own order, in the order of opening."""
         spans: dict[int, Span] = {}
-        return Walk(self.trace(spans=spans), list(spans.values()))
+        self.trace(spans=spans)
+        return list(spans.values())
 
     def trace(
         self,
@@ -298,7 +289,7 @@ def open_layers_at(index: int, metas: Sequence[ParamMeta], layer_map: LayerMap) 
     """Return the layers that are open when tensor `index` has been buffered, before any closes by
     it, in the order in which they opened."""
     found = []
-    for span in Simulator(metas[: index + 1], layer_map).walk().spans:
+    for span in Simulator(metas[: index + 1], layer_map).spans():
         layer = layer_map.layers[span.layer]
         if layer.deferred or not span.covers(index):
             continue

@@ -113,21 +113,12 @@ class Spill:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "load_order": list(self.load_order),
-            "num_loaded": list(self.num_loaded),
-            "budget_bytes": self.budget_bytes,
-            "directory": self.directory,
-        }
+        return dict(vars(self))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Spill:
-        return cls(
-            tuple(data["load_order"]),
-            tuple(data["num_loaded"]),
-            data["budget_bytes"],
-            data["directory"],
-        )
+        places = {name: tuple(data[name]) for name in ("load_order", "num_loaded")}
+        return cls(**{**data, **places})
 
 
 def plan_spill(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import islice
@@ -19,22 +19,11 @@ from qerl_sync.plan.budget import order_within_budget
 from qerl_sync.plan.chunks import Chunk as Chunk
 from qerl_sync.plan.chunks import cut_anywhere, cut_between_layers
 from qerl_sync.plan.layer_map import LayerMap, Loading
-from qerl_sync.plan.policies import as_given, by_parent_layer
+from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.simulator import Simulator, replay
 from qerl_sync.plan.spill import CHUNK_BYTES, Spill, plan_spill
 
 PLAN_FORMAT = 1
-
-Order = Callable[[Sequence[ParamMeta], LayerMap], list[ParamMeta]]
-
-# What each `sync.policy` does to the source's order. `spill` leaves it, and lets the worker load in
-# another one.
-POLICIES: Mapping[str, Order] = {
-    "warn": as_given,
-    "error": as_given,
-    "reorder": by_parent_layer,
-    "spill": as_given,
-}
 
 
 @dataclass(frozen=True)
@@ -137,10 +126,6 @@ class SyncPlan:
         return {self.layer_map_digest: self.predicted}
 
     @property
-    def chunk_lengths(self) -> list[int]:
-        return [len(chunk.names) for chunk in self.chunks]
-
-    @property
     def base_chunk_lengths(self) -> list[int]:
         return [len(chunk.names) for chunk in self.base_chunks]
 
@@ -150,7 +135,7 @@ class SyncPlan:
         agreed = {
             "format": PLAN_FORMAT,
             "metas": metas_to_json(self.metas),
-            "chunks": self.chunk_lengths,
+            "chunks": [len(chunk.names) for chunk in self.chunks],
             "layer_map": self.layer_map_digest,
         }
         if self.spill is not None:
@@ -245,7 +230,8 @@ def build_plan(
     """Plan the stream `metas` (in source order). Touches no tensor and no device.
 
     Args:
-        policy: a key of `POLICIES`.
+        policy: `sync.policy`. `warn` and `error` keep the source's order; so does `spill`, and the
+            worker loads in another one.
         chunk_bytes: upper bound of a chunk's bytes where layers can be kept whole; None: one chunk
             (with the policy `spill`: chunks of 64 MiB).
         storages: the memory behind each tensor, where several share one.
@@ -267,21 +253,25 @@ def build_plan(
             "Yield each checkpoint name once",
             tensor=doubled[0],
         )
+    storages = storages or {}
     walker = Simulator(metas, layer_map, storages)
     given = walker.trace()
+    ordered = list(metas)
+    spill: Spill | None = None
     if policy == "spill":
         chunks = cut_anywhere(metas, chunk_bytes or CHUNK_BYTES)
+        lengths = [len(chunk.names) for chunk in chunks]
         spill = plan_spill(
             metas,
             layer_map,
-            [len(chunk.names) for chunk in chunks],
+            lengths,
             budget_bytes=spill_budget_bytes,
             directory=spill_directory,
         )
         # Staged tensors are copies: they no longer keep the source's storages alive.
-        copied = {metas[place].name for place in spill.staged([len(c.names) for c in chunks])}
-        arrived = {n: storage for n, storage in (storages or {}).items() if n not in copied}
-        predicted = Simulator(metas, layer_map, arrived).trace(spill.load_order)
+        copied = {metas[place].name for place in spill.staged(lengths)}
+        storages = {name: storage for name, storage in storages.items() if name not in copied}
+        predicted = Simulator(metas, layer_map, storages).trace(spill.load_order)
         needed = predicted.peak_pinned_bytes
         if budget_bytes is not None and needed > budget_bytes:
             at = predicted.steps[predicted.peak_pinned_index].name
@@ -291,40 +281,28 @@ def build_plan(
                 f"when it loads it; raise sync.budget_bytes to at least {needed}",
                 needed_bytes=needed,
             )
-        return SyncPlan(
-            policy=policy,
-            metas=tuple(metas),
-            chunks=chunks,
-            predicted=predicted,
-            as_given=given,
-            layer_map_digest=layer_map.digest,
-            budget_bytes=budget_bytes,
-            spill=spill,
-            loading=_loading(metas, layer_map),
-            storages=arrived,
-        )
-    if policy == "reorder" and budget_bytes is not None:
-        order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
-        chunk_bytes = chunk_bytes and min(chunk_bytes, budget_bytes)
     else:
-        place = {name: place for place, name in enumerate(walker.names)}
-        order = [place[meta.name] for meta in POLICIES[policy](metas, layer_map)]
-    ordered = [metas[place] for place in order]
-    unchanged = ordered == list(metas)
+        order: Sequence[int] = range(len(metas))
+        if policy == "reorder" and budget_bytes is not None:
+            order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
+            chunk_bytes = chunk_bytes and min(chunk_bytes, budget_bytes)
+        elif policy == "reorder":
+            place = {name: place for place, name in enumerate(walker.names)}
+            order = [place[meta.name] for meta in by_parent_layer(metas, layer_map)]
+        ordered = [metas[place] for place in order]
+        chunks = cut_between_layers(ordered, layer_map, chunk_bytes)
+        predicted = given if ordered == list(metas) else walker.trace(order)
+    landed = (c.parent_layer for meta in metas for c in layer_map.contributions[meta.name])
+    layers = (layer_map.layers[name] for name in dict.fromkeys(landed))
     return SyncPlan(
         policy=policy,
         metas=tuple(ordered),
-        chunks=cut_between_layers(ordered, layer_map, chunk_bytes),
-        predicted=given if unchanged else walker.trace(order),
+        chunks=chunks,
+        predicted=predicted,
         as_given=given,
         layer_map_digest=layer_map.digest,
         budget_bytes=budget_bytes,
-        loading=_loading(metas, layer_map),
-        storages=storages or {},
+        spill=spill,
+        loading={layer.name: layer.loading for layer in layers if not layer.deferred},
+        storages=storages,
     )
-
-
-def _loading(metas: Sequence[ParamMeta], layer_map: LayerMap) -> dict[str, Loading]:
-    landed = (c.parent_layer for meta in metas for c in layer_map.contributions[meta.name])
-    layers = (layer_map.layers[name] for name in dict.fromkeys(landed))
-    return {layer.name: layer.loading for layer in layers if not layer.deferred}

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from support.remote import import_path
+from support.forks import import_path
 
 TINY = {
     "architectures": ["Qwen3ForCausalLM"],

@@ -82,7 +82,7 @@ def observed(architecture: str, sizes: Mapping[str, Any]) -> OfflineMap:
             arguments = save_processor(config, Path(directory))
         checkpoint = read_checkpoint(directory)
         engine = {**ENGINE, **arguments, "skip_tokenizer_init": True}
-        request = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": "float32"}
+        request = {"checkpoint": checkpoint, "engine": engine, "dtype": "float32"}
         return observe(request)
 
 

@@ -8,7 +8,16 @@ import threading
 import time
 
 import pytest
-from support.loaders import KeepingLoader, TensorSource, Workers, tensors
+from support.loaders import (
+    NEW,
+    OLD,
+    TIMEOUT_SECONDS,
+    KeepingLoader,
+    TensorSource,
+    Workers,
+    serves,
+    session,
+)
 from support.servers import wait_until
 
 from qerl_sync import RemoteTransport, SyncConfig, SyncError, SyncSession, TransportError
@@ -16,9 +25,6 @@ from qerl_sync.engines.base import EngineClient
 from qerl_sync.errors import CoverageError, PeerLostError, StaleCacheError
 from qerl_sync.transports.remote import control
 from qerl_sync.transports.remote.pool import PoolTransport
-
-OLD, NEW = tensors(0), tensors(1)
-TIMEOUT_SECONDS = 10
 
 
 class Engine(Workers, EngineClient):
@@ -84,16 +90,6 @@ def engine():
     one.close()
 
 
-def session(engine: Engine, held=NEW, **options) -> SyncSession:
-    config = SyncConfig.of(**{"chunk_bytes": 500, "timeout_seconds": TIMEOUT_SECONDS, **options})
-    transport = RemoteTransport(
-        engine,
-        timeout_seconds=config.timeout_seconds,
-        recompute_running=config.recompute_running,
-    )
-    return SyncSession(TensorSource(held), transport, config)
-
-
 @pytest.mark.parametrize("call", ["finish", "reset", "resume"])
 def test_an_engine_does_not_resume_on_old_caches(engine, call):
     with session(engine) as sync:
@@ -101,7 +97,7 @@ def test_an_engine_does_not_resume_on_old_caches(engine, call):
         engine.fails = call
         with pytest.raises(SyncError, match=f"{call} did not work"):
             sync.push()
-        assert all(loader.has(NEW) for loader in engine.loaders), "it had committed"
+        assert serves(engine, NEW), "it had committed"
         after = engine.said[len(engine.said) - engine.said[::-1].index(call) :]
         assert after == ["refuse"]
         assert sync.version == 0
@@ -140,7 +136,7 @@ def test_a_worker_that_dies_while_the_engine_pauses_is_named_at_once(engine, mon
         paused.set()
         monkeypatch.undo()
         assert sync.push().version == 1
-    assert all(loader.has(NEW) for loader in engine.loaders)
+    assert serves(engine, NEW)
 
 
 @pytest.mark.parametrize("call", ["start", "finish"])
@@ -153,7 +149,7 @@ def test_an_update_whose_state_is_not_known_is_left_before_the_next(engine, call
             sync.push()
         sync.push()
     assert not engine.updating
-    assert all(loader.has(NEW) for loader in engine.loaders)
+    assert serves(engine, NEW)
 
 
 def test_the_engine_goes_on_where_it_refuses_to_begin(engine):
@@ -164,7 +160,7 @@ def test_the_engine_goes_on_where_it_refuses_to_begin(engine):
         with pytest.raises(SyncError):
             sync.push()
     assert engine.said[:4] == ["pause", "start", "resume", "admit"]
-    assert all(loader.has(OLD) for loader in engine.loaders)
+    assert serves(engine, OLD)
 
 
 @pytest.mark.parametrize("overwritten", [False, True])
@@ -210,7 +206,7 @@ def test_a_connector_that_cannot_be_emptied_is_refused_before_anything_is_asked(
         sync.push()
     assert raised.value.connector == "SomeConnector"
     assert engine.said == []
-    assert all(loader.has(OLD) for loader in engine.loaders)
+    assert serves(engine, OLD)
 
 
 def test_a_version_that_another_trainer_has_used_is_not_used_again(engine):

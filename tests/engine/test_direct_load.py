@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +21,6 @@ pytestmark = pytest.mark.vllm
 KINDS = ["dense", "bias", "tied", "padded", "moe"]
 ORDERS = [("hf", "warn"), ("random:0", "warn"), ("random:1", "reorder"), ("random:2", "spill")]
 GATE = "model.layers.1.mlp.gate_proj.weight"
-
-
-def loadings(layer_map):
-    return Counter(one.loading for one in layer_map.layers.values() if one.expected_numel)
 
 
 def addresses(model):

@@ -11,7 +11,6 @@ import torch
 from support.engines import NEW, OLD, generate
 from support.features import require_packed
 from support.remote import session as remote_session
-from support.remote import transport_to
 from support.syncs import push, session
 from support.tensors import TwoTensors
 
@@ -23,6 +22,7 @@ from qerl_sync import (
     SyncConfig,
     SyncSession,
 )
+from qerl_sync.build import remote_transport
 from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.sources.hf import probe_of
@@ -403,11 +403,12 @@ def test_engines_elsewhere_are_asked(remote, name):
     right, wrong = (probe_of(engine.trainers[version]) for version in (NEW, OLD))
     source = HFSource(engine.trainers[NEW])
     with (
-        SyncSession(source, transport_to(engine, config), config, probe=wrong) as sync,
+        SyncSession(source, remote_transport(config, engine.client()), config, probe=wrong) as sync,
         pytest.raises(CoverageError, match="part from the trainer's"),
     ):
         sync.push()
-    with SyncSession(source, transport_to(engine, config), config, probe=right) as sync:
+    transport = remote_transport(config, engine.client())
+    with SyncSession(source, transport, config, probe=right) as sync:
         assert sync.push().probe_gap < 1e-5
     assert engine.wrong_weights(NEW) == []
     assert engine.generates_as(NEW)

@@ -1,7 +1,7 @@
-"""A process that breaks one engine: `python -m faults.host DESCRIPTOR`.
+"""A process that breaks one engine.
 
-It is told over that pipe what to do, and sends each case's name before it and its outcome after it;
-or the error that ends it.
+It is told over a pipe what to do, and sends each case's name before it and its outcome after it; or
+the error that ends it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import support.environment  # noqa: F401  isort:skip  first: it sets what vLLM r
 
 import os
 import signal
-import sys
 import tempfile
 import threading
 import traceback
@@ -28,6 +27,7 @@ from faults.outcomes import OURS, Ended, Outcome, one_line
 
 
 def main(pipe: Connection) -> None:
+    os.setsid()
     spec, reported = pipe.recv()
     threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     try:
@@ -84,7 +84,3 @@ def _judge(engine: Any, case: Case, by: str) -> tuple[Outcome, bool]:
         traceback.print_exc()
         spec, error = str(engine.spec), one_line(exc)
         return Outcome(spec, case.name, by, error=error, healed=False), False
-
-
-if __name__ == "__main__":
-    main(Connection(int(sys.argv[1])))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from support.remote import import_path
+from support.forks import import_path, start_program
 
 from faults.cases import all_cases
 from faults.engines import ENGINES, Spec
@@ -145,16 +143,9 @@ def hosted(spec: Spec, log: Path, **reported: Any) -> Iterator[Callable[[float],
     nothing, SyncError if it has ended.
     """
     pipe, there = Pipe()
-    with log.open("ab") as output, there:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "faults.host", str(there.fileno())],
-            pass_fds=[there.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env={**os.environ, "PYTHONPATH": import_path()},
-            start_new_session=True,
-        )
+    with there:
+        surroundings = {**os.environ, "PYTHONPATH": import_path()}
+        process = start_program("faults.host", there, log=log, environment=surroundings)
 
     def hear(timeout_seconds: float) -> Any:
         if not pipe.poll(timeout_seconds):
@@ -177,8 +168,7 @@ def hosted(spec: Spec, log: Path, **reported: Any) -> Iterator[Callable[[float],
         yield hear
         grace_seconds = 20  # to stop its engines
     finally:
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(grace_seconds)
+        process.join(grace_seconds)
         pipe.close()
         kill(members(process.pid))
-        process.wait()
+        process.join()

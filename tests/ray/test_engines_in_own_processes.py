@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from support import worker_extension
-from support.engines import NEW, OLD, PROMPTS
+from support.engines import NEW, OLD, PROMPTS, SMALL
 from support.models import make_model, save_model
 from support.ray_apart import InFlight, Parallel
-from support.ray_cluster import ENGINE, GREEDY, START_SECONDS, one_node, status
-from support.remote import gap, gaps
+from support.ray_cluster import GREEDY, START_SECONDS, one_node, status
+from support.remote import gap, gaps, wait_for
 
 from qerl_sync import (
     HFSource,
@@ -76,7 +75,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
     trainers = {version: make_model("dense", version) for version in (OLD, NEW)}
     paths = {v: save_model(model, directory / str(v)) for v, model in trainers.items()}
     arguments = {
-        **ENGINE,
+        **SMALL,
         "model": str(paths[OLD]),
         "max_model_len": 512,
         "worker_extension_cls": worker_extension.NAME,
@@ -162,13 +161,6 @@ def begun(engine: Engine) -> Any:
     batch = engine.pool.submit([PROMPT], LONG)
     wait_for(lambda: engine.ask("in_flight"))
     return batch
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_sync_waits_for_requests_in_flight_where_it_is_told_to(in_flight: Engine):

@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 from support.adapters import make_policy, step
-from support.engines import PROMPTS
+from support.engines import PROMPTS, SMALL
 from support.models import make_model, save_model
 from support.ray_cluster import (
-    ENGINE,
     GREEDY,
     START_SECONDS,
     Rollouts,
@@ -405,7 +404,7 @@ def test_an_adapter_reaches_every_kind_of_actor_and_one_that_is_restarted(
     policy = make_policy(seed=3)
     adapter_bytes = AdapterSource(policy).adapter().nbytes
     path = str(save_model(make_model("dense", 1), tmp_path / "base"))
-    engine = {**ENGINE, "model": path, "enable_lora": True, "max_lora_rank": 8}
+    engine = {**SMALL, "model": path, "enable_lora": True, "max_lora_rank": 8}
     handles = {
         "lora": start_actor("lora", engine, RolloutActor),
         "async lora": start_actor("async lora", engine, AsyncRolloutActor),

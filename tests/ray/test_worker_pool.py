@@ -131,10 +131,12 @@ def test_an_error_about_what_was_asked_ends_the_call(start: Any):
 
 
 def test_a_worker_that_does_not_answer_is_lost_and_its_share_done_by_the_others(start: Any):
+    import ray
+
     pool = start("a", "b", generate_seconds=1.0)
     with session_of(pool) as session:
         session.push()
-        pool.handles["a"].sleep.remote(4.0)
+        asleep = pool.handles["a"].sleep.remote(4.0)
         assert len({one.worker for one in pool.generate(PROMPTS)}) == 1
         assert pool.versions == {"a": 0, "b": 1}
         # Its control group answers; its engine's thread does not, and nobody waits for it.
@@ -143,7 +145,7 @@ def test_a_worker_that_does_not_answer_is_lost_and_its_share_done_by_the_others(
         assert time.monotonic() - started < 2
         why = r"not up again since version 1: a did not answer within 1 s, when it was asked to"
         assert re.match(why, report.lost["a"])
-        time.sleep(4.0)
+        ray.get(asleep)
         assert not session.push().lost
 
 

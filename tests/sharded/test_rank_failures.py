@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.features import needs_deepspeed
+from support.forks import import_path, start_program
 from support.rank_failures import LONGEST_SECONDS
-from support.ranks import import_path, read
+from support.ranks import read
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -28,12 +27,16 @@ def directory(tmp_path_factory) -> Path:
 
 
 def run_cases(directory: Path, *cases: str, **environment: str) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "support.rank_failures", str(directory), *cases],
-        env={**os.environ, "PYTHONPATH": import_path(), "OMP_NUM_THREADS": "1", **environment},
-        check=True,
-        timeout=280,
+    program = start_program(
+        "support.rank_failures",
+        str(directory),
+        *cases,
+        log=directory / "log",
+        environment={**os.environ, "PYTHONPATH": import_path(), **environment},
     )
+    program.join(280)
+    program.kill()
+    assert program.exitcode == 0, (directory / "log").read_text()[-6000:]
 
 
 def test_what_one_rank_raises_all_ranks_raise(directory):

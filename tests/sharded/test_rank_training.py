@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 from support.features import needs_deepspeed
-from support.ranks import import_path
+from support.forks import import_path
 
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
@@ -86,8 +86,12 @@ def assert_synced(directory: Path, steps: int, weights: str = "pytorch_model_fsd
 
 
 def test_each_process_generates_with_an_engine_in_another(tmp_path):
-    said = train(tmp_path, *LONG_STEPS, "rollout.mode=subprocess")
-    assert said.count("vLLM engine started") == 1
+    """Started by accelerate, whose file leaves to the run how the model is held."""
+    launcher = [*ACCELERATE, "configs/accelerate/cpu.yaml"]
+    said = train(
+        tmp_path, *LONG_STEPS, "trainer.fsdp=true", "rollout.mode=subprocess", launcher=launcher
+    )
+    assert said.count("vLLM engine started") == said.count("report written to") == 1
     assert_synced(tmp_path, 3)
 
 
@@ -105,24 +109,10 @@ def test_all_processes_generate_with_one_server(tmp_path):
     assert_synced(served, 3)
 
 
-@pytest.mark.parametrize(
-    ("file", "fsdp"),
-    [
-        ("cpu", "true"),
-        ("fsdp2", "false"),  # the file itself says that the model is sharded
-    ],
-)
-def test_accelerate_starts_two_processes_on_a_cpu(tmp_path, file, fsdp):
-    launcher = [*ACCELERATE, f"configs/accelerate/{file}.yaml"]
-    said = train(tmp_path, *LONG_STEPS, f"trainer.fsdp={fsdp}", launcher=launcher)
-    assert said.count("report written to") == 1
-    assert_synced(tmp_path, 3)
-
-
 @needs_deepspeed
 def test_deepspeed_partitions_the_model_on_cpus_too(tmp_path):
-    """ZeRO-3, which `trainer.deepspeed` or accelerate's file asks for; resumed; with LoRA."""
-    own, launched, adapted = (tmp_path / name for name in ("own", "launched", "adapted"))
+    """ZeRO-3, which `trainer.deepspeed` asks for, resumed; or accelerate's file, with LoRA."""
+    own, adapted = tmp_path / "own", tmp_path / "adapted"
     train(own, *LONG_STEPS, *ZERO3)
     assert_synced(own, 3, "global_step3")
     assert "going on from step 3" in train(
@@ -132,9 +122,9 @@ def test_deepspeed_partitions_the_model_on_cpus_too(tmp_path):
     assert resumed["num_steps"] == 4
     assert 0 < resumed["logprob_gap_max"] <= 1e-5
     launcher = [*ACCELERATE, "configs/accelerate/zero3.yaml"]
-    train(launched, *LONG_STEPS, *ZERO3[:2], launcher=launcher)
-    assert_synced(launched, 3, "global_step3")
-    train(adapted, *ZERO3, "trainer.max_steps=3", "peft={r: 8, target_modules: all-linear}")
+    lora = "peft={r: 8, target_modules: all-linear}"
+    train(adapted, *ZERO3[:2], "trainer.max_steps=3", lora, launcher=launcher)
+    assert (adapted / "checkpoint-3" / "global_step3").exists()
     summary = json.loads((adapted / "summary.json").read_text())
     assert summary["num_syncs"] == 3
     assert summary["prediction_exact"]
@@ -145,7 +135,10 @@ def test_deepspeed_partitions_the_model_on_cpus_too(tmp_path):
 
 
 def test_two_processes_train_with_one_tensor_parallel_engine(tmp_path):
-    train(tmp_path, *LONG_STEPS, "trainer.vllm_tensor_parallel_size=2", "sync.verify=full")
+    """Started by accelerate, whose file says itself that the model is sharded."""
+    launcher = [*ACCELERATE, "configs/accelerate/fsdp2.yaml"]
+    engine = ["trainer.vllm_tensor_parallel_size=2", "sync.verify=full"]
+    train(tmp_path, *LONG_STEPS, "trainer.fsdp=false", *engine, launcher=launcher)
     assert_synced(tmp_path, 3)
 
 

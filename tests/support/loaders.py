@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from qerl_sync import Source, SyncError, __version__
+from qerl_sync import Source, SyncConfig, SyncError, SyncSession, __version__
 from qerl_sync.buffers.trace import Trace
+from qerl_sync.build import remote_transport
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.layer_map import Contribution, LayerMap, ParentLayer
@@ -20,10 +21,13 @@ from qerl_sync.plan.simulator import replay
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import messages as say
+from qerl_sync.wire.endpoints import Listener, connect
 from qerl_sync.wire.host import host_id
 from qerl_sync.worker.protocol.session import WorkerSession
 
 CPU = torch.device("cpu")
+# No test waits for it: what it would end is noticed long before.
+TIMEOUT_SECONDS = 20.0
 # What a first call says of its trainer (`wire.messages.TrainerSession`).
 CALLER = {"id": "a", "host": "here", "pid": 1, "since": "2026-01-01T00:00:00+00:00"}
 
@@ -32,6 +36,9 @@ def tensors(version: int, count: int = 6, numel: int = 100) -> dict[str, torch.T
     """Odd sizes: nothing is aligned by itself."""
     generator = torch.Generator().manual_seed(version)
     return {f"layer.{i}.weight": torch.randn(numel + i, generator=generator) for i in range(count)}
+
+
+OLD, NEW = tensors(0), tensors(1)
 
 
 class TensorSource(Source):
@@ -186,6 +193,26 @@ class Workers:
             return say.Hello(**{**reported, **own})
 
         return hello
+
+
+def session(engine: Any, held: Mapping[str, torch.Tensor] = NEW, **options: Any) -> SyncSession:
+    """A session that sends `held` to the engine, a tensor a chunk."""
+    sync = SyncConfig.of(**{"chunk_bytes": 500, "timeout_seconds": TIMEOUT_SECONDS, **options})
+    return SyncSession(TensorSource(held), remote_transport(sync, engine), sync)
+
+
+def serves(engine: Workers, version: Mapping[str, torch.Tensor]) -> bool:
+    return all(loader.has(version) for loader in engine.loaders)
+
+
+def lets_in(listener: Listener) -> bool:
+    """Whether a worker that knows the token gets in."""
+    with connect("127.0.0.1", listener.port, "secret", 5) as worker:
+        trainer = listener.accept(5)
+        assert trainer is not None
+        with trainer:
+            worker.send(say.End(), 5)
+            return isinstance(trainer.receive(5, "a word"), say.End)
 
 
 def threads() -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -21,20 +22,20 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PROGRAM = """
-import json, sys
+import pickle, sys
 sys.path.append(sys.argv[1])
 from qerl_sync.errors import SyncError
 from qerl_sync.offline.program import observe
 
 def answer(request):
     try:
-        return {"map": observe(request).to_json()}
+        return observe(request)
     except SyncError as exc:
-        return {"error": f"{type(exc).__name__}: {exc}"}
+        return f"{type(exc).__name__}: {exc}"
 
-answers = {kind: answer(request) for kind, request in json.load(sys.stdin).items()}
-with open(sys.argv[2], "w") as file:
-    json.dump(answers, file)
+answers = {kind: answer(request) for kind, request in pickle.load(sys.stdin.buffer).items()}
+with open(sys.argv[2], "wb") as file:
+    pickle.dump(answers, file)
 """
 
 ENGINE = {"max_model_len": 64, "dtype": "float32"}
@@ -155,14 +156,10 @@ def observe_all(
     payload = {}
     for kind, (config, engine, dtype) in requests.items():
         checkpoint = Checkpoint(Path(kind), config, shards=[], metas=None, names_by_offset=None)
-        payload[kind] = {"checkpoint": checkpoint.to_json(), "engine": engine, "dtype": dtype}
+        payload[kind] = {"checkpoint": checkpoint, "engine": engine, "dtype": dtype}
     with tempfile.TemporaryDirectory() as directory:
-        out = Path(directory, "answers.json")
+        out = Path(directory, "answers")
         root = str(Path(qerl_sync.__file__).parents[1])
         command = [sys.executable, "-c", PROGRAM, root, str(out)]
-        subprocess.run(command, input=json.dumps(payload), text=True, check=True)
-        answers = json.loads(out.read_text())
-    return {
-        kind: OfflineMap.from_json(answer["map"]) if "map" in answer else answer["error"]
-        for kind, answer in answers.items()
-    }
+        subprocess.run(command, input=pickle.dumps(payload), check=True)
+        return pickle.loads(out.read_bytes())

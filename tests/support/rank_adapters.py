@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 from qerl_sync import (
     AdapterSource,
@@ -35,6 +34,7 @@ from support.adapters import make_policy, step
 from support.engines import generate, logprob_gap, model_of, start_engine
 from support.models import make_model, save_model
 from support.ranks import report
+from support.sharding import fsdp2
 
 # By name: the kind of model, LoraConfig's fields, and whether vLLM serves it unmerged.
 VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
@@ -54,12 +54,6 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
         False,
     ),
 }
-
-
-def fsdp2(policy: Any) -> Any:
-    for layer in policy.get_base_model().model.layers:
-        fully_shard(layer)
-    return fully_shard(policy)
 
 
 def stream(source: Any) -> tuple[Any, Any, dict[str, torch.Tensor]]:

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 from qerl_sync import SyncConfig, SyncSession
 from qerl_sync.errors import LoadError
@@ -30,8 +29,8 @@ from qerl_sync.transports.base import SyncResult, Transport, WorkerReport
 from qerl_sync.transports.joint import JointTransport, LedTransport, TrainerRanks
 from qerl_sync.transports.joint.ranks import GRACE_SECONDS
 from support.models import make_model
-from support.rank_partitioned import FSDP1, partitioned
 from support.ranks import read, report, surroundings
+from support.sharding import FSDP1, fsdp2, partitioned
 
 TIMEOUT_SECONDS = 3.0
 # Where a rank fails: in its source, in its transport, and, for `_value`, in a gather itself.
@@ -82,9 +81,7 @@ def sharded(by: str = "") -> Any:
         return partitioned(model, 0).module
     if by == "fsdp1":
         return FSDP1(model).module
-    for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+    return fsdp2(model)
 
 
 def new_session(kind: str, ranks: TrainerRanks) -> tuple[SyncSession, Sink, ShardedSource]:

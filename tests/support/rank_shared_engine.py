@@ -28,8 +28,8 @@ from support.engines import NEW, OLD, generate, logprob_gap, model_of, start_eng
 from support.fingerprint import difference, fingerprint
 from support.models import CONFIGS, make_model, random_model, save_model
 from support.rank_adapters import pushes
-from support.rank_syncs import fsdp2
 from support.ranks import report
+from support.sharding import fsdp2
 
 TIMEOUT_SECONDS = 20.0
 SMALL = {"chunk_bytes": "16KiB", "verify": "checksum", "timeout_seconds": TIMEOUT_SECONDS}

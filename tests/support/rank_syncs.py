@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import fully_shard
 
 from qerl_sync import (
     HFSource,
@@ -30,14 +29,9 @@ from support.engines import NEW, OLD, generate, model_of, start_engine
 from support.fingerprint import difference, fingerprint
 from support.models import CONFIGS, make_model, save_model
 from support.ranks import report
+from support.sharding import fsdp2
 
 CHUNK_BYTES = 1 << 16
-
-
-def fsdp2(model: Any) -> Any:
-    for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
 
 
 def same_stream(kind: str) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from qerl_sync import SyncError, WeightSyncCallback
@@ -26,8 +26,8 @@ from qerl_sync.sources.hf import HFSource
 from qerl_sync.training.processes import sharding_on_cpus
 from support.engines import logprob_gap
 from support.fingerprint import difference, fingerprint
-from support.rank_partitioned import FSDP1, find_layers
 from support.ranks import report
+from support.sharding import FSDP1, fsdp2
 from support.trainers import ENGINE, build_trainer, gap, gap_now
 
 
@@ -37,13 +37,10 @@ def shard_in_train(trainer: Any, version: int) -> None:
     create_optimizer = trainer.create_optimizer
 
     def shard_and_create(*given: Any) -> Any:
-        layers = find_layers(trainer.model)
         if version == 1:  # as for accelerate's, the trainer's model is the wrapper from now on
             trainer.model = trainer.model_wrapped = FSDP1(trainer.model).module
         else:
-            for layer in layers:
-                fully_shard(layer)
-            fully_shard(trainer.model)
+            fsdp2(trainer.model)
         return create_optimizer(*given)
 
     trainer.create_optimizer = shard_and_create

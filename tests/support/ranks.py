@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from support.forks import import_path, start_program
 from support.ports import free_port
 
 
@@ -30,56 +29,39 @@ def surroundings(num_ranks: int) -> dict[str, str]:
     }
 
 
-def import_path() -> str:
-    tests = Path(__file__).parents[1]
-    return os.pathsep.join([str(tests.parent), str(tests)])
-
-
-def start_ranks(
-    program: str, num_ranks: int, directory: Path, *arguments: str
-) -> list[subprocess.Popen[bytes]]:
-    """Start `python -m program DIRECTORY ARGUMENTS...` so often, as torchrun would, without its
-    agent: that ends the ranks that are left when one dies."""
-    common = {**os.environ, **surroundings(num_ranks)}
-    started = []
-    for rank in range(num_ranks):
-        with (directory / f"rank-{rank}.log").open("wb") as log:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", program, str(directory), *arguments],
-                    env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                )
-            )
-    return started
-
-
-def await_ranks(
-    started: list[subprocess.Popen[bytes]], directory: Path, seconds: float
+def run_ranks(
+    program: str, num_ranks: int, directory: Path, *arguments: str, seconds: float = 240
 ) -> list[dict[str, Any]]:
-    """Return what each rank has reported. None may run longer; one that was killed has nothing."""
+    """Run `program DIRECTORY ARGUMENTS...` so often, as torchrun would, without its agent: that
+    ends the ranks that are left when one dies. Return what each rank has reported; none may run
+    longer than `seconds`."""
+    common = {**os.environ, **surroundings(num_ranks)}
+    started = [
+        start_program(
+            program,
+            str(directory),
+            *arguments,
+            log=directory / f"rank-{rank}.log",
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(num_ranks)
+    ]
     deadline = time.monotonic() + seconds
     try:
-        while any(process.poll() is None for process in started):
-            if any(process.returncode not in (None, 0, -9) for process in started):
+        while any(process.is_alive() for process in started):
+            if any(process.exitcode for process in started):
                 break  # the others would wait for it
             if time.monotonic() > deadline:
                 raise RankFailed(f"a rank hangs:\n{logs(directory)}")
             time.sleep(0.1)
+        failed = any(process.exitcode for process in started)
     finally:
         for process in started:
             process.kill()
-            process.wait()
-    if any(process.returncode not in (0, -9) for process in started):
+            process.join()
+    if failed:
         raise RankFailed(logs(directory))
-    return [read(directory, rank) for rank in range(len(started))]
-
-
-def run_ranks(
-    program: str, num_ranks: int, directory: Path, *arguments: str, seconds: float = 240
-) -> list[dict[str, Any]]:
-    return await_ranks(start_ranks(program, num_ranks, directory, *arguments), directory, seconds)
+    return [read(directory, rank) for rank in range(num_ranks)]
 
 
 def report(directory: str, **said: Any) -> None:

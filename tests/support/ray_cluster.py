@@ -17,18 +17,9 @@ import pytest
 from qerl_sync.integrations.ray.actors import RolloutActor
 from qerl_sync.integrations.ray.cluster import connect
 from qerl_sync.integrations.ray.pool import WorkerPool, start_actor
-from support.engines import PROMPTS
+from support.engines import PROMPTS, SMALL
 from support.models import make_model, save_model
 
-ENGINE: dict[str, Any] = {
-    "skip_tokenizer_init": True,
-    "enforce_eager": True,
-    "max_model_len": 64,
-    "max_num_seqs": 8,
-    "dtype": "float32",
-    "disable_log_stats": True,
-    "num_gpu_blocks_override": 64,
-}
 GREEDY = {"temperature": 0, "max_tokens": 12, "detokenize": False}
 STORE_BYTES = 300 << 20
 # Engines of a test start at the same time, each in up to five processes, beside another group.
@@ -133,7 +124,7 @@ def start_rollouts(directory: Path) -> Rollouts:
     handles = {
         f"rollout-{v}": start_actor(
             f"rollout-{v}",
-            {**ENGINE, "model": str(path)},
+            {**SMALL, "model": str(path)},
             WatchedActor,
             options={"num_cpus": 1, "resources": {"second": 1} if v else {}},
         )

@@ -17,12 +17,15 @@ from unittest import mock
 
 import torch
 
-from qerl_sync import HFSource, RemoteTransport, Source, SyncConfig, SyncReport, SyncSession
+from qerl_sync import HFSource, Source, SyncConfig, SyncReport, SyncSession
+from qerl_sync.build import remote_transport
 from qerl_sync.wire import segments
 from support import worker_extension
 from support.engines import NEW, OLD, SMALL, EnginePool, Subject, start_engine
 from support.fingerprint import difference
+from support.forks import import_path
 from support.models import save_model
+from support.servers import wait_until
 
 PROMPTS = [[1, 2, 3, last] for last in range(2)]
 MAX_TOKENS = 8
@@ -402,18 +405,7 @@ class RemotePool:
 def session(engine: RemoteEngine, source: Source, **options: Any) -> SyncSession:
     """A session over `options["transport"]` with as many options of `SyncConfig` as are given."""
     config = SyncConfig.of(**{"timeout_seconds": TIMEOUT_SECONDS, **options})
-    return SyncSession(source, transport_to(engine, config), config)
-
-
-def transport_to(engine: RemoteEngine, config: SyncConfig) -> RemoteTransport:
-    return RemoteTransport(
-        engine.client(),
-        transport=config.transport,
-        chunks_in_flight=config.chunks_in_flight,
-        timeout_seconds=config.timeout_seconds,
-        pause_mode=config.pause_mode,
-        recompute_running=config.recompute_running,
-    )
+    return SyncSession(source, remote_transport(config, engine.client()), config)
 
 
 def push(engine: RemoteEngine, version: int, **options: Any) -> SyncReport:
@@ -423,10 +415,7 @@ def push(engine: RemoteEngine, version: int, **options: Any) -> SyncReport:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    assert wait_until(condition, seconds, every=0.005)
 
 
 def own_segments() -> list[str]:
@@ -448,12 +437,6 @@ def gaps(trainer_model: Any, prompt: list[int], generation: Generation) -> list[
         logits = trainer_model(torch.tensor([prompt + tokens])).logits[0].log_softmax(-1)
     right = logits[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
     return (right - torch.tensor(logprobs)).abs().tolist()
-
-
-def import_path() -> str:
-    """PYTHONPATH with which other processes find `support` and `faults`."""
-    inherited = os.environ.get("PYTHONPATH")
-    return os.pathsep.join([str(Path(__file__).parents[1]), *([inherited] if inherited else [])])
 
 
 @contextlib.contextmanager

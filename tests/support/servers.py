@@ -22,13 +22,13 @@ ENGINE = {
 }
 
 
-def wait_until(condition: Callable[[], Any], seconds: float = 20) -> bool:
+def wait_until(condition: Callable[[], Any], seconds: float = 20, *, every: float = 0.05) -> bool:
     """Whether it came true within that time."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
             return False
-        time.sleep(0.05)
+        time.sleep(every)
     return True
 
 

@@ -19,14 +19,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from support.loaders import KeepingLoader, TensorSource, Workers, tensors
+from support.loaders import (
+    NEW,
+    OLD,
+    TIMEOUT_SECONDS,
+    Workers,
+    lets_in,
+    serves,
+    session,
+    tensors,
+)
 from support.ports import free_port
 from support.relay import HOST as RELAYED
 from support.relay import Relay
 from support.servers import wait_until
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
-from qerl_sync.build import remote_transport
 from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLostError, SyncError
@@ -40,32 +48,7 @@ from qerl_sync.wire.endpoints import Listener, connect, format_endpoint, parse_e
 from qerl_sync.wire.segments import remove_abandoned
 
 HOST = "127.0.0.1"
-OLD, NEW = tensors(0), tensors(1)
-# No test waits for it: what it would end is noticed long before.
-TIMEOUT_SECONDS = 30.0
 SOON_SECONDS = 8.0
-
-
-@pytest.fixture
-def workers() -> Iterator[Callable[..., Workers]]:
-    made: list[Workers] = []
-
-    def make(number: int = 1, **said) -> Workers:
-        made.append(Workers(*(KeepingLoader(OLD) for _ in range(number)), **said))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def session(engine: Workers, held=NEW, **options) -> SyncSession:
-    sync = SyncConfig.of(**{"chunk_bytes": 500, "timeout_seconds": TIMEOUT_SECONDS, **options})
-    return SyncSession(TensorSource(held), remote_transport(sync, engine), sync)
-
-
-def serves(engine: Workers, version) -> bool:
-    return all(loader.has(version) for loader in engine.loaders)
 
 
 @contextmanager
@@ -348,22 +331,6 @@ def test_both_ends_probe_idle_connections():
 
 
 # ---------------------------------------------------------------------------------------- listener
-
-
-@pytest.fixture
-def listener() -> Iterator[Listener]:
-    one = Listener(HOST, 0, "secret")
-    yield one
-    one.close()
-
-
-def lets_in(listener: Listener) -> bool:
-    with connect(HOST, listener.port, "secret", 5) as worker:
-        trainer = listener.accept(5)
-        assert trainer is not None
-        with trainer:
-            worker.send(say.End(), 5)
-            return isinstance(trainer.receive(5, "a word"), say.End)
 
 
 def test_a_listener_survives_that_descriptors_run_out(listener):

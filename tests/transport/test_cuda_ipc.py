@@ -9,12 +9,12 @@ from support.cuda_stand_in import UUID, CudaStandIn
 from support.engines import NEW as NEW_SEED
 from support.engines import OLD as OLD_SEED
 from support.errors import raises
-from support.loaders import CPU, KeepingLoader, TensorSource, Workers, tensors
+from support.loaders import CPU, NEW, OLD, serves, session
 from support.remote import push
 from support.remote import session as engine_session
 from support.servers import wait_until
 
-from qerl_sync import HFSource, RemoteTransport, SyncConfig, SyncError, SyncSession, TransportError
+from qerl_sync import HFSource, SyncError, TransportError
 from qerl_sync.errors import AgreementError, NoRoomError
 from qerl_sync.plan.layer_map import LayerMap, ParentLayer
 from qerl_sync.wire import cuda_memory
@@ -23,7 +23,6 @@ from qerl_sync.wire.device_segments import DeviceSegment
 from qerl_sync.worker.load.memory import PeakMemory
 from qerl_sync.worker.load.monitor import SyncMonitor
 
-OLD, NEW = tensors(0), tensors(1)
 # As if the worker, which is in this process, had another.
 BESIDE = {"pid": 1, "device_uuid": UUID}
 
@@ -39,32 +38,9 @@ def gpu(monkeypatch):
 
 
 @pytest.fixture
-def workers():
-    made = []
-
-    def make(*said) -> Workers:
-        ranks = {f"rank{rank}": one for rank, one in enumerate(said)}
-        made.append(Workers(*(KeepingLoader(OLD) for _ in said), **ranks))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def session(engine, **options) -> SyncSession:
-    sync = SyncConfig.of(**{"chunk_bytes": 500, "timeout_seconds": 20, **options})
-    transport = RemoteTransport(
-        engine,
-        transport=sync.transport,
-        chunks_in_flight=sync.chunks_in_flight,
-        timeout_seconds=sync.timeout_seconds,
-    )
-    return SyncSession(TensorSource(NEW), transport, sync)
-
-
-def serves(engine, version) -> bool:
-    return all(loader.has(version) for loader in engine.loaders)
+def workers(workers):
+    """`workers(BESIDE, ...)`: what each rank says of itself."""
+    return lambda *said: workers(len(said), **{f"rank{rank}": one for rank, one in enumerate(said)})
 
 
 @pytest.mark.parametrize("chunks_in_flight", [1, 2, 3])

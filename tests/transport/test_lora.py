@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from support.adapters import make_policy, step
 from support.models import make_model, save_model
-from support.remote import Async, OwnProcess, Server, TensorParallel, gap, session, transport_to
+from support.remote import Async, OwnProcess, Server, TensorParallel, gap, session
 
 from qerl_sync import AdapterSource, ConfigError, SyncConfig, SyncError, SyncSession, noise_of
+from qerl_sync.build import remote_transport
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.verify.probe_prompt import largest_gap
 
@@ -114,7 +115,7 @@ def test_what_the_engine_cannot_serve_is_refused_at_construction(lora_engine, re
         (remote("own process"), make_policy(), None),
     ):
         config = SyncConfig.of(timeout_seconds=60)
-        transport = transport_to(engine, config)
+        transport = remote_transport(config, engine.client())
         with pytest.raises(ConfigError) as caught:
             SyncSession(AdapterSource(policy), transport, config)
         assert getattr(caught.value, "rank", None) == value

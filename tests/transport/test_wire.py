@@ -19,7 +19,18 @@ from contextlib import closing
 import pytest
 import torch
 from support.errors import raises
-from support.loaders import CALLER, KeepingLoader, TensorSource, Workers, tensors
+from support.loaders import (
+    CALLER,
+    NEW,
+    OLD,
+    TIMEOUT_SECONDS,
+    TensorSource,
+    Workers,
+    lets_in,
+    serves,
+    session,
+    tensors,
+)
 from support.servers import wait_until
 
 import qerl_sync
@@ -55,9 +66,7 @@ from qerl_sync.wire.endpoints import Listener, connect
 from qerl_sync.wire.segments import AttachedSegment, SharedSegment, remove_abandoned
 from qerl_sync.wire.tokens import HANDSHAKE_SECONDS, new_token, proof
 
-OLD, NEW = tensors(0), tensors(1)
 HOST = "127.0.0.1"
-TIMEOUT_SECONDS = 20.0
 
 
 @pytest.fixture(autouse=True)
@@ -66,32 +75,6 @@ def _nothing_is_left_behind():
     before = set(segments.DIRECTORY.glob(own))
     yield
     assert set(segments.DIRECTORY.glob(own)) <= before
-
-
-@pytest.fixture
-def workers():
-    """`workers(number, rank0={...})`: an engine whose ranks hold the old weights."""
-    made = []
-
-    def make(number: int = 1, kind=Workers, **said) -> Workers:
-        made.append(kind(*(KeepingLoader(OLD) for _ in range(number)), **said))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
-
-
-def session(engine, held=NEW, **options) -> SyncSession:
-    config = {"chunk_bytes": 500, "timeout_seconds": TIMEOUT_SECONDS, **options}
-    sync = SyncConfig.of(**config)
-    transport = RemoteTransport(
-        engine,
-        transport=sync.transport,
-        chunks_in_flight=sync.chunks_in_flight,
-        timeout_seconds=sync.timeout_seconds,
-    )
-    return SyncSession(TensorSource(held), transport, sync)
 
 
 class CountedWorkers(Workers, EngineClient):
@@ -111,10 +94,6 @@ class Half(TensorSource):
 
     def check_finite(self, names=None, *, alone=True):
         assert set(names) <= set(self._names)
-
-
-def serves(engine, version) -> bool:
-    return all(loader.has(version) for loader in engine.loaders)
 
 
 # --------------------------------------------------------------------------- the way it should go
@@ -228,22 +207,6 @@ def test_workers_look_for_nan_unless_every_trainer_rank_has(
 
 
 # -------------------------------------------------------------------------------------- strangers
-
-
-@pytest.fixture
-def listener():
-    one = Listener(HOST, 0, "secret")
-    yield one
-    one.close()
-
-
-def lets_in(listener: Listener) -> bool:
-    with connect(HOST, listener.port, "secret", 5) as worker:
-        trainer = listener.accept(5)
-        assert trainer is not None
-        with trainer:
-            worker.send(say.End(), 5)
-            return isinstance(trainer.receive(5, "a word"), say.End)
 
 
 def silent(stranger):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from types import SimpleNamespace
 
 import pytest
@@ -17,29 +16,16 @@ from support.trainers import (
     save_policy,
 )
 from transformers import TrainerCallback
+from vllm import LLM
 
 from qerl_sync import ConfigError, SyncConfig, WeightSyncCallback, engine_arguments
 from qerl_sync.errors import CompatError
 from qerl_sync.worker.compat import cpu_segments
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("shared_engines")]
 
 
 PARTS_OF_ADAPTED = ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.down")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    """TRL sets RANK, MASTER_PORT and others, which programs that other tests start would follow."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture
@@ -53,6 +39,12 @@ def train(policy, tmp_path):
         return SimpleNamespace(trainer=trainer, callback=callback, log=trainer.state.log_history)
 
     return run
+
+
+@pytest.fixture
+def own_engines(monkeypatch):
+    """Have each trainer start an engine."""
+    monkeypatch.setattr("trl.generation.vllm_generation.LLM", LLM)
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +80,11 @@ def assert_engine_has_the_trainers_weights(run):
 def test_syncs_when_trl_says_and_logs_through_trl(train):
     run = train(max_steps=3)
     assert steps_of(run.callback) == [0, 1, 2]
-    assert [report.version for report in run.callback.reports] == [1, 2, 3]
+    versions = [report.version for report in run.callback.reports]
+    assert versions == [versions[0] + step for step in (0, 1, 2)]
     assert all(report.prediction_exact for report in run.callback.reports)
     logged = [entry for entry in run.log if "sync/version" in entry]
-    assert [entry["sync/version"] for entry in logged] == [1, 2, 3]
+    assert [entry["sync/version"] for entry in logged] == versions
     assert logged[0]["sync/bytes"] == run.callback.session.plan.nbytes
     assert logged[0]["sync/open_layers"] == 1
     assert 0 < logged[0]["sync/seconds/load"] <= logged[0]["sync/seconds/total"]
@@ -171,7 +164,7 @@ def test_keeps_trls_schedule(train, changes, expected):
     assert gap(run.log) <= 1e-5
 
 
-def test_resumes_with_versions_moving_forwards(train, tmp_path):
+def test_resumes_with_versions_moving_forwards(train, tmp_path, own_engines):
     first = train(max_steps=2, save_strategy="steps", save_steps=2)
     assert first.callback.session.version == 2
     second = train(max_steps=4, resume=str(tmp_path / "run" / "checkpoint-2"))
@@ -286,7 +279,9 @@ class OnInitEnd(TrainerCallback):
         self.do()
 
 
-def test_trainers_that_are_built_within_each_other_get_their_own_engines(policy, tmp_path):
+def test_trainers_that_are_built_within_each_other_get_their_own_engines(
+    policy, tmp_path, own_engines
+):
     """The inner one between the outer one's `on_init_end` and its engine, from the same model."""
     inner, outer = (WeightSyncCallback(engine=ENGINE) for _ in range(2))
     built = []

@@ -3,50 +3,21 @@ training is refused before its first step. All of them share an engine for each 
 
 from __future__ import annotations
 
-import os
 import threading
 from itertools import count
 
 import pytest
-from support.trainers import ENGINE, build_trainer, save_policy, varied
+from support.trainers import ENGINE, build_trainer, varied
 from support.witness import Witness
 from transformers import TrainerCallback
 
 from qerl_sync import SyncError, WeightSyncCallback
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("shared_engines")]
 
 # What rounding explains, by the dtype that the engine computes in.
 LIMITS = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.03}
 LEARNING_RATE = 1e-2
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def shared_engines():
-    """Give trainers the engine that an earlier one had, with whatever weights that has left."""
-    from trl.generation import vllm_generation
-
-    environment, make, kept = dict(os.environ), vllm_generation.LLM, {}
-
-    def shared(**given):
-        given["max_num_seqs"] = 16  # TRL's goes by the batch
-        key = repr(sorted(given.items(), key=str))
-        if key not in kept:
-            kept[key] = make(**given)
-        for name in set(vars(kept[key])) & {"generate", "chat"}:
-            delattr(kept[key], name)  # the guard of an earlier callback
-        return kept[key]
-
-    vllm_generation.LLM = shared
-    yield
-    vllm_generation.LLM = make
-    os.environ.clear()
-    os.environ.update(environment)
 
 
 def load(policy, dtype="float32"):

@@ -3,32 +3,16 @@ it."""
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from support.remote import engine_environment
-from support.trainers import ENGINE, build_trainer, gap, gap_now, save_policy
+from support.trainers import ENGINE, build_trainer, gap, gap_now
 
 from qerl_sync import WeightSyncCallback, noise_of
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.usefixtures("shared_engines")]
 
 EXACT = 1e-5
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory):
-    return save_policy(tmp_path_factory.mktemp("policy"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment():
-    """TRL sets RANK, MASTER_PORT and others, which programs that other tests start would follow."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.parametrize("in_own_process", [False, True])

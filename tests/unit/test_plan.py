@@ -20,7 +20,7 @@ from qerl_sync.plan.orders import parse_order
 from qerl_sync.plan.part import part_to_send, smallest_part
 from qerl_sync.plan.policies import as_given, by_parent_layer
 from qerl_sync.plan.simulator import open_layers_at, replay
-from qerl_sync.plan.sync_plan import POLICIES, SyncPlan, build_plan
+from qerl_sync.plan.sync_plan import SyncPlan, build_plan
 
 ORDERS = ["hf", "alphabetical", "size", "optimizer", "random:0", "random:7", "interleaved:3"]
 
@@ -74,7 +74,7 @@ def test_by_parent_layer_is_stable(stream):
     assert all(places == sorted(places) for places in by_layer.values())
 
 
-@given(st.data(), streams(), st.sampled_from(sorted(POLICIES)))
+@given(st.data(), streams(), st.sampled_from(["error", "reorder", "spill", "warn"]))
 def test_plan_survives_json(data, stream, policy):
     metas, layer_map = stream
     plan = build_plan(

@@ -49,7 +49,8 @@ def test_layers_open_in_the_middle_are_those_of_a_ledger(data, stream):
 @given(streams())
 def test_spans_add_up_to_the_trace(stream):
     metas, layer_map = stream
-    trace, spans = Simulator(metas, layer_map).walk()
+    simulator = Simulator(metas, layer_map)
+    trace, spans = simulator.trace(), simulator.spans()
     for index, step in enumerate(trace.steps):
         held = dict(open_at(spans, index))
         # A tensor that lands in several layers may close one before it is held by the next: then
@@ -63,7 +64,7 @@ def test_spans_add_up_to_the_trace(stream):
 @given(streams(), st.data())
 def test_one_sweep_finds_what_each_moment_holds(stream, data):
     metas, layer_map = stream
-    spans = Simulator(metas, layer_map).walk().spans
+    spans = Simulator(metas, layer_map).spans()
     indices = sorted(data.draw(st.sets(st.integers(0, len(metas) - 1))))
     assert list(open_at_each(spans, indices)) == [open_at(spans, index) for index in indices]
 

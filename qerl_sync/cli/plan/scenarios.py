@@ -148,7 +148,7 @@ class Scenario:
     @cached_property
     def spans(self) -> list[Span]:
         """Return when each layer is open, in the order of opening."""
-        return Simulator(self.metas, self.layer_map).walk().spans
+        return Simulator(self.metas, self.layer_map).spans()
 
     @cached_property
     def most_buffered(self) -> Moment:
