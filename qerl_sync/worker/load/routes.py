@@ -236,9 +236,13 @@ class RoutedLoad:
         for call, given in held:
             parameter = _plain(layer._parameters[call.parameter])
             for target, source in call.copies:
+                if given.device != parameter.device:  # from the host, one copy after the other
+                    _viewed(parameter, target).copy_(_viewed(given, source))
+                    continue
                 targets.append(_viewed(parameter, target))
                 sources.append(_viewed(given, source))
-        torch._foreach_copy_(targets, sources)
+        if targets:  # on a GPU one launch for many
+            torch._foreach_copy_(targets, sources)
 
     def _parameter(self, call: LoaderCall) -> torch.Tensor:
         place = call.path, call.parameter
