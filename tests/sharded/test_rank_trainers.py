@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from support.features import needs_deepspeed
 from support.ranks import run_ranks
 from support.trainers import save_policy
 
+from qerl_sync.engines.http import HTTPClient
 from qerl_sync.serving.command import ServerSpec
 from qerl_sync.serving.server import ServerProcess
 
@@ -20,16 +23,17 @@ SERVED = {
 }
 
 
-def assert_synced(told, steps=2, sharded=True):
+def assert_synced(told, steps=2, sharded=True, before=0):
+    """Each step, by an engine that was on the version `before`."""
     for rank, one in enumerate(told):
-        versions = list(range(1, steps + 1))
+        versions = list(range(before + 1, before + steps + 1))
         assert one["steps"] == list(range(steps))
         assert one["versions"] == versions
         assert one["recorded"] == (versions if rank == 0 else [])
         assert one["exact"]
         assert one["sharded"] == sharded
-        assert one["versions after"] == [*versions, steps + 1]
-    assert told[0]["logged"] == list(range(1, steps + 1))
+        assert one["versions after"] == [*versions, versions[-1] + 1]
+    assert told[0]["logged"] == versions
     assert told[0]["gap"] <= 1e-5
     assert told[0]["alone"] == "SyncError"
 
@@ -80,13 +84,20 @@ def test_each_process_syncs_what_deepspeed_trains(tmp_path, place, held):
     _run(tmp_path, place, held)
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A server with a policy, which is beside its log."""
+    directory = tmp_path_factory.mktemp("served")
+    spec = ServerSpec(str(save_policy(directory / "policy")), engine=SERVED)
+    with ServerProcess(spec, log=directory / "server.log") as one:
+        yield one
+
+
 @pytest.mark.parametrize("held", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
-def test_the_main_process_syncs_a_server_for_all(tmp_path, held):
-    policy = save_policy(tmp_path / "policy")
-    run = tmp_path / "run"
+def test_the_main_process_syncs_a_server_for_all(server, held):
+    version = HTTPClient(server.url).weight_version()
+    run = Path(server.spec.model).parent / held
     run.mkdir()
-    spec = ServerSpec(str(policy), engine=SERVED)
-    with ServerProcess(spec, log=tmp_path / "server.log") as server:
-        told = run_ranks("support.rank_trainers", 2, run, server.url, held, seconds=400)
-    assert_synced(told)
+    told = run_ranks("support.rank_trainers", 2, run, server.url, held, seconds=400)
+    assert_synced(told, before=int(version) if version.isdecimal() else 0)
     assert "alone" not in told[1]
