@@ -38,16 +38,10 @@ class Trace:
         self._set(*zip(*steps, strict=True))
 
     @classmethod
-    def of_columns(
-        cls,
-        names: Iterable[str],
-        buffered_bytes: Iterable[int],
-        pinned_bytes: Iterable[int],
-        open_layers: Iterable[int],
-    ) -> Trace:
-        """Return a trace made from the columns of its steps."""
-        trace = cls.__new__(cls)
-        trace._set(names, buffered_bytes, pinned_bytes, open_layers)
+    def of_columns(cls, *columns: Iterable[Any]) -> Trace:
+        """Return a trace made from the columns of its steps, in the order of `TraceStep`."""
+        trace = cls(())
+        trace._set(*columns)
         return trace
 
     def _set(
@@ -57,12 +51,8 @@ class Trace:
         pinned_bytes: Iterable[int] = (),
         open_layers: Iterable[int] = (),
     ) -> None:
-        self._columns = (
-            tuple(names),
-            tuple(buffered_bytes),
-            tuple(pinned_bytes),
-            tuple(open_layers),
-        )
+        marks = tuple(buffered_bytes), tuple(pinned_bytes), tuple(open_layers)
+        self._columns = tuple(names), *marks
 
     @cached_property
     def steps(self) -> tuple[TraceStep, ...]:

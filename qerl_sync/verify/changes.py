@@ -111,7 +111,7 @@ class ChangeWatch:
                 f"{self._step}, and the trainer is at step {step}. "
             )
             if moved:
-                finding += f"{_named(moved)} changed on the trainer and did not travel. {_ADVICE}"
+                finding += f"{some_of(moved)} changed on the trainer and did not travel. {_ADVICE}"
             else:
                 finding += (
                     "Either that step changed nothing (a learning rate or gradients of zero), or "
@@ -124,7 +124,7 @@ class ChangeWatch:
         if not late:
             return Changes(len(changed))
         finding = (
-            f"{_named(list(late))} changed on the trainer in each of the last {PATIENCE} steps "
+            f"{some_of(list(late))} changed on the trainer in each of the last {PATIENCE} steps "
             f"that were synced, and what was sent of it did not. {_ADVICE}"
         )
         return Changes(len(changed), late, finding)
@@ -239,6 +239,7 @@ def _modules(name: str) -> Iterator[str]:
         yield name
 
 
-def _named(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """Return the first three names, for a person, and how many there are besides."""
     shown = ", ".join(map(repr, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -19,10 +19,12 @@ import torch
 from qerl_sync.plan.layer_map import Loading
 from qerl_sync.verify.checksum import fingerprint
 from qerl_sync.worker.compat.engine import (
+    NOT_KEPT,
     _layerwise,
     forget_packed_experts,
     live_tensors,
     loadable_tensors,
+    replaced,
 )
 
 logger = logging.getLogger(__name__)
@@ -31,7 +33,6 @@ logger = logging.getLogger(__name__)
 _PATTERN = 65_521
 # How deep attributes of vLLM's own objects are looked at.
 _DEPTH = 6
-_OF_TORCH = frozenset(vars(torch.nn.Module())) | {"kv_cache"}
 
 
 def rehearse(layer: torch.nn.Module) -> Loading:
@@ -69,11 +70,6 @@ def rehearse(layer: torch.nn.Module) -> Loading:
     if before == after:
         return "direct"
     return "in place" if before.layouts == after.layouts else "layerwise"
-
-
-def release_scratch() -> None:
-    """Give a GPU's driver back what rehearsals have left with torch's allocator."""
-    torch.cuda.empty_cache()  # does nothing where there is none
 
 
 def changed_since(layer: torch.nn.Module) -> bool:
@@ -128,19 +124,11 @@ def count_loads(layer: torch.nn.Module, loaded: Callable[[], None]) -> Iterator[
 
         return loader
 
-    undo: list[Callable[[], None]] = []
-    for tensor in loadable_tensors(layer).values():
-        own = getattr(tensor, "weight_loader", None)
-        tensor.weight_loader = counted(layerwise._get_weight_loader(tensor))  # type: ignore[attr-defined]
-        if own is None:  # vLLM takes its default loader where there is none
-            undo.append(functools.partial(delattr, tensor, "weight_loader"))
-        else:
-            undo.append(functools.partial(setattr, tensor, "weight_loader", own))
-    try:
+    with ExitStack() as stack:
+        for tensor in loadable_tensors(layer).values():
+            load = counted(layerwise._get_weight_loader(tensor))
+            stack.enter_context(replaced(tensor, weight_loader=load))
         yield
-    finally:
-        for one in undo:
-            one()
 
 
 def addresses(layer: torch.nn.Module) -> list[int]:
@@ -185,7 +173,7 @@ class _State:
         self._held = (
             self._what(tensors, 2),
             [
-                self._what({k: v for k, v in vars(part).items() if k not in _OF_TORCH}, _DEPTH)
+                self._what({k: v for k, v in vars(part).items() if k not in NOT_KEPT}, _DEPTH)
                 for part in _parts(layer)
             ],
         )

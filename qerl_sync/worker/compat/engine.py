@@ -8,34 +8,49 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import types
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from qerl_sync.buffers.detect import plain_tensors
+from qerl_sync.buffers.detect import plain_tensors, storage_key
 from qerl_sync.errors import CompatError, LoadError
 from qerl_sync.worker.compat import older_reload as older
-from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.load.copy_count import CopyCount
+
+# What torch keeps in a module's own dictionary for parameters, submodules and hooks; and the KV
+# cache, which a sync leaves as it is.
+TORCHS_OWN = frozenset(vars(torch.nn.Module()))
+NOT_KEPT = TORCHS_OWN | {"kv_cache"}
 
 
 def _layerwise() -> Any:
-    """Return vLLM's module of the layerwise reload, which `require_layerwise_reload` checks."""
+    """Return vLLM's module of the layerwise reload."""
     from vllm.model_executor.model_loader.reload import layerwise
 
     return layerwise
 
 
-def require_layerwise_reload() -> None:
-    """Check that the installed vLLM can be synced.
+@contextlib.contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Set these attributes of `owner` in this context, and put back what was there."""
+    before = {name: getattr(owner, name, _ABSENT) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
-    Raises:
-        CompatError: naming what is missing, or that vLLM is older than the window.
-    """
-    require("layerwise reload")
+
+_ABSENT = object()
 
 
 class EngineParts(NamedTuple):
@@ -93,16 +108,11 @@ def prompt_logprobs(llm: Any, token_ids: Sequence[int]) -> list[float]:
     return [float(table[token].logprob) for token, table in reported]
 
 
-@dataclass(frozen=True)
-class LayerState:
+class LayerState(NamedTuple):
     """A layer's progress. `total_numel` is None when it awaits nothing."""
 
     loaded_numel: int
     total_numel: int | None
-
-    @property
-    def awaits_all(self) -> bool:
-        return self.total_numel is not None and self.loaded_numel <= 0
 
 
 def layer_state(layer: torch.nn.Module) -> LayerState:
@@ -183,23 +193,14 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
     layerwise = _layerwise()
     next_question = older.asked_after_counting(layerwise)
     asks_others_only = next_question == "has_device_tensors"  # not for deferred layers
-    names = (
-        "get_layer_size",
-        "get_numel_loaded",
-        next_question,
-        "_layerwise_process",
-        "_copy_and_restore_kernel_tensors",
-        "_place_kernel_tensors",
-    )
-    real = {name: getattr(layerwise, name) for name in names}
-    counting = real["get_numel_loaded"]
-    count = counting if process else CopyCount(counting, load_numel_of)
+    real = types.SimpleNamespace(**vars(layerwise))
+    count = real.get_numel_loaded if process else CopyCount(real.get_numel_loaded, load_numel_of)
     sized: list[torch.nn.Module] = []
     counted: list[int] = []
 
     def get_layer_size(layer: torch.nn.Module) -> int:
         sized[:] = [layer]
-        return int(real["get_layer_size"](layer))
+        return int(real.get_layer_size(layer))
 
     def tell(layer: torch.nn.Module) -> None:
         parameter, bound = layerwise.LAYERWISE_INFO[layer].loaded_weights[-1]
@@ -216,35 +217,34 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
     def answer(question: Any) -> bool:
         if counted:
             tell(*sized)
-        return bool(real[next_question](question))
+        return bool(getattr(real, next_question)(question))
 
     def _layerwise_process(layer: torch.nn.Module, info: Any) -> None:
         if process:
             observer.processing(layer)
-            real["_layerwise_process"](layer, info)
+            real._layerwise_process(layer, info)
             observer.processed(layer)
 
     def _copy_and_restore_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
         _fit_live_tensors(layer, info, observer)
         older.keep_derived_buffers(layer, info)
-        real["_copy_and_restore_kernel_tensors"](layer, info)
+        real._copy_and_restore_kernel_tensors(layer, info)
 
     def _place_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
-        real["_place_kernel_tensors"](layer, info)
+        real._place_kernel_tensors(layer, info)
         older.placed_back(layer, info)
 
-    layerwise.get_layer_size = get_layer_size
-    layerwise.get_numel_loaded = get_numel_loaded
-    setattr(layerwise, next_question, answer)
-    layerwise._layerwise_process = _layerwise_process
-    layerwise._copy_and_restore_kernel_tensors = _copy_and_restore_kernel_tensors
-    layerwise._place_kernel_tensors = _place_kernel_tensors
-    try:
-        with count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext():
-            yield
-    finally:
-        for name, function in real.items():
-            setattr(layerwise, name, function)
+    wrappers = {
+        "get_layer_size": get_layer_size,
+        "get_numel_loaded": get_numel_loaded,
+        next_question: answer,
+        "_layerwise_process": _layerwise_process,
+        "_copy_and_restore_kernel_tensors": _copy_and_restore_kernel_tensors,
+        "_place_kernel_tensors": _place_kernel_tensors,
+    }
+    counting = count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext()
+    with replaced(layerwise, **wrappers), counting:
+        yield
 
 
 def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: LoadObserver) -> None:
@@ -384,7 +384,12 @@ def credit_padding(layer: torch.nn.Module) -> None:
 
 
 def forget_packed_experts(layer: Any) -> None:
-    """Take the kernel from unquantised experts on CPU, so that vLLM packs and builds it anew."""
+    """Take the kernel from unquantised experts on CPU, so that vLLM packs and builds it anew.
+
+    `UnquantizedFusedMoEMethod` packs only while it has no kernel, and takes every later load for
+    an update in place, which the packed copy does not see. On GPUs the kernel reads the parameters
+    themselves and captured graphs hold their addresses, so nothing is touched there.
+    """
     if _packs_experts(layer):
         layer.quant_method.moe_kernel = None
 
@@ -478,9 +483,8 @@ def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
 def packs(layer: torch.nn.Module) -> bool:
     """Return whether a CPU kernel packs this layer: in the closure of `cpu_linear`, or, for
     experts, in a kernel object."""
-    packed = getattr(getattr(layer, "cpu_linear", None), "__closure__", None)
     kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-    return packed is not None or (kernel is not None and is_on_cpu())
+    return _packs_linear(layer) or (kernel is not None and is_on_cpu())
 
 
 def lend_packing(owner: Any, layer: Any) -> bool:
@@ -582,17 +586,11 @@ def zero_kv_caches(vllm_config: Any) -> int:
     overwrite, and its memory is not mapped.
     """
     layers = vllm_config.compilation_config.static_forward_context.values()
-    caches = [cache for layer in layers for cache in _tensors_in(getattr(layer, "kv_cache", None))]
-    if _kv_caches_sleep():
-        return 0
-    for cache in caches:
-        cache.zero_()
-    return sum(cache.nbytes for cache in caches)
-
-
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    found = value if isinstance(value, list | tuple) else [value]
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+    caches = tree_leaves([getattr(layer, "kv_cache", None) for layer in layers])
+    tensors = [] if _kv_caches_sleep() else [c for c in caches if isinstance(c, torch.Tensor)]
+    for tensor in tensors:
+        tensor.zero_()
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _kv_caches_sleep() -> bool:
@@ -608,11 +606,6 @@ def _kv_caches_sleep() -> bool:
     return any(data.tag == "kv_cache" and data.is_asleep for data in known)
 
 
-def record_metadata(model: torch.nn.Module) -> None:
-    """Remember what a reload restores on meta. Engines do so when they have built their model."""
-    _layerwise().record_metadata_for_reloading(model)
-
-
 def finish_reload(
     model: torch.nn.Module, vllm_config: Any, expected: Collection[str] | None = None
 ) -> None:
@@ -626,11 +619,12 @@ def finish_reload(
             dropped. None: all are logged.
     """
     layerwise = _layerwise()
-    findings = {
-        f"{type(layer).__name__}: Failed to load weights"
-        for name, layer in model.named_modules()
-        if name in (expected or ()) and layer_state(layer).awaits_all
-    }
+    findings = set()
+    for name in expected or ():
+        layer = model.get_submodule(name)
+        loaded_numel, total_numel = layer_state(layer)
+        if total_numel is not None and loaded_numel <= 0:
+            findings.add(f"{type(layer).__name__}: Failed to load weights")
 
     def is_finding(record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -705,7 +699,7 @@ def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
                         continue
                     stash.append((tensors, name, tensor))
                     twin = to_meta_tensor(tensor)
-                    twins.add(twin.untyped_storage()._cdata)
+                    twins.add(storage_key(twin))
                     tensors[name] = twin
         yield twins
     finally:

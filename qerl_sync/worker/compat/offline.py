@@ -81,7 +81,7 @@ def meta_model(config: Any) -> Iterator[compat.EngineParts]:
                 f"{', '.join(config.model_config.architectures)} on the meta device: "
                 f"{type(exc).__name__}: {exc}"
             ) from exc
-        compat.record_metadata(model)
+        compat._layerwise().record_metadata_for_reloading(model)  # as engines do
         yield compat.EngineParts(model, config, torch.device("meta"))
 
 
@@ -99,7 +99,7 @@ def _real_expert_maps() -> Iterator[None]:
         with torch.device("cpu"):
             return determine(*args, **kwargs)
 
-    with _replaced(manager, "determine_expert_map", on_cpu):
+    with compat.replaced(manager, determine_expert_map=on_cpu):
         yield
 
 
@@ -123,9 +123,8 @@ def _fake_group(parallel: Any) -> Iterator[None]:
             super().__init__(**{**kwargs, **silent})
 
     with (
-        _replaced(dist, "new_group", fake_group),
-        _replaced(state, "GroupCoordinator", Coordinator),
-        _replaced(state, "_node_count", lambda group: 1),
+        compat.replaced(dist, new_group=fake_group),
+        compat.replaced(state, GroupCoordinator=Coordinator, _node_count=lambda group: 1),
     ):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parallel.world_size)
         try:
@@ -137,13 +136,3 @@ def _fake_group(parallel: Any) -> Iterator[None]:
         finally:
             state.destroy_model_parallel()
             state.destroy_distributed_environment()
-
-
-@contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    real = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, real)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qerl_sync.buffers.detect import storage_key
 from qerl_sync.errors import LayerMapError, LoadError
 from qerl_sync.worker.compat import engine as compat
 
@@ -63,7 +64,7 @@ def lost_views(model: torch.nn.Module) -> list[LostView]:
     found = []
     for path, owner in model.named_modules():
         for name, buffer in compat.unrecorded_buffers(owner):
-            if _storage(buffer) in {_storage(p) for p in owner.parameters()}:
+            if storage_key(buffer) in {storage_key(p) for p in owner.parameters()}:
                 continue
             candidates = list(_candidates(owner, path, buffer))
             if len(candidates) > 1:
@@ -151,7 +152,7 @@ class Views:
     def __init__(self, model: torch.nn.Module, stay: Collection[torch.nn.Module] = ()) -> None:
         staying = set(map(id, stay))
         owners = {
-            _storage(parameter): (module, name, f"{path}.{name}")
+            storage_key(parameter): (module, name, f"{path}.{name}")
             for path, module in model.named_modules()
             if id(module) not in staying
             for name, parameter in module._parameters.items()
@@ -161,7 +162,7 @@ class Views:
         self._views = [
             _View(place, tensor, find, key, *owner, owner[0]._parameters[owner[1]].data)
             for place, tensor, find, key in (_reachable(model) if owners else ())
-            if (owner := owners.get(_storage(tensor))) is not None
+            if (owner := owners.get(storage_key(tensor))) is not None
         ]
 
     def restore(self) -> None:
@@ -175,11 +176,14 @@ class Views:
         """
         for view in self._views:
             now, live = view.now, view.module._parameters.get(view.parameter)
-            if live is None or not isinstance(now, torch.Tensor) or _storage(now) == _storage(live):
+            if live is None or not isinstance(now, torch.Tensor):
                 continue
-            if _layout(now) == _layout(view.tensor) and _storage(view.tensor) == _storage(live):
+            memory, same_layout = storage_key(live), _layout(now) == _layout(view.tensor)
+            if storage_key(now) == memory:
+                continue
+            if same_layout and storage_key(view.tensor) == memory:
                 view.put(view.tensor)
-            elif _layout(now) == _layout(view.tensor) and _layout(live) == _layout(view.data):
+            elif same_layout and _layout(live) == _layout(view.data):
                 offset = view.tensor.storage_offset() - view.data.storage_offset()
                 offset += live.storage_offset()
                 view.put(live.data.as_strided(now.shape, now.stride(), offset))
@@ -192,10 +196,6 @@ class Views:
                 )
 
 
-# torch's own of a module: parameters, submodules, hooks. Buffers are looked at by themselves.
-_TORCHS_OWN = frozenset(vars(torch.nn.Module()))
-
-
 def _reachable(
     model: torch.nn.Module,
 ) -> Iterator[tuple[str, torch.Tensor, _Find, Any]]:
@@ -206,7 +206,7 @@ def _reachable(
     for path, module in model.named_modules():
         finders = {path: partial(getattr, module, "_buffers"), f"{path} ": partial(vars, module)}
         for name, value in vars(module).items():
-            if isinstance(value, list | dict) and name not in _TORCHS_OWN:
+            if isinstance(value, list | dict) and name not in compat.TORCHS_OWN:
                 finders[f"{path}.{name}"] = partial(getattr, module, name, {})
         for place, find in finders.items():
             container = find()
@@ -214,10 +214,6 @@ def _reachable(
             for key, value in items:
                 if isinstance(value, torch.Tensor) and not value.is_meta and value.numel():
                     yield f"{place.rstrip()}.{key}", value, find, key
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:

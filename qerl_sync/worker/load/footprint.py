@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import touched_bytes
 from qerl_sync.plan.sync_plan import SyncPlan
+from qerl_sync.stopwatch import Span
+
+
+@dataclass
+class LoadCosts:
+    """What loading one sync takes on the worker.
+
+    Attributes:
+        working_bytes: for each layer, see `compat.working_bytes`.
+        finishing_bytes: what is needed at the end, when derived state is made anew (tied heads).
+        kept_bytes: what the old weights take in memory (`on_failure: rollback`).
+        peak_staged_bytes: the most that waits in host memory (policy `spill`).
+        verify_seconds: what checksums take (`sync.verify`).
+        processed_layers: when vLLM processed which parent layer.
+    """
+
+    working_bytes: Mapping[str, int] = field(default_factory=dict)
+    finishing_bytes: int = 0
+    kept_bytes: int = 0
+    peak_staged_bytes: int = 0
+    verify_seconds: float = 0.0
+    processed_layers: Sequence[Span] = ()
 
 
 @dataclass(frozen=True)
@@ -28,18 +50,11 @@ class Arrivals:
 
 
 def footprint_bytes(
-    plan: SyncPlan,
-    layer_map: LayerMap,
-    working_bytes: Mapping[str, int],
-    finishing_bytes: int,
-    arrivals: Sequence[Arrivals],
+    plan: SyncPlan, layer_map: LayerMap, costs: LoadCosts, arrivals: Sequence[Arrivals]
 ) -> int:
-    """Return the highest sum, over all chunks, of the memory that chunks arrive in and of what the
-    largest layer that the chunk completes needs while vLLM processes it, or of what is staged.
-
-    Args:
-        working_bytes: for each layer, see `compat.working_bytes`.
-        finishing_bytes: what is needed at the end, when derived state is made anew (tied heads).
+    """Return the bytes of the old weights that are kept, and the highest sum, over all chunks, of
+    the memory that chunks arrive in and of what the largest layer that the chunk completes needs
+    while vLLM processes it, or of what is staged.
     """
     received = [
         [a.standing_bytes] * len(a.sizes)
@@ -53,9 +68,10 @@ def footprint_bytes(
             whole_in.update(dict.fromkeys(layer_map.parents(name), index))
     working = [0] * len(plan.chunks)
     for layer, index in whole_in.items():
-        working[index] = max(working[index], working_bytes.get(layer, 0))
+        working[index] = max(working[index], costs.working_bytes.get(layer, 0))
     # What a chunk completes is loaded and released, then what it leaves is staged.
     after = plan.staged_bytes
     own = [max(a + w, b) for a, w, b in zip([0, *after], working, after, strict=False)]
     loading = max((sum(at) for at in zip(*received, own, strict=True)), default=0)
-    return max(loading, sum(touched[-1] for touched in received if touched) + finishing_bytes)
+    finishing = sum(touched[-1] for touched in received if touched) + costs.finishing_bytes
+    return costs.kept_bytes + max(loading, finishing)

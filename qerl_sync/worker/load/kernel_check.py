@@ -11,6 +11,7 @@ import xxhash
 
 from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.verify.changes import some_of
 from qerl_sync.verify.checksum import fingerprint
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
@@ -142,7 +143,7 @@ class KernelCheck:
             layer, parameter = place
             key = f"{layer}.{parameter}"
             if layer in self._packings and not parameter.endswith("bias"):
-                if _same(before, now, packed_key(layer)) and not self._renewed(layer):
+                if _same(before, now, layer + _PACKED) and not self._renewed(layer):
                     yield layer
             elif key in tensors and self._keeps(tensors[key]) and _same(before, now, key):
                 yield layer
@@ -154,7 +155,7 @@ class KernelCheck:
         }
         same = {layer for layer, _ in now.arrived} - moved
         for key, found in now.kernels.items():
-            layer = key.removesuffix(PACKED) if key.endswith(PACKED) else key.rpartition(".")[0]
+            layer = _layer_of(key)
             if layer in same and before.kernels.get(key, found) != found:
                 yield layer
 
@@ -174,11 +175,11 @@ class KernelCheck:
         return old is None or old is not self._packings_now[layer].holder()
 
 
-PACKED = " (packed)"
+_PACKED = " (packed)"
 
 
-def packed_key(layer: str) -> str:
-    return f"{layer}{PACKED}"
+def _layer_of(key: str) -> str:
+    return key.removesuffix(_PACKED) if key.endswith(_PACKED) else key.rpartition(".")[0]
 
 
 @torch.no_grad()
@@ -192,9 +193,20 @@ def kernel_checksums(model: torch.nn.Module) -> dict[str, int]:
     packs = compat.packings(model)
     for layer, product in compat.packed_products(model):
         if layer in packs:
-            key = packed_key(layer)
+            key = layer + _PACKED
             found[key] = _chained(product, found.get(key, 0))
     return found
+
+
+def kernel_digests(model: torch.nn.Module) -> dict[str, str]:
+    """Return, by module path, a digest of the weights that its kernels use: equal on two workers of
+    the same machine that hold the same, but for changes below the rounding of a packed product.
+    """
+    found: dict[str, int] = {}
+    for key, checksum in kernel_checksums(model).items():
+        path = _layer_of(key)
+        found[path] = xxhash.xxh3_64_intdigest(f"{key} {checksum}".encode(), found.get(path, 0))
+    return {path: f"{digest:016x}" for path, digest in found.items()}
 
 
 def _chained(tensor: torch.Tensor, seed: int) -> int:
@@ -223,12 +235,7 @@ STRANGE = (
 
 def _complaint(layers: list[str], what: str) -> str:
     return (
-        f"{_some(list(dict.fromkeys(layers)))} {what}. This vLLM does not reload that layer as it "
+        f"{some_of([*dict.fromkeys(layers)])} {what}. This vLLM does not reload that layer as it "
         "should: report it, with the model's architecture, and restart the engine to get these "
         "weights"
     )
-
-
-def _some(layers: list[str]) -> str:
-    shown = ", ".join(map(repr, layers[:3]))
-    return shown if len(layers) <= 3 else f"{shown} and {len(layers) - 3:,} more layers"

@@ -14,17 +14,6 @@ import torch
 from qerl_sync.worker.compat import engine as compat
 
 
-def before_processing(layer: torch.nn.Module) -> None:
-    """Make vLLM pack the new weights of unquantised experts on a CPU.
-
-    `UnquantizedFusedMoEMethod` packs only while it has no kernel, and takes every later load for
-    an update in place, which the packed copy does not see. Without its kernel it packs and builds
-    a new one. On GPUs the kernel reads the parameters themselves and captured graphs hold their
-    addresses, so nothing is touched there.
-    """
-    compat.forget_packed_experts(layer)
-
-
 def after_reload(model: torch.nn.Module) -> list[str]:
     """Give tied heads the packed copy of the new embeddings, or have them packed once more.
     Return the modules that were refreshed.
@@ -73,13 +62,9 @@ def packed_anew_bytes(
     return found
 
 
-def tied_layers(model: torch.nn.Module) -> list[str]:
-    """Return the modules that share a parameter object with an earlier one, in module order."""
-    return list(tied_parameters(model))
-
-
 def tied_parameters(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """Return by module path, for `tied_layers`, which module has the parameter first, and its name.
+    """Return the modules that share a parameter object with an earlier one, in module order: by
+    path, which module has it first, and its name.
 
     What no loader fills (a router's correction, which vLLM 0.25 hands to the experts as well) is
     shared without being packed: the experts are no tied head for that.

@@ -12,9 +12,6 @@ from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import memory
 
 HOST = torch.device("cpu")
-# What torch keeps in a module's own dictionary for parameters, submodules and hooks; and the KV
-# cache, which a sync leaves as it is.
-_NOT_KEPT = frozenset(vars(torch.nn.Module())) | {"kv_cache"}
 
 
 class Rollback:
@@ -78,7 +75,7 @@ class Rollback:
         """Restore the model as it was, and drop the copies."""
         for owner, before in self._attributes.values():
             now = vars(owner)
-            for name in now.keys() - before.keys() - _NOT_KEPT:
+            for name in now.keys() - before.keys() - compat.NOT_KEPT:
                 del now[name]
             now.update(before)
         with torch.no_grad():
@@ -90,7 +87,7 @@ class Rollback:
         self._copies, self._attributes, self._packings = {}, {}, {}
 
     def _snapshot(self, owner: Any) -> None:
-        found = {name: v for name, v in vars(owner).items() if name not in _NOT_KEPT}
+        found = {name: v for name, v in vars(owner).items() if name not in compat.NOT_KEPT}
         self._attributes.setdefault(id(owner), (owner, found))
         for value in found.values():
             if isinstance(value, torch.Tensor) and not value.is_meta:

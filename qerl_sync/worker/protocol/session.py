@@ -19,6 +19,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from qerl_sync.buffers.detect import storage_key
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import (
     AgreementError,
@@ -37,7 +38,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.stopwatch import Span, Stopwatch, slowest
+from qerl_sync.stopwatch import Stopwatch, slowest
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
@@ -46,7 +47,7 @@ from qerl_sync.wire.endpoints import connect, parse_endpoint
 from qerl_sync.wire.handshake import ConnectCall, ServeCall, parse
 from qerl_sync.wire.mirror import Mirror, mirror_bytes
 from qerl_sync.wire.tokens import proof, same_proof
-from qerl_sync.worker.load.footprint import Arrivals, footprint_bytes
+from qerl_sync.worker.load.footprint import Arrivals, LoadCosts, footprint_bytes
 from qerl_sync.worker.load.memory import PeakMemory, free_bytes
 from qerl_sync.worker.protocol.connection import Arrived, TrainerConnection
 
@@ -63,29 +64,13 @@ Item = say.Message | Arrived
 class Loader(Protocol):
     """Takes the weights; `worker.load.receiver.Receiver` has what each part means."""
 
-    @property
-    def working_bytes(self) -> Mapping[str, int]: ...
-
-    @property
-    def finishing_bytes(self) -> int: ...
-
-    @property
-    def peak_staged_bytes(self) -> int: ...
-
-    @property
-    def verify_seconds(self) -> float: ...
-
-    @property
-    def kept_bytes(self) -> int: ...
+    costs: LoadCosts
 
     @property
     def quantisation(self) -> dict[str, Any]: ...
 
     @property
     def poisoned(self) -> str | None: ...
-
-    @property
-    def processed_layers(self) -> Sequence[Span]: ...
 
     def layer_map(
         self,
@@ -321,32 +306,20 @@ class WorkerSession:
             )
             for rank, (part, request) in enumerate(zip(parts, requests, strict=True))
         ]
-        verify_seconds = self._loader.verify_seconds + self._wire_clock.seconds["verify"]
+        costs = self._loader.costs
+        verify_seconds = costs.verify_seconds + self._wire_clock.seconds["verify"]
+        layers = costs.processed_layers
         self._tell(
             say.Report(
                 trace=trace.to_json(),
                 seconds=clock.seconds | {"verify": verify_seconds},
                 peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
-                peak_staged_bytes=self._loader.peak_staged_bytes,
-                kept_bytes=self._loader.kept_bytes,
+                peak_staged_bytes=costs.peak_staged_bytes,
+                kept_bytes=costs.kept_bytes,
                 mirror_bytes=0 if self._mirror is None else self._mirror.nbytes,
-                spans=[
-                    *clock.spans,
-                    *(
-                        self._loader.processed_layers
-                        if options.record_spans
-                        else slowest(self._loader.processed_layers)
-                    ),
-                ],
+                spans=[*clock.spans, *(layers if options.record_spans else slowest(layers))],
                 quantisation=self._loader.quantisation,
-                peak_extra_bytes_predicted=self._loader.kept_bytes
-                + footprint_bytes(
-                    plan,
-                    layer_map,
-                    self._loader.working_bytes,
-                    self._loader.finishing_bytes,
-                    arrivals,
-                ),
+                peak_extra_bytes_predicted=footprint_bytes(plan, layer_map, costs, arrivals),
             )
         )
         self._in_doubt = True
@@ -583,7 +556,7 @@ def _await(connection: TrainerConnection, kind: type[M], what: str) -> M:
 
 def _references(tensor: torch.Tensor) -> int:
     """Count what refers to the tensor's storage."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+    return int(torch._C._storage_Use_Count(storage_key(tensor)))
 
 
 def _is_released(tensor: torch.Tensor, references: int) -> bool:
