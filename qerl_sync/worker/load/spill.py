@@ -140,20 +140,17 @@ class _Block:
                 "`policy: reorder` if the source can be reordered"
             ) from exc
         if locked and directory is None:
-            self._lock(nbytes)
+            # Copies to the device are faster then. torch's own pinned memory comes in powers of
+            # two, and is kept when it is free.
+            address = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
+            if cuda_memory.lock_pages(address, nbytes):
+                self._address = address
 
     def free(self) -> None:
         if self._address is not None:
             cuda_memory.unlock_pages(self._address)
             self._address = None
         del self.memory
-
-    def _lock(self, nbytes: int) -> None:
-        """Page-lock the memory: copies to the device are then faster. torch's own pinned
-        memory is not used: it comes in powers of two, and is kept when it is free."""
-        address = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
-        if cuda_memory.lock_pages(address, nbytes):
-            self._address = address
 
 
 def _mapped(nbytes: int, directory: Path | None) -> mmap.mmap:

@@ -73,11 +73,7 @@ class Loader(Protocol):
     def poisoned(self) -> str | None: ...
 
     def layer_map(
-        self,
-        metas: Sequence[ParamMeta],
-        *,
-        allow_incomplete: Sequence[str] = (),
-        load: Load = "auto",
+        self, metas: Sequence[ParamMeta], *, allow_incomplete: Sequence[str], load: Load
     ) -> LayerMap: ...
 
     def require_adapter(self, adapter: Adapter) -> None: ...
@@ -100,7 +96,7 @@ class Loader(Protocol):
 
 
 class _AbortRequested(SyncError):
-    """The trainer asks, in the middle of a sync, to abort it, and awaits Aborted."""
+    """The trainer asks to abort the sync, mostly in the middle of it, and awaits Aborted."""
 
     def __init__(self, request: say.Abort) -> None:
         super().__init__(request.reason)
@@ -214,9 +210,7 @@ class WorkerSession:
             # The trainer is lost, or what it says makes no sense: nothing can go on from here.
             expected = isinstance(exc, SyncError)
             logger.error("the session with the trainer ended: %s", exc, exc_info=not expected)
-            self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
-            self._release(exc)
-            self._tell(say.failure(exc))
+            self._fail(exc)
             for connection in self._connections:
                 connection.close()
             if not heard:
@@ -248,8 +242,7 @@ class WorkerSession:
                     )
                 self._sync(syncs)
             elif isinstance(lead, say.Abort):
-                self._loader.abort(lead.reason, keep_old=lead.keep_old)
-                self._tell(say.Aborted(poisoned=self._loader.poisoned))
+                raise _AbortRequested(lead)
             elif isinstance(lead, say.Invalidate):
                 self._loader.poison(lead.reason)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
@@ -261,9 +254,12 @@ class WorkerSession:
         except TransportTimeout:  # the trainer is gone
             raise
         except SyncError as exc:
-            self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
-            self._release(exc)
-            self._tell(say.failure(exc))
+            self._fail(exc)
+
+    def _fail(self, exc: Exception) -> None:
+        self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
+        self._release(exc)
+        self._tell(say.failure(exc))
 
     def _map(self, request: say.MapRequest) -> None:
         metas = metas_from_json(request.metas)
