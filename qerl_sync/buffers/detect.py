@@ -26,16 +26,12 @@ def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
 
 
 def storage_key(tensor: torch.Tensor) -> int:
-    """Return the address of the tensor's StorageImpl: unique among storages that are alive, meta
-    ones included.
-    """
+    """Return the address of its StorageImpl: unique among living storages, also those on meta."""
     return tensor.untyped_storage()._cdata
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Return the tensors that hold the bytes: `tensor` itself, or the inner tensors of a wrapper
-    subclass.
-    """
+    """Return the tensors that hold the bytes: itself, or a wrapper subclass's inner tensors."""
     if callable(to_local := getattr(tensor, "to_local", None)):
         yield from plain_tensors(to_local())
     elif callable(flatten := getattr(tensor, "__tensor_flatten__", None)):

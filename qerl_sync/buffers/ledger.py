@@ -40,9 +40,7 @@ class BufferLedger:
         return self.buffered_bytes, self.pinned_bytes, self.open_layers
 
     def begin(self, name: str) -> None:
-        """Start the step of the stream's next tensor, `name`. Later events belong to it until the
-        next `begin`.
-        """
+        """Start the step of the stream's next tensor, `name`, to which later events belong."""
         self._end_step()
         self._name = name
         self._high = self._now

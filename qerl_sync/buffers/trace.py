@@ -98,9 +98,7 @@ class Trace:
         return self._columns[3].index(self.max_open_layers)
 
     def first_difference(self, measured: Trace) -> str | None:
-        """Describe where a measured trace first differs from this one, which was predicted; None
-        if they are equal, tensor by tensor.
-        """
+        """Describe where a measured trace first differs from this prediction; None: nowhere."""
         for i, (mine, theirs) in enumerate(zip(self.steps, measured.steps, strict=False)):
             for field, a, b in zip(TraceStep._fields, mine, theirs, strict=True):
                 if a != b:

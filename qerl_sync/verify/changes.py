@@ -163,8 +163,8 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
 
 
 def _fingerprint_here(tensor: torch.Tensor) -> int:
-    """Return the same as `fingerprint`, of a contiguous tensor in host memory, by slices of its
-    bytes: this is done for each tensor of each sync, and torch's calls cost more than the hash."""
+    """Return the same, of a contiguous tensor in host memory: by slices of its bytes, as torch's
+    calls cost more than the hash, and each sync makes them for each tensor."""
     raw = tensor.view(-1).view(torch.uint8).numpy()
     if tensor.numel() <= RUNS * RUN:
         return xxhash.xxh3_64_intdigest(raw.data)
@@ -176,9 +176,7 @@ def _fingerprint_here(tensor: torch.Tensor) -> int:
 
 
 def destination(name: str) -> str:
-    """Return the name without the additions of wrappers and adapters: the parameter it belongs
-    to.
-    """
+    """Return the parameter's name without the additions of wrappers and adapters."""
     plain = _COPIES.sub(".", _WRAPPERS.sub("", name))
     return _ADAPTER.sub(".weight", plain)
 

@@ -30,9 +30,7 @@ class FiniteChecker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="qerl-sync look ahead")
 
     def await_chunk(self, index: int) -> None:
-        """Block until chunk `index` was checked. Raise what was found in it or in any other
-        chunk.
-        """
+        """Block until chunk `index` was checked. Raise what was found in any chunk so far."""
         if self._looks:
             self._looks[min(index, len(self._looks) - 1)].result()
         if self._error is not None:

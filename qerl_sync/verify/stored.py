@@ -41,8 +41,7 @@ def stored_by(quantisation: Mapping[str, Any], dtype: str) -> Stored | None:
 
 
 def fp8_per_channel(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight in float32 as vLLM's `fp8_per_channel` holds it: float8_e4m3fn, with a
-    scale for each output."""
+    """Return in float32 what vLLM's `fp8_per_channel` holds: float8_e4m3fn, a scale an output."""
     exact = weight.float()
     scale = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _FP8_MAX
     held = (exact / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)

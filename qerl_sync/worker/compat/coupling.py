@@ -252,8 +252,7 @@ def lacking(feature: str, version: str, missing: tuple[str, ...]) -> CompatError
 
 
 def lookup(feature: str) -> dict[str, str]:
-    """Return, for each name of a feature with its module, the name that is used; "": none is
-    there."""
+    """Return, for each name of a feature with its module, the name that is used; "": none."""
     found = {}
     for module_name, names in FEATURES[feature].names.items():
         try:

@@ -52,7 +52,9 @@ def rehearse(layer: torch.nn.Module) -> Loading:
     # Quantised weights are not looked at: processing them needs values that mean something.
     if not all(t.is_floating_point() and t.itemsize > 1 for t in awaited.values()):
         return "layerwise"
-    live = {tensor_name: t for tensor_name, t in _live(layer).items() if tensor_name in awaited}
+    live = {
+        tensor_name: t for tensor_name, t in live_tensors(layer).items() if tensor_name in awaited
+    }
     if any(tensor.is_meta for tensor in live.values()):
         return "in place"
     if _layouts(live) != _layouts(awaited) or _loaders(live) != _loaders(awaited):
@@ -73,7 +75,7 @@ def rehearse(layer: torch.nn.Module) -> Loading:
 
 
 def changed_since(layer: torch.nn.Module) -> bool:
-    """Return whether the live tensors are laid out otherwise than the model was built. For calls
+    """Return whether the live tensors have another layout than when the model was built. Call it
     outside of a reload."""
     parameters, buffers = _layerwise().LAYERWISE_INFO[layer].restore_metadata
     return any(
@@ -133,12 +135,7 @@ def count_loads(layer: torch.nn.Module, loaded: Callable[[], None]) -> Iterator[
 
 def addresses(layer: torch.nn.Module) -> list[int]:
     """Return where the layer's live tensors lie, which captured CUDA graphs and kernels know."""
-    return [tensor.data_ptr() for tensor in live_tensors(layer)]
-
-
-def _live(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    parameters, buffers = _layerwise().LAYERWISE_INFO[layer].kernel_tensors
-    return {**parameters, **buffers}
+    return [tensor.data_ptr() for tensor in live_tensors(layer).values()]
 
 
 def _layouts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -222,7 +219,11 @@ def _scratch(layer: torch.nn.Module) -> Iterator[None]:
     has happened to the layer."""
     from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
-    info, live, awaited = _layerwise().LAYERWISE_INFO[layer], _live(layer), loadable_tensors(layer)
+    info, live, awaited = (
+        _layerwise().LAYERWISE_INFO[layer],
+        live_tensors(layer),
+        loadable_tensors(layer),
+    )
     dictionaries: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
     owned = [(tensors, dict(tensors)) for tensors in dictionaries]
     attributes = [(part, dict(vars(part))) for part in _parts(layer)]

@@ -85,16 +85,14 @@ def in_process_parts(llm: Any) -> EngineParts:
     return EngineParts(model, runner.vllm_config, torch.device(runner.device), runner)
 
 
-def drop_requests(llm: Any) -> int:
+def drop_requests(llm: Any) -> None:
     """Abort the requests that a call of `llm.generate` left behind when it raised.
 
     vLLM keeps them as scheduled, never finishes them, and the next `generate` waits for them for
-    ever. Returns how many there were.
+    ever.
     """
-    left = list(llm.llm_engine.output_processor.request_states)
-    if left:
+    if left := list(llm.llm_engine.output_processor.request_states):
         llm.llm_engine.abort_request(left, internal=True)
-    return len(left)
 
 
 def prompt_logprobs(llm: Any, token_ids: Sequence[int]) -> list[float]:
@@ -155,8 +153,8 @@ def is_padded_embedding(layer: torch.nn.Module) -> bool:
 
 
 def has_padding_alone(layer: Any) -> bool:
-    """Return True for the part of a padded embedding that has no row of the vocabulary: that of the
-    last tensor parallel ranks, of a vocabulary of few words."""
+    """Return True for the part of a padded embedding without a row of the vocabulary, which the
+    last tensor parallel ranks may have."""
     if not is_padded_embedding(layer):
         return False
     return bool(layer.shard_indices.num_org_elements == 0)
@@ -324,14 +322,6 @@ def unrecorded_buffers(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]]
     ]
 
 
-def live_buffer(layer: torch.nn.Module, name: str) -> torch.Tensor:
-    """Return the buffer that the layer's kernels read, in a reload and outside of one."""
-    info = _layerwise().LAYERWISE_INFO[layer]
-    held: Any = info.kernel_tensors[1] if info.kernel_tensors is not None else layer._buffers
-    buffer: torch.Tensor = held[name]
-    return buffer
-
-
 def arrived_value(layer: torch.nn.Module, parameter: str) -> torch.Tensor:
     """Return what has arrived for a parameter, loaded by vLLM's own loader into memory of its own.
     Call it when the layer is whole and before it is processed."""
@@ -450,12 +440,14 @@ def weight_bytes(model: torch.nn.Module, paths: Collection[str]) -> int:
     return sum(t.nbytes for layer in layers for t in loadable_tensors(layer).values())
 
 
-def live_tensors(layer: torch.nn.Module) -> list[torch.Tensor]:
+def live_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors that the layer's kernels read, in a reload and outside of one."""
     info = _layerwise().LAYERWISE_INFO.get(layer)
     if info is not None and info.can_load() and info.kernel_tensors is not None:
-        return [tensor for tensors in info.kernel_tensors for tensor in tensors.values()]
-    return list(_layerwise().get_layer_tensors(layer).values())
+        parameters, buffers = info.kernel_tensors
+        return {**parameters, **buffers}
+    tensors: dict[str, torch.Tensor] = _layerwise().get_layer_tensors(layer)
+    return tensors
 
 
 def tensors_written_live(layer: torch.nn.Module) -> list[torch.Tensor]:
@@ -481,8 +473,7 @@ def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
 
 
 def packs(layer: torch.nn.Module) -> bool:
-    """Return whether a CPU kernel packs this layer: in the closure of `cpu_linear`, or, for
-    experts, in a kernel object."""
+    """Return whether a CPU kernel packs this layer, a linear one or experts."""
     kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
     return _packs_linear(layer) or (kernel is not None and is_on_cpu())
 
@@ -649,15 +640,14 @@ def loading_context(vllm_config: Any) -> Iterator[None]:
         yield
 
 
-def restore(model: torch.nn.Module) -> int:
-    """Bring a model back from the middle of a reload. Returns the number of layers put back.
+def restore(model: torch.nn.Module) -> None:
+    """Bring a model back from the middle of a reload.
 
     Every layer gets its live tensors again, what was held for it is dropped, loading wrappers are
     taken off. Layers that were already processed keep their new weights: the model is usable,
     but a mix of old and new, until a full sync has succeeded.
     """
     layerwise = _layerwise()
-    restored = 0
     for layer in model.modules():
         info = layerwise.LAYERWISE_INFO.get(layer)
         if info is None:
@@ -666,7 +656,6 @@ def restore(model: torch.nn.Module) -> int:
             if info.kernel_tensors is not None:
                 layerwise._place_kernel_tensors(layer, info)
                 older.placed_back(layer, info)
-                restored += 1
             info.reset()
         for tensor in layerwise.get_layer_tensors(layer).values():
             if layerwise._get_weight_loader(tensor).__name__ == "online_process_loader":
@@ -675,7 +664,6 @@ def restore(model: torch.nn.Module) -> int:
     if hasattr(model, "_original_do_torchao_reload"):
         model._do_torchao_reload = model._original_do_torchao_reload
     layerwise.LOADING_LAYERS.clear()
-    return restored
 
 
 @contextlib.contextmanager

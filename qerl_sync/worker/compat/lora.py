@@ -51,8 +51,7 @@ def why_no_adapter(vllm_config: Any, runner: Any) -> str:
 
 
 def smallest_max_rank(rank: int) -> int:
-    """Return the smallest `max_lora_rank` of vLLM's that an adapter of this rank needs; its rank
-    where vLLM has none."""
+    """Return the smallest `max_lora_rank` of vLLM's for this rank; the rank where it has none."""
     from vllm.config.lora import MaxLoRARanks
 
     return min((known for known in get_args(MaxLoRARanks) if known >= rank), default=rank)

@@ -85,8 +85,8 @@ def placed_back(layer: torch.nn.Module, info: Any) -> None:
 
 
 def place_empty_layers(layerwise: Any, model: torch.nn.Module) -> None:
-    """Put back the live buffers of layers that nothing can be loaded into. 0.25 would leave the
-    layer without them. Call it before the reload is finished."""
+    """Put back the live buffers, which 0.25 would not, of layers that nothing can be loaded into.
+    Call it before the reload is finished."""
     for layer in model.modules():
         info = layerwise.LAYERWISE_INFO.get(layer)
         if info is None or _knows_derived(info) or info.kernel_tensors is None:

@@ -46,7 +46,7 @@ class LostView:
         Call it when `source` is whole and not yet processed.
         """
         loaded = compat.arrived_value(self.source, self.parameter)
-        buffer = compat.live_buffer(self.owner, self.name)
+        buffer = compat.live_tensors(self.owner)[self.name]
         view = loaded.as_strided(buffer.shape, buffer.stride(), buffer.storage_offset())
         buffer.copy_(view)
 

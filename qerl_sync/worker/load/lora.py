@@ -31,8 +31,7 @@ class AdapterLoad:
         return name in self._names
 
     def take(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor, into vLLM's dtype: its memory is the transport's, or the trainer's, which
-        steps it."""
+        """Copy a tensor, into vLLM's dtype: its memory is used again, or stepped by the trainer."""
         dtype = self._parts.vllm_config.lora_config.lora_dtype
         self._tensors[name] = tensor.detach().to("cpu", dtype, copy=True)
 

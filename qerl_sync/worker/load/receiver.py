@@ -464,8 +464,8 @@ class Receiver:
         return filled
 
     def _not_on(self, base: int, kept: Sequence[str]) -> str:
-        """Return why the layers `kept` may have other weights than those of version `base`; empty
-        if they have those."""
+        """Return why the layers `kept` may not have the weights of version `base`; empty if they
+        have."""
         if self.poisoned is not None:
             return f"this worker is poisoned: {self.poisoned}"
         if self.version != base:

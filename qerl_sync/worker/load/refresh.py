@@ -1,8 +1,4 @@
-"""State that vLLM derives from weights and does not derive again when they are reloaded.
-
-Both cases leave the old weights in use without an error; both are of vLLM's CPU kernels, which
-compute with packed copies of the parameters.
-"""
+"""Packed copies of tied heads, which vLLM's CPU kernels compute with and a reload leaves old."""
 
 from __future__ import annotations
 
@@ -14,22 +10,17 @@ import torch
 from qerl_sync.worker.compat import engine as compat
 
 
-def after_reload(model: torch.nn.Module) -> list[str]:
+def after_reload(model: torch.nn.Module) -> None:
     """Give tied heads the packed copy of the new embeddings, or have them packed once more.
-    Return the modules that were refreshed.
 
     No tensor arrives for a head that shares its parameter with the embeddings, so the reload puts
     the shared parameter back (already new) and leaves the head's packed copy old.
     """
-    refreshed = []
     for path, (owner, _) in tied_parameters(model).items():
         layer = model.get_submodule(path)
         method = getattr(layer, "quant_method", None)
-        if method is not None:
-            if not compat.lend_packing(model.get_submodule(owner), layer):
-                method.process_weights_after_loading(layer)
-            refreshed.append(path)
-    return refreshed
+        if method is not None and not compat.lend_packing(model.get_submodule(owner), layer):
+            method.process_weights_after_loading(layer)
 
 
 def heads_of(

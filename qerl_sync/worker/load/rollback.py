@@ -59,7 +59,7 @@ class Rollback:
         """Keep what this layer has, unless it is kept already."""
         if id(layer) in self._attributes:
             return
-        for tensor in compat.live_tensors(layer):
+        for tensor in compat.live_tensors(layer).values():
             self._copy(tensor)
         self._snapshot(layer)
         # Attention layers keep what they derive from weights in `impl` (MLA on CPUs with AMX).

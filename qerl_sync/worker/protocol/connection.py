@@ -68,8 +68,7 @@ class TrainerConnection(Connection):
 
     @property
     def alive(self) -> bool:
-        """Return whether the trainer is there now. The thread may not yet have noticed that it
-        left."""
+        """Return whether the trainer is there now, also where the thread has not noticed yet."""
         try:
             self.require_open("looking for the trainer")
         except TransportError:
