@@ -52,9 +52,7 @@ def rehearse(layer: torch.nn.Module) -> Loading:
     # Quantised weights are not looked at: processing them needs values that mean something.
     if not all(t.is_floating_point() and t.itemsize > 1 for t in awaited.values()):
         return "layerwise"
-    live = {
-        tensor_name: t for tensor_name, t in live_tensors(layer).items() if tensor_name in awaited
-    }
+    live = {name: tensor for name, tensor in live_tensors(layer).items() if name in awaited}
     if any(tensor.is_meta for tensor in live.values()):
         return "in place"
     if _layouts(live) != _layouts(awaited) or _loaders(live) != _loaders(awaited):
@@ -219,11 +217,8 @@ def _scratch(layer: torch.nn.Module) -> Iterator[None]:
     has happened to the layer."""
     from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
-    info, live, awaited = (
-        _layerwise().LAYERWISE_INFO[layer],
-        live_tensors(layer),
-        loadable_tensors(layer),
-    )
+    device = _layerwise().LAYERWISE_INFO[layer].restore_device
+    live, awaited = live_tensors(layer), loadable_tensors(layer)
     dictionaries: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
     owned = [(tensors, dict(tensors)) for tensors in dictionaries]
     attributes = [(part, dict(vars(part))) for part in _parts(layer)]
@@ -232,7 +227,7 @@ def _scratch(layer: torch.nn.Module) -> Iterator[None]:
             for name, tensor in before.items():
                 if tensor is None or not tensor.is_meta:
                     continue
-                with info.restore_device:
+                with device:
                     tensors[name] = made = materialize_meta_tensor(tensor)
                 made.weight_loader = _layerwise()._get_original_loader(tensor)
                 if name in awaited:
