@@ -145,18 +145,9 @@ def _require_sizes(manager: Any, made: Any) -> None:
     vLLM's own copy has to tell.
     """
     for name, layer in made.loras.items():
-        module = manager.modules.get(name)
-        slots_a: Any = getattr(module, "lora_a_stacked", None)
-        slots_b: Any = getattr(module, "lora_b_stacked", None)
-        if not isinstance(slots_a, tuple) or getattr(module, "tp_size", 2) > 1:
-            continue
-        factors_a, factors_b = (
-            given if isinstance(given, list) else [given] for given in (layer.lora_a, layer.lora_b)
-        )
-        if len(factors_b) != len(slots_b):  # vLLM divides some of the adapter's among its own
-            continue
-        for a, b, slot_a, slot_b in zip(factors_a, factors_b, slots_a, slots_b, strict=True):
-            if a is None or slot_a.dim() != 4:
+        pairs = (_slots(manager.modules.get(name), layer, kind) for kind in ("lora_a", "lora_b"))
+        for (slot_a, a), (slot_b, b) in zip(*pairs, strict=False):
+            if a is None:
                 continue
             got, expected = (a.shape[1], b.shape[0]), (slot_a.shape[-1], slot_b.shape[-2])
             if got != expected or a.shape[0] != b.shape[1]:
@@ -168,6 +159,22 @@ def _require_sizes(manager: Any, made: Any) -> None:
                     expected=expected,
                     got=got,
                 )
+
+
+def _slots(module: Any, layer: Any, kind: str) -> list[tuple[torch.Tensor, Any]]:
+    """Return vLLM's slots for these factors, each with its factor of the adapter's layer, or None.
+
+    Empty for experts, for layers that the rank has a part of, and where vLLM divides the adapter's
+    factors among its own.
+    """
+    slots: Any = getattr(module, f"{kind}_stacked", None)
+    if not isinstance(slots, tuple) or getattr(module, "tp_size", 2) > 1:
+        return []
+    given: Any = [None] * len(slots) if layer is None else getattr(layer, kind)
+    factors = given if isinstance(given, list) else [given]
+    if len(factors) != len(slots):
+        return []
+    return [(slot, f) for slot, f in zip(slots, factors, strict=True) if slot.dim() == 4]
 
 
 def _is_elsewhere(model: Any, layer: str) -> bool:
@@ -232,15 +239,7 @@ def wrongly_held(runner: Any, lora_model: Any) -> str:
     for name, module in manager.modules.items():
         layer = lora_model.get_lora(name)
         for kind in ("lora_a", "lora_b"):
-            slots: Any = getattr(module, f"{kind}_stacked", None)
-            given: Any = getattr(layer, kind, None)
-            factors = given if isinstance(given, list) else [given]
-            whole = isinstance(slots, tuple) and getattr(module, "tp_size", 2) == 1
-            if not whole or (layer is not None and len(factors) != len(slots)):
-                continue
-            for slot, factor in zip(slots, factors, strict=False):
-                if slot.dim() != 4:  # experts
-                    continue
+            for slot, factor in _slots(module, layer, kind):
                 wanted = torch.zeros_like(slot[index, 0], device="cpu")
                 if factor is not None:
                     wanted[: factor.shape[0], : factor.shape[1]] = factor

@@ -24,19 +24,12 @@ _Find = Callable[[], Any]
 
 @dataclass(frozen=True)
 class LostView:
-    """A buffer that was a view of a parameter when the model was built, and is none any more.
+    """A buffer that was a view of a parameter when the model was built, and is none any more."""
 
-    Attributes:
-        path, name: of the module that has the buffer, and of the buffer in it.
-        owner: that module.
-        source_path, parameter: of the parameter.
-        source: its module.
-    """
-
-    path: str
+    path: str  # of the module that has the buffer
     name: str
     owner: torch.nn.Module
-    source_path: str
+    source_path: str  # of the module that has the parameter
     parameter: str
     source: torch.nn.Module
 
@@ -82,22 +75,17 @@ def lost_views(model: torch.nn.Module) -> list[LostView]:
 def _candidates(
     owner: torch.nn.Module, path: str, buffer: torch.Tensor
 ) -> Iterator[tuple[str, str, torch.nn.Module]]:
-    whole = buffer.untyped_storage()
+    nbytes = buffer.untyped_storage().nbytes()
+    whole = buffer.detach().as_strided((nbytes // buffer.itemsize,), (1,), 0)
     for below, module in owner.named_modules():
         for name, shape in compat.recorded_parameters(module).items():
-            if shape.dtype != buffer.dtype or shape.nbytes != whole.nbytes():
+            if shape.dtype != buffer.dtype or shape.nbytes != nbytes:
                 continue
             live = getattr(module, name, None)
             # A parameter that was emptied when it was packed has no values to compare.
-            if not isinstance(live, torch.Tensor) or live.numel() != shape.numel():
-                live = _whole(buffer)
-            if _sum_of_bits(live) == _sum_of_bits(_whole(buffer)):
+            compares = isinstance(live, torch.Tensor) and live.numel() == shape.numel()
+            if not compares or _sum_of_bits(live) == _sum_of_bits(whole):
                 yield ".".join(filter(None, (path, below))), name, module
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    numel = tensor.untyped_storage().nbytes() // tensor.itemsize
-    return tensor.detach().as_strided((numel,), (1,), 0)
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
@@ -108,22 +96,13 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor in a module that shares memory with a parameter.
-
-    Attributes:
-        place: names it.
-        tensor: it.
-        find, key: what returns its container (attributes, buffers, a list), and its key there.
-        module, parameter: where the parameter is.
-        path: names the parameter.
-        data: the parameter's data.
-    """
+    """A tensor in a module that shares memory with a parameter."""
 
     place: str
     tensor: torch.Tensor
-    find: _Find
+    find: _Find  # returns its container: attributes, buffers, a list
     key: Any
-    module: torch.nn.Module
+    module: torch.nn.Module  # the parameter's
     parameter: str
     path: str
     data: torch.Tensor
