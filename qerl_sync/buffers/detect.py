@@ -227,10 +227,8 @@ def require_finite(
 def require_in_range(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, parents: Parents | None = None
 ) -> None:
-    """Raise CoverageError with the largest value if any would become infinite as `dtype`.
-
-    `dtype` is the one in which the engine computes. One pass where the dtypes' ranges differ, none
-    elsewhere.
+    """Raise CoverageError with the largest value if any would become infinite as the engine's
+    `dtype`. One pass where the dtypes' ranges differ, none elsewhere.
     """
     # float32 ends a little above bfloat16, in a range that no weight reaches: exponents decide.
     floating = tensor.dtype.is_floating_point

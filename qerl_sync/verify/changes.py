@@ -142,12 +142,7 @@ _STANDS_STILL = (
 
 
 def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
-    """Hash the bits of evenly spread elements, or of all in small tensors. Only reads; keeps no
-    reference.
-
-    Args:
-        dtype: to convert the elements to before.
-    """
+    """Hash the bits of evenly spread elements, as `dtype`, or of all in small tensors."""
     local = getattr(tensor, "to_local", None)
     # Of a parameter that DeepSpeed's ZeRO-3 has partitioned, this rank's part is beside it.
     own: torch.Tensor = local() if callable(local) else getattr(tensor, "ds_tensor", tensor)

@@ -39,9 +39,7 @@ def spread_tokens(vocab_size: int) -> tuple[int, ...]:
 
 
 def shortened(token_ids: tuple[int, ...], context_tokens: int) -> tuple[int, ...]:
-    """Return the part of the prompt that leaves room for one generated token.
-
-    `context_tokens` 0: no limit.
+    """Return the part of the prompt that leaves room for one token more, of 0 for no limit.
 
     Raises:
         ConfigError: too little to tell anything.

@@ -154,11 +154,7 @@ def _loaders(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 class _State:
-    """Hold what a layer's kernels may read, to compare it.
-
-    Attributes:
-        layouts: of the layer's own tensors.
-    """
+    """Hold what a layer's kernels may read, to compare it; `layouts` of its own tensors."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         tensors = _layerwise().get_layer_tensors(layer)

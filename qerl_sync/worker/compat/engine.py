@@ -54,16 +54,12 @@ _ABSENT = object()
 
 
 class EngineParts(NamedTuple):
-    """Hold what a sync needs of an engine that runs in this process.
-
-    Attributes:
-        runner: the worker's model runner, for adapters; None: not known.
-    """
+    """Hold what a sync needs of an engine that runs in this process."""
 
     model: torch.nn.Module
     vllm_config: Any
     device: torch.device
-    runner: Any = None
+    runner: Any = None  # the worker's model runner, for adapters; None: not known
 
 
 def in_process_parts(llm: Any) -> EngineParts:
@@ -86,10 +82,8 @@ def in_process_parts(llm: Any) -> EngineParts:
 
 
 def drop_requests(llm: Any) -> None:
-    """Abort the requests that a call of `llm.generate` left behind when it raised.
-
-    vLLM keeps them as scheduled, never finishes them, and the next `generate` waits for them for
-    ever.
+    """Abort the requests that a call of `llm.generate` left behind when it raised: vLLM never
+    finishes them, and the next `generate` waits for them for ever.
     """
     if left := list(llm.llm_engine.output_processor.request_states):
         llm.llm_engine.abort_request(left, internal=True)
@@ -516,14 +510,11 @@ def packed_products(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 class Packing(NamedTuple):
-    """Describe the packed copy that a layer's CPU kernel computes with. Packing makes it anew.
-
-    Attributes:
-        in_place: the copy lies in the parameters themselves, in another layout, so that they change
-            with what arrives whether or not that is packed.
-    """
+    """Describe the packed copy that a layer's CPU kernel computes with. Packing makes it anew."""
 
     holder: weakref.ref[Any]
+    # The copy lies in the parameters themselves, in another layout, so that they change with what
+    # arrives whether or not that is packed.
     in_place: bool
 
 

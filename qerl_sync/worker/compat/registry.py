@@ -32,28 +32,32 @@ def import_model_classes(architectures: Sequence[str]) -> None:
         entry = ModelRegistry.models.get(architecture)
         if entry is None:
             continue
-        with contextlib.suppress(ImportError), _stand_in(DISPENSABLE):
+        with contextlib.suppress(ImportError), _stand_in():
             ModelRegistry.register_model(architecture, entry.load_model_cls())
 
 
 @contextlib.contextmanager
-def _stand_in(package: str) -> Iterator[None]:
-    """Let anything be imported from `package`, to no use, if it is not installed."""
-    if importlib.util.find_spec(package) is not None:
+def _stand_in() -> Iterator[None]:
+    """Let anything be imported from `DISPENSABLE`, to no use, if it is not installed."""
+    if importlib.util.find_spec(DISPENSABLE) is not None:
         yield
         return
     # Code that asks whether the package is there must get the truth, and transformers remembers.
     import transformers.utils
 
     transformers.utils.is_torchvision_available()
-    finder = _Finder(package)
+    finder = _Finder()
     sys.meta_path.append(finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        for name in [name for name in sys.modules if finder.serves(name)]:
+        for name in [name for name in sys.modules if _is_dispensable(name)]:
             del sys.modules[name]
+
+
+def _is_dispensable(module: str) -> bool:
+    return module.partition(".")[0] == DISPENSABLE
 
 
 class _Useless(ModuleType):
@@ -66,18 +70,12 @@ class _Useless(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `package` and everything below it, as useless modules."""
-
-    def __init__(self, package: str) -> None:
-        self._package = package
-
-    def serves(self, name: str) -> bool:
-        return name == self._package or name.startswith(f"{self._package}.")
+    """Finds `DISPENSABLE` and everything below it, as useless modules."""
 
     def find_spec(
         self, fullname: str, path: Any = None, target: Any = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not self.serves(fullname):
+        if not _is_dispensable(fullname):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
 

@@ -13,40 +13,25 @@ from qerl_sync.stopwatch import Span
 
 @dataclass
 class LoadCosts:
-    """What loading one sync takes on the worker.
+    """What loading one sync takes on the worker."""
 
-    Attributes:
-        working_bytes: for each layer, see `compat.working_bytes`.
-        finishing_bytes: what is needed at the end, when derived state is made anew (tied heads).
-        kept_bytes: what the old weights take in memory (`on_failure: rollback`).
-        peak_staged_bytes: the most that waits in host memory (policy `spill`).
-        verify_seconds: what checksums take (`sync.verify`).
-        processed_layers: when vLLM processed which parent layer.
-    """
-
+    # For each layer, see `compat.working_bytes`; and at the end, when tied heads are packed anew.
     working_bytes: Mapping[str, int] = field(default_factory=dict)
     finishing_bytes: int = 0
-    kept_bytes: int = 0
-    peak_staged_bytes: int = 0
-    verify_seconds: float = 0.0
-    processed_layers: Sequence[Span] = ()
+    kept_bytes: int = 0  # by the old weights (`on_failure: rollback`)
+    peak_staged_bytes: int = 0  # the most that waits in host memory (policy `spill`)
+    verify_seconds: float = 0.0  # for checksums (`sync.verify`)
+    processed_layers: Sequence[Span] = ()  # when vLLM processed which parent layer
 
 
 @dataclass(frozen=True)
 class Arrivals:
-    """How one trainer rank's chunks reach the worker.
+    """How one trainer rank's chunks reach the worker."""
 
-    Attributes:
-        sizes: bytes of each chunk's part.
-        chunks_in_flight: slots that they travel in.
-        standing_bytes: slots of the worker's own, which it holds from sync to sync.
-        in_place: for each chunk, whether the worker reads it where the trainer keeps it.
-    """
-
-    sizes: Sequence[int]
+    sizes: Sequence[int]  # bytes of each chunk's part
     chunks_in_flight: int
-    standing_bytes: int
-    in_place: Sequence[bool]
+    standing_bytes: int  # slots of the worker's own, which it holds from sync to sync
+    in_place: Sequence[bool]  # for each chunk, whether it is read where the trainer keeps it
 
 
 def footprint_bytes(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,19 +22,12 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class Held:
-    """Hold checksums of what a worker got and has.
-
-    Attributes:
-        arrived: of each parameter, a checksum of what arrived for it.
-        rounded: the same, rounded to the dtype that the model computes in.
-        kernels: of each tensor of the model, and of each packed copy, a checksum.
-        device: the kind of device that the tensors arrived on. Its fingerprints cannot be compared
-            with those of another kind.
-    """
+    """Hold checksums of what a worker got and has."""
 
     arrived: Mapping[Place, int]
-    rounded: Mapping[Place, int]
-    kernels: Mapping[str, int]
+    rounded: Mapping[Place, int]  # the same, rounded to the dtype that the model computes in
+    kernels: Mapping[str, int]  # of each tensor of the model, and of each packed copy
+    # Of the tensors that arrived. Fingerprints of two kinds of devices cannot be compared.
     device: str
 
 
@@ -89,10 +82,8 @@ class KernelCheck:
                 self._divided.add(place)
 
     def conclude(self) -> Held:
-        """Return what the worker has now.
-
-        Raises:
-            CoverageError: it names the layers whose kernels hold something else.
+        """Return what the worker has now. Raise CoverageError, with the layers, if kernels hold
+        something else.
         """
         # What shares another layer's parameter, or was a view of it, got what that one got.
         tied = refresh.tied_parameters(self._model)
@@ -104,15 +95,7 @@ class KernelCheck:
             if source in self._divided or (place in self._views and not self._covers(place)):
                 self._divided.add(place)
         self._packings_now = compat.packings(self._model)
-        unpacked = [
-            layer
-            for layer in dict.fromkeys(layer for layer, _ in self._arrived)
-            if layer in self._packings
-            and self._packings[layer].in_place
-            and not self._renewed(layer)
-        ]
-        if unpacked:
-            raise CoverageError(_complaint(unpacked, NOT_PACKED))
+        _refuse((layer for layer, _ in self._arrived if self._is_unpacked(layer)), NOT_PACKED)
         kernels = kernel_checksums(self._model)
         now = Held(dict(self._arrived), dict(self._rounded), kernels, self._device)
         before = self._before
@@ -123,10 +106,8 @@ class KernelCheck:
                     arrived={**before.arrived, **now.arrived},
                     rounded={**before.rounded, **now.rounded},
                 )
-            if stale := list(self._stale(before, now)):
-                raise CoverageError(_complaint(stale, STALE))
-            if strange := list(self._strange(before, now)):
-                raise CoverageError(_complaint(strange, STRANGE))
+            _refuse(self._stale(before, now), STALE)
+            _refuse(self._strange(before, now), STRANGE)
         return now
 
     def _covers(self, place: Place) -> bool:
@@ -169,6 +150,10 @@ class KernelCheck:
             and inside[0] is tensor
             and tensor.dtype == self._dtype
         )
+
+    def _is_unpacked(self, layer: str) -> bool:
+        packing = self._packings.get(layer)
+        return packing is not None and packing.in_place and not self._renewed(layer)
 
     def _renewed(self, layer: str) -> bool:
         old = self._packings[layer].holder()
@@ -233,9 +218,10 @@ STRANGE = (
 )
 
 
-def _complaint(layers: list[str], what: str) -> str:
-    return (
-        f"{some_of([*dict.fromkeys(layers)])} {what}. This vLLM does not reload that layer as it "
-        "should: report it, with the model's architecture, and restart the engine to get these "
-        "weights"
-    )
+def _refuse(layers: Iterable[str], what: str) -> None:
+    """Raise CoverageError if there are any of these layers."""
+    if found := list(dict.fromkeys(layers)):
+        raise CoverageError(
+            f"{some_of(found)} {what}. This vLLM does not reload that layer as it should: report "
+            "it, with the model's architecture, and restart the engine to get these weights"
+        )

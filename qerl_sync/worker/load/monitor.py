@@ -122,21 +122,20 @@ class SyncMonitor:
         """
         wrong = []
         for path, layer in self._layers.items():
-            numel, closings = (layer.expected_numel, 1) if path in self._filled else (0, 0)
             if layer.deferred or not layer.expected_numel:
                 continue
-            if layer.loading != "layerwise":
-                loads = layer.num_loads * closings
-                if self._loads[path] != loads:
+            times = int(path in self._filled)
+            numel, loads = layer.expected_numel * times, layer.num_loads * times
+            if layer.loading == "layerwise":
+                if (self._received[path], self._closings[path]) != (numel, times):
                     wrong.append(
-                        f"{path} ({layer.kind}) was written to by {self._loads[path]:,} calls of "
-                        f"its weight loaders instead of {loads:,}"
+                        f"{path} ({layer.kind}) got {self._received[path]:,} of {numel:,} elements "
+                        f"and was processed {self._closings[path]} times"
                     )
-                continue
-            if (self._received[path], self._closings[path]) != (numel, closings):
+            elif self._loads[path] != loads:
                 wrong.append(
-                    f"{path} ({layer.kind}) got {self._received[path]:,} of {numel:,} elements "
-                    f"and was processed {self._closings[path]} times"
+                    f"{path} ({layer.kind}) was written to by {self._loads[path]:,} calls of its "
+                    f"weight loaders instead of {loads:,}"
                 )
         if wrong:
             raise CoverageError(

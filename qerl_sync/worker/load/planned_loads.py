@@ -26,25 +26,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Report what one worker measured in one sync.
+    """Report what one worker measured in one sync."""
 
-    Attributes:
-        version: the weight version that it committed.
-        num_loads: calls of vLLM's `load_weights`.
-        seconds: from the first tensor to the commit.
-        predicted: from the plan, this worker's layer map and the memory that tensors share.
-        trace: measured.
-        peak_extra_bytes: the most memory on top of what the worker holds anyway; None: not
-            measured.
-    """
-
-    version: int
+    version: int  # that it committed
     plan_digest: str
-    num_loads: int
-    seconds: float
-    predicted: Trace
+    num_loads: int  # calls of vLLM's `load_weights`
+    seconds: float  # from the first tensor to the commit
+    predicted: Trace  # from the plan, this worker's layer map and the memory that tensors share
     trace: Trace
-    peak_extra_bytes: int | None
+    peak_extra_bytes: int | None  # on top of what the worker holds anyway; None: not measured
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the traces, which are as long as the model has tensors."""
@@ -89,14 +79,7 @@ class PlannedLoads:
         self.last_report: LoadReport | None = None
 
     def agree(self, plan: SyncPlan, *, finite_check: FiniteCheck = "worker") -> None:
-        """Check that this model takes that stream. Leave its weights untouched.
-
-        Args:
-            finite_check: see `SyncOptions`.
-
-        Raises:
-            LayerMapError, CoverageError: it does not.
-        """
+        """Check that this model takes that stream. Raises as `Receiver.layer_map`."""
         self._probe(list(plan.metas))
         self.plan, self._finite_check = plan, finite_check
 
@@ -105,11 +88,7 @@ class PlannedLoads:
         self.agree(build_plan(metas, self._probe(metas), "warn"))
 
     def start(self, storages: Mapping[str, Storage]) -> None:
-        """Open the sync that was agreed on, before its first tensors are loaded.
-
-        Args:
-            storages: the memory behind each tensor where several share one.
-        """
+        """Open the sync that was agreed on. `storages`: the memory behind tensors that share it."""
         plan, layer_map = self.plan, self._layer_map
         if plan is None or layer_map is None:
             raise AgreementError("tensors arrive that no plan was agreed on for")

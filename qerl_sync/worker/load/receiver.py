@@ -92,16 +92,15 @@ class Receiver:
         ready --probe parts from the trainer, poison--> poisoned
 
     A poisoned worker holds a mix of old and new weights: its modules are whole (no meta tensors, no
-    half-open layers), but its model refuses to run until a full sync has been committed.
-
-    Raises:
-        CompatError: the installed vLLM has no layerwise reload, or another one.
-
-    What was computed while the weights were a mix, or not known to be finite, may lie in the KV
-    cache as NaN, which later requests would meet: the next commit overwrites it.
+    half-open layers), but its model refuses to run until a full sync has been committed. What was
+    computed meanwhile, or with weights not known to be finite, may lie in the KV cache as NaN,
+    which later requests would meet: the next commit overwrites it.
 
     Attributes:
         costs: of the last sync.
+
+    Raises:
+        CompatError: the installed vLLM has no layerwise reload, or another one.
     """
 
     def __init__(self, parts: compat.EngineParts) -> None:
@@ -143,7 +142,7 @@ class Receiver:
         allow_incomplete: Sequence[str] = (),
         load: Load = "auto",
     ) -> LayerMap:
-        """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open.
+        """See `observe_layer_map`, whose errors it raises; SyncError while a sync is open.
 
         Raises:
             ConfigError: the engine was to quantise, and has no quantised layer; `scheme`.

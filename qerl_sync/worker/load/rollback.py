@@ -33,10 +33,7 @@ class Rollback:
         self._packings: dict[int, Any] = {}
 
     def begin(self, model: torch.nn.Module, filled: Collection[str]) -> None:
-        """Keep what is written to without its layer being processed.
-
-        Args:
-            filled: paths of the layers that the sync writes to.
+        """Keep what a sync that fills these layers writes to without processing its layer.
 
         Raises:
             PlanError: there is not enough host memory for all that a sync may write to.

@@ -107,10 +107,6 @@ class WorkerSession:
     """Serves one trainer at a time, whose ranks say the same things, each on its connection.
 
     Opened by a call that knows the token, used by calls that prove it again.
-
-    Args:
-        loader: takes the weights (`worker.load.receiver.Receiver`).
-        hello: returns what the worker says of itself.
     """
 
     def __init__(
@@ -131,10 +127,8 @@ class WorkerSession:
         self._in_doubt = False
 
     def open(self, call: object) -> None:
-        """Connect to every rank of the trainer and agree on how bytes will travel.
-
-        Args:
-            call: from anybody, and of any form; `ConnectCall` says of which it must be.
+        """Connect to every rank of the trainer, which `call` (`ConnectCall`, from anybody, of any
+        form) names, and agree on how bytes will travel.
 
         Raises:
             AgreementError: the call is none of ours, or the token is wrong.
@@ -179,9 +173,6 @@ class WorkerSession:
 
     def serve(self, call: object) -> None:
         """Serve the trainer's requests until it sends End. Failures are reported to it alone.
-
-        Args:
-            call: from anybody, and of any form; `ServeCall` says of which it must be.
 
         Raises:
             AgreementError: no trainer is connected, or the call comes from another one.
@@ -377,12 +368,7 @@ class WorkerSession:
         return parts
 
     def _open_mirror(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> None:
-        """Have the mirror that the trainer's changes are for; none where it sends none.
-
-        Raises:
-            StaleBaseError: this worker has another one, or none.
-            ConfigError: the host has not the memory for one.
-        """
+        """Have the mirror that the trainer's changes are for; none where it sends none."""
         asked = requests[0]
         if not asked.mirror or len(requests) > 1:
             self._mirror = None
@@ -493,12 +479,8 @@ class WorkerSession:
             yield name, tensor
 
     def _release(self, error: BaseException | None = None) -> None:
-        """Unmap what the trainer will free: no chunk of this sync is read any more.
-
-        Args:
-            error: what ended the sync. The frames that it came through hold tensors of a chunk.
-        """
-        if error is not None:
+        """Unmap what the trainer will free: no chunk of this sync is read any more."""
+        if error is not None:  # the frames that it came through hold tensors of a chunk
             traceback.clear_frames(error.__traceback__)
         for connection in self._connections:
             connection.chunk_receiver.release()
