@@ -136,6 +136,7 @@ FEATURES: dict[str, Feature] = {
             ),
         },
     ),
+    # Besides: `load_model_cls` of the entries of `ModelRegistry.models`.
     "models without an engine": Feature(
         False,
         {

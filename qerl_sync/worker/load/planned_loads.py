@@ -67,9 +67,9 @@ class PlannedLoads:
         last_report: of the last sync that was finished.
     """
 
-    def __init__(self, receiver: Receiver, device: torch.device) -> None:
+    def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
-        self._memory = PeakMemory(device)
+        self._memory = PeakMemory(receiver.device)
         self._layer_map: LayerMap | None = None
         self._probed: list[ParamMeta] = []
         self.plan: SyncPlan | None = None

@@ -73,10 +73,9 @@ class _Planned:
         # vLLM 0.25's engines have another contract, which would fail in the middle of a sync.
         require("vLLM's own nccl and ipc engines")
         super().__init__(config, vllm_config, device, model)  # type: ignore[call-arg]
-        parts = compat.EngineParts(model, vllm_config, torch.device(device))
         self._model = model
-        self._receiver = Receiver(parts)
-        self._loads = PlannedLoads(self._receiver, parts.device)
+        self._receiver = Receiver(compat.EngineParts(model, vllm_config, torch.device(device)))
+        self._loads = PlannedLoads(self._receiver)
         self._told_storages: dict[str, Storage] = {}
         self._admission = Admission(partial(hello_of, self._receiver, vllm_config))
 
