@@ -324,11 +324,8 @@ class Receiver:
             stream = self._checked(chunk, tensors)
             if self._spill is None:
                 self._load(stream)
-                return
-            whole = self._spill.take(stream)
-            if self._spill.has_due:
-                self._load(whole)
-            self._spill.keep()
+            else:
+                self._spill.load(stream, self._load)
 
     def finish(self) -> Trace:
         """Process what is left when all has arrived, and return the measured trace.
