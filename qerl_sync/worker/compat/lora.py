@@ -13,9 +13,10 @@ from typing import Any, get_args
 
 import torch
 
-from qerl_sync.errors import ConfigError, CoverageError
+from qerl_sync.errors import CompatError, ConfigError, CoverageError
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.worker.compat.coupling import require
+from qerl_sync.worker.compat.engine import EngineParts
 
 # Beyond the ids that people number their adapters with, and within vLLM's int32.
 ADAPTER_ID = 2**31 - 2
@@ -38,18 +39,6 @@ def calling_runner(model: torch.nn.Module) -> Any:
     return None
 
 
-def why_no_adapter(vllm_config: Any, runner: Any) -> str:
-    """Return why this engine cannot serve adapters, with the next step; empty if it can."""
-    if vllm_config.lora_config is None:
-        return (
-            "the engine was started without enable_lora; start it with enable_lora=True and "
-            "max_lora_rank (`--enable-lora --max-lora-rank N` of a server)"
-        )
-    if not hasattr(runner, "execute_model") or not hasattr(runner, "lora_manager"):
-        return "this vLLM's worker does not show the runner whose requests the adapter is for"
-    return ""
-
-
 def smallest_max_rank(rank: int) -> int:
     """Return the smallest `max_lora_rank` of vLLM's for this rank; the rank where it has none."""
     from vllm.config.lora import MaxLoRARanks
@@ -57,18 +46,29 @@ def smallest_max_rank(rank: int) -> int:
     return min((known for known in get_args(MaxLoRARanks) if known >= rank), default=rank)
 
 
-def require_servable(
-    vllm_config: Any, runner: Any, adapter: Adapter, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Build the adapter of these tensors once. Refuse it if vLLM would not serve it as it is.
+def require_servable(parts: EngineParts, adapter: Adapter) -> None:
+    """Build the adapter with zeros, and drop it. Refuse it if vLLM would not serve it as it is.
 
     Raises:
-        ConfigError: the rank is above `max_lora_rank`; `rank`, `max_lora_rank`. Or a layer of the
-            adapter is none that vLLM adds adapters to; `layers` names them.
+        ConfigError: the engine was started without adapters. Or the rank is above `max_lora_rank`;
+            `rank`, `max_lora_rank`. Or a layer of the adapter is none that vLLM adds adapters to;
+            `layers` names them.
+        CompatError: this vLLM's worker does not show its runner.
         CoverageError: a layer lacks a factor, or its factors have other sizes than vLLM's layer;
             `tensor`.
     """
-    config = vllm_config.lora_config
+    config, runner = parts.vllm_config.lora_config, parts.runner
+    if config is None:
+        raise ConfigError(
+            "the adapter cannot be served: the engine was started without enable_lora; start it "
+            "with enable_lora=True and max_lora_rank (`--enable-lora --max-lora-rank N` of a "
+            "server)"
+        )
+    if not hasattr(runner, "execute_model") or not hasattr(runner, "lora_manager"):
+        raise CompatError(
+            "the adapter cannot be served: this vLLM's worker does not show the runner whose "
+            "requests the adapter is for"
+        )
     if adapter.rank > config.max_lora_rank:
         raise ConfigError(
             f"the adapter has rank {adapter.rank}, and the engine serves max_lora_rank "
@@ -77,7 +77,8 @@ def require_servable(
             rank=adapter.rank,
             max_lora_rank=config.max_lora_rank,
         )
-    made = build_adapter(vllm_config, runner, adapter, tensors)
+    zeros = {meta.name: torch.zeros(meta.shape, dtype=config.lora_dtype) for meta in adapter.metas}
+    made = build_adapter(parts, adapter, zeros)
     manager = runner.lora_manager._adapter_manager
     packed = {part: whole for whole, parts in manager.packed_modules.items() for part in parts}
     _require_sizes(manager, made)
@@ -97,9 +98,7 @@ def require_servable(
         )
 
 
-def build_adapter(
-    vllm_config: Any, runner: Any, adapter: Adapter, tensors: Mapping[str, torch.Tensor]
-) -> Any:
+def build_adapter(parts: EngineParts, adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Return vLLM's `LoRAModel` of these tensors, packed for its layers, not yet in use.
 
     Called at each sync: what `require_servable` has found of the adapter is not looked at again.
@@ -111,7 +110,8 @@ def build_adapter(
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
-    manager = runner.lora_manager._adapter_manager
+    worker_manager = parts.runner.lora_manager
+    manager = worker_manager._adapter_manager
     mapper = _name_mapper(manager)
     # vLLM's helper knows one scaling for all layers. Each gets its own below.
     helper = PEFTHelper(r=adapter.rank, lora_alpha=adapter.rank, target_modules=[])
@@ -120,8 +120,8 @@ def build_adapter(
         tensors=dict(tensors),
         peft_helper=helper,
         device="cpu",
-        dtype=vllm_config.lora_config.lora_dtype,
-        model_vocab_size=runner.lora_manager.vocab_size,
+        dtype=parts.vllm_config.lora_config.lora_dtype,
+        model_vocab_size=worker_manager.vocab_size,
         weights_mapper=mapper,
     )
     scaling_of = {_vllm_name(name, mapper): scale for name, scale in adapter.scalings.items()}

@@ -34,6 +34,7 @@ from qerl_sync.plan.sync_plan import Chunk, SyncPlan
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat import lora as vllm_lora
 from qerl_sync.worker.compat import quantisation
 from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.load import memory, refresh
@@ -42,7 +43,7 @@ from qerl_sync.worker.load.base import emptied_layers, sample_kernels
 from qerl_sync.worker.load.direct import DirectLoad
 from qerl_sync.worker.load.footprint import LoadCosts
 from qerl_sync.worker.load.kernel_check import Held, KernelCheck
-from qerl_sync.worker.load.lora import AdapterLoad, require_adapter, serve_base
+from qerl_sync.worker.load.lora import AdapterLoad
 from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.rollback import Rollback
@@ -129,10 +130,10 @@ class Receiver:
         self._observing = contextlib.ExitStack()
 
     def require_adapter(self, adapter: Adapter) -> None:
-        """Check that this engine can serve the adapter. See `lora.require_adapter`."""
+        """Check that this engine can serve the adapter. See `compat.lora.require_servable`."""
         if adapter != self._able:
             with compat.loading_context(self._config):
-                require_adapter(self._parts, adapter)
+                vllm_lora.require_servable(self._parts, adapter)
             self._able = adapter
 
     def layer_map(
@@ -371,8 +372,8 @@ class Receiver:
         with self._aborting(), compat.loading_context(self._config):
             if self._adapter is not None:
                 self._adapter.swap(verify=self._options.checksums)
-            else:
-                serve_base(self._parts)
+            elif self._parts.runner is not None and self._config.lora_config is not None:
+                vllm_lora.serve(self._parts.runner, None)  # a sync without one has whole weights
         self._adapter, self._rollback, self._untouched = None, None, False
         self._state.version = version
         if self._loads_base:
