@@ -130,7 +130,7 @@ def loadable_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
         return tensors
     from vllm.model_executor.model_loader.reload import meta
 
-    skipped = older.skipped_by_loading(meta)
+    skipped = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)  # vLLM 0.25 has one set
     return {name: t for name, t in tensors.items() if name not in skipped}
 
 
@@ -183,8 +183,9 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
         process: False keeps vLLM from processing a layer that is whole (dry runs).
     """
     layerwise = _layerwise()
-    next_question = older.asked_after_counting(layerwise)
-    asks_others_only = next_question == "has_device_tensors"  # not for deferred layers
+    # What vLLM asks next when it has counted a tensor: 0.25 only of layers that are not deferred.
+    asks_all = hasattr(layerwise, "is_deferred_attention_layer")
+    next_question = "is_deferred_attention_layer" if asks_all else "has_device_tensors"
     real = types.SimpleNamespace(**vars(layerwise))
     count = real.get_numel_loaded if process else CopyCount(real.get_numel_loaded, load_numel_of)
     sized: list[torch.nn.Module] = []
@@ -202,7 +203,7 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
         (layer,) = sized
         numel, result = count(loader, bound)
         counted.append(numel)
-        if asks_others_only and is_deferred(layer):
+        if not asks_all and is_deferred(layer):
             tell(layer)
         return numel, result
 
