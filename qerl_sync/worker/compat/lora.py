@@ -145,8 +145,9 @@ def _require_sizes(manager: Any, made: Any) -> None:
     vLLM's own copy has to tell.
     """
     for name, layer in made.loras.items():
-        pairs = (_slots(manager.modules.get(name), layer, kind) for kind in ("lora_a", "lora_b"))
-        for (slot_a, a), (slot_b, b) in zip(*pairs, strict=False):
+        module = manager.modules.get(name)
+        slots_a, slots_b = (_slots(module, layer, kind) for kind in ("lora_a", "lora_b"))
+        for (slot_a, a), (slot_b, b) in zip(slots_a, slots_b, strict=False):
             if a is None:
                 continue
             got, expected = (a.shape[1], b.shape[0]), (slot_a.shape[-1], slot_b.shape[-2])
