@@ -24,6 +24,7 @@ from qerl_sync.worker.compat.engine import (
     forget_packed_experts,
     live_tensors,
     loadable_tensors,
+    parts_of,
     replaced,
 )
 
@@ -165,7 +166,7 @@ class _State:
             self._what(tensors, 2),
             [
                 self._what({k: v for k, v in vars(part).items() if k not in NOT_KEPT}, _DEPTH)
-                for part in _parts(layer)
+                for part in parts_of(layer)
             ],
         )
 
@@ -201,12 +202,6 @@ class _State:
         return id(value)
 
 
-def _parts(layer: torch.nn.Module) -> list[Any]:
-    """Return the layer, and what keeps state for it."""
-    parts = (getattr(layer, name, None) for name in ("quant_method", "impl", "scheme"))
-    return [layer, *(part for part in parts if hasattr(part, "__dict__"))]
-
-
 @contextmanager
 def _scratch(layer: torch.nn.Module) -> Iterator[None]:
     """Give a layer on meta other memory, with a pattern for weights. Take back at the end all that
@@ -217,7 +212,7 @@ def _scratch(layer: torch.nn.Module) -> Iterator[None]:
     live, awaited = live_tensors(layer), loadable_tensors(layer)
     dictionaries: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
     owned = [(tensors, dict(tensors)) for tensors in dictionaries]
-    attributes = [(part, dict(vars(part))) for part in _parts(layer)]
+    attributes = [(part, dict(vars(part))) for part in parts_of(layer)]
     try:
         for tensors, before in owned:
             for name, tensor in before.items():

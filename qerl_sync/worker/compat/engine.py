@@ -445,6 +445,12 @@ def live_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def parts_of(layer: torch.nn.Module) -> list[Any]:
+    """Return the layer, and what keeps state for it: MLA on CPUs with AMX derives some in `impl`."""
+    parts = (getattr(layer, name, None) for name in ("quant_method", "impl", "scheme"))
+    return [layer, *(part for part in parts if hasattr(part, "__dict__"))]
+
+
 def tensors_written_live(layer: torch.nn.Module) -> list[torch.Tensor]:
     """Return the tensors of a layer in reload that vLLM writes as they arrive."""
     if not _layerwise().get_layerwise_info(layer).can_load():

@@ -58,11 +58,8 @@ class Rollback:
             return
         for tensor in compat.live_tensors(layer).values():
             self._copy(tensor)
-        self._snapshot(layer)
-        # Attention layers keep what they derive from weights in `impl` (MLA on CPUs with AMX).
-        for part in ("quant_method", "impl"):
-            if hasattr(owner := getattr(layer, part, None), "__dict__"):
-                self._snapshot(owner)
+        for part in compat.parts_of(layer):
+            self._snapshot(part)
         packing = getattr(layer, "cpu_linear", None)
         if id(packing) not in self._packings:  # a tied head may share it with the embeddings
             self._packings[id(packing)] = packing
