@@ -446,7 +446,7 @@ def live_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def parts_of(layer: torch.nn.Module) -> list[Any]:
-    """Return the layer, and what keeps state for it: MLA on CPUs with AMX derives some in `impl`."""
+    """Return the layer, and what keeps state for it (MLA on CPUs with AMX: `impl`)."""
     parts = (getattr(layer, name, None) for name in ("quant_method", "impl", "scheme"))
     return [layer, *(part for part in parts if hasattr(part, "__dict__"))]
 
