@@ -165,14 +165,12 @@ def require_all_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, alone: bo
     """
     large: list[tuple[str, torch.Tensor]] = []
     small: dict[torch.dtype, dict[str, torch.Tensor]] = {}
-    sums: dict[torch.device, dict[str, torch.Tensor]] = {}
-    kept: dict[str, torch.Tensor] = {}
+    elsewhere: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         if tensor.device.type != "cpu":
-            kept[name] = tensor
-            sums.setdefault(tensor.device, {})[name] = _sum(tensor).to(torch.float32)
+            elsewhere.setdefault(tensor.device, {})[name] = tensor
         elif tensor.numel() > _SMALL and _has_readable_bits(tensor):
             large.append((name, tensor))
         elif tensor.numel() > _SMALL or type(tensor) not in _PLAIN:
@@ -189,10 +187,11 @@ def require_all_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, alone: bo
     if index is not None:
         name, tensor, _ = runs[index]
         require_finite(name, tensor, alone=alone)
-    for of_device in sums.values():
-        for name, total in zip(of_device, torch.stack([*of_device.values()]).tolist(), strict=True):
+    for held in elsewhere.values():
+        sums = torch.stack([_sum(tensor).to(torch.float32) for tensor in held.values()])
+        for (name, tensor), total in zip(held.items(), sums.tolist(), strict=True):
             if not math.isfinite(total):
-                require_finite(name, kept[name])
+                require_finite(name, tensor)
 
 
 # Tensors of up to so many elements are looked at together, and so many of them.
