@@ -27,7 +27,7 @@ def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Return the address of its StorageImpl: unique among living storages, also those on meta."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -81,7 +81,7 @@ def _candidates(
         for name, shape in compat.recorded_parameters(module).items():
             if shape.dtype != buffer.dtype or shape.nbytes != nbytes:
                 continue
-            live = getattr(module, name, None)
+            live: Any = getattr(module, name, None)
             # A parameter that was emptied when it was packed has no values to compare.
             compares = isinstance(live, torch.Tensor) and live.numel() == shape.numel()
             if not compares or _sum_of_bits(live) == _sum_of_bits(whole):
