@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from qerl_sync.sources.base import Source
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.host import host_id
+from qerl_sync.worker.load.footprint import LoadCosts
 
 CPU = torch.device("cpu")
 
@@ -36,14 +37,10 @@ CPU = torch.device("cpu")
 class EchoLoader:
     """Count tensors and drop them. Implement `Loader`; each tensor is a layer of its own."""
 
-    working_bytes: Mapping[str, int] = {}
-    peak_staged_bytes = finishing_bytes = 0
     poisoned = None
-    verify_seconds = 0.0
-    kept_bytes = 0
-    processed_layers = ()
 
     def __init__(self) -> None:
+        self.costs = LoadCosts()
         self.quantisation: dict[str, Any] = {}
         self.check = False
         self.checksums: dict[str, int] = {}

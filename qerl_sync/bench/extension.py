@@ -46,7 +46,7 @@ class BenchExtension:
 
     def bench_kernels(self) -> dict[str, str]:
         """Return digests of the kernels' weights."""
-        from qerl_sync.worker.load.kernel_weights import kernel_digests
+        from qerl_sync.worker.load.kernel_check import kernel_digests
 
         return kernel_digests(self._engine.model)
 
@@ -71,7 +71,7 @@ class BenchExtension:
         with compat.loading_context(config):
             compat.begin_reload(model)
             for layer in model.modules():
-                refresh.before_processing(layer)
+                compat.forget_packed_experts(layer)
             model.load_weights(iter(self._bench_tensors[checkpoint].items()))
             compat.finish_reload(model, config)
             refresh.after_reload(model)

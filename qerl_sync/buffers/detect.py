@@ -1,4 +1,4 @@
-"""Decide which tensors count as buffered; count their bytes and the storages they keep alive."""
+"""Find the storages that tensors keep alive, and values that must not be sent."""
 
 from __future__ import annotations
 
@@ -6,52 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from qerl_sync.errors import CoverageError
 from qerl_sync.meta import Storage
-
-if TYPE_CHECKING:
-    from inspect import BoundArguments
-
-
-class DeviceRule:
-    """Decide whether a tensor occupies memory of the worker.
-
-    Meta tensors never do. vLLM's rule (`has_device_tensors` in its reload/utils.py) also excludes
-    host memory, so a CPU worker always counts zero bytes. This rule counts the worker's own device,
-    whichever it is.
-
-    Args:
-        worker_device: the device that the model lives on; None gives vLLM's rule.
-    """
-
-    def __init__(self, worker_device: torch.device | None = None) -> None:
-        self._not_counted = {"meta", "cpu"}
-        if worker_device is not None:
-            self._not_counted.discard(worker_device.type)
-
-    def counts(self, value: object) -> bool:
-        return isinstance(value, torch.Tensor) and value.device.type not in self._not_counted
-
-    def held_tensors(self, arguments: Iterable[object]) -> Iterator[torch.Tensor]:
-        """Return the tensors among a weight loader's arguments that occupy memory of the worker."""
-        return (value for value in arguments if self.counts(value))  # type: ignore[misc]
-
-    def has_device_tensors(self, bound: BoundArguments) -> bool:
-        """Return what vLLM's function of this name returns under vLLM's rule."""
-        return any(self.counts(value) for value in bound.arguments.values())
-
-    def get_info_size(self, loaded_weights: Iterable[tuple[str, BoundArguments]]) -> int:
-        """Return the bytes of the views held for a layer; `loaded_weights` as vLLM keeps them."""
-        return sum(
-            tensor.nbytes
-            for _, bound in loaded_weights
-            for tensor in self.held_tensors(bound.arguments.values())
-        )
 
 
 def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
@@ -60,28 +21,24 @@ def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:
     A DTensor keeps its local shard, a wrapper subclass (quantised weights) its inner tensors. A
     plain tensor keeps the whole storage that it is a view of, however small the view.
     """
-    found: dict[int | str, Storage] = {}
-    for plain in plain_tensors(tensor):
-        storage = plain.untyped_storage()
-        # The address of the StorageImpl: unique among storages that are alive, meta ones included.
-        found[storage._cdata] = Storage(storage._cdata, storage.nbytes())
-    return tuple(found.values())
+    storages = (plain.untyped_storage() for plain in plain_tensors(tensor))
+    return tuple(dict.fromkeys(Storage(one._cdata, one.nbytes()) for one in storages))
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Return the address of its StorageImpl: unique among living storages, also those on meta."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """Return the tensors that hold the bytes: `tensor` itself, or the inner tensors of a wrapper
-    subclass.
-    """
-    to_local: Any = getattr(tensor, "to_local", None)
-    if callable(to_local):
+    """Return the tensors that hold the bytes: itself, or a wrapper subclass's inner tensors."""
+    if callable(to_local := getattr(tensor, "to_local", None)):
         yield from plain_tensors(to_local())
-        return
-    flatten: Any = getattr(tensor, "__tensor_flatten__", None)
-    if callable(flatten):
+    elif callable(flatten := getattr(tensor, "__tensor_flatten__", None)):
         for attribute in flatten()[0]:
             yield from plain_tensors(getattr(tensor, attribute))
-        return
-    yield tensor
+    else:
+        yield tensor
 
 
 @cache  # asked for each tensor of each sync, as is `_exponent`
@@ -213,14 +170,12 @@ def require_all_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, alone: bo
     """
     large: list[tuple[str, torch.Tensor]] = []
     small: dict[torch.dtype, dict[str, torch.Tensor]] = {}
-    sums: dict[torch.device, dict[str, torch.Tensor]] = {}
-    kept: dict[str, torch.Tensor] = {}
+    elsewhere: dict[torch.device, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors:
         if not tensor.is_floating_point() or tensor.numel() == 0:
             continue
         if tensor.device.type != "cpu":
-            kept[name] = tensor
-            sums.setdefault(tensor.device, {})[name] = _sum(tensor).to(torch.float32)
+            elsewhere.setdefault(tensor.device, {})[name] = tensor
         elif tensor.numel() > _SMALL and _has_readable_bits(tensor):
             large.append((name, tensor))
         elif tensor.numel() > _SMALL or type(tensor) not in _PLAIN:
@@ -229,8 +184,7 @@ def require_all_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, alone: bo
             some = small.setdefault(tensor.dtype, {})
             some[name] = tensor
             if len(some) == _TOGETHER:
-                _require_together(some, alone=alone)
-                some.clear()
+                _require_together(small.pop(tensor.dtype), alone=alone)
     for some in small.values():
         _require_together(some, alone=alone)
     runs = [(name, tensor, run) for name, tensor in large for run in _runs(tensor)]
@@ -238,10 +192,11 @@ def require_all_finite(tensors: Iterable[tuple[str, torch.Tensor]], *, alone: bo
     if index is not None:
         name, tensor, _ = runs[index]
         require_finite(name, tensor, alone=alone)
-    for of_device in sums.values():
-        for name, total in zip(of_device, torch.stack([*of_device.values()]).tolist(), strict=True):
+    for held in elsewhere.values():
+        sums = torch.stack([_sum(tensor).to(torch.float32) for tensor in held.values()])
+        for (name, tensor), total in zip(held.items(), sums.tolist(), strict=True):
             if not math.isfinite(total):
-                require_finite(name, kept[name])
+                require_finite(name, tensor)
 
 
 # Tensors of up to so many elements are looked at together, and so many of them.
@@ -252,8 +207,6 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 def _require_together(tensors: Mapping[str, torch.Tensor], *, alone: bool) -> None:
     """Do as `require_finite` for each of these tensors of one dtype."""
-    if not tensors:
-        return
     if is_finite(torch.cat([one.detach().reshape(-1) for one in tensors.values()]), alone=alone):
         return
     for name, tensor in tensors.items():
@@ -278,10 +231,8 @@ def require_finite(
 def require_in_range(
     name: str, tensor: torch.Tensor, dtype: torch.dtype, parents: Parents | None = None
 ) -> None:
-    """Raise CoverageError with the largest value if any would become infinite as `dtype`.
-
-    `dtype` is the one in which the engine computes. One pass where the dtypes' ranges differ, none
-    elsewhere.
+    """Raise CoverageError with the largest value if any would become infinite as the engine's
+    `dtype`. One pass where the dtypes' ranges differ, none elsewhere.
     """
     # float32 ends a little above bfloat16, in a range that no weight reaches: exponents decide.
     floating = tensor.dtype.is_floating_point

@@ -29,19 +29,21 @@ class BufferLedger:
         self._holders: dict[int | str, int] = {}
         self._steps: list[TraceStep] = []
         self._name: str | None = None
-        self._high = (0, 0, 0)
+        self._high = self._now
 
     @property
     def open_layers(self) -> int:
         return len(self._held) - len(self._deferred)
 
+    @property
+    def _now(self) -> tuple[int, int, int]:
+        return self.buffered_bytes, self.pinned_bytes, self.open_layers
+
     def begin(self, name: str) -> None:
-        """Start the step of the stream's next tensor, `name`. Later events belong to it until the
-        next `begin`.
-        """
+        """Start the step of the stream's next tensor, `name`, to which later events belong."""
         self._end_step()
         self._name = name
-        self._high = (self.buffered_bytes, self.pinned_bytes, self.open_layers)
+        self._high = self._now
 
     def hold(
         self,
@@ -66,12 +68,8 @@ class BufferLedger:
             self._holders[storage.key] = holders + 1
             if holders == 0:
                 self.pinned_bytes += storage.nbytes
-        buffered, pinned, opened = self._high
-        self._high = (
-            max(buffered, self.buffered_bytes),
-            max(pinned, self.pinned_bytes),
-            max(opened, self.open_layers),
-        )
+        buffered, pinned, opened = map(max, self._high, self._now)
+        self._high = buffered, pinned, opened
 
     def release(self, layer: str) -> None:
         """Record that `layer` was processed. Releasing a layer that holds nothing is no error."""

@@ -38,16 +38,10 @@ class Trace:
         self._set(*zip(*steps, strict=True))
 
     @classmethod
-    def of_columns(
-        cls,
-        names: Iterable[str],
-        buffered_bytes: Iterable[int],
-        pinned_bytes: Iterable[int],
-        open_layers: Iterable[int],
-    ) -> Trace:
-        """Return a trace made from the columns of its steps."""
-        trace = cls.__new__(cls)
-        trace._set(names, buffered_bytes, pinned_bytes, open_layers)
+    def of_columns(cls, *columns: Iterable[Any]) -> Trace:
+        """Return a trace made from the columns of its steps, in the order of `TraceStep`."""
+        trace = cls(())
+        trace._set(*columns)
         return trace
 
     def _set(
@@ -57,12 +51,8 @@ class Trace:
         pinned_bytes: Iterable[int] = (),
         open_layers: Iterable[int] = (),
     ) -> None:
-        self._columns = (
-            tuple(names),
-            tuple(buffered_bytes),
-            tuple(pinned_bytes),
-            tuple(open_layers),
-        )
+        marks = tuple(buffered_bytes), tuple(pinned_bytes), tuple(open_layers)
+        self._columns = tuple(names), *marks
 
     @cached_property
     def steps(self) -> tuple[TraceStep, ...]:
@@ -108,9 +98,7 @@ class Trace:
         return self._columns[3].index(self.max_open_layers)
 
     def first_difference(self, measured: Trace) -> str | None:
-        """Describe where a measured trace first differs from this one, which was predicted; None
-        if they are equal, tensor by tensor.
-        """
+        """Describe where a measured trace first differs from this prediction; None: nowhere."""
         for i, (mine, theirs) in enumerate(zip(self.steps, measured.steps, strict=False)):
             for field, a, b in zip(TraceStep._fields, mine, theirs, strict=True):
                 if a != b:

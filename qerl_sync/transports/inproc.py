@@ -117,20 +117,21 @@ class InProcessTransport(Transport):
             raise still_cached(self._connector)
         self._receiver.commit(self._version)
         self._committed = self._version
+        costs = self._receiver.costs
         report = WorkerReport(
             worker="worker 0",
             trace=trace,
             predicted=self._predicted,
-            seconds={"verify": self._receiver.verify_seconds},
-            peak_staged_bytes=self._receiver.peak_staged_bytes,
-            kept_bytes=self._receiver.kept_bytes,
-            spans=self._receiver.processed_layers,
+            seconds={"verify": costs.verify_seconds},
+            peak_staged_bytes=costs.peak_staged_bytes,
+            kept_bytes=costs.kept_bytes,
+            spans=costs.processed_layers,
             quantisation=self._receiver.quantisation,
         )
         return SyncResult(
             workers=[report],
             kind="inproc: the engine's model is in this process",
-            verify_seconds=self._receiver.verify_seconds,
+            verify_seconds=costs.verify_seconds,
         )
 
     @property

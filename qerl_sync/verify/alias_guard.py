@@ -28,10 +28,8 @@ class AliasGuard:
         self._held.setdefault(layer, []).append(seen)
 
     def release(self, layer: str) -> None:
-        """Check the tensors held for `layer`, which is about to be loaded from them.
-
-        Raises:
-            CoverageError: a tensor is not what it was when it arrived.
+        """Raise CoverageError if a tensor held for `layer`, which is about to be loaded, is not
+        what it was when it arrived.
         """
         for name, tensor, writes, sample in self._held.pop(layer, ()):
             now = _sample(tensor)

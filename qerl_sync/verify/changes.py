@@ -111,7 +111,7 @@ class ChangeWatch:
                 f"{self._step}, and the trainer is at step {step}. "
             )
             if moved:
-                finding += f"{_named(moved)} changed on the trainer and did not travel. {_ADVICE}"
+                finding += f"{some_of(moved)} changed on the trainer and did not travel. {_ADVICE}"
             else:
                 finding += (
                     "Either that step changed nothing (a learning rate or gradients of zero), or "
@@ -124,7 +124,7 @@ class ChangeWatch:
         if not late:
             return Changes(len(changed))
         finding = (
-            f"{_named(list(late))} changed on the trainer in each of the last {PATIENCE} steps "
+            f"{some_of(list(late))} changed on the trainer in each of the last {PATIENCE} steps "
             f"that were synced, and what was sent of it did not. {_ADVICE}"
         )
         return Changes(len(changed), late, finding)
@@ -142,12 +142,7 @@ _STANDS_STILL = (
 
 
 def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
-    """Hash the bits of evenly spread elements, or of all in small tensors. Only reads; keeps no
-    reference.
-
-    Args:
-        dtype: to convert the elements to before.
-    """
+    """Hash the bits of evenly spread elements, as `dtype`, or of all in small tensors."""
     local = getattr(tensor, "to_local", None)
     # Of a parameter that DeepSpeed's ZeRO-3 has partitioned, this rank's part is beside it.
     own: torch.Tensor = local() if callable(local) else getattr(tensor, "ds_tensor", tensor)
@@ -163,8 +158,8 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
 
 
 def _fingerprint_here(tensor: torch.Tensor) -> int:
-    """Return the same as `fingerprint`, of a contiguous tensor in host memory, by slices of its
-    bytes: this is done for each tensor of each sync, and torch's calls cost more than the hash."""
+    """Return the same, of a contiguous tensor in host memory: by slices of its bytes, as torch's
+    calls cost more than the hash, and each sync makes them for each tensor."""
     raw = tensor.view(-1).view(torch.uint8).numpy()
     if tensor.numel() <= RUNS * RUN:
         return xxhash.xxh3_64_intdigest(raw.data)
@@ -176,9 +171,7 @@ def _fingerprint_here(tensor: torch.Tensor) -> int:
 
 
 def destination(name: str) -> str:
-    """Return the name without the additions of wrappers and adapters: the parameter it belongs
-    to.
-    """
+    """Return the parameter's name without the additions of wrappers and adapters."""
     plain = _COPIES.sub(".", _WRAPPERS.sub("", name))
     return _ADAPTER.sub(".weight", plain)
 
@@ -239,6 +232,7 @@ def _modules(name: str) -> Iterator[str]:
         yield name
 
 
-def _named(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """Return the first three names, for a person, and how many there are besides."""
     shown = ", ".join(map(repr, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3:,} more"

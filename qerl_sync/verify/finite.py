@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from typing_extensions import Self
 
@@ -25,42 +25,32 @@ class FiniteChecker:
     ) -> None:
         self._check_finite_ahead = look
         self._chunks = chunks
-        self._looked_at = 0
+        self._looks: list[Future[None]] = []
         self._error: BaseException | None = None
-        self._left = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="qerl-sync look ahead", daemon=True)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="qerl-sync look ahead")
 
     def await_chunk(self, index: int) -> None:
-        """Block until chunk `index` was checked. Raise what was found in it or in any other
-        chunk.
-        """
-        with self._changed:
-            self._changed.wait_for(
-                lambda: self._error or self._looked_at >= min(index + 1, len(self._chunks))
-            )
+        """Block until chunk `index` was checked. Raise what was found in any chunk so far."""
+        if self._looks:
+            self._looks[min(index, len(self._looks) - 1)].result()
         if self._error is not None:
             raise self._error
 
     def __enter__(self) -> Self:
-        if self._chunks:
-            self._thread.start()
+        self._looks = [
+            self._thread.submit(self._look, names, index == 0)
+            for index, names in enumerate(self._chunks)
+        ]
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Stop checking. After this the weights may change."""
-        self._left = True
-        if self._chunks:
-            self._thread.join()
+        self._thread.shutdown(cancel_futures=True)
 
-    def _run(self) -> None:
-        for index, names in enumerate(self._chunks):
-            if self._left or self._error is not None:
-                return
-            try:
-                self._check_finite_ahead(names, index == 0)
-            except BaseException as exc:
-                self._error = exc
-            with self._changed:
-                self._looked_at += 1
-                self._changed.notify_all()
+    def _look(self, names: Sequence[str], alone: bool) -> None:
+        if self._error is not None:
+            return
+        try:
+            self._check_finite_ahead(names, alone)
+        except BaseException as exc:
+            self._error = exc

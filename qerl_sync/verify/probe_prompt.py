@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 from qerl_sync.errors import ConfigError
-
-if TYPE_CHECKING:
-    import torch
-
-    from qerl_sync.verify.stored import Stored
 
 # The largest difference of a log-probability that rounding explains, by the dtype that the engine
 # computes in. float32: kernels that add up in another order part by less than 1e-5. bfloat16: by
@@ -19,18 +13,6 @@ if TYPE_CHECKING:
 TOLERANCES = {"float32": 1e-4, "float16": 0.03, "bfloat16": 0.15}
 
 NUM_TOKENS = 24
-
-
-class Noisy(Protocol):
-    """See `Probe.noisy`."""
-
-    def __call__(
-        self,
-        token_ids: Sequence[int],
-        noise: Mapping[str, torch.Tensor],
-        stored: Stored | None = None,
-        /,
-    ) -> Sequence[float]: ...
 
 
 @dataclass(frozen=True)
@@ -41,13 +23,14 @@ class Probe:
         token_ids: of the prompt.
         logprobs: of each of its tokens but the first, given those before it, with the trainer's
             present weights. Called on every trainer rank.
-        noisy: the same with noise added to weights, by their checkpoint names, and with weights as
-            the engine stores them, for the moment of the call. `sync.noise` needs it.
+        noisy: the same, by (token_ids, noise, stored=None): with the tensors of `noise` added to
+            the weights of these checkpoint names, and with weights as the engine stores them
+            (`verify.stored`), for the moment of the call. `sync.noise` needs it.
     """
 
     token_ids: tuple[int, ...]
     logprobs: Callable[[Sequence[int]], Sequence[float]]
-    noisy: Noisy | None = None
+    noisy: Callable[..., Sequence[float]] | None = None
 
 
 def spread_tokens(vocab_size: int) -> tuple[int, ...]:
@@ -56,9 +39,7 @@ def spread_tokens(vocab_size: int) -> tuple[int, ...]:
 
 
 def shortened(token_ids: tuple[int, ...], context_tokens: int) -> tuple[int, ...]:
-    """Return the part of the prompt that leaves room for one generated token.
-
-    `context_tokens` 0: no limit.
+    """Return the part of the prompt that leaves room for one token more, of 0 for no limit.
 
     Raises:
         ConfigError: too little to tell anything.

@@ -27,7 +27,12 @@ class ContentStamps:
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Return a hash (64 bits) of each tensor's bytes. Only reads."""
-        keys = {name: _key(tensor) for name, tensor in tensors.items() if _is_frozen(tensor)}
+        keys = {
+            name: _key(tensor)
+            for name, tensor in tensors.items()
+            # Buffers have no gradients, and training changes some of them.
+            if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
+        }
         known = {
             name: self._frozen[name][1]
             for name, key in keys.items()
@@ -39,11 +44,6 @@ class ContentStamps:
             known.update(zip(unknown, found, strict=True))
         self._frozen = {name: (key, known[name]) for name, key in keys.items()}
         return known
-
-
-def _is_frozen(tensor: torch.Tensor) -> bool:
-    # Buffers have no gradients, and training changes some of them.
-    return isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
 
 
 def _key(tensor: torch.Tensor) -> Hashable:

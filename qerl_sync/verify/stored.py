@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,8 @@ _FP8_MAX = 448.0
 
 
 def stored_by(quantisation: Mapping[str, Any], dtype: str) -> Stored | None:
-    """Return how an engine keeps weights; None: that is not known here.
-
-    Args:
-        quantisation: what it says of itself (`SyncReport.quantisation`).
-        dtype: that it computes in.
+    """Return how an engine with this `SyncReport.quantisation` that computes in `dtype` keeps
+    weights; None: that is not known here.
     """
     scheme, rounded = quantisation.get("scheme"), getattr(torch, dtype, None)
     if rounded is None or quantisation.get("from_checkpoint"):
@@ -41,8 +39,7 @@ def stored_by(quantisation: Mapping[str, Any], dtype: str) -> Stored | None:
 
 
 def fp8_per_channel(weight: torch.Tensor) -> torch.Tensor:
-    """Return the weight in float32 as vLLM's `fp8_per_channel` holds it: float8_e4m3fn, with a
-    scale for each output."""
+    """Return in float32 what vLLM's `fp8_per_channel` holds: float8_e4m3fn, a scale an output."""
     exact = weight.float()
     scale = exact.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / _FP8_MAX
     held = (exact / scale).clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
@@ -56,31 +53,27 @@ def weights_as_stored(modules: Mapping[str, torch.nn.Module], stored: Stored) ->
     One module's at a time is made, for its call; the weights themselves are only read.
     """
 
-    def swap(path: str) -> Callable[[torch.nn.Module, Any], None]:
-        def before(module: torch.nn.Module, inputs: Any) -> None:
-            own = module._parameters["weight"]
-            assert own is not None
-            lent[path] = own
-            module._parameters["weight"] = torch.nn.Parameter(
-                stored(path, module, own), requires_grad=False
-            )
-
-        return before
-
-    def put_back(path: str) -> Callable[[torch.nn.Module, Any, Any], None]:
-        def after(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            module._parameters["weight"] = lent.pop(path)
-
-        return after
-
     lent: dict[str, torch.nn.Parameter] = {}
+
+    def swap(path: str, module: torch.nn.Module, inputs: Any) -> None:
+        own = module._parameters["weight"]
+        assert own is not None
+        lent[path] = own
+        held = stored(path, module, own)
+        module._parameters["weight"] = torch.nn.Parameter(held, requires_grad=False)
+
+    def put_back(path: str, module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        module._parameters["weight"] = lent.pop(path)
+
     with ExitStack() as hooks:
         for path, module in modules.items():
             handles = (
-                module.register_forward_pre_hook(swap(path)),
+                module.register_forward_pre_hook(partial(swap, path)),
                 # Also where the call fails: no module may be left with another's weight. And before
                 # the hooks that release a gathered weight (ZeRO-3), as it was taken after theirs.
-                module.register_forward_hook(put_back(path), prepend=True, always_call=True),
+                module.register_forward_hook(
+                    partial(put_back, path), prepend=True, always_call=True
+                ),
             )
             for handle in handles:
                 hooks.callback(handle.remove)

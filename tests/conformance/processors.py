@@ -17,7 +17,7 @@ from support.engines import generate
 
 from conformance.families import PATCH, SIDE
 from conformance.tokens import SPELLING, TOKENS, token_id
-from qerl_sync.worker.compat import engine as compat
+from qerl_sync.engines.llm import LLMClient
 
 PIXELS = SIDE * SIDE
 PICTURE_SECONDS = 60
@@ -88,7 +88,7 @@ def picture_prompts(engine: Any) -> tuple[list[dict[str, Any]], str]:
         with _at_most(PICTURE_SECONDS):
             generate(engine, more=[prompt])
     except Exception as exc:
-        compat.drop_requests(engine)
+        LLMClient(engine).pause("abort")  # vLLM would never end them
         return [], f"{type(exc).__name__}: {' '.join(str(exc).split())}"[:200]
     return [prompt], "seen"
 

@@ -258,10 +258,10 @@ def test_a_tied_head_computes_with_the_packed_copy_of_the_embeddings(subject, mo
     sync = session(one, HFSource(one.trainers[OLD]))
     receiver.start(*sync._agree(), SyncOptions())
     try:
-        assert receiver.finishing_bytes == 0
+        assert receiver.costs.finishing_bytes == 0
         tied = {"lm_head": ("model.embed_tokens", "weight")}
         monkeypatch.setattr(one.model.model.embed_tokens, "quant_method", None)
-        needed = refresh.packed_anew_bytes(one.model, tied, receiver.working_bytes)
+        needed = refresh.packed_anew_bytes(one.model, tied, receiver.costs.working_bytes)
         assert needed == one.trainers[OLD].lm_head.weight.nbytes
     finally:
         monkeypatch.undo()

@@ -351,7 +351,7 @@ class TestToken:
                 if "names" in update_info:
                     with pytest.raises(AgreementError, match="does not show it"):
                         self._llm.update_weights({"update_info": {"names": []}})
-                    assert engine._loads.agreed
+                    assert engine._loads.plan is not None
                 super().update_weights(update_info)
 
         one = subject("dense")

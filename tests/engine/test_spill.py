@@ -188,11 +188,13 @@ def _two_layers_interleaved():
 def stage(plan, tensors):
     """Run a stream through a stager, in memory that is overwritten after each chunk."""
     stager, got, staged = SpillBuffer(plan, plan.spill, CPU), {}, []
+
+    def load(stream):
+        got.update((name, tensor.clone()) for name, tensor in stream)
+
     for chunk in plan.chunks:
         in_session = {name: tensors[name].clone() for name in chunk.names}
-        for name, tensor in stager.take((name, in_session[name]) for name in chunk.names):
-            got[name] = tensor.clone()
-        stager.keep()
+        stager.load(((name, in_session[name]) for name in chunk.names), load)
         staged.append(stager.staged_bytes)
         for tensor in in_session.values():
             tensor.zero_()
@@ -225,8 +227,7 @@ def test_files_have_no_names_and_go_with_the_stager(tmp_path):
     plan = build_plan(metas, layer_map, "spill", chunk_bytes=1, spill_directory=str(tmp_path))
     stager = SpillBuffer(plan, plan.spill, CPU)
     for meta in metas[:3]:
-        assert list(stager.take([(meta.name, torch.ones(meta.shape))])) == []
-        stager.keep()
+        stager.load([(meta.name, torch.ones(meta.shape))], pytest.fail)
     assert os.listdir(tmp_path) == []
     assert _mapped_under(tmp_path) == 3
     stager.close()
@@ -239,20 +240,17 @@ def test_the_budget_holds_at_run_time_too():
     plan = build_plan(metas, layer_map, "spill", chunk_bytes=1)
     small = type(plan.spill)(plan.spill.load_order, plan.spill.num_loaded, budget_bytes=16)
     stager = SpillBuffer(plan, small, CPU)
-    list(stager.take([(metas[0].name, torch.ones(4))]))
-    stager.keep()
-    list(stager.take([(metas[1].name, torch.ones(4))]))
+    stager.load([(metas[0].name, torch.ones(4))], list)
     with pytest.raises(PlanError, match=r"32 bytes would be staged with 'b\.q'.* is 16"):
-        stager.keep()
+        stager.load([(metas[1].name, torch.ones(4))], list)
 
 
 def test_a_loader_that_leaves_tensors_is_noticed():
     metas, layer_map = _two_layers_interleaved()
     plan = build_plan(metas, layer_map, "spill")
     stager = SpillBuffer(plan, plan.spill, CPU)
-    next(stager.take((meta.name, torch.ones(4)) for meta in metas))
     with pytest.raises(LoadError, match=r"ended before it had taken 'a\.k'"):
-        stager.keep()
+        stager.load(((meta.name, torch.ones(4)) for meta in metas), next)
 
 
 def test_other_peoples_directories_are_refused(tmp_path):

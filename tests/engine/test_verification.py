@@ -31,8 +31,7 @@ from qerl_sync.verify.checksum import PAGE_BYTES, checksum, page_sums
 from qerl_sync.verify.probe_prompt import shortened
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
-from qerl_sync.worker.load.kernel_check import KernelCheck, kernel_checksums
-from qerl_sync.worker.load.kernel_weights import kernel_digests
+from qerl_sync.worker.load.kernel_check import KernelCheck, kernel_checksums, kernel_digests
 from qerl_sync.worker.load.receiver import Receiver
 
 pytestmark = pytest.mark.vllm
@@ -192,16 +191,19 @@ def test_right_syncs_pass(subject, kind, kernels):
 
 
 @pytest.mark.parametrize(
-    ("kind", "cure", "layer"),
-    [("tied", "after_reload", "lm_head"), ("moe", "before_processing", "mlp.experts")],
+    ("kind", "where", "cure", "layer"),
+    [
+        ("tied", refresh, "after_reload", "lm_head"),
+        ("moe", compat, "forget_packed_experts", "mlp.experts"),
+    ],
 )
-def test_packed_copies_that_stay_old_are_found(subject, monkeypatch, kind, cure, layer):
+def test_packed_copies_that_stay_old_are_found(subject, monkeypatch, kind, where, cure, layer):
     """What stock vLLM does, silently."""
     one = subject(kind)
     require_packed(one.model, layer)
     push(one, OLD, verify="checksum")
     with monkeypatch.context() as patched:
-        patched.setattr(refresh, cure, lambda of: None)
+        patched.setattr(where, cure, lambda of: None)
         patched.setattr(refresh, "heads_of", lambda *of: [])
         with pytest.raises(CoverageError, match=rf"{layer}.*(the same as before|not packed)"):
             push(one, NEW, verify="checksum")

@@ -23,6 +23,7 @@ from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.endpoints import Listener, connect
 from qerl_sync.wire.host import host_id
+from qerl_sync.worker.load.footprint import LoadCosts
 from qerl_sync.worker.protocol.session import WorkerSession
 
 CPU = torch.device("cpu")
@@ -73,11 +74,7 @@ class KeepingLoader:
         self.serving = dict(held)
         self.version = 0
         self.poisoned: str | None = None
-        self.working_bytes: dict[str, int] = {}
-        self.peak_staged_bytes = self.finishing_bytes = 0
-        self.verify_seconds = 0.0
-        self.kept_bytes = 0
-        self.processed_layers = ()
+        self.costs = LoadCosts()
         self.quantisation = {}
         self.before_load = lambda: None
         self.started = 0

@@ -23,7 +23,7 @@ class Feature(NamedTuple):
         needed: no sync works without it. Otherwise only the part that is named fails, or does
             without.
         names: by module, attributes separated by spaces. `new|old`: the first that is there is
-            used.
+            used. `owner.a,b`: both attributes of it.
     """
 
     needed: bool
@@ -34,9 +34,9 @@ _RELOAD = "vllm.model_executor.model_loader.reload"
 _TRANSFER = "vllm.distributed.weight_transfer"
 _CONNECTOR = "vllm.distributed.kv_transfer.kv_connector"
 _FOUR_METHODS = (
-    "{0}.init_weight_transfer_engine {0}.start_weight_update {0}.update_weights "
-    "{0}.finish_weight_update"
+    "init_weight_transfer_engine,start_weight_update,update_weights,finish_weight_update"
 )
+_RESETS = "reset_prefix_cache,reset_encoder_cache,reset_mm_cache"
 
 FEATURES: dict[str, Feature] = {
     "layerwise reload": Feature(
@@ -88,24 +88,18 @@ FEATURES: dict[str, Feature] = {
     "engine calls": Feature(
         True,
         {
-            "vllm": _FOUR_METHODS.format("LLM") + " LLM.generate LLM.sleep LLM.wake_up",
+            "vllm": f"LLM.{_FOUR_METHODS},generate,sleep,wake_up",
             "vllm.v1.engine.async_llm": (
-                _FOUR_METHODS.format("AsyncLLM") + " AsyncLLM.generate AsyncLLM.add_request "
-                "AsyncLLM.pause_generation AsyncLLM.resume_generation"
+                f"AsyncLLM.{_FOUR_METHODS},generate,add_request,pause_generation,resume_generation"
             ),
-            "vllm.v1.engine.llm_engine": "LLMEngine.add_request LLMEngine.abort_request",
+            "vllm.v1.engine.llm_engine": "LLMEngine.add_request,abort_request",
         },
     ),
     "caches": Feature(
         True,
         {
-            "vllm.v1.engine.llm_engine": (
-                "LLMEngine.reset_prefix_cache LLMEngine.reset_encoder_cache "
-                "LLMEngine.reset_mm_cache"
-            ),
-            "vllm.v1.engine.async_llm": (
-                "AsyncLLM.reset_prefix_cache AsyncLLM.reset_encoder_cache AsyncLLM.reset_mm_cache"
-            ),
+            "vllm.v1.engine.llm_engine": f"LLMEngine.{_RESETS}",
+            "vllm.v1.engine.async_llm": f"AsyncLLM.{_RESETS}",
             f"{_CONNECTOR}.factory": "KVConnectorFactory.get_connector_class",
             f"{_CONNECTOR}.v1.base": "KVConnectorBase_V1.reset_cache",
             f"{_CONNECTOR}.v1.multi_connector": "MultiConnector._get_connector_classes_and_configs",
@@ -143,6 +137,7 @@ FEATURES: dict[str, Feature] = {
             ),
         },
     ),
+    # Besides: `load_model_cls` of the entries of `ModelRegistry.models`.
     "models without an engine": Feature(
         False,
         {
@@ -166,10 +161,8 @@ FEATURES: dict[str, Feature] = {
             "vllm.lora.request": "LoRARequest",
             "vllm.lora.utils": "parse_fine_tuned_lora_name",
             "vllm.lora.model_manager": (
-                "LoRAModelManager._create_merged_loras_inplace "
-                "LRUCacheLoRAModelManager.add_adapter LRUCacheLoRAModelManager.remove_adapter "
-                "LRUCacheLoRAModelManager.activate_adapter "
-                "LRUCacheLoRAModelManager.remove_oldest_adapter LRUCacheLoRAModelManager.capacity"
+                "LoRAModelManager._create_merged_loras_inplace LRUCacheLoRAModelManager."
+                "add_adapter,remove_adapter,activate_adapter,remove_oldest_adapter,capacity"
             ),
             "vllm.lora.worker_manager": "LRUCacheWorkerLoRAManager._load_adapter",
             "vllm.v1.core.sched.output": "NewRequestData.lora_request",
@@ -253,18 +246,19 @@ def lacking(feature: str, version: str, missing: tuple[str, ...]) -> CompatError
 
 
 def lookup(feature: str) -> dict[str, str]:
-    """Return, for each name of a feature with its module, the name that is used; "": none is
-    there."""
+    """Return, for each name of a feature with its module, the name that is used; "": none."""
     found = {}
     for module_name, names in FEATURES[feature].names.items():
         try:
             module: Any = import_module(module_name)
         except ImportError:
             module = None
-        for alternatives in names.split():
-            choices = alternatives.split("|")
-            used = (name for name in choices if module is not None and _has(module, name))
-            found[f"{module_name}.{choices[0]}"] = next(used, "")
+        for word in names.split():
+            owner, dot, members = word.rpartition(".")
+            for member in members.split(","):
+                choices = f"{owner}{dot}{member}".split("|")
+                used = (name for name in choices if module is not None and _has(module, name))
+                found[f"{module_name}.{choices[0]}"] = next(used, "")
     return found
 
 

@@ -31,10 +31,8 @@ def unlink_exchange_segments() -> None:
 
 @contextmanager
 def leftovers_explained() -> Iterator[None]:
-    """Raise ConfigError for an engine that does not start because its segments are there already.
-
-    Raises:
-        ConfigError: `files` are the segments, of whichever process.
+    """Raise ConfigError for an engine that does not start because its segments are there already;
+    `files` are those, of whichever process.
     """
     try:
         yield

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -19,10 +19,13 @@ import torch
 from qerl_sync.plan.layer_map import Loading
 from qerl_sync.verify.checksum import fingerprint
 from qerl_sync.worker.compat.engine import (
+    NOT_KEPT,
     _layerwise,
     forget_packed_experts,
     live_tensors,
     loadable_tensors,
+    parts_of,
+    replaced,
 )
 
 logger = logging.getLogger(__name__)
@@ -31,7 +34,6 @@ logger = logging.getLogger(__name__)
 _PATTERN = 65_521
 # How deep attributes of vLLM's own objects are looked at.
 _DEPTH = 6
-_OF_TORCH = frozenset(vars(torch.nn.Module())) | {"kv_cache"}
 
 
 def rehearse(layer: torch.nn.Module) -> Loading:
@@ -51,7 +53,7 @@ def rehearse(layer: torch.nn.Module) -> Loading:
     # Quantised weights are not looked at: processing them needs values that mean something.
     if not all(t.is_floating_point() and t.itemsize > 1 for t in awaited.values()):
         return "layerwise"
-    live = {tensor_name: t for tensor_name, t in _live(layer).items() if tensor_name in awaited}
+    live = {name: tensor for name, tensor in live_tensors(layer).items() if name in awaited}
     if any(tensor.is_meta for tensor in live.values()):
         return "in place"
     if _layouts(live) != _layouts(awaited) or _loaders(live) != _loaders(awaited):
@@ -71,13 +73,8 @@ def rehearse(layer: torch.nn.Module) -> Loading:
     return "in place" if before.layouts == after.layouts else "layerwise"
 
 
-def release_scratch() -> None:
-    """Give a GPU's driver back what rehearsals have left with torch's allocator."""
-    torch.cuda.empty_cache()  # does nothing where there is none
-
-
 def changed_since(layer: torch.nn.Module) -> bool:
-    """Return whether the live tensors are laid out otherwise than the model was built. For calls
+    """Return whether the live tensors have another layout than when the model was built. Call it
     outside of a reload."""
     parameters, buffers = _layerwise().LAYERWISE_INFO[layer].restore_metadata
     return any(
@@ -128,29 +125,16 @@ def count_loads(layer: torch.nn.Module, loaded: Callable[[], None]) -> Iterator[
 
         return loader
 
-    undo: list[Callable[[], None]] = []
-    for tensor in loadable_tensors(layer).values():
-        own = getattr(tensor, "weight_loader", None)
-        tensor.weight_loader = counted(layerwise._get_weight_loader(tensor))  # type: ignore[attr-defined]
-        if own is None:  # vLLM takes its default loader where there is none
-            undo.append(functools.partial(delattr, tensor, "weight_loader"))
-        else:
-            undo.append(functools.partial(setattr, tensor, "weight_loader", own))
-    try:
+    with ExitStack() as stack:
+        for tensor in loadable_tensors(layer).values():
+            load = counted(layerwise._get_weight_loader(tensor))
+            stack.enter_context(replaced(tensor, weight_loader=load))
         yield
-    finally:
-        for one in undo:
-            one()
 
 
 def addresses(layer: torch.nn.Module) -> list[int]:
     """Return where the layer's live tensors lie, which captured CUDA graphs and kernels know."""
-    return [tensor.data_ptr() for tensor in live_tensors(layer)]
-
-
-def _live(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
-    parameters, buffers = _layerwise().LAYERWISE_INFO[layer].kernel_tensors
-    return {**parameters, **buffers}
+    return [tensor.data_ptr() for tensor in live_tensors(layer).values()]
 
 
 def _layouts(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -171,11 +155,7 @@ def _loaders(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
 
 
 class _State:
-    """Hold what a layer's kernels may read, to compare it.
-
-    Attributes:
-        layouts: of the layer's own tensors.
-    """
+    """Hold what a layer's kernels may read, to compare it; `layouts` of its own tensors."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         tensors = _layerwise().get_layer_tensors(layer)
@@ -185,8 +165,8 @@ class _State:
         self._held = (
             self._what(tensors, 2),
             [
-                self._what({k: v for k, v in vars(part).items() if k not in _OF_TORCH}, _DEPTH)
-                for part in _parts(layer)
+                self._what({k: v for k, v in vars(part).items() if k not in NOT_KEPT}, _DEPTH)
+                for part in parts_of(layer)
             ],
         )
 
@@ -222,28 +202,23 @@ class _State:
         return id(value)
 
 
-def _parts(layer: torch.nn.Module) -> list[Any]:
-    """Return the layer, and what keeps state for it."""
-    parts = (getattr(layer, name, None) for name in ("quant_method", "impl", "scheme"))
-    return [layer, *(part for part in parts if hasattr(part, "__dict__"))]
-
-
 @contextmanager
 def _scratch(layer: torch.nn.Module) -> Iterator[None]:
     """Give a layer on meta other memory, with a pattern for weights. Take back at the end all that
     has happened to the layer."""
     from vllm.model_executor.model_loader.reload.meta import materialize_meta_tensor
 
-    info, live, awaited = _layerwise().LAYERWISE_INFO[layer], _live(layer), loadable_tensors(layer)
+    device = _layerwise().LAYERWISE_INFO[layer].restore_device
+    live, awaited = live_tensors(layer), loadable_tensors(layer)
     dictionaries: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
     owned = [(tensors, dict(tensors)) for tensors in dictionaries]
-    attributes = [(part, dict(vars(part))) for part in _parts(layer)]
+    attributes = [(part, dict(vars(part))) for part in parts_of(layer)]
     try:
         for tensors, before in owned:
             for name, tensor in before.items():
                 if tensor is None or not tensor.is_meta:
                     continue
-                with info.restore_device:
+                with device:
                     tensors[name] = made = materialize_meta_tensor(tensor)
                 made.weight_loader = _layerwise()._get_original_loader(tensor)
                 if name in awaited:

@@ -8,47 +8,58 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import types
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from qerl_sync.buffers.detect import plain_tensors
+from qerl_sync.buffers.detect import plain_tensors, storage_key
 from qerl_sync.errors import CompatError, LoadError
 from qerl_sync.worker.compat import older_reload as older
-from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.load.copy_count import CopyCount
+
+# What torch keeps in a module's own dictionary for parameters, submodules and hooks; and the KV
+# cache, which a sync leaves as it is.
+TORCHS_OWN = frozenset(vars(torch.nn.Module()))
+NOT_KEPT = TORCHS_OWN | {"kv_cache"}
 
 
 def _layerwise() -> Any:
-    """Return vLLM's module of the layerwise reload, which `require_layerwise_reload` checks."""
+    """Return vLLM's module of the layerwise reload."""
     from vllm.model_executor.model_loader.reload import layerwise
 
     return layerwise
 
 
-def require_layerwise_reload() -> None:
-    """Check that the installed vLLM can be synced.
+@contextlib.contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Set these attributes of `owner` in this context, and put back what was there."""
+    before = {name: getattr(owner, name, _ABSENT) for name in values}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
 
-    Raises:
-        CompatError: naming what is missing, or that vLLM is older than the window.
-    """
-    require("layerwise reload")
+
+_ABSENT = object()
 
 
 class EngineParts(NamedTuple):
-    """Hold what a sync needs of an engine that runs in this process.
-
-    Attributes:
-        runner: the worker's model runner, for adapters; None: not known.
-    """
+    """Hold what a sync needs of an engine that runs in this process."""
 
     model: torch.nn.Module
     vllm_config: Any
     device: torch.device
-    runner: Any = None
+    runner: Any = None  # the worker's model runner, for adapters; None: not known
 
 
 def in_process_parts(llm: Any) -> EngineParts:
@@ -70,16 +81,11 @@ def in_process_parts(llm: Any) -> EngineParts:
     return EngineParts(model, runner.vllm_config, torch.device(runner.device), runner)
 
 
-@dataclass(frozen=True)
-class LayerState:
+class LayerState(NamedTuple):
     """A layer's progress. `total_numel` is None when it awaits nothing."""
 
     loaded_numel: int
     total_numel: int | None
-
-    @property
-    def awaits_all(self) -> bool:
-        return self.total_numel is not None and self.loaded_numel <= 0
 
 
 def layer_state(layer: torch.nn.Module) -> LayerState:
@@ -105,7 +111,7 @@ def loadable_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
         return tensors
     from vllm.model_executor.model_loader.reload import meta
 
-    skipped = older.skipped_by_loading(meta)
+    skipped = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)  # vLLM 0.25 has one set
     return {name: t for name, t in tensors.items() if name not in skipped}
 
 
@@ -122,8 +128,8 @@ def is_padded_embedding(layer: torch.nn.Module) -> bool:
 
 
 def has_padding_alone(layer: Any) -> bool:
-    """Return True for the part of a padded embedding that has no row of the vocabulary: that of the
-    last tensor parallel ranks, of a vocabulary of few words."""
+    """Return True for the part of a padded embedding without a row of the vocabulary, which the
+    last tensor parallel ranks may have."""
     if not is_padded_embedding(layer):
         return False
     return bool(layer.shard_indices.num_org_elements == 0)
@@ -158,25 +164,17 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
         process: False keeps vLLM from processing a layer that is whole (dry runs).
     """
     layerwise = _layerwise()
-    next_question = older.asked_after_counting(layerwise)
-    asks_others_only = next_question == "has_device_tensors"  # not for deferred layers
-    names = (
-        "get_layer_size",
-        "get_numel_loaded",
-        next_question,
-        "_layerwise_process",
-        "_copy_and_restore_kernel_tensors",
-        "_place_kernel_tensors",
-    )
-    real = {name: getattr(layerwise, name) for name in names}
-    counting = real["get_numel_loaded"]
-    count = counting if process else CopyCount(counting, load_numel_of)
+    # What vLLM asks next when it has counted a tensor: 0.25 only of layers that are not deferred.
+    asks_all = hasattr(layerwise, "is_deferred_attention_layer")
+    next_question = "is_deferred_attention_layer" if asks_all else "has_device_tensors"
+    real = types.SimpleNamespace(**vars(layerwise))
+    count = real.get_numel_loaded if process else CopyCount(real.get_numel_loaded, load_numel_of)
     sized: list[torch.nn.Module] = []
     counted: list[int] = []
 
     def get_layer_size(layer: torch.nn.Module) -> int:
         sized[:] = [layer]
-        return int(real["get_layer_size"](layer))
+        return int(real.get_layer_size(layer))
 
     def tell(layer: torch.nn.Module) -> None:
         parameter, bound = layerwise.LAYERWISE_INFO[layer].loaded_weights[-1]
@@ -186,42 +184,41 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
         (layer,) = sized
         numel, result = count(loader, bound)
         counted.append(numel)
-        if asks_others_only and is_deferred(layer):
+        if not asks_all and is_deferred(layer):
             tell(layer)
         return numel, result
 
     def answer(question: Any) -> bool:
         if counted:
             tell(*sized)
-        return bool(real[next_question](question))
+        return bool(getattr(real, next_question)(question))
 
     def _layerwise_process(layer: torch.nn.Module, info: Any) -> None:
         if process:
             observer.processing(layer)
-            real["_layerwise_process"](layer, info)
+            real._layerwise_process(layer, info)
             observer.processed(layer)
 
     def _copy_and_restore_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
         _fit_live_tensors(layer, info, observer)
         older.keep_derived_buffers(layer, info)
-        real["_copy_and_restore_kernel_tensors"](layer, info)
+        real._copy_and_restore_kernel_tensors(layer, info)
 
     def _place_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
-        real["_place_kernel_tensors"](layer, info)
+        real._place_kernel_tensors(layer, info)
         older.placed_back(layer, info)
 
-    layerwise.get_layer_size = get_layer_size
-    layerwise.get_numel_loaded = get_numel_loaded
-    setattr(layerwise, next_question, answer)
-    layerwise._layerwise_process = _layerwise_process
-    layerwise._copy_and_restore_kernel_tensors = _copy_and_restore_kernel_tensors
-    layerwise._place_kernel_tensors = _place_kernel_tensors
-    try:
-        with count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext():
-            yield
-    finally:
-        for name, function in real.items():
-            setattr(layerwise, name, function)
+    wrappers = {
+        "get_layer_size": get_layer_size,
+        "get_numel_loaded": get_numel_loaded,
+        next_question: answer,
+        "_layerwise_process": _layerwise_process,
+        "_copy_and_restore_kernel_tensors": _copy_and_restore_kernel_tensors,
+        "_place_kernel_tensors": _place_kernel_tensors,
+    }
+    counting = count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext()
+    with replaced(layerwise, **wrappers), counting:
+        yield
 
 
 def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: LoadObserver) -> None:
@@ -299,14 +296,6 @@ def unrecorded_buffers(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]]
         and name not in known
         and name in layer._non_persistent_buffers_set
     ]
-
-
-def live_buffer(layer: torch.nn.Module, name: str) -> torch.Tensor:
-    """Return the buffer that the layer's kernels read, in a reload and outside of one."""
-    info = _layerwise().LAYERWISE_INFO[layer]
-    held: Any = info.kernel_tensors[1] if info.kernel_tensors is not None else layer._buffers
-    buffer: torch.Tensor = held[name]
-    return buffer
 
 
 def arrived_value(layer: torch.nn.Module, parameter: str) -> torch.Tensor:
@@ -392,7 +381,12 @@ class LayerReload:
 
 
 def forget_packed_experts(layer: Any) -> None:
-    """Take the kernel from unquantised experts on CPU, so that vLLM packs and builds it anew."""
+    """Take the kernel from unquantised experts on CPU, so that vLLM packs and builds it anew.
+
+    `UnquantizedFusedMoEMethod` packs only while it has no kernel, and takes every later load for
+    an update in place, which the packed copy does not see. On GPUs the kernel reads the parameters
+    themselves and captured graphs hold their addresses, so nothing is touched there.
+    """
     if _packs_experts(layer):
         layer.quant_method.moe_kernel = None
 
@@ -453,12 +447,20 @@ def weight_bytes(model: torch.nn.Module, paths: Collection[str]) -> int:
     return sum(t.nbytes for layer in layers for t in loadable_tensors(layer).values())
 
 
-def live_tensors(layer: torch.nn.Module) -> list[torch.Tensor]:
+def live_tensors(layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Return the tensors that the layer's kernels read, in a reload and outside of one."""
     info = _layerwise().LAYERWISE_INFO.get(layer)
     if info is not None and info.can_load() and info.kernel_tensors is not None:
-        return [tensor for tensors in info.kernel_tensors for tensor in tensors.values()]
-    return list(_layerwise().get_layer_tensors(layer).values())
+        parameters, buffers = info.kernel_tensors
+        return {**parameters, **buffers}
+    tensors: dict[str, torch.Tensor] = _layerwise().get_layer_tensors(layer)
+    return tensors
+
+
+def parts_of(layer: torch.nn.Module) -> list[Any]:
+    """Return the layer, and what keeps state for it (MLA on CPUs with AMX: `impl`)."""
+    parts = (getattr(layer, name, None) for name in ("quant_method", "impl", "scheme"))
+    return [layer, *(part for part in parts if hasattr(part, "__dict__"))]
 
 
 def tensors_written_live(layer: torch.nn.Module) -> list[torch.Tensor]:
@@ -484,11 +486,9 @@ def tensors_of(parameter: torch.Tensor) -> list[torch.Tensor]:
 
 
 def packs(layer: torch.nn.Module) -> bool:
-    """Return whether a CPU kernel packs this layer: in the closure of `cpu_linear`, or, for
-    experts, in a kernel object."""
-    packed = getattr(getattr(layer, "cpu_linear", None), "__closure__", None)
+    """Return whether a CPU kernel packs this layer, a linear one or experts."""
     kernel = getattr(getattr(layer, "quant_method", None), "moe_kernel", None)
-    return packed is not None or (kernel is not None and is_on_cpu())
+    return _packs_linear(layer) or (kernel is not None and is_on_cpu())
 
 
 def lend_packing(owner: Any, layer: Any) -> bool:
@@ -529,14 +529,11 @@ def packed_products(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 class Packing(NamedTuple):
-    """Describe the packed copy that a layer's CPU kernel computes with. Packing makes it anew.
-
-    Attributes:
-        in_place: the copy lies in the parameters themselves, in another layout, so that they change
-            with what arrives whether or not that is packed.
-    """
+    """Describe the packed copy that a layer's CPU kernel computes with. Packing makes it anew."""
 
     holder: weakref.ref[Any]
+    # The copy lies in the parameters themselves, in another layout, so that they change with what
+    # arrives whether or not that is packed.
     in_place: bool
 
 
@@ -590,17 +587,11 @@ def zero_kv_caches(vllm_config: Any) -> int:
     overwrite, and its memory is not mapped.
     """
     layers = vllm_config.compilation_config.static_forward_context.values()
-    caches = [cache for layer in layers for cache in _tensors_in(getattr(layer, "kv_cache", None))]
-    if _kv_caches_sleep():
-        return 0
-    for cache in caches:
-        cache.zero_()
-    return sum(cache.nbytes for cache in caches)
-
-
-def _tensors_in(value: Any) -> list[torch.Tensor]:
-    found = value if isinstance(value, list | tuple) else [value]
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+    caches = tree_leaves([getattr(layer, "kv_cache", None) for layer in layers])
+    tensors = [] if _kv_caches_sleep() else [c for c in caches if isinstance(c, torch.Tensor)]
+    for tensor in tensors:
+        tensor.zero_()
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _kv_caches_sleep() -> bool:
@@ -616,11 +607,6 @@ def _kv_caches_sleep() -> bool:
     return any(data.tag == "kv_cache" and data.is_asleep for data in known)
 
 
-def record_metadata(model: torch.nn.Module) -> None:
-    """Remember what a reload restores on meta. Engines do so when they have built their model."""
-    _layerwise().record_metadata_for_reloading(model)
-
-
 def finish_reload(
     model: torch.nn.Module, vllm_config: Any, expected: Collection[str] | None = None
 ) -> None:
@@ -634,11 +620,12 @@ def finish_reload(
             dropped. None: all are logged.
     """
     layerwise = _layerwise()
-    findings = {
-        f"{type(layer).__name__}: Failed to load weights"
-        for name, layer in model.named_modules()
-        if name in (expected or ()) and layer_state(layer).awaits_all
-    }
+    findings = set()
+    for name in expected or ():
+        layer = model.get_submodule(name)
+        loaded_numel, total_numel = layer_state(layer)
+        if total_numel is not None and loaded_numel <= 0:
+            findings.add(f"{type(layer).__name__}: Failed to load weights")
 
     def is_finding(record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -663,15 +650,14 @@ def loading_context(vllm_config: Any) -> Iterator[None]:
         yield
 
 
-def restore(model: torch.nn.Module) -> int:
-    """Bring a model back from the middle of a reload. Returns the number of layers put back.
+def restore(model: torch.nn.Module) -> None:
+    """Bring a model back from the middle of a reload.
 
     Every layer gets its live tensors again, what was held for it is dropped, loading wrappers are
     taken off. Layers that were already processed keep their new weights: the model is usable,
     but a mix of old and new, until a full sync has succeeded.
     """
     layerwise = _layerwise()
-    restored = 0
     for layer in model.modules():
         info = layerwise.LAYERWISE_INFO.get(layer)
         if info is None:
@@ -680,7 +666,6 @@ def restore(model: torch.nn.Module) -> int:
             if info.kernel_tensors is not None:
                 layerwise._place_kernel_tensors(layer, info)
                 older.placed_back(layer, info)
-                restored += 1
             info.reset()
         for tensor in layerwise.get_layer_tensors(layer).values():
             if layerwise._get_weight_loader(tensor).__name__ == "online_process_loader":
@@ -689,7 +674,6 @@ def restore(model: torch.nn.Module) -> int:
     if hasattr(model, "_original_do_torchao_reload"):
         model._do_torchao_reload = model._original_do_torchao_reload
     layerwise.LOADING_LAYERS.clear()
-    return restored
 
 
 @contextlib.contextmanager
@@ -713,7 +697,7 @@ def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
                         continue
                     stash.append((tensors, name, tensor))
                     twin = to_meta_tensor(tensor)
-                    twins.add(twin.untyped_storage()._cdata)
+                    twins.add(storage_key(twin))
                     tensors[name] = twin
         yield twins
     finally:

@@ -13,9 +13,10 @@ from typing import Any, get_args
 
 import torch
 
-from qerl_sync.errors import ConfigError, CoverageError
+from qerl_sync.errors import CompatError, ConfigError, CoverageError
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.worker.compat.coupling import require
+from qerl_sync.worker.compat.engine import EngineParts
 
 # Beyond the ids that people number their adapters with, and within vLLM's int32.
 ADAPTER_ID = 2**31 - 2
@@ -38,38 +39,36 @@ def calling_runner(model: torch.nn.Module) -> Any:
     return None
 
 
-def why_no_adapter(vllm_config: Any, runner: Any) -> str:
-    """Return why this engine cannot serve adapters, with the next step; empty if it can."""
-    if vllm_config.lora_config is None:
-        return (
-            "the engine was started without enable_lora; start it with enable_lora=True and "
-            "max_lora_rank (`--enable-lora --max-lora-rank N` of a server)"
-        )
-    if not hasattr(runner, "execute_model") or not hasattr(runner, "lora_manager"):
-        return "this vLLM's worker does not show the runner whose requests the adapter is for"
-    return ""
-
-
 def smallest_max_rank(rank: int) -> int:
-    """Return the smallest `max_lora_rank` of vLLM's that an adapter of this rank needs; its rank
-    where vLLM has none."""
+    """Return the smallest `max_lora_rank` of vLLM's for this rank; the rank where it has none."""
     from vllm.config.lora import MaxLoRARanks
 
     return min((known for known in get_args(MaxLoRARanks) if known >= rank), default=rank)
 
 
-def require_servable(
-    vllm_config: Any, runner: Any, adapter: Adapter, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Build the adapter of these tensors once. Refuse it if vLLM would not serve it as it is.
+def require_servable(parts: EngineParts, adapter: Adapter) -> None:
+    """Build the adapter with zeros, and drop it. Refuse it if vLLM would not serve it as it is.
 
     Raises:
-        ConfigError: the rank is above `max_lora_rank`; `rank`, `max_lora_rank`. Or a layer of the
-            adapter is none that vLLM adds adapters to; `layers` names them.
+        ConfigError: the engine was started without adapters. Or the rank is above `max_lora_rank`;
+            `rank`, `max_lora_rank`. Or a layer of the adapter is none that vLLM adds adapters to;
+            `layers` names them.
+        CompatError: this vLLM's worker does not show its runner.
         CoverageError: a layer lacks a factor, or its factors have other sizes than vLLM's layer;
             `tensor`.
     """
-    config = vllm_config.lora_config
+    config, runner = parts.vllm_config.lora_config, parts.runner
+    if config is None:
+        raise ConfigError(
+            "the adapter cannot be served: the engine was started without enable_lora; start it "
+            "with enable_lora=True and max_lora_rank (`--enable-lora --max-lora-rank N` of a "
+            "server)"
+        )
+    if not hasattr(runner, "execute_model") or not hasattr(runner, "lora_manager"):
+        raise CompatError(
+            "the adapter cannot be served: this vLLM's worker does not show the runner whose "
+            "requests the adapter is for"
+        )
     if adapter.rank > config.max_lora_rank:
         raise ConfigError(
             f"the adapter has rank {adapter.rank}, and the engine serves max_lora_rank "
@@ -78,7 +77,8 @@ def require_servable(
             rank=adapter.rank,
             max_lora_rank=config.max_lora_rank,
         )
-    made = build_adapter(vllm_config, runner, adapter, tensors)
+    zeros = {meta.name: torch.zeros(meta.shape, dtype=config.lora_dtype) for meta in adapter.metas}
+    made = build_adapter(parts, adapter, zeros)
     manager = runner.lora_manager._adapter_manager
     packed = {part: whole for whole, parts in manager.packed_modules.items() for part in parts}
     _require_sizes(manager, made)
@@ -98,9 +98,7 @@ def require_servable(
         )
 
 
-def build_adapter(
-    vllm_config: Any, runner: Any, adapter: Adapter, tensors: Mapping[str, torch.Tensor]
-) -> Any:
+def build_adapter(parts: EngineParts, adapter: Adapter, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Return vLLM's `LoRAModel` of these tensors, packed for its layers, not yet in use.
 
     Called at each sync: what `require_servable` has found of the adapter is not looked at again.
@@ -112,7 +110,8 @@ def build_adapter(
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.peft_helper import PEFTHelper
 
-    manager = runner.lora_manager._adapter_manager
+    worker_manager = parts.runner.lora_manager
+    manager = worker_manager._adapter_manager
     mapper = _name_mapper(manager)
     # vLLM's helper knows one scaling for all layers. Each gets its own below.
     helper = PEFTHelper(r=adapter.rank, lora_alpha=adapter.rank, target_modules=[])
@@ -121,8 +120,8 @@ def build_adapter(
         tensors=dict(tensors),
         peft_helper=helper,
         device="cpu",
-        dtype=vllm_config.lora_config.lora_dtype,
-        model_vocab_size=runner.lora_manager.vocab_size,
+        dtype=parts.vllm_config.lora_config.lora_dtype,
+        model_vocab_size=worker_manager.vocab_size,
         weights_mapper=mapper,
     )
     scaling_of = {_vllm_name(name, mapper): scale for name, scale in adapter.scalings.items()}
@@ -147,17 +146,9 @@ def _require_sizes(manager: Any, made: Any) -> None:
     """
     for name, layer in made.loras.items():
         module = manager.modules.get(name)
-        slots_a: Any = getattr(module, "lora_a_stacked", None)
-        slots_b: Any = getattr(module, "lora_b_stacked", None)
-        if not isinstance(slots_a, tuple) or getattr(module, "tp_size", 2) > 1:
-            continue
-        factors_a, factors_b = (
-            given if isinstance(given, list) else [given] for given in (layer.lora_a, layer.lora_b)
-        )
-        if len(factors_b) != len(slots_b):  # vLLM divides some of the adapter's among its own
-            continue
-        for a, b, slot_a, slot_b in zip(factors_a, factors_b, slots_a, slots_b, strict=True):
-            if a is None or slot_a.dim() != 4:
+        slots_a, slots_b = (_slots(module, layer, kind) for kind in ("lora_a", "lora_b"))
+        for (slot_a, a), (slot_b, b) in zip(slots_a, slots_b, strict=False):
+            if a is None:
                 continue
             got, expected = (a.shape[1], b.shape[0]), (slot_a.shape[-1], slot_b.shape[-2])
             if got != expected or a.shape[0] != b.shape[1]:
@@ -169,6 +160,22 @@ def _require_sizes(manager: Any, made: Any) -> None:
                     expected=expected,
                     got=got,
                 )
+
+
+def _slots(module: Any, layer: Any, kind: str) -> list[tuple[torch.Tensor, Any]]:
+    """Return vLLM's slots for these factors, each with its factor of the adapter's layer, or None.
+
+    Empty for experts, for layers that the rank has a part of, and where vLLM divides the adapter's
+    factors among its own.
+    """
+    slots: Any = getattr(module, f"{kind}_stacked", None)
+    if not isinstance(slots, tuple) or getattr(module, "tp_size", 2) > 1:
+        return []
+    given: Any = [None] * len(slots) if layer is None else getattr(layer, kind)
+    factors = given if isinstance(given, list) else [given]
+    if len(factors) != len(slots):
+        return []
+    return [(slot, f) for slot, f in zip(slots, factors, strict=True) if slot.dim() == 4]
 
 
 def _is_elsewhere(model: Any, layer: str) -> bool:
@@ -233,15 +240,7 @@ def wrongly_held(runner: Any, lora_model: Any) -> str:
     for name, module in manager.modules.items():
         layer = lora_model.get_lora(name)
         for kind in ("lora_a", "lora_b"):
-            slots: Any = getattr(module, f"{kind}_stacked", None)
-            given: Any = getattr(layer, kind, None)
-            factors = given if isinstance(given, list) else [given]
-            whole = isinstance(slots, tuple) and getattr(module, "tp_size", 2) == 1
-            if not whole or (layer is not None and len(factors) != len(slots)):
-                continue
-            for slot, factor in zip(slots, factors, strict=False):
-                if slot.dim() != 4:  # experts
-                    continue
+            for slot, factor in _slots(module, layer, kind):
                 wanted = torch.zeros_like(slot[index, 0], device="cpu")
                 if factor is not None:
                     wanted[: factor.shape[0], : factor.shape[1]] = factor

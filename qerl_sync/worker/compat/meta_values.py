@@ -11,6 +11,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from qerl_sync.buffers.detect import storage_key
+
 # Constants that constructors read (ALiBi slopes, activation parameters, expert maps) are far
 # smaller. Weights and rotary caches above it stay without values and cost no memory.
 MAX_NUMEL = 2**16
@@ -73,7 +75,7 @@ class _SmallValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         written = [t for t in tree_leaves(result) if _is_meta(t)]
         if func._schema.is_mutable:
             written += [t for t in tree_leaves((args, kwargs)) if _is_meta(t)]
-        elif all(t.untyped_storage()._cdata in self._values for t in written):
+        elif all(storage_key(t) in self._values for t in written):
             return  # a view shares the values of what it views
         small = all(t.numel() <= MAX_NUMEL for t in written)
         if written and small and self._all_known((args, kwargs)):
@@ -85,7 +87,7 @@ class _SmallValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
         if func._schema.is_mutable:
             for tensor in written:
-                self._values.pop(tensor.untyped_storage()._cdata, None)
+                self._values.pop(storage_key(tensor), None)
 
     def _on_cpu(self, func: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = tree_map_only(torch.Tensor, self._value, (args, kwargs))
@@ -94,17 +96,13 @@ class _SmallValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _all_known(self, arguments: Any) -> bool:
-        return all(
-            t.untyped_storage()._cdata in self._values
-            for t in tree_leaves(arguments)
-            if _is_meta(t)
-        )
+        return all(storage_key(t) in self._values for t in tree_leaves(arguments) if _is_meta(t))
 
     def _value(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return `tensor` with its data, which shares memory with the values of other views."""
         if not _is_meta(tensor):
             return tensor
-        storage = self._values[tensor.untyped_storage()._cdata][1]
+        storage = self._values[storage_key(tensor)][1]
         empty = torch.empty(0, dtype=tensor.dtype, device="cpu")
         return empty.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
 

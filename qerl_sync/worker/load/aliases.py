@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qerl_sync.buffers.detect import storage_key
 from qerl_sync.errors import LayerMapError, LoadError
 from qerl_sync.worker.compat import engine as compat
 
@@ -23,19 +24,12 @@ _Find = Callable[[], Any]
 
 @dataclass(frozen=True)
 class LostView:
-    """A buffer that was a view of a parameter when the model was built, and is none any more.
+    """A buffer that was a view of a parameter when the model was built, and is none any more."""
 
-    Attributes:
-        path, name: of the module that has the buffer, and of the buffer in it.
-        owner: that module.
-        source_path, parameter: of the parameter.
-        source: its module.
-    """
-
-    path: str
+    path: str  # of the module that has the buffer
     name: str
     owner: torch.nn.Module
-    source_path: str
+    source_path: str  # of the module that has the parameter
     parameter: str
     source: torch.nn.Module
 
@@ -45,7 +39,7 @@ class LostView:
         Call it when `source` is whole and not yet processed.
         """
         loaded = compat.arrived_value(self.source, self.parameter)
-        buffer = compat.live_buffer(self.owner, self.name)
+        buffer = compat.live_tensors(self.owner)[self.name]
         view = loaded.as_strided(buffer.shape, buffer.stride(), buffer.storage_offset())
         buffer.copy_(view)
 
@@ -63,7 +57,7 @@ def lost_views(model: torch.nn.Module) -> list[LostView]:
     found = []
     for path, owner in model.named_modules():
         for name, buffer in compat.unrecorded_buffers(owner):
-            if _storage(buffer) in {_storage(p) for p in owner.parameters()}:
+            if storage_key(buffer) in {storage_key(p) for p in owner.parameters()}:
                 continue
             candidates = list(_candidates(owner, path, buffer))
             if len(candidates) > 1:
@@ -81,22 +75,17 @@ def lost_views(model: torch.nn.Module) -> list[LostView]:
 def _candidates(
     owner: torch.nn.Module, path: str, buffer: torch.Tensor
 ) -> Iterator[tuple[str, str, torch.nn.Module]]:
-    whole = buffer.untyped_storage()
+    nbytes = buffer.untyped_storage().nbytes()
+    whole = buffer.detach().as_strided((nbytes // buffer.itemsize,), (1,), 0)
     for below, module in owner.named_modules():
         for name, shape in compat.recorded_parameters(module).items():
-            if shape.dtype != buffer.dtype or shape.nbytes != whole.nbytes():
+            if shape.dtype != buffer.dtype or shape.nbytes != nbytes:
                 continue
-            live = getattr(module, name, None)
+            live: Any = getattr(module, name, None)
             # A parameter that was emptied when it was packed has no values to compare.
-            if not isinstance(live, torch.Tensor) or live.numel() != shape.numel():
-                live = _whole(buffer)
-            if _sum_of_bits(live) == _sum_of_bits(_whole(buffer)):
+            compares = isinstance(live, torch.Tensor) and live.numel() == shape.numel()
+            if not compares or _sum_of_bits(live) == _sum_of_bits(whole):
                 yield ".".join(filter(None, (path, below))), name, module
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    numel = tensor.untyped_storage().nbytes() // tensor.itemsize
-    return tensor.detach().as_strided((numel,), (1,), 0)
 
 
 def _sum_of_bits(tensor: torch.Tensor) -> int:
@@ -107,22 +96,13 @@ def _sum_of_bits(tensor: torch.Tensor) -> int:
 
 @dataclass(frozen=True)
 class _View:
-    """A tensor in a module that shares memory with a parameter.
-
-    Attributes:
-        place: names it.
-        tensor: it.
-        find, key: what returns its container (attributes, buffers, a list), and its key there.
-        module, parameter: where the parameter is.
-        path: names the parameter.
-        data: the parameter's data.
-    """
+    """A tensor in a module that shares memory with a parameter."""
 
     place: str
     tensor: torch.Tensor
-    find: _Find
+    find: _Find  # returns its container: attributes, buffers, a list
     key: Any
-    module: torch.nn.Module
+    module: torch.nn.Module  # the parameter's
     parameter: str
     path: str
     data: torch.Tensor
@@ -151,7 +131,7 @@ class Views:
     def __init__(self, model: torch.nn.Module, stay: Collection[torch.nn.Module] = ()) -> None:
         staying = set(map(id, stay))
         owners = {
-            _storage(parameter): (module, name, f"{path}.{name}")
+            storage_key(parameter): (module, name, f"{path}.{name}")
             for path, module in model.named_modules()
             if id(module) not in staying
             for name, parameter in module._parameters.items()
@@ -161,7 +141,7 @@ class Views:
         self._views = [
             _View(place, tensor, find, key, *owner, owner[0]._parameters[owner[1]].data)
             for place, tensor, find, key in (_reachable(model) if owners else ())
-            if (owner := owners.get(_storage(tensor))) is not None
+            if (owner := owners.get(storage_key(tensor))) is not None
         ]
 
     def restore(self) -> None:
@@ -175,11 +155,14 @@ class Views:
         """
         for view in self._views:
             now, live = view.now, view.module._parameters.get(view.parameter)
-            if live is None or not isinstance(now, torch.Tensor) or _storage(now) == _storage(live):
+            if live is None or not isinstance(now, torch.Tensor):
                 continue
-            if _layout(now) == _layout(view.tensor) and _storage(view.tensor) == _storage(live):
+            memory, same_layout = storage_key(live), _layout(now) == _layout(view.tensor)
+            if storage_key(now) == memory:
+                continue
+            if same_layout and storage_key(view.tensor) == memory:
                 view.put(view.tensor)
-            elif _layout(now) == _layout(view.tensor) and _layout(live) == _layout(view.data):
+            elif same_layout and _layout(live) == _layout(view.data):
                 offset = view.tensor.storage_offset() - view.data.storage_offset()
                 offset += live.storage_offset()
                 view.put(live.data.as_strided(now.shape, now.stride(), offset))
@@ -192,10 +175,6 @@ class Views:
                 )
 
 
-# torch's own of a module: parameters, submodules, hooks. Buffers are looked at by themselves.
-_TORCHS_OWN = frozenset(vars(torch.nn.Module()))
-
-
 def _reachable(
     model: torch.nn.Module,
 ) -> Iterator[tuple[str, torch.Tensor, _Find, Any]]:
@@ -206,7 +185,7 @@ def _reachable(
     for path, module in model.named_modules():
         finders = {path: partial(getattr, module, "_buffers"), f"{path} ": partial(vars, module)}
         for name, value in vars(module).items():
-            if isinstance(value, list | dict) and name not in _TORCHS_OWN:
+            if isinstance(value, list | dict) and name not in compat.TORCHS_OWN:
                 finders[f"{path}.{name}"] = partial(getattr, module, name, {})
         for place, find in finders.items():
             container = find()
@@ -214,10 +193,6 @@ def _reachable(
             for key, value in items:
                 if isinstance(value, torch.Tensor) and not value.is_meta and value.numel():
                     yield f"{place.rstrip()}.{key}", value, find, key
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
 
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,6 +11,7 @@ import xxhash
 
 from qerl_sync.errors import CoverageError
 from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.verify.changes import some_of
 from qerl_sync.verify.checksum import fingerprint
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
@@ -21,19 +22,12 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class Held:
-    """Hold checksums of what a worker got and has.
-
-    Attributes:
-        arrived: of each parameter, a checksum of what arrived for it.
-        rounded: the same, rounded to the dtype that the model computes in.
-        kernels: of each tensor of the model, and of each packed copy, a checksum.
-        device: the kind of device that the tensors arrived on. Its fingerprints cannot be compared
-            with those of another kind.
-    """
+    """Hold checksums of what a worker got and has."""
 
     arrived: Mapping[Place, int]
-    rounded: Mapping[Place, int]
-    kernels: Mapping[str, int]
+    rounded: Mapping[Place, int]  # the same, rounded to the dtype that the model computes in
+    kernels: Mapping[str, int]  # of each tensor of the model, and of each packed copy
+    # Of the tensors that arrived. Fingerprints of two kinds of devices cannot be compared.
     device: str
 
 
@@ -88,10 +82,8 @@ class KernelCheck:
                 self._divided.add(place)
 
     def conclude(self) -> Held:
-        """Return what the worker has now.
-
-        Raises:
-            CoverageError: it names the layers whose kernels hold something else.
+        """Return what the worker has now. Raise CoverageError, with the layers, if kernels hold
+        something else.
         """
         # What shares another layer's parameter, or was a view of it, got what that one got.
         tied = refresh.tied_parameters(self._model)
@@ -103,15 +95,7 @@ class KernelCheck:
             if source in self._divided or (place in self._views and not self._covers(place)):
                 self._divided.add(place)
         self._packings_now = compat.packings(self._model)
-        unpacked = [
-            layer
-            for layer in dict.fromkeys(layer for layer, _ in self._arrived)
-            if layer in self._packings
-            and self._packings[layer].in_place
-            and not self._renewed(layer)
-        ]
-        if unpacked:
-            raise CoverageError(_complaint(unpacked, NOT_PACKED))
+        _refuse((layer for layer, _ in self._arrived if self._is_unpacked(layer)), NOT_PACKED)
         kernels = kernel_checksums(self._model)
         now = Held(dict(self._arrived), dict(self._rounded), kernels, self._device)
         before = self._before
@@ -122,10 +106,8 @@ class KernelCheck:
                     arrived={**before.arrived, **now.arrived},
                     rounded={**before.rounded, **now.rounded},
                 )
-            if stale := list(self._stale(before, now)):
-                raise CoverageError(_complaint(stale, STALE))
-            if strange := list(self._strange(before, now)):
-                raise CoverageError(_complaint(strange, STRANGE))
+            _refuse(self._stale(before, now), STALE)
+            _refuse(self._strange(before, now), STRANGE)
         return now
 
     def _covers(self, place: Place) -> bool:
@@ -142,7 +124,7 @@ class KernelCheck:
             layer, parameter = place
             key = f"{layer}.{parameter}"
             if layer in self._packings and not parameter.endswith("bias"):
-                if _same(before, now, packed_key(layer)) and not self._renewed(layer):
+                if _same(before, now, layer + _PACKED) and not self._renewed(layer):
                     yield layer
             elif key in tensors and self._keeps(tensors[key]) and _same(before, now, key):
                 yield layer
@@ -154,7 +136,7 @@ class KernelCheck:
         }
         same = {layer for layer, _ in now.arrived} - moved
         for key, found in now.kernels.items():
-            layer = key.removesuffix(PACKED) if key.endswith(PACKED) else key.rpartition(".")[0]
+            layer = _layer_of(key)
             if layer in same and before.kernels.get(key, found) != found:
                 yield layer
 
@@ -169,16 +151,20 @@ class KernelCheck:
             and tensor.dtype == self._dtype
         )
 
+    def _is_unpacked(self, layer: str) -> bool:
+        packing = self._packings.get(layer)
+        return packing is not None and packing.in_place and not self._renewed(layer)
+
     def _renewed(self, layer: str) -> bool:
         old = self._packings[layer].holder()
         return old is None or old is not self._packings_now[layer].holder()
 
 
-PACKED = " (packed)"
+_PACKED = " (packed)"
 
 
-def packed_key(layer: str) -> str:
-    return f"{layer}{PACKED}"
+def _layer_of(key: str) -> str:
+    return key.removesuffix(_PACKED) if key.endswith(_PACKED) else key.rpartition(".")[0]
 
 
 @torch.no_grad()
@@ -192,9 +178,20 @@ def kernel_checksums(model: torch.nn.Module) -> dict[str, int]:
     packs = compat.packings(model)
     for layer, product in compat.packed_products(model):
         if layer in packs:
-            key = packed_key(layer)
+            key = layer + _PACKED
             found[key] = _chained(product, found.get(key, 0))
     return found
+
+
+def kernel_digests(model: torch.nn.Module) -> dict[str, str]:
+    """Return, by module path, a digest of the weights that its kernels use: equal on two workers of
+    the same machine that hold the same, but for changes below the rounding of a packed product.
+    """
+    found: dict[str, int] = {}
+    for key, checksum in kernel_checksums(model).items():
+        path = _layer_of(key)
+        found[path] = xxhash.xxh3_64_intdigest(f"{key} {checksum}".encode(), found.get(path, 0))
+    return {path: f"{digest:016x}" for path, digest in found.items()}
 
 
 def _chained(tensor: torch.Tensor, seed: int) -> int:
@@ -221,14 +218,10 @@ STRANGE = (
 )
 
 
-def _complaint(layers: list[str], what: str) -> str:
-    return (
-        f"{_some(list(dict.fromkeys(layers)))} {what}. This vLLM does not reload that layer as it "
-        "should: report it, with the model's architecture, and restart the engine to get these "
-        "weights"
-    )
-
-
-def _some(layers: list[str]) -> str:
-    shown = ", ".join(map(repr, layers[:3]))
-    return shown if len(layers) <= 3 else f"{shown} and {len(layers) - 3:,} more layers"
+def _refuse(layers: Iterable[str], what: str) -> None:
+    """Raise CoverageError if there are any of these layers."""
+    if found := list(dict.fromkeys(layers)):
+        raise CoverageError(
+            f"{some_of(found)} {what}. This vLLM does not reload that layer as it should: report "
+            "it, with the model's architecture, and restart the engine to get these weights"
+        )

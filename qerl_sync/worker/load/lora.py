@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qerl_sync.errors import CompatError, ConfigError, CoverageError
+from qerl_sync.errors import CoverageError
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat import lora as vllm_lora
@@ -31,15 +31,13 @@ class AdapterLoad:
         return name in self._names
 
     def take(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy a tensor, into vLLM's dtype: its memory is the transport's, or the trainer's, which
-        steps it."""
+        """Copy a tensor, into vLLM's dtype: its memory is used again, or stepped by the trainer."""
         dtype = self._parts.vllm_config.lora_config.lora_dtype
         self._tensors[name] = tensor.detach().to("cpu", dtype, copy=True)
 
     def build(self) -> None:
-        """Make vLLM's form of the adapter, which `require_adapter` has found able to be served."""
-        config, runner = self._parts.vllm_config, self._parts.runner
-        self._built = vllm_lora.build_adapter(config, runner, self._adapter, self._tensors)
+        """Make vLLM's form of the adapter, which `require_servable` has let pass."""
+        self._built = vllm_lora.build_adapter(self._parts, self._adapter, self._tensors)
         self._tensors = {}
 
     def swap(self, *, verify: bool) -> None:
@@ -64,24 +62,3 @@ class AdapterLoad:
         except BaseException:
             vllm_lora.serve(runner, before)
             raise
-
-
-def require_adapter(parts: compat.EngineParts, adapter: Adapter) -> None:
-    """Build the adapter with zeros, and drop it.
-
-    Raises:
-        CompatError: this engine cannot serve adapters.
-        ConfigError, CoverageError: it cannot serve this one: see `compat.lora.require_servable`.
-    """
-    if reason := vllm_lora.why_no_adapter(parts.vllm_config, parts.runner):
-        without = parts.vllm_config.lora_config is None
-        raise (ConfigError if without else CompatError)(f"the adapter cannot be served: {reason}")
-    dtype = parts.vllm_config.lora_config.lora_dtype
-    zeros = {meta.name: torch.zeros(meta.shape, dtype=dtype) for meta in adapter.metas}
-    vllm_lora.require_servable(parts.vllm_config, parts.runner, adapter, zeros)
-
-
-def serve_base(parts: compat.EngineParts) -> None:
-    """Serve the base model alone: a sync without an adapter has whole weights."""
-    if parts.runner is not None and parts.vllm_config.lora_config is not None:
-        vllm_lora.serve(parts.runner, None)

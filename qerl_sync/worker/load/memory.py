@@ -5,9 +5,9 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
-MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -21,14 +21,8 @@ def free_bytes(device: torch.device) -> int:
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserved
     container = container_free_bytes(CGROUP)
-    host = host_free_bytes(MEMINFO)
+    host = psutil.virtual_memory().available
     return host if container is None else min(host, container)
-
-
-def host_free_bytes(meminfo: Path) -> int:
-    """Return Linux's `MemAvailable`: free, or used for caches that can be dropped."""
-    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
 
 
 def container_free_bytes(cgroup: Path) -> int | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qerl_sync.buffers.detect import DeviceRule, storages_of
+from qerl_sync.buffers.detect import storages_of
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import CoverageError
@@ -18,7 +18,6 @@ from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.stopwatch import Span
 from qerl_sync.verify.alias_guard import AliasGuard
 from qerl_sync.worker.compat import engine as compat
-from qerl_sync.worker.load import refresh
 
 
 class SyncMonitor:
@@ -31,10 +30,9 @@ class SyncMonitor:
 
     Args:
         filled: the parent layers that the stream fills; all others stay as they are.
+        before, after: called with each layer before vLLM processes it, and afterwards.
 
     Attributes:
-        before_processing, after_processing: called with each layer before vLLM processes it, and
-            afterwards.
         processed_layers: when vLLM processed which layer. On a GPU, the time it took to launch.
     """
 
@@ -44,17 +42,15 @@ class SyncMonitor:
         layer_map: LayerMap,
         filled: Collection[str],
         *,
+        before: Callable[[torch.nn.Module], None] = lambda layer: None,
+        after: Callable[[torch.nn.Module], None] = lambda layer: None,
         borrowed: bool = False,
     ) -> None:
         self._model = model
         self._layers = layer_map.layers
         self._filled = filled
-        # Wherever it lies: what a GPU's worker gets over shared memory or a socket is on the host,
-        # and vLLM holds it as well.
-        self._rule = DeviceRule(torch.device("cpu"))
         self._ledger = BufferLedger()
-        self.before_processing: Callable[[torch.nn.Module], None] = _nothing
-        self.after_processing: Callable[[torch.nn.Module], None] = _nothing
+        self._before, self._after = before, after
         self._borrowed = borrowed
         self._aliases = AliasGuard()
         self._received: Counter[str] = Counter()
@@ -81,7 +77,9 @@ class SyncMonitor:
         planned = self._layers[path]
         self._received[path] += loaded_numel
         for key, value in arguments.items():
-            if key != "param" and self._rule.counts(value):
+            # Wherever it lies: what a GPU's worker gets over shared memory or a socket is on the
+            # host, and vLLM holds it as well.
+            if key != "param" and isinstance(value, torch.Tensor) and not value.is_meta:
                 if self._borrowed and planned.deferred:
                     arguments[key] = value.clone()
                 self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
@@ -97,8 +95,8 @@ class SyncMonitor:
 
     def processing(self, layer: torch.nn.Module) -> None:
         self._aliases.release(self._paths[id(layer)])
-        self.before_processing(layer)
-        refresh.before_processing(layer)
+        self._before(layer)
+        compat.forget_packed_experts(layer)
         self._processing_since = time.time()
 
     def processed(self, layer: torch.nn.Module) -> None:
@@ -107,7 +105,7 @@ class SyncMonitor:
         self.processed_layers.append(Span("process", path, since, time.time() - since))
         self._closings[path] += 1
         self._ledger.release(path)
-        self.after_processing(layer)
+        self._after(layer)
 
     def path_of(self, layer: torch.nn.Module) -> str:
         return self._paths[id(layer)]
@@ -124,21 +122,20 @@ class SyncMonitor:
         """
         wrong = []
         for path, layer in self._layers.items():
-            numel, closings = (layer.expected_numel, 1) if path in self._filled else (0, 0)
             if layer.deferred or not layer.expected_numel:
                 continue
-            if layer.loading != "layerwise":
-                loads = layer.num_loads * closings
-                if self._loads[path] != loads:
+            times = int(path in self._filled)
+            numel, loads = layer.expected_numel * times, layer.num_loads * times
+            if layer.loading == "layerwise":
+                if (self._received[path], self._closings[path]) != (numel, times):
                     wrong.append(
-                        f"{path} ({layer.kind}) was written to by {self._loads[path]:,} calls of "
-                        f"its weight loaders instead of {loads:,}"
+                        f"{path} ({layer.kind}) got {self._received[path]:,} of {numel:,} elements "
+                        f"and was processed {self._closings[path]} times"
                     )
-                continue
-            if (self._received[path], self._closings[path]) != (numel, closings):
+            elif self._loads[path] != loads:
                 wrong.append(
-                    f"{path} ({layer.kind}) got {self._received[path]:,} of {numel:,} elements "
-                    f"and was processed {self._closings[path]} times"
+                    f"{path} ({layer.kind}) was written to by {self._loads[path]:,} calls of its "
+                    f"weight loaders instead of {loads:,}"
                 )
         if wrong:
             raise CoverageError(
@@ -153,7 +150,3 @@ class SyncMonitor:
 
     def trace(self) -> Trace:
         return self._ledger.trace()
-
-
-def _nothing(layer: torch.nn.Module) -> None:
-    pass

@@ -47,7 +47,7 @@ def observe_layer_map(
         LayerMapError: vLLM refuses, ignores or loses a tensor, or would cast it by value.
         CoverageError: the stream leaves parameters of the model without their weights.
     """
-    tied = set(refresh.tied_layers(model))
+    tied = set(refresh.tied_parameters(model))
     stream = Stream(model, metas)
     run = DryRun(model, stream)
     with compat.loading_context(vllm_config), compat.dry_reload(model) as written_live:
@@ -190,7 +190,7 @@ def _with_loadings(
         if loading == "in place" and path not in written_past:
             loading = "layerwise"
         found[path] = replace(layer, loading=loading)
-    direct.release_scratch()
+    torch.cuda.empty_cache()  # what rehearsals have left; does nothing without a GPU
     return found
 
 

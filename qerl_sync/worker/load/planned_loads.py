@@ -26,39 +26,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadReport:
-    """Report what one worker measured in one sync.
+    """Report what one worker measured in one sync."""
 
-    Attributes:
-        version: the weight version that it committed.
-        num_loads: calls of vLLM's `load_weights`.
-        seconds: from the first tensor to the commit.
-        predicted: from the plan, this worker's layer map and the memory that tensors share.
-        trace: measured.
-        peak_extra_bytes: the most memory on top of what the worker holds anyway; None: not
-            measured.
-    """
-
-    version: int
+    version: int  # that it committed
     plan_digest: str
-    num_loads: int
-    seconds: float
-    predicted: Trace
+    num_loads: int  # calls of vLLM's `load_weights`
+    seconds: float  # from the first tensor to the commit
+    predicted: Trace  # from the plan, this worker's layer map and the memory that tensors share
     trace: Trace
-    peak_extra_bytes: int | None
+    peak_extra_bytes: int | None  # on top of what the worker holds anyway; None: not measured
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the traces, which are as long as the model has tensors."""
+        marks = {}
+        for mark in ("peak_buffered_bytes", "peak_pinned_bytes", "max_open_layers"):
+            marks[f"{mark}_predicted"] = getattr(self.predicted, mark)
+            marks[f"{mark}_measured"] = getattr(self.trace, mark)
         return {
             "version": self.version,
             "plan_digest": self.plan_digest,
             "num_loads": self.num_loads,
             "seconds": self.seconds,
-            "peak_buffered_bytes_predicted": self.predicted.peak_buffered_bytes,
-            "peak_buffered_bytes_measured": self.trace.peak_buffered_bytes,
-            "peak_pinned_bytes_predicted": self.predicted.peak_pinned_bytes,
-            "peak_pinned_bytes_measured": self.trace.peak_pinned_bytes,
-            "max_open_layers_predicted": self.predicted.max_open_layers,
-            "max_open_layers_measured": self.trace.max_open_layers,
+            **marks,
             "prediction_exact": self.trace == self.predicted,
             "first_difference": self.predicted.first_difference(self.trace),
             "peak_extra_bytes": self.peak_extra_bytes,
@@ -73,63 +62,34 @@ class PlannedLoads:
     Tensors must stay as they are until `finish`: nothing is copied out.
 
     Attributes:
+        plan: that was agreed on, and waits for its tensors.
+        outstanding: how many of them have not been loaded yet; None: no sync has begun.
         last_report: of the last sync that was finished.
     """
 
-    def __init__(self, receiver: Receiver, device: torch.device) -> None:
+    def __init__(self, receiver: Receiver) -> None:
         self._receiver = receiver
-        self._memory = PeakMemory(device)
+        self._memory = PeakMemory(receiver.device)
         self._layer_map: LayerMap | None = None
         self._probed: list[ParamMeta] = []
-        self._agreed: SyncPlan | None = None
+        self.plan: SyncPlan | None = None
         self._finite_check: FiniteCheck = "worker"
-        self._outstanding: int | None = None
+        self.outstanding: int | None = None
         self._said: set[str] = set()
         self.last_report: LoadReport | None = None
 
-    @property
-    def agreed(self) -> bool:
-        """Return whether a plan waits for its tensors."""
-        return self._agreed is not None
-
-    @property
-    def metas(self) -> tuple[ParamMeta, ...]:
-        """Return the stream that was agreed on."""
-        return self._agreed.metas if self._agreed is not None else ()
-
-    @property
-    def started(self) -> bool:
-        """Return whether a sync has begun and is not finished."""
-        return self._outstanding is not None
-
-    @property
-    def whole(self) -> bool:
-        """Return whether all tensors of the sync have been loaded."""
-        return self._outstanding == 0
-
     def agree(self, plan: SyncPlan, *, finite_check: FiniteCheck = "worker") -> None:
-        """Check that this model takes that stream. Leave its weights untouched.
-
-        Args:
-            finite_check: see `SyncOptions`.
-
-        Raises:
-            LayerMapError, CoverageError: it does not.
-        """
+        """Check that this model takes that stream. Raises as `Receiver.layer_map`."""
         self._probe(list(plan.metas))
-        self._agreed, self._finite_check = plan, finite_check
+        self.plan, self._finite_check = plan, finite_check
 
     def agree_as_given(self, metas: list[ParamMeta]) -> None:
         """Agree to a stream without a plan, in the order given. Raises PlanError, too."""
         self.agree(build_plan(metas, self._probe(metas), "warn"))
 
     def start(self, storages: Mapping[str, Storage]) -> None:
-        """Open the sync that was agreed on, before its first tensors are loaded.
-
-        Args:
-            storages: the memory behind each tensor where several share one.
-        """
-        plan, layer_map = self._agreed, self._layer_map
+        """Open the sync that was agreed on. `storages`: the memory behind tensors that share it."""
+        plan, layer_map = self.plan, self._layer_map
         if plan is None or layer_map is None:
             raise AgreementError("tensors arrive that no plan was agreed on for")
         self._predicted = replay(plan.metas, layer_map, storages)
@@ -139,40 +99,40 @@ class PlannedLoads:
         self._memory.start()
         self._clock, self._num_loads = time.perf_counter(), 0
         self._receiver.start(plan, layer_map, SyncOptions(finite_check=self._finite_check))
-        self._outstanding = len(plan.metas)
+        self.outstanding = len(plan.metas)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load a piece, in place of the model's method. Raises as `Receiver.receive`."""
-        assert self._outstanding is not None
+        assert self.outstanding is not None
         piece = list(weights)
         names, nbytes = tuple(name for name, _ in piece), sum(t.nbytes for _, t in piece)
         self._receiver.receive(Chunk(names, nbytes), piece)
-        self._outstanding -= len(piece)
+        self.outstanding -= len(piece)
         self._num_loads += 1
 
     def finish(self) -> LoadReport:
         """Commit the next version. Raises CoverageError if tensors are outstanding."""
-        assert self._agreed is not None
+        assert self.plan is not None
         trace = self._receiver.finish()
         self._receiver.commit(self._receiver.version + 1)
         self.last_report = LoadReport(
             version=self._receiver.version,
-            plan_digest=self._agreed.digest,
+            plan_digest=self.plan.digest,
             num_loads=self._num_loads,
             seconds=time.perf_counter() - self._clock,
             predicted=self._predicted,
             trace=trace,
             peak_extra_bytes=self._memory.extra_bytes(),
         )
-        self._agreed = self._outstanding = None
+        self.plan = self.outstanding = None
         self._log(self.last_report)
         return self.last_report
 
     def abort(self, reason: str) -> None:
         """Forget what was agreed; a sync that has begun leaves the model poisoned. Idempotent."""
-        if self.started:
+        if self.outstanding is not None:
             self._receiver.abort(reason)
-        self._agreed = self._outstanding = None
+        self.plan = self.outstanding = None
 
     def _probe(self, metas: list[ParamMeta]) -> LayerMap:
         if self._layer_map is None or metas != self._probed:

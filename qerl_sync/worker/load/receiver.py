@@ -6,9 +6,8 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -32,18 +31,20 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.part import filled_layers
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.stopwatch import Span
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat import lora as vllm_lora
 from qerl_sync.worker.compat import quantisation
+from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.load import memory, refresh
 from qerl_sync.worker.load.aliases import LostView, Views, lost_views
 from qerl_sync.worker.load.base import emptied_layers, sample_kernels
 from qerl_sync.worker.load.direct import DirectLoad
 from qerl_sync.worker.load.dry_run import load_weights
+from qerl_sync.worker.load.footprint import LoadCosts
 from qerl_sync.worker.load.kernel_check import Held, KernelCheck
-from qerl_sync.worker.load.lora import AdapterLoad, require_adapter, serve_base
+from qerl_sync.worker.load.lora import AdapterLoad
 from qerl_sync.worker.load.monitor import SyncMonitor
 from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.rollback import Rollback
@@ -99,23 +100,19 @@ class Receiver:
         ready --probe parts from the trainer, poison--> poisoned
 
     A poisoned worker holds a mix of old and new weights: its modules are whole (no meta tensors, no
-    half-open layers), but its model refuses to run until a full sync has been committed.
+    half-open layers), but its model refuses to run until a full sync has been committed. What was
+    computed meanwhile, or with weights not known to be finite, may lie in the KV cache as NaN,
+    which later requests would meet: the next commit overwrites it.
+
+    Attributes:
+        costs: of the last sync.
 
     Raises:
         CompatError: the installed vLLM has no layerwise reload, or another one.
-
-    What was computed while the weights were a mix, or not known to be finite, may lie in the KV
-    cache as NaN, which later requests would meet: the next commit overwrites it.
-
-    Attributes:
-        kept_bytes: of the last sync, what the old weights took in memory (`on_failure: rollback`).
-        verify_seconds: of the last sync, what checksums took (`sync.verify`).
-        peak_staged_bytes: of the last sync, the most that waited in host memory (policy `spill`).
-        processed_layers: of the last sync, when vLLM processed which parent layer.
     """
 
     def __init__(self, parts: compat.EngineParts) -> None:
-        compat.require_layerwise_reload()
+        require("layerwise reload")
         self._parts = parts
         self.model = parts.model
         self._config = parts.vllm_config
@@ -127,15 +124,12 @@ class Receiver:
         self._awaited: Iterator[ParamMeta] = iter(())
         self._options = SyncOptions()
         self._spill: SpillBuffer | None = None
-        self.peak_staged_bytes = 0
-        self.verify_seconds = 0.0
-        self.kept_bytes = 0
+        self.costs = LoadCosts()
         self._rollback: Rollback | None = None
         self._poisoned_before: str | None = None
         self._check: KernelCheck | None = None
         self._held: Held | None = None
         self._kernels: dict[str, int] | None = None
-        self.processed_layers: list[Span] = []
         self._adapter: AdapterLoad | None = None
         self._able: Adapter | None = None
         self._loads_base = True
@@ -143,14 +137,14 @@ class Receiver:
         self._observing = contextlib.ExitStack()
 
     def require_adapter(self, adapter: Adapter) -> None:
-        """Check that this engine can serve the adapter. See `lora.require_adapter`."""
+        """Check that this engine can serve the adapter. See `compat.lora.require_servable`."""
         if adapter != self._able:
             with compat.loading_context(self._config):
-                require_adapter(self._parts, adapter)
+                vllm_lora.require_servable(self._parts, adapter)
             self._able = adapter
 
     def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions = MapOptions()) -> LayerMap:
-        """See `probe.observe_layer_map`, whose errors it raises; SyncError while a sync is open.
+        """See `observe_layer_map`, whose errors it raises; SyncError while a sync is open.
 
         Raises:
             ConfigError: the engine was to quantise, and has no quantised layer; `scheme`.
@@ -181,7 +175,7 @@ class Receiver:
         known.pop(layer_map.digest, None)
         if len(known) == MAX_ROUTES:
             del known[next(iter(known))]
-        if load == "auto":
+        if options.load == "auto":
             routes = record_routes(self.model, self._config, metas, layer_map)
             known[layer_map.digest] = routes
         return layer_map
@@ -273,30 +267,35 @@ class Receiver:
             self.require_adapter(plan.adapter)
             self._adapter = AdapterLoad(self._parts, plan.adapter)
         filled = self._layers_to_fill(plan, layer_map, options.base)
-        spill, self.peak_staged_bytes = plan.spill, 0
+        spill = plan.spill
         self._spill = None if spill is None else SpillBuffer(plan, spill, self.device)
         self._open = self._state.syncing = self._untouched = True
-        self._rollback, self.kept_bytes, self._poisoned_before = None, 0, self.poisoned
+        self._rollback, self._poisoned_before = None, self.poisoned
         self._state.caches_suspect |= self.poisoned is not None
         self.poison("a sync is in progress")
         self._awaited, self._parents = iter(plan.metas), layer_map.parents_text
         self._one_tensor_calls = layer_map.one_tensor_calls
         self._options = options
-        self.verify_seconds, self._held, self._kernels = 0.0, None, None
+        self._held = self._kernels = None
         check = options.checksums and self._loads_base
         self._check = self._kernel_check(layer_map) if check else None
         borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
-        self._monitor = SyncMonitor(self.model, layer_map, filled, borrowed=borrowed)
-        self.processed_layers = self._monitor.processed_layers
-        self.working_bytes, self.finishing_bytes = {}, 0
+        self._monitor = SyncMonitor(
+            self.model,
+            layer_map,
+            filled,
+            before=self._before_processing,
+            after=self._renew_tied,
+            borrowed=borrowed,
+        )
+        self.costs = LoadCosts(processed_layers=self._monitor.processed_layers)
         if not self._loads_base:
             return
         self._quantisation = None
         with self._aborting():
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)
-            lost = self._find_lost_views()
-            tied = refresh.tied_parameters(self.model)
+            self._tied = refresh.tied_parameters(self.model)
             self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
             unsent = self._unsent(filled)
             self._views = Views(self.model, [*self._direct.unprocessed, *unsent])
@@ -309,11 +308,10 @@ class Receiver:
             if options.on_failure == "rollback":
                 self._rollback = Rollback()
                 self._rollback.begin(self.model, filled)
-            self._monitor.before_processing = partial(self._before_processing, lost)
-            self._monitor.after_processing = partial(self._renew_tied, tied)
-            self.working_bytes = compat.working_bytes(self.model)
-            self.finishing_bytes = max(
-                refresh.packed_anew_bytes(self.model, tied, self.working_bytes),
+            working_bytes = compat.working_bytes(self.model)
+            self.costs.working_bytes = working_bytes
+            self.costs.finishing_bytes = max(
+                refresh.packed_anew_bytes(self.model, self._tied, working_bytes),
                 self._direct.working_bytes,
             )
 
@@ -340,11 +338,8 @@ class Receiver:
             stream = self._checked(chunk, tensors)
             if self._spill is None:
                 self._load(stream)
-                return
-            whole = self._spill.take(stream)
-            if self._spill.has_due:
-                self._load(whole)
-            self._spill.keep()
+            else:
+                self._spill.load(stream, self._load)
 
     def finish(self) -> Trace:
         """Process what is left when all has arrived, and return the measured trace.
@@ -369,7 +364,7 @@ class Receiver:
             if self._loads_base:
                 self._finish_base()
         self._close()
-        self.kept_bytes = 0 if self._rollback is None else self._rollback.nbytes
+        self.costs.kept_bytes = 0 if self._rollback is None else self._rollback.nbytes
         return self._monitor.trace()
 
     def commit(self, version: int) -> bool:
@@ -390,8 +385,8 @@ class Receiver:
         with self._aborting(), compat.loading_context(self._config):
             if self._adapter is not None:
                 self._adapter.swap(verify=self._options.checksums)
-            else:
-                serve_base(self._parts)
+            elif self._parts.runner is not None and self._config.lora_config is not None:
+                vllm_lora.serve(self._parts.runner, None)  # a sync without one has whole weights
         self._adapter, self._rollback, self._untouched = None, None, False
         self._state.version = version
         if self._loads_base:
@@ -479,8 +474,8 @@ class Receiver:
         return filled
 
     def _not_on(self, base: int, kept: Sequence[str]) -> str:
-        """Return why the layers `kept` may have other weights than those of version `base`; empty
-        if they have those."""
+        """Return why the layers `kept` may not have the weights of version `base`; empty if they
+        have."""
         if self.poisoned is not None:
             return f"this worker is poisoned: {self.poisoned}"
         if self.version != base:
@@ -515,7 +510,7 @@ class Receiver:
         self._observing.close()
         self._check = None
         if self._spill is not None:
-            self.peak_staged_bytes = self._spill.peak_bytes
+            self.costs.peak_staged_bytes = self._spill.peak_bytes
             self._spill.close()
         self._spill = None
 
@@ -531,32 +526,29 @@ class Receiver:
             self.abort(f"a sync failed: {type(exc).__name__}: {exc}")
             if not isinstance(exc, Exception):
                 raise
+            poisoned = "poisoned until a full sync succeeds"
+            outcome = poisoned if self.poisoned is not None else f"back on version {self.version}"
             raise LoadError(
-                f"vLLM failed in the middle of a sync: {type(exc).__name__}: {exc}. The worker "
-                f"{self._outcome()}"
+                f"vLLM failed in the middle of a sync: {type(exc).__name__}: {exc}. The worker is "
+                f"{outcome}"
             ) from exc
-
-    def _outcome(self) -> str:
-        if self.poisoned is not None:
-            return "is poisoned until a full sync succeeds"
-        return f"is back on version {self.version}"
 
     def _find_lost_views(self) -> list[LostView]:
         if self._state.lost_views is None:
             self._state.lost_views = lost_views(self.model)
         return self._state.lost_views
 
-    def _before_processing(self, lost: Sequence[LostView], layer: torch.nn.Module) -> None:
-        renewed = [view for view in lost if view.source is layer]
+    def _before_processing(self, layer: torch.nn.Module) -> None:
+        renewed = [view for view in self._find_lost_views() if view.source is layer]
         for module in (layer, *(view.owner for view in renewed)):
             self._keep(module)
         self._routed.fill(layer)
         for view in renewed:
             view.renew()
 
-    def _renew_tied(self, tied: Mapping[str, tuple[str, str]], layer: torch.nn.Module) -> None:
+    def _renew_tied(self, layer: torch.nn.Module) -> None:
         """Replace the old packed copy in heads that share this layer's weight."""
-        for head in refresh.heads_of(self.model, tied, layer):
+        for head in refresh.heads_of(self.model, self._tied, layer):
             self._keep(head)
             compat.lend_packing(layer, head)
 
@@ -567,7 +559,7 @@ class Receiver:
         with compat.loading_context(self._config):
             self._direct.conclude()
             compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
-            for path in refresh.tied_layers(self.model):
+            for path in refresh.tied_parameters(self.model):
                 self._keep(self.model.get_submodule(path))
             refresh.after_reload(self.model)
             self._views.restore()
@@ -640,4 +632,4 @@ class Receiver:
         try:
             yield
         finally:
-            self.verify_seconds += time.perf_counter() - start
+            self.costs.verify_seconds += time.perf_counter() - start

@@ -1,8 +1,4 @@
-"""State that vLLM derives from weights and does not derive again when they are reloaded.
-
-Both cases leave the old weights in use without an error; both are of vLLM's CPU kernels, which
-compute with packed copies of the parameters.
-"""
+"""Packed copies of tied heads, which vLLM's CPU kernels compute with and a reload leaves old."""
 
 from __future__ import annotations
 
@@ -14,33 +10,17 @@ import torch
 from qerl_sync.worker.compat import engine as compat
 
 
-def before_processing(layer: torch.nn.Module) -> None:
-    """Make vLLM pack the new weights of unquantised experts on a CPU.
-
-    `UnquantizedFusedMoEMethod` packs only while it has no kernel, and takes every later load for
-    an update in place, which the packed copy does not see. Without its kernel it packs and builds
-    a new one. On GPUs the kernel reads the parameters themselves and captured graphs hold their
-    addresses, so nothing is touched there.
-    """
-    compat.forget_packed_experts(layer)
-
-
-def after_reload(model: torch.nn.Module) -> list[str]:
+def after_reload(model: torch.nn.Module) -> None:
     """Give tied heads the packed copy of the new embeddings, or have them packed once more.
-    Return the modules that were refreshed.
 
     No tensor arrives for a head that shares its parameter with the embeddings, so the reload puts
     the shared parameter back (already new) and leaves the head's packed copy old.
     """
-    refreshed = []
     for path, (owner, _) in tied_parameters(model).items():
         layer = model.get_submodule(path)
         method = getattr(layer, "quant_method", None)
-        if method is not None:
-            if not compat.lend_packing(model.get_submodule(owner), layer):
-                method.process_weights_after_loading(layer)
-            refreshed.append(path)
-    return refreshed
+        if method is not None and not compat.lend_packing(model.get_submodule(owner), layer):
+            method.process_weights_after_loading(layer)
 
 
 def heads_of(
@@ -73,13 +53,9 @@ def packed_anew_bytes(
     return found
 
 
-def tied_layers(model: torch.nn.Module) -> list[str]:
-    """Return the modules that share a parameter object with an earlier one, in module order."""
-    return list(tied_parameters(model))
-
-
 def tied_parameters(model: torch.nn.Module) -> dict[str, tuple[str, str]]:
-    """Return by module path, for `tied_layers`, which module has the parameter first, and its name.
+    """Return the modules that share a parameter object with an earlier one, in module order: by
+    path, which module has it first, and its name.
 
     What no loader fills (a router's correction, which vLLM 0.25 hands to the experts as well) is
     shared without being packed: the experts are no tied head for that.

@@ -12,9 +12,6 @@ from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import memory
 
 HOST = torch.device("cpu")
-# What torch keeps in a module's own dictionary for parameters, submodules and hooks; and the KV
-# cache, which a sync leaves as it is.
-_NOT_KEPT = frozenset(vars(torch.nn.Module())) | {"kv_cache"}
 
 
 class Rollback:
@@ -36,10 +33,7 @@ class Rollback:
         self._packings: dict[int, Any] = {}
 
     def begin(self, model: torch.nn.Module, filled: Collection[str]) -> None:
-        """Keep what is written to without its layer being processed.
-
-        Args:
-            filled: paths of the layers that the sync writes to.
+        """Keep what a sync that fills these layers writes to without processing its layer.
 
         Raises:
             PlanError: there is not enough host memory for all that a sync may write to.
@@ -62,13 +56,10 @@ class Rollback:
         """Keep what this layer has, unless it is kept already."""
         if id(layer) in self._attributes:
             return
-        for tensor in compat.live_tensors(layer):
+        for tensor in compat.live_tensors(layer).values():
             self._copy(tensor)
-        self._snapshot(layer)
-        # Attention layers keep what they derive from weights in `impl` (MLA on CPUs with AMX).
-        for part in ("quant_method", "impl"):
-            if hasattr(owner := getattr(layer, part, None), "__dict__"):
-                self._snapshot(owner)
+        for part in compat.parts_of(layer):
+            self._snapshot(part)
         packing = getattr(layer, "cpu_linear", None)
         if id(packing) not in self._packings:  # a tied head may share it with the embeddings
             self._packings[id(packing)] = packing
@@ -78,7 +69,7 @@ class Rollback:
         """Restore the model as it was, and drop the copies."""
         for owner, before in self._attributes.values():
             now = vars(owner)
-            for name in now.keys() - before.keys() - _NOT_KEPT:
+            for name in now.keys() - before.keys() - compat.NOT_KEPT:
                 del now[name]
             now.update(before)
         with torch.no_grad():
@@ -90,7 +81,7 @@ class Rollback:
         self._copies, self._attributes, self._packings = {}, {}, {}
 
     def _snapshot(self, owner: Any) -> None:
-        found = {name: v for name, v in vars(owner).items() if name not in _NOT_KEPT}
+        found = {name: v for name, v in vars(owner).items() if name not in compat.NOT_KEPT}
         self._attributes.setdefault(id(owner), (owner, found))
         for value in found.values():
             if isinstance(value, torch.Tensor) and not value.is_meta:

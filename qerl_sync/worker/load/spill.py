@@ -7,7 +7,7 @@ import os
 import stat
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -25,9 +25,8 @@ Named = tuple[str, torch.Tensor]
 
 
 class SpillBuffer:
-    """Turns the stream of one sync into that which vLLM gets. Not thread-safe.
-
-        for each chunk:  take(arrived) -> whole groups, to be loaded    keep()    the rest is copied
+    """Turns the stream of one sync into that which vLLM gets, by one call of `load` for each chunk.
+    Not thread-safe.
 
     What is copied together and loaded together lies in one block, which is unmapped when the last
     tensor of it is gone: blocks count as many bytes as their tensors have, and take up whole pages.
@@ -48,7 +47,7 @@ class SpillBuffer:
         self._budget_bytes = spill.budget_bytes
         self._directory = None if spill.directory is None else _own_directory(spill.directory)
         self._loads = plan.chunk_loads
-        self._due = {name: index for index, names in enumerate(self._loads) for name in names}
+        self._due_in = {name: index for index, names in enumerate(self._loads) for name in names}
         self._index = -1
         self._arrived: dict[str, torch.Tensor] = {}
         self._staged: dict[str, torch.Tensor] = {}
@@ -56,33 +55,29 @@ class SpillBuffer:
         self.staged_bytes = self.peak_bytes = 0
         _require_room(plan.peak_staged_bytes, self._directory)
 
-    def take(self, arrived: Iterable[Named]) -> Iterator[Named]:
-        """Take the next chunk, whole. Return what vLLM gets now, to be consumed before `keep`."""
-        self._index += 1
-        self._arrived = dict(arrived)
-        return self._due_now()
+    def load(self, arrived: Iterable[Named], load: Callable[[Iterator[Named]], None]) -> None:
+        """Take the next chunk, whole, and `load` what is whole by now, if anything is.
 
-    @property
-    def has_due(self) -> bool:
-        """Return whether vLLM gets anything with this chunk."""
-        return bool(self._loads[self._index])
-
-    def keep(self) -> None:
-        """Copy what has to wait, and free what was loaded: the chunk's memory will be reused.
+        What has to wait is copied: the chunk's memory will be reused.
 
         Raises:
             LoadError: vLLM did not take all that it got.
             PlanError: more would be staged than the budget allows.
             TransportError: there is no room for it.
         """
+        self._index += 1
+        self._arrived = dict(arrived)
+        due_now = self._loads[self._index]
+        if due_now:
+            load(self._due(due_now))
         for block in self._blocks.pop(self._index, ()):
             block.free()
-        left = next((name for name in self._loads[self._index] if name in self._arrived), None)
+        left = next((name for name in due_now if name in self._arrived), None)
         if left is not None:
             raise LoadError(f"vLLM's loader ended before it had taken {left!r}")
         waiting: defaultdict[int, list[str]] = defaultdict(list)
         for name in self._arrived:
-            waiting[self._due[name]].append(name)
+            waiting[self._due_in[name]].append(name)
         for due, names in waiting.items():
             self._stage(due, names)
         self._arrived = {}
@@ -95,8 +90,8 @@ class SpillBuffer:
                 block.free()
         self._blocks.clear()
 
-    def _due_now(self) -> Iterator[Named]:
-        for name in self._loads[self._index]:
+    def _due(self, names: Sequence[str]) -> Iterator[Named]:
+        for name in names:
             tensor = self._arrived.pop(name, None)
             if tensor is None:
                 tensor = self._staged.pop(name)
@@ -140,20 +135,17 @@ class _Block:
                 "`policy: reorder` if the source can be reordered"
             ) from exc
         if locked and directory is None:
-            self._lock(nbytes)
+            # Copies to the device are faster then. torch's own pinned memory comes in powers of
+            # two, and is kept when it is free.
+            address = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
+            if cuda_memory.lock_pages(address, nbytes):
+                self._address = address
 
     def free(self) -> None:
         if self._address is not None:
             cuda_memory.unlock_pages(self._address)
             self._address = None
         del self.memory
-
-    def _lock(self, nbytes: int) -> None:
-        """Page-lock the memory: copies to the device are then faster. torch's own pinned
-        memory is not used: it comes in powers of two, and is kept when it is free."""
-        address = torch.frombuffer(self.memory, dtype=torch.uint8).data_ptr()
-        if cuda_memory.lock_pages(address, nbytes):
-            self._address = address
 
 
 def _mapped(nbytes: int, directory: Path | None) -> mmap.mmap:

@@ -21,9 +21,6 @@ class Admission:
 
     Where QERL_SYNC_TOKEN is set when this is made, every call must show that it is known. Where it
     is not, vLLM's own trainer engines, which add nothing, are admitted too.
-
-    Args:
-        hello: what the worker says of itself.
     """
 
     def __init__(self, hello: Callable[[], Hello]) -> None:

@@ -81,7 +81,14 @@ class SegmentReceiver(ChunkReceiver, ABC, Generic[A]):
             )
         places = list(zip(metas, chunk.places, strict=True))
         for meta, (number, offset) in places:
-            self._require_inside(meta, number, offset)
+            dtype: torch.dtype = getattr(torch, meta.dtype)
+            known = 0 <= number < len(self._table)
+            inside = known and 0 <= offset <= self._table[number].nbytes - meta.nbytes
+            if not inside or offset % dtype.itemsize:
+                raise TransportError(
+                    f"{meta.name!r} is said to lie at {offset:,} in segment {number}, outside of "
+                    "the memory that this sync was announced with"
+                )
         self._make_ready(places)
         return [
             self._table[number].tensor(offset, meta.shape, getattr(torch, meta.dtype))
@@ -93,16 +100,6 @@ class SegmentReceiver(ChunkReceiver, ABC, Generic[A]):
 
     def close(self) -> None:
         self._attached, self._table = {}, []
-
-    def _require_inside(self, meta: ParamMeta, number: int, offset: int) -> None:
-        dtype: torch.dtype = getattr(torch, meta.dtype)
-        known = 0 <= number < len(self._table)
-        inside = known and 0 <= offset <= self._table[number].nbytes - meta.nbytes
-        if not inside or offset % dtype.itemsize:
-            raise TransportError(
-                f"{meta.name!r} is said to lie at {offset:,} in segment {number}, outside of the "
-                "memory that this sync was announced with"
-            )
 
 
 class ShmReceiver(SegmentReceiver[AttachedSegment]):

@@ -101,11 +101,7 @@ class QerlWeightTransferEngine(WeightTransferEngine):
 
     @staticmethod
     def trainer_send_weights(iterator: Any, trainer_args: Any) -> None:
-        """Refuse: vLLM before 0.28 asks the worker's class to send, which has no plan.
-
-        Raises:
-            ConfigError: always.
-        """
+        """Raise ConfigError: vLLM before 0.28 asks this class to send, and it has no plan."""
         raise ConfigError(
             "the backend qerl does not send by vLLM's trainer_send_weights(); make a SyncSession "
             "with a RemoteTransport and call its push()"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
+from qerl_sync import __version__
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire.host import host_id, own_cores
 from qerl_sync.wire.messages import PROTOCOL, Hello
@@ -30,7 +30,11 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
     connector, connector_keeps = connector_of(vllm_config)
     return Hello(
         protocol=PROTOCOL,
-        packages=packages(),
+        packages={
+            "torch": str(torch.__version__),
+            "vllm": vllm_version(),
+            "qerl-sync": __version__,
+        },
         engine=str(vllm_config.instance_id),
         # Not data_parallel_rank: vLLM sets that to 0 on every replica of a model without experts.
         replica=parallel.data_parallel_index,
@@ -53,13 +57,3 @@ def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False)
         connector_keeps=connector_keeps,
         update_open=update_open,
     )
-
-
-def packages() -> dict[str, str]:
-    """Return the versions of the packages that matter to a sync."""
-    found = {"torch": str(torch.__version__), "vllm": vllm_version()}
-    try:
-        found["qerl-sync"] = version("qerl-sync")
-    except PackageNotFoundError:
-        found["qerl-sync"] = "?"
-    return found

@@ -42,8 +42,7 @@ def put(key: str, index: int, chunk: Any) -> bool:
 
 
 def take(key: str, index: int, timeout_seconds: float) -> Any:
-    """Block for chunk `index` and take it out. Return None if it does not come in time, or the box
-    was closed."""
+    """Block for chunk `index` and take it out; None if the time is up or the box was closed."""
     with _changed:
         _changed.wait_for(
             lambda: key not in _waiting or index in _waiting[key], timeout=timeout_seconds

@@ -73,10 +73,9 @@ class _Planned:
         # vLLM 0.25's engines have another contract, which would fail in the middle of a sync.
         require("vLLM's own nccl and ipc engines")
         super().__init__(config, vllm_config, device, model)  # type: ignore[call-arg]
-        parts = compat.EngineParts(model, vllm_config, torch.device(device))
         self._model = model
-        self._receiver = Receiver(parts)
-        self._loads = PlannedLoads(self._receiver, parts.device)
+        self._receiver = Receiver(compat.EngineParts(model, vllm_config, torch.device(device)))
+        self._loads = PlannedLoads(self._receiver)
         self._told_storages: dict[str, Storage] = {}
         self._admission = Admission(partial(hello_of, self._receiver, vllm_config))
 
@@ -103,9 +102,8 @@ class _Planned:
         self._told_storages = {}
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        update_info = self._admission.called(
-            update_info
-        )  # a call without a proof ends no sync of ours
+        # Outside of `_aborting`: a call without a proof ends no sync of ours.
+        update_info = self._admission.called(update_info)
         with self._aborting():
             if PLAN in update_info:
                 self._agree(**update_info)
@@ -114,23 +112,23 @@ class _Planned:
 
     def receive_weights(self, update_info: Any) -> None:
         """Receive as vLLM does, with our `load_weights` in place of the model's."""
-        if not self._loads.agreed:
+        if self._loads.plan is None:
             self._loads.agree_as_given(self._metas_of(update_info))
-        if not self._loads.started:
+        if self._loads.outstanding is None:
             self._loads.start(self._storages())
         self.model: Any = self._loads
         try:
             super().receive_weights(update_info)  # type: ignore[misc]
         finally:
             self.model = self._model
-        if self._loads.whole:
+        if self._loads.outstanding == 0:
             self._synchronize()
             self._loads.finish()
             self._synchronize()
 
     def finish_weight_update(self) -> None:
         with self._aborting():
-            if self._loads.started:
+            if self._loads.outstanding is not None:
                 self._loads.finish()  # which names what is outstanding
         self._loads.abort("the update was finished")
 
@@ -172,9 +170,9 @@ class QerlNCCLWeightTransferEngine(_Planned, NCCLWeightTransferEngine):
     """The backend `qerl_nccl`, one per worker rank. See the module's text."""
 
     def _storages(self) -> Mapping[str, Storage]:
-        if not self.packed:
+        if not self.packed or self._loads.plan is None:
             return {}
-        return packed_storages(self._loads.metas, self.packed_buffer_size_bytes)
+        return packed_storages(self._loads.plan.metas, self.packed_buffer_size_bytes)
 
 
 class QerlIPCWeightTransferEngine(_Planned, IPCWeightTransferEngine):

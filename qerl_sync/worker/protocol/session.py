@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from qerl_sync.buffers.detect import storage_key
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import (
     AgreementError,
@@ -38,7 +39,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import Part, divide, part_of, slot_bytes
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
-from qerl_sync.stopwatch import Span, Stopwatch, slowest
+from qerl_sync.stopwatch import Stopwatch, slowest
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
@@ -47,7 +48,7 @@ from qerl_sync.wire.endpoints import connect, parse_endpoint
 from qerl_sync.wire.handshake import ConnectCall, ServeCall, parse
 from qerl_sync.wire.mirror import Mirror, mirror_bytes
 from qerl_sync.wire.tokens import proof, same_proof
-from qerl_sync.worker.load.footprint import Arrivals, footprint_bytes
+from qerl_sync.worker.load.footprint import Arrivals, LoadCosts, footprint_bytes
 from qerl_sync.worker.load.memory import PeakMemory, free_bytes
 from qerl_sync.worker.protocol.connection import Arrived, TrainerConnection
 
@@ -64,29 +65,13 @@ Item = say.Message | Arrived
 class Loader(Protocol):
     """Takes the weights; `worker.load.receiver.Receiver` has what each part means."""
 
-    @property
-    def working_bytes(self) -> Mapping[str, int]: ...
-
-    @property
-    def finishing_bytes(self) -> int: ...
-
-    @property
-    def peak_staged_bytes(self) -> int: ...
-
-    @property
-    def verify_seconds(self) -> float: ...
-
-    @property
-    def kept_bytes(self) -> int: ...
+    costs: LoadCosts
 
     @property
     def quantisation(self) -> dict[str, Any]: ...
 
     @property
     def poisoned(self) -> str | None: ...
-
-    @property
-    def processed_layers(self) -> Sequence[Span]: ...
 
     def layer_map(self, metas: Sequence[ParamMeta], options: MapOptions) -> LayerMap: ...
 
@@ -110,7 +95,7 @@ class Loader(Protocol):
 
 
 class _AbortRequested(SyncError):
-    """The trainer asks, in the middle of a sync, to abort it, and awaits Aborted."""
+    """The trainer asks to abort the sync, mostly in the middle of it, and awaits Aborted."""
 
     def __init__(self, request: say.Abort) -> None:
         super().__init__(request.reason)
@@ -121,10 +106,6 @@ class WorkerSession:
     """Serves one trainer at a time, whose ranks say the same things, each on its connection.
 
     Opened by a call that knows the token, used by calls that prove it again.
-
-    Args:
-        loader: takes the weights (`worker.load.receiver.Receiver`).
-        hello: returns what the worker says of itself.
     """
 
     def __init__(
@@ -145,10 +126,8 @@ class WorkerSession:
         self._in_doubt = False
 
     def open(self, call: object) -> None:
-        """Connect to every rank of the trainer and agree on how bytes will travel.
-
-        Args:
-            call: from anybody, and of any form; `ConnectCall` says of which it must be.
+        """Connect to every rank of the trainer, which `call` (`ConnectCall`, from anybody, of any
+        form) names, and agree on how bytes will travel.
 
         Raises:
             AgreementError: the call is none of ours, or the token is wrong.
@@ -194,9 +173,6 @@ class WorkerSession:
     def serve(self, call: object) -> None:
         """Serve the trainer's requests until it sends End. Failures are reported to it alone.
 
-        Args:
-            call: from anybody, and of any form; `ServeCall` says of which it must be.
-
         Raises:
             AgreementError: no trainer is connected, or the call comes from another one.
             SyncError: the trainer was lost before its first request. Whoever made the call would
@@ -224,9 +200,7 @@ class WorkerSession:
             # The trainer is lost, or what it says makes no sense: nothing can go on from here.
             expected = isinstance(exc, SyncError)
             logger.error("the session with the trainer ended: %s", exc, exc_info=not expected)
-            self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
-            self._release(exc)
-            self._tell(say.failure(exc))
+            self._fail(exc)
             for connection in self._connections:
                 connection.close()
             if not heard:
@@ -258,8 +232,7 @@ class WorkerSession:
                     )
                 self._sync(syncs)
             elif isinstance(lead, say.Abort):
-                self._loader.abort(lead.reason, keep_old=lead.keep_old)
-                self._tell(say.Aborted(poisoned=self._loader.poisoned))
+                raise _AbortRequested(lead)
             elif isinstance(lead, say.Invalidate):
                 self._loader.poison(lead.reason)
                 self._tell(say.Aborted(poisoned=self._loader.poisoned))
@@ -271,9 +244,12 @@ class WorkerSession:
         except TransportTimeout:  # the trainer is gone
             raise
         except SyncError as exc:
-            self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
-            self._release(exc)
-            self._tell(say.failure(exc))
+            self._fail(exc)
+
+    def _fail(self, exc: Exception) -> None:
+        self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
+        self._release(exc)
+        self._tell(say.failure(exc))
 
     def _map(self, request: say.MapRequest) -> None:
         metas = metas_from_json(request.metas)
@@ -314,32 +290,20 @@ class WorkerSession:
             )
             for rank, (part, request) in enumerate(zip(parts, requests, strict=True))
         ]
-        verify_seconds = self._loader.verify_seconds + self._wire_clock.seconds["verify"]
+        costs = self._loader.costs
+        verify_seconds = costs.verify_seconds + self._wire_clock.seconds["verify"]
+        layers = costs.processed_layers
         self._tell(
             say.Report(
                 trace=trace,
                 seconds=clock.seconds | {"verify": verify_seconds},
                 peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
-                peak_staged_bytes=self._loader.peak_staged_bytes,
-                kept_bytes=self._loader.kept_bytes,
+                peak_staged_bytes=costs.peak_staged_bytes,
+                kept_bytes=costs.kept_bytes,
                 mirror_bytes=0 if self._mirror is None else self._mirror.nbytes,
-                spans=[
-                    *clock.spans,
-                    *(
-                        self._loader.processed_layers
-                        if options.record_spans
-                        else slowest(self._loader.processed_layers)
-                    ),
-                ],
+                spans=[*clock.spans, *(layers if options.record_spans else slowest(layers))],
                 quantisation=self._loader.quantisation,
-                peak_extra_bytes_predicted=self._loader.kept_bytes
-                + footprint_bytes(
-                    plan,
-                    layer_map,
-                    self._loader.working_bytes,
-                    self._loader.finishing_bytes,
-                    arrivals,
-                ),
+                peak_extra_bytes_predicted=footprint_bytes(plan, layer_map, costs, arrivals),
             )
         )
         self._in_doubt = True
@@ -401,12 +365,7 @@ class WorkerSession:
         return parts
 
     def _open_mirror(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> None:
-        """Have the mirror that the trainer's changes are for; none where it sends none.
-
-        Raises:
-            StaleBaseError: this worker has another one, or none.
-            ConfigError: the host has not the memory for one.
-        """
+        """Have the mirror that the trainer's changes are for; none where it sends none."""
         asked = requests[0]
         if not asked.mirror or len(requests) > 1:
             self._mirror = None
@@ -517,12 +476,8 @@ class WorkerSession:
             yield name, tensor
 
     def _release(self, error: BaseException | None = None) -> None:
-        """Unmap what the trainer will free: no chunk of this sync is read any more.
-
-        Args:
-            error: what ended the sync. The frames that it came through hold tensors of a chunk.
-        """
-        if error is not None:
+        """Unmap what the trainer will free: no chunk of this sync is read any more."""
+        if error is not None:  # the frames that it came through hold tensors of a chunk
             traceback.clear_frames(error.__traceback__)
         for connection in self._connections:
             connection.chunk_receiver.release()
@@ -569,7 +524,7 @@ def _await(connection: TrainerConnection, kind: type[M], what: str) -> M:
 
 def _references(tensor: torch.Tensor) -> int:
     """Count what refers to the tensor's storage."""
-    return int(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata))
+    return int(torch._C._storage_Use_Count(storage_key(tensor)))
 
 
 def _is_released(tensor: torch.Tensor, references: int) -> bool:
