@@ -125,8 +125,11 @@ def test_the_optimizer_waits_for_an_eager_sync(train, monkeypatch):
         return push(**options)
 
     monkeypatch.setattr(callback.session, "push", slow)
-    callback._begin_ahead(step=4)
     hook = (trainer.args, trainer.state, trainer.control)
+    trainer.state.max_steps += 1  # as if there were another step to come
+    trainer.control.should_training_stop = False
+    monkeypatch.setattr(callback._eager, "is_next", lambda step: True)
+    callback.on_step_end(*hook)
 
     def step():
         callback.on_pre_optimizer_step(*hook)
