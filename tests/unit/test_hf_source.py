@@ -8,7 +8,7 @@ import torch.distributed as dist
 from support.models import make_model
 
 from qerl_sync.errors import ConfigError
-from qerl_sync.sources.hf import HFSource
+from qerl_sync.sources.hf import HFSource, part_here
 from qerl_sync.sources.sharded import ShardedSource
 
 
@@ -103,3 +103,14 @@ def test_adapters_that_are_added_later_are_refused():
     model.add_adapter(LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(ConfigError):
         source.metadata()
+
+
+def test_a_partition_ends_where_its_parameter_does(group):
+    """DeepSpeed pads the last rank's with memory that nobody has written."""
+    parameter = torch.nn.Parameter(torch.empty(0))
+    parameter.ds_tensor = torch.tensor([1.0, 2.0, 3.0, float("nan")])
+    parameter.ds_process_group = dist.group.WORLD
+    parameter.ds_numel = 3
+    assert part_here(parameter).tolist() == [1.0, 2.0, 3.0]
+    parameter.ds_numel = 4
+    assert part_here(parameter).numel() == 4
