@@ -425,8 +425,9 @@ def part_here(parameter: torch.Tensor) -> torch.Tensor:
     shard = getattr(parameter, "ds_tensor", parameter).detach()
     if hasattr(parameter, "ds_tensor"):
         # DeepSpeed pads the last ranks' partitions, with memory that nobody has written.
-        before = torch.distributed.get_rank(parameter.ds_process_group) * shard.numel()
-        return shard[: max(0, int(parameter.ds_numel) - before)]
+        partitioned: Any = parameter
+        before = torch.distributed.get_rank(partitioned.ds_process_group) * shard.numel()
+        return shard[: max(0, int(partitioned.ds_numel) - before)]
     return shard.to_local() if hasattr(shard, "to_local") else shard
 
 

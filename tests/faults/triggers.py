@@ -123,11 +123,11 @@ class PhasedRemote(_Phased, RemoteTransport):
 
     def pids(self) -> list[int]:
         """Of the workers that are connected."""
-        return [peer.hello.pid for peer in self._workers]
+        return [peer.hello.pid for peer in self.workers]
 
     def cut(self) -> None:
         """What a network does when it drops the connections."""
-        for peer in self._workers:
+        for peer in self.workers:
             peer.close()
 
     def commit(self) -> SyncResult:
