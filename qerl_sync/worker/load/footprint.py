@@ -13,7 +13,7 @@ from qerl_sync.stopwatch import Span
 
 @dataclass
 class LoadCosts:
-    """What loading one sync takes on the worker."""
+    """Hold what loading one sync takes on the worker."""
 
     # For each layer, see `compat.working_bytes`; and at the end, when tied heads are packed anew.
     working_bytes: Mapping[str, int] = field(default_factory=dict)
