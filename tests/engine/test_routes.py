@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from support.engines import NEW, OLD, logprob_gap
 from support.models import CONFIGS
 from support.syncs import session
@@ -67,12 +68,16 @@ def scaled(param, loaded_weight):
     param.data.copy_(loaded_weight * 1)
 
 
+def joined(param, loaded_weight):
+    param.data.copy_(torch.cat([loaded_weight[:1], loaded_weight[1:]]))
+
+
 def filled_first(param, loaded_weight):
     param.data.fill_(0)
     param.data.copy_(loaded_weight)
 
 
-@pytest.mark.parametrize("loader", [scaled, filled_first])
+@pytest.mark.parametrize("loader", [scaled, joined, filled_first])
 def test_what_does_more_than_copying_is_left_to_its_loader(subject, loader):
     one = subject("dense")
     parameter = compat.recorded_parameters(one.model.get_submodule(NORM))["weight"]

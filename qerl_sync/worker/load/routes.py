@@ -8,19 +8,23 @@ copy views of a tensor into views of parameters, these copies are the tensor's r
 
 from __future__ import annotations
 
-from collections import defaultdict
+import logging
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from qerl_sync.meta import ParamMeta
-from qerl_sync.plan.layer_map import LayerMap
+from qerl_sync.plan.layer_map import Contribution, LayerMap
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.base import modules_at
 from qerl_sync.worker.load.dry_run import Stream, load_weights
 from qerl_sync.worker.load.monitor import SyncMonitor
+
+logger = logging.getLogger(__name__)
 
 # Size, strides and offset, in elements, from the first element of the tensor that is viewed. None:
 # all of it, as it is.
@@ -61,26 +65,28 @@ def record_routes(
     with compat.loading_context(vllm_config), compat.dry_reload(model):
         stream = Stream(model, metas)
         recorder = _Recorder(model, stream)
-        with compat.observe_loads(recorder, process=False), recorder:
-            stream.load(one_tensor_calls=layer_map.one_tensor_calls)
-        try:  # what is routed never reaches the model's own loop over the stream
+        try:
+            with compat.observe_loads(recorder, process=False), recorder:
+                stream.load(one_tensor_calls=layer_map.one_tensor_calls)
+            # A tensor with a route never reaches the model's own loop over the stream.
             load_weights(model, iter(()), one_tensor_calls=False)
-        except Exception:
+        except Exception as exc:  # the layer map stands, and vLLM's loaders load all of it
+            logger.info("%s has no routes: %r", type(model).__name__, exc)
             return {}
+    without = recorder.others | layer_map.past_reload
     return {
         name: tuple(calls)
         for name, calls in recorder.calls.items()
-        if name not in recorder.others | layer_map.past_reload
+        if name not in without
         and _numel_by_place(calls) == _numel_by_place(layer_map.contributions[name])
     }
 
 
-def _numel_by_place(landed: Sequence[Any]) -> dict[tuple[str, str], int]:
-    """Sum up the elements of loader calls, or of a layer map's contributions."""
-    found: dict[tuple[str, str], int] = defaultdict(int)
-    for one in landed:
-        path = one.path if isinstance(one, LoaderCall) else one.parent_layer
-        found[path, one.parameter] += one.loaded_numel
+def _numel_by_place(landed: Sequence[LoaderCall | Contribution]) -> Counter[tuple[str, str]]:
+    """Sum up the elements for each parameter of a parent layer. Both types begin alike."""
+    found: Counter[tuple[str, str]] = Counter()
+    for path, parameter, loaded_numel, *_ in landed:
+        found[path, parameter] += loaded_numel
     return found
 
 
@@ -103,9 +109,11 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and args[0].shape == args[1].shape:
             self._copied.append((args[0], args[1]))
-        # Loaders of embeddings fill the rows behind the vocabulary, of which there may be none.
-        elif not func.is_view and any(t.numel() for t in args if isinstance(t, torch.Tensor)):
-            self._spoil()
+        elif not func.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            # Loaders of embeddings fill the rows behind the vocabulary, of which there may be none.
+            if any(tensor.numel() for tensor in tensors):
+                self._spoil()
         return func(*args, **(kwargs or {}))
 
     def held(
