@@ -226,8 +226,7 @@ def measure(
         for places, start in _engines(found.nbytes):
             note(f"starting vLLM ({places[0]})")
             if not fresh:
-                with start(trainer.checkpoints[1]) as llm:
-                    fresh = [_digests(llm)]
+                fresh = [_digests_of_fresh(start, trainer.checkpoints[1])]
             with start(trainer.checkpoints[0]) as llm:
                 fresh = [_digests(llm), fresh[-1]]
                 if trainer.version == 1:
@@ -394,6 +393,12 @@ def _broadcast(llm: Any, trainer: _Trainer, stack: ExitStack) -> Callable[[], No
     return broadcast
 
 
+def _digests_of_fresh(start: Start, checkpoint: str) -> Digests:
+    """In a frame of its own, since a name would keep the engine and its memory."""
+    with start(checkpoint) as llm:
+        return _digests(llm)
+
+
 def _digests(llm: Any) -> Digests:
     (found,) = llm.collective_rpc("bench_kernels")
     return dict(found)
@@ -407,11 +412,10 @@ def _difference(llm: Any, fresh: Digests) -> str:
 
 @contextmanager
 def _started(path: str, *, multiprocessing: str) -> Iterator[Any]:
+    gc.collect()  # the engine before, which cycles hold
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = multiprocessing
     llm = start_engine(path)
     try:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()

@@ -56,13 +56,13 @@ class BenchExtension:
         The time includes rebuilding derived state: without that, tied heads and experts keep old
         weights on a CPU.
         """
-        if not hasattr(self, "_bench_tensors"):
-            self._bench_tensors: dict[str, dict[str, torch.Tensor]] = {}
-        if checkpoint not in self._bench_tensors:
+        if getattr(self, "_bench_checkpoint", "") != checkpoint:
             from safetensors.torch import load_file
 
+            self._bench_tensors: dict[str, torch.Tensor] = {}  # the memory of the last, first
             found = load_file(checkpoint)
-            self._bench_tensors[checkpoint] = {name: found[name].clone() for name in order}
+            self._bench_tensors = {name: found[name].clone() for name in order}
+            self._bench_checkpoint = checkpoint
         from qerl_sync.worker.compat import engine as compat
         from qerl_sync.worker.load import refresh
 
@@ -72,7 +72,7 @@ class BenchExtension:
             compat.begin_reload(model)
             for layer in model.modules():
                 compat.forget_packed_experts(layer)
-            model.load_weights(iter(self._bench_tensors[checkpoint].items()))
+            model.load_weights(iter(self._bench_tensors.items()))
             compat.finish_reload(model, config)
             refresh.after_reload(model)
         return time.perf_counter() - started
