@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from support.engines import NEW, OLD, logprob_gap
@@ -100,13 +102,57 @@ def test_a_model_that_takes_no_empty_stream_has_no_routes(subject, monkeypatch):
     load_weights = one.model.load_weights
 
     def demanding(weights):
-        weights = list(weights)
-        if not weights:
-            raise ValueError("no weights")
-        return load_weights(iter(weights))
+        weights = iter(weights)
+        first = next(weights)  # which is not there
+        return load_weights(itertools.chain([first], weights))
 
     monkeypatch.setitem(vars(one.model), "load_weights", demanding)
     assert routes_of(one)[0] == {}
+    session(one, HFSource(one.trainers[NEW])).push()
+    assert one.wrong_weights(NEW) == []
+
+
+def test_tensors_that_a_model_counts_have_no_routes(subject, monkeypatch):
+    """With the fifth tensor, and no other way, this model refreshes what it derives."""
+    one = subject("dense")
+    load_weights = one.model.load_weights
+    norm = one.model.get_submodule(NORM).weight
+
+    def counting(weights):
+        def stream():
+            for at, (name, tensor) in enumerate(weights):
+                yield name, tensor
+                if at == 4:
+                    norm.data.mul_(1)
+
+        return load_weights(stream())
+
+    monkeypatch.setitem(vars(one.model), "load_weights", counting)
+    assert routes_of(one)[0] == {}
+
+
+def test_tensors_that_a_model_joins_have_no_routes(subject, monkeypatch):
+    """This model keeps a norm's weight, loads it, and uses it once more with the next layer's."""
+    one = subject("dense")
+    load_weights = one.model.load_weights
+    names = {f"model.layers.{at}.input_layernorm.weight" for at in (0, 1)}
+
+    def joining(weights):
+        kept = []
+
+        def stream():
+            for name, tensor in weights:
+                if name in names:
+                    kept.append(tensor)
+                    if len(kept) == 2:
+                        tensor = torch.stack(kept)[1]
+                yield name, tensor
+
+        return load_weights(stream())
+
+    monkeypatch.setitem(vars(one.model), "load_weights", joining)
+    routes, landing = routes_of(one)
+    assert landing - routes.keys() == names
     session(one, HFSource(one.trainers[NEW])).push()
     assert one.wrong_weights(NEW) == []
 

@@ -21,7 +21,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import Contribution, LayerMap
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.base import modules_at
-from qerl_sync.worker.load.dry_run import Stream, load_weights
+from qerl_sync.worker.load.dry_run import Stream
 from qerl_sync.worker.load.monitor import SyncMonitor
 
 logger = logging.getLogger(__name__)
@@ -66,20 +66,28 @@ def record_routes(
         stream = Stream(model, metas)
         recorder = _Recorder(model, stream)
         try:
-            with compat.observe_loads(recorder, process=False), recorder:
-                stream.load(one_tensor_calls=layer_map.one_tensor_calls)
-            # A tensor with a route never reaches the model's own loop over the stream.
-            load_weights(model, iter(()), one_tensor_calls=False)
+            recorder.run(one_tensor_calls=layer_map.one_tensor_calls)
+            without = recorder.others | layer_map.past_reload
+            routes = {
+                name: tuple(calls)
+                for name, calls in recorder.calls.items()
+                if name not in without
+                and _numel_by_place(calls) == _numel_by_place(layer_map.contributions[name])
+            }
+            # A tensor with a route never reaches the model's own loop over the stream, which may
+            # count tensors or keep one for another. The rest must fare without them as with them.
+            rest = [meta for meta in metas if meta.name not in routes]
+            alone = _Recorder(model, Stream(model, rest))
+            alone.run(one_tensor_calls=layer_map.one_tensor_calls)
         except Exception as exc:  # the layer map stands, and vLLM's loaders load all of it
             logger.info("%s has no routes: %r", type(model).__name__, exc)
             return {}
-    without = recorder.others | layer_map.past_reload
-    return {
-        name: tuple(calls)
-        for name, calls in recorder.calls.items()
-        if name not in without
-        and _numel_by_place(calls) == _numel_by_place(layer_map.contributions[name])
-    }
+    for meta in rest:
+        if alone.steps[meta.name] != recorder.steps[meta.name]:
+            family = type(model).__name__
+            logger.info("%s has no routes: without others %s fares differently", family, meta.name)
+            return {}
+    return routes
 
 
 def _numel_by_place(landed: Sequence[LoaderCall | Contribution]) -> Counter[tuple[str, str]]:
@@ -96,6 +104,7 @@ class _Recorder(TorchDispatchMode):
     Attributes:
         calls: of each tensor, its loader calls.
         others: names of tensors with which something else is done than copying views.
+        steps: what is done from when the model takes a tensor until it takes the next.
     """
 
     def __init__(self, model: torch.nn.Module, stream: Stream) -> None:
@@ -105,22 +114,36 @@ class _Recorder(TorchDispatchMode):
         self._copied: list[tuple[torch.Tensor, torch.Tensor]] = []  # since the last loader call
         self.calls: dict[str, list[LoaderCall]] = defaultdict(list)
         self.others: set[str] = set()
+        self.steps: dict[str, list[object]] = defaultdict(list)
+
+    def run(self, *, one_tensor_calls: bool) -> None:
+        with compat.observe_loads(self, process=False), self:
+            self._stream.load(one_tensor_calls=one_tensor_calls)
+        if self._copied:  # after the last loader call, by nobody that vLLM's reload knows
+            self._spoil([of for _, of in self._copied])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and args[0].shape == args[1].shape:
             self._copied.append((args[0], args[1]))
+            self._step(func)
         elif not func.is_view:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             # Loaders of embeddings fill the rows behind the vocabulary, of which there may be none.
             if any(tensor.numel() for tensor in tensors):
-                self._spoil()
+                self._step(func)
+                self._spoil(tensors)
         return func(*args, **(kwargs or {}))
+
+    def _step(self, done: object) -> None:
+        if self._stream.current is not None:
+            self.steps[self._stream.current.name].append(done)
 
     def held(
         self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
     ) -> None:
         meta, copied = self._stream.current, self._copied
         self._copied = []
+        self._step((self._paths[id(layer)], parameter, loaded_numel))
         target = layer._parameters.get(parameter)
         given = [v for k, v in arguments.items() if k != "param" and isinstance(v, torch.Tensor)]
         if (
@@ -132,7 +155,7 @@ class _Recorder(TorchDispatchMode):
             or any(not _is_part(to, target) or not _is_part(of, given[0]) for to, of in copied)
             or sum(to.numel() for to, _ in copied) != loaded_numel
         ):
-            self._spoil(copied)
+            self._spoil([of for _, of in copied])
             return
         self.calls[meta.name].append(
             LoaderCall(
@@ -144,9 +167,9 @@ class _Recorder(TorchDispatchMode):
             )
         )
 
-    def _spoil(self, copied: Sequence[tuple[torch.Tensor, torch.Tensor]] = ()) -> None:
-        """Give the current tensor no route, nor those that `copied` are parts of."""
-        metas = [self._stream.current, *(self._stream.source_of(of) for _, of in copied)]
+    def _spoil(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Give no route to the current tensor, nor to those that `tensors` are parts of."""
+        metas = [self._stream.current, *map(self._stream.source_of, tensors)]
         self.others.update(meta.name for meta in metas if meta is not None)
 
     def processing(self, layer: torch.nn.Module) -> None:
