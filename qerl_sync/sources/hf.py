@@ -16,6 +16,7 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.sources.base import Source
 from qerl_sync.sources.noise import with_noise
+from qerl_sync.verify.parts import part_here
 from qerl_sync.verify.probe_prompt import Probe, spread_tokens
 from qerl_sync.verify.stamps import ContentStamps
 from qerl_sync.verify.stored import Stored, weights_as_stored
@@ -418,17 +419,6 @@ def _converted(
     finally:
         if unknown:
             del model._weight_conversions
-
-
-def part_here(parameter: torch.Tensor) -> torch.Tensor:
-    """Return what this process holds of a parameter: a view of it, or of its shard."""
-    shard = getattr(parameter, "ds_tensor", parameter).detach()
-    if hasattr(parameter, "ds_tensor"):
-        # DeepSpeed pads the last ranks' partitions, with memory that nobody has written.
-        partitioned: Any = parameter
-        before = torch.distributed.get_rank(partitioned.ds_process_group) * shard.numel()
-        return shard[: max(0, int(partitioned.ds_numel) - before)]
-    return shard.to_local() if hasattr(shard, "to_local") else shard
 
 
 def sharding_of(name: str, parameter: torch.Tensor) -> str:

@@ -13,7 +13,8 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.sources.adapted import Found, in_checkpoint_order, walk
-from qerl_sync.sources.hf import HFSource, part_here
+from qerl_sync.sources.hf import HFSource
+from qerl_sync.verify.parts import part_here
 
 MERGE = "choose sync.lora: merge"
 # The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.

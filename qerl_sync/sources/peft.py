@@ -16,8 +16,9 @@ import torch
 from qerl_sync.errors import ConfigError
 from qerl_sync.meta import Storage
 from qerl_sync.sources.adapted import Found, in_checkpoint_order, walk
-from qerl_sync.sources.hf import HFSource, joined, part_here
+from qerl_sync.sources.hf import HFSource, joined
 from qerl_sync.verify.changes import fingerprint
+from qerl_sync.verify.parts import part_here
 
 # Returns all of a tensor of the model, of which this process may hold a shard.
 Whole = Callable[[torch.Tensor], torch.Tensor]

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import xxhash
 
+from qerl_sync.verify.parts import part_here
+
 # Of a larger tensor, runs of elements at even distances: 4,096 in all, in few pages of memory. A
 # step at usual learning rates changes one to three in a hundred bfloat16 elements.
 RUNS, RUN = 64, 64
@@ -143,10 +145,7 @@ _STANDS_STILL = (
 
 def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
     """Hash the bits of evenly spread elements, as `dtype`, or of all in small tensors."""
-    local = getattr(tensor, "to_local", None)
-    # Of a parameter that DeepSpeed's ZeRO-3 has partitioned, this rank's part is beside it.
-    own: torch.Tensor = local() if callable(local) else getattr(tensor, "ds_tensor", tensor)
-    plain = own.detach()
+    plain = part_here(tensor)
     here = plain.device.type == "cpu" and plain.is_contiguous()
     if here and dtype in (None, plain.dtype):
         return _fingerprint_here(plain)
