@@ -12,7 +12,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -128,6 +128,8 @@ class _Trainer:
         return self.source.materialize([meta.name for meta in self.metas])
 
 
+# Starts an engine with a checkpoint.
+Start = Callable[[str], AbstractContextManager[Any]]
 # A function that brings the trainer's weights of now to the engine, by the name of the way.
 Ways = dict[str, Callable[[], object]]
 
@@ -213,7 +215,6 @@ def measure(
         "cores": os.cpu_count(),
         "load_before": os.getloadavg()[0],
     }
-    clock, fresh = Rounds(), list[Digests]()
     with TemporaryDirectory(prefix="qerl_sync-bench-") as directory:
         note("making the model")
         trainer = _Trainer(make_model(config))
@@ -222,29 +223,11 @@ def measure(
             path = trainer.checkpoints[version] = f"{directory}/{version}"
             save(trainer.model, path)
             trainer.step()
-        memory = PrivateMemory(offsets(trainer.metas)[1])
+        comparison = _Comparison(trainer, rounds, note)
         for places, start in _engines(found.nbytes):
-            note(f"starting vLLM ({places[0]})")
-            if not fresh:
-                fresh = [_digests_of_fresh(start, trainer.checkpoints[1])]
-            with start(trainer.checkpoints[0]) as llm:
-                fresh = [_digests(llm), fresh[-1]]
-                if trainer.version == 1:
-                    trainer.step()
-                for where in places:
-                    with ExitStack() as stack:
-                        ways: Ways = {
-                            MEMCPY: partial(copy_seconds, trainer.source, memory),
-                            LOAD_ALONE: partial(_load_alone, llm, trainer),
-                            **_ways(where, llm, trainer, stack),
-                        }
-                        rows = [Row(where, way) for way in ways]
-                        for number in range(rounds + 1):
-                            note(f"{where}: round {number} of {rounds}")
-                            for row in rows:
-                                row.run(ways, llm, trainer, fresh, clock if number else None)
-                    found.rows += rows
+            found.rows += comparison.run(places, start)
     found.machine["load_after"] = os.getloadavg()[0]
+    clock = comparison.clock
     found.seconds = clock.medians()
     for row in found.rows:
         for to in (MEMCPY, LOAD_ALONE):
@@ -252,6 +235,42 @@ def measure(
                 ratio = clock.ratio(row.name, f"{row.engine}: {to}")
                 found.ratios[f"{row.name} / {to}"] = ratio
     return found
+
+
+class _Comparison:
+    """Measures the ways to one engine after the other, against fresh engines of both versions."""
+
+    def __init__(self, trainer: _Trainer, rounds: int, note: Callable[[str], None]) -> None:
+        self.clock = Rounds()
+        self._trainer, self._rounds, self._note = trainer, rounds, note
+        self._memory = PrivateMemory(offsets(trainer.metas)[1])
+        self._fresh: list[Digests] = []
+
+    def run(self, places: Sequence[str], start: Start) -> list[Row]:
+        """Return the rows of these places. The engine's memory is free when this returns."""
+        trainer, found = self._trainer, list[Row]()
+        self._note(f"starting vLLM ({places[0]})")
+        if not self._fresh:
+            self._fresh = [_digests_of_fresh(start, trainer.checkpoints[1])]
+        with start(trainer.checkpoints[0]) as llm:
+            self._fresh = [_digests(llm), self._fresh[-1]]
+            if trainer.version == 1:
+                trainer.step()
+            for where in places:
+                with ExitStack() as stack:
+                    ways: Ways = {
+                        MEMCPY: partial(copy_seconds, trainer.source, self._memory),
+                        LOAD_ALONE: partial(_load_alone, llm, trainer),
+                        **_ways(where, llm, trainer, stack),
+                    }
+                    rows = [Row(where, way) for way in ways]
+                    for number in range(self._rounds + 1):
+                        self._note(f"{where}: round {number} of {self._rounds}")
+                        for row in rows:
+                            clock = self.clock if number else None
+                            row.run(ways, llm, trainer, self._fresh, clock)
+                found += rows
+        return found
 
 
 def to_markdown(found: Compared) -> str:
@@ -323,9 +342,6 @@ def _ways(where: str, llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
     if where == SERVER:
         return {SHM: push(server_url=llm.url), FILE: by_file}
     return {SHM: push(llm=llm), GLOO: _broadcast(llm, trainer, stack), FILE: by_file}
-
-
-Start = Callable[[str], AbstractContextManager[Any]]
 
 
 def _engines(nbytes: int) -> Iterator[tuple[list[str], Start]]:
