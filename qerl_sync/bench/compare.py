@@ -346,11 +346,12 @@ def _ways(where: str, llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
 
 def _engines(nbytes: int) -> Iterator[tuple[list[str], Start]]:
     """Yield the places that one engine serves, and what starts it with a checkpoint."""
-    yield [COLOCATE], partial(_started, multiprocessing="0")
     yield [OWN_PROCESS, OVER_TCP, SHARED], partial(_started, multiprocessing="1")
     yield [SERVER], served
     if find_spec("ray") is not None:
         yield [ACTOR], partial(in_actor, nbytes=nbytes)
+    # Last: vLLM leaves this process its cache of keys and values, and other settings of threads.
+    yield [COLOCATE], partial(_started, multiprocessing="0")
 
 
 def _push(
