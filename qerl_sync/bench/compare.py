@@ -12,7 +12,7 @@ import os
 import platform
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -84,12 +84,13 @@ class Compared(Results):
 
     @property
     def targets(self) -> list[Target]:
-        """Return the ratios that this project wants to reach."""
+        """Return the ratios that this project wants to reach, of the engines measured."""
         limits = {
             f"{engine}: {way} / {to}": limit
             for (engine, way, to), limit in LIMITS[self.kernels].items()
         }
-        return [Target(name, self.ratios[name], limit, True) for name, limit in limits.items()]
+        ratios = self.ratios
+        return [Target(n, ratios[n], limit, True) for n, limit in limits.items() if n in ratios]
 
     def cells(self, row: Row) -> list[str]:
         """Return milliseconds, ratios to memcpy and to the load alone, and what was wrong."""
@@ -188,6 +189,7 @@ def measure(
     config: Path,
     *,
     kernels: Kernels = "packed",
+    engines: Collection[str],
     rounds: int = 5,
     note: Callable[[str], None] = lambda text: None,
 ) -> Compared:
@@ -200,6 +202,8 @@ def measure(
         kernels: of vLLM on a CPU; on a GPU it makes no difference. packed: as vLLM starts there,
             with weights packed into handles of its kernels. plain: parameters are used as they are,
             as unquantised GPU kernels do.
+        engines: process, server, ray, colocate, or some of them. Among others, ray only where Ray
+            is installed.
         note: told what is being done.
 
     Raises:
@@ -224,7 +228,7 @@ def measure(
             save(trainer.model, path)
             trainer.step()
         comparison = _Comparison(trainer, rounds, note)
-        for places, start in _engines(found.nbytes):
+        for places, start in _engines(engines, found.nbytes):
             found.rows += comparison.run(places, start)
     found.machine["load_after"] = os.getloadavg()[0]
     clock = comparison.clock
@@ -344,14 +348,18 @@ def _ways(where: str, llm: Any, trainer: _Trainer, stack: ExitStack) -> Ways:
     return {SHM: push(llm=llm), GLOO: _broadcast(llm, trainer, stack), FILE: by_file}
 
 
-def _engines(nbytes: int) -> Iterator[tuple[list[str], Start]]:
-    """Yield the places that one engine serves, and what starts it with a checkpoint."""
-    yield [OWN_PROCESS, OVER_TCP, SHARED], partial(_started, multiprocessing="1")
-    yield [SERVER], served
-    if find_spec("ray") is not None:
-        yield [ACTOR], partial(in_actor, nbytes=nbytes)
-    # Last: vLLM leaves this process its cache of keys and values, and other settings of threads.
-    yield [COLOCATE], partial(_started, multiprocessing="0")
+def _engines(wanted: Collection[str], nbytes: int) -> list[tuple[list[str], Start]]:
+    """Return the places that each engine serves, and what starts it with a checkpoint."""
+    found: dict[str, tuple[list[str], Start]] = {
+        "process": ([OWN_PROCESS, OVER_TCP, SHARED], partial(_started, multiprocessing="1")),
+        "server": ([SERVER], served),
+        "ray": ([ACTOR], partial(in_actor, nbytes=nbytes)),
+        # Last: vLLM leaves this process its cache of keys and values, and other settings of threads.
+        "colocate": ([COLOCATE], partial(_started, multiprocessing="0")),
+    }
+    if len(wanted) > 1 and find_spec("ray") is None:
+        del found["ray"]
+    return [engine for name, engine in found.items() if name in wanted]
 
 
 def _push(

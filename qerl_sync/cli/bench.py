@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Shape = Annotated[Path, typer.Argument(help="A transformers config.json: the shape of the model.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")]
+# Where `bench compare` runs engines, in this order.
+ENGINES = ("process", "server", "ray", "colocate")
 app = typer.Typer(help="Measure, and fail where a target is missed.", no_args_is_help=True)
 
 
@@ -119,12 +121,19 @@ def compare(
             "they are, as unquantised GPU kernels do."
         ),
     ] = "packed",
+    engines: Annotated[
+        str, typer.Option(help="In processes of their own, behind servers, Ray actors, colocated.")
+    ] = ",".join(ENGINES),
     as_json: Json = False,
     markdown: Annotated[Path | None, typer.Option(help="Write a Markdown table here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw the ways here.")] = None,
     debug: Debug = False,
 ) -> None:
     """Measure every way to bring weights to an engine, beside a sync of ours."""
+    wanted = [name.strip() for name in engines.split(",")]
+    for name in wanted:
+        if name not in ENGINES:
+            raise typer.BadParameter(f"no engine {name!r}; name some of {', '.join(ENGINES)}")
     with errors_as_text(debug=debug):
         from qerl_sync.training.environment import prepare_environment
 
@@ -133,7 +142,7 @@ def compare(
         from qerl_sync.report.bench_tables import compare_tables, draw_comparison
 
         with _telling() as note:
-            found = measure(config, kernels=kernels, rounds=rounds, note=note)
+            found = measure(config, kernels=kernels, engines=wanted, rounds=rounds, note=note)
         if markdown is not None:
             markdown.write_text(to_markdown(found))
         if png is not None:
