@@ -354,7 +354,7 @@ def _engines(wanted: Collection[str], nbytes: int) -> list[tuple[list[str], Star
         "process": ([OWN_PROCESS, OVER_TCP, SHARED], partial(_started, multiprocessing="1")),
         "server": ([SERVER], served),
         "ray": ([ACTOR], partial(in_actor, nbytes=nbytes)),
-        # Last: vLLM leaves this process its cache of keys and values, and other settings of threads.
+        # Last: vLLM leaves this process its cache of keys and values, and settings of threads.
         "colocate": ([COLOCATE], partial(_started, multiprocessing="0")),
     }
     if len(wanted) > 1 and find_spec("ray") is None:
