@@ -11,6 +11,7 @@ from support.models import CONFIGS
 from support.syncs import session
 
 from qerl_sync import HFSource
+from qerl_sync.errors import LayerMapError
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.routes import record_routes
@@ -110,6 +111,29 @@ def test_a_model_that_takes_no_empty_stream_has_no_routes(subject, monkeypatch):
     assert routes_of(one)[0] == {}
     session(one, HFSource(one.trainers[NEW])).push()
     assert one.wrong_weights(NEW) == []
+
+
+@pytest.mark.parametrize("load", ["auto", "layerwise"])
+def test_a_model_that_computes_with_weights_while_it_loads_is_refused(subject, monkeypatch, load):
+    """As vLLM's LongcatFlash does, which scales norms once, when it loads them first."""
+    one = subject("dense")
+    load_weights = one.model.load_weights
+    norm = one.model.get_submodule(NORM)
+    one.model.derived = before = norm.weight.clone()
+
+    def deriving(weights):
+        loaded = load_weights(weights)
+        one.model.derived = norm.weight * 2
+        return loaded
+
+    monkeypatch.setitem(vars(one.model), "load_weights", deriving)
+    try:
+        with pytest.raises(LayerMapError, match=rf"{NORM}.weight"):
+            session(one, HFSource(one.trainers[NEW]), load=load).push()
+        assert one.model.derived is before
+        assert one.generates_as(OLD)
+    finally:
+        del one.model.derived
 
 
 def test_tensors_that_a_model_counts_have_no_routes(subject, monkeypatch):

@@ -687,6 +687,13 @@ def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
 
     twins: set[int] = set()
     stash: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+    # What some models derive from weights while they load them.
+    derived = [
+        (vars(layer), name, value)
+        for layer in model.modules()
+        for name, value in vars(layer).items()
+        if isinstance(value, torch.Tensor)
+    ]
     begin_reload(model)
     try:
         for layer in model.modules():
@@ -701,6 +708,6 @@ def dry_reload(model: torch.nn.Module) -> Iterator[set[int]]:
                     tensors[name] = twin
         yield twins
     finally:
-        for tensors, name, tensor in stash:
+        for tensors, name, tensor in (*stash, *derived):
             tensors[name] = tensor
         restore(model)

@@ -175,8 +175,8 @@ class Receiver:
         known.pop(layer_map.digest, None)
         if len(known) == MAX_ROUTES:
             del known[next(iter(known))]
+        routes = record_routes(self.model, self._config, metas, layer_map)
         if options.load == "auto":
-            routes = record_routes(self.model, self._config, metas, layer_map)
             known[layer_map.digest] = routes
         return layer_map
 

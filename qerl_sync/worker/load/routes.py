@@ -17,6 +17,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qerl_sync.errors import LayerMapError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.layer_map import Contribution, LayerMap
 from qerl_sync.worker.compat import engine as compat
@@ -61,10 +62,13 @@ def record_routes(
     Args:
         model: the worker's live vLLM model.
         metas, layer_map: the stream, and what `observe_layer_map` has returned for it.
+
+    Raises:
+        LayerMapError: the model computes with weights while it loads others.
     """
+    family = type(model).__name__
     with compat.loading_context(vllm_config), compat.dry_reload(model):
-        stream = Stream(model, metas)
-        recorder = _Recorder(model, stream)
+        recorder, rest = _Recorder(model, Stream(model, metas)), list[ParamMeta]()
         try:
             recorder.run(one_tensor_calls=layer_map.one_tensor_calls)
             without = recorder.others | layer_map.past_reload
@@ -80,11 +84,17 @@ def record_routes(
             alone = _Recorder(model, Stream(model, rest))
             alone.run(one_tensor_calls=layer_map.one_tensor_calls)
         except Exception as exc:  # the layer map stands, and vLLM's loaders load all of it
-            logger.info("%s has no routes: %r", type(model).__name__, exc)
-            return {}
+            logger.info("%s has no routes: %r", family, exc)
+            routes, rest = {}, []
+    if recorder.computes:
+        what, place = recorder.computes[0]
+        raise LayerMapError(
+            f"vLLM's {family} computes with {place} ({what}) while it loads weights: from weights "
+            "that are half new, or not at all when they come again, and what depends on that would "
+            "be wrong. This architecture cannot be synced with this vLLM"
+        )
     for meta in rest:
         if alone.steps[meta.name] != recorder.steps[meta.name]:
-            family = type(model).__name__
             logger.info("%s has no routes: without others %s fares differently", family, meta.name)
             return {}
     return routes
@@ -105,6 +115,8 @@ class _Recorder(TorchDispatchMode):
         calls: of each tensor, its loader calls.
         others: names of tensors with which something else is done than copying views.
         steps: what is done from when the model takes a tensor until it takes the next.
+        computes: what is computed with weights of the model outside of their layer's own loaders:
+            the operation, and the weights.
     """
 
     def __init__(self, model: torch.nn.Module, stream: Stream) -> None:
@@ -115,22 +127,33 @@ class _Recorder(TorchDispatchMode):
         self.calls: dict[str, list[LoaderCall]] = defaultdict(list)
         self.others: set[str] = set()
         self.steps: dict[str, list[object]] = defaultdict(list)
+        self.computes: list[tuple[str, str]] = []
+        self._weights = {
+            tensor.untyped_storage()._cdata: (path, name)
+            for path, module in model.named_modules()
+            for name, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
+        }
+        self._used: list[tuple[str, tuple[str, str]]] = []  # of them since the last loader call
 
     def run(self, *, one_tensor_calls: bool) -> None:
         with compat.observe_loads(self, process=False), self:
             self._stream.load(one_tensor_calls=one_tensor_calls)
         if self._copied:  # after the last loader call, by nobody that vLLM's reload knows
             self._spoil([of for _, of in self._copied])
+        self._find_computed("")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default and args[0].shape == args[1].shape:
             self._copied.append((args[0], args[1]))
             self._step(func)
+            self._use(func, args[1:])
         elif not func.is_view:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             # Loaders of embeddings fill the rows behind the vocabulary, of which there may be none.
             if any(tensor.numel() for tensor in tensors):
                 self._step(func)
+                self._use(func, tensors)
                 self._spoil(tensors)
         return func(*args, **(kwargs or {}))
 
@@ -138,12 +161,25 @@ class _Recorder(TorchDispatchMode):
         if self._stream.current is not None:
             self.steps[self._stream.current.name].append(done)
 
+    def _use(self, func: Any, tensors: Sequence[torch.Tensor]) -> None:
+        for tensor in tensors:
+            place = self._weights.get(tensor.untyped_storage()._cdata)
+            if place is not None:
+                self._used.append((str(func), place))
+
+    def _find_computed(self, loader_of: str) -> None:
+        used, self._used = self._used, []
+        for what, (path, name) in used:
+            if path != loader_of:
+                self.computes.append((what, f"{path}.{name}"))
+
     def held(
         self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
     ) -> None:
         meta, copied = self._stream.current, self._copied
         self._copied = []
         self._step((self._paths[id(layer)], parameter, loaded_numel))
+        self._find_computed(self._paths[id(layer)])
         target = layer._parameters.get(parameter)
         given = [v for k, v in arguments.items() if k != "param" and isinstance(v, torch.Tensor)]
         if (
