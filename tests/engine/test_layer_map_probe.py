@@ -200,6 +200,20 @@ def test_a_name_that_vllm_drops_without_a_word_is_refused(subject, monkeypatch):
         observe(one, [*metas_of(one), ParamMeta("extra.weight", "float32", (4,))])
 
 
+def test_a_part_that_vllm_lists_as_not_its_own_needs_no_weights(subject, monkeypatch):
+    """As LLaVA-NeXT's video model lists `image_newline`. A suffix tells no part from another."""
+    from vllm.model_executor.models.utils import AutoWeightsLoader
+
+    one = subject("dense")
+    options = {"ignore_unexpected_prefixes": ["extra."], "ignore_unexpected_suffixes": [".bias"]}
+    loader = AutoWeightsLoader(one.model, **options)
+    monkeypatch.setitem(vars(one.model), "load_weights", loader.load_weights)
+    extra, bias = (ParamMeta(name, "float32", (4,)) for name in ("extra.weight", "more.bias"))
+    assert observe(one, [*metas_of(one), extra]).contributions["extra.weight"] == ()
+    with pytest.raises(LayerMapError, match=r"accepts 'more\.bias' and does nothing with it"):
+        observe(one, [*metas_of(one), bias])
+
+
 def test_what_the_engine_was_built_without_needs_no_weights(subject, monkeypatch):
     """As LLaVA's vision tower, without its last layer and the norm after it."""
     one = subject("dense")

@@ -150,6 +150,26 @@ class LoadObserver(Protocol):
 
 
 @contextlib.contextmanager
+def watch_ignored(tell: Callable[[], object]) -> Iterator[None]:
+    """Call `tell` when a model's loader passes over a name because its class lists a prefix of it
+    (`ignore_unexpected_prefixes`): vLLM builds the model without that part."""
+    from vllm.model_executor.models.utils import AutoWeightsLoader
+
+    can_ignore = AutoWeightsLoader._can_ignore_unexpected
+
+    def watched(self: Any, qualname: str) -> bool:
+        if any(qualname.startswith(prefix) for prefix in self.ignore_unexpected_prefixes):
+            tell()
+        return bool(can_ignore(self, qualname))
+
+    AutoWeightsLoader._can_ignore_unexpected = watched
+    try:
+        yield
+    finally:
+        AutoWeightsLoader._can_ignore_unexpected = can_ignore
+
+
+@contextlib.contextmanager
 def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[None]:
     """Report vLLM's layerwise loading to `observer` while the context is open.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from qerl_sync.plan.layer_map import LayerMap, Loading, ParentLayer
 from qerl_sync.worker.compat import direct
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
-from qerl_sync.worker.load.dry_run import Bypasses, DryRun, Stream, watch_bypasses
+from qerl_sync.worker.load.dry_run import Bypasses, DryRun, Stream, load_weights, watch_bypasses
 
 # Names that checkpoints carry and vLLM computes by itself.
 DERIVED_NAMES = ("*rotary_emb.inv_freq",)
@@ -79,6 +81,7 @@ def observe_layer_map(
         is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
         if not is_stage:
             dropped -= left_out(run, dropped, vllm_config.model_config.hf_config)
+            dropped -= _ignored(run, dropped)
         if dropped and not is_stage:
             _refuse_dropped(run, next(m.name for m in metas if m.name in dropped), missing)
         if missing:
@@ -149,6 +152,18 @@ def left_out(run: DryRun, dropped: Collection[str], config: Any) -> set[str]:
             if there is None or (isinstance(there, torch.nn.Module) and not there.state_dict()):
                 gone.add(name)
     return gone
+
+
+def _ignored(run: DryRun, dropped: Collection[str]) -> set[str]:
+    """Return the names that the model's class lists as those of parts that vLLM has not: the video
+    model of LLaVA-NeXT has no use for what marks a picture's lines."""
+    found: set[str] = set()
+    for name in dropped:
+        # By itself, as loaders read ahead: in the stream it would not be known which one it is.
+        alone = [(name, run.stream.tensor(name))]
+        with compat.watch_ignored(partial(found.add, name)), suppress(Exception):
+            load_weights(run.model, alone, one_tensor_calls=False)
+    return found
 
 
 def _check_shapes(run: DryRun) -> None:
