@@ -208,9 +208,9 @@ def test_a_part_that_vllm_lists_as_not_its_own_needs_no_weights(subject, monkeyp
     options = {"ignore_unexpected_prefixes": ["extra."], "ignore_unexpected_suffixes": [".bias"]}
     loader = AutoWeightsLoader(one.model, **options)
     monkeypatch.setitem(vars(one.model), "load_weights", loader.load_weights)
-    extra, bias = (ParamMeta(name, "float32", (4,)) for name in ("extra.weight", "more.bias"))
+    extra, bias = (ParamMeta(name, "float32", (4,)) for name in ("extra.weight", "model.bias"))
     assert observe(one, [*metas_of(one), extra]).contributions["extra.weight"] == ()
-    with pytest.raises(LayerMapError, match=r"accepts 'more\.bias' and does nothing with it"):
+    with pytest.raises(LayerMapError, match=r"accepts 'model\.bias' and does nothing with it"):
         observe(one, [*metas_of(one), bias])
 
 
