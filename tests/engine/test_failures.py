@@ -4,6 +4,7 @@ sync makes it exactly right."""
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from support.syncs import push, session
 from support.worker_extension import unfinished
 
 from qerl_sync import HFSource, PoisonedError, Source, SyncError
-from qerl_sync.errors import CoverageError, LoadError, PlanError
+from qerl_sync.errors import ConfigError, CoverageError, LoadError, PlanError
 from qerl_sync.options import SyncOptions
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.load import refresh
@@ -367,6 +368,25 @@ def test_a_doubled_name_is_refused_before_the_first_byte(subject):
         session(one, Doubled(HFSource(one.trainers[NEW]), iter)).push()
     assert one.wrong_weights(OLD) == []
     assert one.generates_as(OLD)
+
+
+@pytest.mark.parametrize(
+    ("part", "option", "value"),
+    [
+        ("parallel_config", "enable_eplb", True),
+        ("offload_config.uva", "cpu_offload_gb", 1.0),
+        ("offload_config.prefetch", "offload_group_size", 4),
+    ],
+)
+def test_an_engine_that_moves_its_weights_is_refused(subject, monkeypatch, part, option, value):
+    """vLLM does none of this on a CPU: here is what its configuration says, not what it does."""
+    one = subject("dense")
+    config = compat.in_process_parts(one.engine).vllm_config
+    monkeypatch.setattr(attrgetter(part)(config), option, value)
+    with pytest.raises(ConfigError) as raised:
+        session(one, HFSource(one.trainers[NEW])).push()
+    assert raised.value.place == option
+    assert one.wrong_weights(OLD) == []
 
 
 def test_policy_error_refuses_before_the_first_byte(subject):

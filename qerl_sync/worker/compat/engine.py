@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from qerl_sync.buffers.detect import plain_tensors, storage_key
-from qerl_sync.errors import CompatError, LoadError
+from qerl_sync.errors import CompatError, ConfigError, LoadError
 from qerl_sync.worker.compat import older_reload as older
 from qerl_sync.worker.load.copy_count import CopyCount
 
@@ -659,6 +659,38 @@ def finish_reload(
         _put_back_emptied(model)
     finally:
         logger.removeFilter(is_finding)
+
+
+def require_weights_in_place(vllm_config: Any) -> None:
+    """Check that the engine keeps weights where vLLM's loaders put them.
+
+    Raises:
+        ConfigError: it moves them while it runs.
+    """
+    offload = vllm_config.offload_config
+    for moves, option, why in (
+        (
+            vllm_config.parallel_config.enable_eplb,
+            "enable_eplb",
+            "balances experts: it moves them to other slots while it runs, and vLLM's loaders fill "
+            "the slots of its start, so that experts would get one another's weights",
+        ),
+        (
+            offload.uva.cpu_offload_gb > 0,
+            "cpu_offload_gb",
+            "keeps weights in host memory, for which vLLM's layerwise reload is not made",
+        ),
+        (
+            offload.offload_backend == "prefetch" or offload.prefetch.offload_group_size > 0,
+            "offload_group_size",
+            "fetches layers from host memory for each step, over what a sync has written",
+        ),
+    ):
+        if moves:
+            raise ConfigError(
+                f"this engine cannot be synced: it {why}. Start it without {option}",
+                place=option,
+            )
 
 
 @contextlib.contextmanager

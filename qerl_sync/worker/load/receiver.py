@@ -147,9 +147,11 @@ class Receiver:
         """See `observe_layer_map`, whose errors it raises; SyncError while a sync is open.
 
         Raises:
-            ConfigError: the engine was to quantise, and has no quantised layer; `scheme`.
+            ConfigError: the engine was to quantise, and has no quantised layer; `scheme`. Or it
+                moves weights while it runs.
         """
         self._require_closed()
+        compat.require_weights_in_place(self._config)
         self._require_quantised()
         try:
             layer_map = observe_layer_map(
