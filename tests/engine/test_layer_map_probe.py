@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from inspect import signature
 
 import pytest
 import torch
@@ -201,15 +203,28 @@ def test_a_name_that_vllm_drops_without_a_word_is_refused(subject, monkeypatch):
 
 
 def test_a_part_that_vllm_lists_as_not_its_own_needs_no_weights(subject, monkeypatch):
-    """As LLaVA-NeXT's video model lists `image_newline`. A suffix tells no part from another."""
-    from vllm.model_executor.models.utils import AutoWeightsLoader
+    """As LLaVA-NeXT's video model lists `image_newline`, and Qwen2.5-Omni its talker."""
+    from vllm.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
 
     one = subject("dense")
-    options = {"ignore_unexpected_prefixes": ["extra."], "ignore_unexpected_suffixes": ["bias"]}
-    loader = AutoWeightsLoader(one.model, **options)
-    monkeypatch.setitem(vars(one.model), "load_weights", loader.load_weights)
     extra, bias = (ParamMeta(name, "float32", (4,)) for name in ("extra.weight", "bias"))
-    assert observe(one, [*metas_of(one), extra]).contributions["extra.weight"] == ()
+    mapper = WeightsMapper(orig_to_new_prefix={"extra.": None})
+    ways = [({"ignore_unexpected_prefixes": ["extra."]}, None), ({}, mapper)]
+    if "skip_prefixes" in signature(AutoWeightsLoader).parameters:  # before vLLM 0.31
+        ways.append(({"skip_prefixes": ["extra.", "model.norm."]}, None))
+    for options, mapped in ways:
+        loader = AutoWeightsLoader(one.model, **options)
+        load = partial(loader.load_weights, mapper=mapped)
+        monkeypatch.setitem(vars(one.model), "load_weights", load)
+        monkeypatch.setitem(vars(one.model), "hf_to_vllm_mapper", mapped)
+        if "skip_prefixes" in options:  # what is there is no part that vLLM has not
+            with pytest.raises(LayerMapError, match=r"model\.norm\.weight"):
+                observe(one, [*metas_of(one), extra])
+            loader.skip_prefixes.pop()
+        assert observe(one, [*metas_of(one), extra]).contributions["extra.weight"] == ()
+
+    loader = AutoWeightsLoader(one.model, ignore_unexpected_suffixes=["bias"])
+    monkeypatch.setitem(vars(one.model), "load_weights", loader.load_weights)
     with pytest.raises(LayerMapError, match=r"accepts 'bias' and does nothing with it"):
         observe(one, [*metas_of(one), bias])
 

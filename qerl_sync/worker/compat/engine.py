@@ -151,22 +151,47 @@ class LoadObserver(Protocol):
 
 @contextlib.contextmanager
 def watch_ignored(tell: Callable[[], object]) -> Iterator[None]:
-    """Call `tell` when a model's loader passes over a name because its class lists a prefix of it
-    (`ignore_unexpected_prefixes`): vLLM builds the model without that part."""
+    """Call `tell` when a model's loader passes over a name of a part that the model has not,
+    because its class lists a prefix of the name: `ignore_unexpected_prefixes`, and before vLLM 0.31
+    `skip_prefixes`, which names parts that are there (tied heads) as well. See `is_unmapped`."""
     from vllm.model_executor.models.utils import AutoWeightsLoader
 
-    can_ignore = AutoWeightsLoader._can_ignore_unexpected
+    can_ignore, can_skip = AutoWeightsLoader._can_ignore_unexpected, AutoWeightsLoader._can_skip
 
-    def watched(self: Any, qualname: str) -> bool:
-        if any(qualname.startswith(prefix) for prefix in self.ignore_unexpected_prefixes):
+    def ignoring(self: Any, qualname: str) -> bool:
+        if qualname.startswith(tuple(self.ignore_unexpected_prefixes)):
             tell()
         return bool(can_ignore(self, qualname))
 
-    AutoWeightsLoader._can_ignore_unexpected = watched
+    def skipping(self: Any, qualname: str) -> bool:
+        listed = qualname.startswith(tuple(getattr(self, "skip_prefixes", ())))
+        if listed and not _has(self.module, qualname):
+            tell()
+        return bool(can_skip(self, qualname))
+
+    AutoWeightsLoader._can_ignore_unexpected = ignoring
+    AutoWeightsLoader._can_skip = skipping
     try:
         yield
     finally:
         AutoWeightsLoader._can_ignore_unexpected = can_ignore
+        AutoWeightsLoader._can_skip = can_skip
+
+
+def _has(module: torch.nn.Module, qualname: str) -> bool:
+    part: Any = module
+    for name in filter(None, qualname.split(".")):
+        if not hasattr(part, name):
+            return False
+        part = getattr(part, name)
+    return True
+
+
+def is_unmapped(model: torch.nn.Module, name: str) -> bool:
+    """Return whether the model's class maps a prefix of this checkpoint name to nothing."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    prefixes: Mapping[str, str | None] = getattr(mapper, "orig_to_new_prefix", {})
+    return any(to is None and name.startswith(prefix) for prefix, to in prefixes.items())
 
 
 @contextlib.contextmanager

@@ -156,9 +156,9 @@ def left_out(run: DryRun, dropped: Collection[str], config: Any) -> set[str]:
 
 def _ignored(run: DryRun, dropped: Collection[str]) -> set[str]:
     """Return the names that the model's class lists as those of parts that vLLM has not: the video
-    model of LLaVA-NeXT has no use for what marks a picture's lines."""
-    found: set[str] = set()
-    for name in dropped:
+    model of LLaVA-NeXT has no use for what marks a picture's lines, Qwen2.5-Omni does not speak."""
+    found = {name for name in dropped if compat.is_unmapped(run.model, name)}
+    for name in set(dropped) - found:
         # By itself, as loaders read ahead: in the stream it would not be known which one it is.
         alone = [(name, run.stream.tensor(name))]
         with compat.watch_ignored(partial(found.add, name)), suppress(Exception):
