@@ -201,6 +201,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "vision_config": {"hidden_size": 128},  # of what it gives to the language model
     },
     "Qwen2_5_VLForConditionalGeneration": {"text_config": _ROPE_3D},
+    # transformers never ties its head, vLLM where this says so, as it does by default.
+    "Qwen2_5OmniForConditionalGeneration": {
+        "thinker_config": {"text_config": {"tie_word_embeddings": False}}
+    },
     "Qwen3VLForConditionalGeneration": {"text_config": _ROPE_MIXED},
     # Checkpoints have it, transformers' class does not.
     "Qwen3VLMoeForConditionalGeneration": {"text_config": {**_ROPE_MIXED, "norm_topk_prob": True}},
