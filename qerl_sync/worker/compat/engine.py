@@ -241,6 +241,7 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
     def _layerwise_process(layer: torch.nn.Module, info: Any) -> None:
         if process:
             observer.processing(layer)
+            _round_held(layer, info)
             real._layerwise_process(layer, info)
             observer.processed(layer)
 
@@ -264,6 +265,24 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
     counting = count.counting() if isinstance(count, CopyCount) else contextlib.nullcontext()
     with replaced(layerwise, **wrappers), counting:
         yield
+
+
+def cast_dtypes(layer: torch.nn.Module) -> dict[str, torch.dtype]:
+    """Return the dtype with which parameters are loaded that processing has cast since, and that
+    vLLM keeps real in a reload, so that they are loaded with the one of now: the bias of a linear
+    layer that a CPU kernel wants in float32."""
+    bias, dtype = layer._parameters.get("bias"), getattr(layer, "params_dtype", None)
+    return {"bias": dtype} if bias is not None and dtype not in (None, bias.dtype) else {}
+
+
+def _round_held(layer: torch.nn.Module, info: Any) -> None:
+    """Round what is held for such a parameter, as the first load of these weights would."""
+    dtypes = cast_dtypes(layer)
+    for name, bound in info.loaded_weights if dtypes else ():
+        if name in dtypes:
+            for key, value in bound.arguments.items():
+                if key != "param" and isinstance(value, torch.Tensor):
+                    bound.arguments[key] = value.to(dtypes[name])
 
 
 def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: LoadObserver) -> None:
@@ -446,8 +465,13 @@ def begin_reload(model: torch.nn.Module, live: Collection[torch.nn.Module] = ())
         CompatError: this vLLM reloads them all the same.
     """
     for layer in model.modules():
-        if names := [name for name, parameter in layer._parameters.items() if parameter is None]:
-            _EMPTIED[layer] = names
+        emptied = {
+            name: None if parameter is None else parameter.dtype
+            for name, parameter in layer._parameters.items()
+            if parameter is None or not parameter.numel()
+        }
+        if emptied:
+            _EMPTIED[layer] = emptied
     infos = [_layerwise().get_layerwise_info(layer) for layer in live]
     for info in infos:
         info.load_numel_total = 0  # vLLM passes over a layer whose reload has begun
@@ -463,16 +487,23 @@ def begin_reload(model: torch.nn.Module, live: Collection[torch.nn.Module] = ())
         )
 
 
-# Parameters that a kernel has taken and left at None (int8 of oneDNN: `weight`). vLLM's reload
-# deletes them, puts back tensors only, and the kernel then finds no such attribute.
-_EMPTIED: weakref.WeakKeyDictionary[torch.nn.Module, list[str]] = weakref.WeakKeyDictionary()
+# Parameters that a kernel has taken and left at None (int8 of oneDNN: `weight`), or without
+# elements, with their dtype. vLLM's reload deletes the former, puts back tensors only, and the
+# kernel then finds no such attribute. The latter (MLA's `kv_b_proj`) are made in torch's default
+# dtype, which is the model's only when an engine starts; MLA casts its input to what it finds.
+_EMPTIED: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, torch.dtype | None]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _put_back_emptied(model: torch.nn.Module) -> None:
     for layer in model.modules():
-        for name in _EMPTIED.pop(layer, ()):
+        for name, dtype in _EMPTIED.pop(layer, {}).items():
             if not hasattr(layer, name):
                 layer.register_parameter(name, None)
+            parameter = layer._parameters.get(name)
+            if dtype is not None and parameter is not None and not parameter.numel():
+                parameter.data = parameter.data.to(dtype)
 
 
 def working_bytes(model: torch.nn.Module) -> dict[str, int]:

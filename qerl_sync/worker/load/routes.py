@@ -186,6 +186,7 @@ class _Recorder(TorchDispatchMode):
             meta is None
             or target is None
             or compat.is_deferred(layer)
+            or parameter in compat.cast_dtypes(layer)
             or len(given) != 1
             or self._stream.source_of(given[0]) is not meta
             or any(not _is_part(to, target) or not _is_part(of, given[0]) for to, of in copied)
