@@ -58,12 +58,13 @@ def run(architecture: str, kernels: str, directory: Path) -> dict[str, Any]:
             arguments = save(trainer, paths[seed])
         arguments |= ENGINE_ARGUMENTS[kernels]
         engines = {seed: start_engine(path, **arguments) for seed, path in paths.items()}
-        weights = {seed: fingerprint(model_of(engine)) for seed, engine in engines.items()}
         if arguments.get("skip_tokenizer_init", True):
             shown = []
         else:
             shown, row["pictures"] = picture_prompts(engines[OLD])
         answers = {seed: generate(engine, more=shown) for seed, engine in engines.items()}
+        # Only now, since some models cast their rotary cache when they first use it.
+        weights = {seed: fingerprint(model_of(engine)) for seed, engine in engines.items()}
     except Exception as exc:
         reason = one_line(_cause(exc, architecture))
         return {**row, "ours": NO_START, "stock": NO_START, "reason": reason}
