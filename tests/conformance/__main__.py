@@ -205,11 +205,11 @@ this ran on a GPU (docs/gpu has what did).
 
 *pictures*: *seen* by a model whose answers were compared for a prompt with a picture too, or why it
 was shown none; its vision tower's weights were compared in any case. Rows of those that see were
-recorded with torchvision, timm, scipy and num2words installed beside vLLM, but for some of vLLM
-0.32; without torchvision most of them do not start. Most of them were not run on vLLM 0.25.1.
-vLLM 0.25.1 ran with torch 2.11, the others with torch 2.13. Rows of vLLM
-0.31, and most of the others, were recorded before tensors were loaded by routes (ARCHITECTURE.md,
-*Routes*); `tests/engine/test_routes.py` ran on all four.
+recorded with torchvision, timm, scipy and num2words installed beside vLLM; without torchvision most
+of them do not start. vLLM 0.25.1 ran with torch 2.11, the others with torch 2.13. Most rows in
+float32 were recorded before tensors were loaded by routes (ARCHITECTURE.md, *Routes*), those in
+bfloat16 after; `tests/engine/test_routes.py` ran on all four. In bfloat16 were run on 0.31 what
+comes before Qwen2Moe in the alphabet, and some of each kind on the others.
 """
 
 
