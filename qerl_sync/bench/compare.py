@@ -202,8 +202,8 @@ def measure(
         kernels: of vLLM on a CPU; on a GPU it makes no difference. packed: as vLLM starts there,
             with weights packed into handles of its kernels. plain: parameters are used as they are,
             as unquantised GPU kernels do.
-        engines: process, server, ray, colocate, or some of them. Among others, ray only where Ray
-            is installed.
+        engines: some of process, server, ray and colocate. Without Ray, ray is left out where
+            there are others.
         note: told what is being done.
 
     Raises:
@@ -419,7 +419,7 @@ def _broadcast(llm: Any, trainer: _Trainer, stack: ExitStack) -> Callable[[], No
 
 
 def _digests_of_fresh(start: Start, checkpoint: str) -> Digests:
-    """In a frame of its own, since a name would keep the engine and its memory."""
+    """Return what a fresh engine holds. The caller has no name for it, which would keep it."""
     with start(checkpoint) as llm:
         return _digests(llm)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -67,6 +68,20 @@ def test_a_sync_needs_no_loader(subject, monkeypatch, kind, kernels):
     assert report.prediction_exact, report.first_difference
 
 
+@contextmanager
+def norm_loaded_by(one, loader):
+    parameter = compat.recorded_parameters(one.model.get_submodule(NORM))["weight"]
+    own = vars(parameter).get("weight_loader")
+    parameter.weight_loader = loader
+    try:
+        yield
+    finally:
+        if own is None:
+            del parameter.weight_loader
+        else:
+            parameter.weight_loader = own
+
+
 def scaled(param, loaded_weight):
     param.data.copy_(loaded_weight * 1)
 
@@ -83,19 +98,11 @@ def filled_first(param, loaded_weight):
 @pytest.mark.parametrize("loader", [scaled, joined, filled_first])
 def test_what_does_more_than_copying_is_left_to_its_loader(subject, loader):
     one = subject("dense")
-    parameter = compat.recorded_parameters(one.model.get_submodule(NORM))["weight"]
-    own = vars(parameter).get("weight_loader")
-    parameter.weight_loader = loader
-    try:
+    with norm_loaded_by(one, loader):
         routes, landing = routes_of(one)
         assert landing - routes.keys() == {f"{NORM}.weight"}
         session(one, HFSource(one.trainers[NEW])).push()
         assert one.wrong_weights(NEW) == []
-    finally:
-        if own is None:
-            del parameter.weight_loader
-        else:
-            parameter.weight_loader = own
 
 
 def test_a_model_that_takes_no_empty_stream_has_no_routes(subject, monkeypatch):
@@ -179,6 +186,17 @@ def test_tensors_that_a_model_joins_have_no_routes(subject, monkeypatch):
     assert landing - routes.keys() == names
     session(one, HFSource(one.trainers[NEW])).push()
     assert one.wrong_weights(NEW) == []
+
+
+def plainly(param, loaded_weight):
+    param.data.copy_(loaded_weight, non_blocking=True)
+
+
+def test_a_loader_that_copies_without_waiting_has_a_route(subject):
+    one = subject("dense")
+    with norm_loaded_by(one, plainly):
+        routes, landing = routes_of(one)
+    assert routes.keys() == landing
 
 
 def test_sessions_that_take_turns_keep_their_routes(subject, monkeypatch):

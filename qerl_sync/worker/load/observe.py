@@ -79,9 +79,9 @@ def observe_layer_map(
         _check_fates(run, puzzling, bypasses, layers, load)
         # What one pipeline stage drops, another may take. The trainer holds all stages together.
         is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
+        dropped -= _ignored(run, dropped)  # every stage lists the same
         if not is_stage:
             dropped -= left_out(run, dropped, vllm_config.model_config.hf_config)
-            dropped -= _ignored(run, dropped)
         if dropped and not is_stage:
             _refuse_dropped(run, next(m.name for m in metas if m.name in dropped), missing)
         if missing:

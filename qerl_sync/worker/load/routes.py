@@ -147,7 +147,7 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.copy_.default and args[0].shape == args[1].shape:
             self._copied.append((args[0], args[1]))
             self._step(func)
-            self._use(func, args[1:])
+            self._use(func, args[1:2])  # behind it may stand `non_blocking`
         elif not func.is_view:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             # Loaders of embeddings fill the rows behind the vocabulary, of which there may be none.
