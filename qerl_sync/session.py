@@ -6,6 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -327,12 +328,15 @@ class SyncSession:
                 )
 
     def _tell(self, push: Push) -> None:
-        """Call the observers. One that fails is left out from then on: it must not end a run."""
+        """Call the observers. Close one that fails, and leave it out from then on: it must not end
+        a run."""
         for observer in list(self._observers):
             try:
                 observer(push)
             except Exception as exc:  # noqa: PERF203  one failing observer spares the others
                 self._observers.remove(observer)
+                with suppress(Exception):  # a server that is left open would keep its port
+                    observer.close()
                 logger.warning(
                     "the observer %s failed, and the run goes on without it: %s: %s",
                     type(observer).__name__,
@@ -388,6 +392,7 @@ class SyncSession:
                     # Another session may have given it the version that this one was to have.
                     version = max(version, exc.version + 1)
                     options = replace(options, version=version, base=None, changes_from=None)
+                    watch.failed_in = ""  # where the second attempt fails, if it does
                     result = self._send(plan, layer_map, options, watch)
             except BaseException:
                 alone = not plan.base_metas
@@ -435,9 +440,11 @@ class SyncSession:
 
     def close(self) -> None:
         """Disconnect from the workers. Idempotent; the session cannot push again."""
-        self._transport.close()
-        for observer in self._observers:
-            observer.close()
+        with ExitStack() as closing:  # each of them, whatever another one raises
+            for observer in self._observers:
+                closing.callback(observer.close)
+            self._observers = []
+            closing.callback(self._transport.close)
 
     def __enter__(self) -> Self:
         return self
@@ -742,7 +749,8 @@ class SyncSession:
             if self._watch is not None:
                 self._watch.begin(layer_map.contributions.keys() - set(plan.order))
             verified = watch.seconds["verify"]
-            with watch("load"):
+            with watch("load"), ExitStack() as sending:
+                sending.callback(self._source.end_sync)
                 for index, (chunk, names) in enumerate(zip(plan.chunks, chunks, strict=True)):
                     if self._source.collective:
                         # Each rank looks at its own shard: before any rank sends, all must have.

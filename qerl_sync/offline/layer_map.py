@@ -107,8 +107,12 @@ def _recorded(
 ) -> OfflineMap:
     """Return the map that the recorded patterns give, on a machine without vLLM."""
     version, maps = recorded_maps()
-    architecture = ((checkpoint.config or {}).get("architectures") or ["?"])[0]
-    changes = [name for name in ("quantization", "tensor_parallel_size") if engine.get(name)]
+    config = checkpoint.config or {}
+    architecture = (config.get("architectures") or ["?"])[0]
+    defaults = {"quantization": None, "tensor_parallel_size": 1}
+    changes = [name for name, default in defaults.items() if engine.get(name, default) != default]
+    # vLLM quantises such a checkpoint unasked, and its layers then have other parameters.
+    changes += [name for name in ("quantization_config",) if config.get(name)]
     if architecture not in maps or changes:
         raise CompatError(
             "vLLM is not installed, and its own model class is what says where tensors land; no "

@@ -9,6 +9,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,13 @@ def load(file: Path) -> OfflineMap | None:
         return None
 
 
-def store(file: Path, found: OfflineMap) -> bool:
-    """Write a map atomically: readers see the old file or the new one. Return False if the
-    directory is not writable."""
+def store(file: Path, found: OfflineMap) -> None:
+    """Write a map where that is possible. Readers see the old file or the new one."""
     data = json.dumps(found.to_json(), separators=(",", ":")).encode()
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as f:
-            f.write(gzip.compress(data, compresslevel=1))
-        os.replace(f.name, file)
-    except OSError:
-        return False
-    return True
+        # In a directory of its own, which goes in any case: a full disk leaves half a file.
+        with tempfile.TemporaryDirectory(dir=file.parent) as directory:
+            partial = Path(directory, file.name)
+            partial.write_bytes(gzip.compress(data, compresslevel=1))
+            partial.replace(file)

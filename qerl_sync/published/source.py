@@ -63,7 +63,7 @@ class PublishedSource(Source):
         self._directory = directory
         self._mirror: Mirror | None = None
         self._checksums: dict[str, int] = {}
-        self._digest = ""
+        self._name = self._digest = ""
         self.version = self.step = 0
         self.refused: dict[str, str] = {}
 
@@ -71,10 +71,21 @@ class PublishedSource(Source):
         """Bring the newest version here. Return whether it is another than before.
 
         Raises:
-            PublicationError: there are versions, and none of them is whole; or the store fails.
+            PublicationError: there are versions, and none of them is whole; or all are older than
+                what is here, which is no longer there; or the store fails.
         """
         listed = self._store.published()
         self.refused = {}
+        gone = self._is_whole and self._name not in (one.name for one in listed)
+        if gone and listed and listed[-1].version <= self.version:
+            # A new run counts from 1: its versions would pass for old ones until they are more.
+            raise PublicationError(
+                f"{self._store.url} no longer has version {self.version}, which is here, and its "
+                f"newest is {listed[-1].version}: another run has begun there, or files were "
+                "removed. Read it with a new PublishedSource",
+                path=self._store.url,
+                version=listed[-1].version,
+            )
         while chain := self._chain(listed):
             with TemporaryDirectory(prefix="qerl-sync-", dir=self._directory) as directory:
                 here = Path(directory)
@@ -97,6 +108,7 @@ class PublishedSource(Source):
             newest, self._digest = chain[-1]
             assert self._mirror is not None
             self.version = self._mirror.version = newest.version
+            self._name = newest.name
             self.step = newest.step
             return True
         if listed and not self._is_whole:

@@ -131,6 +131,10 @@ class Source(ABC):
         the collectives of the rest.
         """
 
+    def end_sync(self) -> None:  # noqa: B027  most sources keep nothing open
+        """Close what `materialize` has left open. Called after the last chunk, or one that failed,
+        and before the commit."""
+
     @abstractmethod
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield exactly `names`, in that order, as late as possible: a generator.

@@ -14,7 +14,7 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.sources.adapted import Found, in_checkpoint_order, walk
 from qerl_sync.sources.hf import HFSource
-from qerl_sync.verify.parts import part_here
+from qerl_sync.verify.stamps import stamp
 
 MERGE = "choose sync.lora: merge"
 # The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
@@ -69,13 +69,7 @@ class AdapterSource(HFSource):
         return Adapter(tuple(metas), dict(self._scalings))
 
     def unchanging(self) -> Mapping[str, Hashable]:
-        # torch counts what writes to a tensor in place, and a new one is elsewhere.
-        frozen = {
-            name: (id(t), t._version, here.data_ptr(), here._version)
-            for name, t in self._parameters.items()
-            if not t.requires_grad
-            for here in [part_here(t)]
-        }
+        frozen = {n: stamp(t) for n, t in self._parameters.items() if not t.requires_grad}
         return self._of_outputs(frozen)
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

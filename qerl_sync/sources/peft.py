@@ -17,8 +17,8 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.meta import Storage
 from qerl_sync.sources.adapted import Found, in_checkpoint_order, walk
 from qerl_sync.sources.hf import HFSource, joined
-from qerl_sync.verify.changes import fingerprint
 from qerl_sync.verify.parts import part_here
+from qerl_sync.verify.stamps import stamp
 
 # Returns all of a tensor of the model, of which this process may hold a shard.
 Whole = Callable[[torch.Tensor], torch.Tensor]
@@ -53,7 +53,7 @@ class PEFTSource(HFSource):
 
     def unchanging(self) -> Mapping[str, Hashable]:
         frozen = {
-            name: _stamp(tensor)
+            name: stamp(tensor)
             for name, tensor in self._parameters.items()
             # Buffers have no gradients, and training changes some of them.
             if isinstance(tensor, torch.nn.Parameter)
@@ -296,14 +296,3 @@ def _refusal(module: str, what: str) -> ConfigError:
 
 def _kind_of(value: Any) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _stamp(parameter: torch.Tensor) -> Hashable:
-    """Return what changes with the parameter's values.
-
-    torch counts what writes to a tensor in place, except through `.data`, where a sample of its
-    values may tell.
-    """
-    here = part_here(parameter)
-    count = None if parameter.is_inference() else (parameter._version, here._version)
-    return here.data_ptr(), count, fingerprint(here)

@@ -62,6 +62,10 @@ class StreamSource(Source):
     def held_names(self) -> Collection[str] | None:
         return self._held
 
+    def end_sync(self) -> None:
+        # Names that are not asked for (`sync.ignore_names`) may be the last ones.
+        self._stream.close()
+
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield as `Source.materialize` does; skip names that are never asked for.
 

@@ -1,4 +1,4 @@
-"""Hash the bytes of a model's tensors, so that those that have not changed need not be sent."""
+"""Stamp tensors: a stamp differs as soon as the tensor's values do."""
 
 from __future__ import annotations
 
@@ -10,17 +10,25 @@ import torch
 
 from qerl_sync.verify.changes import fingerprint as sample
 from qerl_sync.verify.checksum import fingerprint
+from qerl_sync.verify.parts import part_here
 
-# xxhash lets go of the interpreter while it hashes, and memory feeds no more than a few cores.
+# xxhash releases the GIL while it hashes, and memory feeds no more than a few cores.
 _THREADS = min(4, os.cpu_count() or 1)
 
 
-class ContentStamps:
-    """Hash tensors anew each time, except those that are frozen and that nobody has written to.
+def stamp(tensor: torch.Tensor) -> Hashable:
+    """Return a stamp of a tensor that rarely changes, without reading all of it.
 
-    torch counts what writes to a tensor in place. What writes through `.data` is not counted: a
-    frozen tensor is hashed again where a sample of its values has changed, too.
+    torch counts what writes to a tensor in place, except through `.data`: PEFT merges adapters so,
+    and leaves other bits in the base weight when it unmerges them. A sample of the values shows it.
     """
+    here = part_here(tensor)
+    count = None if tensor.is_inference() else (tensor._version, here._version)
+    return here.data_ptr(), tuple(here.shape), here.dtype, count, sample(here)
+
+
+class ContentStamps:
+    """Hash tensors anew each time, except those that are frozen and keep their `stamp`."""
 
     def __init__(self) -> None:
         self._frozen: dict[str, tuple[Hashable, int]] = {}
@@ -28,7 +36,7 @@ class ContentStamps:
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
         """Return a hash (64 bits) of each tensor's bytes. Only reads."""
         keys = {
-            name: _key(tensor)
+            name: stamp(tensor)
             for name, tensor in tensors.items()
             # Buffers have no gradients, and training changes some of them.
             if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
@@ -44,8 +52,3 @@ class ContentStamps:
             known.update(zip(unknown, found, strict=True))
         self._frozen = {name: (key, known[name]) for name, key in keys.items()}
         return known
-
-
-def _key(tensor: torch.Tensor) -> Hashable:
-    count = None if tensor.is_inference() else tensor._version
-    return tensor.data_ptr(), tuple(tensor.shape), tensor.dtype, count, sample(tensor)

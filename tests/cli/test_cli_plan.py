@@ -377,7 +377,7 @@ def test_without_vllm_recorded_patterns_answer(model, monkeypatch):
     monkeypatch.setattr(offline, "installed_vllm", lambda: None)
     shown, _ = run(model)
     assert "Layer map recorded from vLLM" in shown
-    recorded = json.loads(run(model, "--json")[0])
+    recorded = json.loads(run(model, "--json", "--tp", "1")[0])
     assert recorded["layer_map"].pop("origin") == "recorded"
     assert observed["layer_map"].pop("origin") == "cache"
     assert recorded == observed

@@ -273,6 +273,11 @@ def test_without_vllm_what_is_not_recorded_is_refused(model, monkeypatch):
     with pytest.raises(CompatError) as refused:
         offline_map(model, engine={"quantization": "fp8"})
     assert refused.value.missing == ("vllm",)
+    config = json.loads((model / "config.json").read_text())
+    quantised = {**config, "quantization_config": {"quant_method": "fp8"}}
+    (model / "config.json").write_text(json.dumps(quantised))
+    with pytest.raises(CompatError, match="quantization_config"):
+        offline_map(model)
 
 
 def test_from_the_cache_neither_torch_nor_vllm_is_imported(model):
@@ -433,11 +438,14 @@ def counted(monkeypatch, found):
 def test_a_map_survives_the_cache(found):
     file = map_cache.cache_file({"some": "key"})
     assert map_cache.load(file) is None
-    assert map_cache.store(file, found)
+    map_cache.store(file, found)
     loaded = map_cache.load(file)
     assert (loaded.metas, loaded.layer_map) == (found.metas, found.layer_map)
     assert (loaded.origin, loaded.vllm_version, loaded.note) == ("cache", "0.31.0", "a note")
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    taken = map_cache.cache_file({"another": "key"})
+    taken.mkdir()
+    map_cache.store(taken, found)  # no file can be put there
+    assert {path.name for path in file.parent.iterdir()} == {file.name, taken.name}
 
 
 def test_what_a_map_depends_on_is_in_its_key(model, counted, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import random
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -321,6 +322,26 @@ def test_one_stream_serves_all_chunks_of_a_sync_and_the_next_sync_opens_another(
         ]
         assert got == [(meta.name, float(i)) for i, meta in enumerate(metas)]
         assert len(opened) == sync
+
+
+@pytest.mark.parametrize("fail_at", [None, 1], ids=["ignored at its end", "failed"])
+def test_a_stream_is_closed_with_its_sync(fail_at):
+    closed = []
+
+    def open_stream():
+        try:
+            for meta in metas:
+                yield meta.name, torch.zeros(meta.shape)
+        finally:
+            closed.append(True)
+
+    metas = [*interleave(QKV), ParamMeta("b.last", "float32", (4,))]
+    source, transport = StreamSource(metas, open_stream), HandMadeTransport()
+    session = SyncSession(source, transport, SyncConfig.of(policy="warn", ignore_names=["*.last"]))
+    transport.fail_at = fail_at
+    with nullcontext() if fail_at is None else pytest.raises(ConnectionError):
+        session.push()
+    assert closed == [True]
 
 
 def test_a_stream_that_was_left_in_the_middle_is_closed_and_opened_again():

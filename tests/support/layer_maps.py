@@ -80,7 +80,7 @@ def keep_recorded_maps(engine: Mapping[str, Any] | None = None) -> None:
         checkpoint = Checkpoint(Path(kind), config, shards=[], metas=None, names_by_offset=None)
         for told in {dtype, dtype or config["dtype"]}:
             key = cache_key(checkpoint, engine or {}, told, version)
-            assert map_cache.store(map_cache.cache_file(key), recorded()[kind])
+            map_cache.store(map_cache.cache_file(key), recorded()[kind])
 
 
 def main() -> None:

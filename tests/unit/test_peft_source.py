@@ -301,6 +301,26 @@ def test_holds_one_merged_tensor_at_a_time():
     assert most <= 2, "the last one, and the one that a generator yields"
 
 
+def test_a_base_that_a_merge_has_rounded_is_another_one():
+    """PEFT merges through `.data`, which torch does not count."""
+    policy = make_policy(base=make_model("dense", 0).bfloat16(), target_modules=["q_proj"])
+    source = AdapterSource(policy)
+    names = {meta.name for meta in source.metadata() if "q_proj" in meta.name}
+    first, before = source.unchanging(), yielded(source)
+    policy.merge_adapter()
+    policy.unmerge_adapter()
+    assert any(not tensor.equal(before[name]) for name, tensor in yielded(source).items())
+    assert {name for name, stamp in source.unchanging().items() if first[name] != stamp} == names
+
+
+def test_a_base_that_was_made_without_autograd_has_stamps():
+    with torch.inference_mode():
+        policy = make_policy()
+    source = AdapterSource(policy)
+    source.metadata()
+    assert source.unchanging() == source.unchanging() != {}
+
+
 def test_an_adapter_source_sees_what_changes_in_its_model():
     """It walks the model's modules once, and anew when one of them is another."""
     policy = make_policy(seed=1)

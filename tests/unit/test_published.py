@@ -326,3 +326,18 @@ def test_tensors_that_change_their_shape_begin_anew(url):
     assert publisher.publish(weights).is_full
     assert reader.refresh()
     assert same(held(reader), weights.copy())
+
+
+def test_a_directory_that_another_run_has_begun_anew_is_not_taken_for_an_old_one(url):
+    published(url, 3)
+    reader = PublishedSource(url)
+    reader.refresh()
+    for path in files(url, "v"):
+        remove(url, path)
+    assert not reader.refresh(), "nothing is there"
+    published(url, 1)
+    with pytest.raises(PublicationError) as caught:
+        reader.refresh()
+    assert (caught.value.path, caught.value.version) == (url, 1)
+    other = PublishedSource(url)
+    assert other.refresh()

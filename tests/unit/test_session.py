@@ -164,3 +164,58 @@ def test_a_sync_that_finds_its_worker_on_another_version_sends_everything_as_the
     assert (report.version, session.version, transport.options.version) == (6, 6, 6)
     assert report.delta["sent"] == "everything"
     assert report.unsent_tensors == 0
+
+
+class Watching:
+    """An observer that keeps the pushes it is told of, or fails."""
+
+    def __init__(self, fails=False):
+        self.fails, self.pushes, self.closed = fails, [], 0
+
+    def __call__(self, push):
+        self.pushes.append(push)
+        if self.fails:
+            raise OSError("no space left")
+
+    def close(self):
+        self.closed += 1
+
+
+def test_an_observer_that_fails_is_closed_and_the_others_go_on():
+    failing, other = Watching(fails=True), Watching()
+    source, transport = ListSource(interleave(QKV)), HandMadeTransport()
+    config = SyncConfig.of(policy="reorder")
+    with SyncSession(source, transport, config, observers=[failing, other]) as session:
+        session.push()
+        session.push()
+        assert (len(failing.pushes), failing.closed) == (1, 1)
+        assert (len(other.pushes), other.closed) == (2, 0)
+    assert (failing.closed, other.closed) == (1, 1)
+
+
+def test_observers_are_closed_where_the_transport_cannot_be(monkeypatch):
+    observer, transport = Watching(), HandMadeTransport()
+    session = SyncSession(ListSource([]), transport, SyncConfig(), observers=[observer])
+    monkeypatch.setattr(transport, "close", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        session.close()
+    assert observer.closed == 1
+
+
+def test_a_failure_after_a_second_attempt_is_of_the_phase_that_failed(monkeypatch):
+    observer, transport = Watching(), HandMadeTransport()
+    source = ListSource(interleave(QKV))
+    session = SyncSession(source, transport, SyncConfig.of(policy="reorder"), observers=[observer])
+    refusals = iter([StaleBaseError("another one has synced it", base=1, version=1)])
+    start = transport.start
+
+    def refuse_once(*args):
+        for refusal in refusals:
+            raise refusal
+        start(*args)
+
+    monkeypatch.setattr(transport, "start", refuse_once)
+    transport.fail_at = 3
+    with pytest.raises(ConnectionError):
+        session.push()
+    assert observer.pushes[0].failed_in == "load"

@@ -92,8 +92,8 @@ def plan(
             "--assert",
             metavar="FIELD=LIMIT",
             help="Exit with 1 if a line of the table has more than LIMIT: max_open_layers=1, "
-            "peak_buffered_bytes=2GiB, peak_pinned_bytes, peak_receive_bytes. Repeatable. Without "
-            "--order and --policy the table then has the one line that would run.",
+            "peak_buffered_bytes=2GiB, peak_pinned_bytes, peak_receive_bytes, peak_staged_bytes. "
+            "Repeatable. Without --order and --policy the table then has the one line that would run.",
         ),
     ] = None,
     compare: Annotated[
