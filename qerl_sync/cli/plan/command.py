@@ -93,7 +93,8 @@ def plan(
             metavar="FIELD=LIMIT",
             help="Exit with 1 if a line of the table has more than LIMIT: max_open_layers=1, "
             "peak_buffered_bytes=2GiB, peak_pinned_bytes, peak_receive_bytes, peak_staged_bytes. "
-            "Repeatable. Without --order and --policy the table then has the one line that would run.",
+            "Repeatable. Without --order and --policy the table then has the one line that would "
+            "run.",
         ),
     ] = None,
     compare: Annotated[
