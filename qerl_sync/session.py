@@ -715,8 +715,11 @@ class SyncSession:
         self, plan: SyncPlan, layer_map: LayerMap, options: SyncOptions, watch: Stopwatch
     ) -> SyncResult:
         if options.finite_check == "source" and self._transport.by_reference:
+            # All of it before the first byte: a worker that gets the trainer's own memory has no
+            # copy to look at while it loads, and NaN in its layers poisons it.
+            held = options.held
             with watch("verify"):
-                self._source.check_finite(None if options.base is None else plan.order)
+                self._source.check_finite([n for n in plan.order if held is None or n in held])
         self.plan = plan
         try:
             return self._transfer(plan, layer_map, options, watch)

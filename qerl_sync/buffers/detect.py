@@ -1,4 +1,4 @@
-"""Decide which tensors count as buffered; count their bytes and the storages they keep alive."""
+"""Look into tensors: the storages that they keep alive, and values that are not finite."""
 
 from __future__ import annotations
 
@@ -6,52 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from qerl_sync.errors import CoverageError
 from qerl_sync.meta import Storage
-
-if TYPE_CHECKING:
-    from inspect import BoundArguments
-
-
-class DeviceRule:
-    """Decide whether a tensor occupies memory of the worker.
-
-    Meta tensors never do. vLLM's rule (`has_device_tensors` in its reload/utils.py) also excludes
-    host memory, so a CPU worker always counts zero bytes. This rule counts the worker's own device,
-    whichever it is.
-
-    Args:
-        worker_device: the device that the model lives on; None gives vLLM's rule.
-    """
-
-    def __init__(self, worker_device: torch.device | None = None) -> None:
-        self._not_counted = {"meta", "cpu"}
-        if worker_device is not None:
-            self._not_counted.discard(worker_device.type)
-
-    def counts(self, value: object) -> bool:
-        return isinstance(value, torch.Tensor) and value.device.type not in self._not_counted
-
-    def held_tensors(self, arguments: Iterable[object]) -> Iterator[torch.Tensor]:
-        """Return the tensors among a weight loader's arguments that occupy memory of the worker."""
-        return (value for value in arguments if self.counts(value))  # type: ignore[misc]
-
-    def has_device_tensors(self, bound: BoundArguments) -> bool:
-        """Return what vLLM's function of this name returns under vLLM's rule."""
-        return any(self.counts(value) for value in bound.arguments.values())
-
-    def get_info_size(self, loaded_weights: Iterable[tuple[str, BoundArguments]]) -> int:
-        """Return the bytes of the views held for a layer; `loaded_weights` as vLLM keeps them."""
-        return sum(
-            tensor.nbytes
-            for _, bound in loaded_weights
-            for tensor in self.held_tensors(bound.arguments.values())
-        )
 
 
 def storages_of(tensor: torch.Tensor) -> tuple[Storage, ...]:

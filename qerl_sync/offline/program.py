@@ -1,8 +1,8 @@
-"""Observe a layer map without an engine: `python -m qerl_sync.offline.program OUT`.
+"""Observe a layer map without an engine: the program that `offline.layer_map.run_probe` starts.
 
-A process of its own, since vLLM's models need process groups and a current configuration, and a
-caller may have its own or none. It reads a pickled request from standard input and writes the
-pickled answer to the file OUT; standard output and error are vLLM's to write on.
+It is a process of its own, since vLLM's models need process groups and a current configuration, and
+a caller may have its own or none. It reads a pickled request from standard input and writes the
+pickled answer to the file that its argument names; vLLM writes on standard output and error.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from qerl_sync.plan.layer_map import LayerMap
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    (out,) = sys.argv[1:] if arguments is None else arguments
+def main() -> None:
+    (out,) = sys.argv[1:]
     gc.disable()  # a short life: walking all of vLLM for garbage would be a fifth of it
     request = pickle.load(sys.stdin.buffer)
     answer: OfflineMap | SyncError
@@ -201,7 +201,3 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
-
-
-if __name__ == "__main__":
-    main()

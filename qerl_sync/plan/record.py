@@ -131,40 +131,20 @@ def _read(path: Path) -> SyncRecord:
         ) from exc
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Where a measured trace leaves the planned one.
-
-    Attributes:
-        text: what differs, for a person.
-        index: the tensor at which it does; None if the streams themselves differ.
-    """
-
-    text: str
-    index: int | None
-
-
-def first_difference(planned: SyncPlan, record: SyncRecord) -> Difference | None:
-    """Compare a record with `planned`, tensor by tensor. None: it measured what was predicted."""
+def first_difference(planned: SyncPlan, record: SyncRecord) -> str | None:
+    """Describe where a record first differs from `planned`; None: nowhere."""
     ours, theirs = planned.base_metas, record.plan.base_metas
     for i, (mine, other) in enumerate(zip(ours, theirs, strict=False)):
         if mine != other:
-            return Difference(
+            return (
                 f"tensor {i} is {mine.name} ({mine.dtype}, {list(mine.shape)}) in the plan and "
-                f"{other.name} ({other.dtype}, {list(other.shape)}) in the run",
-                None,
+                f"{other.name} ({other.dtype}, {list(other.shape)}) in the run"
             )
     if len(ours) != len(theirs):
         longer, where = (ours, "plan") if len(ours) > len(theirs) else (theirs, "run")
         extra = longer[min(len(ours), len(theirs))].name
-        return Difference(
+        return (
             f"the plan has {len(ours)} tensors and the run {len(theirs)}: {extra} is only in the "
-            f"{where}",
-            None,
+            f"{where}"
         )
-    text = planned.predicted.first_difference(record.measured)
-    if text is None:
-        return None
-    pairs = zip(planned.predicted.steps, record.measured.steps, strict=False)
-    index = next((i for i, (step, other) in enumerate(pairs) if step != other), None)
-    return Difference(text, index)
+    return planned.predicted.first_difference(record.measured)

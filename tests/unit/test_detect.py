@@ -1,10 +1,6 @@
-"""What counts as buffered: our rule, and vLLM's, held against vLLM's own functions."""
+"""The storages that tensors keep alive, and values that are not finite."""
 
 from __future__ import annotations
-
-import functools
-import inspect
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +11,6 @@ from support.tensors import TwoTensors
 
 from qerl_sync.buffers import detect
 from qerl_sync.buffers.detect import (
-    DeviceRule,
     is_finite,
     require_all_finite,
     require_finite,
@@ -23,64 +18,6 @@ from qerl_sync.buffers.detect import (
     storages_of,
 )
 from qerl_sync.errors import CoverageError
-
-
-@functools.cache
-def fake_mode():
-    # Takes seconds, and every process that collects tests imports this file.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode()
-
-
-DEVICES = ["meta", "cpu", "cuda", "cuda:1", "xpu"]
-
-
-def tensor(device, numel, dtype):
-    """On any device without having it: fake tensors know device, dtype and bytes."""
-    if device in ("meta", "cpu"):
-        return torch.empty(numel, dtype=dtype, device=device)
-    with fake_mode():
-        return torch.empty(numel, dtype=dtype, device=device)
-
-
-VALUES = st.one_of(
-    st.builds(
-        tensor,
-        st.sampled_from(DEVICES),
-        st.integers(0, 64),
-        st.sampled_from([torch.float32, torch.bfloat16, torch.int8]),
-    ),
-    st.sampled_from(["q", 3, None, [1.0]]),
-)
-
-
-def bound(values):
-    def loader(param, loaded_weight, shard_id=None):
-        """Like vLLM's weight loaders."""
-
-    return inspect.signature(loader).bind(*values)
-
-
-@pytest.mark.vllm
-@given(st.lists(st.tuples(VALUES, VALUES, VALUES), max_size=4))
-def test_vllms_rule_agrees_with_vllm(calls):
-    utils = pytest.importorskip("vllm.model_executor.model_loader.reload.utils")
-    rule = DeviceRule()
-    loaded = [("weight", bound(values)) for values in calls]
-    for _, arguments in loaded:
-        assert rule.has_device_tensors(arguments) == utils.has_device_tensors(arguments)
-    assert rule.get_info_size(loaded) == utils.get_info_size(SimpleNamespace(loaded_weights=loaded))
-
-
-@pytest.mark.parametrize(
-    ("worker", "counted"),
-    [("cpu", {"cpu", "cuda", "cuda:1", "xpu"}), ("cuda", {"cuda", "cuda:1", "xpu"})],
-)
-def test_the_workers_own_device_counts(worker, counted):
-    rule = DeviceRule(torch.device(worker))
-    assert {d for d in DEVICES if rule.counts(tensor(d, 1, torch.float32))} == counted
-    assert not rule.counts("not a tensor")
 
 
 def test_views_keep_their_whole_storage():
@@ -105,8 +42,6 @@ def test_dtensor_keeps_its_local_shard(tmp_path):
         local = torch.ones(8)
         sharded = DTensor.from_local(local, init_device_mesh("cpu", (1,)), [Replicate()])
         assert storages_of(sharded) == storages_of(local)
-        assert DeviceRule(torch.device("cpu")).counts(sharded)
-        assert not DeviceRule().counts(sharded)
     finally:
         if started:
             dist.destroy_process_group()

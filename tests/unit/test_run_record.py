@@ -71,10 +71,7 @@ def test_a_difference_is_found_at_its_tensor(stream, data):
     index = data.draw(st.integers(0, len(steps) - 1))
     steps[index] = steps[index]._replace(pinned_bytes=steps[index].pinned_bytes + 1)
     found = first_difference(plan, SyncRecord(plan, Trace(tuple(steps)), "hf"))
-    assert found is not None
-    assert found.index == index
-    assert steps[index].name in found.text
-    assert "pinned_bytes" in found.text
+    assert found.startswith(f"tensor {index} ({steps[index].name}): pinned_bytes")
 
 
 @given(streams(shared=False))
@@ -84,9 +81,7 @@ def test_another_stream_is_told_apart_from_another_trace(stream):
     plan = build_plan(metas, layer_map, "warn")
     shorter = build_plan(metas[:-1], layer_map, "warn")
     found = first_difference(plan, SyncRecord(shorter, shorter.predicted, "hf"))
-    assert found is not None
-    assert found.index is None
-    assert f"{metas[-1].name} is only in the plan" in found.text
+    assert f"{metas[-1].name} is only in the plan" in found
     backwards = build_plan(parse_order("size")(metas[::-1]), layer_map, "warn")
     found = first_difference(plan, SyncRecord(backwards, backwards.predicted, "hf"))
     assert (found is None) == (list(backwards.metas) == list(metas))

@@ -111,6 +111,16 @@ def test_ignored_names_are_not_sent():
     assert not [name for name in transport.received if name.endswith(".k")]
 
 
+def test_nan_in_an_ignored_name_is_no_reason_to_refuse_a_sync():
+    session, transport = make(ignore_names=["*.k"])
+    session._source.tensors["a.k"] = torch.full((4,), float("nan"))
+    session.push()
+    assert transport.received
+    session._source.tensors["a.q"] = torch.full((4,), float("nan"))
+    with raises(CoverageError, tensor="a.q"):
+        session.push()
+
+
 def test_the_source_order_is_applied_before_the_policy():
     session, transport = make("warn", source_order="alphabetical")
     session.push()

@@ -30,7 +30,7 @@ from qerl_sync.offline.layer_map import offline_map
 from qerl_sync.plan.budget import within_budget
 from qerl_sync.plan.offline_map import OfflineMap
 from qerl_sync.plan.orders import Reorder
-from qerl_sync.plan.record import Difference, SyncRecord, first_difference, read_records
+from qerl_sync.plan.record import SyncRecord, first_difference, read_records
 from qerl_sync.plan.spill import load_order
 from qerl_sync.plan.sync_plan import build_plan
 
@@ -45,7 +45,7 @@ class Comparison:
     """One record of a run, held against the plan for it."""
 
     record: SyncRecord
-    difference: Difference | None
+    difference: str | None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -54,7 +54,7 @@ class Comparison:
             "plan_digest": self.record.plan.digest,
             "num_tensors": len(self.record.plan.metas),
             "equal": self.difference is None,
-            "first_difference": self.difference and self.difference.text,
+            "first_difference": self.difference,
         }
 
 
@@ -88,7 +88,7 @@ class Outcome:
             for assertion in self.assertions
             for failure in assertion.failures(self.scenarios)
         ]
-        differing = [f"--compare: {c.difference.text}" for c in self.comparisons if c.difference]
+        differing = [f"--compare: {c.difference}" for c in self.comparisons if c.difference]
         return broken + differing
 
     @property
@@ -268,13 +268,13 @@ def _choose(
     )
 
 
-def _difference(found: OfflineMap, record: SyncRecord) -> Difference | None:
+def _difference(found: OfflineMap, record: SyncRecord) -> str | None:
     """Plan for the source order of a recorded run, and return where its measured trace leaves the
     plan."""
     try:
         given = by_name(record.source_names, "the recorded run")(found.metas)
     except ConfigError as exc:  # the run is of another model
-        return Difference(str(exc), None)
+        return str(exc)
     # Only the run's live engine could tell how each layer is loaded.
     loading = record.plan.loading
     layers = {

@@ -56,7 +56,7 @@ def show(outcome: Outcome, console: Console) -> None:
         if comparison.difference is None:
             console.print(Text(f"Equal, tensor by tensor: {what}.", style="green"))
         else:
-            console.print(Text(f"Different: {what}: {comparison.difference.text}", style="red"))
+            console.print(Text(f"Different: {what}: {comparison.difference}", style="red"))
 
 
 def scenario_table(scenarios: Sequence[Scenario]) -> Table:

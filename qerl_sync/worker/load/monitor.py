@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from qerl_sync.buffers.detect import DeviceRule, storages_of
+from qerl_sync.buffers.detect import storages_of
 from qerl_sync.buffers.ledger import BufferLedger
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import CoverageError
@@ -49,9 +49,6 @@ class SyncMonitor:
         self._model = model
         self._layers = layer_map.layers
         self._filled = filled
-        # Wherever it lies: what a GPU's worker gets over shared memory or a socket is on the host,
-        # and vLLM holds it as well.
-        self._rule = DeviceRule(torch.device("cpu"))
         self._ledger = BufferLedger()
         self._before, self._after = before, after
         self._borrowed = borrowed
@@ -80,7 +77,10 @@ class SyncMonitor:
         planned = self._layers[path]
         self._received[path] += loaded_numel
         for key, value in arguments.items():
-            if key != "param" and self._rule.counts(value):
+            # In host memory, too: there lies what a GPU's worker gets over shared memory or a
+            # socket, and vLLM holds it as well, although its own figure leaves it out.
+            holds = isinstance(value, torch.Tensor) and value.device.type != "meta"
+            if key != "param" and holds:
                 if self._borrowed and planned.deferred:
                     arguments[key] = value.clone()
                 self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
