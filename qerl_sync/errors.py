@@ -126,8 +126,8 @@ class CoverageError(SyncError):
         tensor: the checkpoint name of the tensor that is wrong.
         layer, expected, got: the parent layer that a plan brings a part of, its elements, and how
             many of them come.
-        engine, gap: the engine whose log-probabilities part most from the trainer's, and by how
-            much (`sync.verify: full`).
+        engine, gap: the engine with log-probabilities that differ most from the trainer's, and by
+            how much (`sync.verify: full`).
     """
 
     tensor: str = ""

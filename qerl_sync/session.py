@@ -1,4 +1,4 @@
-"""A sync session: plans once, pushes every step, reports what it cost."""
+"""Sync a trainer's weights to vLLM: plan once, push every step, report what it cost."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ Trained = Callable[[], Iterable[tuple[str, "torch.Tensor"]]]
 
 Named = Iterator[tuple[str, "torch.Tensor"]]
 
-# The share of a worker's free memory that `budget_bytes: auto` takes. vLLM makes a second copy of a
-# layer while it processes it, in which the other half goes.
+# The share of a worker's free memory that `budget_bytes: auto` takes. The other half is for the
+# second copy of a layer that vLLM makes while it processes it.
 AUTO_SHARE = 0.5
 
 PHASES = ("plan", "start", "gather", "load", "finish", "verify", "total")
@@ -95,9 +95,10 @@ class SyncReport:
         undelivered: names that changed on the trainer and did not travel, where that is a finding.
         lora: of a model that trains an adapter. mode: how that travelled, and reason, why so; base:
             why base weights travelled too, empty if they did not.
-        mismatch: with `sync.verify: full`, what parts the engine's log-probabilities of the prompt
-            from those of the trainer's own model (`total`), each as the largest difference that it
-            makes by itself. sync: 0, for what arrived is what was sent. noise: of `sync.noise`.
+        mismatch: with `sync.verify: full`, why the engine's log-probabilities of the prompt differ
+            from those of the trainer's own model (`total`), each cause with the largest difference
+            that it makes by itself. sync: 0, for what arrived is what was sent. noise: of
+            `sync.noise`.
             quantisation: of weights in the engine's dtype and scheme, against the trainer's model
             with such weights. kernels: what is left, activations included. None: not known of that
             scheme.
@@ -174,7 +175,7 @@ class _Base:
 
 
 class SyncSession:
-    """Pushes a source's weights to vLLM, as often as wanted.
+    """Push a source's weights to vLLM, as often as wanted.
 
     Example:
         with SyncSession(HFSource(model), transport, SyncConfig(policy="reorder")) as session:
@@ -251,8 +252,9 @@ class SyncSession:
         self._full_plan: SyncPlan | None = None
         self._part_plan: SyncPlan | None = None
         self._adapter: Adapter | None = None
+        # The last plan without and with the adapter. A new one would be hashed anew in each sync.
         self._last_base: SyncPlan | None = None
-        self._last: SyncPlan | None = None  # `_last_base` with the adapter behind it
+        self._last: SyncPlan | None = None
         self.plan: SyncPlan | None = None
         self.layer_map: LayerMap | None = None
         self.last_trace: Trace | None = None
@@ -260,7 +262,7 @@ class SyncSession:
         if source.lora is not None:
             source.metadata()
             self._agree_on_adapter()
-        # Last: what has been refused needs no port.
+        # At the end, since they open ports and directories, which an error above would leave open.
         self._observers = [*_observers_of(config), *observers] if transport.leads else []
 
     def begin_run(self, num_steps: int, seed: int = 0) -> None:
@@ -354,6 +356,8 @@ class SyncSession:
                 full, layer_map = self._agree()
                 self._agree_on_adapter()
                 stamps = self._stamps()
+                # Another session may have synced these workers, and a failed sync may have
+                # committed on some of them: no number stands for two sets of weights.
                 version = max(self.version, self._transport.committed_version()) + 1
                 if self._noise is not None:
                     dtype = self._transport.engine_facts.dtype
@@ -379,8 +383,8 @@ class SyncSession:
                 changes_from=base.version if mirror and base is not None else None,
                 record_spans=watch.records,
             )
-            # After whatever fails from here on, the next push sends everything, unless it was an
-            # adapter alone, of which the workers have touched nothing.
+            # If anything fails from here on, a worker may hold half of this sync, and the next push
+            # sends everything. Of an adapter alone workers touch nothing before the commit.
             self._base = None
             try:
                 try:
@@ -400,7 +404,7 @@ class SyncSession:
                     self._base = base
                 raise
             self.version = options.version
-            if stamps:  # without, everything may change, and nothing builds on this
+            if stamps:  # without them, everything may change unseen, and no sync builds on this one
                 self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
             with watch("verify"):
@@ -413,7 +417,7 @@ class SyncSession:
         report.unsent_tensors = len(full.metas) - len(plan.base_metas)
         report.unsent_bytes = full.nbytes - sum(meta.nbytes for meta in plan.base_metas)
         if self._config.delta != "off":
-            report.delta = self._how_it_travelled(why, options)
+            report.delta = self._delta_of(why, options)
         if self._source.lora is not None:
             report.lora = dict(self._source.lora)
         if self._adapter is not None:
@@ -432,9 +436,9 @@ class SyncSession:
     def current(self) -> bool:
         """Return whether the workers hold what was last pushed, as far as is known without asking.
 
-        False before the first push and after one that failed; where a connection is lost: its
-        engine has ended, and one in its place has the weights that it was started with; and where
-        another session of this process has synced the same engine since. Push then. Does not block.
+        False before the first push and after one that failed; after a connection was lost, since an
+        engine that replaces another has the weights that it was started with; and after another
+        session of this process has synced the same engine. Push then. Does not block.
         """
         return self._pushed and self._transport.connected
 
@@ -548,7 +552,8 @@ class SyncSession:
                 "it, or choose sync.delta: layers, which keeps none"
             )
 
-    def _how_it_travelled(self, why: str, options: SyncOptions) -> dict[str, str]:
+    def _delta_of(self, why: str, options: SyncOptions) -> dict[str, str]:
+        """Return `SyncReport.delta`. `why`: all had to be sent; empty if not."""
         if why:
             return {"sent": "everything", "reason": why}
         if options.changes_from is not None:
@@ -557,7 +562,7 @@ class SyncSession:
         return {"sent": "layers", "reason": whole}
 
     def _stamps(self) -> Mapping[str, Hashable]:
-        """Return what tells, of each tensor, whether it is what it was at another sync."""
+        """Return a stamp of each tensor that may stay out of a sync; see `Source.unchanging`."""
         declared = self._source.unchanging()
         if self._config.delta == "off":
             return declared
@@ -566,8 +571,8 @@ class SyncSession:
     def _plan_part(
         self, full: SyncPlan, layer_map: LayerMap, base: _Base, stamps: Mapping[str, Hashable]
     ) -> SyncPlan:
-        """Return the plan without what has stayed as it is since `base`; the full one where that
-        is everything, or where nothing has changed at all."""
+        """Return the plan without the tensors that have not changed since `base`; the full plan
+        if all have changed, or if none has and there is no adapter to send."""
         metas = self._metas or []
         unchanged = {
             name
@@ -581,6 +586,7 @@ class SyncSession:
             return full
         if not part:
             return full.emptied
+        # Mostly the same part as last time: what trains does not change from step to step.
         if self._part_plan is None or {m.name for m in part} != set(self._part_plan.order):
             self._part_plan = self._make_plan(part, part, layer_map)
         return self._part_plan
@@ -637,7 +643,7 @@ class SyncSession:
         self, result: SyncResult
     ) -> tuple[float, Mapping[str, str], dict[str, float | None]] | None:
         """Ask the engine how far its log-probabilities are from the trainer's (`verify: full`), and
-        why. Poison it if they are too far, or if it does not answer.
+        why. Poison it if they are too far, or if it does not answer. Does nothing without a probe.
 
         Returns:
             `probe_gap`, `lost` and `mismatch` of the report.
@@ -701,7 +707,8 @@ class SyncSession:
         return found
 
     def _judge_changes(self, step: int) -> Changes | None:
-        """Warn of a sync that did not bring what the trainer changed, or raise UnchangedError."""
+        """Report what changed. Warn of a sync that did not bring what the trainer changed, or raise
+        UnchangedError."""
         if self._watch is None:
             return None
         changes = self._watch.conclude(step)
@@ -736,12 +743,13 @@ class SyncSession:
         ahead = chunks if in_step else []
 
         def check_finite(names: Sequence[str], alone: bool) -> None:
-            # Off the cores on which workers load meanwhile.
+            # On the cores on which workers load, it would take time from them.
             with avoid_cores(() if alone else self._transport.busy_cores):
                 self._source.check_finite(names, alone=alone)
 
         def checked(index: int, tensors: Named) -> Named:
-            # A chunk is staged while it is checked, and sent once this stream has ended.
+            # A transport stages a chunk while it is checked, and sends it once this stream has
+            # ended: NaN ends the stream with an error before any byte of the chunk leaves.
             yield from tensors
             with watch("verify"):
                 looks.await_chunk(index)
@@ -753,27 +761,32 @@ class SyncSession:
                 self._watch.begin(layer_map.contributions.keys() - set(plan.order))
             verified = watch.seconds["verify"]
             with watch("load"), ExitStack() as sending:
+                # Before the commit: an error in the source's own cleanup must fail the sync.
                 sending.callback(self._source.end_sync)
                 for index, (chunk, names) in enumerate(zip(plan.chunks, chunks, strict=True)):
                     if self._source.collective:
-                        # Each rank looks at its own shard: before any rank sends, all must have.
+                        # Each rank checks its own shards. All must have before any rank sends.
                         with watch("verify"):
                             looks.await_chunk(index)
                     self._transport.meet(f"chunk {index}")
                     try:
                         tensors = self._timed(self._source.materialize(names), watch)
-                        if self._noise is not None:  # after the watch: noise is no progress
+                        # Behind `_timed`, which watches for unchanged weights: noise differs in
+                        # each sync, and would hide that the trainer's own do not.
+                        if self._noise is not None:
                             tensors = self._noise.onto(tensors)
                         with watch.span("send", f"chunk {index}"):
                             self._transport.send(chunk, checked(index, tensors))
                     finally:
                         self._source.end_chunk()
+        # Waiting for the source and for checks is timed within the loop, and has its own phases.
         watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified
         with watch("finish"):
             return self._transport.finish()
 
     def _timed(self, tensors: Named, watch: Stopwatch) -> Named:
-        """Yield the same stream; the time spent waiting for it is the phase "gather"."""
+        """Yield the same stream. Time the waiting for it as the phase "gather"; show each tensor to
+        the watch for unchanged weights."""
         while True:
             with watch("gather"):
                 item = next(tensors, None)

@@ -66,9 +66,9 @@ def within_budget(
     Raises:
         PlanError: a layer alone needs more than the budget; names it and the bytes that it needs.
     """
-    walker = Simulator(metas, layer_map, storages)
-    given = walker.trace()
-    order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
+    simulator = Simulator(metas, layer_map, storages)
+    given = simulator.trace()
+    order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, simulator, given)
     return [metas[place] for place in order]
 
 
@@ -77,23 +77,23 @@ def order_within_budget(
     layer_map: LayerMap,
     budget_bytes: int,
     chunk_bytes: int | None,
-    walker: Simulator,
+    simulator: Simulator,
     given: Trace,
 ) -> Sequence[int]:
     """Do as `within_budget`, given a trace of the source's order; return places in the source.
 
     Args:
-        walker: for `metas` and the memory behind them.
+        simulator: for `metas` and the memory behind them.
         given: its trace of `metas`.
     """
     if chunk_bytes is None and given.peak_pinned_bytes <= budget_bytes:
         return range(len(metas))
-    groups = _groups(metas, walker)
-    deferred = _Deferred(groups, walker)
+    groups = _groups(metas, simulator)
+    deferred = _Deferred(groups, simulator)
     for group, total in enumerate(groups.totals):
         if total + deferred.beside_bytes > budget_bytes:
             # Layers that share tensors are not all open to the end.
-            groups.totals[group] = walker.trace(groups.places(group)).peak_pinned_bytes
+            groups.totals[group] = simulator.trace(groups.places(group)).peak_pinned_bytes
     largest = max(groups.totals, default=0)
     if largest + deferred.beside_bytes > budget_bytes:
         stream = [metas[place] for place in groups.places(groups.totals.index(largest))]
@@ -118,12 +118,12 @@ def order_within_budget(
     return order
 
 
-def _groups(metas: Sequence[ParamMeta], walker: Simulator) -> Groups:
+def _groups(metas: Sequence[ParamMeta], simulator: Simulator) -> Groups:
     """Group tensors by the number of their parent layer, or of one of those that are joined."""
-    closes_at = walker.closes_at
+    closes_at = simulator.closes_at
     joined = Joined[int]()
     of: list[int | None] = []
-    for lands in walker.landings:
+    for lands in simulator.landings:
         layers = [landing[0] for landing in lands if closes_at[landing[0]] < inf]
         joined.join(layers)
         of.append(layers[0] if layers else None)
@@ -131,7 +131,7 @@ def _groups(metas: Sequence[ParamMeta], walker: Simulator) -> Groups:
         of = [None if layer is None else joined.root(layer) for layer in of]
     weights = []
     seen: set[tuple[int | None, int | str]] = set()
-    for group, lands in zip(of, walker.landings, strict=True):
+    for group, lands in zip(of, simulator.landings, strict=True):
         weight = 0
         for layer, _, _, storage, storage_bytes in lands:
             if storage is None:
@@ -152,18 +152,18 @@ class _Deferred:
         beside_bytes: the part of it that comes with tensors which other layers wait for.
     """
 
-    def __init__(self, groups: Groups, walker: Simulator) -> None:
+    def __init__(self, groups: Groups, simulator: Simulator) -> None:
         self.places: list[int] = []
         alone: dict[int | str, int] = {}
         beside: dict[int | str, int] = {}
-        for place, (group, landings) in enumerate(zip(groups.of, walker.landings, strict=True)):
+        for place, (group, landings) in enumerate(zip(groups.of, simulator.landings, strict=True)):
             if group is None and landings:
                 self.places.append(place)
             elif len(landings) < 2:
                 continue
             for layer, _, _, storage, storage_bytes in landings:
-                if walker.closes_at[layer] == inf:
-                    key = walker.names[place] if storage is None else storage
+                if simulator.closes_at[layer] == inf:
+                    key = simulator.names[place] if storage is None else storage
                     (alone if group is None else beside)[key] = storage_bytes
         self.beside_bytes = sum(beside.values())
         self.nbytes = sum({**alone, **beside}.values())

@@ -1,4 +1,4 @@
-"""Follow a source within a byte capacity: the walk behind `within_budget`."""
+"""Follow a source within a byte capacity: the algorithm of `within_budget`."""
 
 from __future__ import annotations
 
@@ -88,7 +88,8 @@ class BudgetScheduler:
         return self.order
 
     def _begin(self, nbytes: int) -> None:
-        """`nbytes` in all start: complete what is open first if the run would become too long."""
+        """Begin `nbytes` that are sent together; complete what is open first if the run would
+        become longer than a chunk, which can be cut only where no group is open."""
         if self.open and self.run_bytes + nbytes > self.chunk_bytes:
             while self.open:
                 self._complete(self.open[0][1])

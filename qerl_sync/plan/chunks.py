@@ -1,4 +1,4 @@
-"""How a stream is cut into chunks."""
+"""Cut a stream into chunks."""
 
 from __future__ import annotations
 

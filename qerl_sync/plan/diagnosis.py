@@ -1,4 +1,4 @@
-"""Why a sync would hold more than it should, in words a person can act on."""
+"""Say why a sync would hold more than it should, and what would help."""
 
 from __future__ import annotations
 
@@ -20,28 +20,31 @@ SHOWN_LAYERS = 8
 
 
 class Cause(Enum):
-    """The causes of buffering, of which order cures only the first."""
+    """The causes of buffering, of which order cures only the first: what each is, and its cure."""
 
-    OUT_OF_ORDER = "the tensors of a parent layer do not arrive next to each other"
-    NEVER_COMPLETES = (
-        "a layer is held to the end of the sync: it is deferred or never gets all its elements"
+    OUT_OF_ORDER = (
+        "the tensors of a parent layer do not arrive next to each other",
+        "let `sync.policy: reorder` send them together",
     )
-    SHARED_TENSOR = "one tensor lands in several parent layers, which are then open together"
-    FULL_TENSORS = "full tensors are kept although this rank loads only its shard of them"
-    PINNED_VIEWS = "the buffered tensors are views that keep larger storages alive"
+    NEVER_COMPLETES = (
+        "a layer is held to the end of the sync: it is deferred or never gets all its elements",
+        "let the source yield what is missing; deferred layers are small",
+    )
+    SHARED_TENSOR = (
+        "one tensor lands in several parent layers, which are then open together",
+        "none in the order; they are sent next to each other",
+    )
+    FULL_TENSORS = (
+        "full tensors are kept although this rank loads only its shard of them",
+        "none in the order; vLLM slices a tensor when its layer is whole",
+    )
+    PINNED_VIEWS = (
+        "the buffered tensors are views that keep larger storages alive",
+        "cut chunks between parent layers, or make them smaller (sync.chunk_bytes)",
+    )
 
-    @property
-    def cure(self) -> str:
-        return _CURES[self]
-
-
-_CURES = {
-    Cause.OUT_OF_ORDER: "let `sync.policy: reorder` send them together",
-    Cause.NEVER_COMPLETES: "let the source yield what is missing; deferred layers are small",
-    Cause.SHARED_TENSOR: "none in the order; they are sent next to each other",
-    Cause.FULL_TENSORS: "none in the order; vLLM slices a tensor when its layer is whole",
-    Cause.PINNED_VIEWS: "cut chunks between parent layers, or make them smaller (sync.chunk_bytes)",
-}
+    def __init__(self, text: str, cure: str) -> None:
+        self.text, self.cure = text, cure
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class Diagnosis:
         rest = [layer.buffered_bytes for layer in largest[SHOWN_LAYERS:]]
         if rest:
             lines.append(f"  and {len(rest)} more: {_mb(sum(rest))}")
-        lines += [f"Cause: {cause.value}." for cause in self.causes]
+        lines += [f"Cause: {cause.text}." for cause in self.causes]
         lines.append(f"Source order: {source_order}.")
         if self.refusal is not None:
             lines.append(f"No order cures it: {self.refusal}")
@@ -223,5 +226,5 @@ def causes_of(
 
 
 def _mb(nbytes: int) -> str:
-    """MB of 10^6 bytes, as vLLM's own warning counts them."""
+    """Format bytes as MB of 10^6, as vLLM's own warning does."""
     return f"{nbytes / 1e6:,.1f} MB" if nbytes >= 1e5 else f"{nbytes / 1e6:.4f} MB"

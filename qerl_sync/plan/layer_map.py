@@ -1,4 +1,4 @@
-"""The layer map: which parent layers each checkpoint tensor lands in, and with how much."""
+"""Map checkpoint tensors to the parent layers that they land in, with elements and bytes."""
 
 from __future__ import annotations
 
@@ -85,8 +85,7 @@ class LayerMap:
         elsewhere: names that this rank, a pipeline stage, does nothing with: another must take
             them.
         one_tensor_calls: this vLLM's loader takes all tensors of a call before it loads the first.
-            The receiver calls it with one tensor at a time, so that none waits where nobody counts
-            it.
+            The receiver calls it with one tensor at a time, so that none is held uncounted.
     """
 
     layers: Mapping[str, ParentLayer]
@@ -96,7 +95,8 @@ class LayerMap:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over every field. By columns, which costs half of what a nested JSON does."""
+        """Return the SHA-256 over every field."""
+        # By columns: one JSON of nested lists takes twice as long.
         contributions = self.contributions
         columns: Iterable[Iterable[Any]] = (
             contributions,

@@ -1,4 +1,4 @@
-"""Which tensors a sync of a part of the model sends: whole parent layers, and nothing by halves."""
+"""Choose the tensors that a sync of a part of the model sends: whole parent layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def part_to_send(
         metas: the whole stream.
         unchanged: names whose values the workers hold already.
     """
-    if all(meta.name in unchanged for meta in metas):  # an adapter's syncs: mostly so
+    if all(meta.name in unchanged for meta in metas):  # in nearly each sync of an adapter
         return []
     roots = _roots(metas, layer_map)
     moving = {root for meta, root in zip(metas, roots, strict=True) if meta.name not in unchanged}
@@ -29,7 +29,7 @@ def part_to_send(
 
 
 def smallest_part(metas: Sequence[ParamMeta], layer_map: LayerMap) -> list[ParamMeta]:
-    """Return the fewest bytes that can travel alone."""
+    """Return the tensors with the fewest bytes that can travel without others."""
     roots = _roots(metas, layer_map)
     nbytes: Counter[str] = Counter()
     for meta, root in zip(metas, roots, strict=True):

@@ -25,7 +25,7 @@ VOCABULARY_STEP = 64  # vLLM's DEFAULT_VOCAB_PADDING_SIZE
 
 
 class Landing(NamedTuple):
-    """Where the tensors of a name pattern land: whole, in one parameter of one parent layer."""
+    """Name a parameter that the tensors of a name pattern land in, as a whole."""
 
     parent_layer: str
     parameter: str

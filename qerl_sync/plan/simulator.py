@@ -47,7 +47,7 @@ class Span:
         return self.held_bytes[bisect_right(self.arrivals, index) - 1]
 
 
-# A contribution, prepared for walks (a plain tuple, since there are as many as tensors): the number
+# A contribution, prepared for the loop (a plain tuple: there are as many as tensors): the number
 # of its parent layer, the bytes that are held of it, the elements that the layer counts, the key of
 # the storage that it keeps alive (None: nothing else does), the bytes of that storage.
 Landing = tuple[int, int, int, "int | str | None", int]
@@ -105,10 +105,10 @@ class Simulator:
             chunks: the chunk in which each tensor travels, by place. Then the last
                 `chunk_buffers` of them count as pinned too: a receiver rotates as many buffers, and
                 allocates the next before it frees the one that it replaces, as vLLM's consumer
-                does (`packed_tensors[i] = torch.empty(...)`). The walker's storages must name each
-                chunk at least twice.
+                does (`packed_tensors[i] = torch.empty(...)`). The simulator's storages must name
+                each chunk at least twice.
             spans: an empty dictionary, filled with the span of each layer, by its number and in
-                the order of opening. None: nobody needs them, which saves their time.
+                the order of opening. None saves their time.
         """
         names, landings = self.names, self.landings
         awaited: list[float | None] = list(self.closes_at)  # elements; None: the layer is closed
@@ -199,7 +199,7 @@ def _prepare(
     metas: Iterable[ParamMeta], layer_map: LayerMap, storages: Mapping[str, Storage]
 ) -> list[tuple[Landing, ...]]:
     """Return the landings of each tensor."""
-    # Nothing is held for a layer whose tensors are written where they stay.
+    # vLLM holds nothing for the others: loaders write their tensors where they stay.
     numbers = {
         name: number
         for number, (name, layer) in enumerate(layer_map.layers.items())

@@ -1,4 +1,4 @@
-"""Streams that nobody can reorder: what waits in host memory, and when vLLM gets it.
+"""Plan streams that cannot be reordered: what waits in host memory, and when vLLM gets it.
 
     arrives    a.q   b.q   a.k   norm   a.v   b.k   b.v
     vLLM gets                    norm   a.q a.k a.v    b.q b.k b.v
@@ -25,8 +25,8 @@ from qerl_sync.meta import ParamMeta, format_bytes
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.policies import group_labels
 
-# A worker stages what a chunk leaves behind, so that "all in one chunk" would stage nothing and
-# hold everything. This is the upper bound where none is given.
+# The upper bound of a chunk where none is given. In one chunk for all, nothing would be staged, and
+# vLLM would hold everything.
 CHUNK_BYTES = 64 << 20
 
 
@@ -73,7 +73,7 @@ class Spill:
         return [arrived[came] - loaded[went] for came, went in counts]
 
     def staged(self, lengths: Sequence[int]) -> set[int]:
-        """Places of the tensors that are staged at any time."""
+        """Return the places of the tensors that are staged at any time."""
         ends = list(accumulate(lengths))
         return {
             place

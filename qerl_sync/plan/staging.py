@@ -1,6 +1,6 @@
-"""Where tensors lie while they travel: offsets in a chunk, receive buffers ("slots") for chunks.
+"""Place tensors in transit: offsets in a chunk, receive buffers ("slots") for chunks.
 
-Both sides compute this from the plan; its sum is what a transport holds, known before the first
+Trainer and worker compute it from the plan, so that a transport's memory is known before the first
 byte.
 """
 
@@ -114,7 +114,7 @@ def divide(plan: SyncPlan, held: Sequence[Sequence[int] | None]) -> list[Part]:
     """Decide what each rank sends, given what it holds (None: all). The lowest holder sends.
 
     Raises:
-        CoverageError: nobody holds a tensor.
+        CoverageError: no rank holds a tensor.
     """
     if held[0] is None:
         return [part_of(plan, None), *(part_of(plan, ()) for _ in held[1:])]

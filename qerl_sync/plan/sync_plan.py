@@ -81,7 +81,7 @@ class SyncPlan:
 
     @cached_property
     def chunk_metas(self) -> tuple[tuple[ParamMeta, ...], ...]:
-        """`metas`, cut as `chunks` are."""
+        """Return `metas`, cut as `chunks` are."""
         rest = iter(self.metas)
         return tuple(tuple(islice(rest, len(chunk.names))) for chunk in self.chunks)
 
@@ -131,7 +131,7 @@ class SyncPlan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the stream and its cuts, not of the predicted cost."""
+        """Return the SHA-256 of the stream and its cuts, not of the predicted cost."""
         agreed = {
             "format": PLAN_FORMAT,
             "metas": metas_to_json(self.metas),
@@ -254,8 +254,8 @@ def build_plan(
             tensor=doubled[0],
         )
     storages = storages or {}
-    walker = Simulator(metas, layer_map, storages)
-    given = walker.trace()
+    simulator = Simulator(metas, layer_map, storages)
+    given = simulator.trace()
     ordered = list(metas)
     spill: Spill | None = None
     if policy == "spill":
@@ -284,14 +284,16 @@ def build_plan(
     else:
         order: Sequence[int] = range(len(metas))
         if policy == "reorder" and budget_bytes is not None:
-            order = order_within_budget(metas, layer_map, budget_bytes, chunk_bytes, walker, given)
+            order = order_within_budget(
+                metas, layer_map, budget_bytes, chunk_bytes, simulator, given
+            )
             chunk_bytes = chunk_bytes and min(chunk_bytes, budget_bytes)
         elif policy == "reorder":
-            place = {name: place for place, name in enumerate(walker.names)}
+            place = {name: place for place, name in enumerate(simulator.names)}
             order = [place[meta.name] for meta in by_parent_layer(metas, layer_map)]
         ordered = [metas[place] for place in order]
         chunks = cut_between_layers(ordered, layer_map, chunk_bytes)
-        predicted = given if ordered == list(metas) else walker.trace(order)
+        predicted = given if ordered == list(metas) else simulator.trace(order)
     landed = (c.parent_layer for meta in metas for c in layer_map.contributions[meta.name])
     layers = (layer_map.layers[name] for name in dict.fromkeys(landed))
     return SyncPlan(

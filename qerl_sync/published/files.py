@@ -196,8 +196,8 @@ class Store:
                 self._fs.rm_file(self._path(name))
 
     def remove_older(self, version: int) -> None:
-        """Remove the files of older versions: manifests first, so that nobody begins to read a
-        version whose files go."""
+        """Remove the files of older versions: manifests first, so that no reader begins with a
+        version that loses its files."""
         ours = ((name, _NAME.match(name.removeprefix("."))) for name in self.listing())
         old = [name for name, match in ours if match and int(match[1]) < version]
         self.remove(sorted(old, key=lambda name: not name.endswith(_MANIFEST)))

@@ -73,8 +73,8 @@ class Source(ABC):
         return None
 
     def unchanging(self) -> Mapping[str, Hashable]:
-        """Return the tensors whose values need not be sent again while they stay the same, each
-        with a stamp that is another as soon as they are not (None: they never change).
+        """Return a stamp for each tensor that need not be sent again while it keeps its values. The
+        stamp differs as soon as they do (None: they never change).
 
         Called before each sync, after `metadata`. A name with the stamp that it had at the last
         committed sync is left out, unless its parent layer has something new to get.
@@ -82,8 +82,8 @@ class Source(ABC):
         return {}
 
     def content_stamps(self) -> Mapping[str, Hashable]:
-        """Return for each tensor what is another as soon as its bytes are: a hash. Names that are
-        not in it always travel. For `sync.delta: layers`, and only if `stamps_content`.
+        """Return a hash of each tensor's bytes. Names that are not in it always travel. For
+        `sync.delta`, and only if `stamps_content`.
 
         Called before each sync, after `metadata`.
         """

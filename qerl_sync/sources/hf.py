@@ -84,7 +84,7 @@ class HFSource(Source):
 
     def metadata(self) -> list[ParamMeta]:
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
-        # was made, and a shard would pass for a whole tensor, or a layout that nobody knows.
+        # was made. A shard would then pass for a whole tensor.
         parameters = self._parameters = self._find_parameters(since=" since this source was made")
         layout = tuple((name, p.dtype, self._shape(p)) for name, p in parameters.items())
         if layout != self._layout:

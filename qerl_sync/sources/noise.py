@@ -109,7 +109,7 @@ class RolloutNoise:
         if not clean:
             if self.num_steps is None:
                 raise ConfigError(
-                    "sync.noise goes by the steps of the run, and nobody has told how many it has; "
+                    "sync.noise goes by the steps of the run, and their number is not known; "
                     "set sync.noise.steps, or call session.begin_run(num_steps)"
                 )
             self._stage = self._schedule.stage(step, self.num_steps)

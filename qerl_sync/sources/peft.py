@@ -138,13 +138,13 @@ class _Merge:
             total += delta.to(base.device)
         total += base
         for adapter in self.adapters if self.parameter == "weight" else ():
-            if magnitudes := _magnitudes(self.layer, adapter, whole):
-                total *= magnitudes(total)
+            if adapter in self.layer.lora_variant:
+                total *= _dora_factors(self.layer.lora_magnitude_vector[adapter], total, whole)
         return total.to(base.dtype)
 
     @property
     def parts(self) -> list[torch.Tensor]:
-        """All that is added to the base parameter, or scales it."""
+        """Return all that is added to the base parameter, or scales it."""
         return [
             *(one for adapter in self.adapters for one in self._factors(adapter)),
             *(
@@ -163,7 +163,7 @@ class _Merge:
 
     @property
     def treatment(self) -> Hashable:
-        """Equal for two parameters that share a weight and get the same added to it."""
+        """Return a value that is equal for two parameters that get the same added."""
         return tuple(
             # A rank's shard may have no rows, and no address.
             (self.layer.scaling[a], *sorted(part_here(f).data_ptr() or id(f) for f in factors))
@@ -196,21 +196,12 @@ class _Merge:
         return (down.T @ up.T if transposed else up @ down).mul_(scaling)
 
 
-def _magnitudes(layer: Any, adapter: str, whole: Whole) -> Any:
-    """Return DoRA's factor as a function of the merged weight (float32, in its stored shape); None
-    without DoRA."""
-    if adapter not in layer.lora_variant:
-        return None
-    dora = layer.lora_magnitude_vector[adapter]
+def _dora_factors(dora: Any, merged: torch.Tensor, whole: Whole) -> torch.Tensor:
+    """Return DoRA's factors of a merged weight (float32, in its stored shape)."""
     # The norms are over what feeds each output; of embeddings, over the vocabulary.
     dim = 0 if dora.fan_in_fan_out else 1
-
-    def factor(merged: torch.Tensor) -> torch.Tensor:
-        magnitudes: torch.Tensor = whole(dora.weight).float().to(merged.device)
-        factors: torch.Tensor = magnitudes / torch.linalg.norm(merged, dim=dim)
-        return factors.unsqueeze(dim)
-
-    return factor
+    magnitudes: torch.Tensor = whole(dora.weight).float().to(merged.device)
+    return (magnitudes / torch.linalg.norm(merged, dim=dim)).unsqueeze(dim)
 
 
 def _merges_of(module: Any, path: str) -> Iterator[tuple[str, _Merge]]:

@@ -23,7 +23,7 @@ class FiniteChecker:
     def __init__(
         self, look: Callable[[Sequence[str], bool], None], chunks: Sequence[Sequence[str]]
     ) -> None:
-        self._check_finite_ahead = look
+        self._look = look
         self._chunks = chunks
         self._looks: list[Future[None]] = []
         self._error: BaseException | None = None
@@ -38,7 +38,7 @@ class FiniteChecker:
 
     def __enter__(self) -> Self:
         self._looks = [
-            self._thread.submit(self._look, names, index == 0)
+            self._thread.submit(self._check, names, index == 0)
             for index, names in enumerate(self._chunks)
         ]
         return self
@@ -47,10 +47,10 @@ class FiniteChecker:
         """Stop checking. After this the weights may change."""
         self._thread.shutdown(cancel_futures=True)
 
-    def _look(self, names: Sequence[str], alone: bool) -> None:
+    def _check(self, names: Sequence[str], alone: bool) -> None:
         if self._error is not None:
             return
         try:
-            self._check_finite_ahead(names, alone)
+            self._look(names, alone)
         except BaseException as exc:
             self._error = exc

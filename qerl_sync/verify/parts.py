@@ -14,7 +14,7 @@ def part_here(parameter: torch.Tensor) -> torch.Tensor:
         return local.detach()
     if not hasattr(parameter, "ds_tensor"):
         return parameter.detach()
-    # DeepSpeed pads the last ranks' partitions, with memory that nobody has written.
+    # DeepSpeed pads the last ranks' partitions, with memory that it does not write.
     partitioned: Any = parameter
     shard: torch.Tensor = partitioned.ds_tensor.detach()
     before = torch.distributed.get_rank(partitioned.ds_process_group) * shard.numel()

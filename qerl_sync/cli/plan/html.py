@@ -83,7 +83,7 @@ def render_page(outcome: Outcome) -> str:
         "rows": _rows(scenarios, budget_bytes),
         "causes": "".join(
             f"<p><strong>{escape(cause_words(cause)).capitalize()}:</strong> "
-            f"{escape(cause.value)}. <strong>Cure:</strong> "
+            f"{escape(cause.text)}. <strong>Cure:</strong> "
             f"{code(escape(cause.cure))}.</p>"
             for cause in Cause
             if any(cause in scenario.causes for scenario in scenarios)

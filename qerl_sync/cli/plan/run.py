@@ -82,7 +82,7 @@ class Outcome:
 
     @cached_property
     def failures(self) -> list[str]:
-        """Broken assertions, and recorded runs that differ, in words."""
+        """Describe broken assertions, and recorded runs that differ."""
         broken = [
             f"--assert {assertion.text()}: {failure}"
             for assertion in self.assertions

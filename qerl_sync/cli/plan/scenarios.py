@@ -35,7 +35,7 @@ LARGEST_IN_JSON = 10
 
 @dataclass(frozen=True)
 class Transport:
-    """How a stream travels, as far as it decides what stays in memory.
+    """Describe how a stream travels, as far as that decides what stays in memory.
 
     Attributes:
         chunk_bytes: size of the chunk buffers; None: each tensor has memory of its own.

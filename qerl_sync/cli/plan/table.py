@@ -113,7 +113,7 @@ def causes(scenarios: Sequence[Scenario]) -> list[Text]:
             found.append(
                 Text.assemble(
                     (f"{cause_words(cause)}: ", "bold"),
-                    f"{cause.value}. In {places}. ",
+                    f"{cause.text}. In {places}. ",
                     ("Cure: ", "bold"),
                     f"{cause.cure}.",
                 )
