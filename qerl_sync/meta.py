@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 from qerl_sync.errors import ConfigError
@@ -61,6 +62,11 @@ class ParamMeta:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def not_ignored(metas: Iterable[ParamMeta], patterns: Sequence[str]) -> list[ParamMeta]:
+    """Return the tensors without those that a pattern of `sync.ignore_names` (fnmatch) names."""
+    return [m for m in metas if not any(fnmatchcase(m.name, pattern) for pattern in patterns)]
 
 
 def metas_to_json(metas: Iterable[ParamMeta]) -> list[Any]:

@@ -23,7 +23,7 @@ from qerl_sync.errors import (
     SyncError,
     UnchangedError,
 )
-from qerl_sync.meta import ParamMeta, Storage
+from qerl_sync.meta import ParamMeta, Storage, not_ignored
 from qerl_sync.options import MapOptions, SyncOptions
 from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.diagnosis import diagnose
@@ -470,12 +470,7 @@ class SyncSession:
 
     def _agree(self) -> tuple[SyncPlan, LayerMap]:
         """Return the plan for what the source has: the last one, unless names or shapes changed."""
-        ignored = self._config.ignore_names
-        given = [
-            meta
-            for meta in self._source.metadata()
-            if not any(fnmatchcase(meta.name, pattern) for pattern in ignored)
-        ]
+        given = not_ignored(self._source.metadata(), self._config.ignore_names)
         asked = MapOptions(self._config.allow_incomplete, self._config.load)
         if self._config.lora_base == "engine":
             given, asked = self._beside_the_base(given), replace(asked, allow_incomplete=("*",))

@@ -1,4 +1,4 @@
-"""The layer map of a model without an engine and without weights: asked of vLLM, or cached."""
+"""Ask vLLM for the layer map of a model without engine and weights, or read it from a cache."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qerl_sync import errors
 from qerl_sync.errors import CompatError, ConfigError, SyncError
-from qerl_sync.meta import DTYPE_BITS, metas_to_json
+from qerl_sync.meta import DTYPE_BITS, metas_to_json, not_ignored
 from qerl_sync.offline import map_cache
 from qerl_sync.plan.checkpoint import Checkpoint, read_checkpoint
 from qerl_sync.plan.offline_map import OfflineMap
@@ -38,7 +38,7 @@ QUIET = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
-# The package may have been found in a way that a new interpreter does not know.
+# Where this package was found, since a new interpreter may not find it (a path added to sys.path).
 PROGRAM = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
     "from qerl_sync.offline.program import main; main()"
@@ -50,6 +50,8 @@ def offline_map(
     *,
     engine: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    ignore_names: Sequence[str] = (),
+    allow_incomplete: Sequence[str] = (),
     cache: bool = True,
     timeout_seconds: float = PROBE_TIMEOUT_SECONDS,
 ) -> OfflineMap:
@@ -66,6 +68,7 @@ def offline_map(
             `tensor_parallel_size`, ...). The map is that of rank 0.
         dtype: what the trainer loads the model in; by default `Checkpoint.dtype`. Modules that
             transformers keeps in float32 are planned in float32.
+        ignore_names, allow_incomplete: see `SyncConfig`.
         cache: False observes anew and keeps nothing.
 
     Raises:
@@ -88,25 +91,26 @@ def offline_map(
     if dtype is not None and dtype not in DTYPE_BITS:
         raise ConfigError(f"unknown dtype {dtype!r}; known are {', '.join(DTYPE_BITS)}")
     version = installed_vllm()
+    given = {"ignore_names": list(ignore_names), "allow_incomplete": list(allow_incomplete)}
+    patterns = {name: value for name, value in given.items() if value}
+    request = {"checkpoint": checkpoint, "engine": engine, "dtype": dtype, **patterns}
     if version is None:
-        return _recorded(checkpoint, engine, dtype, timeout_seconds)
+        return _recorded(request, timeout_seconds)
     # Code that comes with a model may change while its configuration does not.
     cache = cache and not engine.get("trust_remote_code")
-    file = map_cache.cache_file(cache_key(checkpoint, engine, dtype, version))
+    file = map_cache.cache_file({**cache_key(checkpoint, engine, dtype, version), **patterns})
     found = map_cache.load(file) if cache else None
     if found is None:
-        request = {"checkpoint": checkpoint, "engine": engine, "dtype": dtype}
         found = run_probe(request, timeout_seconds)
         if cache:
             map_cache.store(file, found)
     return found
 
 
-def _recorded(
-    checkpoint: Checkpoint, engine: Mapping[str, Any], dtype: str | None, timeout_seconds: float
-) -> OfflineMap:
+def _recorded(request: Mapping[str, Any], timeout_seconds: float) -> OfflineMap:
     """Return the map that the recorded patterns give, on a machine without vLLM."""
     version, maps = recorded_maps()
+    checkpoint, engine, dtype = (request[name] for name in ("checkpoint", "engine", "dtype"))
     config = checkpoint.config or {}
     architecture = (config.get("architectures") or ["?"])[0]
     defaults = {"quantization": None, "tensor_parallel_size": 1}
@@ -121,15 +125,17 @@ def _recorded(
             missing=("vllm",),
         )
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
-        request = {"checkpoint": checkpoint, "engine": {}, "dtype": dtype, "recorded": architecture}
-        return run_probe(request, timeout_seconds)
+        return run_probe({**request, "engine": {}, "recorded": architecture}, timeout_seconds)
     if checkpoint.metas is None:
         raise CompatError(
             "neither transformers nor the checkpoint's .safetensors files are here to say which "
             "tensors this model has; install transformers and torch, or name a directory with them",
             missing=("transformers",),
         )
-    metas = [replace(meta, dtype=dtype or meta.dtype) for meta in checkpoint.metas]
+    metas = [
+        replace(meta, dtype=dtype or meta.dtype)
+        for meta in not_ignored(checkpoint.metas, request.get("ignore_names", ()))
+    ]
     note = "Without transformers `hf` is the order of the files, and dtypes are theirs."
     return OfflineMap(metas, maps[architecture].layer_map(metas), "recorded", version, note)
 

@@ -1,4 +1,4 @@
-"""Layer maps kept on disk: observing one takes seconds and vLLM's imports, reading one does not."""
+"""Keep layer maps on disk: to observe one takes seconds and vLLM's imports."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qerl_sync.errors import ConfigError, LayerMapError, SyncError
+from qerl_sync.meta import not_ignored
 from qerl_sync.plan.checkpoint import Checkpoint, Expected
 from qerl_sync.plan.offline_map import OfflineMap
 from qerl_sync.plan.recorded_map import recorded_maps
@@ -52,8 +53,9 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
 
     Args:
         request: `checkpoint`, a `Checkpoint`; `engine`, vLLM's arguments; `dtype` that the trainer
-            loads the model in, None for `Checkpoint.dtype`; `recorded`, an architecture whose
-            recorded patterns are used in place of vLLM.
+            loads the model in, None for `Checkpoint.dtype`. Where they are there: `ignore_names`
+            and `allow_incomplete`, patterns; `recorded`, an architecture, for its recorded patterns
+            in place of vLLM.
 
     Raises:
         SyncError: as `offline_map` does.
@@ -69,7 +71,10 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
 
             build = trainer_model(directory, dtype, trust=bool(engine.get("trust_remote_code")))
         with _timed(seconds, "names"):
-            streams = possible_streams(build(), checkpoint)
+            streams = [
+                one._replace(metas=not_ignored(one.metas, request.get("ignore_names", ())))
+                for one in possible_streams(build(), checkpoint)
+            ]
         if architecture := request.get("recorded"):
             version, maps = recorded_maps()
             expected, layer_map = _first_that_lands(streams, maps[architecture].layer_map)
@@ -86,7 +91,12 @@ def observe(request: Mapping[str, Any]) -> OfflineMap:
             config = compat_offline.engine_config(directory, engine)
         with _timed(seconds, "build"), compat_offline.meta_model(config) as parts:
             built = time.perf_counter()
-            observed = partial(observe_layer_map, parts.model, parts.vllm_config)
+            observed = partial(
+                observe_layer_map,
+                parts.model,
+                parts.vllm_config,
+                allow_incomplete=request.get("allow_incomplete", ()),
+            )
             expected, layer_map = _first_that_lands(streams, observed)
             seconds["probe"] = time.perf_counter() - built
     seconds["build"] -= seconds["probe"]

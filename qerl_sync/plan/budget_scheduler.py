@@ -145,7 +145,7 @@ class BudgetScheduler:
             available += self.held[number] + (weight if number == group else 0)
             if slack < 0:
                 break
-            if available >= most:
+            if available >= most:  # none of the rest lacks more: each of them finds enough
                 return min(slack, available - most)
         return slack
 

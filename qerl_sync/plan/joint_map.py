@@ -34,6 +34,8 @@ def joint_map(maps: Sequence[LayerMap]) -> LayerMap:
                 layers[name] = layer
         for name, found in one.contributions.items():
             mine = contributions.setdefault(name, {})
+            # A tensor may land in one parameter more than once: its nth time on one rank is
+            # compared with its nth time on another.
             counted: dict[tuple[str, str], int] = {}
             for c in found:
                 place = (c.parent_layer, c.parameter)

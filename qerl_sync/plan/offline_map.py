@@ -1,4 +1,4 @@
-"""A layer map made without an engine, with the stream that it holds for."""
+"""Hold a layer map that was made without an engine, and the stream that it is of."""
 
 from __future__ import annotations
 

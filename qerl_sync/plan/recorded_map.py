@@ -80,6 +80,7 @@ class RecordedMap(NamedTuple):
         layers = {}
         for layer, expected in numel.items():
             kind = self.layers[generalised(layer)[0]]
+            # vLLM pads vocabularies with rows that no checkpoint has: the stream cannot fill them.
             missing = -rows[layer] % VOCABULARY_STEP if kind.padded else 0
             total = expected + missing * (expected // rows[layer])
             layers[layer] = ParentLayer(layer, kind.kind, total, expected, kind.deferred)

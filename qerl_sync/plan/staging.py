@@ -78,6 +78,7 @@ def touched_bytes(
             slot = index % chunks_in_flight
             slots[slot] = max(slots[slot], nbytes)
         touched.append(sum(slots) + kept)
+    # While chunk i is loaded, the worker has read as far as the credits for later chunks allow.
     return touched[chunks_in_flight - 1 :] + touched[-1:] * min(chunks_in_flight - 1, len(touched))
 
 

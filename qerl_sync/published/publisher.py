@@ -152,6 +152,7 @@ class Publisher:
                 )
             )
         except BaseException:
+            # The mirror holds a mix of two versions: the next one is not made from it.
             mirror.version = None
             with suppress(PublicationError):
                 self._store.remove(file.name for file in files)

@@ -101,6 +101,7 @@ class PublishedSource(Source):
                         self._put([here / file.name for file in manifest.files], manifest)
                     self._require_right(manifest)
                 except SyncError as exc:
+                    # The mirror holds a mix of two versions: begin again with all tensors.
                     assert self._mirror is not None
                     self._mirror.version = None
                     self._refuse(chain[-1][0].name, exc)

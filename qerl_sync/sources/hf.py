@@ -359,6 +359,7 @@ def _groups(
     groups, together = [], []
     for name, twin in twins.items():
         alone = _converted(model, {name: twin}, conversions)
+        # Without the others a conversion may yield something that no checkpoint has.
         if all(out in whole and whole[out].shape == t.shape for out, t in alone.items()):
             groups.append(_group((name,), alone, twins))
         else:

@@ -52,6 +52,7 @@ class _Gathered(HFSource):
 
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         self._ahead.clear()
+        # What `end_chunk` gathers with the other ranks where this rank's receiver fails midway.
         self._due = deque(dict.fromkeys(one for name in names for one in self._behind(name)))
         return super().materialize(names)
 
@@ -67,6 +68,8 @@ class _Gathered(HFSource):
         return super()._memory(name)
 
     def _value(self, name: str) -> torch.Tensor:
+        # Collectives have no names: on a rank that gathers another parameter than the others do,
+        # shards would be put together from two.
         due = self._due.popleft()
         assert due == name, f"{name} is gathered where {due} is due"
         return super()._value(name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from qerl_sync.errors import CoverageError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.sources.base import Source
+from qerl_sync.verify.stream import as_planned
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ class StreamSource(Source):
         self._metadata = metadata
         self._open_stream = open_stream
         self._held = None if held_names is None else frozenset(held_names)
-        self._left: dict[str, None] = {}  # what the stream has yet to yield, in its order
+        self._left: dict[str, ParamMeta] = {}  # what the stream has yet to yield, in its order
         self._stream = self._checked()
 
     def metadata(self) -> list[ParamMeta]:
@@ -55,7 +56,7 @@ class StreamSource(Source):
         self._stream.close()
         metas = self._metadata() if callable(self._metadata) else self._metadata
         held = self._held
-        self._left = dict.fromkeys(m.name for m in metas if held is None or m.name in held)
+        self._left = {m.name: m for m in metas if held is None or m.name in held}
         self._stream = self._checked()
         return list(metas)
 
@@ -70,10 +71,11 @@ class StreamSource(Source):
         """Yield as `Source.materialize` does; skip names that are never asked for.
 
         Raises:
-            CoverageError: the stream yields another name than its metadata has next, ends early or
-                goes on, or `names` are not in its order.
+            CoverageError: the stream is not what its metadata says (see `as_planned`), or `names`
+                are not in its order.
         """
         for name in names:
+            # Else the search below would read, and drop, all that is left of the stream.
             if name not in self._left:
                 raise CoverageError(
                     f"{name!r} is not among what the stream has left; it yields in its own order, "
@@ -81,30 +83,16 @@ class StreamSource(Source):
                 )
             yield next(item for item in self._stream if item[0] == name)
         if names and not self._left:
-            next(self._stream, None)
+            next(self._stream, None)  # raises if the stream goes on
 
     def _checked(self) -> Generator[tuple[str, torch.Tensor]]:
         """Yield what a new stream yields. Close it in the end, so that generators run their
         `finally` blocks."""
         stream = iter(self._open_stream())
         try:
-            for awaited in list(self._left):
-                item = next(stream, None)
-                if item is None:
-                    raise CoverageError(
-                        f"the stream ended where {awaited!r} was next by its metadata"
-                    )
-                if item[0] != awaited:
-                    raise CoverageError(
-                        f"the stream yields {item[0]!r} where its metadata has {awaited!r}; both "
-                        "must have the same names in the same order"
-                    )
-                del self._left[awaited]
-                yield item
-            if (surplus := next(stream, None)) is not None:
-                raise CoverageError(
-                    f"the stream goes on with {surplus[0]!r}, which its metadata lacks"
-                )
+            for meta, tensor in as_planned(list(self._left.values()), stream):
+                del self._left[meta.name]
+                yield meta.name, tensor
         finally:
             self._left.clear()
             if hasattr(stream, "close"):

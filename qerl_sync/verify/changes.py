@@ -87,6 +87,7 @@ class ChangeWatch:
         for name, tensor in self._trained_now() if self._trained_now is not None else ():
             if isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad:
                 continue  # of a PEFT model nearly all, and no optimizer steps it
+            # Most parameters are sent as they are, and were hashed on their way.
             found = self._by_memory.get(_memory(tensor))
             if found is None:
                 # Rounded as for sending: changes that rounding hides need not be sent.
@@ -99,7 +100,7 @@ class ChangeWatch:
         if judged and self._sent:
             result = self._judge(step, changed, moved)
         self._sent, self._trained, self._step = sent, trained, step
-        self._by_memory.clear()  # another tensor may lie there in the next sync
+        self._by_memory.clear()  # another tensor may have that address in the next sync
         return result
 
     def _judge(self, step: int, changed: set[str], moved: list[str]) -> Changes:

@@ -1,4 +1,4 @@
-"""The trainer's weights as an engine keeps them: rounded to its dtype, and quantised."""
+"""Compute with weights as an engine keeps them: rounded to its dtype, and quantised."""
 
 from __future__ import annotations
 

@@ -246,6 +246,10 @@ def test_a_training_yaml_plans_what_its_run_would_do(tmp_path):
     path.write_text(path.read_text().replace("policy: warn", "policy: spill"))
     found = run_json(path, "--assert", "max_open_layers=1")
     assert [(s["order"], s["policy"]) for s in found["scenarios"]] == [("random:3", "spill")]
+    rest = "source_order: hf, ignore_names: [a.*], allow_incomplete: [b]"
+    path.write_text(path.read_text().replace('source_order: "random:3"', rest))
+    asked = read_input(path)
+    assert (asked.ignore_names, asked.allow_incomplete) == (("a.*",), ("b",))
 
 
 @pytest.fixture

@@ -282,7 +282,7 @@ def test_a_base_that_was_lost_or_changed_travels_again(engines):
     assert sync.push(5).lora["base"]
     assert logprob_gap(engines.served, policy) < EXACT
     assert not sync.push(6).lora["base"]
-    policy.base_model.model.lm_head.base_layer.weight.data.mul_(1.5)
+    policy.get_base_model().lm_head.weight.data.mul_(1.5)
     assert sync.push(7).lora["base"]
     assert logprob_gap(engines.served, policy) < EXACT
 

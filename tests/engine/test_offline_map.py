@@ -16,7 +16,7 @@ from support.layer_maps import MODELS, keep_recorded_maps, recorded
 from support.models import CONFIGS
 from support.probes import ENGINE, FAMILIES, PAST_RELOAD, READING, REFUSED, config_json, probed
 
-from qerl_sync.errors import CompatError, ConfigError, LayerMapError
+from qerl_sync.errors import CompatError, ConfigError, CoverageError, LayerMapError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.offline import layer_map as offline
 from qerl_sync.offline import map_cache
@@ -250,6 +250,21 @@ def test_an_architecture_that_nobody_knows(tmp_path):
     config.write_text('{"architectures": ["NoSuchModel"], "model_type": "no_such_model"}')
     with pytest.raises(ConfigError, match="no_such_model"):
         offline_map(config)
+
+
+@pytest.mark.vllm
+def test_a_training_whose_sync_ignores_names_is_planned_without_them(model):
+    """By the map of what it sends, and what vLLM then lacks is allowed as in the sync."""
+    norm = {"ignore_names": ["model.norm.*"]}
+    with pytest.raises(CoverageError):
+        offline_map(model, engine=ENGINE, **norm)
+    allowed = {**norm, "allow_incomplete": ["model.norm"]}
+    found = offline_map(model, engine=ENGINE, **allowed)
+    whole = offline_map(model, engine=ENGINE)
+    assert {m.name for m in whole.metas} - {m.name for m in found.metas} == {"model.norm.weight"}
+    assert found.layer_map.layers["model.norm"].expected_numel == 0
+    again = offline_map(model, engine=ENGINE, **allowed)
+    assert (again.origin, again.layer_map) == ("cache", found.layer_map)
 
 
 def test_a_probe_that_takes_too_long_is_ended(model):

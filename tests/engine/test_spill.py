@@ -15,6 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.engines import NEW, OLD, generate
+from support.errors import raises
 from support.ports import free_port
 from support.streams import storages, streams
 from support.streams_by_hand import QKV, HandMadeTransport, interleave, stacked_model
@@ -374,19 +375,20 @@ def test_names_that_nobody_asks_for_are_passed_over():
 
 
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("spoil", "tensor"),
     [
-        (lambda items: items[1:], r"yields 'b\.q' where its metadata has 'a\.q'"),
-        (lambda items: items[:-1], r"ended where 'b\.v' was next"),
-        (lambda items: [*items, ("one.more", torch.zeros(1))], r"goes on with 'one\.more'"),
+        (lambda items: items[1:], "b.q"),
+        (lambda items: items[:-1], "b.v"),
+        (lambda items: [*items, ("one.more", torch.zeros(1))], "one.more"),
+        (lambda items: [("a.q", torch.zeros(5)), *items[1:]], "a.q"),
     ],
 )
-def test_a_stream_that_is_not_its_metadata_is_refused(spoil, words):
+def test_a_stream_that_is_not_its_metadata_is_refused(spoil, tensor):
     metas = interleave(QKV)
     items = spoil([(meta.name, torch.zeros(meta.shape)) for meta in metas])
     source = StreamSource(metas, lambda: items)
     source.metadata()
-    with pytest.raises(CoverageError, match=words):
+    with raises(CoverageError, tensor=tensor):
         list(source.materialize([meta.name for meta in metas]))
 
 

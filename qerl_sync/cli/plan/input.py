@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,8 @@ class PlanInput:
         name: for people.
         engine: vLLM's engine arguments.
         dtype: of the trainer's tensors; None: as the checkpoint says.
-        order, policy, budget_bytes: of the training configuration, if there is one; `policy` is a
-            policy of the plan.
+        order, policy, budget_bytes, ignore_names, allow_incomplete: of the training configuration,
+            if there is one; `policy` is a policy of the plan.
         note: what a reader of the figures must know, in a sentence.
     """
 
@@ -43,6 +43,8 @@ class PlanInput:
     order: str | None = None
     policy: str | None = None
     budget_bytes: int | None = None
+    ignore_names: Sequence[str] = ()
+    allow_incomplete: Sequence[str] = ()
     note: str = ""
 
     @property
@@ -124,6 +126,8 @@ def _from_training(config: TrainConfig, name: str, run: Path | None = None) -> P
         order=sync.source_order,
         policy=policy_name(sync.policy, budget_bytes),
         budget_bytes=budget_bytes,
+        ignore_names=sync.ignore_names,
+        allow_incomplete=sync.allow_incomplete,
         note=note,
     )
 

@@ -200,7 +200,13 @@ def execute(
     if tensor_parallel_size is not None:
         engine["tensor_parallel_size"] = tensor_parallel_size
     with status("making the layer map; vLLM takes some seconds when it has not seen this model"):
-        found = offline_map(asked.checkpoint, engine=engine, dtype=dtype or asked.dtype)
+        found = offline_map(
+            asked.checkpoint,
+            engine=engine,
+            dtype=dtype or asked.dtype,
+            ignore_names=asked.ignore_names,
+            allow_incomplete=asked.allow_incomplete,
+        )
     simulate = partial(scenarios, found.metas, found.layer_map, chosen, transport=transport)
     refused = None
     try:
