@@ -201,7 +201,8 @@ def _dora_factors(dora: Any, merged: torch.Tensor, whole: Whole) -> torch.Tensor
     # The norms are over what feeds each output; of embeddings, over the vocabulary.
     dim = 0 if dora.fan_in_fan_out else 1
     magnitudes: torch.Tensor = whole(dora.weight).float().to(merged.device)
-    return (magnitudes / torch.linalg.norm(merged, dim=dim)).unsqueeze(dim)
+    factors: torch.Tensor = magnitudes / torch.linalg.norm(merged, dim=dim)
+    return factors.unsqueeze(dim)
 
 
 def _merges_of(module: Any, path: str) -> Iterator[tuple[str, _Merge]]:
