@@ -76,7 +76,7 @@ class ChangeWatch:
         self._by_memory: dict[tuple[int, torch.dtype, torch.Size], int] = {}
 
     def see(self, name: str, tensor: torch.Tensor) -> None:
-        found = fingerprint(tensor)
+        found = sample_hash(tensor)
         self._seen[name], self._dtypes[name] = found, tensor.dtype
         if self._trained_now is not None:
             self._by_memory[_memory(tensor)] = found
@@ -91,7 +91,7 @@ class ChangeWatch:
             found = self._by_memory.get(_memory(tensor))
             if found is None:
                 # Rounded as for sending: changes that rounding hides need not be sent.
-                found = fingerprint(tensor, self._dtypes.get(destination(name), tensor.dtype))
+                found = sample_hash(tensor, self._dtypes.get(destination(name), tensor.dtype))
             trained[name] = found
         changed = {name for name, found in sent.items() if self._sent.get(name) != found}
         moved = [n for n, f in trained.items() if self._trained.get(n, f) != f]
@@ -144,12 +144,12 @@ _STANDS_STILL = (
 )
 
 
-def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
+def sample_hash(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
     """Hash the bits of evenly spread elements, as `dtype`, or of all in small tensors."""
     plain = part_here(tensor)
     here = plain.device.type == "cpu" and plain.is_contiguous()
     if here and dtype in (None, plain.dtype):
-        return _fingerprint_here(plain)
+        return _sample_hash_here(plain)
     picked = _sample(plain)
     if dtype is not None:
         picked = picked.to(dtype)
@@ -157,7 +157,7 @@ def fingerprint(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> int:
     return xxhash.xxh3_64_intdigest(raw.data)
 
 
-def _fingerprint_here(tensor: torch.Tensor) -> int:
+def _sample_hash_here(tensor: torch.Tensor) -> int:
     """Return the same, of a contiguous tensor in host memory: by slices of its bytes, as torch's
     calls cost more than the hash, and each sync makes them for each tensor."""
     raw = tensor.view(-1).view(torch.uint8).numpy()

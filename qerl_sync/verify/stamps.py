@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from qerl_sync.verify.changes import fingerprint as sample
+from qerl_sync.verify.changes import sample_hash
 from qerl_sync.verify.checksum import fingerprint
 from qerl_sync.verify.parts import part_here
 
@@ -20,11 +20,12 @@ def stamp(tensor: torch.Tensor) -> Hashable:
     """Return a stamp of a tensor that rarely changes, without reading all of it.
 
     torch counts what writes to a tensor in place, except through `.data`: PEFT merges adapters so,
-    and leaves other bits in the base weight when it unmerges them. A sample of the values shows it.
+    and leaves other bits in the base weight when it unmerges them. A sample of the values is to
+    show that: some thousand elements, or all of a small tensor.
     """
     here = part_here(tensor)
     count = None if tensor.is_inference() else (tensor._version, here._version)
-    return here.data_ptr(), tuple(here.shape), here.dtype, count, sample(here)
+    return here.data_ptr(), tuple(here.shape), here.dtype, count, sample_hash(here)
 
 
 class ContentStamps:

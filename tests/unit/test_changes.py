@@ -10,7 +10,7 @@ from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interlea
 
 from qerl_sync import SyncConfig, SyncSession
 from qerl_sync.errors import UnchangedError
-from qerl_sync.verify.changes import PATIENCE, ChangeWatch, destination, fingerprint
+from qerl_sync.verify.changes import PATIENCE, ChangeWatch, destination, sample_hash
 
 NAMES = [meta.name for meta in interleave(QKV)]
 
@@ -189,22 +189,22 @@ def test_merged_adapters_and_fused_experts_have_travelled():
 def test_fingerprints_see_bits_and_a_step_of_one_percent(shape, dtype):
     torch.manual_seed(0)
     one = torch.randn(shape).to(dtype)
-    assert fingerprint(one) == fingerprint(one.clone())
+    assert sample_hash(one) == sample_hash(one.clone())
     if one.numel() < 2:
         return
     other = one.clone()
     bits = other.view(-1).view(torch.uint8)
     step = 100 * dtype.itemsize if one.numel() > 4096 else bits.numel()
     bits[:: step - 1] ^= 1
-    assert fingerprint(one) != fingerprint(other)
+    assert sample_hash(one) != sample_hash(other)
 
 
 def test_a_view_has_the_fingerprint_of_its_own_values():
     one = torch.randn(301, 257)
-    assert fingerprint(one.T) == fingerprint(one.T.contiguous())
-    assert fingerprint(one[:, :100]) == fingerprint(one[:, :100].contiguous())
-    assert fingerprint(one, torch.bfloat16) == fingerprint(one.to(torch.bfloat16))
+    assert sample_hash(one.T) == sample_hash(one.T.contiguous())
+    assert sample_hash(one[:, :100]) == sample_hash(one[:, :100].contiguous())
+    assert sample_hash(one, torch.bfloat16) == sample_hash(one.to(torch.bfloat16))
 
 
 def test_minus_zero_is_a_change():
-    assert fingerprint(torch.tensor([0.0])) != fingerprint(torch.tensor([-0.0]))
+    assert sample_hash(torch.tensor([0.0])) != sample_hash(torch.tensor([-0.0]))

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 
-from qerl_sync.verify.changes import fingerprint
+from qerl_sync.verify.changes import sample_hash
 from qerl_sync.worker.compat import engine as compat
 
 
@@ -18,7 +18,7 @@ def sample_kernels(model: torch.nn.Module, layers: Collection[str]) -> dict[str,
     engine that slept and dropped its weights.
     """
     return {
-        f"{path}.{name}": hash(tuple(fingerprint(_memory(one)) for one in parts))
+        f"{path}.{name}": hash(tuple(sample_hash(_memory(one)) for one in parts))
         for path, layer in modules_at(model, layers).items()
         for name, parameter in layer._parameters.items()
         if parameter is not None and (parts := compat.tensors_of(parameter))
