@@ -157,6 +157,8 @@ class Publisher:
             with suppress(PublicationError):
                 self._store.remove(file.name for file in files)
             raise
+        finally:
+            source.end_sync()
         self.version = mirror.version = this.version
         self._base, self._checksums = Base(name=this.name, digest=digest), checksums
         self._since_snapshot = 0 if base is None else self._since_snapshot + 1

@@ -88,6 +88,9 @@ class JoinedSource(Source):
         for name in names:
             yield next(streams[self._holder[name]])
 
+    def end_sync(self) -> None:
+        self._own.end_sync()
+
     def _shares(self, names: Iterable[str]) -> dict[Any, list[str]]:
         """Divide names by holder; None is this process."""
         shares: dict[Any, list[str]] = {}
