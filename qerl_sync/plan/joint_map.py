@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qerl_sync.errors import LayerMapError
 from qerl_sync.plan.layer_map import Contribution, LayerMap, Loading, ParentLayer
@@ -55,14 +56,11 @@ def joint_map(maps: Sequence[LayerMap]) -> LayerMap:
             expected[c.parent_layer] += c.loaded_numel
     return LayerMap(
         layers={
-            name: ParentLayer(
-                name=name,
-                kind=layer.kind,
+            name: replace(
+                layer,
                 total_numel=max(layer.total_numel, expected[name]),
                 expected_numel=expected[name],
-                deferred=layer.deferred,
                 loading=loading[name],
-                num_loads=layer.num_loads,
             )
             for name, layer in layers.items()
         },

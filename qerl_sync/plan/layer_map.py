@@ -69,8 +69,7 @@ class ParentLayer:
         return min(self.total_numel, self.expected_numel)
 
 
-_LAYER_FIELDS = tuple(field.name for field in fields(ParentLayer))
-_layer_fields = attrgetter(*_LAYER_FIELDS)
+_layer_fields = attrgetter(*(field.name for field in fields(ParentLayer)))
 
 
 @dataclass(frozen=True)
@@ -142,10 +141,7 @@ class LayerMap:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "layers": [
-                dict(zip(_LAYER_FIELDS, _layer_fields(layer), strict=True))
-                for layer in self.layers.values()
-            ],
+            "layers": [dict(vars(layer)) for layer in self.layers.values()],
             "contributions": {n: [list(c) for c in cs] for n, cs in self.contributions.items()},
             "elsewhere": sorted(self.elsewhere),
             "one_tensor_calls": self.one_tensor_calls,

@@ -172,9 +172,7 @@ class SyncPlan:
         plan = cls(
             policy=data["policy"],
             metas=tuple(metas_from_json(data["metas"])),
-            chunks=tuple(
-                Chunk(tuple(c["names"]), c["nbytes"], c["oversized"]) for c in data["chunks"]
-            ),
+            chunks=tuple(Chunk(**{**c, "names": tuple(c["names"])}) for c in data["chunks"]),
             predicted=Trace.from_json(data["predicted"]),
             as_given=Trace.from_json(data["as_given"]),
             layer_map_digest=data["layer_map_digest"],
