@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -26,10 +25,10 @@ class _Block:
     """Time one block. Syncs enter several for each tensor, where a generator's context costs more
     than what it times."""
 
-    __slots__ = ("_detail", "_phase", "_start", "_watch")
+    __slots__ = ("_detail", "_is_phase", "_name", "_start", "_watch")
 
-    def __init__(self, watch: Stopwatch, phase: str, detail: str) -> None:
-        self._watch, self._phase, self._detail = watch, phase, detail
+    def __init__(self, watch: Stopwatch, name: str, detail: str, *, is_phase: bool) -> None:
+        self._watch, self._name, self._detail, self._is_phase = watch, name, detail, is_phase
 
     def __enter__(self) -> None:
         self._start = time.perf_counter()
@@ -37,11 +36,13 @@ class _Block:
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         seconds = time.perf_counter() - self._start
         watch = self._watch
-        watch.seconds[self._phase] += seconds
-        if kind is not None:
-            watch.failed_in = watch.failed_in or self._phase
+        if self._is_phase:
+            watch.seconds[self._name] += seconds
+            if kind is not None:
+                watch.failed_in = watch.failed_in or self._name
         if watch.records:
-            watch._keep(self._phase, self._detail, self._start, seconds)
+            start = watch.epoch + self._start
+            watch.spans.append(Span(self._name, self._detail, start, seconds))
 
 
 class Stopwatch:
@@ -54,6 +55,7 @@ class Stopwatch:
         spans: the blocks so far, in the order in which they ended; empty unless recorded.
         records: spans are kept.
         failed_in: the innermost phase that an exception has left; empty if none has.
+        epoch: when the monotonic clock was at 0, in seconds since the epoch.
     """
 
     def __init__(self, phases: Iterable[str] = (), *, record: bool = False) -> None:
@@ -62,20 +64,11 @@ class Stopwatch:
         self.failed_in = ""
         self.records = record
         # Spans of several processes are drawn on one axis, which a monotonic clock does not have.
-        self._epoch = time.time() - time.perf_counter()
+        self.epoch = time.time() - time.perf_counter()
 
     def __call__(self, phase: str, detail: str = "") -> _Block:
-        return _Block(self, phase, detail)
+        return _Block(self, phase, detail, is_phase=True)
 
-    @contextmanager
-    def span(self, name: str, detail: str = "") -> Iterator[None]:
+    def span(self, name: str, detail: str = "") -> _Block:
         """Record this block, which belongs to no phase of its own."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._keep(name, detail, start, time.perf_counter() - start)
-
-    def _keep(self, name: str, detail: str, start: float, seconds: float) -> None:
-        if self.records:
-            self.spans.append(Span(name, detail, self._epoch + start, seconds))
+        return _Block(self, name, detail, is_phase=False)
