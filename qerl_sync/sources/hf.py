@@ -115,10 +115,10 @@ class HFSource(Source):
         return sum(storage.nbytes for storage in own.values())
 
     def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
-        looked_at: Iterable[str] = self._read()
+        looked_at: Iterable[str] = self._inputs()
         if names is not None:
-            looked_at = dict.fromkeys(one for name in names for one in self._behind(name))
-        held = ((name, tensor) for name in looked_at for tensor in self._read_for(name))
+            looked_at = dict.fromkeys(one for name in names for one in self._inputs_of(name))
+        held = ((name, tensor) for name in looked_at for tensor in self._to_check(name))
         require_all_finite(held, alone=alone)
 
     def content_stamps(self) -> Mapping[str, Hashable]:
@@ -140,7 +140,7 @@ class HFSource(Source):
         for name in names:
             if name not in waiting:
                 with torch.no_grad():
-                    chosen = {p: self._value(p) for p in self._behind(name)}
+                    chosen = {p: self._value(p) for p in self._inputs_of(name)}
                     waiting |= _converted(self._model, chosen, self._conversions)
             yield name, waiting.pop(name)
 
@@ -181,12 +181,12 @@ class HFSource(Source):
         """Return whether `_whole` gathers the tensor from shards."""
         return False
 
-    def _read(self) -> Mapping[str, torch.Tensor]:
-        """Return all tensors that `materialize` reads, under the names that `_behind` has."""
+    def _inputs(self) -> Mapping[str, torch.Tensor]:
+        """Return all tensors that `materialize` reads, by name."""
         return self._parameters
 
-    def _behind(self, name: str) -> Sequence[str]:
-        """Return what `materialize` reads for the checkpoint tensor of that name."""
+    def _inputs_of(self, name: str) -> Sequence[str]:
+        """Return the names of the inputs that a checkpoint tensor is made of."""
         return self._group_of[name].parameters
 
     def _parts(self, name: str) -> list[torch.Tensor]:
@@ -211,8 +211,8 @@ class HFSource(Source):
         (storage,) = storages_of(self._parameters[name])
         return storage
 
-    def _read_for(self, name: str) -> Iterable[torch.Tensor]:
-        """Return the tensors that must be finite for `_value` to be: what is here of them."""
+    def _to_check(self, name: str) -> Iterable[torch.Tensor]:
+        """Return the tensors that must be finite for `_value` to be: this process's parts."""
         return [part_here(tensor) for tensor in self._parts(name)]
 
 

@@ -77,20 +77,20 @@ class AdapterSource(HFSource):
         for name in names:
             yield (name, self._value(name)) if name in self._factors else next(base)
 
-    def _behind(self, name: str) -> Sequence[str]:
-        return (name,) if name in self._factors else super()._behind(name)
+    def _inputs_of(self, name: str) -> Sequence[str]:
+        return (name,) if name in self._factors else super()._inputs_of(name)
 
     def _parts(self, name: str) -> list[torch.Tensor]:
         return [self._factors[name]] if name in self._factors else super()._parts(name)
 
-    def _read(self) -> dict[str, torch.Tensor]:
+    def _inputs(self) -> dict[str, torch.Tensor]:
         return self._base | self._factors
 
     def _find_parameters(self, *, since: str = "") -> dict[str, torch.Tensor]:
         """Return the base under the names that it has without PEFT; note the adapter's factors."""
         if self._structure is not None and self._structure.unchanged():
             # Sharding may change parameters in place (ZeRO-3), which no structure shows.
-            self._require_readable(self._read().items(), since=since)
+            self._require_readable(self._inputs().items(), since=since)
             return self._base
         from peft.tuners.lora import LoraLayer
 
@@ -111,7 +111,7 @@ class AdapterSource(HFSource):
                 feature="no layers",
             )
         self._base = in_checkpoint_order(list(found.values()))
-        self._require_readable(self._read().items(), since=since)
+        self._require_readable(self._inputs().items(), since=since)
         self._structure = _Structure(modules, layers)
         return self._base
 

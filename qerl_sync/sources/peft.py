@@ -109,10 +109,10 @@ class PEFTSource(HFSource):
             return Storage(f"merged {name}", self._shape(base).numel() * base.itemsize)
         return super()._memory(name)
 
-    def _read_for(self, name: str) -> Iterable[torch.Tensor]:
+    def _to_check(self, name: str) -> Iterable[torch.Tensor]:
         if name in self._merges and self._merges[name].may_overflow(self._parameters[name]):
             return [self._value(name)]
-        return super()._read_for(name)
+        return super()._to_check(name)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class _Gathered(HFSource):
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:
         self._ahead.clear()
         # What `end_chunk` gathers with the other ranks where this rank's receiver fails midway.
-        self._due = deque(dict.fromkeys(one for name in names for one in self._behind(name)))
+        self._due = deque(dict.fromkeys(one for name in names for one in self._inputs_of(name)))
         return super().materialize(names)
 
     def end_chunk(self) -> None:
@@ -150,8 +150,8 @@ class ShardedPEFTSource(_Gathered, PEFTSource):
                 return "worker"
         return super().finite_check(wanted)
 
-    def _read_for(self, name: str) -> Iterable[torch.Tensor]:
-        return HFSource._read_for(self, name)  # the parts that are here, unmerged
+    def _to_check(self, name: str) -> Iterable[torch.Tensor]:
+        return HFSource._to_check(self, name)  # the parts that are here, unmerged
 
 
 def _gathered(parameter: torch.Tensor) -> torch.Tensor:
