@@ -10,7 +10,7 @@ from support.models import make_model
 from qerl_sync.errors import ConfigError
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.sources.sharded import ShardedSource
-from qerl_sync.verify.changes import fingerprint
+from qerl_sync.verify.changes import sample_hash
 from qerl_sync.verify.parts import part_here
 
 
@@ -114,8 +114,8 @@ def test_a_partition_ends_where_its_parameter_does(group):
     parameter.ds_process_group = dist.group.WORLD
     parameter.ds_numel = 3
     assert part_here(parameter).tolist() == [1.0, 2.0, 3.0]
-    before = fingerprint(parameter)
+    before = sample_hash(parameter)
     parameter.ds_tensor[3] = 4.0
-    assert fingerprint(parameter) == before, "what nobody trains was taken for a change"
+    assert sample_hash(parameter) == before, "what nobody trains was taken for a change"
     parameter.ds_numel = 4
     assert part_here(parameter).numel() == 4
