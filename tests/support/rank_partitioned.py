@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from qerl_sync import AdapterSource, ConfigError, HFSource, PEFTSource
 from qerl_sync.sources.sharded import ShardedAdapterSource, ShardedPEFTSource, ShardedSource
-from qerl_sync.verify.changes import fingerprint
+from qerl_sync.verify.changes import sample_hash
 from support.adapters import make_policy
 from support.models import make_model
 from support.ranks import report
@@ -65,7 +65,7 @@ def main(directory: str, by: str) -> None:
             "equal": sum(torch.equal(first[n], expected[n]) for n in expected),
             "tensors": len(expected),
             "trained": sum(not torch.equal(first[n], second[n]) for n in expected),
-            "fingerprints": [fingerprint(t) for t in second.values()],
+            "fingerprints": [sample_hash(t) for t in second.values()],
             "partitioned": len(parts),
             "still": all(is_part(p) for p in parts if getattr(p, "ds_numel", 1e9) > threshold),
         }
