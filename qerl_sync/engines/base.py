@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from qerl_sync.errors import (
@@ -189,7 +190,13 @@ class FourMethodClient(MethodClient):
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         with translating(method):
-            return getattr(self._target, method)(*arguments, **options)
+            # vLLM's client for Ray waits without end for an actor that hangs.
+            answer = in_thread(
+                method, partial(getattr(self._target, method), *arguments, **options)
+            )
+            if ends_within(answer, self._seconds(method)):
+                return answer.result()
+            raise timed_out(ENGINE, method, self.timeout_seconds)
 
 
 def vllm_request(name: str, info: dict[str, Any]) -> Any:
@@ -203,8 +210,11 @@ def vllm_request(name: str, info: dict[str, Any]) -> Any:
     return kinds[name](**{name: info})
 
 
-def as_engine_client(client: WeightSyncClient) -> EngineClient:
+def as_engine_client(client: WeightSyncClient, timeout_seconds: float = 300) -> EngineClient:
     """Return `client`, adapted if it has vLLM's four methods only.
+
+    Args:
+        timeout_seconds: of each of these methods but `update_weights`, when called by the adapter.
 
     Raises:
         ConfigError: it has others of EngineClient's and does not declare them by inheriting it.
@@ -218,7 +228,7 @@ def as_engine_client(client: WeightSyncClient) -> EngineClient:
                 f"{type(client).__name__} has {name}, and is no EngineClient: inherit "
                 "qerl_sync.engines.base.EngineClient, so that it is called"
             )
-    return FourMethodClient(client)
+    return FourMethodClient(client, timeout_seconds)
 
 
 # Sampling parameters of a request that asks for nothing but the prompt's log-probabilities.

@@ -36,6 +36,7 @@ from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -58,6 +59,11 @@ TraceData = Annotated[
     Trace,
     PlainValidator(lambda data: data if isinstance(data, Trace) else Trace.from_json(data)),
     PlainSerializer(Trace.to_json),
+]
+
+# Of an error, which may name a file: JSON has no bytes that are not UTF-8 (Python's surrogates).
+ErrorText = Annotated[
+    str, AfterValidator(lambda text: text.encode(errors="backslashreplace").decode())
 ]
 
 # How bytes get to a worker in another process.
@@ -130,7 +136,7 @@ class Hello(_Message):
     """The weight version last committed here; 0 if none."""
     instance: str = ""
     """Names the worker's model among all that ever were: of another process, another one."""
-    poisoned: str | None
+    poisoned: ErrorText | None
     connector: str = ""
     """vLLM's connector that keeps keys and values, or embeddings, outside of the engine."""
     connector_keeps: str = ""
@@ -297,7 +303,7 @@ class Committed(_Message):
 
 class Abort(_Message):
     type: Literal["abort"] = "abort"
-    reason: str
+    reason: ErrorText
     keep_old: bool = True
     """No worker can have committed: with `on_failure: rollback` go back to the old version."""
 
@@ -306,12 +312,12 @@ class Invalidate(_Message):
     """Poison the worker: what was committed is wrong. The answer is Aborted."""
 
     type: Literal["invalidate"] = "invalidate"
-    reason: str
+    reason: ErrorText
 
 
 class Aborted(_Message):
     type: Literal["aborted"] = "aborted"
-    poisoned: str | None
+    poisoned: ErrorText | None
     """Why the worker refuses to run; None: it was not touched and goes on with what it has."""
 
 
@@ -319,7 +325,7 @@ class Failure(_Message):
     type: Literal["failure"] = "failure"
     error: str
     """The name of a class in `qerl_sync.errors`."""
-    text: str
+    text: ErrorText
     facts: dict[str, str | int | float | tuple[int, ...]] = {}
     """The error's attributes."""
 

@@ -231,6 +231,7 @@ def free_bytes() -> int:
 
 def require_room(nbytes: int) -> None:
     """Raise NoRoomError if /dev/shm has less."""
+    remove_abandoned()
     if nbytes > free_bytes():
         raise _no_room(nbytes)
 

@@ -46,6 +46,7 @@ from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.endpoints import Listener, connect, format_endpoint, parse_endpoint
 from qerl_sync.wire.segments import remove_abandoned
+from qerl_sync.worker.protocol.connection import TrainerConnection
 
 HOST = "127.0.0.1"
 SOON_SECONDS = 8.0
@@ -62,6 +63,22 @@ def relayed(engine: Workers, **options) -> Iterator[tuple[SyncSession, Relay]]:
             yield sync, relay
     finally:
         relay.close()
+
+
+def test_the_reading_thread_of_a_closed_connection_ends_whatever_is_opened_next(listener):
+    worker = connect(HOST, listener.port, "secret", 5, TrainerConnection)
+    with listener.accept(5):
+        before = set(threading.enumerate())
+        worker.read_ahead(5)
+        (inbox,) = set(threading.enumerate()) - before
+        time.sleep(0.05)  # it polls the descriptor
+        number = worker._connection.fileno()
+        worker.close()
+        reused = socket.socketpair()
+        with reused[0], reused[1]:
+            assert number in [one.fileno() for one in reused]
+            inbox.join(SOON_SECONDS)
+            assert not inbox.is_alive()
 
 
 # --------------------------------------------------------------------------------- forked children

@@ -330,7 +330,8 @@ class Staging:
         # Copying with all cores would take them from workers that load, and wait for the slowest.
         write = _write_alone if awaited else _write_beside
         places, _ = offsets(metas)
-        slots = self._slots_of(index)
+        # A trainer rank may hold tensors of which others send all: no slot is made for none.
+        slots = self._slots_of(index) if metas else []
         staying: dict[int, torch.Tensor] = {}
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
             stays = (

@@ -103,7 +103,7 @@ class RemoteTransport(Transport):
         num_workers: int = 0,
         worker_timeout_seconds: float | None = None,
     ) -> None:
-        self._client = None if client is None else as_engine_client(client)
+        self._client = None if client is None else as_engine_client(client, timeout_seconds)
         self._wanted = transport
         self._chunks_in_flight = chunks_in_flight
         self._timeout_seconds = timeout_seconds
@@ -378,7 +378,9 @@ class RemoteTransport(Transport):
         version, go on."""
         in_session, committing, self._committing = self._control.in_session, self._committing, False
         if in_session:
-            untouched = [self._abort(worker, reason) for worker in self.workers]
+            # After a Commit no worker may go back: another one may serve the new version already.
+            told = say.Abort(reason=reason, keep_old=not committing)
+            untouched = [self._abort(worker, told) for worker in self.workers]
             unharmed = self._control.end_failed_session(self.workers) and all(untouched)
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
@@ -588,11 +590,11 @@ class RemoteTransport(Transport):
             self._own_staging.close()
         self._staging = self._own_staging = None
 
-    def _abort(self, worker: WorkerConnection, reason: str) -> bool:
+    def _abort(self, worker: WorkerConnection, told: say.Abort) -> bool:
         """Return whether the worker was not touched and goes on with what it has."""
         try:
             worker.forget_chunks()
-            worker.tell(say.Abort(reason=reason, keep_old=not self._committing))
+            worker.tell(told)
             reported = worker.skip_to(
                 say.Aborted, "aborting the sync", GRACE_SECONDS, worker.check_alive
             )
