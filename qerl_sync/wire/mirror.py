@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qerl_sync.errors import TransportError
+from qerl_sync.errors import ConfigError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets
 from qerl_sync.wire.segments import PrivateMemory
@@ -34,6 +34,16 @@ _BLOCK_ELEMENTS = 1 << 17
 def mirror_bytes(metas: Iterable[ParamMeta]) -> int:
     """Return the memory of a mirror of these tensors."""
     return offsets(metas)[1]
+
+
+def require_mirror_room(metas: Iterable[ParamMeta], where: str, free_bytes: int) -> None:
+    """Raise ConfigError if a mirror of these tensors takes more host memory than is free there."""
+    needed_bytes = mirror_bytes(metas)
+    if needed_bytes > free_bytes:
+        raise ConfigError(
+            f"sync.delta: elements keeps what was sent last on {where}, {needed_bytes:,} bytes, "
+            f"and its host has {free_bytes:,} free; choose sync.delta: layers"
+        )
 
 
 class Mirror:

@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from support.loaders import (
     NEW,
     OLD,
     TIMEOUT_SECONDS,
+    HashedSource,
     KeepingLoader,
     TensorSource,
     Workers,
@@ -43,6 +45,7 @@ from qerl_sync import (
     TransportError,
     share_parameters,
 )
+from qerl_sync.build import remote_transport
 from qerl_sync.engines.base import EngineClient
 from qerl_sync.errors import (
     AgreementError,
@@ -859,7 +862,7 @@ def test_nobody_goes_back_once_others_may_have_committed():
             sync.push()
         way.complete = complete
         told, *others = [engine.loaders[rank] for rank in ranks]
-        wait_until(lambda: told.has(NEW))
+        assert wait_until(lambda: told.has(NEW))
         assert all(other.poisoned for other in others)
         sync.push()
         assert serves(engine, NEW)
@@ -883,6 +886,24 @@ def test_an_error_may_name_a_file_whose_name_is_not_utf8(workers):
         engine.loaders[0].before_load = lambda: None
         sync.push()
     assert serves(engine, NEW)
+
+
+def test_workers_keep_no_memory_of_a_trainer_that_is_gone(workers):
+    def mapped():
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return [line for line in maps if segments.PREFIX in line]
+
+    engine, before = workers(2), mapped()
+    with session(engine, transport="shm") as sync:
+        sync.push()
+        assert len(mapped()) > len(before)
+    assert wait_until(lambda: mapped() == before)
+    config = SyncConfig.of(transport="tcp", delta="elements", timeout_seconds=TIMEOUT_SECONDS)
+    with SyncSession(HashedSource(NEW), remote_transport(config, engine), config) as sync:
+        sync.push()
+        held = [one._connections[0] for one in engine.connections]
+        assert all(one.mirror and one.chunk_receiver._slots for one in held)
+    assert wait_until(lambda: not any(one.mirror or one.chunk_receiver._slots for one in held))
 
 
 def test_a_worker_that_hangs_is_given_up(workers, monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qerl_sync.buffers.detect import Parents
-from qerl_sync.errors import ConfigError, StaleBaseError, TransportError
+from qerl_sync.errors import StaleBaseError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
 from qerl_sync.plan.staging import offsets, spans
@@ -23,7 +23,7 @@ from qerl_sync.wire import cuda_memory
 from qerl_sync.wire.device_segments import DeviceSegment
 from qerl_sync.wire.host import avoid_cores
 from qerl_sync.wire.messages import Segment
-from qerl_sync.wire.mirror import Change, Mirror, mirror_bytes, travelling
+from qerl_sync.wire.mirror import Change, Mirror, require_mirror_room, travelling
 from qerl_sync.wire.segments import (
     PrivateMemory,
     SharedSegment,
@@ -159,13 +159,7 @@ class Staging:
                 )
         elif self.mirror is None or self.mirror.metas != metas:
             self.mirror = None  # there may not be room for two
-            needed_bytes, free = mirror_bytes(metas), free_bytes(torch.device("cpu"))
-            if needed_bytes > free:
-                raise ConfigError(
-                    f"sync.delta: elements keeps what was sent last on the trainer, "
-                    f"{needed_bytes:,} bytes, and its host has {free:,} free; choose sync.delta: "
-                    "layers"
-                )
+            require_mirror_room(metas, "the trainer", free_bytes(torch.device("cpu")))
             self.mirror = Mirror(metas)
         else:
             self.mirror.version = None

@@ -19,7 +19,7 @@ from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.device_segments import AttachedDeviceSegment
-from qerl_sync.wire.mirror import travelling
+from qerl_sync.wire.mirror import Mirror, travelling
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.protocol.chunk_receivers import (
     ChunkReceiver,
@@ -50,6 +50,7 @@ class TrainerConnection(Connection):
     Attributes:
         chunk_receiver: how this trainer rank's chunks arrive, once `open_transport` has returned.
         expected: the tensors that this trainer rank sends with each chunk of the coming sync.
+        mirror: what this trainer sent last, where its syncs build on that; of rank 0's connection.
     """
 
     timeout_seconds: float
@@ -58,6 +59,7 @@ class TrainerConnection(Connection):
         super().__init__(connection, peer, key, role)
         self.chunk_receiver = ChunkReceiver()
         self.expected: Sequence[Sequence[ParamMeta]] = ()
+        self.mirror: Mirror | None = None
         self._queue: queue.SimpleQueue[say.Message | Arrived | SyncError] = queue.SimpleQueue()
         self._error: SyncError | None = None
 
@@ -107,7 +109,11 @@ class TrainerConnection(Connection):
         with suppress(queue.Empty):  # chunks that nobody will load keep memory mapped
             while True:
                 self._queue.get_nowait()
+        self._free_memory()
+
+    def _free_memory(self) -> None:
         self.chunk_receiver.close()
+        self.mirror = None
 
     def _open(self, proposal: say.Welcome, device: torch.device) -> dict[str, Any]:
         """Make `chunk_receiver`. Return what shows the trainer that its memory is seen here."""
@@ -157,3 +163,5 @@ class TrainerConnection(Connection):
         except Exception as exc:
             self._error = exc if isinstance(exc, SyncError) else TransportError(str(exc))
             self._queue.put(self._error)
+            # Here, not when the next trainer connects: the engine may serve for weeks without one.
+            self._free_memory()
