@@ -31,7 +31,7 @@ PauseMode = Literal["keep", "wait", "abort"]
 
 # How often to ask, during a call, whether its engine still lives.
 POLL_SECONDS = 0.2
-# What errors call an engine that is driven by calls in Python.
+# The name, in errors, of an engine that is driven by calls in Python.
 ENGINE = "the vLLM engine"
 
 
@@ -39,7 +39,8 @@ class WeightSyncClient(Protocol):
     """vLLM's `VLLMWeightSyncClient`: its four methods, of the same meaning.
 
     `update_weights` is a whole sync, and may take longer than any single call should: no timeout
-    of the client ends it. Who talks to the workers meanwhile has one for each wait.
+    of the client ends it. The transport, which talks to the workers meanwhile, has one for each
+    wait.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
@@ -141,7 +142,7 @@ OPTIONAL_METHODS = (
 
 
 class MethodClient(EngineClient):
-    """Drive an object whose methods have vLLM's names. A subclass says how one is called."""
+    """Drive an object with methods of vLLM's names. A subclass defines how one is called."""
 
     def __init__(self, target: Any, timeout_seconds: float = math.inf) -> None:
         self._target, self.timeout_seconds = target, timeout_seconds

@@ -22,7 +22,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def members(session: int) -> list[int]:
-    """Return the processes of the session whose leader is, or was, the process `session`."""
+    """Return the processes of the session that the process `session` leads, or led."""
     return [pid for pid in _alive(psutil.process_iter()) if _session(pid) == session]
 
 

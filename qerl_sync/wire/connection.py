@@ -156,7 +156,7 @@ class Connection:
         """
         tag = bytearray(TAG_BYTES if self.sealed else 0)
         for buffer in (*buffers, memoryview(tag)):
-            # What was read beyond the message is the beginning of its payload.
+            # `_fill` reads more than it needs: the beginning of the payload may be here already.
             early = min(len(self._received), buffer.nbytes)
             buffer[:early] = self._received[:early]
             del self._received[:early]

@@ -61,7 +61,8 @@ TraceData = Annotated[
     PlainSerializer(Trace.to_json),
 ]
 
-# Of an error, which may name a file: JSON has no bytes that are not UTF-8 (Python's surrogates).
+# An error may name a file with bytes that are not UTF-8. Python keeps those as surrogates, which
+# pydantic refuses to write as JSON: the error itself would be lost.
 ErrorText = Annotated[
     str, AfterValidator(lambda text: text.encode(errors="backslashreplace").decode())
 ]
@@ -75,7 +76,7 @@ class _Message(BaseModel):
 
 
 class TrainerSession(_Message):
-    """Who drives an engine, and since when. A token does not tell: several trainers may know it."""
+    """Identifies the trainer that drives an engine. Several trainers may know the token."""
 
     id: str
     """Equal for all calls of one session, and for those of no other."""
@@ -103,7 +104,7 @@ class TrainerSession(_Message):
 
 
 class Hello(_Message):
-    """Who the worker is, and what both sides must agree on."""
+    """Describes the worker, for the trainer to check that both fit together."""
 
     type: Literal["hello"] = "hello"
     protocol: int
@@ -178,7 +179,7 @@ class Welcome(_Message):
     transport: Way
     timeout_seconds: float
     options: dict[str, Any] = {}
-    """What the transport needs to begin: a probe segment, whether payloads are sealed."""
+    """For the transport to begin with: a probe segment, whether payloads are sealed."""
 
 
 class Ready(_Message):
@@ -220,9 +221,9 @@ class AdapterReply(_Message):
 class SyncRequest(_Message):
     type: Literal["sync_request"] = "sync_request"
     digest: str
-    """Of the plan."""
+    """The plan's."""
     plan: dict[str, Any] | None
-    """Itself, where it is another than in the sync before."""
+    """None where it is that of the sync before."""
     layer_map: str
     """Digest of the layer map that this worker replied."""
     held: list[int] | None
@@ -241,8 +242,8 @@ class SyncRequest(_Message):
 class Accepted(_Message):
     type: Literal["accepted"] = "accepted"
     owned: list[int] | None
-    """Of the held tensors those that this trainer rank is to send; None: all. What several hold,
-    the lowest rank sends."""
+    """Indices of the tensors that this trainer rank is to send; None: all. A tensor that several
+    ranks hold is sent by the lowest of them."""
 
 
 class Chunk(_Message):
@@ -252,11 +253,11 @@ class Chunk(_Message):
     """For each of its tensors, in plan order: the segment and the offset in bytes in it. Empty
     where its bytes follow the message, or come from an object store."""
     pieces: list[int] = []
-    """Where they do: how many tensors, in plan order, each piece of them has."""
+    """The number of tensors in each piece of these bytes, in plan order."""
     in_place: bool = False
     """Its tensors lie where the trainer keeps its parameters, not in a slot."""
     checksums: list[int] = []
-    """Of each of its tensors, in plan order, where the sync is verified by checksums."""
+    """One for each of its tensors, in plan order, where the sync is verified by checksums."""
     changes: list[tuple[int, int]] = []
     """For each of its tensors, in plan order, how many changed elements travel instead of it, and
     the bytes of a place (`wire.mirror`); two zeros: itself. Empty: all of them travel whole."""
@@ -285,8 +286,8 @@ class Report(_Message):
     kept_bytes: int = 0
     mirror_bytes: int = 0
     spans: list[Span] = []
-    """What the worker did when, by its host's clock: all of it where that was asked for, else the
-    processing of the layers that took longest."""
+    """Times by the worker host's clock: of all that it did where that was asked for, else of the
+    layers that took longest to process."""
     quantisation: dict[str, Any] = {}
 
 

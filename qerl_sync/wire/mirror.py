@@ -64,7 +64,7 @@ class Mirror:
         self.version: int | None = None
         places, self.nbytes = offsets(self.metas)
         memory = PrivateMemory(max(self.nbytes, 1))
-        with torch.inference_mode(False):  # else nobody counts what writes to them
+        with torch.inference_mode(False):  # inference tensors have no `_version` to count writes
             self._tensors = {
                 meta.name: memory.tensor(place, meta.shape, getattr(torch, meta.dtype))
                 for meta, place in zip(self.metas, places, strict=True)

@@ -15,7 +15,9 @@ from qerl_sync.buffers.detect import Parents
 from qerl_sync.errors import StaleBaseError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import offsets, spans
+from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.transports.base import SyncResult, WorkerReport
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
@@ -54,7 +56,7 @@ class Piece:
 
 @dataclass
 class StagedChunk:
-    """Where a chunk lies.
+    """A chunk in memory that workers can reach, or that is sent to them.
 
     Attributes:
         places: (segment, offset) of each tensor, by `WorkerConnection.kind`.
@@ -105,7 +107,7 @@ class Staging:
     def __init__(self, kinds: Collection[str], device: torch.device | None = None) -> None:
         self.kinds, self._device = frozenset(kinds), device
         self._sizes: list[int] = []
-        # Of each index what was made: on the "host", on the "device", or both.
+        # By index and place ("host", "device").
         self._slots: list[dict[str, Slot]] = []
         # By kind, the segments that workers know by their numbers.
         self._tables: dict[str, list[Announced]] = {"shm": [], "cuda_ipc": []}
@@ -128,26 +130,23 @@ class Staging:
             for kind, table in self._tables.items()
         }
 
-    def begin(self, options: SyncOptions, parents: Parents, busy_cores: Collection[int]) -> None:
-        """Stage the next sync.
+    def begin(
+        self, plan: SyncPlan, options: SyncOptions, layer_map: LayerMap, busy_cores: Collection[int]
+    ) -> None:
+        """Begin to stage a sync, with the mirror that it needs. Call it before any worker is told.
 
         Args:
-            parents: names a tensor's parent layers, for errors.
+            layer_map: for errors to name a tensor's parent layers.
             busy_cores: CPUs that workers load with. Nothing is copied on them meanwhile.
-        """
-        self._options, self._parents, self._busy_cores = options, parents, busy_cores
-        self.verify_seconds, self.wire_bytes = 0.0, 0
-
-    def open_mirror(self, metas: tuple[ParamMeta, ...], options: SyncOptions) -> None:
-        """Make or reuse the mirror that the next sync needs. Call it before any worker is told.
-
-        Args:
-            metas: the model's tensors, where the sync sends all of them.
 
         Raises:
             StaleBaseError: what was sent with `SyncOptions.changes_from` is not here any more.
-            ConfigError: this host has too little free memory for one.
+            ConfigError: this host has too little free memory for a mirror.
         """
+        self._options, self._parents = options, layer_map.parents_text
+        self._busy_cores = busy_cores
+        self.verify_seconds, self.wire_bytes = 0.0, 0
+        metas = plan.base_metas
         if not options.mirror:
             self.mirror = None
         elif options.changes_from is not None:
@@ -165,7 +164,7 @@ class Staging:
             self.mirror.version = None
 
     def prepare(self, sizes: Sequence[int], readers: Collection[object], *, later: bool) -> None:
-        """Have slots of these sizes that all of `readers` can attach.
+        """Make or keep slots of these sizes that all of `readers` can attach.
 
         Args:
             readers: the connections of the sync, as `unlink` is given them after it.
@@ -258,7 +257,7 @@ class Staging:
     def result(
         self, workers: Sequence[WorkerReport], kinds: Iterable[str], lost: Mapping[str, str] = {}
     ) -> SyncResult:
-        """Return what a sync was whose chunks were staged here. See `SyncResult`.
+        """Return the result of a sync that was staged here.
 
         Args:
             kinds: of each connection, or of each engine.

@@ -246,8 +246,7 @@ class RemoteTransport(Transport):
             assert self._client.store is not None
             self._client.store.require_store(sum(slots))
         if self._own_staging is not None:
-            self._own_staging.begin(options, layer_map.parents_text, self.busy_cores)
-            self._own_staging.open_mirror(plan.base_metas, options)
+            self._own_staging.begin(plan, options, layer_map, self.busy_cores)
         mirror = self._staging.mirror
         if options.base is not None and not self.holds(options.base):
             raise StaleBaseError(  # connected anew since the session has asked
@@ -281,8 +280,8 @@ class RemoteTransport(Transport):
                 )
             )
         self._taken = False
-        # Of several trainer ranks, workers say what each sends. One alone need not wait for that:
-        # it gathers the first chunk while workers open the sync.
+        # With several trainer ranks, workers decide what each sends. One rank alone does not wait
+        # for their answer: it gathers the first chunk while they open the sync.
         self._part: Part = part_of(plan, None)
         if len(self._endpoints) > 1 or indices is not None:
             self._part = part_of(plan, self.await_taken())
@@ -311,7 +310,7 @@ class RemoteTransport(Transport):
         """Block until every worker has loaded what was in the slot that chunk `index` gets.
 
         Returns:
-            Whether they wait for us: they load faster than we stage, or have nothing yet.
+            True if the workers are idle: they load faster than we stage, or have no chunk yet.
         """
         prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self.workers]
         if index < self._chunks_in_flight:
@@ -497,7 +496,8 @@ class RemoteTransport(Transport):
                 for worker in self.workers:
                     worker.send(say.Ping(), PING_SECONDS)
                 for worker in self.workers:
-                    worker.await_pong()
+                    # Without `check_alive`, which asks for the engine's call of the sync before.
+                    worker.skip_to(say.Pong, "a sign of life", PING_SECONDS)
                 return
             except TransportError as exc:
                 self.disconnect()
@@ -560,7 +560,7 @@ class RemoteTransport(Transport):
             authenticated=self._shared_token,
             store=None if self._client is None else self._client.store,
             no_room=self._no_room,
-            # Of several trainer ranks each has a GPU of its own, and none can fall back alone.
+            # With several trainer ranks each has a GPU of its own, and none can fall back alone.
             device=self.slot_device if self.can_fall_back or self._wanted == "cuda_ipc" else None,
         )
         logger.info("%s: %s (%s)", worker.peer, worker.kind, worker.reason)

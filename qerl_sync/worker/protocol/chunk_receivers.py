@@ -200,7 +200,7 @@ class ObjectStoreReceiver(ChunkReceiver):
         mailbox.open_mailbox(key)
 
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
-        mailbox.clear(self._key)
+        mailbox.open_mailbox(self._key)
 
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
         places, _ = offsets(metas)

@@ -32,7 +32,7 @@ from qerl_sync.worker.protocol.chunk_receivers import (
 
 @dataclass(frozen=True)
 class Arrived:
-    """A chunk whose tensors are here."""
+    """A chunk, with its tensors."""
 
     index: int
     tensors: list[torch.Tensor]
@@ -106,7 +106,7 @@ class TrainerConnection(Connection):
 
     def close(self) -> None:
         super().close()
-        with suppress(queue.Empty):  # chunks that nobody will load keep memory mapped
+        with suppress(queue.Empty):  # chunks that will not be loaded keep memory mapped
             while True:
                 self._queue.get_nowait()
         self._free_memory()

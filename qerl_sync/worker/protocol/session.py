@@ -102,7 +102,7 @@ class _AbortRequested(SyncError):
 
 
 class WorkerSession:
-    """Serves one trainer at a time, whose ranks say the same things, each on its connection.
+    """Serves one trainer at a time. Each of its ranks has a connection and says the same.
 
     Opened by a call that knows the token, used by calls that prove it again.
     """
@@ -173,7 +173,7 @@ class WorkerSession:
 
         Raises:
             AgreementError: no trainer is connected, or the call comes from another one.
-            SyncError: the trainer was lost before its first request. Whoever made the call would
+            SyncError: the trainer was lost before its first request. Its engine's client would
                 otherwise take this worker for one that has been synced.
         """
         asked = parse(ServeCall, call)
@@ -211,7 +211,7 @@ class WorkerSession:
         self._connections = []
 
     def _answer(self, requests: list[Item]) -> None:
-        # What one rank alone says for all is taken from rank 0.
+        # Other than syncs, requests are the same from all ranks: rank 0's is taken.
         lead = requests[0]
         self._in_doubt = False
         try:
@@ -344,7 +344,7 @@ class WorkerSession:
         return self._plan, self._layer_map
 
     def _prepare(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> list[Part]:
-        """Decide who sends what, and get the memory for it."""
+        """Return the part that each trainer rank sends, and get memory for it."""
         parts = divide(plan, [request.held for request in requests])
         for rank, (connection, part, request) in enumerate(
             zip(self._connections, parts, requests, strict=True)
