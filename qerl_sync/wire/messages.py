@@ -327,7 +327,7 @@ class Failure(_Message):
     error: str
     """The name of a class in `qerl_sync.errors`."""
     text: ErrorText
-    facts: dict[str, str | int | float | tuple[int, ...]] = {}
+    facts: dict[str, ErrorText | int | float | tuple[int, ...]] = {}
     """The error's attributes."""
 
 
