@@ -129,18 +129,6 @@ class EngineClient(ABC):
         )
 
 
-OPTIONAL_METHODS = (
-    "pause",
-    "resume",
-    "reset_caches",
-    "refuse",
-    "admit",
-    "world_size",
-    "prompt_logprobs",
-    "deliver",
-)
-
-
 class MethodClient(EngineClient):
     """Drive an object with methods of vLLM's names. A subclass defines how one is called."""
 
@@ -223,8 +211,9 @@ def as_engine_client(client: WeightSyncClient, timeout_seconds: float = 300) -> 
     """
     if isinstance(client, EngineClient):
         return client
-    for name in OPTIONAL_METHODS:
-        if hasattr(client, name):
+    required = EngineClient.__abstractmethods__
+    for name, method in vars(EngineClient).items():
+        if inspect.isfunction(method) and name not in required and hasattr(client, name):
             raise ConfigError(
                 f"{type(client).__name__} has {name}, and is no EngineClient: inherit "
                 "qerl_sync.engines.base.EngineClient, so that it is called"

@@ -53,7 +53,6 @@ class Listener(Generic[C]):
         # In progress, oldest first, with the time of their start.
         self._handshakes: dict[socket.socket, float] = {}
         self._changed, self._closed = threading.Condition(), False
-        self.host = host
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._listen, name="qerl-sync listener", daemon=True).start()
 

@@ -39,7 +39,7 @@ from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLostError, SyncError
 from qerl_sync.telemetry.files import read_lines
-from qerl_sync.transports.remote import connection as peers
+from qerl_sync.transports.remote import transport
 from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.wire import endpoints, segments, tokens
 from qerl_sync.wire import messages as say
@@ -288,7 +288,7 @@ class PausingWorkers(EngineClient):
 def test_a_connection_that_was_forgotten_on_the_way_is_renewed_while_the_engine_runs(
     workers, monkeypatch
 ):
-    monkeypatch.setattr(peers, "PING_SECONDS", 0.5)
+    monkeypatch.setattr(transport, "PING_SECONDS", 0.5)
     engine = workers(2)
     with relayed(PausingWorkers(engine)) as (sync, relay):
         sync.push()

@@ -53,7 +53,6 @@ class JointTransport(Transport):
         # Ranks meet before each chunk. With a single chunk, a rank that fails would be noticed only
         # after everything was gathered.
         self.chunk_bytes = own.chunk_bytes or Transport.chunk_bytes
-        self.busy_cores = ()
         self.leads = ranks.rank == 0
         self.shares_engine = own.shares_engine
         self._own_map: LayerMap | None = None

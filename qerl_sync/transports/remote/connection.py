@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 Job = tuple[say.Chunk, list[torch.Tensor], Stopwatch]
 
-# How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
-# interpreter with vLLM. One that takes longer is connected anew.
-PING_SECONDS = 10.0
 PROBE_BYTES = 32
 
 

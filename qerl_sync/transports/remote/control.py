@@ -138,6 +138,7 @@ class EngineControl:
         """Send End to the workers, and block until their threads are the engine's again."""
         for worker in workers:
             worker.tell(say.End())
+        # From here on the workers' threads are vLLM's: `abort` would wait for answers in vain.
         self.in_session = False
         if self._call is not None and self._client is not None:
             # vLLM's server does not answer a call in which its engine has died.

@@ -26,7 +26,7 @@ from qerl_sync.transports.base import (
     require_emptied,
 )
 from qerl_sync.transports.remote.compatibility import require_protocol, require_same_map
-from qerl_sync.transports.remote.connection import PING_SECONDS, WorkerConnection, choose_transport
+from qerl_sync.transports.remote.connection import WorkerConnection, choose_transport
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
 from qerl_sync.transports.remote.listener import admit_workers, reject
 from qerl_sync.transports.remote.staging import StagedChunk, Staging, why_whole
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
+
+# How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
+# interpreter with vLLM. One that takes longer is connected anew.
+PING_SECONDS = 10.0
 
 
 class RemoteTransport(Transport):

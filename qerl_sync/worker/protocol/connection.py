@@ -34,11 +34,8 @@ from qerl_sync.worker.protocol.chunk_receivers import (
 class Arrived:
     """A chunk, with its tensors."""
 
-    index: int
+    chunk: say.Chunk
     tensors: list[torch.Tensor]
-    in_place: bool
-    checksums: list[int]
-    changes: list[tuple[int, int]]
 
 
 class TrainerConnection(Connection):
@@ -142,6 +139,8 @@ class TrainerConnection(Connection):
     def _read(self) -> None:
         try:
             while True:
+                # Hours may pass between two syncs. The end of the connection ends this wait; the
+                # kernel's probes find a dead host (`wire.connection`).
                 message = self.receive(math.inf, "the trainer's next message")
                 if isinstance(message, say.Ping):
                     self.tell(say.Pong())
@@ -150,11 +149,7 @@ class TrainerConnection(Connection):
                         raise TransportError(f"chunk {index} arrived, which no sync awaits")
                     metas = travelling(self.expected[index], message.changes)
                     tensors = self.chunk_receiver.fetch(message, metas)
-                    self._queue.put(
-                        Arrived(
-                            index, tensors, message.in_place, message.checksums, message.changes
-                        )
-                    )
+                    self._queue.put(Arrived(message, tensors))
                     del tensors  # the loader gives them up while this thread waits for the next
                 else:
                     self._queue.put(message)

@@ -405,26 +405,26 @@ class WorkerSession:
         found: dict[str, torch.Tensor] = {}
         reported: dict[str, int] = {}
         for i, one in arrived.items():
-            if one.index != index:
-                raise TransportError(f"chunk {one.index} arrived where {index} was next")
+            sent, tensors = one.chunk, one.tensors
+            if sent.index != index:
+                raise TransportError(f"chunk {sent.index} arrived where {index} was next")
             names = [meta.name for meta in senders[i]]
-            tensors = one.tensors
             if mirror is not None:
                 with clock("load", f"changes of chunk {index}"):
-                    tensors = mirror.apply(senders[i], tensors, one.changes)
-            elif one.changes:
+                    tensors = mirror.apply(senders[i], tensors, sent.changes)
+            elif sent.changes:
                 raise TransportError(
                     f"chunk {index} brings changed elements, and this sync has no mirror for them"
                 )
             found |= zip(names, tensors, strict=True)
             if checksums:
-                if len(one.checksums) != len(names):
+                if len(sent.checksums) != len(names):
                     raise TransportError(
                         f"chunk {index} has {len(names)} tensors and came with "
-                        f"{len(one.checksums)} checksums"
+                        f"{len(sent.checksums)} checksums"
                     )
-                reported |= zip(names, one.checksums, strict=True)
-        in_place = [i in arrived and arrived[i].in_place for i in range(len(parts))]
+                reported |= zip(names, sent.checksums, strict=True)
+        in_place = [i in arrived and arrived[i].chunk.in_place for i in range(len(parts))]
         mirrored = [name for name in found if mirror is not None and name in mirror]
         writes = {name: found[name]._version for name in mirrored}
         del arrived, one, tensors  # they refer to the tensors, whose references are counted below
