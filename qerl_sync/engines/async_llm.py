@@ -69,8 +69,8 @@ class AsyncLLMClient(MethodClient):
         async def add_request(*arguments: Any, **options: Any) -> None:
             refuse()
 
-        # Of this object alone. Its own `generate` and `encode` would raise EngineGenerateError,
-        # without a text, in place of what `add_request` raises.
+        # Patches this object alone. Its own `generate` and `encode` would turn what `add_request`
+        # raises into an EngineGenerateError without a text.
         vars(self.engine).update(add_request=add_request, generate=refuse, encode=refuse)
 
     def admit(self) -> None:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, InvalidStateError, wait
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 from qerl_sync.errors import (
@@ -30,7 +31,7 @@ PauseMode = Literal["keep", "wait", "abort"]
 
 # How often to ask, during a call, whether its engine still lives.
 POLL_SECONDS = 0.2
-# What errors call an engine that is driven by calls in Python.
+# The name, in errors, of an engine that is driven by calls in Python.
 ENGINE = "the vLLM engine"
 
 
@@ -38,7 +39,8 @@ class WeightSyncClient(Protocol):
     """vLLM's `VLLMWeightSyncClient`: its four methods, of the same meaning.
 
     `update_weights` is a whole sync, and may take longer than any single call should: no timeout
-    of the client ends it. Who talks to the workers meanwhile has one for each wait.
+    of the client ends it. The transport, which talks to the workers meanwhile, has one for each
+    wait.
     """
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None: ...
@@ -127,20 +129,8 @@ class EngineClient(ABC):
         )
 
 
-OPTIONAL_METHODS = (
-    "pause",
-    "resume",
-    "reset_caches",
-    "refuse",
-    "admit",
-    "world_size",
-    "prompt_logprobs",
-    "deliver",
-)
-
-
 class MethodClient(EngineClient):
-    """Drive an object whose methods have vLLM's names. A subclass says how one is called."""
+    """Drive an object with methods of vLLM's names. A subclass defines how one is called."""
 
     def __init__(self, target: Any, timeout_seconds: float = math.inf) -> None:
         self._target, self.timeout_seconds = target, timeout_seconds
@@ -189,7 +179,13 @@ class FourMethodClient(MethodClient):
 
     def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         with translating(method):
-            return getattr(self._target, method)(*arguments, **options)
+            # vLLM's client for Ray waits without end for an actor that hangs.
+            answer = in_thread(
+                method, partial(getattr(self._target, method), *arguments, **options)
+            )
+            if ends_within(answer, self._seconds(method)):
+                return answer.result()
+            raise timed_out(ENGINE, method, self.timeout_seconds)
 
 
 def vllm_request(name: str, info: dict[str, Any]) -> Any:
@@ -203,8 +199,11 @@ def vllm_request(name: str, info: dict[str, Any]) -> Any:
     return kinds[name](**{name: info})
 
 
-def as_engine_client(client: WeightSyncClient) -> EngineClient:
+def as_engine_client(client: WeightSyncClient, timeout_seconds: float = 300) -> EngineClient:
     """Return `client`, adapted if it has vLLM's four methods only.
+
+    Args:
+        timeout_seconds: of each of these methods but `update_weights`, when called by the adapter.
 
     Raises:
         ConfigError: it has others of EngineClient's and does not declare them by inheriting it.
@@ -212,13 +211,14 @@ def as_engine_client(client: WeightSyncClient) -> EngineClient:
     """
     if isinstance(client, EngineClient):
         return client
-    for name in OPTIONAL_METHODS:
-        if hasattr(client, name):
+    required = EngineClient.__abstractmethods__
+    for name, method in vars(EngineClient).items():
+        if inspect.isfunction(method) and name not in required and hasattr(client, name):
             raise ConfigError(
                 f"{type(client).__name__} has {name}, and is no EngineClient: inherit "
                 "qerl_sync.engines.base.EngineClient, so that it is called"
             )
-    return FourMethodClient(client)
+    return FourMethodClient(client, timeout_seconds)
 
 
 # Sampling parameters of a request that asks for nothing but the prompt's log-probabilities.

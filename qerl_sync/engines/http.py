@@ -106,7 +106,8 @@ class HTTPClient(EngineClient):
     def refuse(self, reason: str) -> None:
         try:
             with suppress(RouteMissingError):  # without the serving guard middleware they wait
-                self._post("qerl_sync/refuse", {"reason": reason})
+                # vLLM's errors may be long, and the middleware takes no body above 16 KiB.
+                self._post("qerl_sync/refuse", {"reason": reason[:1000]})
         except SyncError as exc:
             logger.warning("requests to %s are not told why they wait: %s", self, exc)
 

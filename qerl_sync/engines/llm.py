@@ -1,4 +1,4 @@
-"""Drive a `vllm.LLM` whose engine runs in this process or in its own."""
+"""Drive a `vllm.LLM`, with its engine in this process or in one of its own."""
 
 from __future__ import annotations
 
@@ -32,9 +32,8 @@ class LLMClient(MethodClient):
         with SyncSession(source, RemoteTransport(LLMClient(llm)), config) as session:
             session.push(step=1)
 
-    An engine in this process does nothing while nobody calls `generate`, so there pausing has
-    nothing to do, and no timeout can end a call. One thread at a time may use `llm`, whether here
-    or by `generate`.
+    An engine in this process runs within `generate` only, so there pausing has nothing to do, and
+    no timeout can end a call. One thread at a time may use `llm`, whether here or by `generate`.
 
     Args:
         llm: as its user made it, with weight_transfer_config={"backend": "qerl"}.
@@ -67,7 +66,7 @@ class LLMClient(MethodClient):
         return forget_caches(self._call, running=running)
 
     def refuse(self, reason: str) -> None:
-        # Of this object alone: all ways to ask a `LLM` for something come by here.
+        # Patches this object alone. Every request to a `LLM` goes through it.
         self.llm.llm_engine.add_request = refusal(reason)
 
     def admit(self) -> None:

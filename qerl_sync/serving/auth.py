@@ -15,9 +15,10 @@ The paths are compared character by character. Starlette's router takes some oth
 same route (`/pause` and a line feed); those are refused, not resolved, so that no difference
 between its rules and ours opens a route.
 
-The token keeps out who does not know it, and no more:
+The token keeps out clients that do not know it, and no more:
 
-- Nothing is encrypted, and a proof is the same each time: who can read the traffic can repeat it.
+- Nothing is encrypted, and a proof is the same each time: a client that reads the traffic can
+  repeat it.
   The connection between trainer and workers can be read, but not repeated (`wire.connection`).
 - vLLM's own backends know no token: these routes alone are protected, and not what goes between
   trainer and workers. Workers of `qerl_nccl` and `qerl_ipc` ask for it too, in the calls that
@@ -60,7 +61,7 @@ GENERATING = frozenset(
         "/v2/rerank",
     }
 )
-# Those that compute without the model, and `cancel`, whose sender knows the request's secret id.
+# Routes that compute without the model, and `cancel`, which needs the request's secret id.
 PREPARING = frozenset(
     {
         "/tokenize",
@@ -115,7 +116,7 @@ OPEN = {
     "POST": _any_of(GENERATING | PREPARING),
     "GET": _any_of(READING),
     "HEAD": _any_of(READING),
-    # What browsers ask before they POST; no route of vLLM answers it.
+    # Browsers ask with it before they POST; no route of vLLM answers it.
     "OPTIONS": re.compile(".*"),
 }
 

@@ -37,7 +37,7 @@ SWITCHES = {
     "data_parallel_multi_port_external_lb",
     "disable_log_stats",
 }
-# Of the server itself. Given once more they would win, and it would not be where we look for it.
+# vLLM takes the last value of an option: with these the server would not be where we look for it.
 OWNED_FLAGS = ("--model", "--host", "--port", "--uds", "--ssl-keyfile", "--ssl-certfile")
 
 
@@ -106,7 +106,7 @@ def server_argv(spec: ServerSpec, port: int) -> list[str]:
         # Without a backend too: collective_rpc, sleep and the like are there all the same.
         "middleware": middleware.NAME,
     }
-    # Its way of being started is said to go away, to everybody who starts it so.
+    # vLLM warns that this way of starting it is deprecated.
     python = [sys.executable, "-W", "ignore::DeprecationWarning"]
     return [*python, "-m", MODULE, *options({**ours, **spec.engine}), *spec.extra]
 

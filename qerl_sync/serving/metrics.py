@@ -31,7 +31,7 @@ def _metrics() -> dict[str, Any]:
 
 def committed(version: object) -> None:
     _metrics()["qerl_sync_server_syncs"].inc()
-    with suppress(TypeError, ValueError):  # a trainer of somebody else's may name it by words
+    with suppress(TypeError, ValueError):  # another library's trainer may give it a name
         _metrics()["qerl_sync_server_weight_version"].set(float(str(version)))
 
 

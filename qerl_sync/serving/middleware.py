@@ -25,8 +25,8 @@ A commit is a `finish_weight_update` with a weight version that vLLM has answere
 trainers give one only when every worker has loaded all weights. A finish without a version opens
 nothing: a failed sync ends with it, and a new trainer closes a dead trainer's update with it.
 `resume` does not open the state `told` either: code that resumes in a `finally` would end the
-engine, whose poisoned model does not run. If a failed sync left the engine untouched, or the old
-weights were restored, the trainer resumes and admits.
+engine, since its poisoned model does not run. If a failed sync left the engine untouched, or the
+old weights were restored, the trainer resumes and admits.
 
 During a pause without an update requests wait, as in vLLM alone. They also wait during a control
 call: its trainer is alive, or the worker gives up on it. `/pause?mode=wait` may take minutes and
@@ -236,7 +236,7 @@ class ServingGuardMiddleware:
 
         async def answer(message: Message) -> None:
             nonlocal left
-            # Servers report those as gone, too, who have had their answer.
+            # A server reports a client as disconnected, too, once it has its whole response.
             if message["type"] == "http.response.start":
                 left = leaving.done()
             await send(message)

@@ -22,8 +22,13 @@ def descendants(pid: int) -> list[int]:
 
 
 def members(session: int) -> list[int]:
-    """Return the processes of the session whose leader is, or was, the process `session`."""
-    return [pid for pid in _alive(psutil.process_iter()) if _session(pid) == session]
+    """Return the processes of the session that the process `session` leads, or led."""
+    found = []
+    for pid in _alive(psutil.process_iter()):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if os.getsid(pid) == session:
+                found.append(pid)
+    return found
 
 
 def is_resource_tracker(pid: int) -> bool:
@@ -60,9 +65,3 @@ def _alive(processes: Iterable[psutil.Process]) -> Iterator[int]:
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
             if process.status() not in ENDED:
                 yield process.pid
-
-
-def _session(pid: int) -> int | None:
-    with contextlib.suppress(OSError):
-        return os.getsid(pid)
-    return None

@@ -131,7 +131,8 @@ class ServerProcess:
         guard, self._guard = self._guard, None
         try:
             guard.terminate()
-            # Until it is ready vLLM does not hear SIGTERM, and has nothing to end in good order.
+            # Before it is ready vLLM ignores SIGTERM, and has nothing to end in good order. The
+            # guard kills it at the second signal.
             if not self._is_ready:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     guard.wait(STARTING_GRACE_SECONDS)
@@ -140,7 +141,7 @@ class ServerProcess:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            # What the guard has left, should it have been killed itself.
+            # If the guard was killed itself, it has left processes behind.
             left = members(guard.pid)
             if guard.poll() is None or left:
                 kill(pid for pid in left if not is_resource_tracker(pid))

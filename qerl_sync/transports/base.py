@@ -1,4 +1,4 @@
-"""Define what a session needs of the way to the workers."""
+"""Define the transport: the way from a session to the workers."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class WorkerReport:
 
 
 def require_emptied(connector: str, keeps: str) -> None:
-    """Refuse an engine whose connector would reuse old weights' work after a sync.
+    """Refuse an engine with a connector that would reuse old weights' work after a sync.
 
     Args:
         connector: the name of its connector; empty if it has none.

@@ -91,7 +91,7 @@ class Connection:
 
         Raises:
             PeerLostError: the other side has closed the connection or died.
-            TransportTimeout: it does not read.
+            TransportTimeout: it does not read. The connection is ended.
         """
         what = f"sending {message.type!r}"
         frame = encode(message)
@@ -105,6 +105,10 @@ class Connection:
                 tag = self._own_tags.next(*payload) if self.sealed else b""
                 for part in (*payload, memoryview(tag)):
                     self._write(part, timeout_seconds, what)
+        except BaseException:
+            # The other side takes whatever follows for the rest of this frame.
+            self.cut_off()
+            raise
         finally:
             self._sending.release()
 
@@ -152,7 +156,7 @@ class Connection:
         """
         tag = bytearray(TAG_BYTES if self.sealed else 0)
         for buffer in (*buffers, memoryview(tag)):
-            # What was read beyond the message is the beginning of its payload.
+            # `_fill` reads more than it needs: the beginning of the payload may be here already.
             early = min(len(self._received), buffer.nbytes)
             buffer[:early] = self._received[:early]
             del self._received[:early]
@@ -243,8 +247,12 @@ class Connection:
         what: str,
         check_alive: Callable[[], None] = lambda: None,
     ) -> None:
-        poll = self._poller(event, what)
-        while not poll.poll(1000 * min(_GLANCE_SECONDS, max(deadline - time.monotonic(), 0.0))):
+        while True:
+            # Anew each time: a poll holds the descriptor's number, which belongs to the next file
+            # that is opened once another thread has closed the connection.
+            poll = self._poller(event, what)
+            if poll.poll(1000 * min(_GLANCE_SECONDS, max(deadline - time.monotonic(), 0.0))):
+                return
             check_alive()
             if time.monotonic() >= deadline:
                 raise self._too_slow(what, given)

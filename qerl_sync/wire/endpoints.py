@@ -1,4 +1,4 @@
-"""Where trainer and workers meet: endpoints, the trainer's listener, a worker's way to it."""
+"""Connect workers to the trainer: endpoints, the trainer's listener, a worker's client."""
 
 from __future__ import annotations
 
@@ -50,10 +50,9 @@ class Listener(Generic[C]):
         self._socket = close_in_children(_bound(host, port))
         self._token, self._kind = token, kind
         self._accepted: queue.SimpleQueue[C] = queue.SimpleQueue()
-        # Those in progress, oldest first, with their start.
+        # In progress, oldest first, with the time of their start.
         self._handshakes: dict[socket.socket, float] = {}
         self._changed, self._closed = threading.Condition(), False
-        self.host = host
         self.port: int = self._socket.getsockname()[1]
         threading.Thread(target=self._listen, name="qerl-sync listener", daemon=True).start()
 

@@ -14,14 +14,14 @@ import weakref
 from contextlib import suppress
 from typing import TypeVar
 
-# Of these `close` closes the descriptor and does nothing else.
+# Types whose `close` closes the descriptor and does nothing else.
 C = TypeVar("C", socket.socket, io.FileIO)
 
 _OPEN: weakref.WeakSet[socket.socket | io.FileIO] = weakref.WeakSet()
 
 
 def close_in_children(held: C) -> C:
-    """Have every process that is forked from this one close `held`. Return it.
+    """Register `held` to be closed in every process that is forked from this one. Return it.
 
     A process that is started by exec inherits nothing: Python's descriptors close on exec.
     """

@@ -59,19 +59,19 @@ class _Call(BaseModel):
 
 
 class ConnectCall(_Call):
-    """Where the trainer's ranks listen, and a proof that the call is the trainer's."""
+    """Has the worker connect to each rank of the trainer."""
 
     endpoints: Annotated[list[str], Field(min_length=1)]
     """`host:port` of each trainer rank, in rank order; an IPv6 address in brackets."""
     proof: str
-    """Shows that who sends this knows the token."""
+    """Proves that the caller knows the token."""
     session: TrainerSession
     """The worker keeps it while the trainer is connected, and refuses every other one."""
     token: str = ""
     """The secret of both sides. Empty where the worker has its own, in the environment variable
     QERL_SYNC_TOKEN; it then never travels."""
     timeout_seconds: Annotated[float, Field(gt=0)] = 300.0
-    """How long either side waits for the other."""
+    """The longest that either side waits for the other."""
 
     def require_token(self) -> str:
         """Return the token.
@@ -92,7 +92,7 @@ class ConnectCall(_Call):
 
 
 class ServeCall(_Call):
-    """Shows that the trainer asks for the worker's thread."""
+    """Gives the trainer the worker's thread."""
 
     number: int
     """Counts its calls, so that none can be repeated."""
@@ -100,19 +100,19 @@ class ServeCall(_Call):
 
 
 class _Said(BaseModel):
-    # What another version says besides must not hide that it is another.
+    # Fields that another version adds must not fail before the versions are compared.
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class Introduction(_Said):
     protocol: int
     version: str
-    """Of qerl-sync."""
+    """qerl-sync's."""
     expected: dict[str, str | int | None] = {}
-    """What every worker must say of itself, by the names of `wire.messages.Hello`."""
+    """Values that every worker must have, by the names of `wire.messages.Hello`."""
     session: TrainerSession
     proof: str = ""
-    """Shows that the trainer knows the token, for these words and vLLM's; empty: it has none."""
+    """Proves that the trainer knows the token, for this call alone; empty: it has none."""
 
 
 class Call(_Said):

@@ -1,4 +1,4 @@
-"""Know the machine that trainer and workers may share: which it is, and whose CPUs are whose."""
+"""Identify this machine, and keep a trainer's threads off the CPUs that its workers load with."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def own_cores() -> frozenset[int]:
 def avoid_cores(cores: Collection[int]) -> Iterator[None]:
     """Keep the calling thread, and threads that it starts, off these CPUs in this context.
 
-    vLLM binds a CPU worker to cores. The scheduler knows no such bond for a trainer, and where it
-    runs one on a worker's core, the worker can go nowhere and stands still; others idle.
+    vLLM binds a CPU worker to cores, and a trainer to none. Where the scheduler runs the trainer on
+    a worker's core, the worker cannot move to another one, and waits while other cores idle.
 
     Nothing is done where no CPU is left to the thread.
     """

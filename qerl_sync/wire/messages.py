@@ -36,6 +36,7 @@ from datetime import datetime, timezone
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -60,6 +61,12 @@ TraceData = Annotated[
     PlainSerializer(Trace.to_json),
 ]
 
+# An error may name a file with bytes that are not UTF-8. Python keeps those as surrogates, which
+# pydantic refuses to write as JSON: the error itself would be lost.
+ErrorText = Annotated[
+    str, AfterValidator(lambda text: text.encode(errors="backslashreplace").decode())
+]
+
 # How bytes get to a worker in another process.
 Way = Literal["cuda_ipc", "shm", "tcp", "ray"]
 
@@ -69,7 +76,7 @@ class _Message(BaseModel):
 
 
 class TrainerSession(_Message):
-    """Who drives an engine, and since when. A token does not tell: several trainers may know it."""
+    """Identifies the trainer that drives an engine. Several trainers may know the token."""
 
     id: str
     """Equal for all calls of one session, and for those of no other."""
@@ -97,7 +104,7 @@ class TrainerSession(_Message):
 
 
 class Hello(_Message):
-    """Who the worker is, and what both sides must agree on."""
+    """Describes the worker, for the trainer to check that both fit together."""
 
     type: Literal["hello"] = "hello"
     protocol: int
@@ -130,7 +137,7 @@ class Hello(_Message):
     """The weight version last committed here; 0 if none."""
     instance: str = ""
     """Names the worker's model among all that ever were: of another process, another one."""
-    poisoned: str | None
+    poisoned: ErrorText | None
     connector: str = ""
     """vLLM's connector that keeps keys and values, or embeddings, outside of the engine."""
     connector_keeps: str = ""
@@ -172,7 +179,7 @@ class Welcome(_Message):
     transport: Way
     timeout_seconds: float
     options: dict[str, Any] = {}
-    """What the transport needs to begin: a probe segment, whether payloads are sealed."""
+    """For the transport to begin with: a probe segment, whether payloads are sealed."""
 
 
 class Ready(_Message):
@@ -214,9 +221,9 @@ class AdapterReply(_Message):
 class SyncRequest(_Message):
     type: Literal["sync_request"] = "sync_request"
     digest: str
-    """Of the plan."""
+    """The plan's."""
     plan: dict[str, Any] | None
-    """Itself, where it is another than in the sync before."""
+    """None where it is that of the sync before."""
     layer_map: str
     """Digest of the layer map that this worker replied."""
     held: list[int] | None
@@ -235,8 +242,8 @@ class SyncRequest(_Message):
 class Accepted(_Message):
     type: Literal["accepted"] = "accepted"
     owned: list[int] | None
-    """Of the held tensors those that this trainer rank is to send; None: all. What several hold,
-    the lowest rank sends."""
+    """Indices of the tensors that this trainer rank is to send; None: all. A tensor that several
+    ranks hold is sent by the lowest of them."""
 
 
 class Chunk(_Message):
@@ -246,11 +253,11 @@ class Chunk(_Message):
     """For each of its tensors, in plan order: the segment and the offset in bytes in it. Empty
     where its bytes follow the message, or come from an object store."""
     pieces: list[int] = []
-    """Where they do: how many tensors, in plan order, each piece of them has."""
+    """The number of tensors in each piece of these bytes, in plan order."""
     in_place: bool = False
     """Its tensors lie where the trainer keeps its parameters, not in a slot."""
     checksums: list[int] = []
-    """Of each of its tensors, in plan order, where the sync is verified by checksums."""
+    """One for each of its tensors, in plan order, where the sync is verified by checksums."""
     changes: list[tuple[int, int]] = []
     """For each of its tensors, in plan order, how many changed elements travel instead of it, and
     the bytes of a place (`wire.mirror`); two zeros: itself. Empty: all of them travel whole."""
@@ -279,8 +286,8 @@ class Report(_Message):
     kept_bytes: int = 0
     mirror_bytes: int = 0
     spans: list[Span] = []
-    """What the worker did when, by its host's clock: all of it where that was asked for, else the
-    processing of the layers that took longest."""
+    """Times by the worker host's clock: of all that it did where that was asked for, else of the
+    layers that took longest to process."""
     quantisation: dict[str, Any] = {}
 
 
@@ -297,7 +304,7 @@ class Committed(_Message):
 
 class Abort(_Message):
     type: Literal["abort"] = "abort"
-    reason: str
+    reason: ErrorText
     keep_old: bool = True
     """No worker can have committed: with `on_failure: rollback` go back to the old version."""
 
@@ -306,12 +313,12 @@ class Invalidate(_Message):
     """Poison the worker: what was committed is wrong. The answer is Aborted."""
 
     type: Literal["invalidate"] = "invalidate"
-    reason: str
+    reason: ErrorText
 
 
 class Aborted(_Message):
     type: Literal["aborted"] = "aborted"
-    poisoned: str | None
+    poisoned: ErrorText | None
     """Why the worker refuses to run; None: it was not touched and goes on with what it has."""
 
 
@@ -319,8 +326,8 @@ class Failure(_Message):
     type: Literal["failure"] = "failure"
     error: str
     """The name of a class in `qerl_sync.errors`."""
-    text: str
-    facts: dict[str, str | int | float | tuple[int, ...]] = {}
+    text: ErrorText
+    facts: dict[str, ErrorText | int | float | tuple[int, ...]] = {}
     """The error's attributes."""
 
 

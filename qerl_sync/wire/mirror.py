@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from qerl_sync.errors import TransportError
+from qerl_sync.errors import ConfigError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.plan.staging import offsets
 from qerl_sync.wire.segments import PrivateMemory
@@ -36,6 +36,16 @@ def mirror_bytes(metas: Iterable[ParamMeta]) -> int:
     return offsets(metas)[1]
 
 
+def require_mirror_room(metas: Iterable[ParamMeta], where: str, free_bytes: int) -> None:
+    """Raise ConfigError if a mirror of these tensors takes more host memory than is free there."""
+    needed_bytes = mirror_bytes(metas)
+    if needed_bytes > free_bytes:
+        raise ConfigError(
+            f"sync.delta: elements keeps what was sent last on {where}, {needed_bytes:,} bytes, "
+            f"and its host has {free_bytes:,} free; choose sync.delta: layers"
+        )
+
+
 class Mirror:
     """The values of the last sync in host memory, to compare with or to put changes into.
 
@@ -54,7 +64,7 @@ class Mirror:
         self.version: int | None = None
         places, self.nbytes = offsets(self.metas)
         memory = PrivateMemory(max(self.nbytes, 1))
-        with torch.inference_mode(False):  # else nobody counts what writes to them
+        with torch.inference_mode(False):  # inference tensors have no `_version` to count writes
             self._tensors = {
                 meta.name: memory.tensor(place, meta.shape, getattr(torch, meta.dtype))
                 for meta, place in zip(self.metas, places, strict=True)

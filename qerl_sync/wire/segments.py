@@ -134,8 +134,8 @@ class AttachedSegment:
         return self._map[offset : offset + nbytes]
 
     def map_pages(self, offset: int, nbytes: int) -> None:
-        """Have these pages at hand before they are read: a fault for each costs half as much as
-        loading what is in it. Older kernels do nothing."""
+        """Map these pages before they are read: a page fault for each costs half as much as loading
+        its content. Kernels before Linux 5.14 do nothing."""
         start = offset - offset % mmap.PAGESIZE
         if nbytes:
             # Through ctypes, which lets other threads run meanwhile: `mmap.madvise` does not.
@@ -204,7 +204,7 @@ def remove_abandoned() -> list[str]:
     removed = []
     for path in (*DIRECTORY.glob(f"{PREFIX}*"), *DIRECTORY.glob(f".{PREFIX}*")):
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
-            # One whose name begins with a dot is being made: it gets its lock in a moment.
+            # A name that begins with a dot: the file is being made, and gets its lock in a moment.
             young = time.time() - path.stat().st_mtime <= BIRTH_SECONDS
             if path.name.startswith(".") and young:
                 continue
@@ -231,6 +231,7 @@ def free_bytes() -> int:
 
 def require_room(nbytes: int) -> None:
     """Raise NoRoomError if /dev/shm has less."""
+    remove_abandoned()
     if nbytes > free_bytes():
         raise _no_room(nbytes)
 

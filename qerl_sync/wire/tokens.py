@@ -17,10 +17,10 @@ TRAINER, WORKER = "trainer", "worker"
 # A token that trainer and workers share beforehand; without it the trainer makes one up and sends
 # it with its first call.
 TOKEN_VARIABLE = "QERL_SYNC_TOKEN"
-# Of a request over HTTP that changes or controls an engine: proof(token, "http", "/pause").
+# A header of HTTP requests that change or control an engine: proof(token, "http", "/pause").
 PROOF_HEADER = "x-qerl-sync-proof"
 
-# Of a whole handshake, however its bytes trickle in.
+# The longest that a whole handshake may take.
 HANDSHAKE_SECONDS = 5.0
 _NONCE = 32
 
@@ -82,8 +82,8 @@ def _seal(token: str, role: str, nonces: bytes) -> bytes:
 def _exactly(connection: socket.socket, size: int, deadline: float) -> bytes:
     data = b""
     while len(data) < size:
-        # One deadline for the whole handshake: a wait that began anew with each byte would let a
-        # stranger hold its thread for minutes.
+        # One deadline for the whole handshake: with one for each byte a client that sends a byte at
+        # a time would hold its thread for minutes.
         connection.settimeout(max(deadline - time.monotonic(), 0.001))
         more = connection.recv(size - len(data))
         if not more:

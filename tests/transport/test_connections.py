@@ -39,13 +39,14 @@ from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.http import HTTPClient
 from qerl_sync.errors import AgreementError, IntegrityError, NoRoomError, PeerLostError, SyncError
 from qerl_sync.telemetry.files import read_lines
-from qerl_sync.transports.remote import connection as peers
+from qerl_sync.transports.remote import transport
 from qerl_sync.transports.remote.connection import WorkerConnection
 from qerl_sync.wire import endpoints, segments, tokens
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.endpoints import Listener, connect, format_endpoint, parse_endpoint
 from qerl_sync.wire.segments import remove_abandoned
+from qerl_sync.worker.protocol.connection import TrainerConnection
 
 HOST = "127.0.0.1"
 SOON_SECONDS = 8.0
@@ -62,6 +63,22 @@ def relayed(engine: Workers, **options) -> Iterator[tuple[SyncSession, Relay]]:
             yield sync, relay
     finally:
         relay.close()
+
+
+def test_the_reading_thread_of_a_closed_connection_ends_whatever_is_opened_next(listener):
+    worker = connect(HOST, listener.port, "secret", 5, TrainerConnection)
+    with listener.accept(5):
+        before = set(threading.enumerate())
+        worker.read_ahead(5)
+        (inbox,) = set(threading.enumerate()) - before
+        time.sleep(0.05)  # it polls the descriptor
+        number = worker._connection.fileno()
+        worker.close()
+        reused = socket.socketpair()
+        with reused[0], reused[1]:
+            assert number in [one.fileno() for one in reused]
+            inbox.join(SOON_SECONDS)
+            assert not inbox.is_alive()
 
 
 # --------------------------------------------------------------------------------- forked children
@@ -271,7 +288,7 @@ class PausingWorkers(EngineClient):
 def test_a_connection_that_was_forgotten_on_the_way_is_renewed_while_the_engine_runs(
     workers, monkeypatch
 ):
-    monkeypatch.setattr(peers, "PING_SECONDS", 0.5)
+    monkeypatch.setattr(transport, "PING_SECONDS", 0.5)
     engine = workers(2)
     with relayed(PausingWorkers(engine)) as (sync, relay):
         sync.push()

@@ -712,6 +712,14 @@ class TestClient:
             HTTPClient(url).admit()
             assert answers.asked == [(routes[0], {"reason": "why"}), (routes[1], None)]
 
+    def test_a_long_reason_is_taken(self, server):
+        with answering() as (url, answers):
+            answers.by_route = {"POST /qerl_sync/refuse": (200, "{}")}
+            HTTPClient(url).refuse("é" * MAX_BODY_BYTES)
+        ((_, told),) = answers.asked
+        assert server.ask("POST", "/qerl_sync/refuse", told) == 200
+        assert not server.is_open
+
     def test_a_server_without_the_gate(self, caplog):
         with answering() as (url, answers):
             HTTPClient(url).refuse("why")

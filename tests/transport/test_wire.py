@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from support.loaders import (
     NEW,
     OLD,
     TIMEOUT_SECONDS,
+    HashedSource,
+    KeepingLoader,
     TensorSource,
     Workers,
     lets_in,
@@ -42,11 +45,13 @@ from qerl_sync import (
     TransportError,
     share_parameters,
 )
+from qerl_sync.build import remote_transport
 from qerl_sync.engines.base import EngineClient
 from qerl_sync.errors import (
     AgreementError,
     CoverageError,
     EngineTakenError,
+    LoadError,
     NoRoomError,
     PeerLostError,
     PlanError,
@@ -58,6 +63,7 @@ from qerl_sync.serving.processes import descendants
 from qerl_sync.transports.remote import compatibility as agreement
 from qerl_sync.transports.remote import control, transport
 from qerl_sync.transports.remote.connection import WorkerConnection
+from qerl_sync.transports.remote.staging import Staging
 from qerl_sync.wire import connection as wire
 from qerl_sync.wire import endpoints, segments, tokens
 from qerl_sync.wire import messages as say
@@ -371,6 +377,13 @@ def test_waits_end(listener):
             trainer.receive(0.2, "a word")
         with pytest.raises(TransportTimeout):
             trainer.send(say.Abort(reason="x" * (64 << 20)), 0.3)  # nobody reads
+        # Half of a message has left: a second one would be taken for the rest of it.
+        started = time.monotonic()
+        with pytest.raises(PeerLostError):
+            trainer.send(say.End(), 5)
+        assert time.monotonic() - started < 1
+        with pytest.raises(PeerLostError):
+            worker.receive(5, "a word")
     trainer, worker = pair(listener)
     with trainer:
         worker.close()
@@ -824,6 +837,75 @@ def test_a_trainer_that_dies_leaves_poisoned_workers_to_the_next_one(workers, ca
     first.close()
 
 
+class RestoringLoader(KeepingLoader):
+    """`on_failure: rollback`: goes back to the old version where that may be."""
+
+    def abort(self, reason, *, keep_old=True):
+        super().abort(reason)
+        if self.poisoned is not None and keep_old:
+            self.serving, self.poisoned = OLD, None
+
+
+def test_nobody_goes_back_once_others_may_have_committed():
+    engine, ranks = Workers(*(RestoringLoader(OLD) for _ in range(3))), []
+    with closing(engine), session(engine) as sync:
+        way = sync._transport
+        complete = way.complete
+
+        def lose_the_second():
+            complete()
+            ranks.extend(worker.hello.rank for worker in way.workers)
+            way.workers[1].cut_off()  # the first gets its Commit, and the third none
+
+        way.complete = lose_the_second
+        with pytest.raises(PeerLostError):
+            sync.push()
+        way.complete = complete
+        told, *others = [engine.loaders[rank] for rank in ranks]
+        assert wait_until(lambda: told.has(NEW))
+        assert all(other.poisoned for other in others)
+        sync.push()
+        assert serves(engine, NEW)
+
+
+def test_an_error_may_name_a_file_whose_name_is_not_utf8(workers):
+    engine, name = workers(2), "caf\udce9"
+
+    def fail(*names):
+        raise LoadError(name)
+
+    with session(engine) as sync:
+        gather = sync._source.materialize
+        sync._source.materialize = fail
+        with pytest.raises(LoadError):
+            sync.push()
+        sync._source.materialize = gather
+        engine.loaders[0].before_load = fail
+        with pytest.raises(LoadError, match=r"caf\\udce9"):
+            sync.push()
+        engine.loaders[0].before_load = lambda: None
+        sync.push()
+    assert serves(engine, NEW)
+
+
+def test_workers_keep_no_memory_of_a_trainer_that_is_gone(workers):
+    def mapped():
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        return [line for line in maps if segments.PREFIX in line]
+
+    engine, before = workers(2), mapped()
+    with session(engine, transport="shm") as sync:
+        sync.push()
+        assert len(mapped()) > len(before)
+    assert wait_until(lambda: mapped() == before)
+    config = SyncConfig.of(transport="tcp", delta="elements", timeout_seconds=TIMEOUT_SECONDS)
+    with SyncSession(HashedSource(NEW), remote_transport(config, engine), config) as sync:
+        sync.push()
+        held = [one._connections[0] for one in engine.connections]
+        assert all(one.mirror and one.chunk_receiver._slots for one in held)
+    assert wait_until(lambda: not any(one.mirror or one.chunk_receiver._slots for one in held))
+
+
 def test_a_worker_that_hangs_is_given_up(workers, monkeypatch):
     for module in (control, transport):
         monkeypatch.setattr(module, "GRACE_SECONDS", 0.3)
@@ -905,6 +987,22 @@ def test_no_room_is_told_before_anything_is_written():
     with pytest.raises(NoRoomError):
         SharedSegment(1 << 50)
     assert set(segments.DIRECTORY.glob(own)) <= before
+
+
+def test_room_that_a_dead_process_holds_is_taken_back(planted, monkeypatch):
+    planted.touch()  # nobody holds its lock
+    monkeypatch.setattr(segments, "free_bytes", lambda: 0 if planted.exists() else 1 << 20)
+    segments.require_room(1 << 20)
+
+
+def test_a_rank_that_sends_nothing_of_a_chunk_makes_no_slot():
+    own = f"{segments.PREFIX}{os.getpid()}-*"
+    staging = Staging({"shm"})
+    with closing(staging):
+        staging.prepare([1 << 20], (), later=True)
+        before = set(segments.DIRECTORY.glob(own))
+        staging.stage(0, [], [])
+        assert set(segments.DIRECTORY.glob(own)) == before
 
 
 @pytest.mark.parametrize(
@@ -1054,6 +1152,20 @@ def test_a_client_that_can_pause_declares_it(workers):
     engine.pause = engine.resume = lambda *mode: None
     with pytest.raises(ConfigError):
         RemoteTransport(engine)
+
+
+def test_a_client_that_does_not_answer_is_not_waited_for(workers, monkeypatch):
+    for module in (control, transport):
+        monkeypatch.setattr(module, "GRACE_SECONDS", 0.3)
+    engine, release = workers(1), threading.Event()
+    with session(engine, timeout_seconds=1) as sync:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "start_weight_update", lambda: release.wait(30))
+            with pytest.raises(TransportTimeout):
+                sync.push()
+        release.set()
+        sync.push()
+    assert serves(engine, NEW)
 
 
 def test_foreign_errors_of_vllms_four_methods_are_translated(workers):

@@ -8,7 +8,7 @@ the ranks meet, through torch.distributed's key-value store, not a collective:
     <meeting>/verdict   "all are here", or the first failure. Written once (compare and set)
 
 A rank that fails writes its error as the verdict of the next meeting, where the others find it.
-Whoever waits for a verdict writes the failure of a rank that has died or does not come.
+A rank that waits for a verdict writes the failure of one that has died or does not come.
 """
 
 from __future__ import annotations
@@ -318,7 +318,8 @@ def _process_space() -> str:
 @contextmanager
 def _collectives_within(seconds: float) -> Iterator[None]:
     """Give this process's groups, the model's among them, that timeout in this context."""
-    # torch has no public call for this; torchtitan uses the same one.
+    # Else a rank that is left in a collective would wait for torch's default, half an hour. torch
+    # has no public call for this; torchtitan uses the same one.
     before: dict[Any, timedelta] = {}
     for group in list(distributed_c10d._world.pg_map):
         with suppress(Exception):  # a backend without timeouts, such as mpi

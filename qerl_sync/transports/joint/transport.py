@@ -1,4 +1,4 @@
-"""Transports whose every call is made on all trainer ranks."""
+"""Transports of several trainer ranks: each call is made on all of them."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ class JointTransport(Transport):
         self._own = own
         self._ranks = ranks
         self.by_reference = own.by_reference
-        # Of one chunk only, a rank that fails would be noticed after the last gather.
+        # Ranks meet before each chunk. With a single chunk, a rank that fails would be noticed only
+        # after everything was gathered.
         self.chunk_bytes = own.chunk_bytes or Transport.chunk_bytes
-        self.busy_cores = ()
         self.leads = ranks.rank == 0
         self.shares_engine = own.shares_engine
         self._own_map: LayerMap | None = None
@@ -185,8 +185,8 @@ class JointTransport(Transport):
         return self._own.prompt_logprobs(token_ids)
 
     def probe(self, token_ids: Sequence[int]) -> ProbeResult:
-        # Workers of one engine compute together: a rank whose trainer's answer fails would leave
-        # the others waiting in vLLM's collectives.
+        # Workers of one engine compute together: if one rank failed before it asks, the others
+        # would wait in vLLM's collectives.
         self._ranks.meet("asking the engines")
         return self._own.probe(token_ids)
 
@@ -252,10 +252,10 @@ class LedTransport(JointTransport):
 
 
 class Follower(Transport):
-    """Stands for the way to the engines on a trainer rank for which another one sends.
+    """The transport of a trainer rank that sends nothing itself: it takes part in the gathers.
 
     Attributes:
-        told: what rank 0 has said of the engines.
+        told: rank 0's answers about the engines.
     """
 
     told: dict[str, Any]

@@ -8,7 +8,7 @@ from qerl_sync.errors import AgreementError, WorldSizeError
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.wire.messages import PROTOCOL, Hello
 
-# Of these, all workers of a sync must say the same.
+# Fields of Hello that must be equal for all workers of a sync.
 ALIKE = ("model", "dtype", "quantization", "layout", "packages")
 
 
@@ -63,7 +63,7 @@ def require_complete(hellos: Sequence[Hello], world_size: int | None) -> None:
                 replica=replica,
                 ranks=missing,
             )
-    # Such a server reports the size of the whole deployment, whose rest other servers control.
+    # A server of a part of the replicas reports the size of the whole deployment.
     partial = any(hello.server_is_partial for hello in hellos)
     if world_size is not None and world_size != len(hellos) and not partial:
         raise WorldSizeError(

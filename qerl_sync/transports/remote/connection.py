@@ -37,9 +37,6 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 Job = tuple[say.Chunk, list[torch.Tensor], Stopwatch]
 
-# How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
-# interpreter with vLLM. One that takes longer is connected anew.
-PING_SECONDS = 10.0
 PROBE_BYTES = 32
 
 
@@ -122,15 +119,6 @@ class WorkerConnection(Connection):
             pass
         return message
 
-    def await_pong(self) -> None:
-        """Block until the worker answers a Ping. What it sent before no longer counts.
-
-        Raises:
-            TransportError: the connection leads nowhere, though neither side has closed it.
-        """
-        # Without `check_alive`, which looks after the engine's call of the sync before.
-        self.skip_to(say.Pong, "a sign of life", PING_SECONDS)
-
     def announce(self, index: int, staged: StagedChunk, segments: Sequence[say.Segment]) -> None:
         """Send a chunk. Its memory must stay as it is until the chunk is loaded.
 
@@ -159,7 +147,7 @@ class WorkerConnection(Connection):
         """Block until the worker has loaded all chunks up to `index` that we sent it.
 
         Returns:
-            Whether it had said so before it was asked.
+            True if all of their credits had arrived before this call.
         """
         prompt = True
         while self._on_the_way and (first := self._on_the_way[0]) <= index:
@@ -196,11 +184,11 @@ class WorkerConnection(Connection):
     # ---- how bytes travel
 
     def open_shm(self) -> None:
-        """Show the worker a piece of shared memory; it must read back what is in it."""
+        """Have the worker read random bytes from shared memory and send them back."""
         self._prove("shm", SharedSegment(PROBE_BYTES), "another /dev/shm")
 
     def open_cuda_ipc(self, device: torch.device) -> None:
-        """Do the same with memory of the GPU that both are on."""
+        """As `open_shm`, with memory of the GPU that both are on."""
         try:
             self._prove("cuda_ipc", DeviceSegment(PROBE_BYTES, device), f"other memory of {device}")
         except RuntimeError as exc:  # torch's
@@ -217,7 +205,7 @@ class WorkerConnection(Connection):
         self._sender.start()
 
     def open_store(self, store: RayActorClient) -> None:
-        """Have chunks brought by a store that all nodes share."""
+        """Send chunks through an object store that all nodes share."""
         self._propose("ray", {"key": (box := secrets.token_hex(16))})
         store.require_mailbox(box)
         self._store, self._mailbox = store, box

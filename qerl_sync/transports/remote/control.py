@@ -1,4 +1,4 @@
-"""The engine's own calls around what is said to its workers."""
+"""Call the engine's control plane before and after a session with its workers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,8 @@ class EngineCall:
 
         if not ends_within(self._answer, timeout_seconds, check_alive):
             raise TransportTimeout(
-                f"the engine's {self._what} did not return within {timeout_seconds:.0f} s"
+                f"the engine's {self._what} did not return within {timeout_seconds:.0f} s; look at "
+                "its log, or raise sync.timeout_seconds"
             )
         self.raise_if_failed()
 
@@ -120,7 +121,7 @@ class EngineControl:
             logger.warning("closing the update that an earlier trainer left open: %s", exc)
 
     def begin_session(self, workers: Sequence[WorkerConnection]) -> None:
-        """Have the engine run our session on its workers' threads, until `end_session`."""
+        """Start our session on the workers' threads. It lasts until `end_session`."""
         if self._client is None:
             self.in_session = True
             return
@@ -137,6 +138,7 @@ class EngineControl:
         """Send End to the workers, and block until their threads are the engine's again."""
         for worker in workers:
             worker.tell(say.End())
+        # From here on the workers' threads are vLLM's: `abort` would wait for answers in vain.
         self.in_session = False
         if self._call is not None and self._client is not None:
             # vLLM's server does not answer a call in which its engine has died.
@@ -203,7 +205,7 @@ class EngineControl:
         client.admit()
 
     def go_on(self, reason: str) -> None:
-        """Resume an engine whose workers are as they were before a sync that failed."""
+        """Resume the engine after a failed sync that left its workers as they were."""
         if not self.paused:
             return
         # An engine that is still pausing would pause after this, unnoticed.

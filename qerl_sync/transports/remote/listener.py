@@ -38,7 +38,7 @@ def admit_workers(
             complete = len(workers) >= num_workers if call is None else call.done
             if complete and call is None:
                 break
-            # What has connected before the engine's call ended may say why the call has failed.
+            # A worker that connected before the engine's call ended may say why it has failed.
             worker = listener.accept(0.0 if complete else 0.05)
             if worker is not None:
                 worker.await_hello(timeout_seconds)
@@ -85,7 +85,7 @@ def _forget_lost(workers: list[WorkerConnection], new: WorkerConnection) -> None
     """Drop the connection that `new` replaces: its own earlier one, or that of a worker that died.
 
     Raises:
-        AgreementError: another process, whose connection is open, claims the same place.
+        AgreementError: another process with an open connection claims the same place.
     """
     for old in list(workers):
         if old.hello.place != new.hello.place:

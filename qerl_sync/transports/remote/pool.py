@@ -48,9 +48,9 @@ R = TypeVar("R")
 
 # How long a sync waits for a first member to answer that it is up.
 UP_SECONDS = 5.0
-# Of our errors, a member that fails in one of these ways is left behind; the others go on. The rest
-# is about the weights themselves, and ends the sync for all. What is no error of ours comes from
-# the member's engine or client, and is its own too.
+# A member that fails with one of these errors is left behind; the others go on. Our other errors
+# are about the weights themselves, and end the sync for all. A foreign exception comes from the
+# member's engine or client, and leaves it behind too.
 MEMBERS_OWN = (TransportError, LoadError, AgreementError, StaleCacheError)
 
 
@@ -267,14 +267,13 @@ class PoolTransport(Transport):
         self._version, self._chunks, self._index = version, plan.chunk_metas, 0
         self._require_some(self._ready)
         staging = self._prepare_slots(plan)
-        staging.open_mirror(plan.base_metas, options)
+        staging.begin(plan, options, layer_map, self.busy_cores)
         # If this raises, any of them may have begun: `abort` must end them all.
         self._active = self._ready
         started = self._each(
             self._active, lambda one: one.transport.start(plan, layer_map, options, staging=staging)
         )
         self._active = list(started)
-        staging.begin(options, layer_map.parents_text, self.busy_cores)
         self._require_some(self._active)
 
     def send(self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -446,7 +445,7 @@ class PoolTransport(Transport):
         done: dict[Member, R] = {}
         for member, outcome in zip(members, outcomes, strict=True):
             if not isinstance(outcome, BaseException):
-                done |= {member: outcome}
+                done[member] = outcome
             elif leave_behind and isinstance(
                 outcome, own if isinstance(outcome, SyncError) else Exception
             ):

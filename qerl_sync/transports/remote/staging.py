@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from qerl_sync.buffers.detect import Parents
-from qerl_sync.errors import ConfigError, StaleBaseError, TransportError
+from qerl_sync.errors import StaleBaseError, TransportError
 from qerl_sync.meta import ParamMeta
 from qerl_sync.options import SyncOptions
+from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.staging import offsets, spans
+from qerl_sync.plan.sync_plan import SyncPlan
 from qerl_sync.transports.base import SyncResult, WorkerReport
 from qerl_sync.verify.checksum import checksum
 from qerl_sync.verify.stream import as_planned
@@ -23,7 +25,7 @@ from qerl_sync.wire import cuda_memory
 from qerl_sync.wire.device_segments import DeviceSegment
 from qerl_sync.wire.host import avoid_cores
 from qerl_sync.wire.messages import Segment
-from qerl_sync.wire.mirror import Change, Mirror, mirror_bytes, travelling
+from qerl_sync.wire.mirror import Change, Mirror, require_mirror_room, travelling
 from qerl_sync.wire.segments import (
     PrivateMemory,
     SharedSegment,
@@ -54,7 +56,7 @@ class Piece:
 
 @dataclass
 class StagedChunk:
-    """Where a chunk lies.
+    """A chunk in memory that workers can reach, or that is sent to them.
 
     Attributes:
         places: (segment, offset) of each tensor, by `WorkerConnection.kind`.
@@ -105,7 +107,7 @@ class Staging:
     def __init__(self, kinds: Collection[str], device: torch.device | None = None) -> None:
         self.kinds, self._device = frozenset(kinds), device
         self._sizes: list[int] = []
-        # Of each index what was made: on the "host", on the "device", or both.
+        # By index and place ("host", "device").
         self._slots: list[dict[str, Slot]] = []
         # By kind, the segments that workers know by their numbers.
         self._tables: dict[str, list[Announced]] = {"shm": [], "cuda_ipc": []}
@@ -128,26 +130,23 @@ class Staging:
             for kind, table in self._tables.items()
         }
 
-    def begin(self, options: SyncOptions, parents: Parents, busy_cores: Collection[int]) -> None:
-        """Stage the next sync.
+    def begin(
+        self, plan: SyncPlan, options: SyncOptions, layer_map: LayerMap, busy_cores: Collection[int]
+    ) -> None:
+        """Begin to stage a sync, with the mirror that it needs. Call it before any worker is told.
 
         Args:
-            parents: names a tensor's parent layers, for errors.
+            layer_map: for errors to name a tensor's parent layers.
             busy_cores: CPUs that workers load with. Nothing is copied on them meanwhile.
-        """
-        self._options, self._parents, self._busy_cores = options, parents, busy_cores
-        self.verify_seconds, self.wire_bytes = 0.0, 0
-
-    def open_mirror(self, metas: tuple[ParamMeta, ...], options: SyncOptions) -> None:
-        """Make or reuse the mirror that the next sync needs. Call it before any worker is told.
-
-        Args:
-            metas: the model's tensors, where the sync sends all of them.
 
         Raises:
             StaleBaseError: what was sent with `SyncOptions.changes_from` is not here any more.
-            ConfigError: this host has too little free memory for one.
+            ConfigError: this host has too little free memory for a mirror.
         """
+        self._options, self._parents = options, layer_map.parents_text
+        self._busy_cores = busy_cores
+        self.verify_seconds, self.wire_bytes = 0.0, 0
+        metas = plan.base_metas
         if not options.mirror:
             self.mirror = None
         elif options.changes_from is not None:
@@ -159,19 +158,13 @@ class Staging:
                 )
         elif self.mirror is None or self.mirror.metas != metas:
             self.mirror = None  # there may not be room for two
-            needed_bytes, free = mirror_bytes(metas), free_bytes(torch.device("cpu"))
-            if needed_bytes > free:
-                raise ConfigError(
-                    f"sync.delta: elements keeps what was sent last on the trainer, "
-                    f"{needed_bytes:,} bytes, and its host has {free:,} free; choose sync.delta: "
-                    "layers"
-                )
+            require_mirror_room(metas, "the trainer", free_bytes(torch.device("cpu")))
             self.mirror = Mirror(metas)
         else:
             self.mirror.version = None
 
     def prepare(self, sizes: Sequence[int], readers: Collection[object], *, later: bool) -> None:
-        """Have slots of these sizes that all of `readers` can attach.
+        """Make or keep slots of these sizes that all of `readers` can attach.
 
         Args:
             readers: the connections of the sync, as `unlink` is given them after it.
@@ -264,7 +257,7 @@ class Staging:
     def result(
         self, workers: Sequence[WorkerReport], kinds: Iterable[str], lost: Mapping[str, str] = {}
     ) -> SyncResult:
-        """Return what a sync was whose chunks were staged here. See `SyncResult`.
+        """Return the result of a sync that was staged here.
 
         Args:
             kinds: of each connection, or of each engine.
@@ -330,7 +323,8 @@ class Staging:
         # Copying with all cores would take them from workers that load, and wait for the slowest.
         write = _write_alone if awaited else _write_beside
         places, _ = offsets(metas)
-        slots = self._slots_of(index)
+        # A trainer rank may hold tensors of which others send all: no slot is made for none.
+        slots = self._slots_of(index) if metas else []
         staying: dict[int, torch.Tensor] = {}
         for place, ((meta, tensor), offset) in enumerate(zip(tensors, places, strict=True)):
             stays = (

@@ -26,7 +26,7 @@ from qerl_sync.transports.base import (
     require_emptied,
 )
 from qerl_sync.transports.remote.compatibility import require_protocol, require_same_map
-from qerl_sync.transports.remote.connection import PING_SECONDS, WorkerConnection, choose_transport
+from qerl_sync.transports.remote.connection import WorkerConnection, choose_transport
 from qerl_sync.transports.remote.control import GRACE_SECONDS, EngineControl
 from qerl_sync.transports.remote.listener import admit_workers, reject
 from qerl_sync.transports.remote.staging import StagedChunk, Staging, why_whole
@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 M = TypeVar("M")
+
+# How long a worker may take to answer a ping. Its thread for that waits for nothing, but shares the
+# interpreter with vLLM. One that takes longer is connected anew.
+PING_SECONDS = 10.0
 
 
 class RemoteTransport(Transport):
@@ -103,7 +107,7 @@ class RemoteTransport(Transport):
         num_workers: int = 0,
         worker_timeout_seconds: float | None = None,
     ) -> None:
-        self._client = None if client is None else as_engine_client(client)
+        self._client = None if client is None else as_engine_client(client, timeout_seconds)
         self._wanted = transport
         self._chunks_in_flight = chunks_in_flight
         self._timeout_seconds = timeout_seconds
@@ -246,8 +250,7 @@ class RemoteTransport(Transport):
             assert self._client.store is not None
             self._client.store.require_store(sum(slots))
         if self._own_staging is not None:
-            self._own_staging.begin(options, layer_map.parents_text, self.busy_cores)
-            self._own_staging.open_mirror(plan.base_metas, options)
+            self._own_staging.begin(plan, options, layer_map, self.busy_cores)
         mirror = self._staging.mirror
         if options.base is not None and not self.holds(options.base):
             raise StaleBaseError(  # connected anew since the session has asked
@@ -281,8 +284,8 @@ class RemoteTransport(Transport):
                 )
             )
         self._taken = False
-        # Of several trainer ranks, workers say what each sends. One alone need not wait for that:
-        # it gathers the first chunk while workers open the sync.
+        # With several trainer ranks, workers decide what each sends. One rank alone does not wait
+        # for their answer: it gathers the first chunk while they open the sync.
         self._part: Part = part_of(plan, None)
         if len(self._endpoints) > 1 or indices is not None:
             self._part = part_of(plan, self.await_taken())
@@ -311,7 +314,7 @@ class RemoteTransport(Transport):
         """Block until every worker has loaded what was in the slot that chunk `index` gets.
 
         Returns:
-            Whether they wait for us: they load faster than we stage, or have nothing yet.
+            True if the workers are idle: they load faster than we stage, or have no chunk yet.
         """
         prompt = [worker.await_loaded(index - self._chunks_in_flight) for worker in self.workers]
         if index < self._chunks_in_flight:
@@ -378,7 +381,9 @@ class RemoteTransport(Transport):
         version, go on."""
         in_session, committing, self._committing = self._control.in_session, self._committing, False
         if in_session:
-            untouched = [self._abort(worker, reason) for worker in self.workers]
+            # After a Commit no worker may go back: another one may serve the new version already.
+            told = say.Abort(reason=reason, keep_old=not committing)
+            untouched = [self._abort(worker, told) for worker in self.workers]
             unharmed = self._control.end_failed_session(self.workers) and all(untouched)
         else:
             unharmed = not any(hello.poisoned for hello in self.hellos)
@@ -495,7 +500,8 @@ class RemoteTransport(Transport):
                 for worker in self.workers:
                     worker.send(say.Ping(), PING_SECONDS)
                 for worker in self.workers:
-                    worker.await_pong()
+                    # Without `check_alive`, which asks for the engine's call of the sync before.
+                    worker.skip_to(say.Pong, "a sign of life", PING_SECONDS)
                 return
             except TransportError as exc:
                 self.disconnect()
@@ -558,7 +564,7 @@ class RemoteTransport(Transport):
             authenticated=self._shared_token,
             store=None if self._client is None else self._client.store,
             no_room=self._no_room,
-            # Of several trainer ranks each has a GPU of its own, and none can fall back alone.
+            # With several trainer ranks each has a GPU of its own, and none can fall back alone.
             device=self.slot_device if self.can_fall_back or self._wanted == "cuda_ipc" else None,
         )
         logger.info("%s: %s (%s)", worker.peer, worker.kind, worker.reason)
@@ -588,11 +594,11 @@ class RemoteTransport(Transport):
             self._own_staging.close()
         self._staging = self._own_staging = None
 
-    def _abort(self, worker: WorkerConnection, reason: str) -> bool:
+    def _abort(self, worker: WorkerConnection, told: say.Abort) -> bool:
         """Return whether the worker was not touched and goes on with what it has."""
         try:
             worker.forget_chunks()
-            worker.tell(say.Abort(reason=reason, keep_old=not self._committing))
+            worker.tell(told)
             reported = worker.skip_to(
                 say.Aborted, "aborting the sync", GRACE_SECONDS, worker.check_alive
             )

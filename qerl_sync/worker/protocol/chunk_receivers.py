@@ -161,6 +161,8 @@ class TcpReceiver(ChunkReceiver):
         if [slot.nbytes for slot in self._slots] != list(slots):
             self._slots = []  # free the old ones first
             self._slots = [PrivateMemory(nbytes) for nbytes in slots]
+            # Pages come with the first write. During the sync they would be measured as its own, on
+            # top of `standing_bytes`.
             for slot in self._slots:
                 slot.bytes.fill_(0)
             self.standing_bytes = sum(slots)
@@ -200,7 +202,7 @@ class ObjectStoreReceiver(ChunkReceiver):
         mailbox.open_mailbox(key)
 
     def prepare(self, segments: Sequence[Segment], slots: Sequence[int]) -> None:
-        mailbox.clear(self._key)
+        mailbox.open_mailbox(self._key)
 
     def fetch(self, chunk: Chunk, metas: Sequence[ParamMeta]) -> list[torch.Tensor]:
         places, _ = offsets(metas)

@@ -19,7 +19,7 @@ from qerl_sync.wire import cuda_memory
 from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.device_segments import AttachedDeviceSegment
-from qerl_sync.wire.mirror import travelling
+from qerl_sync.wire.mirror import Mirror, travelling
 from qerl_sync.wire.segments import AttachedSegment
 from qerl_sync.worker.protocol.chunk_receivers import (
     ChunkReceiver,
@@ -32,13 +32,10 @@ from qerl_sync.worker.protocol.chunk_receivers import (
 
 @dataclass(frozen=True)
 class Arrived:
-    """A chunk whose tensors are here."""
+    """A chunk, with its tensors."""
 
-    index: int
+    chunk: say.Chunk
     tensors: list[torch.Tensor]
-    in_place: bool
-    checksums: list[int]
-    changes: list[tuple[int, int]]
 
 
 class TrainerConnection(Connection):
@@ -50,6 +47,7 @@ class TrainerConnection(Connection):
     Attributes:
         chunk_receiver: how this trainer rank's chunks arrive, once `open_transport` has returned.
         expected: the tensors that this trainer rank sends with each chunk of the coming sync.
+        mirror: what this trainer sent last, where its syncs build on that; of rank 0's connection.
     """
 
     timeout_seconds: float
@@ -58,6 +56,7 @@ class TrainerConnection(Connection):
         super().__init__(connection, peer, key, role)
         self.chunk_receiver = ChunkReceiver()
         self.expected: Sequence[Sequence[ParamMeta]] = ()
+        self.mirror: Mirror | None = None
         self._queue: queue.SimpleQueue[say.Message | Arrived | SyncError] = queue.SimpleQueue()
         self._error: SyncError | None = None
 
@@ -104,10 +103,14 @@ class TrainerConnection(Connection):
 
     def close(self) -> None:
         super().close()
-        with suppress(queue.Empty):  # chunks that nobody will load keep memory mapped
+        with suppress(queue.Empty):  # chunks that will not be loaded keep memory mapped
             while True:
                 self._queue.get_nowait()
+        self._free_memory()
+
+    def _free_memory(self) -> None:
         self.chunk_receiver.close()
+        self.mirror = None
 
     def _open(self, proposal: say.Welcome, device: torch.device) -> dict[str, Any]:
         """Make `chunk_receiver`. Return what shows the trainer that its memory is seen here."""
@@ -136,6 +139,8 @@ class TrainerConnection(Connection):
     def _read(self) -> None:
         try:
             while True:
+                # Hours may pass between two syncs. The end of the connection ends this wait; the
+                # kernel's probes find a dead host (`wire.connection`).
                 message = self.receive(math.inf, "the trainer's next message")
                 if isinstance(message, say.Ping):
                     self.tell(say.Pong())
@@ -144,11 +149,7 @@ class TrainerConnection(Connection):
                         raise TransportError(f"chunk {index} arrived, which no sync awaits")
                     metas = travelling(self.expected[index], message.changes)
                     tensors = self.chunk_receiver.fetch(message, metas)
-                    self._queue.put(
-                        Arrived(
-                            index, tensors, message.in_place, message.checksums, message.changes
-                        )
-                    )
+                    self._queue.put(Arrived(message, tensors))
                     del tensors  # the loader gives them up while this thread waits for the next
                 else:
                     self._queue.put(message)
@@ -157,3 +158,5 @@ class TrainerConnection(Connection):
         except Exception as exc:
             self._error = exc if isinstance(exc, SyncError) else TransportError(str(exc))
             self._queue.put(self._error)
+            # Here, not when the next trainer connects: the engine may serve for weeks without one.
+            self._free_memory()

@@ -24,7 +24,8 @@ PARALLEL_SIZES = (
 
 
 def hello_of(receiver: Receiver, vllm_config: Any, *, update_open: bool = False) -> Hello:
-    """Describe the worker rank whose model that receiver loads. Call it in the loading thread."""
+    """Describe the worker rank of that receiver. Call it in the thread that loads: `cores` are
+    those of the calling thread."""
     parallel = vllm_config.parallel_config
     dtype, quantization = receiver.precision
     connector, connector_keeps = connector_of(vllm_config)

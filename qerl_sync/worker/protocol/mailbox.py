@@ -13,7 +13,7 @@ _changed = threading.Condition()
 
 
 def open_mailbox(key: str) -> None:
-    """Keep chunks with this key from here on."""
+    """Keep chunks with this key from here on. Drop what an earlier sync left."""
     with _changed:
         _waiting[key] = {}
 
@@ -23,13 +23,6 @@ def close_mailbox(key: str) -> None:
     with _changed:
         _waiting.pop(key, None)
         _changed.notify_all()
-
-
-def clear(key: str) -> None:
-    """Drop what an earlier sync left."""
-    with _changed:
-        if key in _waiting:
-            _waiting[key].clear()
 
 
 def put(key: str, index: int, chunk: Any) -> bool:

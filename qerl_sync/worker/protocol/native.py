@@ -27,7 +27,7 @@ long as one update brings everything (packed ipc does not) and QERL_SYNC_TOKEN i
 What goes one way only, vLLM's calls, is what both sides agree by (`wire.handshake`): protocol
 and version, the token where there is one, and what the trainer expects of the engine, when it
 connects; the plan with each sync. The trainer learns nothing of a worker that does not refuse.
-The token proves who calls. It does not protect the bytes, which are vLLM's.
+The token authenticates the calls. It does not protect the bytes, which are vLLM's.
 
 Errors are raised into vLLM, as its own engines do: the trainer has no other way to hear of them.
 With several worker ranks vLLM does not recover from that; start its engine anew. A trainer that is
@@ -53,6 +53,7 @@ from qerl_sync.meta import ParamMeta, Storage, metas_from_json
 from qerl_sync.options import FiniteCheck
 from qerl_sync.plan.chunks import packed_storages
 from qerl_sync.plan.sync_plan import SyncPlan
+from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
 from qerl_sync.worker.compat.coupling import require
 from qerl_sync.worker.load.planned_loads import LoadReport, PlannedLoads
@@ -122,9 +123,10 @@ class _Planned:
         finally:
             self.model = self._model
         if self._loads.outstanding == 0:
-            self._synchronize()
+            device = torch.device(self.device)  # type: ignore[attr-defined]
+            cuda_memory.synchronize(device)
             self._loads.finish()
-            self._synchronize()
+            cuda_memory.synchronize(device)
 
     def finish_weight_update(self) -> None:
         with self._aborting():
@@ -147,10 +149,6 @@ class _Planned:
 
     def _storages(self) -> Mapping[str, Storage]:
         return {}
-
-    def _synchronize(self) -> None:
-        if torch.device(self.device).type != "cpu":  # type: ignore[attr-defined]
-            torch.accelerator.synchronize()
 
     @contextmanager
     def _aborting(self) -> Iterator[None]:

@@ -24,7 +24,6 @@ from qerl_sync.buffers.detect import storage_key
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.errors import (
     AgreementError,
-    ConfigError,
     CoverageError,
     EngineTakenError,
     LoadError,
@@ -46,7 +45,7 @@ from qerl_sync.wire import messages as say
 from qerl_sync.wire.connection import Connection
 from qerl_sync.wire.endpoints import connect, parse_endpoint
 from qerl_sync.wire.handshake import ConnectCall, ServeCall, parse
-from qerl_sync.wire.mirror import Mirror, mirror_bytes
+from qerl_sync.wire.mirror import Mirror, require_mirror_room
 from qerl_sync.wire.tokens import proof, same_proof
 from qerl_sync.worker.load.footprint import Arrivals, LoadCosts, footprint_bytes
 from qerl_sync.worker.load.memory import PeakMemory, free_bytes
@@ -103,7 +102,7 @@ class _AbortRequested(SyncError):
 
 
 class WorkerSession:
-    """Serves one trainer at a time, whose ranks say the same things, each on its connection.
+    """Serves one trainer at a time. Each of its ranks has a connection and says the same.
 
     Opened by a call that knows the token, used by calls that prove it again.
     """
@@ -121,7 +120,6 @@ class WorkerSession:
         self._calls = 0
         self._layer_map: LayerMap | None = None
         self._plan: SyncPlan | None = None
-        self._mirror: Mirror | None = None
         # This worker has reported, and the trainer decides: others may have committed already.
         self._in_doubt = False
 
@@ -175,7 +173,7 @@ class WorkerSession:
 
         Raises:
             AgreementError: no trainer is connected, or the call comes from another one.
-            SyncError: the trainer was lost before its first request. Whoever made the call would
+            SyncError: the trainer was lost before its first request. Its engine's client would
                 otherwise take this worker for one that has been synced.
         """
         asked = parse(ServeCall, call)
@@ -211,10 +209,9 @@ class WorkerSession:
         for connection in self._connections:
             connection.close()
         self._connections = []
-        self._mirror = None
 
     def _answer(self, requests: list[Item]) -> None:
-        # What one rank alone says for all is taken from rank 0.
+        # Other than syncs, requests are the same from all ranks: rank 0's is taken.
         lead = requests[0]
         self._in_doubt = False
         try:
@@ -260,7 +257,7 @@ class WorkerSession:
     def _sync(self, requests: list[say.SyncRequest]) -> None:
         plan, layer_map = self._agree(requests)
         parts = self._prepare(plan, requests)
-        self._open_mirror(plan, requests)
+        mirror = self._open_mirror(plan, requests)
         options = _options_of(requests)
         clock = Stopwatch(PHASES, record=options.record_spans)
         self._wire_clock = Stopwatch(PHASES)
@@ -269,7 +266,7 @@ class WorkerSession:
         for connection, part in zip(self._connections, parts, strict=True):
             connection.tell(say.Accepted(owned=None if part.owned is None else list(part.owned)))
         in_place = [
-            self._load(index, plan, parts, clock, checksums=options.checksums)
+            self._load(index, plan, parts, mirror, clock, checksums=options.checksums)
             for index in range(len(plan.chunks))
         ]
         for connection in self._connections:
@@ -300,7 +297,7 @@ class WorkerSession:
                 peak_extra_bytes=None if extra_bytes is None else extra_bytes + sum(standing),
                 peak_staged_bytes=costs.peak_staged_bytes,
                 kept_bytes=costs.kept_bytes,
-                mirror_bytes=0 if self._mirror is None else self._mirror.nbytes,
+                mirror_bytes=0 if mirror is None else mirror.nbytes,
                 spans=[*clock.spans, *(layers if options.record_spans else slowest(layers))],
                 quantisation=self._loader.quantisation,
                 peak_extra_bytes_predicted=footprint_bytes(plan, layer_map, costs, arrivals),
@@ -309,8 +306,8 @@ class WorkerSession:
         self._in_doubt = True
         commits = [_await(one, say.Commit, "the other workers") for one in self._connections]
         overwritten = self._loader.commit(commits[0].version)
-        if self._mirror is not None:
-            self._mirror.version = commits[0].version
+        if mirror is not None:
+            mirror.version = commits[0].version
         self._tell(say.Committed(caches_overwritten=overwritten))
 
     def _agree(self, requests: list[say.SyncRequest]) -> tuple[SyncPlan, LayerMap]:
@@ -347,7 +344,7 @@ class WorkerSession:
         return self._plan, self._layer_map
 
     def _prepare(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> list[Part]:
-        """Decide who sends what, and get the memory for it."""
+        """Return the part that each trainer rank sends, and get memory for it."""
         parts = divide(plan, [request.held for request in requests])
         for rank, (connection, part, request) in enumerate(
             zip(self._connections, parts, requests, strict=True)
@@ -364,13 +361,13 @@ class WorkerSession:
             connection.chunk_receiver.prepare(request.segments, request.slots)
         return parts
 
-    def _open_mirror(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> None:
-        """Have the mirror that the trainer's changes are for; none where it sends none."""
-        asked = requests[0]
+    def _open_mirror(self, plan: SyncPlan, requests: list[say.SyncRequest]) -> Mirror | None:
+        """Return the mirror that the trainer's changes are for; None where it sends none."""
+        asked, lead = requests[0], self._connections[0]
+        held = lead.mirror
         if not asked.mirror or len(requests) > 1:
-            self._mirror = None
-            return
-        held = self._mirror
+            lead.mirror = None
+            return None
         if (base := asked.options.changes_from) is not None:
             if held is None or (held.id, held.version) != (asked.mirror, base):
                 raise StaleBaseError(
@@ -379,21 +376,24 @@ class WorkerSession:
                     base=base,
                     version=self._hello().version,
                 )
-            return
+            return held
         if held is not None and held.metas == plan.base_metas:
             held.id, held.version = asked.mirror, None
-            return
-        self._mirror = held = None  # there is not room for two
-        needed_bytes, free = mirror_bytes(plan.base_metas), free_bytes(torch.device("cpu"))
-        if needed_bytes > free:
-            raise ConfigError(
-                f"sync.delta: elements keeps what was sent last on this worker, "
-                f"{needed_bytes:,} bytes, and its host has {free:,} free; choose sync.delta: layers"
-            )
-        self._mirror = Mirror(plan.base_metas, asked.mirror)
+            return held
+        lead.mirror = held = None  # there is not room for two
+        require_mirror_room(plan.base_metas, "this worker", free_bytes(torch.device("cpu")))
+        lead.mirror = made = Mirror(plan.base_metas, asked.mirror)
+        return made
 
     def _load(
-        self, index: int, plan: SyncPlan, parts: list[Part], clock: Stopwatch, *, checksums: bool
+        self,
+        index: int,
+        plan: SyncPlan,
+        parts: list[Part],
+        mirror: Mirror | None,
+        clock: Stopwatch,
+        *,
+        checksums: bool,
     ) -> list[bool]:
         """Load a chunk. Return for each trainer rank whether the worker read its part in place."""
         senders = {i: part.chunks[index] for i, part in enumerate(parts) if part.chunks[index]}
@@ -405,27 +405,28 @@ class WorkerSession:
         found: dict[str, torch.Tensor] = {}
         reported: dict[str, int] = {}
         for i, one in arrived.items():
-            if one.index != index:
-                raise TransportError(f"chunk {one.index} arrived where {index} was next")
+            sent, tensors = one.chunk, one.tensors
+            if sent.index != index:
+                raise TransportError(f"chunk {sent.index} arrived where {index} was next")
             names = [meta.name for meta in senders[i]]
-            tensors = one.tensors
-            if self._mirror is not None:
+            if mirror is not None:
                 with clock("load", f"changes of chunk {index}"):
-                    tensors = self._mirror.apply(senders[i], tensors, one.changes)
-            elif one.changes:
+                    tensors = mirror.apply(senders[i], tensors, sent.changes)
+            elif sent.changes:
                 raise TransportError(
                     f"chunk {index} brings changed elements, and this sync has no mirror for them"
                 )
             found |= zip(names, tensors, strict=True)
             if checksums:
-                if len(one.checksums) != len(names):
+                if len(sent.checksums) != len(names):
                     raise TransportError(
                         f"chunk {index} has {len(names)} tensors and came with "
-                        f"{len(one.checksums)} checksums"
+                        f"{len(sent.checksums)} checksums"
                     )
-                reported |= zip(names, one.checksums, strict=True)
-        in_place = [i in arrived and arrived[i].in_place for i in range(len(parts))]
-        writes = {name: tensor._version for name, tensor in self._mirrored(found)}
+                reported |= zip(names, sent.checksums, strict=True)
+        in_place = [i in arrived and arrived[i].chunk.in_place for i in range(len(parts))]
+        mirrored = [name for name in found if mirror is not None and name in mirror]
+        writes = {name: found[name]._version for name in mirrored}
         del arrived, one, tensors  # they refer to the tensors, whose references are counted below
         references = {name: _references(tensor) for name, tensor in found.items()}
         chunk = plan.chunks[index]
@@ -445,8 +446,8 @@ class WorkerSession:
                     "change with the next chunk. This architecture cannot be synced over this "
                     "transport; colocate the engine"
                 )
-        for name, tensor in self._mirrored(found):
-            if tensor._version != writes[name]:
+        for name in mirrored:
+            if found[name]._version != writes[name]:
                 raise LoadError(
                     f"vLLM's loader of {name!r} writes to what it gets, which the next changes are "
                     "put into; choose sync.delta: layers for this architecture"
@@ -454,9 +455,6 @@ class WorkerSession:
         for i in senders:
             self._connections[i].tell(say.Credit(index=index))
         return in_place
-
-    def _mirrored(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        return (item for item in tensors.items() if self._mirror and item[0] in self._mirror)
 
     def _intact(
         self, index: int, tensors: Iterator[tuple[str, torch.Tensor]], reported: Mapping[str, int]
