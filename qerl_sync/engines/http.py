@@ -35,6 +35,8 @@ CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 5.0
 # How often to ask, during a call that takes long, whether the server is still there.
 WATCH_SECONDS = 2.0
+# vLLM's own, for the routes below /v1.
+API_KEY_VARIABLE = "VLLM_API_KEY"
 
 
 class RouteMissingError(TransportError):
@@ -52,7 +54,8 @@ class HTTPClient(EngineClient):
     Several threads may use one client at a time.
 
     The server must run with VLLM_SERVER_DEV_MODE=1, as `qerl-sync serve` does. Where
-    QERL_SYNC_TOKEN is set when this is made, each request shows that it is known.
+    QERL_SYNC_TOKEN is set when this is made, each request shows that it is known. A server with
+    an API key needs VLLM_API_KEY here too, for `sync.verify: full`, which asks it for a prompt.
 
     Args:
         timeout_seconds: how long one call but `update_weights` may take on the server's side.
@@ -70,6 +73,7 @@ class HTTPClient(EngineClient):
         self.base_url = base_url.rstrip("/")
         self.timeout_seconds = timeout_seconds
         self._token = os.environ.get(TOKEN_VARIABLE, "")
+        self._api_key = os.environ.get(API_KEY_VARIABLE, "")
 
     def __str__(self) -> str:
         return f"the vLLM server at {self.base_url}"
@@ -128,11 +132,12 @@ class HTTPClient(EngineClient):
         return int(self._send("GET", "health", HEALTH_SECONDS).status_code)
 
     def prompt_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        model = self._get("v1/models")["data"][0]["id"]
+        model = self._part(self._get("v1/models"), "data", 0, "id")
         answer = self._post(
             "v1/completions", {"model": model, "prompt": list(token_ids), **PROBING}
         )
-        return read_prompt_logprobs(token_ids, answer["choices"][0]["prompt_logprobs"])
+        logprobs = self._part(answer, "choices", 0, "prompt_logprobs")
+        return read_prompt_logprobs(token_ids, logprobs)
 
     def weight_version(self) -> str:
         """Return the version passed with the last finished update; `default` before the first.
@@ -141,17 +146,32 @@ class HTTPClient(EngineClient):
             CompatError: the server's vLLM keeps no version (0.25).
         """
         try:
-            return str(self._get("weight_info")["weight_version"])
+            return str(self._part(self._get("weight_info"), "weight_version"))
         except RouteMissingError:
             # Without any RL route it was started without them, whatever its version: that raises.
             self.world_size()
-            version = str(self._get("version")["version"])
+            version = str(self._part(self._get("version"), "version"))
             raise lacking("weight versions", version, ("/weight_info",)) from None
 
     def world_size(self) -> int:
         """See `EngineClient`. Behind a load balancer of the user's own (vLLM's hybrid or external
         load balancing) it counts the workers of the other servers too."""
-        return int(self._get("get_world_size", include_dp="true")["world_size"])
+        return int(self._part(self._get("get_world_size", include_dp="true"), "world_size"))
+
+    def _part(self, answer: Any, *path: str | int) -> Any:
+        """Return `answer[path[0]][path[1]]...`, which vLLM's answers have."""
+        part = answer
+        try:
+            for key in path:
+                part = part[key]
+        except (KeyError, IndexError, TypeError):
+            raise self._no_vllm(f"no {path[-1]!r}", str(answer)) from None
+        return part
+
+    def _no_vllm(self, what: str, answer: str) -> TransportError:
+        return TransportError(
+            f"{what}: what answers at {self.base_url} is no vLLM server: {answer[:200]!r}"
+        )
 
     def _get(self, route: str, **params: str) -> dict[str, Any]:
         return self._request("GET", route, params=params)
@@ -192,9 +212,7 @@ class HTTPClient(EngineClient):
                 cause = inner
             raise self._unreachable(route, str(cause)) from exc
         except requests.JSONDecodeError as exc:
-            raise TransportError(
-                f"{route}: what answers at {self.base_url} is no vLLM server: {exc.doc[:200]!r}"
-            ) from exc
+            raise self._no_vllm(route, exc.doc) from exc
         except requests.RequestException as exc:
             raise TransportError(f"{route}: {self} cannot be asked: {exc}") from exc
 
@@ -204,6 +222,8 @@ class HTTPClient(EngineClient):
         headers = {}
         if method == "POST" and self._token:
             headers[PROOF_HEADER] = proof(self._token, "http", f"/{route}")
+        if self._api_key:
+            headers["Authorization"] = f"Bearer {self._api_key}"
         # A session for each call: one that is kept meets connections that the server has closed.
         with requests.Session() as session:
             # Nor a proxy, which is for the internet, nor a .netrc.
@@ -228,10 +248,17 @@ class HTTPClient(EngineClient):
                 f"{self} has no route /{route}: start it with VLLM_SERVER_DEV_MODE=1 in its "
                 "environment, or by `qerl-sync serve`"
             )
+        if response.status_code == 401:
+            raise TransportError(
+                f"{route}: {self} asks for an API key; set {API_KEY_VARIABLE} for the trainer to "
+                "the server's --api-key"
+            )
         if response.status_code != 200:
             status = response.status_code
             raise TransportError(f"{route}: {self} refuses ({status}): {_message(response)}")
-        answer: dict[str, Any] = response.json() if response.content else {}
+        answer = response.json() if response.content else {}
+        if not isinstance(answer, dict):
+            raise self._no_vllm(route, str(answer))
         return answer
 
     def _unreachable(self, route: str, why: str) -> PeerLostError:

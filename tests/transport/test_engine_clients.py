@@ -120,6 +120,23 @@ class TestHTTP:
         answers.by_route["GET /health"] = (503, "")
         assert not client.health()
 
+    def test_answers_of_something_else(self, client, answers):
+        for body in ("[]", '{"status": "ok"}'):
+            answers.by_route = {"GET /get_world_size": (200, body)}
+            with pytest.raises(TransportError, match="is no vLLM server"):
+                client.world_size()
+
+    def test_an_api_key(self, client, answers, server, monkeypatch):
+        """vLLM asks for it below /v1."""
+        answers.by_route = {"GET /v1/models": (401, '{"error": "Unauthorized"}')}
+        with pytest.raises(TransportError, match="set VLLM_API_KEY"):
+            client.prompt_logprobs([1, 2])
+        monkeypatch.setenv("VLLM_API_KEY", "secret")
+        with pytest.raises(TransportError):
+            HTTPClient(server[0]).prompt_logprobs([1, 2])
+        authorizations = [one.get("Authorization") for one in answers.headers]
+        assert authorizations == [None, "Bearer secret"]
+
     def test_a_vllm_without_versions(self, client, answers):
         answers.by_route = {
             "GET /weight_info": (404, "{}"),
