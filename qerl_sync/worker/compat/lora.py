@@ -225,7 +225,10 @@ def serve(runner: Any, lora_model: Any) -> None:
     manager.activate_adapter(ADAPTER_ID)
     if _SERVED not in vars(runner):
         _fill_in(runner, worker_manager)
-    request = _request()
+    from vllm.lora.request import LoRARequest
+
+    # vLLM insists on a path. Nothing is ever read from there.
+    request = LoRARequest(_NAME, ADAPTER_ID, "/nonexistent/qerl-sync-holds-it-in-memory")
     vars(runner)[_SERVED] = (request, lora_model)
     _give_requests_in_flight(runner, request)
 
@@ -247,13 +250,6 @@ def wrongly_held(runner: Any, lora_model: Any) -> str:
                 if not slot[index, 0].cpu().equal(wanted):
                     return str(name)
     return ""
-
-
-def _request() -> Any:
-    from vllm.lora.request import LoRARequest
-
-    # vLLM insists on a path. Nothing is ever read from there.
-    return LoRARequest(_NAME, ADAPTER_ID, "/nonexistent/qerl-sync-holds-it-in-memory")
 
 
 def _fill_in(runner: Any, worker_manager: Any) -> None:

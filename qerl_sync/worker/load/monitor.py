@@ -21,7 +21,7 @@ from qerl_sync.worker.compat import engine as compat
 
 
 class SyncMonitor:
-    """Accounts for one sync of one model. Implements `compat.LoadObserver`.
+    """Accounts for one sync of one model. Implements `compat.ProcessObserver`.
 
     It also closes, with the last tensor that they will get, the layers that the stream cannot
     fill (padded vocabularies), which vLLM would keep open until the end. Of `borrowed` memory it
@@ -143,6 +143,10 @@ class SyncMonitor:
                 f"{len(wrong)} parent layers were not filled as planned: {wrong[0]}. vLLM counted "
                 "otherwise than in the dry run; sync.verify: off goes on in spite of it"
             )
+
+    def forget(self) -> None:
+        """Drop the references to tensors that are held. The trace stays."""
+        self._aliases = AliasGuard()
 
     @property
     def parent_layers(self) -> Collection[str]:
