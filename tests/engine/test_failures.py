@@ -390,6 +390,21 @@ def test_logits_are_refused_too(subject):
     assert "compute_logits" not in vars(one.model)
 
 
+def test_another_tools_wrapper_of_the_logits_survives_a_sync(subject, monkeypatch):
+    one = subject("dense")
+    compute_logits, calls = one.model.compute_logits, []
+
+    def traced(*args, **options):
+        calls.append(args)
+        return compute_logits(*args, **options)
+
+    monkeypatch.setitem(vars(one.model), "compute_logits", traced)
+    push(one, NEW)
+    assert vars(one.model)["compute_logits"] is traced
+    assert one.generates_as(NEW)
+    assert calls
+
+
 def test_ctrl_c_in_the_middle_stays_ctrl_c_and_poisons(subject):
     one = subject("dense")
 

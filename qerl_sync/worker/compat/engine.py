@@ -200,7 +200,10 @@ def observe_loads(held: Held, observer: ProcessObserver | None = None) -> Iterat
     next_question = "is_deferred_attention_layer" if asks_all else "has_device_tensors"
     real = types.SimpleNamespace(**vars(layerwise))
     count = real.get_numel_loaded if observer else CopyCount(real.get_numel_loaded, load_numel_of)
+    # The wrapper names its layer to `get_layer_size` alone; what it calls next is for the same one.
     sized: list[torch.nn.Module] = []
+    # Elements of a tensor that was counted. The wrapper adds them to the layer before it asks the
+    # next question, and the observer needs the sum: it is told then.
     counted: list[int] = []
 
     def get_layer_size(layer: torch.nn.Module) -> int:

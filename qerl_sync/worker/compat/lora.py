@@ -22,6 +22,8 @@ from qerl_sync.worker.compat.engine import EngineParts
 ADAPTER_ID = 2**31 - 2
 _NAME = "qerl-sync"
 _SERVED = "_qerl_sync_lora_request"
+# Of our wrapper of the runner's `execute_model`. `functools.wraps` hands it on to wrappers of that.
+_FILLS_IN = "_qerl_sync_fills_in"
 
 
 def calling_runner(model: torch.nn.Module) -> Any:
@@ -223,8 +225,7 @@ def serve(runner: Any, lora_model: Any) -> None:
         manager.remove_oldest_adapter()
     manager.add_adapter(lora_model)
     manager.activate_adapter(ADAPTER_ID)
-    if _SERVED not in vars(runner):
-        _fill_in(runner, worker_manager)
+    _fill_in(runner, worker_manager)
     from vllm.lora.request import LoRARequest
 
     # vLLM insists on a path. Nothing is ever read from there.
@@ -254,7 +255,9 @@ def wrongly_held(runner: Any, lora_model: Any) -> str:
 
 def _fill_in(runner: Any, worker_manager: Any) -> None:
     """Wrap, once, the calls by which the runner gets requests and their adapters."""
-    if "execute_model" in vars(runner):
+    # Not whether the runner has an `execute_model` of its own: that may be another tool's wrapper,
+    # and requests would silently be computed with the base model.
+    if hasattr(runner.execute_model, _FILLS_IN):
         return
     execute_model, load_adapter = runner.execute_model, worker_manager._load_adapter
 
@@ -274,6 +277,7 @@ def _fill_in(runner: Any, worker_manager: Any) -> None:
             return served[1]
         return load_adapter(request)
 
+    setattr(with_adapter, _FILLS_IN, True)
     runner.execute_model = with_adapter
     worker_manager._load_adapter = from_memory
 

@@ -86,6 +86,7 @@ class SyncMonitor:
                 self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
                 if not self._borrowed:
                     self._aliases.hold(path, self._name, value)
+        # Padding never arrives: vLLM would keep the layer open to the end of the sync.
         fills = planned.deferred or planned.expected_numel == planned.total_numel
         if not fills and compat.layer_state(layer).loaded_numel >= planned.expected_numel:
             compat.credit_padding(layer)

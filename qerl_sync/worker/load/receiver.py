@@ -62,7 +62,7 @@ class _ModelState:
     """Hold what outlives a receiver: several may be made for one model, one after the other."""
 
     syncing: bool = False
-    poison: torch.utils.hooks.RemovableHandle | None = None
+    poison: contextlib.ExitStack | None = None
     reason: str | None = None
     version: int = 0
     caches_suspect: bool = False
@@ -79,6 +79,7 @@ class _ModelState:
     routes: dict[str, Routes] = field(default_factory=dict)
 
 
+# By model: the poison of a failed sync must outlast the session, and a new session must find it.
 _STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
 
 
@@ -310,6 +311,7 @@ class Receiver:
                 )
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)
+            # Ties and views show in shared memory, and a reload puts parameters on meta: before it.
             self._tied = refresh.tied_parameters(self.model)
             self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
             # A reload passes over what a sync of a part brings nothing for. Not over attention
@@ -464,9 +466,14 @@ class Receiver:
                 "versions; run a full sync (`session.push()`) to make them right"
             )
 
-        self._state.poison = self.model.register_forward_pre_hook(refuse)
+        self._state.poison = undo = contextlib.ExitStack()
+        undo.callback(self.model.register_forward_pre_hook(refuse).remove)
         # A replayed CUDA graph does not come by the hook; what follows it does come by this.
-        vars(self.model)["compute_logits"] = refuse
+        attributes = vars(self.model)
+        if (own := attributes.get("compute_logits")) is not None:  # another tool's wrapper
+            undo.callback(attributes.update, compute_logits=own)
+        undo.callback(attributes.pop, "compute_logits", None)
+        attributes["compute_logits"] = refuse
         self._state.reason = reason
 
     def _layers_to_fill(
@@ -505,7 +512,7 @@ class Receiver:
             return "that sync was not to be built upon"
         if emptied := emptied_layers(self.model, kept):
             return f"{emptied[0]} has given its weights away to another layer"
-        # The trainer is not the only one who can write here: `sleep(level=2)` drops all weights.
+        # Other code can write here, too: `sleep(level=2)` drops all weights.
         known = self._state.kernels
         for name, sample in sample_kernels(self.model, kept).items():
             if known.get(name) != sample:
@@ -522,8 +529,7 @@ class Receiver:
 
     def _heal(self) -> None:
         if self._state.poison is not None:
-            self._state.poison.remove()
-            vars(self.model).pop("compute_logits", None)
+            self._state.poison.close()
         self._state.poison = self._state.reason = None
 
     def _close(self) -> None:
@@ -580,6 +586,7 @@ class Receiver:
         with compat.loading_context(self._config):
             self._direct.conclude()
             compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
+            # vLLM processes no tied head, so that nothing has been kept of it yet.
             for path in refresh.tied_parameters(self.model):
                 self._keep(self.model.get_submodule(path))
             refresh.after_reload(self.model)

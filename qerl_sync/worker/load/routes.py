@@ -139,7 +139,7 @@ class _Recorder(TorchDispatchMode):
     def run(self, *, one_tensor_calls: bool) -> None:
         with compat.observe_loads(self._held), self:
             self._stream.load(one_tensor_calls=one_tensor_calls)
-        if self._copied:  # after the last loader call, by nobody that vLLM's reload knows
+        if self._copied:  # after the last loader call, and so outside of any
             self._spoil([of for _, of in self._copied])
         self._find_computed("")
 

@@ -174,7 +174,7 @@ def _own_directory(text: str) -> Path:
     if not (own and usable):
         raise ConfigError(
             f"sync.spill_directory: {text!r} must be the absolute path of a directory that belongs "
-            "to the worker's user, who may write in it"
+            "to the worker's user and can be written to"
         )
     return path
 
