@@ -17,13 +17,8 @@ def sample_kernels(model: torch.nn.Module, layers: Collection[str]) -> dict[str,
     It tells whether something else has written to them as a whole: a reload by another way, or an
     engine that slept and dropped its weights.
     """
-
-    def memory(tensor: torch.Tensor) -> torch.Tensor:
-        raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)  # whatever its own dtype
-        return raw.set_(tensor.untyped_storage())
-
     return {
-        f"{path}.{name}": hash(tuple(fingerprint(memory(one)) for one in parts))
+        f"{path}.{name}": hash(tuple(fingerprint(_memory(one)) for one in parts))
         for path, layer in modules_at(model, layers).items()
         for name, parameter in layer._parameters.items()
         if parameter is not None and (parts := compat.tensors_of(parameter))
@@ -52,3 +47,9 @@ def modules_at(model: torch.nn.Module, paths: Collection[str]) -> dict[str, torc
     known = dict(model.named_modules())
     # A module that has two paths is listed under one.
     return {path: known[path] if path in known else model.get_submodule(path) for path in paths}
+
+
+def _memory(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the bytes behind a tensor, whatever its dtype and strides."""
+    raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+    return raw.set_(tensor.untyped_storage())
