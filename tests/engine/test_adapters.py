@@ -27,6 +27,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.verify.probe_prompt import largest_gap
 from qerl_sync.worker.compat import lora as vllm_lora
+from qerl_sync.worker.compat.engine import in_process_parts
 
 pytestmark = pytest.mark.vllm
 
@@ -189,6 +190,24 @@ class Spoiled(AdapterSource):
                 yield name, tensor * math.nan
             elif self.kind == "dies":
                 raise ConnectionResetError("peer gone")
+
+
+def test_another_tools_wrapper_of_the_runner_hides_no_request(engines, monkeypatch):
+    policy = make_policy(seed=1)
+    runner = in_process_parts(engines.served).runner
+    vllm_lora.serve(runner, None)
+    execute_model = type(runner).execute_model
+
+    def traced(*args, **options):
+        return execute_model(runner, *args, **options)
+
+    monkeypatch.setitem(vars(runner), "execute_model", traced)
+    sync = session(engines, policy)
+    for number in (1, 2):
+        step(policy, number)
+        assert logprob_gap(engines.served, policy) > 1e-3
+        sync.push(number)
+        assert logprob_gap(engines.served, policy) < EXACT
 
 
 @pytest.mark.parametrize("kind", ["dies", "misshapen", "missing", "nan", "nan on the worker"])

@@ -125,9 +125,8 @@ def test_a_connector_that_cannot_be_emptied_is_refused_before_the_first_sync(cac
 def transfer(connector, **extra):
     from vllm.config import KVTransferConfig
 
-    return KVTransferConfig(
-        kv_connector=connector, kv_role="kv_both", kv_connector_extra_config=extra
-    )
+    role = connector and "kv_both"
+    return KVTransferConfig(kv_connector=connector, kv_role=role, kv_connector_extra_config=extra)
 
 
 def several(*connectors):
@@ -139,6 +138,8 @@ def several(*connectors):
     ("config", "connector", "kept"),
     [
         ({}, "", False),
+        ({"kv_transfer_config": transfer(None)}, "", False),
+        ({"ec_transfer_config": SimpleNamespace(ec_connector=None)}, "", False),
         ({"kv_transfer_config": transfer("OffloadingConnector")}, "OffloadingConnector", False),
         ({"kv_transfer_config": transfer("ExampleConnector")}, "ExampleConnector", True),
         (

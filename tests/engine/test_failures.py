@@ -3,6 +3,9 @@ sync makes it exactly right."""
 
 from __future__ import annotations
 
+import gc
+import itertools
+import weakref
 from dataclasses import replace
 from operator import attrgetter
 
@@ -215,6 +218,67 @@ def test_a_loader_that_fails_poisons_and_the_next_sync_heals(subject, kind, monk
     assert_heals(one)
 
 
+@pytest.mark.parametrize("policy", ["warn", "spill"])
+def test_a_loader_that_leaves_tensors_poisons(subject, monkeypatch, policy):
+    """The error blames the loader, and not the source for what it yields next."""
+    one = subject("dense", "plain")
+    options = {"policy": policy, "source_order": "random:0", "load": "layerwise"}
+    sync = session(one, HFSource(one.trainers[NEW]), chunk_bytes="80KiB", verify="off", **options)
+    sync._agree()
+    load_weights = one.model.load_weights
+
+    def leaving(weights):
+        return load_weights(itertools.islice(weights, 1))
+
+    monkeypatch.setitem(vars(one.model), "load_weights", leaving)
+    with pytest.raises(LoadError, match=r"loader ended before it had taken 'model\."):
+        sync.push()
+    monkeypatch.undo()
+    assert_poisoned(one)
+    assert_heals(one)
+
+
+@pytest.mark.parametrize("load", ["auto", "layerwise"])
+def test_a_failed_sync_keeps_no_tensor(subject, load):
+    """A source may have made copies, of which an open layer has some."""
+    one, copies = subject("moe"), []
+
+    def copied(stream):
+        for at, (name, tensor) in enumerate(stream):
+            copy = tensor.clone()
+            copies.append(weakref.ref(copy))
+            yield name, copy
+            del copy
+            if at == 9:
+                raise ConnectionResetError("peer gone")
+
+    sync = session(one, BadStream(HFSource(one.trainers[NEW]), copied), load=load)
+    with pytest.raises(LoadError):
+        sync.push()
+    gc.collect()
+    assert [copy() for copy in copies if copy() is not None] == []
+    assert len(copies) == 10
+    assert_poisoned(one)
+
+
+def test_what_is_not_finished_is_not_committed(subject):
+    one = subject("dense")
+    receiver = Receiver(compat.in_process_parts(one.engine))
+    sync = session(one, HFSource(one.trainers[NEW]))
+    plan, layer_map = sync._agree()
+    for ending in ("open", "aborted"):
+        receiver.start(plan, layer_map, SyncOptions())
+        receiver.receive(plan.chunks[0], sync._source.materialize(plan.chunks[0].names))
+        if ending == "aborted":
+            receiver.abort("a sync failed: for a test")
+        with pytest.raises(SyncError, match="finish one first"):
+            receiver.commit(receiver.version + 1)
+        assert receiver.poisoned
+        receiver.abort("a sync failed: for a test")
+    assert_poisoned(one)
+    assert_heals(one)
+
+
 def test_a_reload_that_somebody_has_left_open_does_not_count(subject):
     """vLLM's own goes on with half-open layers, and takes what they hold for a part of it."""
     one = subject("dense")
@@ -324,6 +388,21 @@ def test_logits_are_refused_too(subject):
     push(one, NEW)
     assert one.generates_as(NEW)
     assert "compute_logits" not in vars(one.model)
+
+
+def test_another_tools_wrapper_of_the_logits_survives_a_sync(subject, monkeypatch):
+    one = subject("dense")
+    compute_logits, calls = one.model.compute_logits, []
+
+    def traced(*args, **options):
+        calls.append(args)
+        return compute_logits(*args, **options)
+
+    monkeypatch.setitem(vars(one.model), "compute_logits", traced)
+    push(one, NEW)
+    assert vars(one.model)["compute_logits"] is traced
+    assert one.generates_as(NEW)
+    assert calls
 
 
 def test_ctrl_c_in_the_middle_stays_ctrl_c_and_poisons(subject):

@@ -142,6 +142,14 @@ def test_a_shape_that_vllm_refuses_is_told_with_the_one_that_it_awaits(subject, 
     assert one.wrong_weights(OLD) == []
 
 
+def test_a_checkpoint_may_fuse_some_parts_of_a_layer(subject):
+    """As Qwen3.5's fuses the first three parts of `in_proj_qkvz`."""
+    layer = subject("dense", "plain").model.model.layers[0].mlp.gate_up_proj
+    for shard, rows in [(0, 128), ((1,), 128), ((0, 1), 256)]:
+        shape = compat.awaited_shape(layer, "weight", {"loaded_shard_id": shard})
+        assert shape == (rows, 64)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
 def test_other_floats_are_cast_by_vllm_and_allowed(subject, dtype):
     one = subject("dense")

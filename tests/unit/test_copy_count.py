@@ -108,6 +108,17 @@ def test_real_copies_are_neither_counted_nor_changed():
     assert "copy_" not in vars(torch.Tensor)
 
 
+def test_a_wrapper_of_somebody_else_stays(monkeypatch):
+    def wrapper(tensor, *args, **kwargs):
+        return copy(tensor, *args, **kwargs)
+
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", wrapper)
+    counting = Counting(by_method)
+    counting(meta(4, 3), meta(3))
+    assert torch.Tensor.copy_ is wrapper
+
+
 def test_a_loader_that_fails_leaves_no_trace():
     counting = Counting(by_method)
     with pytest.raises(RuntimeError):

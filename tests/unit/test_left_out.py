@@ -19,6 +19,7 @@ REFUSED = {
     "model.extra.weight",
     "model.tower.layers.0.o_proj.bias",  # the trainer's model computes with it
     "model.tower.layers.0.extra.weight",
+    "model.tower.layers.extra.weight",
 }
 
 

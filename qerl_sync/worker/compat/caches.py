@@ -79,12 +79,13 @@ def connector_of(vllm_config: Any) -> tuple[str, str]:
     for a connector that does not implement the reset, and for tiers that it leaves alone.
     """
     encoder_cache = getattr(vllm_config, "ec_transfer_config", None)
-    if encoder_cache is not None:
+    if encoder_cache is not None and encoder_cache.ec_connector is not None:
         name = str(encoder_cache.ec_connector)
         return name, "it keeps embeddings of images, and vLLM has no call that removes them"
-    if getattr(vllm_config, "kv_transfer_config", None) is None:
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    if transfer is None or transfer.kv_connector is None:
         return "", ""
-    return vllm_config.kv_transfer_config.kv_connector, _why_it_keeps(vllm_config)
+    return transfer.kv_connector, _why_it_keeps(vllm_config)
 
 
 def _why_it_keeps(vllm_config: Any) -> str:

@@ -257,12 +257,13 @@ def lookup(feature: str) -> dict[str, str]:
             owner, dot, members = word.rpartition(".")
             for member in members.split(","):
                 choices = f"{owner}{dot}{member}".split("|")
-                used = (name for name in choices if module is not None and _has(module, name))
+                used = (name for name in choices if module is not None and has(module, name))
                 found[f"{module_name}.{choices[0]}"] = next(used, "")
     return found
 
 
-def _has(owner: Any, name: str) -> bool:
+def has(owner: Any, name: str) -> bool:
+    """Return whether `owner` has this attribute, or attribute of attributes (`a.b`)."""
     for part in name.split("."):
         if part in getattr(owner, "__dataclass_fields__", ()):
             return True  # a field without a default is no attribute of its class

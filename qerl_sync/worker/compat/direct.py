@@ -210,12 +210,12 @@ def _scratch(layer: torch.nn.Module) -> Iterator[None]:
 
     device = _layerwise().LAYERWISE_INFO[layer].restore_device
     live, awaited = live_tensors(layer), loadable_tensors(layer)
-    dictionaries: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
-    owned = [(tensors, dict(tensors)) for tensors in dictionaries]
-    attributes = [(part, dict(vars(part))) for part in parts_of(layer)]
+    owned: tuple[dict[str, Any], ...] = (layer._parameters, layer._buffers)
+    dictionaries: list[dict[str, Any]] = [*(vars(part) for part in parts_of(layer)), *owned]
+    kept = [(now, dict(now)) for now in dictionaries]
     try:
-        for tensors, before in owned:
-            for name, tensor in before.items():
+        for tensors in owned:
+            for name, tensor in list(tensors.items()):
                 if tensor is None or not tensor.is_meta:
                     continue
                 with device:
@@ -227,14 +227,9 @@ def _scratch(layer: torch.nn.Module) -> Iterator[None]:
                     made.copy_(live[name])
         yield
     finally:
-        for part, before in attributes:
-            now = vars(part)
-            for name in now.keys() - before.keys():
-                del now[name]
+        for now, before in kept:
+            now.clear()
             now.update(before)
-        for tensors, before in owned:
-            tensors.clear()
-            tensors.update(before)
 
 
 def _fill(tensor: torch.Tensor) -> None:

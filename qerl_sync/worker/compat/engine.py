@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from qerl_sync.buffers.detect import plain_tensors, storage_key
 from qerl_sync.errors import CompatError, ConfigError, LoadError
 from qerl_sync.worker.compat import older_reload as older
+from qerl_sync.worker.compat.coupling import has
 from qerl_sync.worker.load.copy_count import CopyCount
 
 # What torch keeps in a module's own dictionary for parameters, submodules and hooks; and the KV
@@ -120,27 +121,26 @@ def load_numel_of(tensor: torch.Tensor) -> int:
     return int(getattr(tensor, "weight_loader_numel", tensor.numel()))
 
 
-def is_padded_embedding(layer: torch.nn.Module) -> bool:
-    """Return True for vocabularies (embeddings, heads) that vLLM pads to a multiple of 64 rows."""
+def lacks_padding_alone(layer: Any, loaded_numel: int) -> bool:
+    """Return whether all that a layer lacks, which has got so many elements, is padding.
+
+    vLLM pads vocabularies (embeddings, heads) to a multiple of 64 rows. The last tensor parallel
+    ranks may have no other rows.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
-    return isinstance(layer, VocabParallelEmbedding)
-
-
-def has_padding_alone(layer: Any) -> bool:
-    """Return True for the part of a padded embedding without a row of the vocabulary, which the
-    last tensor parallel ranks may have."""
-    if not is_padded_embedding(layer):
+    if not isinstance(layer, VocabParallelEmbedding):
         return False
-    return bool(layer.shard_indices.num_org_elements == 0)
+    return loaded_numel > 0 or bool(layer.shard_indices.num_org_elements == 0)
 
 
-class LoadObserver(Protocol):
-    """Told of each tensor that vLLM holds for a layer, and when it processes the layer."""
+# Called for each tensor that vLLM holds: the layer, the parameter, the arguments of its weight
+# loader, and the elements that this loads.
+Held = Callable[[torch.nn.Module, str, dict[str, Any], int], None]
 
-    def held(
-        self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
-    ) -> None: ...
+
+class ProcessObserver(Protocol):
+    """Told when vLLM processes a layer."""
 
     def processing(self, layer: torch.nn.Module) -> None: ...
 
@@ -165,26 +165,12 @@ def watch_ignored(tell: Callable[[], object]) -> Iterator[None]:
 
     def skipping(self: Any, qualname: str) -> bool:
         listed = qualname.startswith(tuple(getattr(self, "skip_prefixes", ())))
-        if listed and not _has(self.module, qualname):
+        if listed and not has(self.module, qualname):
             tell()
         return bool(can_skip(self, qualname))
 
-    AutoWeightsLoader._can_ignore_unexpected = ignoring
-    AutoWeightsLoader._can_skip = skipping
-    try:
+    with replaced(AutoWeightsLoader, _can_ignore_unexpected=ignoring, _can_skip=skipping):
         yield
-    finally:
-        AutoWeightsLoader._can_ignore_unexpected = can_ignore
-        AutoWeightsLoader._can_skip = can_skip
-
-
-def _has(module: torch.nn.Module, qualname: str) -> bool:
-    part: Any = module
-    for name in filter(None, qualname.split(".")):
-        if not hasattr(part, name):
-            return False
-        part = getattr(part, name)
-    return True
 
 
 def is_unmapped(model: torch.nn.Module, name: str) -> bool:
@@ -195,8 +181,8 @@ def is_unmapped(model: torch.nn.Module, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[None]:
-    """Report vLLM's layerwise loading to `observer` while the context is open.
+def observe_loads(held: Held, observer: ProcessObserver | None = None) -> Iterator[None]:
+    """Report vLLM's layerwise loading while the context is open.
 
     vLLM's loading wrapper asks `get_layer_size`, puts the tensor into the layer's list, calls
     `get_numel_loaded`, asks `is_deferred_attention_layer` (older ones: something else, see
@@ -206,15 +192,18 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
     copied into its live tensors, `_fit_live_tensors` mends what vLLM's copy cannot do.
 
     Args:
-        process: False keeps vLLM from processing a layer that is whole (dry runs).
+        observer: None keeps vLLM from processing layers (dry runs).
     """
     layerwise = _layerwise()
     # What vLLM asks next when it has counted a tensor: 0.25 only of layers that are not deferred.
     asks_all = hasattr(layerwise, "is_deferred_attention_layer")
     next_question = "is_deferred_attention_layer" if asks_all else "has_device_tensors"
     real = types.SimpleNamespace(**vars(layerwise))
-    count = real.get_numel_loaded if process else CopyCount(real.get_numel_loaded, load_numel_of)
+    count = real.get_numel_loaded if observer else CopyCount(real.get_numel_loaded, load_numel_of)
+    # The wrapper names its layer to `get_layer_size` alone; what it calls next is for the same one.
     sized: list[torch.nn.Module] = []
+    # Elements of a tensor that was counted. The wrapper adds them to the layer before it asks the
+    # next question, and the observer needs the sum: it is told then.
     counted: list[int] = []
 
     def get_layer_size(layer: torch.nn.Module) -> int:
@@ -223,7 +212,7 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
 
     def tell(layer: torch.nn.Module) -> None:
         parameter, bound = layerwise.LAYERWISE_INFO[layer].loaded_weights[-1]
-        observer.held(layer, parameter, bound.arguments, counted.pop())
+        held(layer, parameter, bound.arguments, counted.pop())
 
     def get_numel_loaded(loader: Callable[..., Any], bound: Any) -> tuple[int, Any]:
         (layer,) = sized
@@ -239,13 +228,14 @@ def observe_loads(observer: LoadObserver, *, process: bool = True) -> Iterator[N
         return bool(getattr(real, next_question)(question))
 
     def _layerwise_process(layer: torch.nn.Module, info: Any) -> None:
-        if process:
+        if observer is not None:
             observer.processing(layer)
             _round_held(layer, info)
             real._layerwise_process(layer, info)
             observer.processed(layer)
 
     def _copy_and_restore_kernel_tensors(layer: torch.nn.Module, info: Any) -> None:
+        assert observer is not None, "a dry run processes nothing"
         _fit_live_tensors(layer, info, observer)
         older.keep_derived_buffers(layer, info)
         real._copy_and_restore_kernel_tensors(layer, info)
@@ -285,7 +275,7 @@ def _round_held(layer: torch.nn.Module, info: Any) -> None:
                     bound.arguments[key] = value.to(dtypes[name])
 
 
-def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: LoadObserver) -> None:
+def _fit_live_tensors(layer: torch.nn.Module, info: Any, observer: ProcessObserver) -> None:
     """Prepare a layer's live tensors for what processing has made of the new weights.
 
     A parameter that another layer has emptied when it was loaded (MLA frees `kv_b_proj` on CPUs
@@ -400,8 +390,9 @@ def awaited_shape(
             rows = layer.total_num_heads * layer.head_size
         elif shard in ("k", "v"):
             rows = layer.total_num_kv_heads * layer.head_size
-        elif isinstance(shard, int):
-            rows = layer.output_sizes[shard]
+        elif isinstance(shard, int | tuple):  # several parts, fused in the checkpoint
+            parts = shard if isinstance(shard, tuple) else (shard,)
+            rows = sum(layer.output_sizes[part] for part in parts)
     return (rows, columns)[: len(own)] if len(own) <= 2 else None
 
 

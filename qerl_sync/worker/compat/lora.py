@@ -22,6 +22,8 @@ from qerl_sync.worker.compat.engine import EngineParts
 ADAPTER_ID = 2**31 - 2
 _NAME = "qerl-sync"
 _SERVED = "_qerl_sync_lora_request"
+# Of our wrapper of the runner's `execute_model`. `functools.wraps` hands it on to wrappers of that.
+_FILLS_IN = "_qerl_sync_fills_in"
 
 
 def calling_runner(model: torch.nn.Module) -> Any:
@@ -223,9 +225,11 @@ def serve(runner: Any, lora_model: Any) -> None:
         manager.remove_oldest_adapter()
     manager.add_adapter(lora_model)
     manager.activate_adapter(ADAPTER_ID)
-    if _SERVED not in vars(runner):
-        _fill_in(runner, worker_manager)
-    request = _request()
+    _fill_in(runner, worker_manager)
+    from vllm.lora.request import LoRARequest
+
+    # vLLM insists on a path. Nothing is ever read from there.
+    request = LoRARequest(_NAME, ADAPTER_ID, "/nonexistent/qerl-sync-holds-it-in-memory")
     vars(runner)[_SERVED] = (request, lora_model)
     _give_requests_in_flight(runner, request)
 
@@ -249,16 +253,11 @@ def wrongly_held(runner: Any, lora_model: Any) -> str:
     return ""
 
 
-def _request() -> Any:
-    from vllm.lora.request import LoRARequest
-
-    # vLLM insists on a path. Nothing is ever read from there.
-    return LoRARequest(_NAME, ADAPTER_ID, "/nonexistent/qerl-sync-holds-it-in-memory")
-
-
 def _fill_in(runner: Any, worker_manager: Any) -> None:
     """Wrap, once, the calls by which the runner gets requests and their adapters."""
-    if "execute_model" in vars(runner):
+    # Not whether the runner has an `execute_model` of its own: that may be another tool's wrapper,
+    # and requests would silently be computed with the base model.
+    if hasattr(runner.execute_model, _FILLS_IN):
         return
     execute_model, load_adapter = runner.execute_model, worker_manager._load_adapter
 
@@ -278,6 +277,7 @@ def _fill_in(runner: Any, worker_manager: Any) -> None:
             return served[1]
         return load_adapter(request)
 
+    setattr(with_adapter, _FILLS_IN, True)
     runner.execute_model = with_adapter
     worker_manager._load_adapter = from_memory
 

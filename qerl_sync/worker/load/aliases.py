@@ -107,16 +107,6 @@ class _View:
     path: str
     data: torch.Tensor
 
-    @property
-    def now(self) -> Any:
-        try:
-            return self.find()[self.key]
-        except (KeyError, IndexError, TypeError):
-            return None
-
-    def put(self, tensor: torch.Tensor) -> None:
-        self.find()[self.key] = tensor
-
 
 class Views:
     """The tensors of a model that share memory with its parameters when a sync begins.
@@ -154,24 +144,29 @@ class Views:
             LoadError: one of them cannot be a view of the parameter as it is now.
         """
         for view in self._views:
-            now, live = view.now, view.module._parameters.get(view.parameter)
+            container, live = view.find(), view.module._parameters.get(view.parameter)
+            try:
+                now = container[view.key]
+            except (KeyError, IndexError, TypeError):  # the kernel has dropped it
+                continue
             if live is None or not isinstance(now, torch.Tensor):
                 continue
             memory, same_layout = storage_key(live), _layout(now) == _layout(view.tensor)
             if storage_key(now) == memory:
                 continue
             if same_layout and storage_key(view.tensor) == memory:
-                view.put(view.tensor)
+                container[view.key] = view.tensor
             elif same_layout and _layout(live) == _layout(view.data):
                 offset = view.tensor.storage_offset() - view.data.storage_offset()
                 offset += live.storage_offset()
-                view.put(live.data.as_strided(now.shape, now.stride(), offset))
+                container[view.key] = live.data.as_strided(now.shape, now.stride(), offset)
             else:
                 raise LoadError(
                     f"{view.place} shared the memory of {view.path} before the sync and does not "
-                    f"after it: {_described(now)}, and the parameter is {_described(live)}. It may "
-                    "hold old weights. This architecture cannot be synced with these kernels; "
-                    "report it, and restart the engine to get new weights"
+                    f"after it: {now.dtype} {list(now.shape)}, and the parameter is {live.dtype} "
+                    f"{list(live.shape)}. It may hold old weights. This architecture cannot be "
+                    "synced with these kernels; report it, and restart the engine to get new "
+                    "weights"
                 )
 
 
@@ -197,7 +192,3 @@ def _reachable(
 
 def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-
-
-def _described(tensor: torch.Tensor) -> str:
-    return f"{tensor.dtype} {list(tensor.shape)}"

@@ -53,7 +53,7 @@ class CopyCount:
     @contextlib.contextmanager
     def counting(self) -> Iterator[None]:
         """Count copies into meta tensors in this context. Others are ignored."""
-        copy = torch.Tensor.copy_
+        copy, own = torch.Tensor.copy_, vars(torch.Tensor).get("copy_")
 
         def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             if tensor.is_meta:
@@ -65,6 +65,8 @@ class CopyCount:
             yield
         finally:
             del torch.Tensor.copy_  # the method itself is that of torch.Tensor's base
+            if own is not None:  # somebody else's wrapper
+                torch.Tensor.copy_ = own  # type: ignore[method-assign]
 
     def _capped(self, bound: BoundArguments, numel: int) -> int:
         parameter = bound.arguments.get("param")

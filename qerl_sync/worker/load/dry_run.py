@@ -105,7 +105,7 @@ def _in_words(exc: Exception) -> str:
 
 @dataclass
 class DryRun:
-    """Observes one dry run through vLLM's loading wrappers. Implements `compat.LoadObserver`."""
+    """Observes one dry run through vLLM's loading wrappers."""
 
     model: torch.nn.Module
     stream: Stream
@@ -157,14 +157,6 @@ class DryRun:
         wanted = dtype_name(parameter.dtype)
         if meta.dtype != wanted and not {meta.dtype, wanted} <= CASTABLE_FLOATS:
             self.miscast[meta.name] = wanted
-
-    def processing(self, layer: torch.nn.Module) -> None:
-        raise AssertionError("a dry run processes nothing")
-
-    processed = processing
-
-    def path_of(self, layer: torch.nn.Module) -> str:
-        return self._paths[id(layer)]
 
     def parent_layers(self) -> dict[str, ParentLayer]:
         """Return every module that awaits elements, in module order."""
@@ -251,7 +243,7 @@ def watch_bypasses(
         if (path, name) not in received
     }
     watch = _CopyWatch(stream, written_live, unfilled)
-    with compat.observe_loads(DryRun(model, stream), process=False), watch:
+    with compat.observe_loads(lambda *held: None), watch:
         stream.load()
     return watch.found
 

@@ -21,7 +21,7 @@ from qerl_sync.worker.compat import engine as compat
 
 
 class SyncMonitor:
-    """Accounts for one sync of one model. Implements `compat.LoadObserver`.
+    """Accounts for one sync of one model. Implements `compat.ProcessObserver`.
 
     It also closes, with the last tensor that they will get, the layers that the stream cannot
     fill (padded vocabularies), which vLLM would keep open until the end. Of `borrowed` memory it
@@ -86,6 +86,7 @@ class SyncMonitor:
                 self._ledger.hold(path, value.nbytes, storages_of(value), deferred=planned.deferred)
                 if not self._borrowed:
                     self._aliases.hold(path, self._name, value)
+        # Padding never arrives: vLLM would keep the layer open to the end of the sync.
         fills = planned.deferred or planned.expected_numel == planned.total_numel
         if not fills and compat.layer_state(layer).loaded_numel >= planned.expected_numel:
             compat.credit_padding(layer)
@@ -143,6 +144,10 @@ class SyncMonitor:
                 f"{len(wrong)} parent layers were not filled as planned: {wrong[0]}. vLLM counted "
                 "otherwise than in the dry run; sync.verify: off goes on in spite of it"
             )
+
+    def forget(self) -> None:
+        """Drop the references to tensors that are held. The trace stays."""
+        self._aliases = AliasGuard()
 
     @property
     def parent_layers(self) -> Collection[str]:

@@ -53,7 +53,7 @@ def observe_layer_map(
     stream = Stream(model, metas)
     run = DryRun(model, stream)
     with compat.loading_context(vllm_config), compat.dry_reload(model) as written_live:
-        with compat.observe_loads(run, process=False):
+        with compat.observe_loads(run.held):
             stream.load()
         one_tensor_calls = run.num_late > 0 and _loads_alike_singly(run, metas)
         unseen = [meta for meta in metas if not run.contributions[meta.name]]
@@ -110,7 +110,7 @@ def _loads_alike_singly(run: DryRun, metas: Sequence[ParamMeta]) -> bool:
     """
     singly = DryRun(run.model, Stream(run.model, metas))
     try:
-        with compat.observe_loads(singly, process=False):
+        with compat.observe_loads(singly.held):
             singly.stream.load(one_tensor_calls=True)
     except LayerMapError:
         return False
@@ -144,8 +144,9 @@ def left_out(run: DryRun, dropped: Collection[str], config: Any) -> set[str]:
         container = containers.get(path)
         if isinstance(container, torch.nn.ModuleList):
             others = (other[len(path) + 1 :] for other in dropped if other.startswith(f"{path}."))
-            last = max(int(other.partition(".")[0]) for other in others)
-            if len(container) <= int(child) and last + 1 in num_layers:
+            indices = {int(i) for other in others if (i := other.partition(".")[0]).isdecimal()}
+            beyond = child.isdecimal() and len(container) <= int(child)
+            if beyond and max(indices) + 1 in num_layers:
                 gone.add(name)
         elif hasattr(container, child):
             there = getattr(container, child)
@@ -269,8 +270,7 @@ def _missing(
             # are modules of buffers alone: nothing that is trained, and vLLM's own check of a
             # checkpoint (`track_weights_loading`) asks for parameters only.
             constant = not got and not any(True for _ in module.parameters())
-            padding = compat.is_padded_embedding if got else compat.has_padding_alone
-            padded = got < wanted and padding(module)
+            padded = got < wanted and compat.lacks_padding_alone(module, got)
             if got != wanted and not derived and not constant and not padded:
                 missing.append(f"{path}.{name} ({layer.kind}): {got:,} of {wanted:,} elements")
     return missing

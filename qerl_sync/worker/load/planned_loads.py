@@ -125,7 +125,14 @@ class PlannedLoads:
             peak_extra_bytes=self._memory.extra_bytes(),
         )
         self.plan = self.outstanding = None
-        self._log(self.last_report)
+        # Once for each plan, and once for each difference from its prediction.
+        reported = self.last_report.to_json()
+        digest, difference = reported["plan_digest"], reported["first_difference"]
+        if digest not in self._said:
+            logger.info("the first sync with plan %s: %s", digest[:12], reported)
+        if difference is not None and difference not in self._said:
+            logger.warning("the measured trace differs from the predicted one: %s", difference)
+        self._said |= {digest, str(difference)}
         return self.last_report
 
     def abort(self, reason: str) -> None:
@@ -146,13 +153,3 @@ class PlannedLoads:
                 )
             self._layer_map, self._probed = found, metas
         return self._layer_map
-
-    def _log(self, report: LoadReport) -> None:
-        """Log a report once for each plan, and once for each difference from its prediction."""
-        reported = report.to_json()
-        if report.plan_digest not in self._said:
-            logger.info("the first sync with plan %s: %s", report.plan_digest[:12], reported)
-        difference = reported["first_difference"]
-        if difference is not None and difference not in self._said:
-            logger.warning("the measured trace differs from the predicted one: %s", difference)
-        self._said |= {report.plan_digest, str(difference)}

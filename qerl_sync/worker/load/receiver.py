@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -31,6 +30,7 @@ from qerl_sync.plan.adapter import Adapter
 from qerl_sync.plan.layer_map import LayerMap
 from qerl_sync.plan.part import filled_layers
 from qerl_sync.plan.sync_plan import Chunk, SyncPlan
+from qerl_sync.stopwatch import Stopwatch
 from qerl_sync.verify.stream import as_planned
 from qerl_sync.wire import cuda_memory
 from qerl_sync.worker.compat import engine as compat
@@ -62,7 +62,7 @@ class _ModelState:
     """Hold what outlives a receiver: several may be made for one model, one after the other."""
 
     syncing: bool = False
-    poison: torch.utils.hooks.RemovableHandle | None = None
+    poison: contextlib.ExitStack | None = None
     reason: str | None = None
     version: int = 0
     caches_suspect: bool = False
@@ -79,6 +79,7 @@ class _ModelState:
     routes: dict[str, Routes] = field(default_factory=dict)
 
 
+# By model: the poison of a failed sync must outlast the session, and a new session must find it.
 _STATES: WeakKeyDictionary[torch.nn.Module, _ModelState] = WeakKeyDictionary()
 
 
@@ -120,11 +121,13 @@ class Receiver:
         self._dtype: torch.dtype = parts.vllm_config.model_config.dtype
         self._state = _STATES.setdefault(parts.model, _ModelState())
         self._open = False
+        self._finished = False  # and neither committed nor aborted since
         self._untouched = False
         self._awaited: Iterator[ParamMeta] = iter(())
         self._options = SyncOptions()
         self._spill: SpillBuffer | None = None
         self.costs = LoadCosts()
+        self._clock = Stopwatch(["verify"])
         self._rollback: Rollback | None = None
         self._poisoned_before: str | None = None
         self._check: KernelCheck | None = None
@@ -279,31 +282,53 @@ class Receiver:
         self._one_tensor_calls = layer_map.one_tensor_calls
         self._options = options
         self._held = self._kernels = None
-        check = options.checksums and self._loads_base
-        self._check = self._kernel_check(layer_map) if check else None
-        borrowed = borrowed or spill is not None  # staged memory is given back with its chunk
+        self._clock = Stopwatch(["verify"])
         self._monitor = SyncMonitor(
             self.model,
             layer_map,
             filled,
             before=self._before_processing,
             after=self._renew_tied,
-            borrowed=borrowed,
+            # Staged memory is given back with its chunk.
+            borrowed=borrowed or spill is not None,
         )
         self.costs = LoadCosts(processed_layers=self._monitor.processed_layers)
         if not self._loads_base:
             return
         self._quantisation = None
         with self._aborting():
+            if options.checksums:
+                self._check = KernelCheck(
+                    self.model,
+                    layer_map,
+                    self._dtype,
+                    self._state.held,
+                    {
+                        (view.path, view.name): (view.source_path, view.parameter)
+                        for view in self._find_lost_views()
+                    },
+                    is_part=options.base is not None,
+                )
             # vLLM's reload goes on with layers that another one has left half open.
             compat.restore(self.model)
+            # Ties and views show in shared memory, and a reload puts parameters on meta: before it.
             self._tied = refresh.tied_parameters(self.model)
             self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
-            unsent = self._unsent(filled)
+            # A reload passes over what a sync of a part brings nothing for. Not over attention
+            # layers, which derive what they hold from others.
+            unsent = [
+                layer
+                for path, layer in self.model.named_modules()
+                if options.base is not None and path not in filled and not compat.is_deferred(layer)
+            ]
             self._views = Views(self.model, [*self._direct.unprocessed, *unsent])
             routes = self._state.routes.get(layer_map.digest, {})
             self._routed = RoutedLoad(self.model, layer_map, routes, self._monitor)
-            self._observing.enter_context(compat.observe_loads(self._monitor))
+            # What was held for layers that a failed sync left open may be copies of weights: they
+            # would stay in memory until the next sync.
+            self._observing.callback(self._routed.forget)
+            self._observing.callback(self._monitor.forget)
+            self._observing.enter_context(compat.observe_loads(self._monitor.held, self._monitor))
             self._observing.enter_context(self._direct.watching(self._monitor.loaded))
             with compat.loading_context(self._config):
                 compat.begin_reload(self.model, [*self._direct.modules, *unsent])
@@ -366,7 +391,9 @@ class Receiver:
             if self._loads_base:
                 self._finish_base()
         self._close()
+        self._finished = True
         self.costs.kept_bytes = 0 if self._rollback is None else self._rollback.nbytes
+        self.costs.verify_seconds = self._clock.seconds["verify"]
         return self._monitor.trace()
 
     def commit(self, version: int) -> bool:
@@ -376,10 +403,13 @@ class Receiver:
         what refers to it (requests in flight, the prefix cache) must be emptied.
 
         Raises:
-            SyncError: the version is not larger than the last.
+            SyncError: no sync has been finished, and nothing is changed. Or the version is not
+                larger than the last.
             LoadError: vLLM cannot activate the adapter. In both cases the worker is poisoned, or
                 has its old adapter where the sync brought nothing else.
         """
+        if not self._finished:
+            raise SyncError("no finished sync is there to commit on this worker; finish one first")
         if version <= self._state.version:
             reason = f"version {version} was to follow {self._state.version}"
             self.abort(f"a sync failed: {reason}")
@@ -389,7 +419,8 @@ class Receiver:
                 self._adapter.swap(verify=self._options.checksums)
             elif self._parts.runner is not None and self._config.lora_config is not None:
                 vllm_lora.serve(self._parts.runner, None)  # a sync without one has whole weights
-        self._adapter, self._rollback, self._untouched = None, None, False
+        self._adapter, self._rollback = None, None
+        self._finished = self._untouched = False
         self._state.version = version
         if self._loads_base:
             self._state.held, self._state.kernels = self._held, self._kernels
@@ -411,6 +442,7 @@ class Receiver:
         if self._open:
             self._close()
             compat.restore(self.model)
+        self._finished = False
         rollback, self._rollback = self._rollback, None
         # Nothing but an adapter can be untouched when others may have committed theirs.
         old, self._untouched, self._adapter = self._untouched and keep_old, False, None
@@ -434,21 +466,15 @@ class Receiver:
                 "versions; run a full sync (`session.push()`) to make them right"
             )
 
-        self._state.poison = self.model.register_forward_pre_hook(refuse)
+        self._state.poison = undo = contextlib.ExitStack()
+        undo.callback(self.model.register_forward_pre_hook(refuse).remove)
         # A replayed CUDA graph does not come by the hook; what follows it does come by this.
-        vars(self.model)["compute_logits"] = refuse
+        attributes = vars(self.model)
+        if (own := attributes.get("compute_logits")) is not None:  # another tool's wrapper
+            undo.callback(attributes.update, compute_logits=own)
+        undo.callback(attributes.pop, "compute_logits", None)
+        attributes["compute_logits"] = refuse
         self._state.reason = reason
-
-    def _unsent(self, filled: Collection[str]) -> list[torch.nn.Module]:
-        """Return the layers that a sync of a part brings nothing for: a reload passes over them."""
-        if self._options.base is None:
-            return []
-        # Deferred ones derive what they hold from others.
-        return [
-            layer
-            for path, layer in self.model.named_modules()
-            if path not in filled and not compat.is_deferred(layer)
-        ]
 
     def _layers_to_fill(
         self, plan: SyncPlan, layer_map: LayerMap, base: int | None
@@ -486,7 +512,7 @@ class Receiver:
             return "that sync was not to be built upon"
         if emptied := emptied_layers(self.model, kept):
             return f"{emptied[0]} has given its weights away to another layer"
-        # The trainer is not the only one who can write here: `sleep(level=2)` drops all weights.
+        # Other code can write here, too: `sleep(level=2)` drops all weights.
         known = self._state.kernels
         for name, sample in sample_kernels(self.model, kept).items():
             if known.get(name) != sample:
@@ -503,8 +529,7 @@ class Receiver:
 
     def _heal(self) -> None:
         if self._state.poison is not None:
-            self._state.poison.remove()
-            vars(self.model).pop("compute_logits", None)
+            self._state.poison.close()
         self._state.poison = self._state.reason = None
 
     def _close(self) -> None:
@@ -531,8 +556,8 @@ class Receiver:
             poisoned = "poisoned until a full sync succeeds"
             outcome = poisoned if self.poisoned is not None else f"back on version {self.version}"
             raise LoadError(
-                f"vLLM failed in the middle of a sync: {type(exc).__name__}: {exc}. The worker is "
-                f"{outcome}"
+                "vLLM, or the source of its tensors, failed in the middle of a sync: "
+                f"{type(exc).__name__}: {exc}. The worker is {outcome}"
             ) from exc
 
     def _find_lost_views(self) -> list[LostView]:
@@ -561,6 +586,7 @@ class Receiver:
         with compat.loading_context(self._config):
             self._direct.conclude()
             compat.finish_reload(self.model, self._config, self._monitor.parent_layers)
+            # vLLM processes no tied head, so that nothing has been kept of it yet.
             for path in refresh.tied_parameters(self.model):
                 self._keep(self.model.get_submodule(path))
             refresh.after_reload(self.model)
@@ -575,7 +601,7 @@ class Receiver:
         # A kernel that has failed says so here, and not after the commit.
         cuda_memory.synchronize(self.device)
         if self._check is not None:
-            with self._verifying():
+            with self._clock("verify"):
                 self._held = self._check.conclude()
         if self._options.is_base:
             kept = self._state.kernels if self._options.base is not None else None
@@ -588,7 +614,7 @@ class Receiver:
         if self._rollback is not None:
             self._rollback.keep(layer)
 
-    def _load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def _load(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
         def watched() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in tensors:
                 self._monitor.begin(name)
@@ -597,6 +623,9 @@ class Receiver:
                     yield name, given
 
         load_weights(self.model, watched(), self._one_tensor_calls)
+        # Without `sync.verify` nothing else notices tensors that a loader has left in the stream.
+        if (left := next(tensors, None)) is not None:
+            raise LoadError(f"vLLM's loader ended before it had taken {left[0]!r}")
 
     def _checked(
         self, chunk: Chunk, tensors: Iterable[tuple[str, torch.Tensor]]
@@ -610,28 +639,6 @@ class Receiver:
             if self._options.finite_check != "nobody":
                 require_in_range(meta.name, tensor, self._dtype, self._parents)
             if self._check is not None:
-                with self._verifying():
+                with self._clock("verify"):
                     self._check.arrived(meta.name, tensor)
             yield meta.name, tensor
-
-    def _kernel_check(self, layer_map: LayerMap) -> KernelCheck:
-        views = {
-            (view.path, view.name): (view.source_path, view.parameter)
-            for view in self._find_lost_views()
-        }
-        return KernelCheck(
-            self.model,
-            layer_map,
-            self._dtype,
-            self._state.held,
-            views,
-            is_part=self._options.base is not None,
-        )
-
-    @contextlib.contextmanager
-    def _verifying(self) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.costs.verify_seconds += time.perf_counter() - start

@@ -59,7 +59,11 @@ class Rollback:
         for tensor in compat.live_tensors(layer).values():
             self._copy(tensor)
         for part in compat.parts_of(layer):
-            self._snapshot(part)
+            found = {name: v for name, v in vars(part).items() if name not in compat.NOT_KEPT}
+            self._attributes.setdefault(id(part), (part, found))
+            for value in found.values():
+                if isinstance(value, torch.Tensor) and not value.is_meta:
+                    self._copy(value)
         packing = getattr(layer, "cpu_linear", None)
         if id(packing) not in self._packings:  # a tied head may share it with the embeddings
             self._packings[id(packing)] = packing
@@ -79,13 +83,6 @@ class Rollback:
                 else:  # it was empty, and was given memory to be loaded into
                     tensor.data = copy.to(tensor.device)
         self._copies, self._attributes, self._packings = {}, {}, {}
-
-    def _snapshot(self, owner: Any) -> None:
-        found = {name: v for name, v in vars(owner).items() if name not in compat.NOT_KEPT}
-        self._attributes.setdefault(id(owner), (owner, found))
-        for value in found.values():
-            if isinstance(value, torch.Tensor) and not value.is_meta:
-                self._copy(value)
 
     def _copy(self, tensor: torch.Tensor) -> None:
         if id(tensor) not in self._copies:

@@ -109,7 +109,7 @@ def _numel_by_place(landed: Sequence[LoaderCall | Contribution]) -> Counter[tupl
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every operation of a dry run. Implements `compat.LoadObserver`.
+    """Sees every operation of a dry run.
 
     Attributes:
         calls: of each tensor, its loader calls.
@@ -137,9 +137,9 @@ class _Recorder(TorchDispatchMode):
         self._used: list[tuple[str, tuple[str, str]]] = []  # of them since the last loader call
 
     def run(self, *, one_tensor_calls: bool) -> None:
-        with compat.observe_loads(self, process=False), self:
+        with compat.observe_loads(self._held), self:
             self._stream.load(one_tensor_calls=one_tensor_calls)
-        if self._copied:  # after the last loader call, by nobody that vLLM's reload knows
+        if self._copied:  # after the last loader call, and so outside of any
             self._spoil([of for _, of in self._copied])
         self._find_computed("")
 
@@ -173,7 +173,7 @@ class _Recorder(TorchDispatchMode):
             if path != loader_of:
                 self.computes.append((what, f"{path}.{name}"))
 
-    def held(
+    def _held(
         self, layer: torch.nn.Module, parameter: str, arguments: dict[str, Any], loaded_numel: int
     ) -> None:
         meta, copied = self._stream.current, self._copied
@@ -208,14 +208,6 @@ class _Recorder(TorchDispatchMode):
         """Give no route to the current tensor, nor to those that `tensors` are parts of."""
         metas = [self._stream.current, *map(self._stream.source_of, tensors)]
         self.others.update(meta.name for meta in metas if meta is not None)
-
-    def processing(self, layer: torch.nn.Module) -> None:
-        raise AssertionError("a dry run processes nothing")
-
-    processed = processing
-
-    def path_of(self, layer: torch.nn.Module) -> str:
-        return self._paths[id(layer)]
 
 
 def _is_part(view: torch.Tensor, whole: torch.Tensor) -> bool:
@@ -292,6 +284,10 @@ class RoutedLoad:
             )
             reload.process_if_whole()
         return True
+
+    def forget(self) -> None:
+        """Drop what is held."""
+        self._held.clear()
 
     def fill(self, layer: torch.nn.Module) -> None:
         """Materialise a layer that is about to be processed, and copy what is held for it."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from qerl_sync.errors import ConfigError, LoadError, PlanError, TransportError
+from qerl_sync.errors import ConfigError, PlanError, TransportError
 from qerl_sync.meta import format_bytes
 from qerl_sync.plan.spill import Spill
 from qerl_sync.plan.staging import offsets
@@ -25,8 +25,8 @@ Named = tuple[str, torch.Tensor]
 
 
 class SpillBuffer:
-    """Turns the stream of one sync into that which vLLM gets, by one call of `load` for each chunk.
-    Not thread-safe.
+    """Turns the stream of one sync into that which vLLM gets, by one call of `load` for each chunk,
+    which must take all that it gets. Not thread-safe.
 
     What is copied together and loaded together lies in one block, which is unmapped when the last
     tensor of it is gone: blocks count as many bytes as their tensors have, and take up whole pages.
@@ -61,7 +61,6 @@ class SpillBuffer:
         What has to wait is copied: the chunk's memory will be reused.
 
         Raises:
-            LoadError: vLLM did not take all that it got.
             PlanError: more would be staged than the budget allows.
             TransportError: there is no room for it.
         """
@@ -72,9 +71,6 @@ class SpillBuffer:
             load(self._due(due_now))
         for block in self._blocks.pop(self._index, ()):
             block.free()
-        left = next((name for name in due_now if name in self._arrived), None)
-        if left is not None:
-            raise LoadError(f"vLLM's loader ended before it had taken {left!r}")
         waiting: defaultdict[int, list[str]] = defaultdict(list)
         for name in self._arrived:
             waiting[self._due_in[name]].append(name)
@@ -178,7 +174,7 @@ def _own_directory(text: str) -> Path:
     if not (own and usable):
         raise ConfigError(
             f"sync.spill_directory: {text!r} must be the absolute path of a directory that belongs "
-            "to the worker's user, who may write in it"
+            "to the worker's user and can be written to"
         )
     return path
 
