@@ -426,20 +426,35 @@ def test_budgets_that_are_none(given):
 def test_the_containers_free_memory(tmp_path):
     group = tmp_path / "cgroup"
     group.mkdir()
-    assert container_free_bytes(group) is None
+    member = "0::/\n"
+    assert container_free_bytes(group, member) is None
     (group / "memory.current").write_text("600\n")
     (group / "memory.max").write_text("max\n")
-    assert container_free_bytes(group) is None
+    assert container_free_bytes(group, member) is None
     (group / "memory.max").write_text("1000\n")
-    assert container_free_bytes(group) == 400
+    assert container_free_bytes(group, member) == 400
+    assert container_free_bytes(group, "0::/of/the/host\n") == 400
     (group / "memory.stat").write_text("anon 500\ninactive_file 50\n")
-    assert container_free_bytes(group) == 450
+    assert container_free_bytes(group, member) == 450
     old = tmp_path / "old" / "memory"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("1000\n")
     (old / "memory.usage_in_bytes").write_text("1200\n")
     (old / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 300\n")
-    assert container_free_bytes(old.parent) == 100
+    assert container_free_bytes(old.parent, "9:name=systemd:/\n4:memory:/\n0::/\n") == 100
+
+
+def test_a_limit_of_the_processs_own_group_or_of_one_around_it_counts(tmp_path):
+    """SLURM and systemd set theirs there, not on the root."""
+    job = tmp_path / "slurm" / "job_7"
+    step = job / "step_0"
+    step.mkdir(parents=True)
+    for group, limit in ((step, "max"), (job, "1000"), (job.parent, "5000")):
+        (group / "memory.max").write_text(limit)
+        (group / "memory.current").write_text("600")
+    assert container_free_bytes(tmp_path, "0::/slurm/job_7/step_0\n") == 400
+    (step / "memory.max").write_text("700")
+    assert container_free_bytes(tmp_path, "0::/slurm/job_7/step_0\n") == 100
 
 
 def test_free_memory_of_this_machine():

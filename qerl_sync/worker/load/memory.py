@@ -20,34 +20,42 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserved
-    container = container_free_bytes(CGROUP)
+    container = container_free_bytes(CGROUP, Path("/proc/self/cgroup").read_text())
     host = psutil.virtual_memory().available
     return host if container is None else min(host, container)
 
 
-def container_free_bytes(cgroup: Path) -> int | None:
-    """Return what a container's memory limit leaves; None without a limit.
+def container_free_bytes(root: Path, membership: str) -> int | None:
+    """Return the least that a memory limit of the process's control groups leaves; None without a
+    limit. File caches that can be dropped are counted as used by the kernel, and as free here.
 
-    File caches that can be dropped are counted as used by the kernel, and as free here.
+    Args:
+        root: where control groups are mounted.
+        membership: what /proc/self/cgroup says (cgroups(7)): a line for each hierarchy, of version
+            1 or 2, with the process's group in it.
     """
-    for folder, limit, used, dropped in (
-        (cgroup, "memory.max", "memory.current", "inactive_file"),
-        (
-            cgroup / "memory",
-            "memory.limit_in_bytes",
-            "memory.usage_in_bytes",
-            "total_inactive_file",
-        ),
-    ):
-        limit_bytes = _number(folder / limit)
-        used_bytes = _number(folder / used)
-        if limit_bytes is not None and used_bytes is not None:
-            fields = {dropped: "0"}
-            with suppress(OSError, ValueError):
-                lines = (folder / "memory.stat").read_text().splitlines()
-                fields |= dict(line.split() for line in lines)
-            return max(limit_bytes - used_bytes + int(fields[dropped]), 0)
-    return None
+    free: list[int] = []
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            mount, names = root, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        group = Path(path.lstrip("/"))
+        # The limits of all groups around it hold too: SLURM and systemd have theirs on outer ones.
+        # In a container the path may be the host's, of which only the root is mounted.
+        for folder in (mount / group, *(mount / outer for outer in group.parents)):
+            limit_bytes, used_bytes = (_number(folder / name) for name in names[:2])
+            if limit_bytes is not None and used_bytes is not None:
+                fields = {names[2]: "0"}
+                with suppress(OSError, ValueError):
+                    lines = (folder / "memory.stat").read_text().splitlines()
+                    fields |= dict(line.split() for line in lines)
+                free.append(max(limit_bytes - used_bytes + int(fields[names[2]]), 0))
+    return min(free, default=None)
 
 
 def _number(path: Path) -> int | None:

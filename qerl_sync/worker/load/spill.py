@@ -106,10 +106,10 @@ class SpillBuffer:
             )
         places, nbytes = offsets(metas)
         block = _Block(nbytes, self._directory, locked=self._device.type == "cuda")
+        self._blocks[due].append(block)  # first: its pages are unlocked even if a copy fails
         for meta, offset in zip(metas, places, strict=True):
             staged = view(block.memory, offset, meta.shape, getattr(torch, meta.dtype))
             self._staged[meta.name] = staged.copy_(self._arrived[meta.name])
-        self._blocks[due].append(block)
         self.staged_bytes = total
         self.peak_bytes = max(self.peak_bytes, total)
 
