@@ -16,11 +16,13 @@ DEPENDENT = (
     ("verify_tolerance", None, "verify", "full", "coverage"),
     ("recompute_running", True, "pause_mode", "keep", "keep"),
 )
-# Nothing is waited for, paused or connected within one process.
+# Nothing is connected, paused or staged within one process. `timeout_seconds` is not among them:
+# several trainer processes, each with an engine in it, wait for each other.
 BETWEEN_PROCESSES = {
     "chunks_in_flight": 2,
-    "timeout_seconds": 300.0,
     "trainer_address": "127.0.0.1",
+    "trainer_bind": None,
+    "trainer_port": 0,
     "pause_mode": "keep",
     "recompute_running": True,
 }
@@ -241,6 +243,13 @@ def contradictions_of_sync(sync: Mapping[str, Any], *, in_process: bool = False)
                     "leave it out, or change that",
                 )
             )
+    if sync.get("metrics_address", "127.0.0.1") != "127.0.0.1" and not sync.get("metrics_port"):
+        violations.append(
+            Violation(
+                "metrics_address",
+                "has an effect only with `metrics_port`; set that too, or leave it out",
+            )
+        )
     if in_process or sync.get("transport") == "inproc":
         violations += [
             Violation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import PurePosixPath
@@ -121,6 +121,21 @@ class Section(BaseModel):
             return cls(**options)
         except ValidationError as exc:
             raise config_error(cls.__name__, schema_violations(exc, cls)) from exc
+
+    @classmethod
+    def given(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
+        """Return `config`, or where it is None the section with the fields `options`.
+
+        Raises:
+            ConfigError: both are given, or as `of`.
+        """
+        if config is None:
+            return cls.of(**options)
+        if options:
+            raise ConfigError(
+                f"give either a {cls.__name__} or its fields, not both ({', '.join(options)})"
+            )
+        return config
 
     def _exactly_one_of(self, first: str, second: str) -> None:
         given = [name for name in (first, second) if getattr(self, name) is not None]

@@ -110,12 +110,8 @@ class WeightSyncCallback(TrainerCallback):
         recorder: Callable[[SyncReport], None] | None = None,
         **options: Any,
     ) -> None:
-        if config is not None and options:
-            raise ConfigError(
-                f"give either a SyncConfig or its fields, not both ({', '.join(options)})"
-            )
         _refuse_misplaced(options)
-        self.config = config or SyncConfig.of(**options)
+        self.config = SyncConfig.given(config, options)
         self.reports: list[SyncReport] = []
         self.session: SyncSession | None = None
         self._engine = dict(engine or {})
@@ -540,7 +536,7 @@ def _never_bound(trainer: Any) -> ConfigError:
     kind = "trainer" if trainer is None else type(trainer).__name__
     return ConfigError(
         f"this {kind} was built without its WeightSyncCallback, and generates "
-        "with an engine that nobody syncs; give the callback to its constructor "
+        "with an engine that is not synced; give the callback to its constructor "
         "(callbacks=[WeightSyncCallback(...)]), or call "
         "trainer.add_callback(WeightSyncCallback(trainer=trainer, ...))"
     )

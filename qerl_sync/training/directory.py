@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qerl_sync.session import SyncSession
 
 # What a resumed run must have in common with the one it continues.
-FIXED_SECTIONS = ("model", "data", "reward", "warmup", "seed")
+FIXED_SECTIONS = ("model", "peft", "data", "reward", "warmup", "seed")
 
 
 class RunDirectory:
@@ -53,9 +53,14 @@ class RunDirectory:
 
     def latest_checkpoint(self) -> Path | None:
         """Return the checkpoint with the highest step that was written completely."""
-        found = (path.parent for path in self.root.glob("checkpoint-*/trainer_state.json"))
-        steps = {int(number): path for path in found if (number := path.name[11:]).isdecimal()}
-        return steps[max(steps)] if steps else None
+        steps = self._numbered("checkpoint")
+        whole = [step for step in steps if (steps[step] / "trainer_state.json").exists()]
+        return steps[max(whole)] if whole else None
+
+    def _numbered(self, name: str) -> dict[int, Path]:
+        """Return the directories that are called `name-N`, by N."""
+        found = {path.name[len(name) + 1 :]: path for path in self.root.glob(f"{name}-*")}
+        return {int(number): path for number, path in found.items() if number.isdecimal()}
 
     def start(self, config: TrainConfig) -> Path | None:
         """Prepare the directory for a new run. Return where an earlier run was moved, if any."""
@@ -63,8 +68,8 @@ class RunDirectory:
         written, aside = self._written(), None
         # A config.json alone is a run that was refused before it began.
         if self.config.exists() and written != [self.config]:
-            number = 1 + len(list(self.root.glob("earlier-*")))
-            aside = self.root / f"earlier-{number}"
+            # One more than the highest: the user may have deleted some of them.
+            aside = self.root / f"earlier-{1 + max(self._numbered('earlier'), default=0)}"
             aside.mkdir()
             for path in written:
                 path.rename(aside / path.name)
@@ -121,7 +126,8 @@ class RunDirectory:
         files = [self.config, self.model, self.trained, self.plans, self.summary, self.engine_log]
         files += [self.reward_plot, self.buffers_plot]
         files += [self.root / name for name in (TRACES, "report.html", "report.md")]
-        numbered = [*self.root.glob("checkpoint-*"), *self.root.glob("trace-*.json")]
+        patterns = ("checkpoint-*", "trace-*.json", "vllm-*.log")
+        numbered = [path for pattern in patterns for path in self.root.glob(pattern)]
         return [*filter(Path.exists, files), *line_files(self.root), *numbered]
 
     def record_plan(self, session: SyncSession, sync: SyncConfig) -> None:

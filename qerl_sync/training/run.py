@@ -112,7 +112,7 @@ def train(
         path = _policy(run)
         apart = mode == "subprocess" and not verbose
         log = directory.engine_log_of(processes.rank) if apart else None
-        # The other processes wait for the server in the trainer's constructor.
+        # Rank 0 has the server. The other ranks wait for it in the trainer's constructor.
         leads = processes.rank == 0
         server = rollout_server(config, path, directory, display) if leads else nullcontext()
         recorded = run_errors_recorded(directory.root) if leads else nullcontext()
@@ -129,7 +129,7 @@ def train(
                 try:
                     stopped = _learn(run, trainer, checkpoint)
                 except Exception as exc:
-                    # The error of a call to an engine process that has died does not say why.
+                    # Calls to an engine process that has died do not say why it died; its log does.
                     lost = log is not None and isinstance(exc, PeerLostError)
                     if lost or type(exc).__name__ == "EngineDeadError":
                         raise engine_lost(log) from exc
@@ -305,8 +305,8 @@ def _learn(run: _Run, trainer: Any, checkpoint: str | None) -> bool:
             except SyncError:
                 raise
             except Exception as exc:
-                # transformers reads the checkpoint before training begins, and says of no error
-                # from which file it is.
+                # transformers reads the checkpoint before training begins, and its errors do not
+                # name the file.
                 if checkpoint is None or progress.begun:
                     raise
                 file = Path(checkpoint)

@@ -96,8 +96,8 @@ class RolloutActor:
         apart = "1" if self._is_apart(engine) else "0"
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", apart)
         # Without it the second engine of a node finds no memory and does not start.
-        for name, value in ON_SHARED_CORES.items():
-            os.environ.setdefault(name, value)
+        for variable, value in ON_SHARED_CORES.items():
+            os.environ.setdefault(variable, value)
         self.llm = self._start(engine)
         self._client = self._control(self.llm)
         core = self._core(self.llm)
