@@ -397,6 +397,13 @@ class WeightSyncCallback(TrainerCallback):
         """Let no weight change while it is sent."""
         self.wait()
 
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Let no weight change while it is sent: the best model may be loaded next."""
+        # A callback that was called after ours in `on_step_end` may have stopped the training. In
+        # other epochs the sync goes on beside the trainer.
+        if control.should_training_stop:
+            self.wait()
+
     def _guarded(self, compute: Callable[..., Any], *, alone: bool = False) -> Callable[..., Any]:
         """Return the same call, preceded by a sync if the engine may have other weights than the
         trainer.

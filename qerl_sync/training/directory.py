@@ -111,7 +111,11 @@ class RunDirectory:
         for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
             # As torch.save writes it; its contents stand at its end.
             if not zipfile.is_zipfile(file):
-                raise damaged(checkpoint, file, "it is cut off, or no file of torch's")
+                raise FileError(
+                    f"{file} is damaged (it is cut off, or no file of torch's); move {checkpoint} "
+                    "away, and --resume goes on from the checkpoint before it",
+                    path=str(file),
+                )
         # TRL drops its own logs of the steps that this run repeats.
         keep_lines(self.syncs, lambda report: report["step"] < step)
         keep_lines(self.log, lambda entry: entry["step"] <= step)
@@ -148,12 +152,3 @@ class RunDirectory:
 def step_of(checkpoint: Path) -> int:
     """Return the global step at which a checkpoint was written."""
     return int(read_json(checkpoint / "trainer_state.json")["global_step"])
-
-
-def damaged(checkpoint: Path, file: Path, cause: str) -> FileError:
-    """Return the error for a checkpoint that no run can go on from."""
-    return FileError(
-        f"{file} is damaged ({cause}); move {checkpoint} away, and --resume goes on from the "
-        "checkpoint before it",
-        path=str(file),
-    )

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qerl_sync.config import TrainConfig
 from qerl_sync.config.files import file_error, file_errors_explained
-from qerl_sync.errors import ConfigError, PeerLostError, SyncError
+from qerl_sync.errors import ConfigError, FileError, PeerLostError, SyncError
 from qerl_sync.report.plots import plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
 from qerl_sync.telemetry.recorder import run_errors_recorded
@@ -27,7 +27,7 @@ from qerl_sync.training.arguments import (
     sft_arguments,
 )
 from qerl_sync.training.data import load_data
-from qerl_sync.training.directory import RunDirectory, damaged, step_of
+from qerl_sync.training.directory import RunDirectory, step_of
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush, require_packages
 from qerl_sync.training.models import (
@@ -309,8 +309,12 @@ def _learn(run: _Run, trainer: Any, checkpoint: str | None) -> bool:
                 # name the file.
                 if checkpoint is None or progress.begun:
                     raise
-                file = Path(checkpoint)
-                raise damaged(file, file, f"{type(exc).__name__}: {exc}") from exc
+                raise FileError(
+                    f"the run cannot go on from {checkpoint}: {type(exc).__name__}: {exc}; change "
+                    "back options that it was written with (sharding, the optimizer). If it is "
+                    "damaged, move it away, and --resume goes on from the checkpoint before it",
+                    path=checkpoint,
+                ) from exc
     return stop.stopped and trainer.state.global_step < trainer.state.max_steps
 
 
