@@ -43,8 +43,8 @@ RAY_OPTIONS = {
     "generate_timeout_seconds": 1800.0,
 }
 CLUSTER_OPTIONS = {"num_cpus": None, "object_store_bytes": "512MiB"}
-# What `datasets` reads as one file.
-FILES = (".jsonl", ".json", ".parquet", ".csv")
+# The name by which `datasets` reads each kind of local file.
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_OPTIONS = {"split": "train", "subset": None}
 FILE_OPTIONS = {"prompt_column": "prompt", "answer_column": "answer"}
 # Engine arguments on which TRL relies while the engine shares its process.
@@ -108,7 +108,7 @@ def _of_data(tree: Mapping[str, Any]) -> Iterator[Violation]:
             yield Violation(
                 "data.size", "is for a `task`, and `data.path` has the rows that it has"
             )
-        if isinstance(path, str) and path.endswith(FILES):
+        if isinstance(path, str) and path.endswith(tuple(FILE_FORMATS)):
             for name in _changed(tree, "data", HUB_OPTIONS):
                 yield Violation(f"data.{name}", "has no effect: a single file is read as a whole")
 

@@ -302,8 +302,8 @@ class SyncConfig(Section):
     trainer and engine want the same cores."""
 
     timeout_seconds: Seconds = 300.0
-    """How long either side waits for the other, for each message and each call. At most a million
-    seconds: every wait ends."""
+    """How long either side waits for the other, for each message and each call. Several trainer
+    processes wait twice as long for each other. At most a million seconds: every wait ends."""
 
     trainer_address: Annotated[str, AfterValidator(_announced)] = "127.0.0.1"
     """The address, IPv4 or IPv6, or the name under which workers reach the trainer. Set it where

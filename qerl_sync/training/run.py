@@ -30,14 +30,7 @@ from qerl_sync.training.data import load_data
 from qerl_sync.training.directory import RunDirectory, step_of
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush, require_packages
-from qerl_sync.training.models import (
-    describe,
-    load_model,
-    load_tokenizer,
-    make_tiny,
-    texts_of,
-    warm_up,
-)
+from qerl_sync.training.models import load_model, load_tokenizer, make_tiny, warm_up
 from qerl_sync.training.processes import Processes, join, sharding_on_cpus, whole_models
 from qerl_sync.training.rewards import BUILTIN, Reward, resolve_reward
 from qerl_sync.training.rollouts import engine_lost, engine_process, rollout_server
@@ -194,15 +187,16 @@ def _policy(run: _Run) -> str:
         return model_config.path
     if run.processes.of_leader("whether the model is there", directory.model.is_dir):
         return str(directory.model)
-    ready = f"model ready: {describe(model_config)}"
+    tiny, dtype = model_config.tiny, model_config.dtype
+    ready = f"model ready: {f'a tiny {tiny.architecture}' if tiny else model_config.path}"
     with run.display.phase("making the model", ready), whole_models():
-        if model_config.path is not None:
-            tokenizer = load_tokenizer(model_config.path)
-            model = load_model(model_config.path, model_config.dtype)
+        if tiny is not None:
+            texts = (str(row.get(name, "")) for row in run.rows for name in ("prompt", "answer"))
+            model, tokenizer = make_tiny(tiny, dtype, texts, run.config.seed)
         else:
-            assert model_config.tiny is not None
-            dtype, texts = model_config.dtype, texts_of(run.rows)
-            model, tokenizer = make_tiny(model_config.tiny, dtype, texts, run.config.seed)
+            assert model_config.path is not None
+            tokenizer = load_tokenizer(model_config.path)
+            model = load_model(model_config.path, dtype)
     if run.sft is not None:
         with run.display.steps("warm-up", "warmed up") as steps, whole_models():
             warm_up(model, tokenizer, run.rows, run.sft, steps)

@@ -14,7 +14,6 @@ from typing_extensions import Self
 
 from qerl_sync.build import transport_options
 from qerl_sync.config import SyncConfig
-from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.ray_actor import RayActorClient, how_it_was_lost, is_gone
 from qerl_sync.errors import (
     AgreementError,
@@ -222,7 +221,8 @@ class WorkerPool:
         return self._transport
 
     def _join(self, transport: PoolTransport, worker: Worker) -> None:
-        transport.add(worker.name, worker.client(self._timeout_seconds), worker.is_up)
+        client = RayActorClient(worker.handle, worker.name, self._timeout_seconds)
+        transport.add(worker.name, client, worker.is_up)
 
     # ---- generation
 
@@ -492,9 +492,6 @@ class Worker:
         self.generates = hasattr(handle, "generate")
         self._asked: Any = None
         self._was_up = False
-
-    def client(self, timeout_seconds: float) -> EngineClient:
-        return RayActorClient(self.handle, self.name, timeout_seconds)
 
     def is_up(self) -> bool:
         """Return whether the worker can be asked to connect now. Never block.
