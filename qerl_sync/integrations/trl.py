@@ -150,7 +150,7 @@ class WeightSyncCallback(TrainerCallback):
                 "--dtype float32`"
             )
         if not served:
-            # Before processes build an engine together that none of them could sync.
+            # Now: later the processes would have built an engine together that cannot be synced.
             num_processes = getattr(trainer.accelerator, "num_processes", 1)
             size = getattr(args, "vllm_tensor_parallel_size", 1)
             self._refuse_shared_engine(size, num_processes)
@@ -293,8 +293,8 @@ class WeightSyncCallback(TrainerCallback):
         generation = trainer.vllm_generation
         generation.sync_weights = self._sync
         if self._ranks is not None:
-            # The calls below are made by one process alone, where a server generates; a sync takes
-            # all of them, and all call this.
+            # Where a server generates, the main process alone makes the calls that are guarded
+            # below. A sync takes all processes, and all of them call `generate`.
             generation.generate = self._guarded(generation.generate)
         # TRL makes the client of a server in the main process only.
         engine = getattr(
@@ -440,7 +440,8 @@ class WeightSyncCallback(TrainerCallback):
         return with_current_weights
 
     def _wants_clean(self) -> bool:
-        """Return whether what generates now is an evaluation, or comes before training."""
+        """Return whether the engine is to have weights without noise: in evaluations, and before
+        training."""
         assert self.session is not None
         return not (self._trainer.model.training and self.session.noise_is_scheduled)
 
@@ -456,8 +457,8 @@ class WeightSyncCallback(TrainerCallback):
             return True
         if self.config.noise is not None and self._synced_clean != self._wants_clean():
             return True
-        # Some trainers let completions be a number of steps behind. A second training counts from 0
-        # again, while what TRL remembers of the last sync is of the first one.
+        # Some trainers let completions be a number of steps behind. Below 0: a second training
+        # counts from 0 again, while TRL still compares with the last sync of the first.
         behind = self._trainer.state.global_step - self._synced_step
         return not 0 <= behind < getattr(self._trainer.args, "vllm_sync_frequency", 1)
 

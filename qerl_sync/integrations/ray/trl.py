@@ -143,7 +143,7 @@ class PoolSyncCallback(WeightSyncCallback):
             try:
                 return super()._sync()
             except TransportError as exc:
-                # Before the first sync it is how they were started.
+                # Before the first sync the engines themselves are at fault: do not try again.
                 if not self.reports or not others:
                     raise
                 logger.warning("the sync has lost all workers, and is done again: %s", exc)
