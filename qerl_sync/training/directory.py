@@ -63,8 +63,24 @@ class RunDirectory:
         return {int(number): path for number, path in found.items() if number.isdecimal()}
 
     def start(self, config: TrainConfig) -> Path | None:
-        """Prepare the directory for a new run. Return where an earlier run was moved, if any."""
+        """Prepare the directory for a new run. Return where an earlier run was moved, if any.
+
+        Raises:
+            FileError: files of something else are in the way, such as the user's model.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
+        # A model's config.json would be written over, and `model` be taken for this run's policy.
+        foreign = None
+        if self.config.is_file() and not read_json(self.config).keys() >= {"model", "data"}:
+            foreign = self.config
+        elif not self.config.exists() and self.model.exists():
+            foreign = self.model
+        if foreign is not None:
+            raise FileError(
+                f"{foreign} is not of a run, and a run would write there; choose another "
+                "directory (`output_dir`, --output-dir), or move it away",
+                path=str(foreign),
+            )
         written, aside = self._written(), None
         # A config.json alone is a run that was refused before it began.
         if self.config.exists() and written != [self.config]:

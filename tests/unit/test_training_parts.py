@@ -305,10 +305,21 @@ def test_a_run_that_never_began_is_not_kept(directory):
     assert directory.start(run_config()) is None
 
 
-def test_a_foreign_directory_is_left_alone(tmp_path):
-    (tmp_path / "model").mkdir()
+def test_other_files_in_the_directory_are_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
     assert RunDirectory(tmp_path).start(run_config()) is None
-    assert (tmp_path / "model").is_dir()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model/config.json"])
+def test_a_directory_with_a_model_of_the_user_is_refused(tmp_path, name):
+    """Its config.json would be written over, or its `model` taken for the policy of the run."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"model_type": "qwen3"}')
+    with raises(FileError, path=str(tmp_path / name.partition("/")[0])):
+        RunDirectory(tmp_path).start(run_config())
+    assert file.read_text() == '{"model_type": "qwen3"}'
 
 
 def test_resuming_takes_the_last_whole_checkpoint_and_drops_what_is_done_again(directory):
