@@ -16,11 +16,13 @@ DEPENDENT = (
     ("verify_tolerance", None, "verify", "full", "coverage"),
     ("recompute_running", True, "pause_mode", "keep", "keep"),
 )
-# Nothing is waited for, paused or connected within one process.
+# Nothing is connected, paused or staged within one process. `timeout_seconds` is not among them:
+# several trainer processes, each with an engine in it, wait for each other.
 BETWEEN_PROCESSES = {
     "chunks_in_flight": 2,
-    "timeout_seconds": 300.0,
     "trainer_address": "127.0.0.1",
+    "trainer_bind": None,
+    "trainer_port": 0,
     "pause_mode": "keep",
     "recompute_running": True,
 }
@@ -41,8 +43,8 @@ RAY_OPTIONS = {
     "generate_timeout_seconds": 1800.0,
 }
 CLUSTER_OPTIONS = {"num_cpus": None, "object_store_bytes": "512MiB"}
-# What `datasets` reads as one file.
-FILES = (".jsonl", ".json", ".parquet", ".csv")
+# The name by which `datasets` reads each kind of local file.
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 HUB_OPTIONS = {"split": "train", "subset": None}
 FILE_OPTIONS = {"prompt_column": "prompt", "answer_column": "answer"}
 # Engine arguments on which TRL relies while the engine shares its process.
@@ -106,7 +108,7 @@ def _of_data(tree: Mapping[str, Any]) -> Iterator[Violation]:
             yield Violation(
                 "data.size", "is for a `task`, and `data.path` has the rows that it has"
             )
-        if isinstance(path, str) and path.endswith(FILES):
+        if isinstance(path, str) and path.endswith(tuple(FILE_FORMATS)):
             for name in _changed(tree, "data", HUB_OPTIONS):
                 yield Violation(f"data.{name}", "has no effect: a single file is read as a whole")
 
@@ -241,6 +243,13 @@ def contradictions_of_sync(sync: Mapping[str, Any], *, in_process: bool = False)
                     "leave it out, or change that",
                 )
             )
+    if sync.get("metrics_address", "127.0.0.1") != "127.0.0.1" and not sync.get("metrics_port"):
+        violations.append(
+            Violation(
+                "metrics_address",
+                "has an effect only with `metrics_port`; set that too, or leave it out",
+            )
+        )
     if in_process or sync.get("transport") == "inproc":
         violations += [
             Violation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import PurePosixPath
@@ -121,6 +121,21 @@ class Section(BaseModel):
             return cls(**options)
         except ValidationError as exc:
             raise config_error(cls.__name__, schema_violations(exc, cls)) from exc
+
+    @classmethod
+    def given(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
+        """Return `config`, or where it is None the section with the fields `options`.
+
+        Raises:
+            ConfigError: both are given, or as `of`.
+        """
+        if config is None:
+            return cls.of(**options)
+        if options:
+            raise ConfigError(
+                f"give either a {cls.__name__} or its fields, not both ({', '.join(options)})"
+            )
+        return config
 
     def _exactly_one_of(self, first: str, second: str) -> None:
         given = [name for name in (first, second) if getattr(self, name) is not None]
@@ -287,8 +302,8 @@ class SyncConfig(Section):
     trainer and engine want the same cores."""
 
     timeout_seconds: Seconds = 300.0
-    """How long either side waits for the other, for each message and each call. At most a million
-    seconds: every wait ends."""
+    """How long either side waits for the other, for each message and each call. Several trainer
+    processes wait twice as long for each other. At most a million seconds: every wait ends."""
 
     trainer_address: Annotated[str, AfterValidator(_announced)] = "127.0.0.1"
     """The address, IPv4 or IPv6, or the name under which workers reach the trainer. Set it where

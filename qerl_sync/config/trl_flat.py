@@ -13,9 +13,11 @@ nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from qerl_sync.config.contradictions import COLOCATED_ARGUMENTS
 from qerl_sync.config.violations import Violation, nearest
@@ -79,7 +81,7 @@ def sections_of(
     """Return a configuration in our sections, where each of its values was written, and what of
     `flat` cannot be followed.
 
-    Imports TRL, whose classes say which keys there are.
+    Imports TRL: its classes define the keys.
     """
     known = _known_keys()
     tree: Tree = {}
@@ -95,9 +97,11 @@ def sections_of(
         *sections, name = place.split(".")
         at = tree
         for section in sections:
-            at = at.setdefault(section, {})
-        merged = isinstance(value, dict) and isinstance(at.get(name), dict)
-        at[name] = {**at[name], **value} if merged else value
+            at[section] = at.get(section) or {}  # it may be null
+            at = at[section]
+        if isinstance(at.get(name), dict) and isinstance(value, dict | None):
+            value = {**at[name], **(value or {})}
+        at[name] = value
         origins[place] = lines.get(key, "")
 
     for key in ("output_dir", "seed"):
@@ -110,9 +114,10 @@ def sections_of(
         elif key in PLACES:
             put(PLACES[key], value, key)
         elif key == "reward_funcs":
-            if PUNISHMENT in (value or ()):
+            names = [value] if isinstance(value, str) else value or ()
+            if PUNISHMENT in names:
                 violations.append(Violation(key, f"{PUNISHMENT} makes a function; {OF_YOUR_OWN}"))
-            named = (name if "." in name else f"trl.rewards.{name}" for name in value or ())
+            named = (name if "." in name else f"trl.rewards.{name}" for name in names)
             put("reward", [":".join(name.rsplit(".", 1)) for name in named], key)
         elif key == "datasets":
             violations += _put_dataset(value, put)
@@ -156,7 +161,10 @@ def _known_keys() -> dict[str, tuple[Any, Any]]:
 
 def _converted(value: Any, hint: Any) -> Any:
     """Return the value as TRL's parser would: it reads YAML 1.1, and texts by the key's type."""
-    kinds = {hint, *get_args(hint)}
+    kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+    if dict in kinds and isinstance(value, str) and value.startswith("{"):
+        with suppress(ValueError):  # TRL says what is wrong with it
+            return json.loads(value)
     if not isinstance(value, str) or str in kinds:
         return value
     if bool in kinds and value.lower() in BOOLEANS:

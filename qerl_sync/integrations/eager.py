@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -13,22 +13,16 @@ from qerl_sync.errors import ConfigError
 from qerl_sync.session import SyncReport
 
 
-@dataclass(frozen=True)
-class _Begun:
-    step: int
-    clean: bool
-    report: Future[SyncReport]
-
-
 class EagerSync:
-    """Begin syncs in a thread, and foresee when the next one will be asked for.
+    """Begin syncs in a thread, and predict the step at which the trainer asks for the next one.
 
     asked --> asked again, N steps later --> begin N steps after that, and conclude when asked
     """
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="qerl-sync-eager")
-        self._begun: _Begun | None = None
+        # The sync that was begun, its step, and whether it is without noise.
+        self._begun: tuple[Future[SyncReport], int, bool] | None = None
         self._asked_at: int | None = None
         self._every: int | None = None
 
@@ -57,37 +51,34 @@ class EagerSync:
                 torch.accelerator.set_device_index(device)  # a setting of each thread
             return push()
 
-        self._begun = _Begun(step, clean, self._thread.submit(on_device))
+        self._begun = self._thread.submit(on_device), step, clean
 
     def conclude(self) -> tuple[SyncReport, int, bool] | None:
-        """Wait for the sync that was begun, and return its report, step and `clean`; None: none
-        was.
+        """Block until the sync that was begun has ended. Return its report, step and `clean`; None
+        if none was begun.
 
-        In the report `seconds["waited"]` is how long this call took. The wait ends by the timeouts
-        of the sync itself.
+        In the report `seconds["waited"]` is how long this call took. The sync's own timeouts bound
+        the wait.
 
         Raises:
-            what the sync raised.
+            Exception: the error of the sync.
         """
-        begun = self._begun
-        if begun is None:
+        if self._begun is None:
             return None
+        future, step, clean = self._begun
         started = time.perf_counter()
         try:
-            report = begun.report.result()
+            report = future.result()
         finally:
-            # After a Ctrl-C it may still run, and whoever comes next must wait for it too.
-            if begun.report.done():
+            # After a Ctrl-C the sync may still run: then the next call waits for it too, and no
+            # weight changes meanwhile.
+            if future.done():
                 self._begun = None
         waited = time.perf_counter() - started
-        return (
-            replace(report, seconds={**report.seconds, "waited": waited}),
-            begun.step,
-            begun.clean,
-        )
+        return replace(report, seconds={**report.seconds, "waited": waited}), step, clean
 
     def close(self) -> None:
-        """Wait for what was begun, whatever becomes of it."""
+        """Block until a sync that was begun has ended. Ignore its error."""
         self._thread.shutdown()
 
 

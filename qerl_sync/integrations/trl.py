@@ -110,12 +110,8 @@ class WeightSyncCallback(TrainerCallback):
         recorder: Callable[[SyncReport], None] | None = None,
         **options: Any,
     ) -> None:
-        if config is not None and options:
-            raise ConfigError(
-                f"give either a SyncConfig or its fields, not both ({', '.join(options)})"
-            )
         _refuse_misplaced(options)
-        self.config = config or SyncConfig.of(**options)
+        self.config = SyncConfig.given(config, options)
         self.reports: list[SyncReport] = []
         self.session: SyncSession | None = None
         self._engine = dict(engine or {})
@@ -154,7 +150,7 @@ class WeightSyncCallback(TrainerCallback):
                 "--dtype float32`"
             )
         if not served:
-            # Before processes build an engine together that none of them could sync.
+            # Now: later the processes would have built an engine together that cannot be synced.
             num_processes = getattr(trainer.accelerator, "num_processes", 1)
             size = getattr(args, "vllm_tensor_parallel_size", 1)
             self._refuse_shared_engine(size, num_processes)
@@ -297,8 +293,8 @@ class WeightSyncCallback(TrainerCallback):
         generation = trainer.vllm_generation
         generation.sync_weights = self._sync
         if self._ranks is not None:
-            # The calls below are made by one process alone, where a server generates; a sync takes
-            # all of them, and all call this.
+            # Where a server generates, the main process alone makes the calls that are guarded
+            # below. A sync takes all processes, and all of them call `generate`.
             generation.generate = self._guarded(generation.generate)
         # TRL makes the client of a server in the main process only.
         engine = getattr(
@@ -401,6 +397,13 @@ class WeightSyncCallback(TrainerCallback):
         """Let no weight change while it is sent."""
         self.wait()
 
+    def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
+        """Let no weight change while it is sent: the best model may be loaded next."""
+        # A callback that was called after ours in `on_step_end` may have stopped the training. In
+        # other epochs the sync goes on beside the trainer.
+        if control.should_training_stop:
+            self.wait()
+
     def _guarded(self, compute: Callable[..., Any], *, alone: bool = False) -> Callable[..., Any]:
         """Return the same call, preceded by a sync if the engine may have other weights than the
         trainer.
@@ -437,7 +440,8 @@ class WeightSyncCallback(TrainerCallback):
         return with_current_weights
 
     def _wants_clean(self) -> bool:
-        """Return whether what generates now is an evaluation, or comes before training."""
+        """Return whether the engine is to have weights without noise: in evaluations, and before
+        training."""
         assert self.session is not None
         return not (self._trainer.model.training and self.session.noise_is_scheduled)
 
@@ -453,8 +457,8 @@ class WeightSyncCallback(TrainerCallback):
             return True
         if self.config.noise is not None and self._synced_clean != self._wants_clean():
             return True
-        # Some trainers let completions be a number of steps behind. A second training counts from 0
-        # again, while what TRL remembers of the last sync is of the first one.
+        # Some trainers let completions be a number of steps behind. Below 0: a second training
+        # counts from 0 again, while TRL still compares with the last sync of the first.
         behind = self._trainer.state.global_step - self._synced_step
         return not 0 <= behind < getattr(self._trainer.args, "vllm_sync_frequency", 1)
 
@@ -540,7 +544,7 @@ def _never_bound(trainer: Any) -> ConfigError:
     kind = "trainer" if trainer is None else type(trainer).__name__
     return ConfigError(
         f"this {kind} was built without its WeightSyncCallback, and generates "
-        "with an engine that nobody syncs; give the callback to its constructor "
+        "with an engine that is not synced; give the callback to its constructor "
         "(callbacks=[WeightSyncCallback(...)]), or call "
         "trainer.add_callback(WeightSyncCallback(trainer=trainer, ...))"
     )

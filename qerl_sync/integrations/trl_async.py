@@ -51,7 +51,7 @@ class AsyncWeightTransfer:
         **options: Any,
     ) -> None:
         self.server_url = server_url
-        self.config = config or SyncConfig.of(**options)
+        self.config = SyncConfig.given(config, options)
         self.reports: list[SyncReport] = []
         self.session: SyncSession | None = None
         self._recorder = recorder

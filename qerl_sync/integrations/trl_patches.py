@@ -50,7 +50,7 @@ class Takeover:
     def __init__(self, trainer: Any, callback: WeightSyncCallback) -> None:
         from trl.generation.vllm_generation import VLLMGeneration
 
-        # Weak: this must not keep alive what nobody else has.
+        # Weak, so that a trainer and a callback that are given up are collected all the same.
         self._trainer = weakref.ref(trainer, self.close)
         self._callback = weakref.ref(callback, self.close)
         if not self._awaited:
@@ -172,9 +172,9 @@ def engine_arguments(**arguments: Any) -> Iterator[None]:
 def own_process() -> Iterator[None]:
     """Start a TRL trainer's colocated engine in a separate process in this context.
 
-    That process does not hear Ctrl-C, which a terminal sends to all at once: vLLM's engine would
-    end before the trainer had finished its step. The process that started the engine ends it.
-    SIGTERM it hears: vLLM's own clients end an engine by it.
+    SIGINT is blocked there: a terminal sends Ctrl-C to all processes at once, and vLLM's engine
+    would end before the trainer had finished its step. The process that started the engine ends it,
+    as vLLM's own clients do, with SIGTERM.
     """
     from trl.generation import vllm_generation
 
@@ -251,7 +251,8 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
 @contextmanager
 def _blocked(number: signal.Signals) -> Iterator[None]:
     """Block a signal in this context for the threads and processes that this thread starts."""
-    # Starting it, as the first process that is spawned does, would unblock the signal.
+    # The first process that is spawned starts Python's resource tracker, which unblocks SIGINT in
+    # this thread. So start it before.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:

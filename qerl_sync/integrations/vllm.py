@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from typing_extensions import Self
@@ -37,7 +37,7 @@ from qerl_sync.sources.base import Source
 from qerl_sync.transports.remote import RemoteTransport
 from qerl_sync.worker.protocol import plugin
 
-# In a trainer's process nobody loads vLLM's plugins.
+# vLLM loads its plugins in engines' processes only, not in a trainer's.
 plugin.register()
 
 
@@ -102,7 +102,11 @@ class QerlTrainerWeightTransferEngine(base.TrainerWeightTransferEngine):
         if source is None:
             raise ConfigError("the qerl trainer engine sends a WeightSource; give it as source=")
         engine = cls(init_info, client=client, source=source)
-        engine._transport.open()
+        try:
+            engine._transport.open()
+        except BaseException:
+            engine.shutdown()  # else the listener's port and thread would stay
+            raise
         return engine
 
     def send_weights(self) -> None:
@@ -147,7 +151,7 @@ class VLLMSource(Source):
     A WeightSource yields in its own order. Where more is possible it is used: a plain
     `ModuleSource` has its module's parameters, and any other source may have a method
     `tensor(name)` that returns one whole tensor (a collective, where its iteration is one). Others
-    have `any_order` False: one pass over them serves a sync, tensors that nobody wants are passed
+    have `any_order` False: one pass over them serves a sync, tensors that are not sent are passed
     over, and a plan in another order is refused before anything is sent.
     """
 
@@ -235,7 +239,11 @@ class PlannedSource(base.WeightSource):
                 "needs workers with the backend qerl, which put them in order; make it with the "
                 "policy reorder or warn"
             )
-        if DECLARES_OWNERS and source.held_names() is not None and not _knows_owners(source):
+        if (
+            DECLARES_OWNERS
+            and source.held_names() is not None
+            and not isinstance(source, VLLMSource)
+        ):
             raise PlanError(
                 f"{type(source).__name__} holds a part of the tensors, and this vLLM asks every "
                 "rank for the owners of each; give it a VLLMSource of a WeightSource that "
@@ -248,7 +256,7 @@ class PlannedSource(base.WeightSource):
     @as_declared
     def metadata(self) -> list[base.ParamMeta]:
         self._require_current()
-        owners = self.source.owners() if _knows_owners(self.source) else {}
+        owners = self.source.owners() if isinstance(self.source, VLLMSource) else {}
         # As they are gathered, whole, they have no placements.
         return [
             base.ParamMeta(
@@ -264,7 +272,7 @@ class PlannedSource(base.WeightSource):
         return self.source.held_names()
 
     def iter_full(self) -> Iterator[tuple[str, torch.Tensor]]:
-        # Its metadata is asked once: a model that has changed since would go unnoticed.
+        # vLLM caches the metadata: a model that has changed since would go unnoticed.
         self._require_current()
         for name, tensor in self:
             if tensor is not None:
@@ -302,7 +310,3 @@ class PlannedSource(base.WeightSource):
                 "the plan has another order than the source, which yields in its own only; make "
                 "the plan with the policy warn"
             )
-
-
-def _knows_owners(source: Source) -> TypeGuard[VLLMSource]:
-    return isinstance(source, VLLMSource)

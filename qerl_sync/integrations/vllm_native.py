@@ -75,9 +75,9 @@ class QerlIPCTrainerInitInfo(IPCTrainerInitInfo):
 class AgreeingClient:
     """Send the workers the trainer's handshake, and the plan with the start of an update.
 
-    What they refuse is raised there, before vLLM sends a byte, and would otherwise leave the
-    trainer in a broadcast that nobody joins. Where QERL_SYNC_TOKEN is set when this is made, each
-    call shows that it is known.
+    A refusal is raised there, before vLLM sends a byte: later it would leave the trainer in a
+    broadcast that no worker joins. Where QERL_SYNC_TOKEN is set when this is made, each call proves
+    that the trainer knows it.
 
     Attributes:
         finite_check: which side looks for NaN in the next update.

@@ -1,4 +1,4 @@
-"""vLLM's `WeightSource`, whose contract changed in vLLM 0.33. It is told by what the class has.
+"""vLLM's `WeightSource` in its two forms, told apart by attributes: the contract changed in 0.33.
 
                   before                                 since
 metadata          a method                               a functools.cached_property

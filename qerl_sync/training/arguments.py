@@ -22,17 +22,18 @@ def grpo_arguments(config: TrainConfig) -> GRPOConfig:
     """Return TRL's arguments from the section `trainer`, and those that this program sets."""
     from trl import GRPOConfig
 
-    weights = {"dtype": config.model.dtype, **config.trainer.get("model_init_kwargs", {})}
     ours = {
         "output_dir": config.output_dir,
         "seed": config.seed,
         "use_vllm": True,
         # A colocated engine in a process of its own is the same to TRL.
         "vllm_mode": "server" if config.rollout.mode == "server" else "colocate",
-        "model_init_kwargs": weights,
     }
     given = {"disable_tqdm": True, **config.trainer}
-    return _make(GRPOConfig, "trainer", "TRL", {**given, **ours})
+    made: GRPOConfig = _make(GRPOConfig, "trainer", "TRL", {**given, **ours})
+    # After TRL has parsed it: it may be null, or a text with JSON.
+    made.model_init_kwargs = {"dtype": config.model.dtype, **(made.model_init_kwargs or {})}
+    return made
 
 
 def sft_arguments(config: TrainConfig) -> SFTConfig | None:

@@ -61,21 +61,20 @@ class StopCleanly(TrainerCallback):
     take a machine back.
 
     Args:
-        agree: makes of what each process wants to do what all of them do. They get the signal at
-            different moments, and one that went on alone would wait for the others for ever.
+        agree: returns True in all trainer processes if it is given True in one. The signal reaches
+            them at different moments, and a process that stopped alone would leave the others
+            waiting in a collective.
     """
 
-    def __init__(
-        self, display: Display, agree: Callable[[bool], bool] = lambda stopped: stopped
-    ) -> None:
+    def __init__(self, display: Display, agree: Callable[[bool], bool]) -> None:
         self._display = display
         self._agree = agree
         self.stopped = False
 
     def listening(self) -> AbstractContextManager[None]:
-        """Handle Ctrl-C in this context, and SIGTERM where nobody else does. In the main thread."""
-        others = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # Ray's actors have theirs
-        numbers = [signal.SIGINT] if others else [signal.SIGINT, signal.SIGTERM]
+        """Handle Ctrl-C in this context, and SIGTERM unless it has a handler. Main thread only."""
+        handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # in Ray's actors
+        numbers = [signal.SIGINT] if handled else [signal.SIGINT, signal.SIGTERM]
         return signals_handled(self._on_interrupt, *numbers)
 
     def _on_interrupt(self, signum: int, frame: FrameType | None) -> None:

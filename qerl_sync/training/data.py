@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qerl_sync.config import DataConfig
+from qerl_sync.config.contradictions import FILE_FORMATS
 from qerl_sync.config.files import where
 from qerl_sync.config.violations import nearest
 from qerl_sync.errors import ConfigError, FileError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-# The name by which `datasets` reads each kind of local file.
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
 
 def addition_rows(size: int, seed: int) -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qerl_sync.session import SyncSession
 
 # What a resumed run must have in common with the one it continues.
-FIXED_SECTIONS = ("model", "data", "reward", "warmup", "seed")
+FIXED_SECTIONS = ("model", "peft", "data", "reward", "warmup", "seed")
 
 
 class RunDirectory:
@@ -53,18 +53,39 @@ class RunDirectory:
 
     def latest_checkpoint(self) -> Path | None:
         """Return the checkpoint with the highest step that was written completely."""
-        found = (path.parent for path in self.root.glob("checkpoint-*/trainer_state.json"))
-        steps = {int(number): path for path in found if (number := path.name[11:]).isdecimal()}
-        return steps[max(steps)] if steps else None
+        steps = self._numbered("checkpoint")
+        whole = [step for step in steps if (steps[step] / "trainer_state.json").exists()]
+        return steps[max(whole)] if whole else None
+
+    def _numbered(self, name: str) -> dict[int, Path]:
+        """Return the directories that are called `name-N`, by N."""
+        found = {path.name[len(name) + 1 :]: path for path in self.root.glob(f"{name}-*")}
+        return {int(number): path for number, path in found.items() if number.isdecimal()}
 
     def start(self, config: TrainConfig) -> Path | None:
-        """Prepare the directory for a new run. Return where an earlier run was moved, if any."""
+        """Prepare the directory for a new run. Return where an earlier run was moved, if any.
+
+        Raises:
+            FileError: files of something else are in the way, such as the user's model.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
+        # A model's config.json would be written over, and `model` be taken for this run's policy.
+        foreign = None
+        if self.config.is_file() and not read_json(self.config).keys() >= {"model", "data"}:
+            foreign = self.config
+        elif not self.config.exists() and self.model.exists():
+            foreign = self.model
+        if foreign is not None:
+            raise FileError(
+                f"{foreign} is not of a run, and a run would write there; choose another "
+                "directory (`output_dir`, --output-dir), or move it away",
+                path=str(foreign),
+            )
         written, aside = self._written(), None
         # A config.json alone is a run that was refused before it began.
         if self.config.exists() and written != [self.config]:
-            number = 1 + len(list(self.root.glob("earlier-*")))
-            aside = self.root / f"earlier-{number}"
+            # One more than the highest: the user may have deleted some of them.
+            aside = self.root / f"earlier-{1 + max(self._numbered('earlier'), default=0)}"
             aside.mkdir()
             for path in written:
                 path.rename(aside / path.name)
@@ -106,7 +127,11 @@ class RunDirectory:
         for file in (*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")):
             # As torch.save writes it; its contents stand at its end.
             if not zipfile.is_zipfile(file):
-                raise damaged(checkpoint, file, "it is cut off, or no file of torch's")
+                raise FileError(
+                    f"{file} is damaged (it is cut off, or no file of torch's); move {checkpoint} "
+                    "away, and --resume goes on from the checkpoint before it",
+                    path=str(file),
+                )
         # TRL drops its own logs of the steps that this run repeats.
         keep_lines(self.syncs, lambda report: report["step"] < step)
         keep_lines(self.log, lambda entry: entry["step"] <= step)
@@ -121,7 +146,8 @@ class RunDirectory:
         files = [self.config, self.model, self.trained, self.plans, self.summary, self.engine_log]
         files += [self.reward_plot, self.buffers_plot]
         files += [self.root / name for name in (TRACES, "report.html", "report.md")]
-        numbered = [*self.root.glob("checkpoint-*"), *self.root.glob("trace-*.json")]
+        patterns = ("checkpoint-*", "trace-*.json", "vllm-*.log")
+        numbered = [path for pattern in patterns for path in self.root.glob(pattern)]
         return [*filter(Path.exists, files), *line_files(self.root), *numbered]
 
     def record_plan(self, session: SyncSession, sync: SyncConfig) -> None:
@@ -142,12 +168,3 @@ class RunDirectory:
 def step_of(checkpoint: Path) -> int:
     """Return the global step at which a checkpoint was written."""
     return int(read_json(checkpoint / "trainer_state.json")["global_step"])
-
-
-def damaged(checkpoint: Path, file: Path, cause: str) -> FileError:
-    """Return the error for a checkpoint that no run can go on from."""
-    return FileError(
-        f"{file} is damaged ({cause}); move {checkpoint} away, and --resume goes on from the "
-        "checkpoint before it",
-        path=str(file),
-    )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qerl_sync.config import ModelConfig, TinyModelConfig
+from qerl_sync.config import TinyModelConfig
 from qerl_sync.config.files import where
 from qerl_sync.errors import ConfigError, FileError
 from qerl_sync.plan.checkpoint import require_model_directory
@@ -145,18 +145,6 @@ def _check_directory(path: str) -> None:
             f"{path} has no tokenizer (none of {', '.join(kinds)}); save it there with "
             f"tokenizer.save_pretrained({path!r})",
         )
-
-
-def texts_of(rows: Iterable[dict[str, Any]]) -> Iterable[str]:
-    """Return the texts that a tokenizer for these rows should know."""
-    for row in rows:
-        for value in (row["prompt"], row.get("answer", "")):
-            yield str(value)
-
-
-def describe(config: ModelConfig) -> str:
-    """Return a short description of the model."""
-    return config.path or f"a tiny {config.tiny.architecture if config.tiny else 'model'}"
 
 
 def warm_up(

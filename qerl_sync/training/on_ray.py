@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import os
 import signal
 import time
@@ -19,13 +20,14 @@ from rich.console import Console
 
 from qerl_sync.config import TrainConfig
 from qerl_sync.errors import ConfigError, PeerLostError, SyncError
+from qerl_sync.integrations.ray.actors import RolloutActor
 from qerl_sync.integrations.ray.cluster import (
     connect,
     require_ray,
     require_room,
     require_room_for_chunks,
 )
-from qerl_sync.integrations.ray.pool import resources_of
+from qerl_sync.integrations.ray.pool import refusals_explained, resources_of
 from qerl_sync.serving.processes import signals_handled
 from qerl_sync.training.arguments import has_engine_processes
 from qerl_sync.training.display import STOPPING, Display
@@ -67,8 +69,8 @@ class TrainingActor:
         try:
             return train(config, display, resume=resume, verbose=verbose, started=started)
         finally:
-            # Answered when everything that was written before has arrived: Ray keeps the order of
-            # one caller's calls. Else the last lines might come after the last look at them.
+            # Ray keeps the order of one caller's calls: once this one is answered, all that was
+            # written before has arrived. Else the last lines could be lost.
             display.asked_to_stop()
 
 
@@ -151,13 +153,17 @@ def train_on_ray(config: TrainConfig, display: Display, *, resume: bool, verbose
         )
     started = time.perf_counter()
     config = with_absolute_paths(config)
+    ray = require_ray()
+    # Ray checks options when it makes a class: here, before a cluster is started for them.
+    with refusals_explained(config.ray.trainer, "ray.trainer"):
+        kind = ray.remote(**{"num_cpus": 1, **config.ray.trainer})(TrainingActor)
+    with refusals_explained(config.ray.rollout, "ray.rollout"):
+        ray.remote(**{"num_cpus": 1, **config.ray.rollout})(RolloutActor)
     with _cluster(config, display, verbose), _placed(config, display) as strategy:
-        ray = require_ray()
-        options = {"num_cpus": 1, **config.ray.trainer, "scheduling_strategy": strategy}
         actors: list[Any] = []
         try:
             actors.append(terminal := start_terminal(ray))
-            trainer = ray.remote(**options)(TrainingActor).options(name="trainer").remote()
+            trainer = kind.options(name="trainer", scheduling_strategy=strategy).remote()
             actors.append(trainer)
             running = trainer.run.remote(
                 config,
@@ -267,8 +273,8 @@ def _cluster(config: TrainConfig, display: Display, verbose: bool) -> Iterator[N
     wanted = _bundles(config)
     options: dict[str, Any] = {"log_to_driver": verbose, "logging_level": "ERROR"}
     if config.ray.address is None:
-        cpus = sum(bundle.get("CPU", 0) for bundle in wanted)
-        options["num_cpus"] = config.ray.num_cpus or max(int(cpus), os.cpu_count() or 1)
+        cpus = math.ceil(sum(bundle.get("CPU", 0) for bundle in wanted))
+        options["num_cpus"] = config.ray.num_cpus or max(cpus, os.cpu_count() or 1)
         options["object_store_memory"] = config.ray.object_store_bytes
     where = config.ray.address or "this machine"
     with display.phase("connecting to Ray", f"Ray cluster on {where}"):

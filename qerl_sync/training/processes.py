@@ -1,7 +1,7 @@
 """Several trainer processes, as torchrun and `accelerate launch` start them.
 
-Each process runs the whole program. Rank 0 alone prints and writes the files of the run; what it
-finds there it tells the others.
+Each process runs the whole program. Rank 0 alone prints, and reads and writes the files of the run;
+the other ranks get from it what it has read.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def started_ranks() -> int:
 def join(config: TrainConfig) -> Processes:
     """Return the run's processes, which have agreed that they run the same configuration.
 
-    Call it when TRL's arguments have been made, which initializes torch.distributed.
+    Call it after making TRL's arguments, which initialize torch.distributed.
 
     Raises:
         AgreementError: on every rank; with the rank and the first setting that differ.
@@ -147,7 +147,7 @@ def _initialize_deepspeed_on_cpus(num_processes: int) -> None:
         )
     # It would compile an operator of its own for the collectives, for minutes; gloo has them.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It asks its own module how many ranks there are, from the moment that the model is loaded.
+    # Its own module must know the ranks before the model is loaded, which partitions it.
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
 
 

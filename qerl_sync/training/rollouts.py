@@ -39,11 +39,11 @@ def rollout_server(
 ) -> Iterator[str | None]:
     """Yield the address of the server to generate with; None if the run needs none.
 
-    Unless the configuration names one it is started here, with `model`, and lives as long as the
-    block. Its death ends the block at once, with PeerLostError. For the main thread.
+    Unless the configuration names one it is started here, with `model`, and stopped when this
+    context ends. If it dies, the context ends at once with PeerLostError. For the main thread.
 
-    One that is started here takes no orders but this run's: unless QERL_SYNC_TOKEN is set already,
-    it is while the block is open, to a fresh token. What drives the server must be made in there.
+    A server that is started here takes control calls of this run only: QERL_SYNC_TOKEN is set to a
+    new token in this context, unless it is set already. Make the clients of the server in it.
 
     Raises:
         SyncError: it cannot be started, or does not answer in time.
@@ -63,7 +63,7 @@ def rollout_server(
                         f"{timeout_seconds:g} s; is it running, and is this its address? "
                         "`rollout.server_url: null` starts one"
                     )
-                phase.progress(seconds, f"nobody answers at {url}")
+                phase.progress(seconds, f"no answer from {url}")
                 time.sleep(POLL_SECONDS)
 
         def check() -> None:
@@ -86,7 +86,7 @@ def rollout_server(
                 )
                 stack.enter_context(server)
             stack.enter_context(_losses_explained(server.check, directory.engine_log))
-            # TRL would ask a dead server again and again for a minute, and then not know why.
+            # TRL would retry a dead server for a minute, and its error would not say why it died.
             stack.enter_context(signals_handled(lambda *_: server.check(), signal.SIGCHLD))
             yield server.url
 
@@ -98,7 +98,7 @@ def engine_process(log: Path | None) -> Iterator[None]:
     It goes there instead of the terminal for as long as they live. None: no redirection.
 
     Raises:
-        PeerLostError: such a process ended before it was ready; with its last words.
+        PeerLostError: such a process ended before it was ready; with the end of its log.
     """
     with ExitStack() as stack:
         if log is not None:
@@ -138,7 +138,7 @@ def _losses_explained(check: Callable[[], None], log: Path | None) -> Iterator[N
     """Replace connection errors in this context by the cause.
 
     The cause is what `check` raises if the server is gone, else the errors in its log: a server
-    whose engine has died may never end.
+    may outlive its engine.
     """
     import requests
 

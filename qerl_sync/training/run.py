@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from qerl_sync.config import TrainConfig
 from qerl_sync.config.files import file_error, file_errors_explained
-from qerl_sync.errors import ConfigError, PeerLostError, SyncError
+from qerl_sync.errors import ConfigError, FileError, PeerLostError, SyncError
 from qerl_sync.report.plots import plot_buffers, plot_rewards
 from qerl_sync.report.summary import Summary, reward_curve, summarize, versions
 from qerl_sync.telemetry.recorder import run_errors_recorded
@@ -27,17 +27,10 @@ from qerl_sync.training.arguments import (
     sft_arguments,
 )
 from qerl_sync.training.data import load_data
-from qerl_sync.training.directory import RunDirectory, damaged, step_of
+from qerl_sync.training.directory import RunDirectory, step_of
 from qerl_sync.training.display import Display
 from qerl_sync.training.environment import hush, require_packages
-from qerl_sync.training.models import (
-    describe,
-    load_model,
-    load_tokenizer,
-    make_tiny,
-    texts_of,
-    warm_up,
-)
+from qerl_sync.training.models import load_model, load_tokenizer, make_tiny, warm_up
 from qerl_sync.training.processes import Processes, join, sharding_on_cpus, whole_models
 from qerl_sync.training.rewards import BUILTIN, Reward, resolve_reward
 from qerl_sync.training.rollouts import engine_lost, engine_process, rollout_server
@@ -112,7 +105,7 @@ def train(
         path = _policy(run)
         apart = mode == "subprocess" and not verbose
         log = directory.engine_log_of(processes.rank) if apart else None
-        # The other processes wait for the server in the trainer's constructor.
+        # Rank 0 has the server. The other ranks wait for it in the trainer's constructor.
         leads = processes.rank == 0
         server = rollout_server(config, path, directory, display) if leads else nullcontext()
         recorded = run_errors_recorded(directory.root) if leads else nullcontext()
@@ -129,7 +122,7 @@ def train(
                 try:
                     stopped = _learn(run, trainer, checkpoint)
                 except Exception as exc:
-                    # The error of a call to an engine process that has died does not say why.
+                    # Calls to an engine process that has died do not say why it died; its log does.
                     lost = log is not None and isinstance(exc, PeerLostError)
                     if lost or type(exc).__name__ == "EngineDeadError":
                         raise engine_lost(log) from exc
@@ -194,15 +187,16 @@ def _policy(run: _Run) -> str:
         return model_config.path
     if run.processes.of_leader("whether the model is there", directory.model.is_dir):
         return str(directory.model)
-    ready = f"model ready: {describe(model_config)}"
+    tiny, dtype = model_config.tiny, model_config.dtype
+    ready = f"model ready: {f'a tiny {tiny.architecture}' if tiny else model_config.path}"
     with run.display.phase("making the model", ready), whole_models():
-        if model_config.path is not None:
-            tokenizer = load_tokenizer(model_config.path)
-            model = load_model(model_config.path, model_config.dtype)
+        if tiny is not None:
+            texts = (str(row.get(name, "")) for row in run.rows for name in ("prompt", "answer"))
+            model, tokenizer = make_tiny(tiny, dtype, texts, run.config.seed)
         else:
-            assert model_config.tiny is not None
-            dtype, texts = model_config.dtype, texts_of(run.rows)
-            model, tokenizer = make_tiny(model_config.tiny, dtype, texts, run.config.seed)
+            assert model_config.path is not None
+            tokenizer = load_tokenizer(model_config.path)
+            model = load_model(model_config.path, dtype)
     if run.sft is not None:
         with run.display.steps("warm-up", "warmed up") as steps, whole_models():
             warm_up(model, tokenizer, run.rows, run.sft, steps)
@@ -305,12 +299,16 @@ def _learn(run: _Run, trainer: Any, checkpoint: str | None) -> bool:
             except SyncError:
                 raise
             except Exception as exc:
-                # transformers reads the checkpoint before training begins, and says of no error
-                # from which file it is.
+                # transformers reads the checkpoint before training begins, and its errors do not
+                # name the file.
                 if checkpoint is None or progress.begun:
                     raise
-                file = Path(checkpoint)
-                raise damaged(file, file, f"{type(exc).__name__}: {exc}") from exc
+                raise FileError(
+                    f"the run cannot go on from {checkpoint}: {type(exc).__name__}: {exc}; change "
+                    "back options that it was written with (sharding, the optimizer). If it is "
+                    "damaged, move it away, and --resume goes on from the checkpoint before it",
+                    path=checkpoint,
+                ) from exc
     return stop.stopped and trainer.state.global_step < trainer.state.max_steps
 
 

@@ -315,6 +315,29 @@ def test_a_tensor_that_no_rank_holds(subject, monkeypatch):
     assert one.generates_as(OLD)
 
 
+def test_workers_that_do_not_connect_leave_no_listener_behind():
+    import psutil
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    from qerl_sync.integrations.vllm import QerlTrainerInitInfo, QerlTrainerWeightTransferEngine
+
+    class Refuses:
+        def init_weight_transfer_engine(self, init_info: Any) -> None:
+            raise RuntimeError("told to")
+
+        start_weight_update = update_weights = finish_weight_update = init_weight_transfer_engine
+
+    def listening() -> list[Any]:
+        return [c for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN]
+
+    before, source = listening(), ModuleSource(torch.nn.Linear(2, 2))
+    with pytest.raises(TransportError, match="told to"):
+        QerlTrainerWeightTransferEngine.trainer_init(
+            QerlTrainerInitInfo(rank=0), client=Refuses(), source=source
+        )
+    assert listening() == before
+
+
 def test_ranks_that_cannot_work(monkeypatch):
     monkeypatch.setenv("QERL_SYNC_TOKEN", "t")
     source = own_order(HFSource(torch.nn.Linear(2, 2), convert=False))

@@ -52,17 +52,18 @@ class Pool:
     def __init__(self) -> None:
         self.submitted: list[Any] = []
         self.down = 0
+        self.logprobs = [0.0]
 
     def submit(self, prompts: Any, sampling: Any) -> Any:
         if self.down:
             raise TransportError("nobody is left")
         self.submitted.append(prompts)
-        rollouts = [Rollout(ids, [1], [0.0], "", 1, "w", 1) for ids in prompts]
+        rollouts = [Rollout(ids, [1], self.logprobs, "", 1, "w", 1) for ids in prompts]
         return SimpleNamespace(result=lambda oldest: rollouts)
 
 
-def ask(llm: PooledLLM, *ids: int) -> None:
-    llm.generate([{"prompt_token_ids": [one]} for one in ids], None)
+def ask(llm: PooledLLM, *ids: int) -> list[Any]:
+    return llm.generate([{"prompt_token_ids": [one]} for one in ids], None)
 
 
 def test_announcements_of_batches_that_were_skipped_do_not_stop_those_that_come():
@@ -107,6 +108,16 @@ def test_images_go_with_their_prompts_and_are_not_generated_ahead():
     with pytest.raises(ConfigError) as raised:
         PooledLLM(pool, max_staleness=1).generate(prompts, None)  # type: ignore[arg-type]
     assert raised.value.extra == ("multi_modal_data",)
+
+
+def test_completions_without_log_probabilities_have_none_as_vllms():
+    """IW-OPD asks for none with one of its objectives."""
+    pool = Pool()
+    pool.logprobs = []
+    assert ask(PooledLLM(pool), 1)[0].outputs[0].logprobs is None  # type: ignore[arg-type]
+    pool.logprobs = [0.5]
+    (output,) = ask(PooledLLM(pool), 1)[0].outputs  # type: ignore[arg-type]
+    assert output.logprobs[0][1].logprob == 0.5
 
 
 # ---- engines

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from qerl_sync import ConfigError
+from qerl_sync import ConfigError, TrainConfig
 from qerl_sync.integrations.ray.cluster import connect
 from qerl_sync.serving.processes import descendants
+from qerl_sync.training.display import Display
+from qerl_sync.training.on_ray import _cluster
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "grpo_ray_cpu.yaml"
@@ -132,3 +135,19 @@ def test_no_cluster_at_the_address():
     """Ray itself would try for minutes."""
     with pytest.raises(ConfigError, match=r"no Ray cluster can be reached at '127\.0\.0\.1:1'"):
         connect("127.0.0.1:1")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_cluster_has_room_for_actors_that_take_parts_of_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    config = TrainConfig.of(
+        model={"path": "m"},
+        data={"path": "d"},
+        reward="exact_match",
+        output_dir="o",
+        rollout={"mode": "ray"},
+        ray={"rollout": {"num_cpus": 0.75}, "object_store_bytes": "100MiB"},
+    )
+    with _cluster(config, Display(Console(quiet=True)), verbose=False):
+        pass  # two actors and a trainer: 2.5 CPUs

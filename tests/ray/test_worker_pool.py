@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from qerl_sync import ConfigError, SyncConfig, SyncSession, TrainConfig, Transpo
 from qerl_sync.bench.echo import checksum as crc32
 from qerl_sync.engines.ray_actor import RayActorClient, require_object_store
 from qerl_sync.errors import CoverageError, PeerLostError, TransportTimeout
-from qerl_sync.integrations.ray.actors import CONTROL
+from qerl_sync.integrations.ray.actors import CONTROL, Rollout
 from qerl_sync.integrations.ray.cluster import require_room_for_chunks
 from qerl_sync.integrations.ray.llm import PooledLLM
 from qerl_sync.integrations.ray.pool import start_actor
@@ -199,7 +199,7 @@ def test_a_run_whose_only_worker_dies_waits_for_it_and_goes_on(start: Any):
         llm = PooledLLM(pool)
 
         def recover() -> None:
-            pool.await_some(30)
+            pool.await_some(150)  # machines with other work restart actors slowly
             session.push()
 
         llm.recover = recover
@@ -236,7 +236,34 @@ def test_nobody_is_up_in_time(start: Any):
             pool.await_some(1.0)
 
 
+class Dying(EchoRollout):
+    """It ends whenever it is asked whether it is up."""
+
+    def status(self) -> dict[str, Any]:
+        time.sleep(1.0)
+        os._exit(1)
+
+
+def test_an_actor_that_dies_again_and_again_is_not_waited_for_longer(start: Any):
+    pool, begun = start("a", kind=Dying), time.monotonic()
+    with pytest.raises(TransportTimeout, match="a was not up within 6 s"):
+        pool.wait(6.0)
+    assert time.monotonic() - begun < 12.0
+
+
 # ---- actors of one's own
+
+
+class Miscounting(EchoRollout):
+    def generate(self, prompts: Sequence[Any], sampling: Any, required: int) -> list[Rollout]:
+        return super().generate(prompts, sampling, required)[: sampling["kept"]]
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_an_actor_whose_completions_do_not_fit_the_prompts_is_left_out(start: Any, kept: int):
+    pool = start("a", kind=Miscounting)
+    with pytest.raises(TransportError, match=f"a returned {kept} completions for 4 prompts"):
+        pool.generate(PROMPTS, {"kept": kept}, required_version=0)
 
 
 def test_an_actor_with_the_four_methods_only_is_synced_beside_others(start: Any):
@@ -329,8 +356,34 @@ def test_parts_that_do_not_fit_are_named(hold: Any):
 
 
 def test_options_that_ray_refuses_are_not_taken_for_a_name(start: Any):
-    with pytest.raises(ConfigError, match="Ray refuses to start 'x' with the options"):
+    with pytest.raises(ConfigError, match=r"Ray refuses the actor options .*num_cpus.*`options`"):
         start_actor("x", {}, options={"num_cpus": -1})
+
+
+@pytest.mark.parametrize("section", ["trainer", "rollout"])
+@pytest.mark.parametrize("wrong", [{"num_cpu": 2}, {"num_cpus": "two"}])
+def test_options_of_a_runs_actors_that_ray_refuses(section: str, wrong: Any):
+    from rich.console import Console
+
+    run = TrainConfig.of(
+        model={"path": "m"},
+        data={"path": "d"},
+        reward="exact_match",
+        output_dir="o",
+        rollout={"mode": "ray"},
+        ray={section: wrong},
+    )
+    with pytest.raises(ConfigError, match=f"Ray refuses the actor options.*ray.{section}"):
+        train_on_ray(run, Display(Console(quiet=True)), resume=False, verbose=False)
+
+
+def test_actors_that_would_sleep_are_refused_before_they_are_started():
+    from trl.generation import vllm_generation
+
+    from qerl_sync.integrations.ray.trl import PoolSyncCallback
+
+    with PoolSyncCallback().connecting(), pytest.raises(ConfigError, match="do not sleep"):
+        vllm_generation.LLM(model="m", enable_sleep_mode=True)
 
 
 def test_the_object_store_of_nodes_that_do_not_matter_may_be_small():

@@ -4,9 +4,11 @@ training is refused before its first step. All of them share an engine for each 
 from __future__ import annotations
 
 import threading
+import time
 from itertools import count
 
 import pytest
+import torch
 from support.trainers import ENGINE, build_trainer, varied
 from support.witness import Witness
 from transformers import TrainerCallback
@@ -165,6 +167,51 @@ def test_the_best_model_is_what_the_engine_evaluates(train):
     assert_right(witness)
     assert witness.before[-1] > 1e-3, "the engine had the last step's weights"
     assert callback.reports[-1].step == 3
+
+
+def test_the_best_model_is_loaded_after_an_eager_sync(train):
+    """Training is stopped by a callback that is called after ours, which has begun a sync."""
+    torn = []
+
+    def stop_after_step_3(trainer):
+        callback = next(
+            one for one in trainer.callback_handler.callbacks if isinstance(one, WeightSyncCallback)
+        )
+        push = callback.session.push
+
+        def slow(*, step, clean):
+            def weights():
+                return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+            before = weights()
+            time.sleep(3.0 * (step == 3))
+            report = push(step=step, clean=clean)
+            torn.append((step, not torch.equal(weights(), before)))
+            return report
+
+        callback.session.push = slow
+
+        class Stop(TrainerCallback):
+            def on_step_end(self, args, state, control, **others):
+                control.should_training_stop = state.global_step == 3
+
+        trainer.add_callback(Stop())
+
+    trainer, _, witness = train(
+        when="eager",
+        begin=stop_after_step_3,
+        max_steps=8,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_reward",
+    )
+    assert trainer.state.best_global_step == 2
+    assert (3, False) in torn
+    assert not any(changed for _, changed in torn)
+    assert witness.after[-1] <= LIMITS["float32"]
 
 
 def test_evaluating_first_syncs_what_differs_from_the_checkpoint(train, policy):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qerl_sync import TrainerActor, WeightSyncCallback, WorkerPool
 from qerl_sync.config import SyncConfig, TrainConfig, load_config
 from qerl_sync.config.models import Section
 from qerl_sync.config.violations import nearest
@@ -190,12 +193,14 @@ CONTRADICTIONS = {
 WITHOUT_EFFECT = {
     "a spilling plan's": ["sync.spill_budget_bytes=1GiB", "sync.spill_directory=/tmp"],
     "a tolerance of what is not measured": ["sync.verify_tolerance=0.1"],
+    "an address of metrics that are not served": ["sync.metrics_address=0.0.0.0"],
     "requests that do not wait": [
         "sync.recompute_running=false",
         *("rollout.mode=server", "sync.pause_mode=abort"),
     ],
     "waits within one process": [
-        *("sync.timeout_seconds=10", "sync.chunks_in_flight=3", "sync.pause_mode=wait"),
+        *("sync.trainer_port=4000", "sync.chunks_in_flight=3", "sync.pause_mode=wait"),
+        "sync.trainer_bind=0.0.0.0",
         "rollout.start_timeout_seconds=10",
     ],
     "going back, in a pool": ["sync.on_failure=rollback", "rollout.mode=ray"],
@@ -287,6 +292,8 @@ def test_what_does_not_go_together_is_listed_like_all_else(write, case):
         ["rollout.mode=ray", "rollout.async_engine=true", "sync.transport=auto"],
         ["rollout.mode=ray", "rollout.engine.tensor_parallel_size=1", "sync.transport=ray"],
         ["sync.transport=inproc", "rollout.start_timeout_seconds=600"],
+        ["sync.timeout_seconds=60"],  # trainer processes that have an engine each wait so long
+        ["sync.metrics_port=9100", "sync.metrics_address=0.0.0.0"],
         ["sync.verify=full", "sync.verify_tolerance=0.1"],
         ["sync.policy=spill", "sync.spill_budget_bytes=1GiB", "sync.spill_directory=/tmp"],
         ["rollout.mode=server", "sync.recompute_running=false", "sync.timeout_seconds=1e6"],
@@ -331,6 +338,15 @@ def test_configurations_cannot_be_changed(write):
     config = load(write(SMALLEST))
     with pytest.raises(Exception, match="frozen"):
         config.seed = 3
+
+
+def test_a_section_and_its_fields_are_not_both_given():
+    from qerl_sync.integrations.trl_async import AsyncWeightTransfer
+
+    takers: list[Any] = [WeightSyncCallback, partial(AsyncWeightTransfer, "http://127.0.0.1:1")]
+    for take in [*takers, partial(TrainerActor().sync_to, WorkerPool({}), None)]:
+        with pytest.raises(ConfigError, match="not both"):
+            take(config=SyncConfig(), policy="warn")
 
 
 def test_a_section_from_keywords():

@@ -89,7 +89,7 @@ def test_a_sync_that_an_interrupt_leaves_running_is_waited_for_by_the_next(eager
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(eager._begun.report, "result", interrupted)
+        patch.setattr(eager._begun[0], "result", interrupted)
         with pytest.raises(KeyboardInterrupt):
             eager.conclude()
     assert not eager.is_next(4), "it is still under way"

@@ -248,6 +248,15 @@ def test_trl_refuses_in_our_words():
         grpo_arguments(run_config(trainer=trainer))
 
 
+def test_arguments_of_loading_the_model_may_be_null_or_json():
+    from qerl_sync.training.arguments import grpo_arguments
+
+    for written, more in ((None, {}), ('{"revision": "a"}', {"revision": "a"})):
+        trainer = {"model_init_kwargs": written, "use_cpu": True, "bf16": False}
+        made = grpo_arguments(run_config(trainer=trainer)).model_init_kwargs
+        assert made == {"dtype": "float32", **more}
+
+
 # ------------------------------------------------------------------------------------- directory
 
 
@@ -283,14 +292,34 @@ def test_an_earlier_run_is_moved_and_nothing_else(directory):
     assert directory.read_syncs() == []
 
 
+def test_no_earlier_run_is_written_over_and_every_ranks_log_goes_with_its_run(directory):
+    (directory.root / "earlier-2").mkdir()  # the user has deleted earlier-1
+    directory.engine_log_of(1).write_text("of rank 1")
+    moved = directory.start(run_config())
+    assert moved == directory.root / "earlier-3"
+    assert (moved / "vllm-1.log").read_text() == "of rank 1"
+    assert not directory.engine_log_of(1).exists()
+
+
 def test_a_run_that_never_began_is_not_kept(directory):
     assert directory.start(run_config()) is None
 
 
-def test_a_foreign_directory_is_left_alone(tmp_path):
-    (tmp_path / "model").mkdir()
+def test_other_files_in_the_directory_are_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
     assert RunDirectory(tmp_path).start(run_config()) is None
-    assert (tmp_path / "model").is_dir()
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model/config.json"])
+def test_a_directory_with_a_model_of_the_user_is_refused(tmp_path, name):
+    """Its config.json would be written over, or its `model` taken for the policy of the run."""
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text('{"model_type": "qwen3"}')
+    with raises(FileError, path=str(tmp_path / name.partition("/")[0])):
+        RunDirectory(tmp_path).start(run_config())
+    assert file.read_text() == '{"model_type": "qwen3"}'
 
 
 def test_resuming_takes_the_last_whole_checkpoint_and_drops_what_is_done_again(directory):
@@ -303,6 +332,12 @@ def test_resuming_takes_the_last_whole_checkpoint_and_drops_what_is_done_again(d
         lines.write('{"step": 1')
     assert directory.resume(run_config(trainer={"max_steps": 20})).name == "checkpoint-10"
     assert [report["step"] for report in directory.read_syncs()] == list(range(10))
+
+
+def test_adapters_of_another_shape_are_not_taken_for_a_damaged_checkpoint(directory):
+    checkpoint(directory, 2)
+    with raises(ConfigError, changed=("peft",)):
+        directory.resume(run_config(peft={"r": 4}))
 
 
 def test_resuming_before_the_first_checkpoint_is_refused(directory):
@@ -539,7 +574,7 @@ def test_ctrl_c_stops_after_the_step_and_saves_and_twice_stops_at_once(number):
     before = signal.getsignal(number)
     display = Display(console)
     with display.steps("training", "trained"):
-        stop = StopCleanly(display)
+        stop = StopCleanly(display, bool)
         control = TrainerControl()
         with stop.listening():
             stop.on_step_end(None, None, control)

@@ -65,6 +65,28 @@ def test_each_key_goes_to_its_section(load):
     assert os.environ["QERL_SYNC_TEST_OF_ENV"] == "7"
 
 
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("null", {}),
+        ("{revision: a}", {"revision": "a"}),
+        ("""'{"revision": "a"}'""", {"revision": "a"}),
+    ],
+)
+def test_arguments_of_the_model_in_every_form_that_trl_takes(load, written, expected):
+    more = f"model_init_kwargs: {written}\n"
+    for text in (WHOLE + more, more + WHOLE):
+        assert load(text).trainer["model_init_kwargs"] == {
+            "attn_implementation": "sdpa",
+            **expected,
+        }
+
+
+def test_one_reward_function_needs_no_list(load):
+    text = WHOLE.replace("[accuracy_reward, my.rewards.short]", "accuracy_reward")
+    assert load(text).reward == ("trl.rewards:accuracy_reward",)
+
+
 def test_a_server_is_found_where_trl_would_find_it(load):
     more = "vllm_mode: server\nvllm_server_port: 8001\nvllm_server_timeout: 9\n"
     rollout = load(WHOLE + more).rollout

@@ -96,8 +96,8 @@ class RolloutActor:
         apart = "1" if self._is_apart(engine) else "0"
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", apart)
         # Without it the second engine of a node finds no memory and does not start.
-        for name, value in ON_SHARED_CORES.items():
-            os.environ.setdefault(name, value)
+        for variable, value in ON_SHARED_CORES.items():
+            os.environ.setdefault(variable, value)
         self.llm = self._start(engine)
         self._client = self._control(self.llm)
         core = self._core(self.llm)
@@ -189,13 +189,16 @@ class RolloutActor:
         try:
             outputs = self.llm.generate(prompts, sampling, use_tqdm=False)
         except BaseException:
-            if self._client.in_process:  # it keeps what it could not run; another one would pause
+            # An engine in this process keeps the requests of a call that failed, and would run them
+            # with the next call: drop them. An engine in a process of its own would stay paused.
+            if self._client.in_process:
                 self._client.pause("abort")
             raise
         return [(output, self.version) for output in outputs]
 
     def _require(self, version: int) -> None:
-        if self._paused:  # between two calls of a sync too: weights, caches and version differ
+        # Between two calls of one sync too: the weights may be new, caches and version old.
+        if self._paused:
             raise PoisonedError(
                 f"{self.name} does not generate: a sync is under way, or one has failed. Ask again "
                 "when it is over, or sync in full"

@@ -11,8 +11,6 @@ from qerl_sync.engines.ray_actor import require_object_store
 from qerl_sync.errors import CompatError, ConfigError
 from qerl_sync.transports.base import Transport
 
-Bundle = Mapping[str, float]
-
 CONNECT_SECONDS = 5.0
 
 
@@ -58,7 +56,7 @@ def connect(address: str | None = None, **options: Any) -> bool:
     return True
 
 
-def require_room(bundles: Sequence[Bundle], what: str) -> None:
+def require_room(bundles: Sequence[Mapping[str, float]], what: str) -> None:
     """Check that the cluster could ever place all `bundles`, each on one node.
 
     Raises:

@@ -79,12 +79,7 @@ class PooledLLM:
                 outputs=[
                     SimpleNamespace(
                         token_ids=rollout.completion_ids,
-                        logprobs=[
-                            {token: SimpleNamespace(logprob=logprob, rank=1)}
-                            for token, logprob in zip(
-                                rollout.completion_ids, rollout.logprobs, strict=True
-                            )
-                        ],
+                        logprobs=_logprobs(rollout),
                     )
                 ],
             )
@@ -106,13 +101,14 @@ class PooledLLM:
 
     def _begin_next(self, sampling: Any, done: Key) -> None:
         """Start generating the next batch ahead, with the present weights."""
-        # Batches come in the order of their announcement: earlier ones were skipped.
+        # Batches come in the order of their announcement: earlier ones were skipped, and would
+        # keep their completions for ever.
         if done in self._coming:
             while (skipped := self._coming.popleft()) != done:
                 self._begun.pop(skipped, None)
         for key in list(self._coming)[: self.max_staleness]:
             if key not in self._begun:
-                with suppress(TransportError):  # nobody can just now: they are generated later
+                with suppress(TransportError):  # no worker is up: generated when it is asked for
                     self._begun[key] = self.pool.submit([list(ids) for ids in key], sampling)
 
 
@@ -124,8 +120,8 @@ class Announcer:
 
     Args:
         expect: called once with each batch out of which completions will be generated.
-        ahead: of so many batches besides the one that is trained on.
-        every: so many batches in a row share their completions.
+        ahead: the number of batches to announce besides the one that is trained on.
+        every: the number of batches in a row that share their completions.
     """
 
     def __init__(self, expect: Callable[[Any], None], *, ahead: int, every: int) -> None:
@@ -150,6 +146,14 @@ class Announcer:
             if len(waiting) > self._ahead:
                 yield waiting.popleft()
         yield from waiting
+
+
+def _logprobs(rollout: Rollout) -> list[dict[int, Any]] | None:
+    """Return a completion's log-probabilities as vLLM does; None if they were not asked for."""
+    if rollout.completion_ids and not rollout.logprobs:
+        return None
+    pairs = zip(rollout.completion_ids, rollout.logprobs, strict=True)
+    return [{token: SimpleNamespace(logprob=logprob, rank=1)} for token, logprob in pairs]
 
 
 def _key(prompts: Sequence[Sequence[int]]) -> Key:

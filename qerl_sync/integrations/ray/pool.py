@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,7 +14,6 @@ from typing_extensions import Self
 
 from qerl_sync.build import transport_options
 from qerl_sync.config import SyncConfig
-from qerl_sync.engines.base import EngineClient
 from qerl_sync.engines.ray_actor import RayActorClient, how_it_was_lost, is_gone
 from qerl_sync.errors import (
     AgreementError,
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 POLL_SECONDS = 0.2
-# How long workers whose failure may pass are asked again, where nobody else can generate: those
-# that somebody else syncs refuse between two calls of the sync.
+# For how long workers with a passing failure are asked again, where no others can generate: workers
+# that another trainer syncs refuse between two calls of its sync.
 PASSING_SECONDS = 10.0
 
 
@@ -163,7 +163,7 @@ class WorkerPool:
         """
         deadline = time.monotonic() + timeout_seconds
         return {
-            name: worker.await_status(max(deadline - time.monotonic(), 0.0), timeout_seconds)
+            name: worker.await_status(deadline, timeout_seconds)
             for name, worker in self._workers.items()
         }
 
@@ -221,7 +221,8 @@ class WorkerPool:
         return self._transport
 
     def _join(self, transport: PoolTransport, worker: Worker) -> None:
-        transport.add(worker.name, worker.client(self._timeout_seconds), worker.is_up)
+        client = RayActorClient(worker.handle, worker.name, self._timeout_seconds)
+        transport.add(worker.name, client, worker.is_up)
 
     # ---- generation
 
@@ -308,7 +309,13 @@ class WorkerPool:
         failed = ray.exceptions
         try:
             found: list[Rollout] = ray.get(share.answer, timeout=max(timeout_seconds, 0.0))
-            return found
+            if found and len(found) % len(share.indices) == 0:
+                return found
+            # Of an actor of one's own. Which completion is of which prompt could not be told.
+            return self._lost(
+                share,
+                f"{share.name} returned {len(found)} completions for {len(share.indices)} prompts",
+            )
         except failed.GetTimeoutError:
             return self._lost(
                 share,
@@ -333,7 +340,8 @@ class WorkerPool:
         logger.warning("others generate what %s was to: %s", share.name, reason)
         if self._transport is not None and self.versions.get(share.name) == share.version:
             self._transport.forget(share.name, reason)
-        # Of those that we sync nobody else does: asking again changes nothing.
+        # A worker that is synced from here refuses until it is synced from here again. One of
+        # another trainer may be in the middle of a sync.
         passing = refused and self._transport is None
         return Failure(share.version, reason, passing)
 
@@ -462,7 +470,7 @@ class Batch:
             self._patient_until = self._patient_until or time.monotonic() + PASSING_SECONDS
             return
         self._patient_until = 0.0
-        if not found or found[0].version < oldest_version:
+        if found[0].version < oldest_version:
             return
         each = len(found) // len(share.indices)
         for k, index in enumerate(share.indices):
@@ -473,7 +481,7 @@ class Worker:
     """An actor of the pool.
 
     Attributes:
-        gone: it is dead for good, as far as Ray has told.
+        gone: Ray has reported it dead, and does not restart it.
         generates: it can be asked for completions.
     """
 
@@ -484,9 +492,6 @@ class Worker:
         self.generates = hasattr(handle, "generate")
         self._asked: Any = None
         self._was_up = False
-
-    def client(self, timeout_seconds: float) -> EngineClient:
-        return RayActorClient(self.handle, self.name, timeout_seconds)
 
     def is_up(self) -> bool:
         """Return whether the worker can be asked to connect now. Never block.
@@ -503,7 +508,7 @@ class Worker:
         """Return whether the worker has answered; `is_up` then returns the same."""
         ray = require_ray()
         if not self._was_up and not hasattr(self.handle, "status"):
-            return True  # the first sync waits for it, and names it if it is none of ours
+            return True  # the first sync waits for it, and raises if it is no worker of ours
         self._asked = self._asked or self._ask()
         if not ray.wait([self._asked], timeout=0.05)[0]:
             return False
@@ -516,22 +521,23 @@ class Worker:
         self.gone = False
         return True
 
-    def await_status(self, timeout_seconds: float, given: float) -> dict[str, Any]:
+    def await_status(self, deadline: float, given_seconds: float) -> dict[str, Any]:
+        """Block until the engine is up, `time.monotonic()` to `deadline`. Return its status."""
         ray = require_ray()
-        if not hasattr(self.handle, "status"):
-            return {}
-        try:
-            status: dict[str, Any] = ray.get(self._status(), timeout=timeout_seconds)
-        except ray.exceptions.GetTimeoutError as exc:
-            raise TransportTimeout(
-                f"{self.name} was not up within {given:.0f} s; it waits for resources (`ray "
-                "status`), or its engine takes longer to start"
-            ) from exc
-        except ray.exceptions.ActorUnavailableError:  # it restarts
-            time.sleep(0.2)
-            return self.await_status(max(timeout_seconds - 0.2, 0.0), given)
-        except ray.exceptions.RayActorError as exc:
-            raise ConfigError(f"the engine of {self.name} does not start: {exc}") from exc
+        status: dict[str, Any] | None = None if hasattr(self.handle, "status") else {}
+        while status is None:
+            left_seconds = max(deadline - time.monotonic(), 0.0)
+            try:
+                status = ray.get(self._status(), timeout=left_seconds)
+            except ray.exceptions.GetTimeoutError as exc:
+                raise TransportTimeout(
+                    f"{self.name} was not up within {given_seconds:.0f} s; it waits for resources "
+                    "(`ray status`), or its engine takes longer to start"
+                ) from exc
+            except ray.exceptions.ActorUnavailableError:  # it restarts
+                time.sleep(POLL_SECONDS)
+            except ray.exceptions.RayActorError as exc:
+                raise ConfigError(f"the engine of {self.name} does not start: {exc}") from exc
         from qerl_sync import __version__
 
         theirs = status.get("qerl-sync", __version__)
@@ -564,21 +570,33 @@ def start_actor(
     **arguments: Any,
 ) -> Any:
     """Start one rollout actor; do not wait for it. See `WorkerPool.start`."""
-    ray = require_ray()
     groups = dict(actor.CONCURRENCY)
     given = {**(options or {}), "max_restarts": max_restarts, "concurrency_groups": groups}
-    try:
-        return ray.remote(**given)(actor).options(name=name).remote(engine, name=name, **arguments)
-    except ValueError as exc:
-        taken = type(exc).__name__ == "ActorAlreadyExistsError"  # newer versions of Ray have it
-        if taken or "already taken" in str(exc):
+    with refusals_explained(options or {}, "`options`, in a run ray.rollout"):
+        kind = require_ray().remote(**given)(actor).options(name=name)
+        try:
+            return kind.remote(engine, name=name, **arguments)
+        except ValueError as exc:
+            if "already taken" not in str(exc):
+                raise
             raise ConfigError(
                 f"the name {name!r} is taken in this cluster: {exc}; choose others (names), or end "
                 "the actors of an earlier pool (pool.stop())"
             ) from exc
+
+
+@contextmanager
+def refusals_explained(options: Mapping[str, Any], where: str) -> Iterator[None]:
+    """Raise ConfigError if Ray refuses these options of an actor in this context.
+
+    Args:
+        where: the place where they are set.
+    """
+    try:
+        yield
+    except (TypeError, ValueError) as exc:
         raise ConfigError(
-            f"Ray refuses to start {name!r} with the options {dict(options or {})}: {exc}; change "
-            "them (`options`, in a run ray.rollout)"
+            f"Ray refuses the actor options {dict(options)}: {exc}; change them ({where})"
         ) from exc
 
 

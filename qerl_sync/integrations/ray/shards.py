@@ -69,10 +69,10 @@ class JoinedSource(Source):
         return list(self._metas.values())
 
     def check_finite(self, names: Collection[str] | None = None, *, alone: bool = True) -> None:
-        """Have all that hold some of the names look at the same time."""
+        """Have all actors that hold some of the names look at the same time."""
         shares = self._shares(self._holder if names is None else names)
         own = shares.pop(None, [])
-        asked = {other: self._ask(other, "check_finite", share) for other, share in shares.items()}
+        asked = {other: other.held.remote("check_finite", share) for other, share in shares.items()}
         self._own.check_finite(own, alone=alone)
         for other, answer in asked.items():
             self._answer(other, answer)
@@ -82,7 +82,7 @@ class JoinedSource(Source):
         streams = {
             holder: self._own.materialize(share)
             if holder is None
-            else self._coming(holder, share, self._ask(holder, "tensors", share))
+            else self._coming(holder, share, holder.held.remote("tensors", share))
             for holder, share in shares.items()
         }
         for name in names:
@@ -117,11 +117,8 @@ class JoinedSource(Source):
             yield name, read_only_view(raw, 0, meta.shape, getattr(torch, meta.dtype))
 
     def _ask_all(self, what: str) -> list[Any]:
-        answers = [self._ask(other, what) for other in self._others]
+        answers = [other.held.remote(what) for other in self._others]
         return [self._answer(*pair) for pair in zip(self._others, answers, strict=True)]
-
-    def _ask(self, other: Any, what: str, *arguments: Any) -> Any:
-        return other.held.remote(what, *arguments)
 
     def _answer(self, other: Any, answer: Any) -> Any:
         ray = require_ray()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from qerl_sync.build import make_source
 from qerl_sync.config import SyncConfig
 from qerl_sync.errors import ConfigError
 from qerl_sync.integrations.ray.pool import WorkerPool
 from qerl_sync.integrations.ray.shards import JoinedSource, Part
 from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.base import Source
+from qerl_sync.sources.hf import probe_of
 from qerl_sync.transports.base import Transport
 
 
@@ -59,7 +61,7 @@ class TrainerActor:
         from qerl_sync.integrations.ray.metrics import RayMetrics
 
         self.end_sync()
-        config = config or SyncConfig.of(**options)
+        config = SyncConfig.given(config, options)
         self.workers = workers
         self._pool_transport = workers.transport(config)
         source = _as_source(weights, config, None if others else self._pool_transport)
@@ -69,19 +71,17 @@ class TrainerActor:
                 "an AdapterSource sends the whole adapter, and `others` hold parts of the weights; "
                 "give a PEFTSource, which merges each part, or no others"
             )
-        if others:  # what is known of a part is not known of the whole
+        if others:  # trained parameters and a probe of a part say nothing about the whole
             source = JoinedSource(source, others, config.timeout_seconds)
         elif not isinstance(weights, Source):
-            from qerl_sync.sources.hf import probe_of
-
             given = {"trained": weights.named_parameters, "probe": probe_of(weights)}
         # Without the trained parameters a second sync of the same weights, for a worker that came
         # back, could not be told from one that fails to bring what has changed.
         self._steps_tell = "trained" in given
         if config.noise is not None and not self._steps_tell:
             raise ConfigError(
-                "sync.noise goes by the trainer's steps, which nobody knows of a Source, or where "
-                "`others` hold parts; give sync_to the whole model, or leave sync.noise out"
+                "sync.noise goes by the trainer's steps, which are not known of a Source, or "
+                "where `others` hold parts; give sync_to the whole model, or leave sync.noise out"
             )
         self.sync_session = SyncSession(
             source,
@@ -144,6 +144,4 @@ class TrainerActor:
 
 
 def _as_source(weights: Any, config: SyncConfig, transport: Transport | None = None) -> Source:
-    from qerl_sync.build import make_source
-
     return weights if isinstance(weights, Source) else make_source(weights, config, transport)

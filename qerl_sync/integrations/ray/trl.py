@@ -79,6 +79,11 @@ class PoolSyncCallback(WeightSyncCallback):
         from trl.generation import vllm_generation
 
         def start(**given: Any) -> PooledLLM:
+            if given.get("enable_sleep_mode"):
+                raise ConfigError(
+                    "rollout actors do not sleep: they share no memory with the trainer; leave "
+                    "vllm_enable_sleep_mode out"
+                )
             trls = {name: v for name, v in given.items() if name not in IN_PROCESS_ONLY}
             engine = {**trls, **self._engine}
             node = require_ray().get_runtime_context().get_node_id()
@@ -138,7 +143,7 @@ class PoolSyncCallback(WeightSyncCallback):
             try:
                 return super()._sync()
             except TransportError as exc:
-                # Before the first sync it is how they were started.
+                # Before the first sync the engines themselves are at fault: do not try again.
                 if not self.reports or not others:
                     raise
                 logger.warning("the sync has lost all workers, and is done again: %s", exc)
