@@ -297,9 +297,9 @@ class SyncConfig(Section):
     generates again: logging, checkpoints, other callbacks. TRL then finds the weights there, or
     waits for the rest (`sync/seconds/waited`). No weight changes while it is sent: the optimizer's
     next step waits too. How often TRL asks is seen in the first steps, which are lazy. `eager` is
-    refused in several trainer processes, with engines that sleep, with `verify: full`, and with
-    `rollout.max_staleness`. It gains nothing where a trainer generates at once, and little where
-    trainer and engine want the same cores."""
+    refused in several trainer processes, with DeepSpeed, with engines that sleep, with
+    `verify: full`, and with `rollout.max_staleness`. It gains nothing where a trainer generates at
+    once, and little where trainer and engine want the same cores."""
 
     timeout_seconds: Seconds = 300.0
     """How long either side waits for the other, for each message and each call. Several trainer

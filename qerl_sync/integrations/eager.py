@@ -82,16 +82,19 @@ class EagerSync:
         self._thread.shutdown()
 
 
-def require_eager(*, num_processes: int, sleeps: bool) -> None:
+def require_eager(*, num_processes: int, sleeps: bool, deepspeed: bool) -> None:
     """Check that a trainer's syncs may begin before TRL asks for them.
 
     Raises:
-        ConfigError: the trainer has several processes, or its engine sleeps.
+        ConfigError: the trainer has several processes or runs DeepSpeed, or its engine sleeps.
     """
     reason = ""
     if num_processes > 1:
         # Collectives of a sync and of the trainer would meet in another order on each rank.
         reason = f"this trainer has {num_processes} processes, and it is for one"
+    elif deepspeed:
+        # No callback comes before that step: a sync under way would send weights of two steps.
+        reason = "DeepSpeed's optimizer steps within the backward pass"
     elif sleeps:
         reason = "this engine sleeps (vllm_enable_sleep_mode) until TRL wakes it to generate"
     if reason:

@@ -213,7 +213,8 @@ class WeightSyncCallback(TrainerCallback):
         if self.config.when == "lazy":
             return None
         sleeps = bool(_generation(trainer).enable_sleep_mode)
-        require_eager(num_processes=num_processes, sleeps=sleeps)
+        deepspeed = bool(getattr(trainer, "is_deepspeed_enabled", False))
+        require_eager(num_processes=num_processes, sleeps=sleeps, deepspeed=deepspeed)
         return EagerSync()
 
     @property

@@ -98,12 +98,18 @@ def test_a_sync_that_an_interrupt_leaves_running_is_waited_for_by_the_next(eager
 
 
 @pytest.mark.parametrize(
-    ("processes", "sleeps", "told"),
-    [(2, False, "2 processes"), (1, True, "vllm_enable_sleep_mode")],
+    ("found", "told"),
+    [
+        ({"num_processes": 2}, "2 processes"),
+        ({"sleeps": True}, "vllm_enable_sleep_mode"),
+        ({"deepspeed": True}, "within the backward pass"),
+    ],
 )
-def test_what_cannot_run_beside_its_trainer_is_refused(processes, sleeps, told):
+def test_what_cannot_run_beside_its_trainer_is_refused(found, told):
+    alone = {"num_processes": 1, "sleeps": False, "deepspeed": False}
+    require_eager(**alone)
     with pytest.raises(ConfigError, match=told) as caught:
-        require_eager(num_processes=processes, sleeps=sleeps)
+        require_eager(**{**alone, **found})
     assert "choose sync.when: lazy" in str(caught.value)
 
 
