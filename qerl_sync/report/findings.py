@@ -302,8 +302,9 @@ def _warnings(run: RecordedRun) -> Iterator[Finding]:
             cause="Its loader treated a tensor otherwise than in the dry run: "
             f"{last['first_difference']}. On: {', '.join(names[:SHOWN_LAYERS])}",
             layers=tuple(open_layers(records.get(last["version"], {}))),
-            change="The weights were verified all the same. Report it with the run's directory, "
-            "and give memory some room: the budget was kept by prediction only.",
+            change="Only the memory differed: the weights are those that were sent. Report it with "
+            "the run's directory, and leave memory some room: the budget was kept by prediction "
+            "only.",
         )
     if over := [
         sync
@@ -323,7 +324,7 @@ def _warnings(run: RecordedRun) -> Iterator[Finding]:
         reasons = [f"{name}: {reason}" for name, reason in without[0]["lost"].items()]
         yield Finding(
             "warning",
-            f"{len(reasons)} workers were left behind.",
+            f"{len(reasons)} worker{'s were' if len(reasons) > 1 else ' was'} left behind.",
             when=when(without),
             cause="\n".join(reasons[:SHOWN_LAYERS]),
             change="They get a full sync when they answer again; look at their logs if not.",

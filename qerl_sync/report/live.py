@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from contextlib import suppress
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from qerl_sync.errors import ConfigError
 from qerl_sync.report.recorded import CONFIG, SUMMARY, RecordedRun
 from qerl_sync.report.run_page import run_page
-from qerl_sync.telemetry.files import line_files
+from qerl_sync.telemetry.files import TRACES, line_files
 
 ADDRESS = "127.0.0.1"
 # A client that says nothing for so long is left; so many are answered at a time.
@@ -101,9 +102,15 @@ class LiveReport:
 
     def state(self) -> str:
         """Return a word that changes when there is something new to show."""
-        paths = [*line_files(self._directory), *(self._directory / n for n in (CONFIG, SUMMARY))]
-        stats = [(path.name, path.stat()) for path in paths if path.exists()]
-        seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        directory = self._directory
+        # A sync's line is written before its record, which takes seconds for a large model. The
+        # page is made anew for each, or it would lack the record until the next sync.
+        records = sorted((directory / TRACES).glob("sync-*.json"))
+        seen = []
+        for path in (*line_files(directory), *records, directory / CONFIG, directory / SUMMARY):
+            with suppress(FileNotFoundError):  # renamed or removed by the run meanwhile
+                stat = path.stat()
+                seen.append((path.name, stat.st_size, stat.st_mtime_ns))
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
     def page(self) -> bytes:
@@ -128,7 +135,7 @@ class LiveReport:
 
             def do_GET(self) -> None:
                 # A page of another site may lead its own name to this address.
-                if self.headers.get("Host", "").rpartition(":")[0] not in (ADDRESS, "localhost"):
+                if self.headers.get("Host", "").partition(":")[0] not in (ADDRESS, "localhost"):
                     return self.send_error(403)
                 if self.path not in ("/", "/state"):
                     return self.send_error(404)

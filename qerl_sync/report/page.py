@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from math import ceil
+from math import ceil, floor, log10
 from typing import Any, NamedTuple
 
 from qerl_sync.buffers.trace import Trace
@@ -240,8 +240,9 @@ def ticks(top: float, *, low: float = 0.0, scale: float, unit: str) -> str:
         scale, unit: in which the labels are written.
     """
     first, last = low / scale, top / scale
-    steps = (s * 10.0**p for p in range(-9, 12) for s in (1, 2, 5))
-    step = next(step for step in steps if (last - first) / step <= 5)
+    least = (last - first) / 5
+    power = 10.0 ** floor(log10(least))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= least)
     return "".join(
         f'<span style="bottom:{100 * (n * step - first) / (last - first):.2f}%">'
         f"{f'{n * step:g} {unit}'.strip()}</span>"

@@ -42,23 +42,18 @@ class RecordedRun:
         """Read a directory.
 
         Raises:
-            ConfigError: there is none, nothing was recorded in it, or a file is damaged.
+            ConfigError: there is none, or nothing was recorded in it.
+            FileError: a file in it is damaged.
         """
-        try:
-            run = cls(
-                directory,
-                _json(directory / CONFIG),
-                _json(directory / SUMMARY),
-                read_lines(directory / SYNCS),
-                read_lines(directory / FAILURES),
-                _records(directory / TRACES),
-                read_lines(directory / LOG),
-            )
-        except (ValueError, EOFError) as exc:
-            raise ConfigError(
-                f"{directory}: a file is damaged or was written by something else ({exc}); look at "
-                f"its *.json and *.jsonl files"
-            ) from exc
+        run = cls(
+            directory,
+            _json(directory / CONFIG),
+            _json(directory / SUMMARY),
+            read_lines(directory / SYNCS),
+            read_lines(directory / FAILURES),
+            _records(directory / TRACES),
+            read_lines(directory / LOG),
+        )
         if not (run.syncs or run.failures or run.config):
             raise ConfigError(
                 f"{directory} holds no run (no {SYNCS}, {FAILURES} or {CONFIG} in it); give the "
@@ -77,7 +72,7 @@ class RecordedRun:
         return reward_curve(self.log)
 
     def trace(self, name: str) -> Trace | None:
-        """Return a trace that a record names; None if it was removed since."""
+        """Return a trace that a record names; None if it was removed since. Raises FileError."""
         return _trace(self.directory / TRACES / name)
 
 

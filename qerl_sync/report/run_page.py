@@ -24,7 +24,7 @@ from qerl_sync.report.page import (
     render,
     ticks,
 )
-from qerl_sync.report.plots import MOVING_MEAN_STEPS, moving_mean, unit_of
+from qerl_sync.report.plots import MOVING_MEAN_STEPS, finite_curve, moving_mean, unit_of
 from qerl_sync.report.recorded import RecordedRun
 
 # Of each recorded stream; of a curve, at most.
@@ -278,9 +278,8 @@ def _table(table: Table) -> str:
 def _charts(run: RecordedRun) -> list[str]:
     """Draw what changes along a run."""
     found = []
-    if len(run.rewards) > 1:
-        steps = [step for step, _ in run.rewards]
-        values = [reward for _, reward in run.rewards]
+    steps, values = finite_curve(run.rewards)
+    if len(steps) > 1:
         means = moving_mean(values, MOVING_MEAN_STEPS)
         curves = [
             Curve("measured", "each logged step", values, faint=True),

@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import SyncError
+from qerl_sync.errors import FileError, SyncError
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.simulator import open_layers_at, replay
 from qerl_sync.plan.sync_plan import SyncPlan
@@ -59,7 +59,8 @@ class FlightRecorder:
         # By record: whether its sync was unusual, and the traces that it refers to.
         self._kept: dict[Path, tuple[bool, set[str]]] = {}
         for path in sorted(self._traces.glob("sync-*.json")):
-            with suppress(ValueError, KeyError):  # what something else has written stays there
+            # A file that is damaged, or that something else has written, stays there.
+            with suppress(FileError, KeyError):
                 record = read_json(path)
                 self._kept[path] = (bool(record["unusual"]), set(_files_of(record)))
 

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from qerl_sync import SyncConfig, SyncSession, errors
 from qerl_sync.cli.main import app
+from qerl_sync.report import plots
 from qerl_sync.report.findings import EXPLANATIONS, explain
 from qerl_sync.report.live import LiveReport
 from qerl_sync.report.recorded import RecordedRun
@@ -99,6 +100,24 @@ class TestPage:
             [heading for heading in headings if heading not in pictures]
         )
         assert text.count("\n|") == page.count("<tr>") + page.count("<thead>")
+
+    @pytest.mark.parametrize("content", [b"", b"a trace"])
+    def test_a_damaged_trace_is_named(self, tmp_path, content):
+        push(tmp_path)
+        for trace in (tmp_path / "traces").glob("trace-*"):
+            trace.write_bytes(content or trace.read_bytes()[:30])
+        assert re.search(r"trace-\w+\.json\.gz is damaged", run("report", tmp_path, code=2))
+
+    @pytest.mark.parametrize("reward", [float("-inf"), float("nan"), -1e15])
+    def test_it_shows_the_rewards_that_an_axis_has(self, tmp_path, reward):
+        push(tmp_path)
+        for step, value in enumerate((reward, 1.0, 2.0)):
+            files.append_line(tmp_path / files.LOG, {"step": step, "reward": value})
+        run("report", tmp_path)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "<h3>Reward</h3>" in page
+        assert not re.search(r'd="[^"]*(nan|inf)', page)
+        plots.plot_rewards(RecordedRun.read(tmp_path).rewards, tmp_path / "reward.png")
 
     @needs_chromium
     def test_a_browser_shows_it_and_the_keyboard_is_enough(self, page, tmp_path):
@@ -190,8 +209,23 @@ class TestLive:
         assert self.get(live) is not None
         assert self.get(live, "state") == state, "nothing is new"
 
+    def test_a_record_that_is_written_after_its_line_is_shown(self, live, tmp_path):
+        """A browser may have got the page in between."""
+        push(tmp_path)
+        (record,) = (tmp_path / "traces").glob("sync-*.json")
+        content = record.read_bytes()
+        record.unlink()
+        assert self.get(live).count("<option ") == 0
+        record.write_bytes(content)
+        assert self.get(live).count("<option ") == 1
+
     @pytest.mark.parametrize(
-        ("path", "host", "status"), [("syncs.jsonl", None, 404), ("", "elsewhere.example:80", 403)]
+        ("path", "host", "status"),
+        [
+            ("syncs.jsonl", None, 404),
+            ("", "elsewhere.example:80", 403),
+            ("state", "127.0.0.1", 200),  # what a browser says of port 80
+        ],
     )
     def test_nothing_else_is_served(self, live, path, host, status):
         assert self.ask(live, path, host)[0] == status
@@ -331,8 +365,11 @@ class TestRefusals:
 
     def test_a_damaged_file(self, command, tmp_path):
         push(tmp_path)
-        (tmp_path / "syncs.jsonl").write_text('{"version": 1\n{}\n')
-        assert "damaged" in run(command, tmp_path, code=2)
+        (record,) = (tmp_path / "traces").glob("sync-*.json")
+        record.write_text("{")
+        assert f"{record} is damaged" in run(command, tmp_path, code=2)
+        (tmp_path / "syncs.jsonl").write_text('{}\n{"version": 1\n{}\n')
+        assert "line 2 of" in run(command, tmp_path, code=2)
 
     def test_nothing_heavy_is_imported(self, command, recorded):
         code = (
