@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -257,7 +258,7 @@ def _layers(failure: Mapping[str, Any], run: RecordedRun) -> Iterator[str]:
 def open_layers(record: Mapping[str, Any]) -> list[str]:
     """Return the layers of a recorded sync that are open when most is buffered, in words."""
     found = [
-        f"{name}: {format_bytes(nbytes)} held, {loaded:,} of {total:,} elements there"
+        f"{name}: {format_bytes(nbytes)} for {loaded:,} of {total:,} elements"
         for name, nbytes, loaded, total in record.get("open_at_peak", [])[:SHOWN_LAYERS]
     ]
     rest = record.get("num_open_at_peak", 0) - len(found)
@@ -431,16 +432,29 @@ def _mib(nbytes: float) -> str:
     return f"{max(1, ceil(nbytes / MIB))}MiB"
 
 
-def as_text(findings: Sequence[Finding]) -> str:
-    """Return findings for a terminal."""
+def as_text(findings: Sequence[Finding], width: int | None = None) -> str:
+    """Return findings as lines of text. `width`: that no line exceeds; None: of any length."""
     blocks = []
     for finding in findings:
-        lines = [f"{finding.kind}: {finding.what}"]
+        lines = [("", f"{finding.kind}: {finding.what}")]
         for name, text in finding.rows():
-            first, *rest = text.split("\n")
-            lines += [f"  {name + ':':<8} {first}", *(f"           {line}" for line in rest)]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) or "nothing went wrong, and nothing was unusual"
+            heads = [f"  {name + ':':<8} ", *[" " * 11] * text.count("\n")]
+            lines += zip(heads, text.split("\n"), strict=True)
+        blocks.append("\n".join(_wrapped(head, text, width) for head, text in lines))
+    return "\n\n".join(blocks) or "Nothing went wrong, and nothing was unusual."
+
+
+def _wrapped(head: str, text: str, width: int | None) -> str:
+    if width is None:
+        return head + text
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,  # names of layers and options are copied from here
+        break_on_hyphens=False,
+    )
 
 
 def as_json(findings: Sequence[Finding]) -> str:

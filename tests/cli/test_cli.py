@@ -52,6 +52,25 @@ def test_errors_end_in_a_text_and_a_code(error, code, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["init", "{file}"],
+        ["report", "{there}", "-o", "{file}"],
+        ["bench", "learning", "any.yaml", "--png", "{file}"],
+        ["bench", "compare", "--png", "{file}"],
+        ["bench", "compare", "--markdown", "{file}"],
+    ],
+    ids=" ".join,
+)
+def test_a_missing_directory_is_named_before_the_work(command, tmp_path):
+    file = tmp_path / "nowhere" / "file"
+    command = [word.format(file=file, there=tmp_path) for word in command]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 2, result.output
+    assert f"there is no directory {file.parent}" in result.output
+
+
 def test_errors_pass_for_debugging():
     with pytest.raises(ConfigError), errors_as_text(debug=True):
         raise ConfigError("wrong")

@@ -256,7 +256,7 @@ class TestLive:
             text=True,
         )
         try:
-            url = re.match(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())[0]
+            url = re.search(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())[0]
             with urllib.request.urlopen(url, timeout=20) as answer:
                 assert b"What there is to know" in answer.read()
             process.send_signal(signal.SIGINT)
