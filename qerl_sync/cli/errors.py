@@ -22,8 +22,8 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 # The option of every command.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
-# Trainer ranks other than 0 wait so long before they print an error. Mostly rank 0 has the same one,
-# and torchrun ends the others meanwhile, so that it is printed once.
+# Trainer ranks other than 0 wait so long before they print an error. Mostly rank 0 prints the same
+# one, and torchrun ends the others meanwhile.
 PATIENCE_SECONDS = 10.0
 
 
