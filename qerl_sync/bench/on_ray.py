@@ -26,7 +26,7 @@ from qerl_sync.bench.echo import EchoLoader, checksums, hello
 from qerl_sync.bench.engines import CALL_SECONDS, RPCActor
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
 from qerl_sync.bench.transport import (
-    NOT_LOOKED_AT,
+    UNCHECKED,
     Results,
     Rounds,
     Target,
@@ -69,10 +69,11 @@ class RayMeasured(Results):
 
 
 class BenchActor(RPCActor):
-    """A rollout actor on the actors' cores: all but one."""
+    """Run a rollout actor on all cores but one, which the trainer has."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         cores = sorted(own_cores())[:-1]
+        # Each thread: Ray has started some, which keep the cores that they began with.
         for thread in os.listdir("/proc/self/task") if cores else ():
             os.sched_setaffinity(int(thread), cores)
         super().__init__(*arguments, **options)
@@ -186,7 +187,7 @@ def _across(clock: Rounds, model: torch.nn.Module, rounds: int) -> None:
     actor = remote(EchoActor).remote()
     source = HFSource(model)
     array = torch.ones(sum(m.nbytes for m in source.metadata()), dtype=torch.uint8).numpy()
-    with _session(WorkerPool({"echo": actor}), source, transport="ray", **NOT_LOOKED_AT) as session:
+    with _session(WorkerPool({"echo": actor}), source, transport="ray", **UNCHECKED) as session:
         ray.get(actor.check.remote(True), timeout=CALL_SECONDS)
         session.push()
         if ray.get(actor.check.remote(False), timeout=CALL_SECONDS) != checksums(source):

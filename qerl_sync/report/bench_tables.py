@@ -23,7 +23,7 @@ def transport_tables(found: Measured) -> list[Table]:
     """Return the tables of `qerl-sync bench transport`."""
     ratios = titled_table("Seconds over seconds, medians of the rounds' ratios", "", "ratio")
     for name, ratio in found.ratios.items():
-        if not name.endswith(("alone / memcpy", "alone / TCP")):
+        if " alone / " not in name:  # ratios of bandwidth, shown among the targets
             ratios.add_row(name, f"{ratio:.2f}")
     memory = titled_table("What the worker took on top", "", "predicted", "measured")
     for kind, used in found.memory.items():
@@ -77,7 +77,9 @@ def _seconds(found: Results) -> Table:
     title = f"{format_bytes(found.nbytes)}, medians of {found.rounds}"
     table = titled_table(title, "", "ms", "GB/s")
     for name, seconds in found.seconds.items():
-        table.add_row(name, f"{1000 * seconds:.0f}", f"{found.nbytes / seconds / 1e9:.2f}")
+        moves = not name.startswith(("kill to", "verify"))
+        speed = f"{found.nbytes / seconds / 1e9:.2f}" if moves else ""
+        table.add_row(name, f"{1000 * seconds:.0f}", speed)
     return table
 
 

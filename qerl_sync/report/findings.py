@@ -19,22 +19,22 @@ from qerl_sync.report.recorded import RecordedRun
 
 SHOWN_LAYERS = 5
 MIB = 1 << 20
-# What an advice is given for: shares of a sync's time, and of the training steps'.
+# Advice is given above these shares: of a sync's time, and of the time of the training steps.
 HIGH_SHARE, SHARE_OF_STEPS = 0.4, 0.2
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a person should know.
+    """One thing that is wrong with a run, or could be better.
 
     Attributes:
-        kind: `failed`; `warning`: the sync was committed, but; `advice`: it could be better.
-        what: happened, in a sentence.
+        kind: `failed`: a sync, or the run. `warning`: the sync was committed, and is unusual.
+            `advice`: syncs could take less memory or time.
+        what: what happened, in a sentence.
         when: which sync, and step.
-        cause: why.
         layers: the parent layers or tensors that it concerns, in words.
         change: what to do about it; a line of YAML where there is one.
-        said: the error's own words.
+        said: the error's message.
     """
 
     kind: Literal["failed", "warning", "advice"]
@@ -46,7 +46,7 @@ class Finding:
     said: str = ""
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return (name, text) of what there is, in the order in which it is read."""
+        """Return (name, text) of what is known, in the order in which it is shown."""
         found = {
             "When": self.when,
             "Cause": self.cause,
@@ -57,8 +57,8 @@ class Finding:
         return [(name, text) for name, text in found.items() if text]
 
 
-# What an error means in plain words, its usual cause, what to change. By class name, the most
-# special that is here counts: a recorded error names its bases too.
+# By class name: what the error means, its usual cause, what to change. A recorded error names its
+# base classes, too; the most derived one that is listed here counts.
 EXPLANATIONS = {
     "ConfigError": (
         "An option or argument cannot be right, so that nothing was sent.",
@@ -194,7 +194,7 @@ EXPLANATIONS = {
 
 
 def explain(run: RecordedRun) -> list[Finding]:
-    """Return what there is to know about a run: failures, warnings, advice, each newest first."""
+    """Return a run's failures, warnings and advice, each with the newest first."""
     failures = list(_failures(run))
     if not run.summary and not failures and run.config:
         failures = [
@@ -242,7 +242,7 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
 
 
 def _layers(failure: Mapping[str, Any], run: RecordedRun) -> Iterator[str]:
-    """Yield what the error itself names, else what was open when most is buffered."""
+    """Yield the layers or tensors that the error names, else the layers open at the peak."""
     facts = failure["facts"]
     named = [str(facts[name]) for name in ("layer", "tensor", "parent_layer") if facts.get(name)]
     if named:
@@ -250,6 +250,7 @@ def _layers(failure: Mapping[str, Any], run: RecordedRun) -> Iterator[str]:
         counted = f" got {facts.get('got')} of {expected} elements" if expected else ""
         yield from (name + counted for name in named)
     elif failure["sent"] and "TransportError" not in failure["classes"]:  # no matter of layers
+        # What a failed sync was doing is not recorded: the plan's peak is the likeliest place.
         record = next((r for r in run.records if r.get("failure") == failure), None)
         if record is not None:
             yield from open_layers(record)

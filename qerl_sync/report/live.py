@@ -16,12 +16,12 @@ from qerl_sync.report.run_page import run_page
 from qerl_sync.telemetry.files import TRACES, line_files
 
 ADDRESS = "127.0.0.1"
-# A client that says nothing for so long is left; so many are answered at a time.
+# Seconds until a silent client is dropped; clients that are answered at a time.
 CLIENT_SECONDS, MOST_CLIENTS = 10.0, 16
-# Every page asks as often whether there is a newer one.
+# How often a page in a browser asks for a newer one.
 POLL_SECONDS = 2
 
-# A page that somebody is reading stays: pointing at a sync, picking one or "Pause" hold it.
+# Pointing at a sync, picking one, and "Pause" keep a page: a reload would take it from its reader.
 BAR = """\
 <div class="bartools">
 <span class="keys" id="live" data-state="{state}">Live: a new page comes with each sync.</span>
@@ -62,7 +62,7 @@ WAITING = """\
 class LiveReport:
     """An HTTP server with the page of a run, on the loopback address of this machine.
 
-    It answers `/` with the page as of now, and `/state` with a word that changes with the run's
+    It answers `/` with the current page, and `/state` with a word that changes with the run's
     files. A page is made once for each state.
 
     Args:

@@ -19,12 +19,13 @@ CONFIG, SUMMARY = "config.json", "summary.json"
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run's directory, read.
+    """What a run's directory holds.
 
     Attributes:
-        config: as it was resolved; {} for a session without `qerl-sync train`.
-        summary: {} while the run goes on, and where it did not end by itself.
-        syncs: the reports of committed syncs, the oldest first. `failures`: of those that failed.
+        config: with its defaults; {} for a session without `qerl-sync train`.
+        summary: {} while the run goes on, and if it was ended from outside.
+        syncs: a report for each committed sync, the oldest first.
+        failures: a record of each error, the oldest first.
         records: of the syncs whose traces were kept (`telemetry.recorder`), the oldest first.
         log: what the trainer logged.
     """

@@ -1,4 +1,4 @@
-"""A run on one page, as HTML that needs nothing else or as Markdown, from the same tables."""
+"""The page of a run, as HTML in one file or as Markdown, from the same tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qerl_sync.report.page import (
 from qerl_sync.report.plots import MOVING_MEAN_STEPS, finite_curve, moving_mean, unit_of
 from qerl_sync.report.recorded import RecordedRun
 
-# Of each recorded stream; of a curve, at most.
+# Most buckets of a recorded stream, and points of a curve: a page of 1,000 syncs loads at once.
 BUCKETS, POINTS = 240, 1000
 SHOWN_SYNCS, SHOWN_WORKERS, SHOWN_LAYERS = 20, 32, 20
 HEADINGS = {"failed": "Failed", "warning": "Warning", "advice": "Advice"}
@@ -45,7 +45,7 @@ class Table(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Values over the steps or versions of a run. `faint`: drawn behind the others."""
+    """Values over the steps or versions of a run. `faint`: pale, and not in the legend."""
 
     color: str
     words: str
@@ -54,7 +54,7 @@ class Curve(NamedTuple):
 
 
 def run_page(run: RecordedRun, bar: str = "") -> str:
-    """Return the HTML page of a run. `bar`: HTML that comes before all else of it."""
+    """Return the HTML page of a run. `bar`: HTML that precedes the findings."""
     plots: list[Plot] = []
     body = [
         bar,
@@ -150,7 +150,7 @@ def _facts(run: RecordedRun) -> list[tuple[str, str, str]]:
 
 
 def _tables(run: RecordedRun) -> list[tuple[str, Table]]:
-    """Return the tables that there is something for, each with its heading."""
+    """Return the tables, each with its heading."""
     if not run.syncs:
         return []
     return [

@@ -183,6 +183,29 @@ def test_seeds_that_are_none():
     assert "write 0,1,2" in result.output
 
 
+def test_tables_of_a_benchmark_show_each_number_as_what_it_is():
+    from qerl_sync.bench.on_ray import RayMeasured
+    from qerl_sync.bench.transport import KINDS, Measured
+    from qerl_sync.report.bench_tables import ray_tables, transport_tables
+
+    def shown(tables) -> list[list[list[str]]]:
+        return [[list(column.cells) for column in table.columns] for table in tables]
+
+    names = [f"{kind} / load alone" for kind in KINDS] + [
+        f"verify / sync, {kind}" for kind in KINDS
+    ]
+    bandwidths = ["shm alone / memcpy", "tcp alone / raw"]
+    ratios = dict.fromkeys([*names, *bandwidths], 1.0)
+    _, seconds_over_seconds, _, targets = shown(transport_tables(Measured(8, ratios=ratios)))
+    assert seconds_over_seconds[0] == names
+    assert {"shm alone / memcpy, bandwidth", "tcp alone / raw, bandwidth"} <= {*targets[0]}
+    found = RayMeasured(10**9, seconds={"put and get": 0.5, "kill to commit": 0.5})
+    found.ratios["put and get / sync"] = 1.0
+    (_, milliseconds, speeds), _ = shown(ray_tables(found))
+    assert milliseconds == ["500", "500"]
+    assert speeds == ["2.00", ""]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("content", [None, "{"])
 def test_a_shape_to_measure_with_that_is_none(tmp_path, content):
