@@ -74,7 +74,10 @@ class RecordedRun:
 
     def trace(self, name: str) -> Trace | None:
         """Return a trace that a record names; None if it was removed since. Raises FileError."""
-        return _trace(self.directory / TRACES / name)
+        try:
+            return _trace(self.directory / TRACES / name)
+        except FileNotFoundError:
+            return None
 
 
 def _records(directory: Path) -> list[Any]:
@@ -89,9 +92,6 @@ def _json(path: Path) -> Mapping[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-@lru_cache(256)
-def _trace(path: Path) -> Trace | None:
-    try:
-        return Trace.from_json(read_json(path))
-    except FileNotFoundError:
-        return None
+@lru_cache(256)  # a page reads each trace twice, and a live one again after each sync
+def _trace(path: Path) -> Trace:
+    return Trace.from_json(read_json(path))

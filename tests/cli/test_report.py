@@ -101,6 +101,16 @@ class TestPage:
         )
         assert text.count("\n|") == page.count("<tr>") + page.count("<thead>")
 
+    def test_a_trace_that_was_removed_and_written_again_is_read(self, tmp_path):
+        """By a session that goes on: it forgets a trace, and a later sync has the same."""
+        push(tmp_path)
+        recorded = RecordedRun.read(tmp_path)
+        (name, *_) = [path.name for path in (tmp_path / "traces").glob("trace-*")]
+        (tmp_path / "traces" / name).rename(tmp_path / name)
+        assert recorded.trace(name) is None
+        (tmp_path / name).rename(tmp_path / "traces" / name)
+        assert recorded.trace(name) is not None
+
     @pytest.mark.parametrize("content", [b"", b"a trace"])
     def test_a_damaged_trace_is_named(self, tmp_path, content):
         push(tmp_path)
