@@ -17,6 +17,7 @@ from typing import Any, Literal
 from qerl_sync.meta import format_bytes
 from qerl_sync.report.recorded import RecordedRun
 
+NO_FINDINGS = "Nothing went wrong, and nothing was unusual."
 SHOWN_LAYERS = 5
 MIB = 1 << 20
 # Advice is given above these shares: of a sync's time, and of the time of the training steps.
@@ -442,7 +443,7 @@ def as_text(findings: Sequence[Finding], width: int | None = None) -> str:
             heads = [f"  {name + ':':<8} ", *[" " * 11] * text.count("\n")]
             lines += zip(heads, text.split("\n"), strict=True)
         blocks.append("\n".join(_wrapped(head, text, width) for head, text in lines))
-    return "\n\n".join(blocks) or "Nothing went wrong, and nothing was unusual."
+    return "\n\n".join(blocks) or NO_FINDINGS
 
 
 def _wrapped(head: str, text: str, width: int | None) -> str:

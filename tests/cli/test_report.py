@@ -101,6 +101,12 @@ class TestPage:
         )
         assert text.count("\n|") == page.count("<tr>") + page.count("<thead>")
 
+    def test_a_run_without_findings_says_so(self, tmp_path):
+        push(tmp_path)
+        for name, options in (("report.html", []), ("report.md", ["--md"])):
+            run("report", tmp_path, *options)
+            assert "Nothing went wrong" in (tmp_path / name).read_text(encoding="utf-8")
+
     def test_a_trace_that_was_removed_and_written_again_is_read(self, tmp_path):
         """By a session that goes on: it forgets a trace, and a later sync has the same."""
         push(tmp_path)
@@ -268,7 +274,7 @@ class TestLive:
         try:
             url = re.search(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())[0]
             with urllib.request.urlopen(url, timeout=20) as answer:
-                assert b"What there is to know" in answer.read()
+                assert b"Findings" in answer.read()
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
         finally:
