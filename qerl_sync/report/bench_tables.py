@@ -40,6 +40,7 @@ def compare_tables(found: Compared) -> list[Table]:
     """Return the tables of `qerl-sync bench compare`."""
     title = f"{format_bytes(found.nbytes)}, {found.kernels} kernels, medians of {found.rounds}"
     table = titled_table(title, "", "ms", "x memcpy", "weights afterwards")
+    table.columns[-1].justify = "left"  # text
     for engine, rows in groupby(found.rows, lambda row: row.engine):
         table.add_section()
         table.add_row(f"[bold]{engine}[/bold]")
