@@ -55,18 +55,18 @@ class Setting(NamedTuple):
 
     @property
     def store_bytes(self) -> float:
-        """What a node's object store must hold."""
+        """Return the bytes that a node's object store must hold."""
         return self.chunks_in_flight * self.chunk_bytes
 
 
 def source_seconds(setting: Setting, rates: Rates) -> float:
-    """What one chunk takes of the trainer."""
+    """Return the trainer's seconds for one chunk."""
     copying = setting.chunk_bytes / rates.gather + setting.chunk_bytes / rates.put
     return copying + setting.workers * rates.message_seconds
 
 
 def estimate(setting: Setting, rates: Rates) -> float:
-    """Seconds of a sync.
+    """Return the seconds of a sync by the formula.
 
         source = chunk/gather + chunk/put + workers * message
         way    = source + ceil(rounds) * chunk/link + chunk/load       rounds = log2(nodes + 1)
@@ -86,7 +86,7 @@ def estimate(setting: Setting, rates: Rates) -> float:
 
 
 def simulate(setting: Setting, rates: Rates) -> float:
-    """Seconds of the same sync, transfer by transfer."""
+    """Return the seconds of the same sync, played transfer by transfer."""
     source = source_seconds(setting, rates)
     sending = setting.chunk_bytes / rates.link
     loading = setting.chunk_bytes / rates.load
@@ -108,8 +108,8 @@ def simulate(setting: Setting, rates: Rates) -> float:
 def _broadcast(
     start: float, sending: float, uplink: list[float], downlink: list[float]
 ) -> list[float]:
-    """When each node has the chunk that the trainer has at `start`. Who has it first passes it on
-    first; one transfer at a time in each direction."""
+    """Return when each node has the chunk that the trainer has at `start`. The node that has it
+    first passes it on first; one transfer at a time in each direction."""
     arrived = [0.0] * len(downlink)
     holders = [(max(start, uplink[-1]), len(downlink))]
     for node in sorted(range(len(downlink)), key=downlink.__getitem__):

@@ -1,4 +1,4 @@
-"""Says what this Python lacks for a script: own_environment.py run|test|check. Installs nothing."""
+"""Print what this Python lacks for a script: own_environment.py run|test|check. Install nothing."""
 
 import importlib.util
 import sys

@@ -47,8 +47,8 @@ from qerl_sync.sources.shared_memory import share_parameters
 from qerl_sync.wire.segments import DIRECTORY, PrivateMemory, SharedSegment
 
 Kernels = Literal["packed", "plain"]
-# Where the engine runs, and for the third and fourth how the weights reach it: as if it were on
-# another machine; and with the trainer's parameters in shared memory.
+# Where the engine runs. OVER_TCP: as if it were on another machine. SHARED: with the trainer's
+# parameters in shared memory.
 COLOCATE, OWN_PROCESS = "colocate", "own process"
 OVER_TCP, SHARED = "own process, over TCP", "own process, shared parameters"
 SERVER, ACTOR = "server", "Ray actor"
@@ -419,7 +419,7 @@ def _broadcast(llm: Any, trainer: _Trainer, stack: ExitStack) -> Callable[[], No
 
 
 def _digests_of_fresh(start: Start, checkpoint: str) -> Digests:
-    """Return what a fresh engine holds. The caller has no name for it, which would keep it."""
+    """Return what a fresh engine holds, and free it: no local of the caller refers to it."""
     with start(checkpoint) as llm:
         return _digests(llm)
 

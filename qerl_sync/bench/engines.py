@@ -56,7 +56,7 @@ def served(path: str) -> Iterator[ServedEngine]:
 
 
 class RPCActor(RolloutActor):
-    """A rollout actor whose workers can be called as those of its engine."""
+    """A rollout actor that passes on `collective_rpc` to its engine."""
 
     def call(
         self, method: str, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -98,8 +98,8 @@ class ActorEngine:
 
 @contextmanager
 def in_actor(path: str, nbytes: int) -> Iterator[ActorEngine]:
-    """Start a Ray cluster of this machine, whose object store holds so many bytes twice, and an
-    actor with an engine."""
+    """Start a Ray cluster on this machine, and an actor with an engine. The object store has room
+    for `nbytes` twice."""
     # In the actor's process, which gets what is loaded as it is.
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     if kernels := os.environ.get(KERNELS_VARIABLE):

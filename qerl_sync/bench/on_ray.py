@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from qerl_sync.bench.echo import EchoLoader, checksums, hello
-from qerl_sync.bench.engines import RPCActor
+from qerl_sync.bench.engines import CALL_SECONDS, RPCActor
 from qerl_sync.bench.extension import ENGINE_ARGUMENTS
 from qerl_sync.bench.transport import (
-    NOT_LOOKED_AT,
+    UNCHECKED,
     Results,
     Rounds,
     Target,
@@ -36,11 +36,11 @@ from qerl_sync.bench.transport import (
 )
 from qerl_sync.config import SyncConfig
 from qerl_sync.engines.environment import changed_environment
-from qerl_sync.errors import SyncError
+from qerl_sync.errors import SyncError, TransportTimeout
 from qerl_sync.integrations.ray.actors import CONTROL
 from qerl_sync.integrations.ray.cluster import connect, require_ray
 from qerl_sync.integrations.ray.pool import WorkerPool
-from qerl_sync.session import SyncSession
+from qerl_sync.session import SyncReport, SyncSession
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.wire.host import own_cores
 from qerl_sync.worker.protocol import mailbox
@@ -69,10 +69,11 @@ class RayMeasured(Results):
 
 
 class BenchActor(RPCActor):
-    """A rollout actor on the actors' cores: all but one."""
+    """Run a rollout actor on all cores but one, which the trainer has."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         cores = sorted(own_cores())[:-1]
+        # Each thread: Ray has started some, which keep the cores that they began with.
         for thread in os.listdir("/proc/self/task") if cores else ():
             os.sched_setaffinity(int(thread), cores)
         super().__init__(*arguments, **options)
@@ -186,14 +187,14 @@ def _across(clock: Rounds, model: torch.nn.Module, rounds: int) -> None:
     actor = remote(EchoActor).remote()
     source = HFSource(model)
     array = torch.ones(sum(m.nbytes for m in source.metadata()), dtype=torch.uint8).numpy()
-    with _session(WorkerPool({"echo": actor}), source, transport="ray", **NOT_LOOKED_AT) as session:
-        ray.get(actor.check.remote(True))
+    with _session(WorkerPool({"echo": actor}), source, transport="ray", **UNCHECKED) as session:
+        ray.get(actor.check.remote(True), timeout=CALL_SECONDS)
         session.push()
-        if ray.get(actor.check.remote(False)) != checksums(source):
+        if ray.get(actor.check.remote(False), timeout=CALL_SECONDS) != checksums(source):
             raise SyncError("the bytes that arrived across nodes are not those that were sent")
         for _ in range(rounds):
             started = time.perf_counter()
-            ray.get(actor.take.remote(ray.put(array)))
+            ray.get(actor.take.remote(ray.put(array)), timeout=CALL_SECONDS)
             clock.add("put and get", time.perf_counter() - started)
             clock.add("sync across nodes", session.push().seconds["total"])
     ray.kill(actor)
@@ -225,7 +226,7 @@ def _syncs(
 def _call(pool: WorkerPool, method: str, *args: Any) -> list[Any]:
     """Call the method on the worker of each actor, all at a time. Return the answers."""
     calls = [actor.call.remote(method, args) for actor in pool.handles.values()]
-    return [answer for (answer,) in require_ray().get(calls)]
+    return [answer for (answer,) in require_ray().get(calls, timeout=CALL_SECONDS)]
 
 
 def _kill(clock: Rounds, pool: WorkerPool, model: torch.nn.Module) -> None:
@@ -239,15 +240,22 @@ def _kill(clock: Rounds, pool: WorkerPool, model: torch.nn.Module) -> None:
             os.kill(pid, signal.SIGKILL)
             killed.append(time.perf_counter())
 
+        def push_until(wanted: Callable[[SyncReport], bool]) -> SyncReport:
+            deadline = time.monotonic() + CALL_SECONDS
+            while not wanted(report := session.push()):
+                if time.monotonic() > deadline:
+                    raise TransportTimeout(
+                        f"the killed actor was not lost and back within {CALL_SECONDS:.0f} s; look "
+                        "at Ray's log of the actor"
+                    )
+            return report
+
         threading.Timer(before.seconds["total"] / 2, kill).start()
-        report = session.push()
-        while not killed or "rollout-0" not in report.lost:
-            report = session.push()
+        push_until(lambda report: bool(killed) and "rollout-0" in report.lost)
         clock.add("kill to commit", time.perf_counter() - killed[0])
         pool.wait()
         clock.add("kill to restart", time.perf_counter() - killed[0])
-        while (last := session.push()).lost:
-            time.sleep(0.2)
+        last = push_until(lambda report: not report.lost)
         clock.add("kill to right again", time.perf_counter() - killed[0])
         held = _call(pool, "bench_kernels")
         if any(other != held[0] for other in held) or set(pool.versions.values()) != {last.version}:

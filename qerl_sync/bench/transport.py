@@ -32,8 +32,8 @@ from qerl_sync.sources.shared_memory import share_parameters
 from qerl_sync.wire.segments import PrivateMemory
 
 KINDS = ("shm", "shared parameters", "tcp")
-# Where a transport is timed by itself: nobody looks at the weights.
-NOT_LOOKED_AT: dict[str, Any] = {"check_finite": False, "on_unchanged": "ignore"}
+# For timing a transport alone: without the session's looks at the weights.
+UNCHECKED: dict[str, Any] = {"check_finite": False, "on_unchanged": "ignore"}
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,8 @@ def _alone(clock: Rounds, source: HFSource, sync: Mapping[str, Any], rounds: int
 
 @contextmanager
 def _echo(source: HFSource, kind: str, sync: Mapping[str, Any]) -> Iterator[SyncSession]:
-    """Yield a warm session with an echo worker whose bytes were checked."""
-    config = SyncConfig.of(transport=kind, **sync, **NOT_LOOKED_AT)
+    """Yield a session with an echo worker, after one sync whose bytes were checked."""
+    config = SyncConfig.of(transport=kind, **sync, **UNCHECKED)
     with (
         EchoWorker() as worker,
         SyncSession(source, remote_transport(config, worker), config) as session,
@@ -214,7 +214,7 @@ def _echo(source: HFSource, kind: str, sync: Mapping[str, Any]) -> Iterator[Sync
         session.push()
         if worker.checksums() != checksums(source):
             raise SyncError(f"{kind}: the bytes that arrived are not those that were sent")
-        worker.check(False)
+        worker.check(False)  # from here on syncs are timed
         yield session
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from qerl_sync.cli.errors import FAILED, Debug, errors_as_text
+from qerl_sync.cli.errors import FAILED, Debug, errors_as_text, require_directories
 from qerl_sync.meta import parse_bytes
 
 if TYPE_CHECKING:
@@ -24,31 +24,34 @@ if TYPE_CHECKING:
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Shape = Annotated[Path, typer.Argument(help="A transformers config.json: the shape of the model.")]
-Rounds = Annotated[int, typer.Option(min=1, help="Of each thing that is timed.")]
+Shape = Annotated[
+    Path,
+    typer.Argument(metavar="CONFIG", help="A transformers config.json: the shape of the model."),
+]
+Rounds = Annotated[int, typer.Option(min=1, help="How often each thing is measured.")]
 # Where `bench compare` runs engines, in this order.
 ENGINES = ("process", "server", "ray", "colocate")
-app = typer.Typer(help="Measure, and fail where a target is missed.", no_args_is_help=True)
+app = typer.Typer(help="Measure, and exit with 1 if a target is missed.", no_args_is_help=True)
 
 
 @app.command()
 def learning(
-    config: Annotated[Path, typer.Argument(help="A YAML file, as for `train`.")],
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as for `train`.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Changes to it, as for `train`.")
+        list[str] | None, typer.Argument(metavar="OVERRIDES", help="As for `train`.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, one run for each.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="One run for each seed.")] = "0,1,2",
     variant: Annotated[
         list[str] | None,
         typer.Option(
-            help="'NAME: changes', with changes as for `train`; again for each variant. All run "
-            "with all seeds, and are compared with each other instead of with targets."
+            help="'NAME: OVERRIDES'; once for each variant. Each runs with all seeds. Variants are "
+            "compared with each other, not with targets."
         ),
     ] = None,
     output_dir: Annotated[
-        Path, typer.Option(help="Where the runs go, one directory for each variant and seed.")
+        Path, typer.Option(help="One directory in it for each variant and seed.")
     ] = Path("runs/learning"),
-    png: Annotated[Path | None, typer.Option(help="Draw the rewards here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw the rewards into this file.")] = None,
     debug: Debug = False,
 ) -> None:
     """Train with several seeds and print what each reached."""
@@ -59,6 +62,7 @@ def learning(
         from qerl_sync.report.tables import trials_table
         from qerl_sync.training.trials import Targets, Trial, run_seed
 
+        require_directories(png)
         if png is not None:
             matplotlib_or_refusal()  # before hours of training
         trials = []
@@ -107,58 +111,68 @@ def transport(
                 chunks_in_flight=chunks_in_flight,
                 note=note,
             )
-        _conclude(found, transport_tables(found), as_json)
+        _show(found, transport_tables(found), as_json)
+        _fail_if_missed(found)
 
 
 @app.command()
 def compare(
     config: Shape = Path("configs/models/qwen3-0.6b.json"),
-    rounds: Annotated[int, typer.Option(min=1, help="Of each way.")] = 5,
+    rounds: Rounds = 5,
     kernels: Annotated[
         Literal["packed", "plain"],
         typer.Option(
-            help="On a CPU. packed: vLLM's own, which pack weights. plain: parameters are used as "
-            "they are, as unquantised GPU kernels do."
+            help="Of vLLM on a CPU. packed: its own, which pack weights. plain: kernels that use "
+            "parameters as they are, as unquantised GPU kernels do."
         ),
     ] = "packed",
     engines: Annotated[
-        str, typer.Option(help="In processes of their own, behind servers, Ray actors, colocated.")
+        str,
+        typer.Option(
+            help="Which to measure: in a process of its own, behind a server, in a Ray actor, in "
+            "this process."
+        ),
     ] = ",".join(ENGINES),
     as_json: Json = False,
-    markdown: Annotated[Path | None, typer.Option(help="Write a Markdown table here.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw the ways here.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write a table to this file.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw a bar chart into this file.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Measure every way to bring weights to an engine, beside a sync of ours."""
+    """Measure every way to bring weights to an engine, and check what it then holds."""
     wanted = [name.strip() for name in engines.split(",")]
     for name in wanted:
         if name not in ENGINES:
             raise typer.BadParameter(f"no engine {name!r}; name some of {', '.join(ENGINES)}")
     with errors_as_text(debug=debug):
+        from qerl_sync.report.plots import matplotlib_or_refusal
         from qerl_sync.training.environment import prepare_environment
 
+        require_directories(markdown, png)
+        if png is not None:
+            matplotlib_or_refusal()
         prepare_environment(verbose=False)
         from qerl_sync.bench.compare import measure, to_markdown
         from qerl_sync.report.bench_tables import compare_tables, draw_comparison
 
         with _telling() as note:
             found = measure(config, kernels=kernels, engines=wanted, rounds=rounds, note=note)
+        _show(found, compare_tables(found), as_json)  # first: a full disk must not lose it
         if markdown is not None:
-            markdown.write_text(to_markdown(found))
+            markdown.write_text(to_markdown(found), encoding="utf-8")
         if png is not None:
             draw_comparison(found, png)
-        _conclude(found, compare_tables(found), as_json)
+        _fail_if_missed(found)
 
 
 @app.command()
 def ray(
     config: Shape = Path("configs/models/qwen3-0.2b.json"),
     rounds: Rounds = 5,
-    workers: Annotated[str, typer.Option(help="Numbers of rollout actors.")] = "1,2,3",
+    workers: Annotated[str, typer.Option(help="With how many rollout actors.")] = "1,2,3",
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a sync of Ray actors, beside loads alone, Ray's put and get, and a kill."""
+    """Measure a sync of Ray actors, beside loads alone and Ray's put and get; kill an actor."""
     wanted = _parse_numbers(workers, "numbers", least=1)
     with errors_as_text(debug=debug):
         from qerl_sync.training.environment import prepare_environment
@@ -169,7 +183,8 @@ def ray(
 
         with _telling() as note:
             found = measure(config, rounds=rounds, workers=wanted, note=note)
-        _conclude(found, ray_tables(found), as_json)
+        _show(found, ray_tables(found), as_json)
+        _fail_if_missed(found)
 
 
 @contextmanager
@@ -177,7 +192,7 @@ def _telling() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows the current activity on stderr.
 
     On a terminal it updates one line; elsewhere (a file, a CI log) it prints a line each time. What
-    vLLM and Ray print goes there too: it is no part of the answer.
+    vLLM and Ray print to stdout goes to stderr, too: with --json, stdout is JSON and nothing else.
     """
     console = Console(stderr=True)
     with redirect_stdout(sys.stderr):
@@ -188,13 +203,15 @@ def _telling() -> Iterator[Callable[[str], None]]:
             yield lambda text: status.update(escape(text))
 
 
-def _conclude(found: Results, tables: list[Table], as_json: bool) -> None:
-    """Print the results. Exit with 1 if one misses its target."""
+def _show(found: Results, tables: list[Table], as_json: bool) -> None:
     if as_json:
         print(json.dumps(found.to_json(), indent=2))
     else:
         for table in tables:
             Console().print(table)
+
+
+def _fail_if_missed(found: Results) -> None:
     if not all(target.met for target in found.targets):
         raise typer.Exit(FAILED)
 

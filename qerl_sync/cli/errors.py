@@ -6,13 +6,14 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from qerl_sync.errors import SyncError
+from qerl_sync.errors import FileError, SyncError
 
 # Exit codes: of a check that fails, and of an unexpected error; of bad input; of a command that was
 # interrupted, which ends like any program that SIGINT kills.
@@ -21,13 +22,13 @@ FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 # The option of every command.
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
-# How long another trainer rank than 0 keeps its error to itself. Mostly it is rank 0's too, whose
-# end has torchrun end the others; an error of its own is shown when that time is over.
+# Trainer ranks other than 0 wait so long before they print an error. Mostly rank 0 prints the same
+# one, and torchrun ends the others meanwhile.
 PATIENCE_SECONDS = 10.0
 
 
 def notes() -> Console:
-    """Return a console for what is said beside a command's answer. It breaks no lines."""
+    """Return a console on stderr, for what is no part of a command's answer. It breaks no lines."""
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
@@ -59,6 +60,23 @@ def errors_as_text(*, debug: bool, rank: int = 0) -> Iterator[None]:
         console.print(f"[bold red]unexpected {type(exc).__name__}:[/] {escape(str(exc))}")
         console.print("run it again with --debug to see where it happened")
         raise typer.Exit(FAILED) from exc
+
+
+def require_directories(*paths: Path | None) -> None:
+    """Check that files can be written to these paths as far as their directories go.
+
+    For commands that write at the end of long work, which would be lost.
+
+    Raises:
+        FileError: a directory is missing.
+    """
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise FileError(
+                f"{path} cannot be written: there is no directory {path.absolute().parent}; make "
+                "it, or name another",
+                path=str(path),
+            )
 
 
 class _ToConsole(logging.Handler):

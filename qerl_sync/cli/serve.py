@@ -22,7 +22,9 @@ def serve(
     model: Annotated[
         str,
         typer.Argument(
-            help="A model directory, or a name on the Hugging Face hub.", show_default=False
+            metavar="MODEL",
+            help="A model directory, or a name on the Hugging Face hub.",
+            show_default=False,
         ),
     ],
     arguments: Annotated[
@@ -36,7 +38,7 @@ def serve(
     host: Annotated[
         str,
         typer.Option(
-            help="Address to listen on. Where other machines reach it, a token is made unless "
+            help="Address to listen on. If other machines can reach it, a token is made unless "
             "QERL_SYNC_TOKEN is set."
         ),
     ] = "127.0.0.1",
@@ -49,7 +51,7 @@ def serve(
     ] = 1800,
     debug: Debug = False,
 ) -> None:
-    """Serve a model with vLLM, ready to get weights from a trainer. Ctrl-C stops it."""
+    """Serve a model with vLLM, ready to receive weights from a trainer. Ctrl-C stops it."""
     console = notes()
     with errors_as_text(debug=debug), _signals_as_interrupts():
         from qerl_sync.serving.command import ServerSpec
@@ -72,7 +74,7 @@ def serve(
             console.print("  Ctrl-C stops it")
             try:
                 server.wait()
-            except KeyboardInterrupt:  # how a server is meant to end
+            except KeyboardInterrupt:  # the usual end of a server, so exit with 0
                 console.print("stopping ...")
             else:
                 server.check()
@@ -80,7 +82,7 @@ def serve(
 
 
 def _secure(host: str, console: Console) -> None:
-    """Print who may drive the server. Create a token if other machines reach it and none is set.
+    """Print what keeps other trainers out. Make a token if other machines reach the server.
 
     The server inherits this process's environment, so the token is set there.
     """
@@ -90,12 +92,12 @@ def _secure(host: str, console: Console) -> None:
     if is_loopback(host):
         if not known:
             console.print(
-                f"{TOKEN_VARIABLE} is not set: the first trainer that asks is taken; set for both, "
-                "it keeps others out"
+                f"{TOKEN_VARIABLE} is not set: the server takes the first trainer that connects. "
+                "Set it to the same for both to keep others out"
             )
         return
     console.print(
-        f"[yellow]warning:[/] {host} lets other machines reach the server: they may generate and "
+        f"[yellow]warning:[/] other machines can reach the server at {host}: they may generate and "
         f"read; what changes the engine needs {TOKEN_VARIABLE}. Nothing is encrypted"
     )
     if not known:

@@ -17,11 +17,17 @@ from qerl_sync.cli.errors import INTERRUPTED, Debug, errors_as_text, show_warnin
 
 def train(
     config: Annotated[
-        str | None, typer.Argument(help="A YAML file, see configs/ for examples.")
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file; `qerl-sync init` writes one to start from."
+        ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="Changes to it: sync.policy=reorder trainer.max_steps=20"),
+        typer.Argument(
+            metavar="OVERRIDES",
+            help="Values that replace those of CONFIG: sync.policy=reorder trainer.max_steps=20",
+        ),
     ] = None,
     trl_config: Annotated[
         Path | None,
@@ -29,19 +35,19 @@ def train(
     ] = None,
     output_dir: Annotated[
         str | None,
-        typer.Option(help="Where checkpoints, reports and plots go; in place of output_dir."),
+        typer.Option(help="Where checkpoints, reports and plots go; replaces output_dir."),
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the last checkpoint in the output directory."),
+        typer.Option("--resume", help="Continue from the last checkpoint in the output directory."),
     ] = False,
-    seed: Annotated[int | None, typer.Option(help="Seeds everything.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Replaces seed.")] = None,
     trace: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Record when trainer and workers did what in this sync, counted from 1, as "
-            "trace-N.json for ui.perfetto.dev.",
+            help="Record a timeline of the N-th sync, on trainer and workers: trace-N.json, for "
+            "ui.perfetto.dev.",
         ),
     ] = None,
     verbose: Annotated[
@@ -51,8 +57,11 @@ def train(
 ) -> None:
     """Train a policy with TRL's GRPO and vLLM, its weights synced by plan.
 
-    In several processes: torchrun --nproc_per_node 2 -m qerl_sync.cli train CONFIG, or accelerate
-    launch -m qerl_sync.cli train CONFIG.
+    In several processes:
+
+    torchrun --nproc_per_node 2 -m qerl_sync.cli train CONFIG
+
+    accelerate launch -m qerl_sync.cli train CONFIG
     """
     started = time.perf_counter()
     rank = int(os.environ.get("RANK", "0"))
@@ -66,7 +75,7 @@ def train(
     options = {"output_dir": output_dir, "seed": seed, "sync.trace": trace}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
     with errors_as_text(debug=debug, rank=rank):
-        # The order counts: vLLM reads its environment when it is first imported, by `load_config`.
+        # Before `load_config`, which imports vLLM: vLLM reads its environment then and never again.
         from qerl_sync.training.environment import prepare_environment
 
         prepare_environment(verbose=verbose)
@@ -83,7 +92,8 @@ def train(
             )
         show_what_is_wrong(loaded, console)
         try:
-            # Only now: both import torch, for which nobody waits who has mistyped a path.
+            # Only now: both import torch, which takes seconds, and a mistyped path is to be told at
+            # once.
             if loaded.rollout.mode == "ray":
                 from qerl_sync.training.on_ray import train_on_ray
 
@@ -94,11 +104,11 @@ def train(
                 outcome = run(loaded, display, resume=resume, verbose=verbose, started=started)
         except Exception:
             if (Path(loaded.output_dir) / FAILURES).exists():
-                say(f"qerl-sync explain {loaded.output_dir} says more of what failed")
+                say(f"next: qerl-sync explain {loaded.output_dir} explains what failed")
             raise
         if outcome.summary is not None:
             console.print(summary_table(outcome.summary))
-            say(f"qerl-sync report {loaded.output_dir} --open shows what each sync did")
+            say(f"next: qerl-sync report {loaded.output_dir} --open shows what each sync did")
         if outcome.stopped:
             console.print("[yellow]stopped before the end[/]; --resume goes on from here")
             raise typer.Exit(INTERRUPTED)

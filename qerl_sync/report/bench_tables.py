@@ -23,7 +23,7 @@ def transport_tables(found: Measured) -> list[Table]:
     """Return the tables of `qerl-sync bench transport`."""
     ratios = titled_table("Seconds over seconds, medians of the rounds' ratios", "", "ratio")
     for name, ratio in found.ratios.items():
-        if not name.endswith(("alone / memcpy", "alone / TCP")):
+        if " alone / " not in name:  # ratios of bandwidth, shown among the targets
             ratios.add_row(name, f"{ratio:.2f}")
     memory = titled_table("What the worker took on top", "", "predicted", "measured")
     for kind, used in found.memory.items():
@@ -40,6 +40,7 @@ def compare_tables(found: Compared) -> list[Table]:
     """Return the tables of `qerl-sync bench compare`."""
     title = f"{format_bytes(found.nbytes)}, {found.kernels} kernels, medians of {found.rounds}"
     table = titled_table(title, "", "ms", "x memcpy", "weights afterwards")
+    table.columns[-1].justify = "left"  # text
     for engine, rows in groupby(found.rows, lambda row: row.engine):
         table.add_section()
         table.add_row(f"[bold]{engine}[/bold]")
@@ -47,35 +48,39 @@ def compare_tables(found: Compared) -> list[Table]:
             milliseconds, ratio, _, finding = found.cells(row)
             style = "red" if row.wrong else ""
             table.add_row(row.way, milliseconds, ratio, Text(finding, style))
-    return [table, _targets(found)]
+    return [table, *([_targets(found)] if found.targets else [])]
 
 
 def draw_comparison(found: Compared, path: Path) -> None:
-    """Draw the ways as bars of seconds over those of memcpy. Raises ConfigError without
-    matplotlib."""
-    from qerl_sync.report.plots import drawing
+    """Draw a bar for each way: its seconds, divided by those of a memcpy of the same bytes."""
+    from qerl_sync.report.plots import BLUE, GREY, INK, ORANGE, drawing
 
     measured = (row for row in found.rows if f"{row.name} / memcpy" in found.ratios)
     rows = [row for row in measured if row.way != "memcpy"]
     with drawing(path, 1, (9.5, 0.7 + 0.36 * len(rows))) as (axes,):
         places = range(len(rows), 0, -1)
         ratios = [found.ratios[f"{row.name} / memcpy"] for row in rows]
-        ours = ["#2563eb" if row.way.startswith("qerl-sync") else "#94a3b8" for row in rows]
-        axes.barh(places, ratios, color=ours, height=0.7)
+        colors = [BLUE if row.way.startswith("qerl-sync") else GREY for row in rows]
+        axes.barh(places, ratios, color=colors, height=0.7)
         for place, ratio, row in zip(places, ratios, rows, strict=True):
-            axes.text(
-                ratio, place, f" {ratio:.1f}{'  wrong weights' * bool(row.wrong)}", va="center"
-            )
+            text = f" {ratio:.1f}{'  wrong weights' * bool(row.wrong)}"
+            axes.text(ratio, place, text, va="center", color=ORANGE if row.wrong else INK)
         axes.set_yticks(places, [f"{row.way}\n({row.engine})" for row in rows], fontsize=7)
-        axes.set_xlim(right=max(ratios) * 1.2)
-        axes.set_xlabel(f"seconds, of a memcpy's ({format_bytes(found.nbytes)}, {found.kernels})")
+        axes.grid(visible=False, axis="y")
+        axes.margins(y=0.01)
+        axes.set_xlim(right=max(ratios) * 1.25)
+        axes.set_xlabel("times the seconds of a memcpy of the same bytes")
+        title = f"{format_bytes(found.nbytes)} to a vLLM engine with {found.kernels} kernels"
+        axes.set_title(title, loc="left")
 
 
 def _seconds(found: Results) -> Table:
     title = f"{format_bytes(found.nbytes)}, medians of {found.rounds}"
     table = titled_table(title, "", "ms", "GB/s")
     for name, seconds in found.seconds.items():
-        table.add_row(name, f"{1000 * seconds:.0f}", f"{found.nbytes / seconds / 1e9:.2f}")
+        moves = not name.startswith(("kill to", "verify"))
+        speed = f"{found.nbytes / seconds / 1e9:.2f}" if moves else ""
+        table.add_row(name, f"{1000 * seconds:.0f}", speed)
     return table
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -16,24 +17,25 @@ from typing import Any, Literal
 from qerl_sync.meta import format_bytes
 from qerl_sync.report.recorded import RecordedRun
 
+NO_FINDINGS = "Nothing went wrong, and nothing was unusual."
 SHOWN_LAYERS = 5
 MIB = 1 << 20
-# What an advice is given for: shares of a sync's time, and of the training steps'.
+# Advice is given above these shares: of a sync's time, and of the time of the training steps.
 HIGH_SHARE, SHARE_OF_STEPS = 0.4, 0.2
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a person should know.
+    """One thing that is wrong with a run, or could be better.
 
     Attributes:
-        kind: `failed`; `warning`: the sync was committed, but; `advice`: it could be better.
-        what: happened, in a sentence.
+        kind: `failed`: a sync, or the run. `warning`: the sync was committed, and is unusual.
+            `advice`: syncs could take less memory or time.
+        what: what happened, in a sentence.
         when: which sync, and step.
-        cause: why.
         layers: the parent layers or tensors that it concerns, in words.
         change: what to do about it; a line of YAML where there is one.
-        said: the error's own words.
+        said: the error's message.
     """
 
     kind: Literal["failed", "warning", "advice"]
@@ -45,7 +47,7 @@ class Finding:
     said: str = ""
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return (name, text) of what there is, in the order in which it is read."""
+        """Return (name, text) of what is known, in the order in which it is shown."""
         found = {
             "When": self.when,
             "Cause": self.cause,
@@ -56,8 +58,8 @@ class Finding:
         return [(name, text) for name, text in found.items() if text]
 
 
-# What an error means in plain words, its usual cause, what to change. By class name, the most
-# special that is here counts: a recorded error names its bases too.
+# By class name: what the error means, its usual cause, what to change. A recorded error names its
+# base classes, too; the most derived one that is listed here counts.
 EXPLANATIONS = {
     "ConfigError": (
         "An option or argument cannot be right, so that nothing was sent.",
@@ -193,7 +195,7 @@ EXPLANATIONS = {
 
 
 def explain(run: RecordedRun) -> list[Finding]:
-    """Return what there is to know about a run: failures, warnings, advice, each newest first."""
+    """Return a run's failures, warnings and advice, each with the newest first."""
     failures = list(_failures(run))
     if not run.summary and not failures and run.config:
         failures = [
@@ -241,7 +243,7 @@ def _failures(run: RecordedRun) -> Iterator[Finding]:
 
 
 def _layers(failure: Mapping[str, Any], run: RecordedRun) -> Iterator[str]:
-    """Yield what the error itself names, else what was open when most is buffered."""
+    """Yield the layers or tensors that the error names, else the layers open at the peak."""
     facts = failure["facts"]
     named = [str(facts[name]) for name in ("layer", "tensor", "parent_layer") if facts.get(name)]
     if named:
@@ -249,6 +251,7 @@ def _layers(failure: Mapping[str, Any], run: RecordedRun) -> Iterator[str]:
         counted = f" got {facts.get('got')} of {expected} elements" if expected else ""
         yield from (name + counted for name in named)
     elif failure["sent"] and "TransportError" not in failure["classes"]:  # no matter of layers
+        # What a failed sync was doing is not recorded: the plan's peak is the likeliest place.
         record = next((r for r in run.records if r.get("failure") == failure), None)
         if record is not None:
             yield from open_layers(record)
@@ -257,7 +260,7 @@ def _layers(failure: Mapping[str, Any], run: RecordedRun) -> Iterator[str]:
 def open_layers(record: Mapping[str, Any]) -> list[str]:
     """Return the layers of a recorded sync that are open when most is buffered, in words."""
     found = [
-        f"{name}: {format_bytes(nbytes)} held, {loaded:,} of {total:,} elements there"
+        f"{name}: {format_bytes(nbytes)} for {loaded:,} of {total:,} elements"
         for name, nbytes, loaded, total in record.get("open_at_peak", [])[:SHOWN_LAYERS]
     ]
     rest = record.get("num_open_at_peak", 0) - len(found)
@@ -302,8 +305,9 @@ def _warnings(run: RecordedRun) -> Iterator[Finding]:
             cause="Its loader treated a tensor otherwise than in the dry run: "
             f"{last['first_difference']}. On: {', '.join(names[:SHOWN_LAYERS])}",
             layers=tuple(open_layers(records.get(last["version"], {}))),
-            change="The weights were verified all the same. Report it with the run's directory, "
-            "and give memory some room: the budget was kept by prediction only.",
+            change="Only the memory differed: the weights are those that were sent. Report it with "
+            "the run's directory, and leave memory some room: the budget was kept by prediction "
+            "only.",
         )
     if over := [
         sync
@@ -323,7 +327,7 @@ def _warnings(run: RecordedRun) -> Iterator[Finding]:
         reasons = [f"{name}: {reason}" for name, reason in without[0]["lost"].items()]
         yield Finding(
             "warning",
-            f"{len(reasons)} workers were left behind.",
+            f"{len(reasons)} worker{'s were' if len(reasons) > 1 else ' was'} left behind.",
             when=when(without),
             cause="\n".join(reasons[:SHOWN_LAYERS]),
             change="They get a full sync when they answer again; look at their logs if not.",
@@ -430,16 +434,29 @@ def _mib(nbytes: float) -> str:
     return f"{max(1, ceil(nbytes / MIB))}MiB"
 
 
-def as_text(findings: Sequence[Finding]) -> str:
-    """Return findings for a terminal."""
+def as_text(findings: Sequence[Finding], width: int | None = None) -> str:
+    """Return findings as lines of text. `width`: that no line exceeds; None: of any length."""
     blocks = []
     for finding in findings:
-        lines = [f"{finding.kind}: {finding.what}"]
+        lines = [("", f"{finding.kind}: {finding.what}")]
         for name, text in finding.rows():
-            first, *rest = text.split("\n")
-            lines += [f"  {name + ':':<8} {first}", *(f"           {line}" for line in rest)]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) or "nothing went wrong, and nothing was unusual"
+            heads = [f"  {name + ':':<8} ", *[" " * 11] * text.count("\n")]
+            lines += zip(heads, text.split("\n"), strict=True)
+        blocks.append("\n".join(_wrapped(head, text, width) for head, text in lines))
+    return "\n\n".join(blocks) or NO_FINDINGS
+
+
+def _wrapped(head: str, text: str, width: int | None) -> str:
+    if width is None:
+        return head + text
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,  # names of layers and options are copied from here
+        break_on_hyphens=False,
+    )
 
 
 def as_json(findings: Sequence[Finding]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from contextlib import suppress
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,15 +13,15 @@ from typing import Any
 from qerl_sync.errors import ConfigError
 from qerl_sync.report.recorded import CONFIG, SUMMARY, RecordedRun
 from qerl_sync.report.run_page import run_page
-from qerl_sync.telemetry.files import line_files
+from qerl_sync.telemetry.files import TRACES, line_files
 
 ADDRESS = "127.0.0.1"
-# A client that says nothing for so long is left; so many are answered at a time.
+# Seconds until a silent client is dropped; clients that are answered at a time.
 CLIENT_SECONDS, MOST_CLIENTS = 10.0, 16
-# Every page asks as often whether there is a newer one.
+# How often a page in a browser asks for a newer one.
 POLL_SECONDS = 2
 
-# A page that somebody is reading stays: pointing at a sync, picking one or "Pause" hold it.
+# Pointing at a sync, picking one, and "Pause" keep a page: a reload would take it from its reader.
 BAR = """\
 <div class="bartools">
 <span class="keys" id="live" data-state="{state}">Live: a new page comes with each sync.</span>
@@ -61,7 +62,7 @@ WAITING = """\
 class LiveReport:
     """An HTTP server with the page of a run, on the loopback address of this machine.
 
-    It answers `/` with the page as of now, and `/state` with a word that changes with the run's
+    It answers `/` with the current page, and `/state` with a word that changes with the run's
     files. A page is made once for each state.
 
     Args:
@@ -101,9 +102,15 @@ class LiveReport:
 
     def state(self) -> str:
         """Return a word that changes when there is something new to show."""
-        paths = [*line_files(self._directory), *(self._directory / n for n in (CONFIG, SUMMARY))]
-        stats = [(path.name, path.stat()) for path in paths if path.exists()]
-        seen = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        directory = self._directory
+        # A sync's line is written before its record, which takes seconds for a large model. The
+        # page is made anew for each, or it would lack the record until the next sync.
+        records = sorted((directory / TRACES).glob("sync-*.json"))
+        seen = []
+        for path in (*line_files(directory), *records, directory / CONFIG, directory / SUMMARY):
+            with suppress(FileNotFoundError):  # renamed or removed by the run meanwhile
+                stat = path.stat()
+                seen.append((path.name, stat.st_size, stat.st_mtime_ns))
         return hashlib.sha256(repr(seen).encode()).hexdigest()[:16]
 
     def page(self) -> bytes:
@@ -128,7 +135,7 @@ class LiveReport:
 
             def do_GET(self) -> None:
                 # A page of another site may lead its own name to this address.
-                if self.headers.get("Host", "").rpartition(":")[0] not in (ADDRESS, "localhost"):
+                if self.headers.get("Host", "").partition(":")[0] not in (ADDRESS, "localhost"):
                     return self.send_error(403)
                 if self.path not in ("/", "/state"):
                     return self.send_error(404)

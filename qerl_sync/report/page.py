@@ -1,4 +1,4 @@
-"""The parts of pages that need nothing else: one HTML file, in light and dark, to point at."""
+"""Parts of HTML pages that need neither a network nor another file, in light and dark."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
-from math import ceil
+from math import ceil, floor, log10
 from typing import Any, NamedTuple
 
 from qerl_sync.buffers.trace import Trace
@@ -68,13 +68,13 @@ def buckets(trace: Trace, count: int) -> list[Bucket]:
 
 @dataclass(frozen=True)
 class Stream:
-    """A stream as it is drawn, and what the pointer shows of each bucket.
+    """One curve of a plot, and what the pointer shows of each bucket.
 
     Attributes:
         color: the name of a colour in the template.
-        words: what it is called.
-        held: of each bucket, the largest layers there, with their bytes; empty: not known.
-        others: of each bucket, how many layers there are besides.
+        words: its name in the legend.
+        held: the largest layers of each bucket, with their bytes; empty: not known.
+        others: the number of other layers of each bucket.
     """
 
     color: str
@@ -85,7 +85,7 @@ class Stream:
 
 
 class Plot(NamedTuple):
-    """Streams that are drawn over each other, of so many tensors."""
+    """Streams of the same `num_tensors` tensors, drawn over each other."""
 
     streams: Sequence[Stream]
     num_tensors: int
@@ -104,10 +104,10 @@ def render(
     """Return the page.
 
     Args:
-        head: the name of the window.
+        head: the title of the browser's tab.
         facts: (name, value, further words), for the cards at the top.
         body: HTML.
-        plots: those of the body, in their order there.
+        plots: those in `body`, in the same order: the page's script pairs them by position.
     """
     parts = {
         "title": escape(title),
@@ -126,8 +126,8 @@ def render(
 
 
 def _data(plots: Sequence[Plot]) -> str:
-    """Return what the page's script knows of the plots. Names are numbered, since one may occur in
-    many buckets."""
+    """Return the plots as JSON, for the page's script."""
+    # Names are numbered: one name occurs in many buckets, and would be most of the page's bytes.
     numbers: dict[str, int] = {}
 
     def number(name: str) -> int:
@@ -180,10 +180,11 @@ def draw(
     one_top: float,
     budget_bytes: int | None,
 ) -> str:
-    """Draw streams over each other, in a plot that the pointer and the keyboard can ask.
+    """Return a plot as HTML. The page's script shows the values under the pointer or the arrow
+    keys.
 
     Args:
-        label: what it shows, for those who do not see it.
+        label: for screen readers.
         top, one_top: the highest value of its own scale, and of the one that all plots share.
     """
     paths = "".join(_paths(stream, top) for stream in plot.streams)
@@ -240,8 +241,9 @@ def ticks(top: float, *, low: float = 0.0, scale: float, unit: str) -> str:
         scale, unit: in which the labels are written.
     """
     first, last = low / scale, top / scale
-    steps = (s * 10.0**p for p in range(-9, 12) for s in (1, 2, 5))
-    step = next(step for step in steps if (last - first) / step <= 5)
+    least = (last - first) / 5
+    power = 10.0 ** floor(log10(least))
+    step = next(s * power for s in (1, 2, 5, 10) if s * power >= least)
     return "".join(
         f'<span style="bottom:{100 * (n * step - first) / (last - first):.2f}%">'
         f"{f'{n * step:g} {unit}'.strip()}</span>"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import cycle
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,7 @@ STYLE = {
 
 def plot_rewards(rewards: Sequence[tuple[int, float]], path: Path) -> None:
     """Plot (step, reward) and its moving mean over `MOVING_MEAN_STEPS` logged steps."""
-    steps = [step for step, _ in rewards]
-    values = [reward for _, reward in rewards]
+    steps, values = finite_curve(rewards)
     means = moving_mean(values, MOVING_MEAN_STEPS)
     with drawing(path, 1, (8, 4.2)) as (axes,):
         axes.plot(steps, values, color=BLUE, alpha=0.3, linewidth=1, label="each logged step")
@@ -56,7 +56,7 @@ def plot_rewards(rewards: Sequence[tuple[int, float]], path: Path) -> None:
                 verticalalignment="center",
             )
         axes.set(xlabel="step", ylabel="mean reward", title="Reward")
-        axes.set_ylim(bottom=min(0, *values, 0))
+        axes.set_ylim(bottom=min([0, *values]))
         axes.legend(loc="best")
 
 
@@ -79,6 +79,12 @@ def plot_learning(curves: Mapping[str, Sequence[Sequence[tuple[int, float]]]], p
         axes.set_title(f"Reward, mean of the last {MOVING_MEAN_STEPS} steps")
         axes.set_ylim(bottom=0)
         axes.legend(loc="lower right")
+
+
+def finite_curve(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Return the steps and values of a curve without NaN and infinite ones, which no axis has."""
+    finite = [(step, value) for step, value in points if isfinite(value)]
+    return [step for step, _ in finite], [value for _, value in finite]
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:

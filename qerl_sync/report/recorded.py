@@ -19,12 +19,13 @@ CONFIG, SUMMARY = "config.json", "summary.json"
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """A run's directory, read.
+    """What a run's directory holds.
 
     Attributes:
-        config: as it was resolved; {} for a session without `qerl-sync train`.
-        summary: {} while the run goes on, and where it did not end by itself.
-        syncs: the reports of committed syncs, the oldest first. `failures`: of those that failed.
+        config: with its defaults; {} for a session without `qerl-sync train`.
+        summary: {} while the run goes on, and if it was ended from outside.
+        syncs: a report for each committed sync, the oldest first.
+        failures: a record of each error, the oldest first.
         records: of the syncs whose traces were kept (`telemetry.recorder`), the oldest first.
         log: what the trainer logged.
     """
@@ -42,23 +43,18 @@ class RecordedRun:
         """Read a directory.
 
         Raises:
-            ConfigError: there is none, nothing was recorded in it, or a file is damaged.
+            ConfigError: there is none, or nothing was recorded in it.
+            FileError: a file in it is damaged.
         """
-        try:
-            run = cls(
-                directory,
-                _json(directory / CONFIG),
-                _json(directory / SUMMARY),
-                read_lines(directory / SYNCS),
-                read_lines(directory / FAILURES),
-                _records(directory / TRACES),
-                read_lines(directory / LOG),
-            )
-        except (ValueError, EOFError) as exc:
-            raise ConfigError(
-                f"{directory}: a file is damaged or was written by something else ({exc}); look at "
-                f"its *.json and *.jsonl files"
-            ) from exc
+        run = cls(
+            directory,
+            _json(directory / CONFIG),
+            _json(directory / SUMMARY),
+            read_lines(directory / SYNCS),
+            read_lines(directory / FAILURES),
+            _records(directory / TRACES),
+            read_lines(directory / LOG),
+        )
         if not (run.syncs or run.failures or run.config):
             raise ConfigError(
                 f"{directory} holds no run (no {SYNCS}, {FAILURES} or {CONFIG} in it); give the "
@@ -77,8 +73,11 @@ class RecordedRun:
         return reward_curve(self.log)
 
     def trace(self, name: str) -> Trace | None:
-        """Return a trace that a record names; None if it was removed since."""
-        return _trace(self.directory / TRACES / name)
+        """Return a trace that a record names; None if it was removed since. Raises FileError."""
+        try:
+            return _trace(self.directory / TRACES / name)
+        except FileNotFoundError:
+            return None
 
 
 def _records(directory: Path) -> list[Any]:
@@ -93,9 +92,6 @@ def _json(path: Path) -> Mapping[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-@lru_cache(256)
-def _trace(path: Path) -> Trace | None:
-    try:
-        return Trace.from_json(read_json(path))
-    except FileNotFoundError:
-        return None
+@lru_cache(256)  # a page reads each trace twice, and a live one again after each sync
+def _trace(path: Path) -> Trace:
+    return Trace.from_json(read_json(path))

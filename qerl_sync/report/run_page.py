@@ -1,17 +1,17 @@
-"""A run on one page, as HTML that needs nothing else or as Markdown, from the same tables."""
+"""The page of a run, as HTML in one file or as Markdown, from the same tables."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from html import escape
-from statistics import fmean, median
+from statistics import median
 from typing import Any, NamedTuple
 
 from qerl_sync import __version__
 from qerl_sync.buffers.trace import Trace
 from qerl_sync.meta import format_bytes
-from qerl_sync.report.findings import Finding, explain
+from qerl_sync.report.findings import NO_FINDINGS, Finding, explain
 from qerl_sync.report.page import (
     HEADROOM,
     SIDE,
@@ -24,10 +24,11 @@ from qerl_sync.report.page import (
     render,
     ticks,
 )
-from qerl_sync.report.plots import MOVING_MEAN_STEPS, moving_mean, unit_of
+from qerl_sync.report.plots import MOVING_MEAN_STEPS, finite_curve, moving_mean, unit_of
 from qerl_sync.report.recorded import RecordedRun
+from qerl_sync.report.summary import WINDOW, summarize
 
-# Of each recorded stream; of a curve, at most.
+# Most buckets of a recorded stream, and points of a curve: a page of 1,000 syncs loads at once.
 BUCKETS, POINTS = 240, 1000
 SHOWN_SYNCS, SHOWN_WORKERS, SHOWN_LAYERS = 20, 32, 20
 HEADINGS = {"failed": "Failed", "warning": "Warning", "advice": "Advice"}
@@ -45,7 +46,7 @@ class Table(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Values over the steps or versions of a run. `faint`: drawn behind the others."""
+    """Values over the steps or versions of a run. `faint`: pale, and not in the legend."""
 
     color: str
     words: str
@@ -54,13 +55,12 @@ class Curve(NamedTuple):
 
 
 def run_page(run: RecordedRun, bar: str = "") -> str:
-    """Return the HTML page of a run. `bar`: HTML that comes before all else of it."""
+    """Return the HTML page of a run. `bar`: HTML that precedes the findings."""
     plots: list[Plot] = []
     body = [
         bar,
-        _heading("What there is to know", ""),
-        "".join(map(_finding, explain(run)))
-        or "<p>Nothing went wrong, and nothing was unusual.</p>",
+        _heading("Findings", ""),
+        "".join(map(_finding, explain(run))) or f"<p>{NO_FINDINGS}</p>",
     ]
     if charts := _charts(run):
         body += [_heading("Along the run", ""), f'<div class="streams">{"".join(charts)}</div>']
@@ -88,8 +88,9 @@ def run_markdown(run: RecordedRun) -> str:
     lines += [
         f"- {name}: **{value}**{words and f' ({words})'}" for name, value, words in _facts(run)
     ]
-    lines += ["", "## What there is to know", ""]
-    for finding in explain(run):
+    findings = explain(run)
+    lines += ["", "## Findings", "", *([] if findings else [NO_FINDINGS, ""])]
+    for finding in findings:
         lines += [f"### {HEADINGS[finding.kind]}: {finding.what}", ""]
         lines += [f"- {name}: {'; '.join(text.splitlines())}" for name, text in finding.rows()]
         lines.append("")
@@ -113,44 +114,45 @@ def _title(run: RecordedRun) -> str:
 
 
 def _facts(run: RecordedRun) -> list[tuple[str, str, str]]:
+    # From what is there so far: summary.json is written when a run ends.
+    numbers = summarize(run.log, run.syncs, wall_seconds=0.0, versions={})
     facts = []
-    if run.rewards:
-        rewards = [reward for _, reward in run.rewards]
-        first, last = fmean(rewards[:5]), fmean(rewards[-5:])
-        facts.append(("Reward", f"{last:.3f}", f"from {first:.3f}, means of five logged steps"))
+    if numbers.reward_first is not None and numbers.reward_last is not None:
+        words = f"from {numbers.reward_first:.3f}, means of {WINDOW} logged steps"
+        facts.append(("Reward", f"{numbers.reward_last:.3f}", words))
     facts.append(("Syncs", f"{len(run.syncs):,}", f"{len(run.failures):,} failed"))
     if not run.syncs:
         return facts
     last_sync = run.syncs[-1]
     total = [sync["seconds"]["total"] for sync in run.syncs]
+    # Of summary.json alone: with `sync.when: eager`, syncs.jsonl does not have what was waited.
     share = run.summary.get("sync_time_share")
     of_steps = f"{share:.1%} of the training steps" if share else ""
-    pinned = max(sync["peak_pinned_bytes_measured"] for sync in run.syncs)
-    buffered = max(sync["peak_buffered_bytes_measured"] for sync in run.syncs)
+    pinned = f"{format_bytes(numbers.peak_pinned_bytes_measured)} pinned"
     budget = last_sync["budget_bytes"]
     exact = sum(sync["prediction_exact"] for sync in run.syncs)
-    gap = run.summary.get("logprob_gap_max")
     unsent_bytes = sum(sync["unsent_bytes"] for sync in run.syncs)
-    skipped = f"{format_bytes(unsent_bytes)} needed not be" if unsent_bytes else ""
+    skipped = f"{format_bytes(unsent_bytes)} were unchanged" if unsent_bytes else ""
     kind, _, reason = last_sync["transport"].partition(": ")
     facts += [
         ("A sync takes", f"{median(total):.3g} s", of_steps or f"at most {max(total):.3g} s"),
-        ("Sent", format_bytes(sum(s["sent_bytes"] for s in run.syncs)), skipped),
-        ("Peak buffered", format_bytes(buffered), f"{format_bytes(pinned)} pinned"),
+        ("Sent", format_bytes(numbers.sent_bytes), skipped),
+        ("Peak buffered", format_bytes(numbers.peak_buffered_bytes_measured), pinned),
         ("Budget", format_bytes(budget) if budget else "none", ""),
         ("Predicted exactly", f"{exact:,} of {len(run.syncs):,}", "tensor by tensor"),
         ("Policy", last_sync["policy"], f"verify: {run.sync_options.get('verify', 'not known')}"),
         ("Transport", kind, reason),
     ]
-    if gap is not None:
-        facts.append(("Largest logprob gap", f"{gap:.1e}", "trainer to vLLM"))
+    if numbers.logprob_gap_max is not None:
+        gap = f"{numbers.logprob_gap_max:.1e}"
+        facts.append(("Largest logprob gap", gap, "trainer to vLLM"))
     if versions := run.summary.get("versions"):
         facts.append(("vLLM", versions.get("vllm", "?"), f"torch {versions.get('torch', '?')}"))
     return facts
 
 
 def _tables(run: RecordedRun) -> list[tuple[str, Table]]:
-    """Return the tables that there is something for, each with its heading."""
+    """Return the tables, each with its heading."""
     if not run.syncs:
         return []
     return [
@@ -191,6 +193,7 @@ def _phases(run: RecordedRun) -> Table:
                 sums[process["worker"]][phase].append(seconds)
     shown = dict(list(sums.items())[: SHOWN_WORKERS + 1])
     phases = list(dict.fromkeys(phase for found in shown.values() for phase in found))
+    phases.sort(key="total".__eq__)  # the last column; the others stay in their order
     rows = [
         [who, *(f"{median(found[p]):.4f}" if p in found else "" for p in phases)]
         for who, found in shown.items()
@@ -278,9 +281,8 @@ def _table(table: Table) -> str:
 def _charts(run: RecordedRun) -> list[str]:
     """Draw what changes along a run."""
     found = []
-    if len(run.rewards) > 1:
-        steps = [step for step, _ in run.rewards]
-        values = [reward for _, reward in run.rewards]
+    steps, values = finite_curve(run.rewards)
+    if len(steps) > 1:
         means = moving_mean(values, MOVING_MEAN_STEPS)
         curves = [
             Curve("measured", "each logged step", values, faint=True),

@@ -21,7 +21,9 @@ class Summary:
 
     Attributes:
         reward_first: mean reward of the first five logged steps; `reward_last`: of the last five.
-        sync_time_share: seconds in which training waited for syncs, over those of its steps.
+        sync_seconds: in which training waited for syncs. With `sync.when: eager` less than the
+            syncs took; of those before a `--resume`, all that they took.
+        sync_time_share: `sync_seconds` over the seconds of the steps.
         logprob_gap_max: the largest |log p(trainer) - log p(vLLM)| of a sampled token in any log.
             TRL averages the maxima of the steps between two logs. None: TRL did not measure it.
         transport: how the weights travelled, and why so.
@@ -62,7 +64,7 @@ def summarize(
     """Summarize a run from its TRL log (`trainer.state.log_history`) and its reports."""
     rewards = reward_curve(log)
     gaps = [float(entry[LOGPROB_GAP]) for entry in log if LOGPROB_GAP in entry]
-    # What ran beside the trainer (`sync.when: eager`) costs what the trainer waited for it.
+    # A sync that ran beside the trainer (`sync.when: eager`) costs what the trainer waited for it.
     seconds = [report["seconds"] for report in syncs]
     sync_seconds = sum(each.get("waited", each["total"]) for each in seconds)
     step_seconds, last_step = 0.0, 0

@@ -18,7 +18,7 @@ class Push:
 
     Attributes:
         number: of this push, counted from 1 in this session.
-        version: that the session has committed last, also where this push failed.
+        version: the last that the session has committed, also if this push failed.
         started: in seconds since the epoch.
         failed_in: the phase in which it failed.
         plan: what was sent; None if it failed before anything was.

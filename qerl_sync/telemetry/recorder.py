@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from qerl_sync.buffers.trace import Trace
-from qerl_sync.errors import SyncError
+from qerl_sync.errors import FileError, SyncError
 from qerl_sync.plan.policies import by_parent_layer
 from qerl_sync.plan.simulator import open_layers_at, replay
 from qerl_sync.plan.sync_plan import SyncPlan
@@ -48,7 +48,7 @@ SLOW, SLOW_SECONDS, COMPARED = 3.0, 0.5, 20
 
 
 class FlightRecorder:
-    """Writes each push of a session into a directory. Goes on with what is there."""
+    """Write each push of a session into a directory, in addition to what is there."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -59,7 +59,8 @@ class FlightRecorder:
         # By record: whether its sync was unusual, and the traces that it refers to.
         self._kept: dict[Path, tuple[bool, set[str]]] = {}
         for path in sorted(self._traces.glob("sync-*.json")):
-            with suppress(ValueError, KeyError):  # what something else has written stays there
+            # A file that is damaged, or that something else has written, stays there.
+            with suppress(FileError, KeyError):
                 record = read_json(path)
                 self._kept[path] = (bool(record["unusual"]), set(_files_of(record)))
 
@@ -85,6 +86,7 @@ class FlightRecorder:
         if push.report is None:
             return ["failed"]
         report, total = push.report, push.seconds["total"]
+        # The first syncs make plans and fill caches: nothing is usual before the fifth.
         usual = median(self._totals) if len(self._totals) >= 5 else total
         self._totals.append(total)
         budget, pinned = report["budget_bytes"], report["peak_pinned_bytes_measured"]
@@ -177,7 +179,9 @@ def _failure(error: BaseException, started: float, push: Push | None = None) -> 
     facts, cause = vars(error).items(), error.__cause__
     return {
         "error": type(error).__name__,
-        "classes": [base.__name__ for base in type(error).__mro__[:-2]],
+        "classes": [
+            base.__name__ for base in type(error).__mro__[:-2]
+        ],  # not BaseException, object
         "message": str(error),
         "facts": {k: v for k, v in facts if isinstance(v, int | float | str | list | tuple)},
         "cause": "" if cause is None else traceback.format_exception_only(cause)[-1].strip(),

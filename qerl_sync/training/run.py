@@ -324,9 +324,12 @@ def _report(
 ) -> Summary:
     """Write summary.json and the plots."""
     directory = run.directory
+    # A sync's line is written before the trainer has waited for the sync (`sync.when: eager`), so
+    # that `waited` is in the callback's report alone.
+    reports = {report.version: report.to_json() for report in callback.reports}
     summary = summarize(
         log,
-        directory.read_syncs(),
+        [reports.get(sync["version"], sync) for sync in directory.read_syncs()],
         wall_seconds=time.perf_counter() - started,
         versions=versions(),
     )

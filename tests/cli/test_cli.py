@@ -52,6 +52,25 @@ def test_errors_end_in_a_text_and_a_code(error, code, words, capsys):
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["init", "{file}"],
+        ["report", "{there}", "-o", "{file}"],
+        ["bench", "learning", "any.yaml", "--png", "{file}"],
+        ["bench", "compare", "--png", "{file}"],
+        ["bench", "compare", "--markdown", "{file}"],
+    ],
+    ids=" ".join,
+)
+def test_a_missing_directory_is_named_before_the_work(command, tmp_path):
+    file = tmp_path / "nowhere" / "file"
+    command = [word.format(file=file, there=tmp_path) for word in command]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 2, result.output
+    assert f"there is no directory {file.parent}" in result.output
+
+
 def test_errors_pass_for_debugging():
     with pytest.raises(ConfigError), errors_as_text(debug=True):
         raise ConfigError("wrong")
@@ -162,6 +181,29 @@ def test_seeds_that_are_none():
     result = runner.invoke(app, ["bench", "learning", "any.yaml", "--seeds", "a,b"])
     assert result.exit_code == 2
     assert "write 0,1,2" in result.output
+
+
+def test_tables_of_a_benchmark_show_each_number_as_what_it_is():
+    from qerl_sync.bench.on_ray import RayMeasured
+    from qerl_sync.bench.transport import KINDS, Measured
+    from qerl_sync.report.bench_tables import ray_tables, transport_tables
+
+    def shown(tables) -> list[list[list[str]]]:
+        return [[list(column.cells) for column in table.columns] for table in tables]
+
+    names = [f"{kind} / load alone" for kind in KINDS] + [
+        f"verify / sync, {kind}" for kind in KINDS
+    ]
+    bandwidths = ["shm alone / memcpy", "tcp alone / raw"]
+    ratios = dict.fromkeys([*names, *bandwidths], 1.0)
+    _, seconds_over_seconds, _, targets = shown(transport_tables(Measured(8, ratios=ratios)))
+    assert seconds_over_seconds[0] == names
+    assert {"shm alone / memcpy, bandwidth", "tcp alone / raw, bandwidth"} <= {*targets[0]}
+    found = RayMeasured(10**9, seconds={"put and get": 0.5, "kill to commit": 0.5})
+    found.ratios["put and get / sync"] = 1.0
+    (_, milliseconds, speeds), _ = shown(ray_tables(found))
+    assert milliseconds == ["500", "500"]
+    assert speeds == ["2.00", ""]
 
 
 @pytest.mark.slow

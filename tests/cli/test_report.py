@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from qerl_sync import SyncConfig, SyncSession, errors
 from qerl_sync.cli.main import app
+from qerl_sync.report import plots
 from qerl_sync.report.findings import EXPLANATIONS, explain
 from qerl_sync.report.live import LiveReport
 from qerl_sync.report.recorded import RecordedRun
@@ -99,6 +100,40 @@ class TestPage:
             [heading for heading in headings if heading not in pictures]
         )
         assert text.count("\n|") == page.count("<tr>") + page.count("<thead>")
+
+    def test_a_run_without_findings_says_so(self, tmp_path):
+        push(tmp_path)
+        for name, options in (("report.html", []), ("report.md", ["--md"])):
+            run("report", tmp_path, *options)
+            assert "Nothing went wrong" in (tmp_path / name).read_text(encoding="utf-8")
+
+    def test_a_trace_that_was_removed_and_written_again_is_read(self, tmp_path):
+        """By a session that goes on: it forgets a trace, and a later sync has the same."""
+        push(tmp_path)
+        recorded = RecordedRun.read(tmp_path)
+        (name, *_) = [path.name for path in (tmp_path / "traces").glob("trace-*")]
+        (tmp_path / "traces" / name).rename(tmp_path / name)
+        assert recorded.trace(name) is None
+        (tmp_path / name).rename(tmp_path / "traces" / name)
+        assert recorded.trace(name) is not None
+
+    @pytest.mark.parametrize("content", [b"", b"a trace"])
+    def test_a_damaged_trace_is_named(self, tmp_path, content):
+        push(tmp_path)
+        for trace in (tmp_path / "traces").glob("trace-*"):
+            trace.write_bytes(content or trace.read_bytes()[:30])
+        assert re.search(r"trace-\w+\.json\.gz is damaged", run("report", tmp_path, code=2))
+
+    @pytest.mark.parametrize("reward", [float("-inf"), float("nan"), -1e15])
+    def test_it_shows_the_rewards_that_an_axis_has(self, tmp_path, reward):
+        push(tmp_path)
+        for step, value in enumerate((reward, 1.0, 2.0)):
+            files.append_line(tmp_path / files.LOG, {"step": step, "reward": value})
+        run("report", tmp_path)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert "<h3>Reward</h3>" in page
+        assert not re.search(r'd="[^"]*(nan|inf)', page)
+        plots.plot_rewards(RecordedRun.read(tmp_path).rewards, tmp_path / "reward.png")
 
     @needs_chromium
     def test_a_browser_shows_it_and_the_keyboard_is_enough(self, page, tmp_path):
@@ -190,8 +225,23 @@ class TestLive:
         assert self.get(live) is not None
         assert self.get(live, "state") == state, "nothing is new"
 
+    def test_a_record_that_is_written_after_its_line_is_shown(self, live, tmp_path):
+        """A browser may have got the page in between."""
+        push(tmp_path)
+        (record,) = (tmp_path / "traces").glob("sync-*.json")
+        content = record.read_bytes()
+        record.unlink()
+        assert self.get(live).count("<option ") == 0
+        record.write_bytes(content)
+        assert self.get(live).count("<option ") == 1
+
     @pytest.mark.parametrize(
-        ("path", "host", "status"), [("syncs.jsonl", None, 404), ("", "elsewhere.example:80", 403)]
+        ("path", "host", "status"),
+        [
+            ("syncs.jsonl", None, 404),
+            ("", "elsewhere.example:80", 403),
+            ("state", "127.0.0.1", 200),  # what a browser says of port 80
+        ],
     )
     def test_nothing_else_is_served(self, live, path, host, status):
         assert self.ask(live, path, host)[0] == status
@@ -222,9 +272,9 @@ class TestLive:
             text=True,
         )
         try:
-            url = re.match(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())[0]
+            url = re.search(r"http://127\.0\.0\.1:\d+/", process.stderr.readline())[0]
             with urllib.request.urlopen(url, timeout=20) as answer:
-                assert b"What there is to know" in answer.read()
+                assert b"Findings" in answer.read()
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
         finally:
@@ -331,8 +381,11 @@ class TestRefusals:
 
     def test_a_damaged_file(self, command, tmp_path):
         push(tmp_path)
-        (tmp_path / "syncs.jsonl").write_text('{"version": 1\n{}\n')
-        assert "damaged" in run(command, tmp_path, code=2)
+        (record,) = (tmp_path / "traces").glob("sync-*.json")
+        record.write_text("{")
+        assert f"{record} is damaged" in run(command, tmp_path, code=2)
+        (tmp_path / "syncs.jsonl").write_text('{}\n{"version": 1\n{}\n')
+        assert "line 2 of" in run(command, tmp_path, code=2)
 
     def test_nothing_heavy_is_imported(self, command, recorded):
         code = (

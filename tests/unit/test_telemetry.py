@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import urllib.request
 from pathlib import Path
 
@@ -89,6 +90,34 @@ def test_lines_are_bounded(tmp_path, monkeypatch):
     left = files.read_lines(tmp_path / "a.jsonl")
     assert left == list(range(left[0], 1000))
     assert len(left) > 100
+
+
+def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path):
+    """By a run that died while it wrote, in a directory that the next run goes on with."""
+    path = tmp_path / files.SYNCS
+    files.append_line(path, {"version": 1})
+    for half in ('{"version": 2, "se', "{"):
+        with path.open("a") as lines:
+            lines.write(half)
+        files.append_line(path, {"version": 2})
+    assert files.read_lines(path) == [{"version": 1}, {"version": 2}, {"version": 2}]
+
+
+def test_a_full_disk_leaves_the_lines_that_were_to_be_dropped(tmp_path):
+    """A run that goes on from a checkpoint drops the lines of the steps that it repeats."""
+    path = tmp_path / files.SYNCS
+    for number in range(100):
+        files.append_line(path, number)
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            files.keep_lines(path, lambda number: number < 99)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_failed_sync_is_recorded(tmp_path):
