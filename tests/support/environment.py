@@ -18,3 +18,5 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Ray gives its workers a niceness of 15: beside other groups of tests they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")

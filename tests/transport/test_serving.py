@@ -426,10 +426,10 @@ class TestServe:
     @pytest.mark.parametrize(
         ("host", "token", "words"),
         [
-            ("127.0.0.1", "", "QERL_SYNC_TOKEN is not set: the first trainer that asks is taken"),
+            ("127.0.0.1", "", "QERL_SYNC_TOKEN is not set"),
             ("127.0.0.1", "secret", None),
             ("0.0.0.0", "", "QERL_SYNC_TOKEN was not set"),
-            ("0.0.0.0", "secret", "0.0.0.0 lets other machines reach the server"),
+            ("0.0.0.0", "secret", "other machines can reach the server at 0.0.0.0"),
         ],
     )
     def test_strangers_are_kept_out(self, host, token, words, model, tmp_path, monkeypatch, capfd):
