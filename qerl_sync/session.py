@@ -404,11 +404,13 @@ class SyncSession:
                     self._base = base
                 raise
             self.version = options.version
-            if stamps:  # without them, everything may change unseen, and no sync builds on this one
-                self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
             with watch("verify"):
                 asked = self._ask_engine(result)
+            # Nothing builds on weights that the engine computes otherwise with. Without stamps,
+            # everything may change unseen.
+            if stamps:
+                self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self._pushed = True
             watch.seconds["verify"] += result.verify_seconds
             with watch("verify"):
