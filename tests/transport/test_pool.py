@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -15,13 +17,16 @@ import pytest
 import torch
 from support.errors import raises
 from support.loaders import HashedSource, TensorSource, tensors
+from support.servers import wait_until
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.bench.echo import EchoLoader, hello
 from qerl_sync.bench.echo import checksum as crc32
 from qerl_sync.engines.base import EngineClient
 from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, NoRoomError
+from qerl_sync.transports.remote import pool as pool_module
 from qerl_sync.transports.remote.pool import PoolTransport
+from qerl_sync.transports.remote.transport import RemoteTransport
 from qerl_sync.verify.probe_prompt import Probe
 from qerl_sync.wire import segments
 from qerl_sync.worker.protocol import mailbox as mailbox
@@ -279,9 +284,16 @@ def test_an_engine_that_does_not_answer_a_prompt_is_left_behind():
     pool = pool_of(ProbedEngine(dtype="float32"), mute)
     with probing(pool) as session:
         mute.says = TransportError("it does not answer")
+        poisoned: list[str] = []
+        mute.loader.poison = poisoned.append
         report = session.push()
         assert report.lost == {"engine-1": "it does not answer"}
         assert pool.versions == {"engine-0": 1, "engine-1": 0}
+        # It has the new weights, and nobody knows whether it computes with them as the trainer.
+        assert wait_until(lambda: pool._members["engine-1"].idle)
+        assert (poisoned, pool.num_poisoned) == (["it does not answer"], 1)
+        mute.says = 0.0
+        assert not session.push().lost
 
 
 def test_engines_that_cannot_be_asked_are_no_right_ones():
@@ -334,6 +346,47 @@ def test_all_get_everything_where_one_of_them_is_new():
 
 
 # ---- versions
+
+
+@pytest.mark.parametrize("step", ["complete", "commit"])
+def test_ctrl_c_does_not_end_a_sync_beside_the_threads_that_go_on_with_it(monkeypatch, step):
+    """On one connection there would be two that send and read."""
+    within, beside, interrupted = threading.Event(), [], []
+    own, abort = getattr(RemoteTransport, step), RemoteTransport.abort
+
+    def slow(self, *given):
+        within.set()
+        time.sleep(0.3)
+        try:
+            return own(self, *given)
+        finally:
+            within.clear()
+
+    def watched(self, reason):
+        beside.append(within.is_set())
+        abort(self, reason)
+
+    def wait_or_stop(answers):
+        if within.wait(0.1 if interrupted else 0) and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return wait(answers)
+
+    pool = pool_of(Engine())
+    with session_of(pool) as session:
+        with monkeypatch.context() as patched:
+            patched.setattr(RemoteTransport, step, slow)
+            patched.setattr(RemoteTransport, "abort", watched)
+            patched.setattr(pool_module, "wait", wait_or_stop)
+            with pytest.raises(KeyboardInterrupt):
+                session.push()
+            assert wait_until(lambda: pool._members["engine-0"].idle)
+        assert not any(beside)
+        assert not session.push().lost
+        pool.forget("engine-0", "it died")
+        leaving = pool._members["engine-0"].leaving
+        pool.remove("engine-0")
+        assert not leaving.is_alive()
 
 
 def test_a_version_below_that_of_a_worker_is_refused_untouched():
