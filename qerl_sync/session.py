@@ -393,8 +393,10 @@ class SyncSession:
                     # A worker was replaced, or written to, since it was asked. Nothing was touched.
                     logger.warning("everything is sent: %s", exc)
                     plan, why = self._with_adapter(full), str(exc)
-                    # Another session may have given it the version that this one was to have.
-                    version = max(version, exc.version + 1)
+                    # Another session may have given it the version that this one was to have. A
+                    # pool connects anew to engines that it has ended a sync with.
+                    committed = max(exc.version, self._transport.committed_version())
+                    version = max(version, committed + 1)
                     options = replace(options, version=version, base=None, changes_from=None)
                     watch.failed_in = ""  # where the second attempt fails, if it does
                     result = self._send(plan, layer_map, options, watch)

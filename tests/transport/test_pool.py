@@ -23,7 +23,13 @@ from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.bench.echo import EchoLoader, hello
 from qerl_sync.bench.echo import checksum as crc32
 from qerl_sync.engines.base import EngineClient
-from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, NoRoomError
+from qerl_sync.errors import (
+    AgreementError,
+    CoverageError,
+    EngineTakenError,
+    NoRoomError,
+    StaleBaseError,
+)
 from qerl_sync.transports.remote import pool as pool_module
 from qerl_sync.transports.remote.pool import PoolTransport
 from qerl_sync.transports.remote.transport import RemoteTransport
@@ -321,6 +327,23 @@ def test_a_second_pool_is_refused_by_the_engines_of_the_first(monkeypatch):
         assert not second.push().lost
 
 
+def test_a_store_that_takes_no_chunk_leaves_no_worker_waiting_for_it(monkeypatch):
+    def full(chunk: torch.Tensor) -> None:
+        raise TransportError("the store is full")
+
+    engine = StoringEngine(Store())
+    remote = RemoteTransport(engine, transport="ray", timeout_seconds=20.0)
+    with SyncSession(TensorSource(WEIGHTS), remote, SyncConfig.of(chunk_bytes=900)) as session:
+        session.push()
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "put", full)
+            started = time.monotonic()
+            with pytest.raises(TransportError):
+                session.push()
+            assert time.monotonic() - started < 4
+        session.push()
+
+
 # ---- a part of the model
 
 
@@ -343,6 +366,23 @@ def test_all_get_everything_where_one_of_them_is_new():
         pool.remove("engine-2")
         pool.add("engine-2", Engine(instance="d", version=session.version))
         assert session.push().unsent_tensors == 0
+
+
+def test_engines_that_have_all_lost_what_stays_get_everything_in_the_same_sync():
+    """As one engine does, that a session syncs alone."""
+    engines = Engine(instance="a"), Engine(instance="b")
+    with SyncSession(Declaring(WEIGHTS), pool_of(*engines), SyncConfig.of(chunk_bytes=900)) as sync:
+        sync.push()
+        for engine in engines:
+
+            def start(plan, layer_map, options, *, borrowed, own=engine.loader.start):
+                if options.base is not None:
+                    raise StaleBaseError("it slept", base=options.base, version=1)
+                own(plan, layer_map, options, borrowed=borrowed)
+
+            engine.loader.start = start
+        report = sync.push()
+        assert (report.unsent_tensors, report.lost, len(report.workers)) == (0, {}, 2)
 
 
 # ---- versions

@@ -20,6 +20,7 @@ from qerl_sync.errors import (
     CoverageError,
     LoadError,
     NoRoomError,
+    StaleBaseError,
     StaleCacheError,
     SyncError,
     TransportError,
@@ -488,6 +489,8 @@ class PoolTransport(Transport):
         outcomes = [answer.exception() or answer.result() for answer in answers]
         some_can = any(not isinstance(outcome, BaseException) for outcome in outcomes)
         own = (*MEMBERS_OWN, CoverageError) if some_can else MEMBERS_OWN
+        if members and all(isinstance(outcome, StaleBaseError) for outcome in outcomes):
+            leave_behind = False  # the session sends everything then
         done: dict[Member, R] = {}
         for member, outcome in zip(members, outcomes, strict=True):
             if not isinstance(outcome, BaseException):
