@@ -133,6 +133,18 @@ def test_nor_after_another_sync_that_touches_nothing(engine, call, by):
         assert engine.said[-3:] == ["reset", "resume", "admit"]
 
 
+def test_workers_are_poisoned_although_their_connection_was_ended(engine):
+    """Another trainer rank has failed its part of a sync that this one has committed."""
+    with session(engine) as sync:
+        sync.push()
+        sync._transport.abort("another rank has failed")
+        sync._transport.invalidate("another rank has failed")
+        assert [loader.poisoned for loader in engine.loaders] == ["another rank has failed"] * 2
+        assert engine.said[-1] == "refuse"
+        sync.push()
+    assert serves(engine, NEW)
+
+
 def test_a_version_that_was_committed_in_a_sync_that_failed_is_not_used_again(engine):
     """Its engine served it, and was restarted since."""
     with session(engine) as sync:

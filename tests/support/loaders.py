@@ -116,6 +116,9 @@ class KeepingLoader:
         if self.poisoned is not None:
             self.poisoned = reason
 
+    def poison(self, reason: str) -> None:
+        self.poisoned = reason
+
     def has(self, wanted: Mapping[str, torch.Tensor]) -> bool:
         """Equal to the bit, and serving."""
         same = all(self.serving[name].equal(tensor) for name, tensor in wanted.items())
