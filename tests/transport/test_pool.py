@@ -28,7 +28,9 @@ from qerl_sync.errors import (
     CoverageError,
     EngineTakenError,
     NoRoomError,
+    PlanError,
     StaleBaseError,
+    SyncError,
 )
 from qerl_sync.transports.remote import pool as pool_module
 from qerl_sync.transports.remote.pool import PoolTransport
@@ -342,6 +344,22 @@ def test_a_store_that_takes_no_chunk_leaves_no_worker_waiting_for_it(monkeypatch
                 session.push()
             assert time.monotonic() - started < 4
         session.push()
+
+
+@pytest.mark.parametrize("error", [SyncError, PlanError])
+def test_whatever_fails_on_one_when_others_have_committed_is_its_own(error):
+    engines = Engine(), Engine()
+    pool = pool_of(*engines)
+    with session_of(pool) as session:
+        session.push()
+
+        def commit(version: int, *, keep_old: bool) -> bool:
+            raise error("no such version")
+
+        engines[1].loader.commit = commit
+        report = session.push()
+        assert list(report.lost) == ["engine-1"]
+        assert pool.versions == {"engine-0": 2, "engine-1": 0}
 
 
 # ---- a part of the model

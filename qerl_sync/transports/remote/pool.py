@@ -319,7 +319,9 @@ class PoolTransport(Transport):
         # From the first Commit on a member may have this version, whatever we hear of it. It is not
         # used again: a worker would refuse it, or two states would have one version.
         self._spent_version = self._version
-        committed = self._each(list(complete), lambda member: member.transport.commit())
+        committed = self._each(
+            list(complete), lambda member: member.transport.commit(), committing=True
+        )
         assert self._staging is not None
         self._staging.unlink(worker for member in committed for worker in member.transport.workers)
         self._require_some(list(committed))
@@ -468,6 +470,7 @@ class PoolTransport(Transport):
         *,
         leave_behind: bool = True,
         verified: bool = True,
+        committing: bool = False,
     ) -> dict[Member, R]:
         """Call `work` for all members in parallel. Return the results of those not left behind.
 
@@ -476,6 +479,7 @@ class PoolTransport(Transport):
 
         Args:
             verified: False: a member that is left behind is poisoned.
+            committing: some may have committed: whatever another one raises then is its own.
         """
         answers = [in_thread("pool", partial(work, member)) for member in members]
         try:
@@ -488,7 +492,9 @@ class PoolTransport(Transport):
             raise
         outcomes = [answer.exception() or answer.result() for answer in answers]
         some_can = any(not isinstance(outcome, BaseException) for outcome in outcomes)
-        own = (*MEMBERS_OWN, CoverageError) if some_can else MEMBERS_OWN
+        own: tuple[type[SyncError], ...] = MEMBERS_OWN
+        if some_can:
+            own = (SyncError,) if committing else (*MEMBERS_OWN, CoverageError)
         if members and all(isinstance(outcome, StaleBaseError) for outcome in outcomes):
             leave_behind = False  # the session sends everything then
         done: dict[Member, R] = {}
