@@ -393,8 +393,10 @@ class SyncSession:
                     # A worker was replaced, or written to, since it was asked. Nothing was touched.
                     logger.warning("everything is sent: %s", exc)
                     plan, why = self._with_adapter(full), str(exc)
-                    # Another session may have given it the version that this one was to have.
-                    version = max(version, exc.version + 1)
+                    # Another session may have given it the version that this one was to have. A
+                    # pool connects anew to engines that it has ended a sync with.
+                    committed = max(exc.version, self._transport.committed_version())
+                    version = max(version, committed + 1)
                     options = replace(options, version=version, base=None, changes_from=None)
                     watch.failed_in = ""  # where the second attempt fails, if it does
                     result = self._send(plan, layer_map, options, watch)
@@ -404,11 +406,13 @@ class SyncSession:
                     self._base = base
                 raise
             self.version = options.version
-            if stamps:  # without them, everything may change unseen, and no sync builds on this one
-                self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self.last_trace = result.workers[0].trace
             with watch("verify"):
                 asked = self._ask_engine(result)
+            # Nothing builds on weights that the engine computes otherwise with. Without stamps,
+            # everything may change unseen.
+            if stamps:
+                self._base = _Base(options.version, list(self._metas or ()), dict(stamps))
             self._pushed = True
             watch.seconds["verify"] += result.verify_seconds
             with watch("verify"):

@@ -71,7 +71,7 @@ class EchoLoader:
     def finish(self) -> Trace:
         return self._trace
 
-    def commit(self, version: int) -> bool:
+    def commit(self, version: int, *, keep_old: bool) -> bool:
         return False
 
     def poison(self, reason: str) -> None:

@@ -331,6 +331,29 @@ def test_a_base_that_fails_in_the_middle_keeps_its_contract(engines, on_failure)
     assert logprob_gap(engines.served, policy) < EXACT
 
 
+def test_half_of_a_base_is_not_healed_by_an_adapter_over_the_engines_own(engines):
+    policy = make_policy(seed=3)
+    session(engines, policy).push()
+
+    class Cut(AdapterSource):
+        def materialize(self, names):
+            yield from list(super().materialize(names))[: len(names) // 2]
+            raise ConnectionResetError("peer gone")
+
+    with pytest.raises(LoadError):
+        session(engines, make_policy(base=make_model("dense", 1)), Cut).push()
+    for _ in range(2):
+        with pytest.raises(CoverageError):
+            session(engines, policy, lora_base="engine").push()
+        with pytest.raises(SyncError):
+            generate(engines.served)
+    session(engines, policy).push()
+    assert logprob_gap(engines.served, policy) < EXACT
+    step(policy, 4)
+    session(engines, policy, lora_base="engine").push()
+    assert logprob_gap(engines.served, policy) < EXACT
+
+
 REFUSED = {
     "use_dora": {"use_dora": True},
     "lora_bias": {"kind": "bias", "target_modules": ["q_proj"], "lora_bias": True},

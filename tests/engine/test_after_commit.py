@@ -108,6 +108,54 @@ def test_an_engine_does_not_resume_on_old_caches(engine, call):
         assert engine.said[-3:] == ["reset", "resume", "admit"]
 
 
+@pytest.mark.parametrize("call", ["finish", "reset", "resume"])
+@pytest.mark.parametrize("by", ["the same session", "the next one"])
+def test_nor_after_another_sync_that_touches_nothing(engine, call, by):
+    """It was committed, and what the old weights have computed may still be there."""
+    with session(engine) as sync:
+        sync._agree()
+        engine.fails = call
+        with pytest.raises(SyncError):
+            sync.push()
+        engine.said.clear()
+        if by == "the same session":
+            engine.fails = "pause"
+            with pytest.raises(SyncError, match="pause did not work"):
+                sync.push()
+            assert "resume" not in engine.said
+            assert engine.said[-1] == "refuse"
+    if by == "the next one":
+        engine.said.clear()
+        with session(engine) as sync:
+            engine.fails = "pause"
+            with pytest.raises(SyncError, match="pause did not work"):
+                sync.push()
+        assert engine.said[-3:] == ["reset", "resume", "admit"]
+
+
+def test_workers_are_poisoned_although_their_connection_was_ended(engine):
+    """Another trainer rank has failed its part of a sync that this one has committed."""
+    with session(engine) as sync:
+        sync.push()
+        sync._transport.abort("another rank has failed")
+        sync._transport.invalidate("another rank has failed")
+        assert [loader.poisoned for loader in engine.loaders] == ["another rank has failed"] * 2
+        assert engine.said[-1] == "refuse"
+        sync.push()
+    assert serves(engine, NEW)
+
+
+def test_a_version_that_was_committed_in_a_sync_that_failed_is_not_used_again(engine):
+    """Its engine served it, and was restarted since."""
+    with session(engine) as sync:
+        engine.fails = "admit"
+        with pytest.raises(SyncError):
+            sync.push()
+        for loader in engine.loaders:
+            loader.serving, loader.version = OLD, 0
+        assert sync.push().version == 2
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_worker_that_dies_while_the_engine_pauses_is_named_at_once(engine, monkeypatch, late):
     """An engine may take long to notice. One that pauses in the end is resumed, and one of which
@@ -130,7 +178,7 @@ def test_a_worker_that_dies_while_the_engine_pauses_is_named_at_once(engine, mon
             sync.push()
         assert time.monotonic() - started < 2
         mapped = ["start", "finish"]
-        then = ["refuse"] if late else ["pause", "resume", "admit"]
+        then = ["refuse"] if late else ["pause", "reset", "resume", "admit"]
         assert engine.said == mapped + then
         assert sync.version == 0
         paused.set()
@@ -159,7 +207,7 @@ def test_the_engine_goes_on_where_it_refuses_to_begin(engine):
         engine.said.clear()
         with pytest.raises(SyncError):
             sync.push()
-    assert engine.said[:4] == ["pause", "start", "resume", "admit"]
+    assert engine.said[:5] == ["pause", "start", "reset", "resume", "admit"]
     assert serves(engine, OLD)
 
 
@@ -167,7 +215,11 @@ def test_the_engine_goes_on_where_it_refuses_to_begin(engine):
 def test_requests_are_computed_anew_where_the_kv_cache_is_gone(engine, monkeypatch, overwritten):
     """After a recovery, whatever `recompute_running` says."""
     commit = engine.loaders[1].commit
-    monkeypatch.setattr(engine.loaders[1], "commit", lambda version: commit(version) or overwritten)
+    monkeypatch.setattr(
+        engine.loaders[1],
+        "commit",
+        lambda *given, **options: commit(*given, **options) or overwritten,
+    )
     with session(engine, recompute_running=False) as sync:
         sync.push()
     assert engine.running is overwritten

@@ -42,7 +42,7 @@ def run_cases(directory: Path, *cases: str, **environment: str) -> None:
 def test_what_one_rank_raises_all_ranks_raise(directory):
     told = [read(directory / "raise", rank) for rank in range(2)]
     differ = [one.pop("differ") for one in told]
-    assert len(told[0]) == 16 + 4
+    assert len(told[0]) == 17 + 4
     for name in told[0]:
         on_ranks = [of_rank[name] for of_rank in told]
         if name.startswith("after"):
@@ -52,6 +52,7 @@ def test_what_one_rank_raises_all_ranks_raise(directory):
         error = CLASSES[on_ranks[0]["raised"]]
         found = [(one.get("error"), one.get("rank")) for one in on_ranks]
         assert found == [(error, rank)] * 2, (name, on_ranks)
+        assert not any(one["serves_new"] for one in on_ranks), "an engine serves what failed"
     for of_rank in differ:
         for what in ("plan", "tensors"):
             assert (of_rank[what]["error"], of_rank[what]["rank"]) == ("AgreementError", 1), of_rank

@@ -104,9 +104,10 @@ class KeepingLoader:
         self.serving = self._arrived
         return replay(self._plan.metas, self._layer_map)
 
-    def commit(self, version: int) -> bool:
+    def commit(self, version: int, *, keep_old: bool) -> bool:
         if version <= self.version:
-            self.abort(reason := f"version {version} was to follow {self.version}")
+            reason = f"version {version} was to follow {self.version}"
+            self.abort(reason, keep_old=keep_old)
             raise SyncError(reason)
         self.version, self.poisoned = version, None
         return False
@@ -114,6 +115,9 @@ class KeepingLoader:
     def abort(self, reason: str, *, keep_old: bool = True) -> None:
         if self.poisoned is not None:
             self.poisoned = reason
+
+    def poison(self, reason: str) -> None:
+        self.poisoned = reason
 
     def has(self, wanted: Mapping[str, torch.Tensor]) -> bool:
         """Equal to the bit, and serving."""

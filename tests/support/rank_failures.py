@@ -36,11 +36,13 @@ TIMEOUT_SECONDS = 3.0
 # Where a rank fails: in its source, in its transport, and, for `_value`, in a gather itself.
 PLACES = ("metadata", "layer_map", "start", "first", "between", "last", "finish", "_value")
 # All that a rank does that only takes part.
-OF_FOLLOWERS = ("metadata", "_value")
+OF_FOLLOWERS = ("metadata", "_value", "end_sync")
 
 
 class Sink(Transport):
     """Takes everything. Each tensor is a layer of its own. Calls `at` with each place."""
+
+    serves_new = False
 
     def at(self, place: str) -> None:
         pass
@@ -68,11 +70,15 @@ class Sink(Transport):
 
     def finish(self) -> SyncResult:
         self.at("finish")
+        self.serves_new = True
         worker = WorkerReport("a sink", self._plan.predicted, self._plan.predicted)
         return SyncResult([worker], "sink")
 
     def abort(self, reason: str) -> None:
         pass
+
+    def invalidate(self, reason: str) -> None:
+        self.serves_new = False
 
 
 def sharded(by: str = "") -> Any:
@@ -136,13 +142,14 @@ def raise_everywhere(ranks: TrainerRanks) -> dict[str, Any]:
     cases = [("joint", place, 1) for place in PLACES[:-1]]
     cases += [("led", place, 0) for place in PLACES[:-1]]
     # A gather that fails leaves torch's group out of step: nothing can follow it.
-    cases += [("led", "metadata", 1), ("led", "_value", 0)]
+    cases += [("led", "metadata", 1), ("led", "end_sync", 1), ("led", "_value", 0)]
     for number, (kind, place, rank) in enumerate(cases):
         act = (load_error, key_error)[number % 2]
         session, sink, source = new_session(kind, ranks)
         if ranks.rank == rank:
             once_at(place, act, sink, source)
         told[f"{kind}, {place}, rank {rank}"] = {"raised": act.__name__} | tried(session)
+        told[f"{kind}, {place}, rank {rank}"]["serves_new"] = sink.serves_new
         if place in ("between", "finish"):
             told[f"after {kind}, {place}"] = tried(session)
     return told

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qerl_sync.worker.compat import engine as compat
+from qerl_sync.worker.compat import lora as vllm_lora
 from qerl_sync.worker.load.receiver import Receiver
 from support.cuda_stand_in import CudaStandIn
 from support.fingerprint import fingerprint
@@ -94,6 +95,18 @@ class WorkerExtension:
         for layer in self.model_runner.model.modules():
             if (method := getattr(layer, "quant_method", None)) is not None:
                 vars(method).pop("process_weights_after_loading", None)
+
+    def fail_to_activate(self, rank: int) -> None:
+        """Make vLLM fail, once, when rank `rank` takes an adapter into its slot."""
+        if rank != self.vllm_config.parallel_config.rank:
+            return
+        own = vllm_lora.serve
+
+        def fail(*given: Any) -> None:
+            vllm_lora.serve = own
+            raise RuntimeError("no slot")
+
+        vllm_lora.serve = fail
 
     def set_variable(self, name: str, value: str) -> None:
         """Set an environment variable of this worker; "" removes it."""

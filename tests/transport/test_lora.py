@@ -9,6 +9,7 @@ from support.remote import Async, OwnProcess, Server, TensorParallel, gap, sessi
 
 from qerl_sync import AdapterSource, ConfigError, SyncConfig, SyncError, SyncSession, noise_of
 from qerl_sync.build import remote_transport
+from qerl_sync.errors import LoadError
 from qerl_sync.sources.hf import probe_of
 from qerl_sync.verify.probe_prompt import largest_gap
 
@@ -107,6 +108,30 @@ def test_a_trainer_that_fails_in_the_middle_leaves_the_old_adapter(lora_engine):
         source.cut = False
         assert not sync.push(3).lora["base"]
         assert gap_to(engine, policy) < EXACT
+
+
+def test_a_rank_that_fails_at_the_commit_does_not_go_on_beside_others_with_the_new_adapter(
+    lora_engine,
+):
+    engine = lora_engine("tensor parallel")
+    policy = make_policy(seed=4)
+    with session(engine, AdapterSource(policy)) as sync:
+        sync.push(1)
+        step(policy, 5)
+        engine.rpc("fail_to_activate", 1)
+        with pytest.raises(LoadError, match="no slot"):
+            sync.push(2)
+        new, old = engine.rpc("sync_state")
+        assert (new["version"], old["version"]) == (2, 1)
+        assert old["poisoned"]
+        sync._source.materialize = lambda names: 1 / 0  # before anything is touched
+        with pytest.raises(ZeroDivisionError):
+            sync.push(3)
+        with pytest.raises(SyncError):
+            engine.generate()
+        del sync._source.materialize
+        sync.push(4)
+    assert gap_to(engine, policy) < EXACT
 
 
 def test_what_the_engine_cannot_serve_is_refused_at_construction(lora_engine, remote):

@@ -7,7 +7,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -15,13 +17,24 @@ import pytest
 import torch
 from support.errors import raises
 from support.loaders import HashedSource, TensorSource, tensors
+from support.servers import wait_until
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TransportError
 from qerl_sync.bench.echo import EchoLoader, hello
 from qerl_sync.bench.echo import checksum as crc32
 from qerl_sync.engines.base import EngineClient
-from qerl_sync.errors import AgreementError, CoverageError, EngineTakenError, NoRoomError
+from qerl_sync.errors import (
+    AgreementError,
+    CoverageError,
+    EngineTakenError,
+    NoRoomError,
+    PlanError,
+    StaleBaseError,
+    SyncError,
+)
+from qerl_sync.transports.remote import pool as pool_module
 from qerl_sync.transports.remote.pool import PoolTransport
+from qerl_sync.transports.remote.transport import RemoteTransport
 from qerl_sync.verify.probe_prompt import Probe
 from qerl_sync.wire import segments
 from qerl_sync.worker.protocol import mailbox as mailbox
@@ -279,9 +292,16 @@ def test_an_engine_that_does_not_answer_a_prompt_is_left_behind():
     pool = pool_of(ProbedEngine(dtype="float32"), mute)
     with probing(pool) as session:
         mute.says = TransportError("it does not answer")
+        poisoned: list[str] = []
+        mute.loader.poison = poisoned.append
         report = session.push()
         assert report.lost == {"engine-1": "it does not answer"}
         assert pool.versions == {"engine-0": 1, "engine-1": 0}
+        # It has the new weights, and nobody knows whether it computes with them as the trainer.
+        assert wait_until(lambda: pool._members["engine-1"].idle)
+        assert (poisoned, pool.num_poisoned) == (["it does not answer"], 1)
+        mute.says = 0.0
+        assert not session.push().lost
 
 
 def test_engines_that_cannot_be_asked_are_no_right_ones():
@@ -309,6 +329,39 @@ def test_a_second_pool_is_refused_by_the_engines_of_the_first(monkeypatch):
         assert not second.push().lost
 
 
+def test_a_store_that_takes_no_chunk_leaves_no_worker_waiting_for_it(monkeypatch):
+    def full(chunk: torch.Tensor) -> None:
+        raise TransportError("the store is full")
+
+    engine = StoringEngine(Store())
+    remote = RemoteTransport(engine, transport="ray", timeout_seconds=20.0)
+    with SyncSession(TensorSource(WEIGHTS), remote, SyncConfig.of(chunk_bytes=900)) as session:
+        session.push()
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "put", full)
+            started = time.monotonic()
+            with pytest.raises(TransportError):
+                session.push()
+            assert time.monotonic() - started < 4
+        session.push()
+
+
+@pytest.mark.parametrize("error", [SyncError, PlanError])
+def test_whatever_fails_on_one_when_others_have_committed_is_its_own(error):
+    engines = Engine(), Engine()
+    pool = pool_of(*engines)
+    with session_of(pool) as session:
+        session.push()
+
+        def commit(version: int, *, keep_old: bool) -> bool:
+            raise error("no such version")
+
+        engines[1].loader.commit = commit
+        report = session.push()
+        assert list(report.lost) == ["engine-1"]
+        assert pool.versions == {"engine-0": 2, "engine-1": 0}
+
+
 # ---- a part of the model
 
 
@@ -333,7 +386,65 @@ def test_all_get_everything_where_one_of_them_is_new():
         assert session.push().unsent_tensors == 0
 
 
+def test_engines_that_have_all_lost_what_stays_get_everything_in_the_same_sync():
+    """As one engine does, that a session syncs alone."""
+    engines = Engine(instance="a"), Engine(instance="b")
+    with SyncSession(Declaring(WEIGHTS), pool_of(*engines), SyncConfig.of(chunk_bytes=900)) as sync:
+        sync.push()
+        for engine in engines:
+
+            def start(plan, layer_map, options, *, borrowed, own=engine.loader.start):
+                if options.base is not None:
+                    raise StaleBaseError("it slept", base=options.base, version=1)
+                own(plan, layer_map, options, borrowed=borrowed)
+
+            engine.loader.start = start
+        report = sync.push()
+        assert (report.unsent_tensors, report.lost, len(report.workers)) == (0, {}, 2)
+
+
 # ---- versions
+
+
+@pytest.mark.parametrize("step", ["complete", "commit"])
+def test_ctrl_c_does_not_end_a_sync_beside_the_threads_that_go_on_with_it(monkeypatch, step):
+    """On one connection there would be two that send and read."""
+    within, beside, interrupted = threading.Event(), [], []
+    own, abort = getattr(RemoteTransport, step), RemoteTransport.abort
+
+    def slow(self, *given):
+        within.set()
+        time.sleep(0.3)
+        try:
+            return own(self, *given)
+        finally:
+            within.clear()
+
+    def watched(self, reason):
+        beside.append(within.is_set())
+        abort(self, reason)
+
+    def wait_or_stop(answers):
+        if within.wait(0.1 if interrupted else 0) and not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return wait(answers)
+
+    pool = pool_of(Engine())
+    with session_of(pool) as session:
+        with monkeypatch.context() as patched:
+            patched.setattr(RemoteTransport, step, slow)
+            patched.setattr(RemoteTransport, "abort", watched)
+            patched.setattr(pool_module, "wait", wait_or_stop)
+            with pytest.raises(KeyboardInterrupt):
+                session.push()
+            assert wait_until(lambda: pool._members["engine-0"].idle)
+        assert not any(beside)
+        assert not session.push().lost
+        pool.forget("engine-0", "it died")
+        leaving = pool._members["engine-0"].leaving
+        pool.remove("engine-0")
+        assert not leaving.is_alive()
 
 
 def test_a_version_below_that_of_a_worker_is_refused_untouched():

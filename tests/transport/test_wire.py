@@ -15,6 +15,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from itertools import chain, repeat
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ from qerl_sync.errors import (
     NoRoomError,
     PeerLostError,
     PlanError,
+    SyncError,
     TransportTimeout,
     WorldSizeError,
 )
@@ -846,7 +848,18 @@ class RestoringLoader(KeepingLoader):
             self.serving, self.poisoned = OLD, None
 
 
-def test_nobody_goes_back_once_others_may_have_committed():
+def interrupt(*given, **options):
+    raise KeyboardInterrupt
+
+
+def once(act, then):
+    """Return a function that is `act` when it is called first, and `then` afterwards."""
+    calls = chain([act], repeat(then))
+    return lambda *given, **options: next(calls)(*given, **options)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_nobody_goes_back_once_others_may_have_committed(monkeypatch, interrupted):
     engine, ranks = Workers(*(RestoringLoader(OLD) for _ in range(3))), []
     with closing(engine), session(engine) as sync:
         way = sync._transport
@@ -858,12 +871,89 @@ def test_nobody_goes_back_once_others_may_have_committed():
             way.workers[1].cut_off()  # the first gets its Commit, and the third none
 
         way.complete = lose_the_second
-        with pytest.raises(PeerLostError):
+        if interrupted:
+            monkeypatch.setattr(way, "_abort", once(interrupt, way._abort))
+        with pytest.raises(KeyboardInterrupt if interrupted else PeerLostError):
             sync.push()
+        way.abort("once more")
         way.complete = complete
         told, *others = [engine.loaders[rank] for rank in ranks]
         assert wait_until(lambda: told.has(NEW))
         assert all(other.poisoned for other in others)
+        sync.push()
+        assert serves(engine, NEW)
+
+
+@pytest.mark.parametrize("step", ["the map", "the abort"])
+def test_ctrl_c_leaves_no_worker_waiting_for_the_next_push(workers, monkeypatch, step):
+    engine = workers(2)
+    with session(engine) as sync:
+        way = sync._transport
+        way.open()
+        with monkeypatch.context() as patched:
+            if step == "the map":
+                patched.setattr(
+                    WorkerConnection, "expect", once(interrupt, WorkerConnection.expect)
+                )
+            else:
+                patched.setattr(way, "_abort", once(interrupt, way._abort))
+                patched.setattr(sync._source, "materialize", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                sync.push()
+        started = time.monotonic()
+        sync.push()
+        assert time.monotonic() - started < 5
+        assert serves(engine, NEW)
+
+
+class FailingLoader(RestoringLoader):
+    """vLLM fails when it is to activate an adapter."""
+
+    def commit(self, version, *, keep_old):
+        self.abort("no slot", keep_old=keep_old)
+        raise LoadError("no slot")
+
+
+def test_a_worker_that_fails_at_the_commit_does_not_go_back_either():
+    engine = Workers(RestoringLoader(OLD), failing := FailingLoader(OLD))
+    with closing(engine), session(engine) as sync:
+        with pytest.raises(LoadError):
+            sync.push()
+        assert failing.poisoned
+
+
+class StrictLoader(KeepingLoader):
+    """Opens one sync at a time, as a Receiver does."""
+
+    is_open = False
+
+    def layer_map(self, metas, options):
+        assert not self.is_open
+        return super().layer_map(metas, options)
+
+    def start(self, *given, **options):
+        assert not self.is_open
+        self.is_open = True
+        super().start(*given, **options)
+
+    def finish(self):
+        self.is_open = False
+        return super().finish()
+
+    def abort(self, reason, *, keep_old):
+        self.is_open = False
+        super().abort(reason, keep_old=keep_old)
+
+
+def test_ctrl_c_in_the_engines_process_leaves_no_sync_open(monkeypatch):
+    """An engine that lives in a notebook's process goes on after it."""
+    engine = Workers(loader := StrictLoader(OLD))
+    with closing(engine), session(engine) as sync:
+        with monkeypatch.context() as patched:
+            patched.setattr(loader, "before_load", interrupt)
+            with pytest.raises(SyncError):
+                sync.push()
+        assert loader.poisoned
         sync.push()
         assert serves(engine, NEW)
 

@@ -12,6 +12,8 @@ from support.streams_by_hand import QKV, HandMadeTransport, ListSource, interlea
 from qerl_sync import SyncConfig, SyncSession
 from qerl_sync.errors import CoverageError, LayerMapError, PlanError, StaleBaseError
 from qerl_sync.options import SyncOptions
+from qerl_sync.transports.base import EngineFacts
+from qerl_sync.verify.probe_prompt import Probe
 
 
 def make(policy="reorder", metas=None, **options):
@@ -174,6 +176,28 @@ def test_a_sync_that_finds_its_worker_on_another_version_sends_everything_as_the
     assert (report.version, session.version, transport.options.version) == (6, 6, 6)
     assert report.delta["sent"] == "everything"
     assert report.unsent_tensors == 0
+
+
+def test_no_sync_builds_on_one_that_the_engine_computes_otherwise_with(monkeypatch):
+    """Even where the engine could not be told so."""
+    transport = HandMadeTransport()
+    transport.holding = True
+    source = ListSource(interleave(QKV))
+    stamps = dict.fromkeys(source.tensors, 0)
+    source.unchanging = lambda: dict(list(stamps.items())[1:])
+    probe = Probe((1, 2, 3), lambda ids: [0.0] * (len(ids) - 1))
+    config = SyncConfig.of(policy="reorder", verify="full")
+    session = SyncSession(source, transport, config, probe=probe)
+    monkeypatch.setattr(type(transport), "engine_facts", EngineFacts("float32"))
+    says = 0.0
+    transport.prompt_logprobs = lambda ids: [says] * (len(ids) - 1)
+    session.push()
+    assert session.push().unsent_tensors == 3
+    says = -1.0
+    with pytest.raises(CoverageError):
+        session.push()
+    says = 0.0
+    assert session.push().unsent_tensors == 0
 
 
 class Watching:

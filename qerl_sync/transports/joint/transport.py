@@ -163,17 +163,17 @@ class JointTransport(Transport):
     def finish(self) -> SyncResult:
         # A commit cannot be taken back: first all ranks have sent the last chunk.
         self._ranks.meet("committing")
-        self._committing = True
+        self._committing = self.shares_engine  # other workers of it may commit where this one fails
         result = self._own.finish()
+        self._committing = True
         self._ranks.meet("having committed")
         self._committing = False
         return result
 
     def abort(self, reason: str) -> None:
         self._own.abort(reason)
-        if self._committing and self.shares_engine:
-            # Some workers of the engine have committed and others are back on the old version:
-            # computing together, they would generate with a mix of both.
+        if self._committing:
+            # This engine, or workers of it, would generate with weights of a sync that has failed.
             self._own.invalidate(reason)
         self._committing = False
 
@@ -241,9 +241,16 @@ class LedTransport(JointTransport):
         self.busy_cores = self._own.busy_cores
 
     def finish(self) -> SyncResult:
-        told = self._ranks.of_leader(
-            "committing", lambda: _RESULT.dump_python(self._own.finish(), mode="json")
-        )
+        # A commit cannot be taken back: no rank may have failed since the last chunk.
+        self._ranks.meet("committing")
+
+        def finish() -> Any:
+            result = self._own.finish()
+            self._committing = True
+            return _RESULT.dump_python(result, mode="json")
+
+        told = self._ranks.of_leader("having committed", finish)
+        self._committing = False
         return _RESULT.validate_python(told)
 
     def probe(self, token_ids: Sequence[int]) -> ProbeResult:

@@ -139,9 +139,13 @@ class WorkerConnection(Connection):
         if self._sender is not None:
             self._jobs.put((chunk, [piece.bytes for piece in staged.pieces], self.watch))
             return
+        if self._store is None:
+            self.tell(chunk)
+            return
+        # Before the message: the worker would wait for an object that the store has not taken.
+        stored = staged.stored_by(self._store.put)
         self.tell(chunk)
-        if self._store is not None:
-            self._store.deliver(self._mailbox, index, staged.stored_by(self._store.put))
+        self._store.deliver(self._mailbox, index, stored)
 
     def await_loaded(self, index: int) -> bool:
         """Block until the worker has loaded all chunks up to `index` that we sent it.

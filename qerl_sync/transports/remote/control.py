@@ -204,8 +204,9 @@ class EngineControl:
         self.paused = False
         client.admit()
 
-    def go_on(self, reason: str) -> None:
-        """Resume the engine after a failed sync that left its workers as they were."""
+    def go_on(self, reason: str, *, caches: bool) -> None:
+        """Resume the engine after a failed sync that left its workers as they were. `caches`: they
+        may hold what other weights have computed."""
         if not self.paused:
             return
         # An engine that is still pausing would pause after this, unnoticed.
@@ -213,7 +214,7 @@ class EngineControl:
             self.leave_paused(reason)
             return
         try:
-            self.resume(caches=False)
+            self.resume(caches=caches)
         except SyncError:
             self.refuse(reason)
 

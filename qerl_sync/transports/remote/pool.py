@@ -6,7 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -19,6 +20,7 @@ from qerl_sync.errors import (
     CoverageError,
     LoadError,
     NoRoomError,
+    StaleBaseError,
     StaleCacheError,
     SyncError,
     TransportError,
@@ -83,6 +85,33 @@ class Member:
     def needs_full_sync(self, why: str) -> None:
         self.last_version = self.version or self.last_version
         self.ready, self.version, self.why = False, 0, why
+
+    def leave(
+        self, why: str, work: Future[Any] | None = None, *, verified: bool = True
+    ) -> threading.Thread:
+        """End what a sync has open, in a thread. It is not idle until then, and needs a full sync.
+
+        Args:
+            work: what another thread still does with the transport.
+            verified: False: it serves what it has not answered for (`sync.verify: full`).
+        """
+        self.needs_full_sync(why)
+
+        def end() -> None:
+            if work is not None:
+                for worker in self.transport.workers:
+                    worker.cut_off()  # it waits no longer
+                wait([work])
+            if verified:
+                self.transport.abort(why)
+                self.transport.disconnect()
+            else:
+                with suppress(Exception):  # it is paused, whatever else cannot be done
+                    self.transport.invalidate(why)
+
+        self.leaving = threading.Thread(target=end, name=f"end {self.name}", daemon=True)
+        self.leaving.start()
+        return self.leaving
 
     @property
     def absence(self) -> str:
@@ -167,6 +196,8 @@ class PoolTransport(Transport):
         """Disconnect an engine and forget it, between two syncs. It keeps its weights."""
         member = self._members.pop(name, None)
         if member is not None:
+            if member.leaving is not None:
+                member.leaving.join()  # it uses the transport
             member.transport.close()
 
     def forget(self, name: str, reason: str) -> None:
@@ -288,7 +319,9 @@ class PoolTransport(Transport):
         # From the first Commit on a member may have this version, whatever we hear of it. It is not
         # used again: a worker would refuse it, or two states would have one version.
         self._spent_version = self._version
-        committed = self._each(list(complete), lambda member: member.transport.commit())
+        committed = self._each(
+            list(complete), lambda member: member.transport.commit(), committing=True
+        )
         assert self._staging is not None
         self._staging.unlink(worker for member in committed for worker in member.transport.workers)
         self._require_some(list(committed))
@@ -303,9 +336,8 @@ class PoolTransport(Transport):
 
     def abort(self, reason: str) -> None:
         active, self._active = self._active, []
-        for member in active:
-            member.needs_full_sync(reason)
-        in_parallel([partial(_end, member.transport, reason) for member in active])
+        for leaving in [member.leave(reason) for member in active]:
+            leaving.join()
         if self._staging is not None:
             self._staging.unlink(())  # not every worker has attached them
 
@@ -315,24 +347,24 @@ class PoolTransport(Transport):
         return of_all[0]._replace(context_tokens=min(one.context_tokens for one in of_all))
 
     def probe(self, token_ids: Sequence[int]) -> ProbeResult:
-        """See the base class. An engine that does not answer is left behind."""
-        reported = self._each(self._ready, lambda one: one.transport.prompt_logprobs(token_ids))
+        """See the base class. An engine that does not answer is poisoned, and left behind."""
+        reported = self._each(
+            self._ready, lambda one: one.transport.prompt_logprobs(token_ids), verified=False
+        )
         self._require_some(list(reported))
         answers = {member.name: answer for member, answer in reported.items()}
         return ProbeResult(answers, dict(self._lost))
 
     def invalidate(self, reason: str) -> None:
-        invalidated = self._ready
-        in_parallel([partial(member.transport.invalidate, reason) for member in invalidated])
-        for member in invalidated:
-            member.needs_full_sync(reason)
+        for leaving in [member.leave(reason, verified=False) for member in self._ready]:
+            leaving.join()
 
     def close(self) -> None:
         self.abort("the session was closed")
         for member in self._members.values():
             if member.leaving is not None:
                 member.leaving.join()
-        in_parallel([member.transport.close for member in self._members.values()])
+        wait([in_thread("close", member.transport.close) for member in self._members.values()])
         if self._staging is not None:
             self._staging.close()
             self._staging = None
@@ -432,16 +464,39 @@ class PoolTransport(Transport):
         return self._staging
 
     def _each(
-        self, members: Sequence[Member], work: Callable[[Member], R], *, leave_behind: bool = True
+        self,
+        members: Sequence[Member],
+        work: Callable[[Member], R],
+        *,
+        leave_behind: bool = True,
+        verified: bool = True,
+        committing: bool = False,
     ) -> dict[Member, R]:
         """Call `work` for all members in parallel. Return the results of those not left behind.
 
         A CoverageError is about the weights if no member can do it. One that others do not have is
         the member's own: bytes that changed on the way to it, kernels that do not hold them.
+
+        Args:
+            verified: False: a member that is left behind is poisoned.
+            committing: some may have committed: whatever another one raises then is its own.
         """
-        outcomes = in_parallel([partial(work, member) for member in members])
+        answers = [in_thread("pool", partial(work, member)) for member in members]
+        try:
+            wait(answers)
+        except BaseException as exc:
+            # Ctrl-C. The threads go on: `abort`, or the next sync, would use the same connections
+            # beside them, and an engine could commit on some of its workers alone.
+            for member, answer in zip(members, answers, strict=True) if verified else ():
+                self._lose(member, exc, answer)
+            raise
+        outcomes = [answer.exception() or answer.result() for answer in answers]
         some_can = any(not isinstance(outcome, BaseException) for outcome in outcomes)
-        own = (*MEMBERS_OWN, CoverageError) if some_can else MEMBERS_OWN
+        own: tuple[type[SyncError], ...] = MEMBERS_OWN
+        if some_can:
+            own = (SyncError,) if committing else (*MEMBERS_OWN, CoverageError)
+        if members and all(isinstance(outcome, StaleBaseError) for outcome in outcomes):
+            leave_behind = False  # the session sends everything then
         done: dict[Member, R] = {}
         for member, outcome in zip(members, outcomes, strict=True):
             if not isinstance(outcome, BaseException):
@@ -449,7 +504,7 @@ class PoolTransport(Transport):
             elif leave_behind and isinstance(
                 outcome, own if isinstance(outcome, SyncError) else Exception
             ):
-                self._lose(member, outcome)
+                self._lose(member, outcome, verified=verified)
             else:
                 raise outcome
         return done
@@ -461,33 +516,24 @@ class PoolTransport(Transport):
         self._require_some(self._active)
         return list(done.values())
 
-    def _lose(self, member: Member, error: BaseException) -> None:
+    def _lose(
+        self,
+        member: Member,
+        error: BaseException,
+        work: Future[Any] | None = None,
+        *,
+        verified: bool = True,
+    ) -> None:
+        """Leave a member behind. See `Member.leave`."""
         reason = str(error) if isinstance(error, SyncError) else f"{type(error).__name__}: {error}"
         logger.warning("%s is left behind: %s", member.name, reason)
         self._lost[member.name] = reason
-        member.needs_full_sync(reason)
         self._active = [other for other in self._active if other is not member]
         # It may take as long as the engine takes to answer; the others do not wait for it.
-        member.leaving = threading.Thread(
-            target=_end, args=(member.transport, reason), name=f"end {member.name}", daemon=True
-        )
-        member.leaving.start()
+        member.leave(reason, work, verified=verified)
 
     def _require_some(self, left: Sequence[Member]) -> None:
         if left:
             return
         reasons = "; ".join(f"{name}: {why}" for name, why in self._lost.items())
         raise TransportError(f"no engine of the pool is left ({reasons or 'it has none'})")
-
-
-def _end(transport: RemoteTransport, reason: str) -> None:
-    transport.abort(reason)
-    transport.disconnect()
-
-
-def in_parallel(works: Sequence[Callable[[], R]]) -> list[R | BaseException]:
-    """Run all in parallel. Return what each returned or raised, in order."""
-    answers = [in_thread("pool", work) for work in works]
-    wait(answers)
-    raised = [answer.exception() for answer in answers]
-    return [exc or answer.result() for exc, answer in zip(raised, answers, strict=True)]

@@ -146,7 +146,9 @@ class RemoteTransport(Transport):
         self.workers: list[WorkerConnection] = []
         self._staging: Staging | None = None  # of the current sync
         self._own_staging: Staging | None = None  # a pool's members have none
+        # From a first Commit until all that follows it has succeeded, in this sync or a later one.
         self._committing = False
+        self._spent_version = 0  # the last version that a worker may have committed
         self._free_bytes = 0
         self._map_request: say.MapRequest | None = None
         self._taken = False
@@ -188,7 +190,8 @@ class RemoteTransport(Transport):
                 )
             self.disconnect()
         self.open()  # others may have synced them since we were connected
-        return max(hello.version for hello in self.hellos)
+        # An engine may have served a version whose sync failed late, and have been restarted since.
+        return max(self._spent_version, *(hello.version for hello in self.hellos))
 
     @property
     def versions(self) -> dict[str, int]:
@@ -238,7 +241,6 @@ class RemoteTransport(Transport):
         """
         self.open()
         self._plan, self._version, self._index = plan, options.version, 0
-        self._committing = False
         indices = None
         if options.held is not None:
             indices = [i for i, meta in enumerate(plan.metas) if meta.name in options.held]
@@ -351,8 +353,9 @@ class RemoteTransport(Transport):
     def commit(self) -> SyncResult:
         """Commit: the workers may generate with the new weights. Return what they measured."""
         # From the first Commit on a failure leaves it open which workers have committed: `abort`
-        # must then not let the engine go on, nor roll any of them back.
-        self._committing = True
+        # must then not let the engine go on, nor roll any of them back. Nor must the abort of a
+        # later sync that has touched nothing.
+        self._committing, self._spent_version = True, self._version
         self._tell(say.Commit(version=self._version))
         overwritten = False
         for worker in self.workers:
@@ -379,7 +382,7 @@ class RemoteTransport(Transport):
         """End whatever is open. Workers that are poisoned stay paused, and so do those that have
         committed what the others may not have; those that were not touched, or are back on the old
         version, go on."""
-        in_session, committing, self._committing = self._control.in_session, self._committing, False
+        in_session, committing = self._control.in_session, self._committing
         if in_session:
             # After a Commit no worker may go back: another one may serve the new version already.
             told = say.Abort(reason=reason, keep_old=not committing)
@@ -390,8 +393,10 @@ class RemoteTransport(Transport):
         unharmed = unharmed and not committing
         self.num_poisoned = 0 if unharmed else len(self.workers) or self.num_poisoned
         if unharmed:
-            self._control.go_on(reason)
-        elif in_session or committing or self._control.paused:
+            # A trainer before this one may have died between a Commit and the emptying of caches.
+            known = all(hello.instance in self._synced_instances for hello in self.hellos)
+            self._control.go_on(reason, caches=not known)
+        elif in_session or self._control.paused or (committing and self.workers):
             self._control.leave_paused(reason)
         if not (in_session and unharmed):  # what state the engine's update is in is not known
             self.disconnect()
@@ -414,6 +419,7 @@ class RemoteTransport(Transport):
         workers cannot be reached."""
         try:
             self._control.pause()
+            self.open()  # `abort` has disconnected
             self._control.begin_session(self.workers)
             self._tell(say.Invalidate(reason=reason))
             for worker in self.workers:
@@ -457,7 +463,7 @@ class RemoteTransport(Transport):
             self._tell(request)
             replies = [worker.expect(kind, what) for worker in self.workers]
             self._control.end_session(self.workers)
-        except SyncError:
+        except BaseException:  # Ctrl-C, too: the workers' threads would wait for the next question
             self.abort("the dry run failed")
             raise
         return replies
@@ -493,6 +499,9 @@ class RemoteTransport(Transport):
         Connect anew where an engine was restarted, or a router has forgotten the connection. Of
         several trainer ranks all would have to do so at once: there a lost worker is an error.
         """
+        if self._control.in_session:
+            # A second Ctrl-C has interrupted `abort`, and the engine waits for us.
+            self.abort("a sync was interrupted")
         if self.workers:
             try:
                 # Before the engine is paused: a connection that leads nowhere would be noticed only

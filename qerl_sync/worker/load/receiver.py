@@ -66,6 +66,8 @@ class _ModelState:
     reason: str | None = None
     version: int = 0
     caches_suspect: bool = False
+    # Layers that a sync has begun to fill and not committed: the model is poisoned while there are.
+    mixed: frozenset[str] = frozenset()
     held: Held | None = None
     # Versions only move forwards, so that this and the version name one state of the weights.
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -261,7 +263,8 @@ class Receiver:
         Raises:
             SyncError: a sync is already open.
             PlanError, ConfigError: what the plan stages cannot be staged here.
-            CoverageError: the plan has a part of a parent layer.
+            CoverageError: the plan has a part of a parent layer, or leaves out one of which a sync
+                that failed has left a mix of two versions.
             StaleBaseError: the plan is a part of the model, and the rest of it is not that of
                 `options.base` here.
             CompatError: this engine cannot serve adapters. In each case nothing was touched.
@@ -271,7 +274,16 @@ class Receiver:
         if plan.adapter is not None:
             self.require_adapter(plan.adapter)
             self._adapter = AdapterLoad(self._parts, plan.adapter)
-        filled = self._layers_to_fill(plan, layer_map, options.base)
+        self._filled = filled = frozenset(self._layers_to_fill(plan, layer_map, options.base))
+        if left := self._state.mixed - filled:
+            raise CoverageError(
+                f"a sync that failed has left a mix of two versions in {len(left)} layers that "
+                f"this one does not bring, the first is {min(left)}; sync all weights of the model "
+                "(with sync.lora_base: trainer, and without sync.allow_incomplete), or start the "
+                "engine anew",
+                layer=min(left),
+            )
+        self._mixed_before = self._state.mixed
         spill = plan.spill
         self._spill = None if spill is None else SpillBuffer(plan, spill, self.device)
         self._open = self._state.syncing = self._untouched = True
@@ -360,7 +372,9 @@ class Receiver:
                 for name, tensor in self._checked(chunk, tensors):
                     self._adapter.take(name, tensor)
             return
-        self._untouched = False
+        if self._untouched:
+            self._untouched = False
+            self._state.mixed |= self._filled
         with self._aborting(), compat.loading_context(self._config):
             stream = self._checked(chunk, tensors)
             if self._spill is None:
@@ -396,8 +410,11 @@ class Receiver:
         self.costs.verify_seconds = self._clock.seconds["verify"]
         return self._monitor.trace()
 
-    def commit(self, version: int) -> bool:
+    def commit(self, version: int, *, keep_old: bool = True) -> bool:
         """Commit the new weights as `version`; the model may run again.
+
+        Args:
+            keep_old: if that fails, as in `abort`.
 
         Returns whether the KV caches were overwritten: what was computed before is gone then, and
         what refers to it (requests in flight, the prefix cache) must be emptied.
@@ -406,22 +423,22 @@ class Receiver:
             SyncError: no sync has been finished, and nothing is changed. Or the version is not
                 larger than the last.
             LoadError: vLLM cannot activate the adapter. In both cases the worker is poisoned, or
-                has its old adapter where the sync brought nothing else.
+                with `keep_old` on the old version where `abort` goes back to it.
         """
         if not self._finished:
             raise SyncError("no finished sync is there to commit on this worker; finish one first")
         if version <= self._state.version:
             reason = f"version {version} was to follow {self._state.version}"
-            self.abort(f"a sync failed: {reason}")
+            self.abort(f"a sync failed: {reason}", keep_old=keep_old)
             raise SyncError(f"{reason}; versions only move forwards. Begin a new session")
-        with self._aborting(), compat.loading_context(self._config):
+        with self._aborting(keep_old=keep_old), compat.loading_context(self._config):
             if self._adapter is not None:
                 self._adapter.swap(verify=self._options.checksums)
             elif self._parts.runner is not None and self._config.lora_config is not None:
                 vllm_lora.serve(self._parts.runner, None)  # a sync without one has whole weights
         self._adapter, self._rollback = None, None
         self._finished = self._untouched = False
-        self._state.version = version
+        self._state.version, self._state.mixed = version, frozenset()
         if self._loads_base:
             self._state.held, self._state.kernels = self._held, self._kernels
         overwritten = self._state.caches_suspect
@@ -448,6 +465,7 @@ class Receiver:
         old, self._untouched, self._adapter = self._untouched and keep_old, False, None
         if rollback is not None and keep_old:
             rollback.put_back()
+            self._state.mixed = self._mixed_before
             old = True
         if old:
             if self._poisoned_before is None:
@@ -542,15 +560,15 @@ class Receiver:
         self._spill = None
 
     @contextlib.contextmanager
-    def _aborting(self) -> Iterator[None]:
+    def _aborting(self, *, keep_old: bool = True) -> Iterator[None]:
         """End the sync, poisoned, with an error of ours, if anything fails in here."""
         try:
             yield
         except SyncError as exc:
-            self.abort(f"a sync failed: {exc}")
+            self.abort(f"a sync failed: {exc}", keep_old=keep_old)
             raise
         except BaseException as exc:
-            self.abort(f"a sync failed: {type(exc).__name__}: {exc}")
+            self.abort(f"a sync failed: {type(exc).__name__}: {exc}", keep_old=keep_old)
             if not isinstance(exc, Exception):
                 raise
             poisoned = "poisoned until a full sync succeeds"

@@ -86,7 +86,7 @@ class Loader(Protocol):
 
     def finish(self) -> Trace: ...
 
-    def commit(self, version: int) -> bool: ...
+    def commit(self, version: int, *, keep_old: bool) -> bool: ...
 
     def abort(self, reason: str, *, keep_old: bool) -> None: ...
 
@@ -194,14 +194,15 @@ class WorkerSession:
                 if isinstance(requests[0], say.End):
                     return
                 self._answer(requests)
-        except Exception as exc:
-            # The trainer is lost, or what it says makes no sense: nothing can go on from here.
+        except BaseException as exc:
+            # The trainer is lost, or what it says makes no sense: nothing can go on from here. Or
+            # Ctrl-C in the engine's process, which would leave the sync open for the next trainer.
             expected = isinstance(exc, SyncError)
             logger.error("the session with the trainer ended: %s", exc, exc_info=not expected)
             self._fail(exc)
             for connection in self._connections:
                 connection.close()
-            if not heard:
+            if not heard or not isinstance(exc, Exception):
                 raise
 
     def close(self) -> None:
@@ -243,7 +244,7 @@ class WorkerSession:
         except SyncError as exc:
             self._fail(exc)
 
-    def _fail(self, exc: Exception) -> None:
+    def _fail(self, exc: BaseException) -> None:
         self._loader.abort(f"a sync failed: {exc}", keep_old=not self._in_doubt)
         self._release(exc)
         self._tell(say.failure(exc))
@@ -305,7 +306,7 @@ class WorkerSession:
         )
         self._in_doubt = True
         commits = [_await(one, say.Commit, "the other workers") for one in self._connections]
-        overwritten = self._loader.commit(commits[0].version)
+        overwritten = self._loader.commit(commits[0].version, keep_old=False)
         if mirror is not None:
             mirror.version = commits[0].version
         self._tell(say.Committed(caches_overwritten=overwritten))
