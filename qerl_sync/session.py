@@ -252,6 +252,7 @@ class SyncSession:
         self._full_plan: SyncPlan | None = None
         self._part_plan: SyncPlan | None = None
         self._adapter: Adapter | None = None
+        self._beside: set[str] = set()  # what has trained, with `lora_base: engine`
         # The last plan without and with the adapter. A new one would be hashed anew in each sync.
         self._last_base: SyncPlan | None = None
         self._last: SyncPlan | None = None
@@ -446,6 +447,16 @@ class SyncSession:
         """
         return self._pushed and self._transport.connected
 
+    @property
+    def overtaken(self) -> bool:
+        """Return whether the source's weights were written to since the last push began, as far as
+        it knows (`Source.require_unwritten`)."""
+        try:
+            self._source.require_unwritten()
+        except CoverageError:
+            return True
+        return False
+
     def close(self) -> None:
         """Disconnect from the workers. Idempotent; the session cannot push again."""
         with ExitStack() as closing:  # each of them, whatever another one raises
@@ -503,12 +514,21 @@ class SyncSession:
                 "adapter that is served beside them; train one and leave sync.lora at adapter, or "
                 "leave sync.lora_base out"
             )
+        if by := self._source.base_changed_by:
+            raise ConfigError(
+                "sync.lora_base: engine keeps the engine's own weights, and init_lora_weights: "
+                f"{by} has changed the trainer's, to which the adapter belongs. Convert it first "
+                "(path_initial_model_for_weight_conversion of PEFT's save_pretrained), or leave "
+                "sync.lora_base out"
+            )
         frozen = self._source.unchanging().keys()
         noisy = self._config.noise.names if self._config.noise is not None else ()
+        # What is frozen now may have been stepped since the last sync.
+        self._beside |= {meta.name for meta in given} - frozen
         return [
             meta
             for meta in given
-            if meta.name not in frozen or any(fnmatchcase(meta.name, one) for one in noisy)
+            if meta.name in self._beside or any(fnmatchcase(meta.name, one) for one in noisy)
         ]
 
     def _agree_on_adapter(self) -> None:
@@ -778,6 +798,7 @@ class SyncSession:
                             self._transport.send(chunk, checked(index, tensors))
                     finally:
                         self._source.end_chunk()
+        self._source.require_unwritten()
         # Waiting for the source and for checks is timed within the loop, and has its own phases.
         watch.seconds["load"] -= watch.seconds["gather"] + watch.seconds["verify"] - verified
         with watch("finish"):

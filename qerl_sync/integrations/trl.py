@@ -311,7 +311,8 @@ class WeightSyncCallback(TrainerCallback):
         optimizer step.
 
         Called when training begins (a checkpoint may have been loaded) and ends (the best model may
-        have been). Call it after changing weights yourself; with `when: eager` call `wait` before.
+        have been). Call it after changing weights yourself: torch does not count writes through
+        `.data`, nor any to a sharded model. With `when: eager` call `wait` before.
         """
         self.wait()
         self._synced_step, self._sent_ahead = None, False
@@ -461,6 +462,9 @@ class WeightSyncCallback(TrainerCallback):
         # Some trainers let completions be a number of steps behind. Below 0: a second training
         # counts from 0 again, while TRL still compares with the last sync of the first.
         behind = self._trainer.state.global_step - self._synced_step
+        # Without a step: a callback that loads other weights to evaluate, and the own ones again.
+        if behind == 0 and self.session.overtaken:
+            return True
         return not 0 <= behind < getattr(self._trainer.args, "vllm_sync_frequency", 1)
 
     def on_train_begin(
@@ -471,6 +475,12 @@ class WeightSyncCallback(TrainerCallback):
         self._refuse_another(trainer)
         if self._trainer is None:
             raise _never_bound(trainer)
+        if self._eager is not None:
+            # Last: callbacks after ours may change weights in `on_step_end`, or the active adapter
+            # for a moment (TRL's PEFTAdapterEMACallback), while the sync that ours begins reads
+            # them. A new list, as transformers is iterating over the old one.
+            handler = self._trainer.callback_handler
+            handler.callbacks = [*(c for c in handler.callbacks if c is not self), self]
         resumed = state.stateful_callbacks.get(STATE_KEY, {}).get("version", 0)
         if self.session is not None:
             self.session.version = max(self.session.version, resumed)

@@ -139,6 +139,7 @@ class Publisher:
         try:
             for number, data in enumerate(_files(changed())):
                 files.append(self._store.write_file(f"{this.name}-{number:05d}.safetensors", data))
+            source.require_unwritten()
             digest = self._store.write_manifest(
                 Manifest(
                     name=this.name,

@@ -40,6 +40,7 @@ class Source(ABC):
             look at what arrives.
         stamps_content: `content_stamps` hashes what there is to send.
         lora: of a model that trains an adapter: how it travels (`mode`) and why so (`reason`).
+        base_changed_by: what has changed the base when the adapter was made; empty: nothing.
     """
 
     any_order = True
@@ -48,6 +49,7 @@ class Source(ABC):
     checks_finite = False
     stamps_content = False
     lora: Mapping[str, str] | None = None
+    base_changed_by = ""
 
     @abstractmethod
     def metadata(self) -> list[ParamMeta]:
@@ -134,6 +136,13 @@ class Source(ABC):
     def end_sync(self) -> None:  # noqa: B027  most sources keep nothing open
         """Close what `materialize` has left open. Called after the last chunk, or one that failed,
         and before the commit."""
+
+    def require_unwritten(self) -> None:  # noqa: B027  most sources cannot know
+        """Raise CoverageError, with `tensor`, if a weight was written to since `metadata`.
+
+        Called when all has been sent, before the commit: what was sent would be weights of two
+        steps. What a fused optimizer writes on a GPU is not known (`verify.alias_guard.mark_of`).
+        """
 
     @abstractmethod
     def materialize(self, names: Sequence[str]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from qerl_sync.buffers.detect import dtype_name, require_all_finite, storages_of
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import ConfigError, CoverageError
 from qerl_sync.meta import ParamMeta, Storage
 from qerl_sync.sources.base import Source
 from qerl_sync.sources.noise import with_noise
+from qerl_sync.verify.alias_guard import mark_of
 from qerl_sync.verify.parts import part_here
 from qerl_sync.verify.probe_prompt import Probe, spread_tokens
 from qerl_sync.verify.stamps import ContentStamps
@@ -81,6 +82,7 @@ class HFSource(Source):
         self._groups: list[_Group] = []
         self._group_of: dict[str, _Group] = {}
         self._conversions: list[Any] = []
+        self._unwritten: list[tuple[str, torch.Tensor, Hashable]] = []
 
     def metadata(self) -> list[ParamMeta]:
         # Each time: accelerate and transformers shard a model in `train()`, long after this source
@@ -96,7 +98,23 @@ class HFSource(Source):
             self._groups = _groups(self._model, twins, self._conversions)
             self._group_of = {meta.name: g for g in self._groups for meta in g.outputs}
             self._layout = layout
+        self._unwritten = [
+            (name, tensor, mark_of(tensor))
+            for name in self._inputs()
+            for tensor in self._parts(name)
+            if not self._is_gathered(tensor)
+        ]
         return [meta for group in self._groups for meta in group.outputs]
+
+    def require_unwritten(self) -> None:
+        for name, tensor, mark in self._unwritten:
+            if mark_of(tensor) != mark:
+                raise CoverageError(
+                    f"{name!r} was written to while the weights were sent, which may be those of "
+                    "two steps. Let no optimizer step and no callback change weights while push() "
+                    "runs; with sync.when: eager, call WeightSyncCallback.wait() before it",
+                    tensor=name,
+                )
 
     @property
     def device(self) -> torch.device:

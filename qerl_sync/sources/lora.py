@@ -19,6 +19,8 @@ from qerl_sync.verify.stamps import stamp
 MERGE = "choose sync.lora: merge"
 # The two factors of an adapted layer, as PEFT names the containers that have one for each adapter.
 FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+# Prefixes of `init_lora_weights` that take the adapter's first values out of the base weights.
+RESIDUAL_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class AdapterSource(HFSource):
@@ -99,9 +101,21 @@ class AdapterSource(HFSource):
         layers = [module for module in modules if isinstance(module, LoraLayer)]
         name = _only_adapter(layers, self._peft_config)
         _refuse_features(self._peft_config[name], name)
+        made_by = str(getattr(self._peft_config[name], "init_lora_weights", "")).lower()
+        self.base_changed_by = made_by if made_by.startswith(RESIDUAL_INITS) else ""
         self._factors, self._scalings = {}, {}
         found: dict[int | str, Found] = {}
+        of_origin: dict[int, Found] = {}
         for one in walk(self._model, "", partial(self._note, name)):
+            first = of_origin.setdefault(id(one.origin), one)
+            if first.tensor is not one.tensor:
+                raise ConfigError(
+                    f"the adapter {name!r} trains {one.name!r} apart from {first.name!r}, with "
+                    "which it shares a weight in the base model (modules_to_save); the engine "
+                    "shares it too, and would compute with one for both. Train both alike "
+                    "(ensure_weight_tying=True of LoraConfig) or none",
+                    feature="modules_to_save",
+                )
             # Tied parameters once, as `named_parameters` yields them.
             found.setdefault(id(one.tensor) if one.is_parameter else one.name, one)
         if not self._factors:
@@ -128,7 +142,8 @@ class AdapterSource(HFSource):
             raise _refusal(name, path, type(variant).__name__, "vLLM computes plain LoRA")
         if name not in module.scaling:
             return
-        if module.merged or module.disable_adapters:
+        active = not module.disable_adapters and name in module.active_adapters
+        if module.merged or not active:
             raise ConfigError(
                 f"the adapter is {'merged into' if module.merged else 'disabled in'} {path!r} at "
                 "the moment, and the base weights or the trainer's own answers are not those that "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 
 from qerl_sync.errors import CoverageError
@@ -20,20 +22,19 @@ class AliasGuard:
     """
 
     def __init__(self) -> None:
-        self._held: dict[str, list[tuple[str, torch.Tensor, int, bytes | None]]] = {}
+        self._held: dict[str, list[tuple[str, torch.Tensor, Hashable]]] = {}
 
     def hold(self, layer: str, name: str, tensor: torch.Tensor) -> None:
         """Record that `tensor` of the stream's `name` is kept for `layer` from here on."""
-        seen = (name, tensor, _writes(tensor), _sample(tensor))
+        seen = (name, tensor, mark_of(tensor))
         self._held.setdefault(layer, []).append(seen)
 
     def release(self, layer: str) -> None:
         """Raise CoverageError if a tensor held for `layer`, which is about to be loaded, is not
         what it was when it arrived.
         """
-        for name, tensor, writes, sample in self._held.pop(layer, ()):
-            now = _sample(tensor)
-            if sample != now or writes != _writes(tensor):
+        for name, tensor, mark in self._held.pop(layer, ()):
+            if mark != mark_of(tensor):
                 raise CoverageError(
                     f"the memory of {name!r} was written to while it was held for {layer}, which "
                     "still awaited other tensors: the source uses a buffer again, or the weights "
@@ -44,8 +45,11 @@ class AliasGuard:
                 )
 
 
-def _writes(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else int(tensor._version)
+def mark_of(tensor: torch.Tensor) -> Hashable:
+    """Return a value that differs once the tensor was written to, or moved: torch's count of its
+    writes, and a few bytes. Fused optimizers are not counted, and show in the bytes alone."""
+    writes = 0 if tensor.is_inference() else int(tensor._version)
+    return tensor.data_ptr(), writes, _sample(tensor)
 
 
 def _sample(tensor: torch.Tensor) -> bytes | None:

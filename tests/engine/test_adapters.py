@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.adapters import make_policy, step
 from support.engines import PROMPTS, generate, logprob_gap
 from support.models import make_model, save_model
@@ -156,9 +157,33 @@ def test_an_engine_may_keep_its_own_base(engines):
         session(engines, make_model("dense", 1), HFSource, lora_base="engine").push()
 
 
-def test_the_active_one_of_two_adapters_is_served(engines):
-    from peft import LoraConfig
+@pytest.mark.parametrize("made_by", ["pissa", "pissa_niter_2", "olora"])
+def test_an_adapter_that_has_changed_its_base_needs_it_sent(engines, made_by):
+    own = make_model("dense", 0)
+    session(engines, own, HFSource).push()
+    policy = get_peft_model(own, LoraConfig(r=4, init_lora_weights=made_by))
+    with pytest.raises(ConfigError, match=made_by):
+        session(engines, policy, lora_base="engine").push()
+    session(engines, policy).push()
+    assert logprob_gap(engines.served, policy) < EXACT
 
+
+def test_what_was_trained_beside_it_and_is_frozen_travels_once_more(engines):
+    own = make_policy(target_modules=["q_proj"], modules_to_save=["norm"])
+    session(engines, own).push()
+    sync = session(engines, own, lora_base="engine")
+    sync.push(1)
+    step(own, 2)
+    for name, parameter in own.named_parameters():
+        if "modules_to_save" in name:
+            parameter.requires_grad_(False)
+    assert logprob_gap(engines.served, own) > 1e-3
+    sync.push(2)
+    assert logprob_gap(engines.served, own) < EXACT
+    assert sync.push(3).num_tensors == len(AdapterSource(own).adapter().metas)
+
+
+def test_the_active_one_of_two_adapters_is_served(engines):
     policy = make_policy()
     policy.add_adapter("second", LoraConfig(r=2, target_modules=["o_proj"]))
     policy.set_adapter("second")
@@ -368,6 +393,14 @@ def test_what_vllm_computes_otherwise_is_refused_by_name(feature):
     assert caught.value.feature == feature
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, of the same
+@pytest.mark.parametrize("copied", ["lm_head", "embed_tokens"])
+def test_a_trained_copy_of_tied_weights_is_refused(copied):
+    with pytest.raises(ConfigError) as refused:
+        AdapterSource(make_policy("tied", target_modules=["q_proj"], modules_to_save=[copied]))
+    assert refused.value.feature == "modules_to_save"
+
+
 def test_an_adapter_at_odds_with_its_model_is_refused():
     policy = make_policy()
     with pytest.raises(ConfigError):
@@ -379,7 +412,11 @@ def test_an_adapter_at_odds_with_its_model_is_refused():
     policy.unmerge_adapter()
     with policy.disable_adapter(), pytest.raises(ConfigError) as disabled:
         source.metadata()
-    assert (merged.value.feature, disabled.value.feature) == ("merged", "disabled")
+    policy.base_model.set_adapter([])
+    with pytest.raises(ConfigError) as inactive:
+        source.metadata()
+    features = [one.value.feature for one in (merged, disabled, inactive)]
+    assert features == ["merged", "disabled", "disabled"]
 
 
 def test_a_layer_that_vllm_does_not_know_is_named(engines):

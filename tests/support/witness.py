@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -45,9 +46,14 @@ class Witness:
         self._asking = True
         try:
             model = self.trainer.accelerator.unwrap_model(self.trainer.model)
-            if self._float32:
-                model = deepcopy(model).float()
+            # The probe evaluates, and restores the mode. Beside its trainer (`when: eager`) that
+            # would undo the trainer's own change of it.
+            beside = threading.current_thread() is not threading.main_thread()
+            if self._float32 or beside:
+                model = deepcopy(model)
                 vars(model).pop("forward", None)  # accelerate's, of the model that was copied
+            if self._float32:
+                model = model.float()
             # The asynchronous trainers' own attention takes packed completions, not a prompt.
             right = probe_of(model, attention="eager" if self._url else None).logprobs(PROMPT)
             if self._url:

@@ -194,6 +194,12 @@ def test_weights_that_change_without_a_step_reach_whoever_asks_the_engine(train)
     run.callback.expect_new_weights()
     llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)
     assert len(run.callback.reports) == syncs + 2
+    model = run.trainer.model
+    others = {name: tensor * 1.5 for name, tensor in model.state_dict().items()}
+    model.load_state_dict(others)
+    llm.generate([{"prompt_token_ids": [5, 6]}], use_tqdm=False)
+    assert gap_now(run.trainer) <= 1e-5, "torch counts that"
+    assert len(run.callback.reports) == syncs + 3
 
 
 def test_completions_that_may_be_a_step_behind_cost_no_eager_sync_more(

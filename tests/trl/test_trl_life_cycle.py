@@ -117,6 +117,59 @@ def test_an_eager_sync_that_fails_ends_the_training(train):
         train(when="eager", max_steps=6, begin=spoil_at_step_2)
 
 
+def test_an_eager_sync_begins_when_other_callbacks_have_ended_the_step(train, monkeypatch):
+    """TRL's self-distillation makes its teacher's adapter the active one for a moment."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    from peft import LoraConfig
+    from trl.experimental.sdft.teacher_sync import PEFTAdapterEMACallback
+
+    class SlowEMA(PEFTAdapterEMACallback):
+        def on_step_end(self, *hook, **others):
+            self.model.set_adapter(self.teacher_adapter_name)
+            time.sleep(0.5)
+            self.model.set_adapter("default")
+            super().on_step_end(*hook, **others)
+
+    _, callback, witness = train(
+        when="eager",
+        begin=lambda trainer: trainer.add_callback(SlowEMA(trainer.model)),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        max_steps=5,
+    )
+    assert_right(witness)
+    assert any("waited" in report.seconds for report in callback.reports)
+
+
+def test_weights_that_change_under_an_eager_sync_end_the_training(train):
+    sending, written, sessions = threading.Event(), threading.Event(), []
+
+    def begin(trainer):
+        class Meddle(TrainerCallback):
+            def on_log(self, args, state, control, model, **others):
+                if state.global_step == 2:  # the first sync that is begun ahead
+                    assert sending.wait(60)
+                    with torch.no_grad():
+                        model.lm_head.weight.mul_(1.5)
+                    written.set()
+
+        (callback,) = (c for c in trainer.callback_handler.callbacks if hasattr(c, "session"))
+        sessions.append(callback.session)
+        source, materialize = callback.session._source, callback.session._source.materialize
+
+        def slow(names):
+            if trainer.state.global_step == 2:
+                sending.set()
+                assert written.wait(60)
+            return materialize(names)
+
+        source.materialize = slow
+        trainer.add_callback(Meddle())
+
+    with pytest.raises(SyncError, match="written to while the weights were sent"):
+        train(when="eager", max_steps=6, begin=begin)
+    sessions[0].push()  # the engine is for other tests, too
+
+
 def test_the_optimizer_waits_for_an_eager_sync(train, monkeypatch):
     trainer, callback, _ = train(when="eager", max_steps=4)
     sent, stepped = threading.Event(), threading.Event()

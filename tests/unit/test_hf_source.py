@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from support.models import make_model
 
-from qerl_sync.errors import ConfigError
+from qerl_sync.errors import ConfigError, CoverageError
 from qerl_sync.sources.hf import HFSource
 from qerl_sync.sources.sharded import ShardedSource
 from qerl_sync.verify.changes import sample_hash
@@ -119,3 +119,23 @@ def test_a_partition_ends_where_its_parameter_does(group):
     assert sample_hash(parameter) == before, "what nobody trains was taken for a change"
     parameter.ds_numel = 4
     assert part_here(parameter).numel() == 4
+
+
+def test_a_weight_that_is_written_to_while_it_is_sent_is_named():
+    """By an optimizer, or where `.data` is replaced, which torch does not count."""
+    model = make_model("dense", 0)
+    name, parameter = next(iter(model.named_parameters()))
+    source = HFSource(model)
+    writes = (
+        lambda: torch.optim.AdamW([parameter], fused=True).step(),
+        lambda: setattr(parameter, "data", parameter.data.clone()),
+    )
+    for write in writes:
+        names = [meta.name for meta in source.metadata()]
+        parameter.grad = torch.ones_like(parameter)
+        assert len(list(source.materialize(names))) == len(names)
+        source.require_unwritten()
+        write()
+        with pytest.raises(CoverageError) as refused:
+            source.require_unwritten()
+        assert refused.value.tensor == name

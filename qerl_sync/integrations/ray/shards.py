@@ -30,6 +30,9 @@ class Part:
     def check_finite(self, names: Collection[str]) -> None:
         self._source.check_finite(names)
 
+    def require_unwritten(self) -> None:
+        self._source.require_unwritten()
+
     def tensors(self, names: Sequence[str]) -> list[Any]:
         """Return the tensors' bytes as arrays, which Ray brings to the reader without a copy."""
         return [as_bytes(tensor) for _, tensor in self._source.materialize(names)]
@@ -90,6 +93,11 @@ class JoinedSource(Source):
 
     def end_sync(self) -> None:
         self._own.end_sync()
+
+    def require_unwritten(self) -> None:
+        # An actor that is told to train meanwhile does so between two chunks.
+        self._own.require_unwritten()
+        self._ask_all("require_unwritten")
 
     def _shares(self, names: Iterable[str]) -> dict[Any, list[str]]:
         """Divide names by holder; None is this process."""

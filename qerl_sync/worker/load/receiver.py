@@ -50,6 +50,7 @@ from qerl_sync.worker.load.observe import observe_layer_map
 from qerl_sync.worker.load.rollback import Rollback
 from qerl_sync.worker.load.routes import RoutedLoad, Routes, record_routes
 from qerl_sync.worker.load.spill import SpillBuffer
+from qerl_sync.worker.load.tied import TiedCheck
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class _ModelState:
     instance: str = field(default_factory=lambda: secrets.token_hex(8))
     # Of the sync that was committed last, where a sync of a part may build on it.
     kernels: dict[str, int] | None = None
+    tied: dict[str, int] = field(default_factory=dict)
     # The layers that the engine had quantised when it was started.
     quantised: frozenset[str] | None = None
     # Found in whole weights: after a sync that failed, values no longer tell what was a view.
@@ -325,6 +327,8 @@ class Receiver:
             compat.restore(self.model)
             # Ties and views show in shared memory, and a reload puts parameters on meta: before it.
             self._tied = refresh.tied_parameters(self.model)
+            known = {} if options.base is None else self._state.tied
+            self._tied_check = TiedCheck(layer_map, self._tied, known)
             self._direct = DirectLoad(self.model, layer_map, filled, self._keep)
             # A reload passes over what a sync of a part brings nothing for. Not over attention
             # layers, which derive what they hold from others.
@@ -441,6 +445,7 @@ class Receiver:
         self._state.version, self._state.mixed = version, frozenset()
         if self._loads_base:
             self._state.held, self._state.kernels = self._held, self._kernels
+            self._state.tied = self._tied_check.checksums
         overwritten = self._state.caches_suspect
         if overwritten:
             compat.zero_kv_caches(self._config)
@@ -598,6 +603,7 @@ class Receiver:
             compat.lend_packing(layer, head)
 
     def _finish_base(self) -> None:
+        self._tied_check.conclude()
         if self._options.verify != "off":
             self._monitor.require_filled()
         self._untouched = False
@@ -659,4 +665,6 @@ class Receiver:
             if self._check is not None:
                 with self._clock("verify"):
                     self._check.arrived(meta.name, tensor)
+            if self._loads_base:
+                self._tied_check.arrived(meta.name, tensor)
             yield meta.name, tensor
