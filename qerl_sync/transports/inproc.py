@@ -112,6 +112,7 @@ class InProcessTransport(Transport):
 
     def finish(self) -> SyncResult:
         trace = self._receiver.finish()
+        quantisation = self._receiver.quantisation  # an error after the commit would fail a sync
         # Before the commit: a model that would compute with old keys and values must not run.
         if not self._client.reset_caches(running=False):
             raise still_cached(self._connector)
@@ -126,7 +127,7 @@ class InProcessTransport(Transport):
             peak_staged_bytes=costs.peak_staged_bytes,
             kept_bytes=costs.kept_bytes,
             spans=costs.processed_layers,
-            quantisation=self._receiver.quantisation,
+            quantisation=quantisation,
         )
         return SyncResult(
             workers=[report],
