@@ -208,8 +208,8 @@ was shown none; its vision tower's weights were compared in any case. Rows of th
 recorded with torchvision, timm, scipy and num2words installed beside vLLM; without torchvision most
 of them do not start. vLLM 0.25.1 ran with torch 2.11, the others with torch 2.13. Most rows in
 float32 were recorded before tensors were loaded by routes (ARCHITECTURE.md, *Routes*), those in
-bfloat16 after; `tests/engine/test_routes.py` ran on all four. In bfloat16 were run on 0.31 what
-comes before Qwen2Moe in the alphabet, and some of each kind on the others.
+bfloat16 after; `tests/engine/test_routes.py` ran on all four. In bfloat16 all were run on 0.31, and
+some of each kind on the others.
 """
 
 
