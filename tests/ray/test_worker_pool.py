@@ -16,6 +16,7 @@ import torch
 from support.loaders import HashedSource, TensorSource, tensors
 from support.ray_cluster import one_node
 from support.ray_echo import EchoRollout, Holder, Plain
+from support.servers import wait_until
 
 from qerl_sync import ConfigError, SyncConfig, SyncSession, TrainConfig, TransportError, WorkerPool
 from qerl_sync.bench.echo import checksum as crc32
@@ -300,8 +301,8 @@ def hold() -> Iterator[Any]:
 
     handles: list[Any] = []
 
-    def run(weights: Any = None) -> Any:
-        handles.append(ray.remote(num_cpus=0)(Holder).remote(weights))
+    def run(weights: Any = None, **options: Any) -> Any:
+        handles.append(ray.remote(**{"num_cpus": 0, **options})(Holder).remote(weights))
         return handles[-1]
 
     yield run
@@ -326,6 +327,20 @@ def test_a_source_of_parts_yields_the_bits_that_each_holds(hold: Any):
         assert (tensor.dtype, tensor.shape) == (wanted[name].dtype, wanted[name].shape)
         assert bytes(as_bytes(tensor)) == bytes(as_bytes(wanted[name]))
     assert dict(source.materialize(["c"])).keys() == {"c"}
+
+
+def test_a_part_that_ray_has_restarted_is_not_mixed_in(hold: Any):
+    """It holds what it was made with, and the others what they have trained since."""
+    import ray
+
+    other = hold({"b": torch.zeros(4)}, max_restarts=1, max_task_retries=-1)
+    source = JoinedSource(TensorSource({"a": torch.zeros(3)}), [other])
+    source.metadata()
+    source.metadata()
+    ray.kill(other, no_restart=False)
+    with pytest.raises(PeerLostError, match="was restarted by Ray"):
+        wait_until(lambda: source.metadata() is None, 60)
+    JoinedSource(TensorSource({"a": torch.zeros(3)}), [other]).metadata()
 
 
 def test_parts_that_do_not_fit_are_named(hold: Any):

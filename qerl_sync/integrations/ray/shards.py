@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -13,12 +14,18 @@ from qerl_sync.meta import ParamMeta
 from qerl_sync.sources.base import Source
 from qerl_sync.wire.segments import read_only_view
 
+# Names this process among all that Ray starts for one actor.
+_PROCESS = secrets.token_hex(8)
+
 
 class Part:
     """Serve one actor's part of the weights to the actor that syncs. See `TrainerActor.hold`."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
+
+    def process(self) -> str:
+        return _PROCESS
 
     def metadata(self) -> list[ParamMeta]:
         held = self._source.held_names()
@@ -55,6 +62,7 @@ class JoinedSource(Source):
         self._own = own
         self._others = list(others)
         self._timeout_seconds = timeout_seconds
+        self._processes: list[str] = []  # of `others`, when they were first asked
         self._metas: dict[str, ParamMeta] = {}
         self._holder: dict[str, Any] = {}
 
@@ -63,7 +71,18 @@ class JoinedSource(Source):
 
         Raises:
             CoverageError: two parts have a tensor of one name and different dtypes or shapes.
+            PeerLostError: Ray has restarted one of the actors.
         """
+        processes = self._ask_all("process")
+        self._processes = self._processes or processes
+        for other, first, now in zip(self._others, self._processes, processes, strict=True):
+            if now != first:
+                # Its weights would be mixed with the trained ones of the others.
+                raise PeerLostError(
+                    f"{other}, which holds a part of the weights, was restarted by Ray, and may "
+                    "hold those that it began with. Have it load what the others hold, and call "
+                    "sync_to again"
+                )
         self._metas, self._holder = {}, {}
         self._take(None, Part(self._own).metadata())
         for other, metas in zip(self._others, self._ask_all("metadata"), strict=True):
