@@ -138,9 +138,9 @@ def test_weights_of_a_lost_engine_are_not_taken_for_current(train, monkeypatch):
     """TRL itself would sync when a step has changed the weights, and not before."""
     run = train(max_steps=1)
     session, generation = run.callback.session, run.trainer.vllm_generation
-    syncs = len(run.callback.reports)
     prompts = {"prompts": [[5, 6]], "images": None, "num_generations": 1}
-    run.callback._synced_step = run.trainer.state.global_step  # the training's end aside
+    generation.generate(**prompts)  # sends what the training's last step has changed
+    syncs = len(run.callback.reports)
     generation.generate(**prompts)
     assert len(run.callback.reports) == syncs
     monkeypatch.setattr(type(session._transport), "connected", False)
