@@ -19,7 +19,7 @@ CONFIG, SUMMARY = "config.json", "summary.json"
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What a run's directory holds.
+    """Hold what a run's directory has.
 
     Attributes:
         config: with its defaults; {} for a session without `qerl-sync train`.

@@ -179,9 +179,8 @@ def _failure(error: BaseException, started: float, push: Push | None = None) -> 
     facts, cause = vars(error).items(), error.__cause__
     return {
         "error": type(error).__name__,
-        "classes": [
-            base.__name__ for base in type(error).__mro__[:-2]
-        ],  # not BaseException, object
+        # Without BaseException and object, which are bases of all.
+        "classes": [base.__name__ for base in type(error).__mro__[:-2]],
         "message": str(error),
         "facts": {k: v for k, v in facts if isinstance(v, int | float | str | list | tuple)},
         "cause": "" if cause is None else traceback.format_exception_only(cause)[-1].strip(),
