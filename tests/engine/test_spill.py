@@ -317,9 +317,8 @@ def test_one_stream_serves_all_chunks_of_a_sync_and_the_next_sync_opens_another(
         assert len(opened) == sync
 
 
-@pytest.mark.parametrize("fail_at", [None, 1], ids=["ignored at its end", "failed"])
-def test_a_stream_is_closed_with_its_sync(fail_at):
-    closed = []
+def opener(metas, closed):
+    """A function that opens a stream of these tensors, which notes in `closed` that it ended."""
 
     def open_stream():
         try:
@@ -328,8 +327,14 @@ def test_a_stream_is_closed_with_its_sync(fail_at):
         finally:
             closed.append(True)
 
+    return open_stream
+
+
+@pytest.mark.parametrize("fail_at", [None, 1], ids=["ignored at its end", "failed"])
+def test_a_stream_is_closed_with_its_sync(fail_at):
+    closed = []
     metas = [*interleave(QKV), ParamMeta("b.last", "float32", (4,))]
-    source, transport = StreamSource(metas, open_stream), HandMadeTransport()
+    source, transport = StreamSource(metas, opener(metas, closed)), HandMadeTransport()
     session = SyncSession(source, transport, SyncConfig.of(policy="warn", ignore_names=["*.last"]))
     transport.fail_at = fail_at
     with nullcontext() if fail_at is None else pytest.raises(ConnectionError):
@@ -339,16 +344,8 @@ def test_a_stream_is_closed_with_its_sync(fail_at):
 
 def test_a_stream_that_was_left_in_the_middle_is_closed_and_opened_again():
     closed = []
-
-    def open_stream():
-        try:
-            for meta in metas:
-                yield meta.name, torch.zeros(meta.shape)
-        finally:
-            closed.append(True)
-
     metas = interleave(QKV)
-    source = StreamSource(lambda: metas, open_stream)
+    source = StreamSource(lambda: metas, opener(metas, closed))
     source.metadata()
     next(source.materialize([metas[0].name]))
     assert not closed
